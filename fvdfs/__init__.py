@@ -1,0 +1,3 @@
+"""fvdfs: Fast Virtual Disk images as flat raw files."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,208 @@
+"""The chunk table of a compact image, and the allocator that fills it.
+
+One u32 a chunk of the virtual disk (format.md, section 5): UNALLOCATED, or the number of the chunk
+in the storage, where its bytes are at data start + number * chunk_size. Numbers are handed out in
+the order of first writes: the next is the highest in the table + 1. An entry never changes once it
+is set, and no number is ever given twice: two virtual chunks must never share one place.
+
+Bit 31 on disk says "not yet journaled" about the original's memory; it is ignored here and stored
+as 0.
+
+A chunk whose number occurs twice, or lies past the end of the storage (where the file was cut
+short), is remembered as damaged: nobody can tell whose the bytes are.
+
+Pure: no I/O, no clock.
+"""
+
+from __future__ import annotations
+
+import sys
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
+
+from bitarray import bitarray
+
+from fvdfs.header import MAX_CHUNKS, PAGE, TABLE_ENTRY_SIZE, ceil_div, round_up
+
+UNALLOCATED = 0xFFFFFFFF
+NOT_JOURNALED = 0x80000000
+ENTRIES_PER_PAGE = PAGE // TABLE_ENTRY_SIZE
+
+
+class Table:
+    """Virtual chunk -> chunk in the storage."""
+
+    def __init__(self, data: bytes, chunks: int, storage_chunks: int) -> None:
+        """`data`: the table as on disk, at least `chunks` entries.
+
+        `storage_chunks`: how many whole chunks the storage has room for now.
+        """
+        self.chunks = chunks
+        self._entries = _decode(data[: round_up(chunks * TABLE_ENTRY_SIZE, PAGE)])
+        self._dirty: set[int] = set()
+        self._storage_chunks = min(storage_chunks, MAX_CHUNKS)
+        self.beyond: set[int] = set()
+        """Virtual chunks whose entry lies past the end of the storage."""
+        self.shared: set[int] = set()
+        """Virtual chunks whose entry occurs more than once."""
+        self._used = bitarray(min(storage_chunks, MAX_CHUNKS))
+        self.highest = -1
+        self._load()
+
+    def _load(self) -> None:
+        twice: set[int] = set()
+        for page in range(0, self.chunks, ENTRIES_PER_PAGE):
+            entries = self._entries[page : min(page + ENTRIES_PER_PAGE, self.chunks)]
+            if entries.count(UNALLOCATED) == len(entries):
+                continue
+            for chunk, entry in enumerate(entries, page):
+                if entry == UNALLOCATED:
+                    continue
+                if entry & NOT_JOURNALED:
+                    entry &= ~NOT_JOURNALED
+                    self._entries[chunk] = entry
+                if entry >= self._storage_chunks:
+                    self.beyond.add(chunk)
+                    continue
+                if self._used[entry]:
+                    twice.add(entry)
+                self._used[entry] = 1
+                self.highest = max(self.highest, entry)
+        if twice:
+            self.shared = {c for c in range(self.chunks) if self._entries[c] in twice}
+
+    def __getitem__(self, chunk: int) -> int:
+        """The number of the chunk in the storage, or UNALLOCATED."""
+        return self._entries[chunk]
+
+    @property
+    def damaged(self) -> bool:
+        return bool(self.beyond or self.shared)
+
+    def allocated(self) -> int:
+        """How many chunks have a place in the storage."""
+        return self.chunks - self._entries[: self.chunks].count(UNALLOCATED)
+
+    @property
+    def numbers_left(self) -> int:
+        """How many more chunks the format has numbers for."""
+        return MAX_CHUNKS - 1 - self.highest
+
+    def allocate(self, chunk: int) -> int:
+        """Give the chunk the next number."""
+        assert self._entries[chunk] == UNALLOCATED
+        assert self.numbers_left > 0
+        number = self.highest + 1
+        self.highest = number
+        self._entries[chunk] = number
+        self._dirty.add(chunk // ENTRIES_PER_PAGE)
+        return number
+
+    def replay(self, first: int, entries: Sequence[int]) -> str | None:
+        """Take over the entries of a journal record, or none of them and say why (format.md, section 7)."""
+        if first + len(entries) > self.chunks:
+            return f"entries {first}..{first + len(entries) - 1} of a table of {self.chunks}"
+        numbers = [entry & ~NOT_JOURNALED for entry in entries]
+        for chunk, (entry, number) in enumerate(zip(entries, numbers, strict=True), first):
+            if entry == UNALLOCATED:
+                return f"entry {chunk} is 0x{UNALLOCATED:X}"
+            if number >= self._storage_chunks:
+                return f"entry {chunk} is {number}, but the storage ends at chunk {self._storage_chunks}"
+            if self._entries[chunk] != number and self._used[number]:
+                return f"entry {chunk} is {number}, a chunk that is in use already"
+        if len(set(numbers)) != len(numbers):
+            return f"a chunk number occurs twice in entries {first}..{first + len(entries) - 1}"
+        for chunk, number in enumerate(numbers, first):
+            old = self._entries[chunk]
+            if old == number:
+                continue
+            if old != UNALLOCATED:
+                self.beyond.discard(chunk)
+                if old < self._storage_chunks:
+                    self._used[old] = 0
+            self._used[number] = 1
+            self._entries[chunk] = number
+            self._dirty.add(chunk // ENTRIES_PER_PAGE)
+            self.highest = max(self.highest, number)
+        return None
+
+    def replay_done(self) -> None:
+        """No more records follow: drop what only their check needs."""
+        self._used = bitarray()
+
+    def grow(self, chunks: int) -> None:
+        """The disk has grown: the new chunks are unallocated, whatever stood in their place."""
+        assert chunks >= self.chunks
+        have = len(self._entries)
+        need = round_up(chunks * TABLE_ENTRY_SIZE, PAGE) // TABLE_ENTRY_SIZE
+        self._entries.extend(array("I", [UNALLOCATED]) * (need - have))
+        for chunk in range(self.chunks, chunks):
+            self._entries[chunk] = UNALLOCATED
+        self._dirty.update(range(self.chunks // ENTRIES_PER_PAGE, ceil_div(chunks, ENTRIES_PER_PAGE)))
+        self.chunks = chunks
+
+    def shrink(self, chunks: int) -> None:
+        """The disk has shrunk: entries past the end are gone."""
+        assert chunks <= self.chunks
+        for chunk in range(chunks, self.chunks):
+            if self._entries[chunk] != UNALLOCATED:
+                self._entries[chunk] = UNALLOCATED
+                self._dirty.add(chunk // ENTRIES_PER_PAGE)
+        self.chunks = chunks
+        live = (e for e in self._entries[:chunks] if e != UNALLOCATED)
+        self.highest = max(live, default=-1)
+
+    def runs(self, first: int, last: int) -> Iterator[tuple[int, int, int]]:
+        """Chunks first..last as runs (first, count, number) that lie together in the storage.
+
+        `number` is UNALLOCATED for a run of chunks without a place.
+        """
+        entries = self._entries
+        chunk = first
+        while chunk <= last:
+            number = entries[chunk]
+            end = chunk + 1
+            if number == UNALLOCATED:
+                while end <= last and entries[end] == UNALLOCATED:
+                    end += 1
+            else:
+                while end <= last and entries[end] == number + end - chunk:
+                    end += 1
+            yield chunk, end - chunk, number
+            chunk = end
+
+    @property
+    def dirty_pages(self) -> int:
+        return len(self._dirty)
+
+    def take_dirty_pages(self) -> list[tuple[int, bytes]]:
+        """The dirty pages as (page number, bytes), in order; they count as clean from here on."""
+        pages = sorted(self._dirty)
+        self._dirty.clear()
+        return [(page, self._page(page)) for page in pages]
+
+    def _page(self, page: int) -> bytes:
+        entries = self._entries[page * ENTRIES_PER_PAGE : (page + 1) * ENTRIES_PER_PAGE]
+        if sys.byteorder == "big":
+            entries.byteswap()
+        return entries.tobytes()
+
+    def pages_not_written(self, pages: Iterable[tuple[int, bytes]]) -> None:
+        """Writing these pages failed: they are dirty again."""
+        self._dirty.update(page for page, _ in pages)
+
+
+def _decode(data: bytes) -> array[int]:
+    entries = array("I")
+    assert entries.itemsize == TABLE_ENTRY_SIZE
+    entries.frombytes(data)
+    if sys.byteorder == "big":
+        entries.byteswap()
+    missing = -len(entries) % ENTRIES_PER_PAGE
+    entries.extend(array("I", [UNALLOCATED]) * missing)
+    return entries
+
+
+def new_table(chunks: int) -> bytes:
+    """The table of a new image: nothing allocated, whole pages."""
+    return b"\xff" * round_up(chunks * TABLE_ENTRY_SIZE, PAGE)

@@ -1,0 +1,135 @@
+"""The bitmap of local blocks, twice: what is true, and what a crash would leave.
+
+One bit a block of the base image; 0: the block's data is in the base, 1: it is in the image's own
+storage (format.md, section 3). Memory holds two of them (section 7):
+
+*fresh*  what is true now. Requests are planned by it.
+*stale*  what a replay of what is on stable storage would rebuild. Never ahead of *fresh*.
+
+A bit only ever goes from 0 to 1, first in *fresh*, then in *stale*:
+
+    fresh 0, stale 0    in the base
+    fresh 1, stale 0    local. Stored by a guest's write that is not committed yet, or copied from
+                        the base (copy-on-read, prefetching), which needs no commit: if the bit is
+                        lost, the base still has the same bytes. A *write* to such a block must be
+                        committed before a flush is answered, or a crash would bring the base's
+                        old bytes back.
+    fresh 1, stale 1    local, and a crash cannot change it
+
+Whoever sets a fresh bit does so only once the block's bytes are in the storage; whoever marks a
+stale bit, only once the record or the page that shows it is on stable storage.
+
+The unit of writing to disk is a page of 4096 bytes; pages in which a fresh bit was set since they
+were last written are dirty. Bits past the last block mean nothing and are kept as they are.
+
+Pure: no I/O, no clock.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from bitarray import bitarray
+
+from fvdfs.header import PAGE, ceil_div
+
+BLOCKS_PER_PAGE = PAGE * 8
+
+
+class Bitmap:
+    """Both bitmaps of an image. Block ranges are half-open: [start, stop)."""
+
+    def __init__(self, data: bytes, blocks: int) -> None:
+        """`data`: the bitmap as it is on disk, whole pages, at least `blocks` bits."""
+        assert len(data) % PAGE == 0
+        assert len(data) * 8 >= blocks
+        self.blocks = blocks
+        self._fresh = bitarray(endian="little")
+        self._fresh.frombytes(data)
+        self._stale = self._fresh.copy()
+        self._dirty: set[int] = set()
+
+    def all_local(self, start: int, stop: int) -> bool:
+        """Whether every block of the range is in the image's own storage."""
+        return self._fresh.find(0, start, stop) < 0
+
+    def none_local(self, start: int, stop: int) -> bool:
+        """Whether every block of the range is in the base."""
+        return self._fresh.find(1, start, stop) < 0
+
+    def all_committed(self, start: int, stop: int) -> bool:
+        """Whether a crash would leave every block of the range local."""
+        return self._stale.find(0, start, stop) < 0
+
+    def is_local(self, block: int) -> bool:
+        """Whether the block is in the image's own storage."""
+        return bool(self._fresh[block])
+
+    def runs(self, start: int, stop: int) -> Iterator[tuple[int, int, bool]]:
+        """The range as runs (start, stop, local) of blocks in the same state."""
+        fresh = self._fresh
+        while start < stop:
+            local = fresh[start]
+            end = fresh.find(1 - local, start, stop)
+            if end < 0:
+                end = stop
+            yield start, end, bool(local)
+            start = end
+
+    def count_local(self) -> int:
+        """How many blocks are in the image's own storage."""
+        return self._fresh.count(1, 0, self.blocks)
+
+    def set_local(self, start: int, stop: int) -> None:
+        """Blocks are now in the image's own storage; their pages become dirty."""
+        assert 0 <= start <= stop <= self.blocks
+        if start == stop:
+            return
+        self._fresh[start:stop] = 1
+        first, last = start // BLOCKS_PER_PAGE, (stop - 1) // BLOCKS_PER_PAGE
+        if first == last:
+            self._dirty.add(first)
+        else:
+            self._dirty.update(range(first, last + 1))
+
+    def shrink(self, blocks: int) -> None:
+        """The base's range has become smaller: bits past its end are gone."""
+        assert blocks <= self.blocks
+        self._fresh[blocks : self.blocks] = 0
+        self._stale[blocks : self.blocks] = 0
+        self._dirty.update(range(blocks // BLOCKS_PER_PAGE, ceil_div(self.blocks, BLOCKS_PER_PAGE)))
+        self.blocks = blocks
+
+    def mark_committed(self, start: int, stop: int) -> None:
+        """A journal record on stable storage now shows these blocks as local."""
+        self._stale[start:stop] = 1
+
+    @property
+    def dirty_pages(self) -> int:
+        return len(self._dirty)
+
+    def take_dirty_pages(self) -> list[tuple[int, bytes]]:
+        """The dirty pages as (page number, bytes), in order; they count as clean from here on."""
+        pages = sorted(self._dirty)
+        self._dirty.clear()
+        view = memoryview(self._fresh)
+        return [(page, bytes(view[page * PAGE : (page + 1) * PAGE])) for page in pages]
+
+    def pages_written(self, pages: Iterable[tuple[int, bytes]]) -> None:
+        """These pages, from `take_dirty_pages`, are on stable storage."""
+        stale = memoryview(self._stale)
+        for page, data in pages:
+            # The page was a snapshot of fresh bits, which include every stale one of that time.
+            # Bits that were committed since, through the journal, must stay.
+            at = page * PAGE
+            merged = int.from_bytes(data, "little") | int.from_bytes(stale[at : at + PAGE], "little")
+            stale[at : at + PAGE] = merged.to_bytes(PAGE, "little")
+
+    def pages_not_written(self, pages: Iterable[tuple[int, bytes]]) -> None:
+        """Writing these pages failed: they are dirty again."""
+        self._dirty.update(page for page, _ in pages)
+
+
+def bitmap_bytes(blocks: int) -> int:
+    """Bytes that a bitmap of so many blocks takes in memory and on disk: whole pages."""
+    return ceil_div(blocks, BLOCKS_PER_PAGE) * PAGE

@@ -1,0 +1,91 @@
+"""Planning: which bytes of a request lie where, and what a write has to do first.
+
+A request is planned by the bitmap as it is when the request begins, and then executed from the plan
+alone (format.md, section 7). Offsets and lengths are bytes of the virtual disk.
+
+The base's range ends at `base_size` (base_img_size): what is at or past it is in own storage,
+whatever the base has there now. The last block may reach past it. So a write
+
+- wholly at or past `base_size` touches no bit;
+- across it sets the bits of the blocks it touches before it;
+- whose first or last block is covered only in part and is not local is completed from the base, up
+  to `base_size` and never further.
+
+Pure: no I/O, no clock.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from fvdfs.cow.bitmap import Bitmap
+from fvdfs.header import ceil_div
+
+
+@dataclass(frozen=True, slots=True)
+class Geometry:
+    """What planning has to know of an image with a base; bytes."""
+
+    block_size: int
+    base_size: int
+
+    def blocks(self, start: int, stop: int) -> tuple[int, int]:
+        """The blocks [first, end) of the base's range that bytes [start, stop) touch; may be empty."""
+        stop = min(stop, self.base_size)
+        if start >= stop:
+            return 0, 0
+        return start // self.block_size, ceil_div(stop, self.block_size)
+
+
+def read_runs(geometry: Geometry, bitmap: Bitmap, start: int, stop: int) -> Iterator[tuple[int, int, bool]]:
+    """Bytes [start, stop) as runs (start, stop, local); the rest of each run is in the base."""
+    first, end = geometry.blocks(start, stop)
+    at = start
+    tail_local = stop > geometry.base_size
+    for _, run_end, local in bitmap.runs(first, end):
+        run_stop = min(run_end * geometry.block_size, geometry.base_size, stop)
+        if run_end == end and local and tail_local:
+            run_stop = stop
+        if at < run_stop:
+            yield at, run_stop, local
+            at = run_stop
+    if at < stop:
+        yield at, stop, True
+
+
+@dataclass(frozen=True, slots=True)
+class WritePlan:
+    """What a write to blocks that are not all local needs.
+
+    Bytes [start, stop) are stored: those from the base in `head` and `tail` (None: nothing), with
+    the request's own between them. Afterwards blocks [first, end) are local.
+    """
+
+    start: int
+    stop: int
+    head: tuple[int, int] | None
+    tail: tuple[int, int] | None
+    first: int
+    end: int
+
+
+def plan_write(geometry: Geometry, bitmap: Bitmap, start: int, stop: int) -> WritePlan:
+    """How to store bytes [start, stop), which touch the base's range."""
+    size = geometry.block_size
+    first, end = geometry.blocks(start, stop)
+    assert first < end
+    head = tail = None
+    if start > first * size and not bitmap.is_local(first):
+        head = first * size, start
+    last_stop = min(end * size, geometry.base_size)
+    if stop < last_stop and not bitmap.is_local(end - 1):
+        tail = stop, last_stop
+    return WritePlan(
+        start=head[0] if head else start,
+        stop=tail[1] if tail else stop,
+        head=head,
+        tail=tail,
+        first=first,
+        end=end,
+    )

@@ -1,0 +1,53 @@
+"""What can go wrong, by whose fault it is.
+
+`UsageError` is the user's mistake: one line that says what to do, and an exit code. `ImageError` is
+the image's: it cannot be opened, or not further. Errors of the operating system stay `OSError`; a
+broken invariant of fvdfs itself is an `AssertionError`.
+"""
+
+from __future__ import annotations
+
+
+class FvdError(Exception):
+    """Base of fvdfs's own errors; its text is one line for a person."""
+
+    exit_code = 1
+
+
+class UsageError(FvdError):
+    """The user asked for something that cannot be done; the text says what to do instead."""
+
+    exit_code = 2
+
+
+class ImageError(FvdError):
+    """An image cannot be used as it is; the text names the image, and field and value if one is to blame."""
+
+    def __init__(self, image: str, reason: str) -> None:
+        super().__init__(f"{image}: {reason}")
+        self.image = image
+        self.reason = reason
+
+
+class FormatError(ImageError):
+    """The image breaks a rule of the format."""
+
+
+class NotFvd(FormatError):
+    """The file does not hold an FVD image at all."""
+
+
+class UnsupportedFeature(ImageError):
+    """The image asks for something that this version does not do."""
+
+
+class Refused(ImageError):
+    """The image points somewhere the user did not allow; the text names the option that would."""
+
+
+class ImageBusy(ImageError):
+    """Another process, or another mount, has the image open in a way that excludes this one."""
+
+
+class ReadOnlyImage(ImageError):
+    """The image, or its state, does not permit writing."""

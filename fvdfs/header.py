@@ -1,0 +1,451 @@
+"""The header of an FVD image: fields, limits, regions.
+
+The specification of the on-disk header and of the regions that it points to. All integers are
+little-endian and packed; strings are NUL-terminated in fields of fixed size. (format.md, sections 1
+and 2, is the source of every rule here.)
+
+    header | bitmap | chunk table | journal | data
+
+Regions start on a page (4096 bytes) when fvdfs creates them; in an image made elsewhere only the
+offsets in the header count. `Header.check` accepts an image only if every region lies inside the
+file, none overlaps another or the header, and every size is one that the rest of fvdfs can compute
+with: after it, no other module needs to distrust a header.
+
+Pure: bytes in, decisions out.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from fvdfs.errors import FormatError, NotFvd, UsageError
+
+MAGIC = 0x5143F5A9
+VERSION = 1
+SECTOR = 512
+PAGE = 4096
+HEADER_SIZE = 4336
+HEADER_SPACE = 8192  # the header's region, up to the first other one
+TABLE_ENTRY_SIZE = 4
+MAX_DISK_SIZE = 1 << 62  # keeps every sum of two offsets inside the 63 bits of a file offset
+MAX_CHUNKS = 0x7FFFFFFF  # numbers 0 .. 0x7FFFFFFE (format.md, section 5)
+
+DEFAULT_BITMAP_LIMIT = 4 << 20
+DEFAULT_CHUNK_SIZE = 1 << 20
+DEFAULT_GROW_UNIT = 100 << 20
+DEFAULT_JOURNAL_SIZE = 16 << 20
+DEFAULT_PREFETCH = 1 << 20
+ENTRIES_WITH_BITMAP_RECORD = 121  # table entries in a journal sector beside a bitmap record
+
+
+def round_up(value: int, unit: int) -> int:
+    """`value` rounded up to a multiple of `unit`."""
+    return -(-value // unit) * unit
+
+
+def ceil_div(value: int, unit: int) -> int:
+    """`value / unit`, rounded up."""
+    return -(-value // unit)
+
+
+@dataclass(frozen=True, slots=True)
+class Region:
+    """A part of the image file, in bytes."""
+
+    name: str
+    offset: int
+    size: int
+
+    @property
+    def end(self) -> int:
+        return self.offset + self.size
+
+
+# name, struct code; in the order of the file, without gaps
+_FIELDS: tuple[tuple[str, str], ...] = (
+    ("magic", "I"),
+    ("version", "I"),
+    ("all_data_in_fvd_img", "i"),
+    ("virtual_disk_size", "q"),
+    ("metadata_size", "q"),
+    ("base_img", "1024s"),
+    ("base_img_fmt", "16s"),
+    ("base_img_size", "q"),
+    ("bitmap_offset", "q"),
+    ("bitmap_size", "q"),
+    ("block_size", "i"),
+    ("copy_on_read", "i"),
+    ("max_outstanding_copy_on_read_data", "q"),
+    ("data_file", "1024s"),
+    ("data_file_fmt", "16s"),
+    ("prefetch_start_delay", "i"),
+    ("prefetch_profile_offset", "q"),
+    ("prefetch_profile_entries", "q"),
+    ("num_prefetch_slots", "i"),
+    ("bytes_per_prefetch", "i"),
+    ("prefetch_read_throughput_measure_time", "i"),
+    ("prefetch_write_throughput_measure_time", "i"),
+    ("prefetch_perf_calc_alpha", "i"),
+    ("prefetch_min_read_throughput", "i"),
+    ("prefetch_min_write_throughput", "i"),
+    ("prefetch_max_read_throughput", "i"),
+    ("prefetch_max_write_throughput", "i"),
+    ("prefetch_throttle_time", "i"),
+    ("compact_image", "i"),
+    ("table_offset", "q"),
+    ("chunk_size", "q"),
+    ("storage_grow_unit", "q"),
+    ("add_storage_cmd", "2048s"),
+    ("journal_offset", "q"),
+    ("journal_size", "q"),
+    ("clean_shutdown", "i"),
+    ("need_zero_init", "i"),
+    ("generate_prefetch_profile", "i"),
+    ("unit_of_PrefetchProfileEntry_len", "i"),
+    ("profile_directed_prefetch_start_delay", "i"),
+    ("write_updates_base_img", "16s"),
+)
+_STRUCT = struct.Struct("<" + "".join(code for _, code in _FIELDS))
+assert _STRUCT.size == HEADER_SIZE
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """The fields of the header, with the names of the format; sizes and offsets in bytes."""
+
+    magic: int = MAGIC
+    version: int = VERSION
+    all_data_in_fvd_img: int = 1
+    virtual_disk_size: int = 0
+    metadata_size: int = HEADER_SPACE
+    base_img: str = ""
+    base_img_fmt: str = ""
+    base_img_size: int = 0
+    bitmap_offset: int = 0
+    bitmap_size: int = 0
+    block_size: int = 0
+    copy_on_read: int = 0
+    max_outstanding_copy_on_read_data: int = 0
+    data_file: str = ""
+    data_file_fmt: str = ""
+    prefetch_start_delay: int = 0
+    prefetch_profile_offset: int = 0
+    prefetch_profile_entries: int = 0
+    num_prefetch_slots: int = 0
+    bytes_per_prefetch: int = 0
+    prefetch_read_throughput_measure_time: int = 0
+    prefetch_write_throughput_measure_time: int = 0
+    prefetch_perf_calc_alpha: int = 0
+    prefetch_min_read_throughput: int = 0
+    prefetch_min_write_throughput: int = 0
+    prefetch_max_read_throughput: int = 0
+    prefetch_max_write_throughput: int = 0
+    prefetch_throttle_time: int = 0
+    compact_image: int = 0
+    table_offset: int = 0
+    chunk_size: int = 0
+    storage_grow_unit: int = 0
+    add_storage_cmd: str = ""
+    journal_offset: int = 0
+    journal_size: int = 0
+    clean_shutdown: int = 1
+    need_zero_init: int = 0
+    generate_prefetch_profile: int = 0
+    unit_of_PrefetchProfileEntry_len: int = 0
+    profile_directed_prefetch_start_delay: int = 0
+    write_updates_base_img: str = ""
+
+    @classmethod
+    def decode(cls, data: bytes, image: str) -> Header:
+        """The header in `data`, the first bytes of the file `image`; not yet checked but for its strings.
+
+        Raises NotFvd where the magic is missing, FormatError where the file is cut short, the version
+        is another or a string fills its field.
+        """
+        if len(data) < 4 or int.from_bytes(data[:4], "little") != MAGIC:
+            raise NotFvd(image, "not an FVD image (the magic number is missing)")
+        if len(data) < HEADER_SIZE:
+            raise FormatError(image, f"the file ends inside the header ({len(data)} of {HEADER_SIZE} bytes)")
+        fields: dict[str, int | str] = {}
+        for (name, _), value in zip(_FIELDS, _STRUCT.unpack_from(data), strict=True):
+            if isinstance(value, bytes):
+                text, nul, _ = value.partition(b"\0")
+                if not nul:
+                    raise FormatError(image, f"{name} fills its {len(value)} bytes without an end")
+                fields[name] = text.decode("utf-8", "surrogateescape")
+            else:
+                fields[name] = value
+        if fields["version"] != VERSION:
+            raise FormatError(image, f"version={fields['version']}: only version {VERSION} is known")
+        return cls(**fields)  # type: ignore[arg-type]
+
+    def encode(self) -> bytes:
+        """The header's HEADER_SIZE bytes. Raises UsageError where a string is too long for its field."""
+        values: list[int | bytes] = []
+        for name, code in _FIELDS:
+            value = getattr(self, name)
+            if isinstance(value, str):
+                data = value.encode("utf-8", "surrogateescape")
+                room = int(code[:-1]) - 1
+                if len(data) > room:
+                    raise UsageError(f"{name} is {len(data)} bytes long; the format has room for {room}")
+                value = data
+            values.append(value)
+        return _STRUCT.pack(*values)
+
+    # --- what the fields mean -----------------------------------------------------------------
+
+    @property
+    def has_base(self) -> bool:
+        """Whether some block may still lie in the base image."""
+        return bool(self.base_img) and not self.all_data_in_fvd_img
+
+    @property
+    def base_size(self) -> int:
+        """Bytes of the virtual disk that the base image can provide."""
+        return self.base_img_size if self.has_base else 0
+
+    @property
+    def compact(self) -> bool:
+        return self.compact_image != 0
+
+    @property
+    def clean(self) -> bool:
+        return self.clean_shutdown != 0
+
+    @property
+    def blocks(self) -> int:
+        """Blocks that the bitmap covers."""
+        return ceil_div(self.base_img_size, self.block_size) if self.has_base else 0
+
+    @property
+    def chunks(self) -> int:
+        """Entries of the chunk table."""
+        return ceil_div(self.virtual_disk_size, self.chunk_size) if self.compact else 0
+
+    @property
+    def has_metadata(self) -> bool:
+        """Whether writing can change a bitmap or a table."""
+        return self.has_base or self.compact
+
+    @property
+    def data_offset(self) -> int:
+        """Where data starts, in bytes, in the file that holds it."""
+        return 0 if self.data_file else self.metadata_size
+
+    @property
+    def bitmap_region(self) -> Region | None:
+        """The bitmap as far as it is used, up to a page (format.md, section 3)."""
+        if not self.has_base:
+            return None
+        return Region("bitmap", self.bitmap_offset, round_up(ceil_div(self.blocks, 8), PAGE))
+
+    @property
+    def table_region(self) -> Region | None:
+        """The table as far as it is used (format.md, section 5)."""
+        if not self.compact:
+            return None
+        return Region("table", self.table_offset, round_up(self.chunks * TABLE_ENTRY_SIZE, PAGE))
+
+    @property
+    def journal_region(self) -> Region | None:
+        """The journal, or None where the image has none, or nothing to keep in it."""
+        if self.journal_size == 0 or not self.has_metadata:
+            return None
+        return Region("journal", self.journal_offset, self.journal_size)
+
+    def regions(self) -> Iterator[Region]:
+        """The regions of metadata behind the header that are in use."""
+        for region in (self.bitmap_region, self.table_region, self.journal_region):
+            if region is not None:
+                yield region
+
+    @property
+    def table_capacity(self) -> int:
+        """Entries that table and journal have room for (format.md, sections 1 and 2)."""
+        assert self.compact
+        ends = [region.offset for region in self.regions()] + [self.metadata_size]
+        ends = [end for end in ends if end > self.table_offset]
+        room = min(ends) - self.table_offset if ends else round_up(self.chunks * TABLE_ENTRY_SIZE, PAGE)
+        entries = min(room // TABLE_ENTRY_SIZE, MAX_CHUNKS)
+        if self.journal_size:
+            entries = min(entries, self.journal_size // SECTOR * ENTRIES_WITH_BITMAP_RECORD)
+        return entries
+
+    # --- validity -----------------------------------------------------------------------------
+
+    def check(self, image: str, file_size: int) -> None:
+        """Raise FormatError unless the header describes an image that fits a file of `file_size` bytes."""
+
+        def bad(field: str, why: str) -> FormatError:
+            return FormatError(image, f"{field}={getattr(self, field)}: {why}")
+
+        def want_size(field: str, low: int, high: int, unit: int = 1) -> None:
+            value = getattr(self, field)
+            if not low <= value <= high:
+                raise bad(field, f"must be {low}..{high}")
+            if value % unit:
+                raise bad(field, f"must be a multiple of {unit}")
+
+        want_size("virtual_disk_size", 0, MAX_DISK_SIZE, SECTOR)
+        want_size("metadata_size", 0, MAX_DISK_SIZE, SECTOR)
+        if not self.base_img and not self.all_data_in_fvd_img:
+            raise bad("all_data_in_fvd_img", "the image says that it needs a base image, but base_img is empty")
+        if self.has_base:
+            want_size("base_img_size", 0, self.virtual_disk_size, SECTOR)
+            want_size("block_size", SECTOR, (1 << 31) - SECTOR, SECTOR)
+            want_size("bitmap_size", ceil_div(self.blocks, 8), MAX_DISK_SIZE)
+        if self.compact:
+            want_size("chunk_size", SECTOR, MAX_DISK_SIZE, SECTOR)
+            want_size("storage_grow_unit", 0, MAX_DISK_SIZE)
+            if self.chunks > MAX_CHUNKS:
+                raise bad("chunk_size", f"too small for a disk of {self.virtual_disk_size} bytes")
+        if self.has_metadata:
+            want_size("journal_size", 0, MAX_DISK_SIZE, SECTOR)
+        last = Region("header", 0, HEADER_SIZE)
+        regions = sorted(self.regions(), key=lambda r: r.offset)
+        for region in regions:
+            field = f"{region.name}_offset"
+            if region.offset % SECTOR:
+                raise bad(field, f"must be a multiple of {SECTOR}")
+            if region.offset < last.end:
+                raise bad(field, f"the {region.name} overlaps the {last.name}, which ends at {last.end}")
+            if region.end > file_size:
+                raise bad(field, f"the {region.name} ends at {region.end}, the file at {file_size}")
+            last = region
+        if not self.data_file and self.metadata_size < last.end:
+            raise bad("metadata_size", f"data would overlap the {last.name}, which ends at {last.end}")
+
+
+def changed_sectors(old: bytes, new: bytes) -> Iterator[tuple[int, bytes]]:
+    """The sectors, as (offset, bytes), in which two images of the header differ."""
+    assert len(old) == len(new)
+    assert len(old) % SECTOR == 0
+    for at in range(0, len(old), SECTOR):
+        if old[at : at + SECTOR] != new[at : at + SECTOR]:
+            yield at, new[at : at + SECTOR]
+
+
+# --- creation -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class CreateOptions:
+    """What a user may choose at creation; None and 0 stand for the format's default. Sizes in bytes."""
+
+    base_img: str = ""
+    base_img_fmt: str = ""
+    block_size: int = 0
+    compact: bool = False
+    chunk_size: int = 0
+    grow_unit: int = 0
+    journal_size: int | None = None  # None: the default; 0: no journal
+    data_file: str = ""
+    data_file_fmt: str = ""
+    copy_on_read: bool = False
+    prefetch_delay: int = -1
+    detect_holes: int = 0
+
+
+def default_block_size(base_size: int) -> int:
+    """The smallest 512 * 2^k bytes whose bitmap takes at most 4 MiB (format.md, section 2)."""
+    size = SECTOR
+    while ceil_div(ceil_div(base_size, size), 8) > DEFAULT_BITMAP_LIMIT:
+        size *= 2
+    return size
+
+
+def new_header(virtual_size: int, base_length: int | None, options: CreateOptions) -> Header:
+    """The header that the original writes for these options (format.md, section 2).
+
+    `virtual_size` and `base_length` (None without a base) are bytes. Raises UsageError for a choice
+    that the format has no room for.
+    """
+    if virtual_size % SECTOR or virtual_size <= 0:
+        raise UsageError(f"the size of the disk, {virtual_size}, must be a positive multiple of {SECTOR}")
+    has_base = base_length is not None
+    if not has_base:
+        for wrong, option in (
+            (options.block_size, "--block-size"),
+            (options.copy_on_read, "--copy-on-read"),
+            (options.prefetch_delay > 0, "--prefetch-delay"),
+            (options.detect_holes, "--detect-holes"),
+        ):
+            if wrong:
+                raise UsageError(f"{option} needs a base image: give --base")
+    if options.detect_holes and options.compact:
+        raise UsageError("--detect-holes does not go with --compact: choose one")
+    if not options.compact and (options.chunk_size or options.grow_unit):
+        raise UsageError("--chunk-size and --grow-unit need --compact")
+
+    fields: dict[str, int | str] = {
+        "virtual_disk_size": virtual_size,
+        "data_file": options.data_file,
+        "data_file_fmt": options.data_file_fmt,
+    }
+    end = HEADER_SPACE
+    if base_length is not None:
+        base_size = min(virtual_size, round_up(base_length, SECTOR))
+        block_size = round_up(options.block_size, SECTOR) or default_block_size(base_size)
+        if block_size >= 1 << 31:
+            raise UsageError(f"--block-size {options.block_size} is too large: at most 2 GiB - 512")
+        bitmap_size = round_up(ceil_div(ceil_div(base_size, block_size), 8), PAGE)
+        fields |= {
+            "all_data_in_fvd_img": 0,
+            "base_img": options.base_img,
+            "base_img_fmt": options.base_img_fmt,
+            "base_img_size": base_size,
+            "bitmap_offset": end,
+            "bitmap_size": bitmap_size,
+            "block_size": block_size,
+            "copy_on_read": int(options.copy_on_read),
+            "max_outstanding_copy_on_read_data": 2_000_000,
+            "prefetch_start_delay": options.prefetch_delay,
+            "num_prefetch_slots": 2,
+            "bytes_per_prefetch": min(
+                round_up(DEFAULT_PREFETCH, block_size), ((1 << 31) - 1) // block_size * block_size
+            ),
+            "prefetch_read_throughput_measure_time": 100,
+            "prefetch_write_throughput_measure_time": 100,
+            "prefetch_perf_calc_alpha": 80,
+            "prefetch_min_read_throughput": 5120,
+            "prefetch_min_write_throughput": 5120,
+            "prefetch_max_read_throughput": 1_000_000_000,
+            "prefetch_max_write_throughput": 1_000_000_000,
+            "prefetch_throttle_time": 30_000,
+            "need_zero_init": int(options.detect_holes > 0),
+            "unit_of_PrefetchProfileEntry_len": PAGE,
+            "profile_directed_prefetch_start_delay": -1,
+        }
+        end += bitmap_size
+    entries = 0
+    if options.compact:
+        chunk_size = round_up(options.chunk_size, PAGE) or DEFAULT_CHUNK_SIZE
+        entries = ceil_div(virtual_size, chunk_size)
+        if entries > MAX_CHUNKS:
+            raise UsageError(f"--chunk-size {chunk_size} is too small for a disk of {virtual_size} bytes")
+        fields |= {
+            "compact_image": 1,
+            "table_offset": end,
+            "chunk_size": chunk_size,
+            "storage_grow_unit": max(options.grow_unit or DEFAULT_GROW_UNIT, chunk_size),
+        }
+        end += round_up(entries * TABLE_ENTRY_SIZE, PAGE)
+    journal_size = DEFAULT_JOURNAL_SIZE if options.journal_size is None else options.journal_size
+    journal_size = max(journal_size, ceil_div(entries, ENTRIES_WITH_BITMAP_RECORD) * SECTOR) if journal_size else 0
+    journal_size = round_up(journal_size, PAGE)
+    if has_base or options.compact:
+        if journal_size:
+            fields |= {"journal_offset": end, "journal_size": journal_size}
+        end += journal_size
+    elif options.journal_size is not None:
+        end += journal_size  # asked for in vain, and yet counted by the original
+    return Header(**(fields | {"metadata_size": end}))  # type: ignore[arg-type]
+
+
+def with_fields(header: Header, **changes: int | str) -> Header:
+    """A copy of the header with some fields changed."""
+    return dataclasses.replace(header, **changes)  # type: ignore[arg-type]
