@@ -1,0 +1,63 @@
+"""Allocation by the host: virtual byte v is at data start + v (format.md, section 4).
+
+The layout of a raw image. In a file of a file system it is sparse, and the file system decides
+where blocks go; a short file reads as zeros past its end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import trio
+
+from fvdfs.alloc.store import Store
+
+
+class FlatStorage:
+    """The identity mapping over a store."""
+
+    def __init__(self, store: Store, data_offset: int, size: int) -> None:
+        self._store = store
+        self._offset = data_offset
+        self._size = size
+        self._ready = False
+        self._resizing = trio.Lock()
+
+    def runs(self, start: int, stop: int) -> Iterator[tuple[int, int, int | None]]:
+        """Bytes [start, stop) of the disk as (start, stop, offset in the store); here one run."""
+        yield start, stop, self._offset + start
+
+    def prepare_nowait(self, start: int, stop: int) -> bool:
+        """Whether these bytes can be written without `prepare`."""
+        return self._ready
+
+    async def prepare(self, start: int, stop: int) -> list[int]:
+        """Make room for these bytes; the chunks that were allocated for it (here none).
+
+        The original extends the file to the whole disk before its first request (format.md,
+        section 4), and so refuses none of what is written here. Raises OSError.
+        """
+        async with self._resizing:
+            if await self._store.size() < self._offset + self._size:
+                await self._store.resize(self._offset + self._size)
+            self._ready = True
+        return []
+
+    async def grow(self, size: int) -> None:
+        """The disk grows to `size` bytes, and what is new reads as zeros. Raises OSError."""
+        async with self._resizing:
+            if await self._store.size() > self._offset + self._size:
+                await self._store.resize(self._offset + self._size)
+            await self._store.resize(self._offset + size)
+            self._size = size
+            self._ready = True
+
+    def grow_failed(self, size: int) -> None:
+        """The disk stays at `size` bytes: a growth could not be completed."""
+        self._size = size
+
+    async def shrink(self, size: int) -> None:
+        """The disk has become smaller: give back what is past its end. Raises OSError."""
+        async with self._resizing:
+            self._size = size
+            await self._store.resize(self._offset + size)

@@ -1,0 +1,251 @@
+"""The one seam to storage: everything that fvdfs reads or writes of images goes through a `Store`.
+
+A store is an array of bytes with a size. Its calls come in two kinds: the `async` ones may wait for
+a disk or a network, in a thread; the `_nowait` ones never wait, and say False where they would have
+to (then the caller takes the async one). Both move whole requests: nothing is ever half done
+without an error.
+
+The order of operations is the caller's business; only `flush` promises something about it: when it
+returns, all that was written before it was called is on stable storage, a new size included.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import logging
+import os
+import stat
+import struct
+from collections.abc import Sequence
+from typing import Protocol
+
+import trio
+
+from fvdfs.errors import ImageBusy, ImageError
+
+log = logging.getLogger(__name__)
+
+Buffer = bytes | bytearray | memoryview
+
+THREADS_PER_STORE = 8  # a slow store can keep only its own threads busy
+
+
+class Store(Protocol):
+    """Bytes that can be read, and perhaps written. Offsets and sizes in bytes."""
+
+    @property
+    def name(self) -> str:
+        """What a person calls it, for messages."""
+
+    @property
+    def writable(self) -> bool:
+        """Whether the calls that change it may be used."""
+
+    def pread_nowait(self, buffer: memoryview, offset: int) -> bool:
+        """Fill the whole buffer if that needs no waiting, else say False (the buffer may then hold parts)."""
+
+    async def pread(self, buffer: memoryview, offset: int) -> int:
+        """Fill the buffer as far as the store reaches; the number of bytes filled. Raises OSError."""
+
+    def pwrite_nowait(self, data: Buffer, offset: int) -> bool:
+        """Write all of `data` if that needs no waiting, else say False (parts may then be written)."""
+
+    async def pwrite(self, data: Buffer, offset: int) -> None:
+        """Write all of `data`, making the store longer where it must. Raises OSError."""
+
+    async def flush(self) -> None:
+        """Make all that was written stable. Raises OSError; what was not yet stable may then be lost."""
+
+    async def size(self) -> int:
+        """The current size. Raises OSError."""
+
+    async def resize(self, size: int) -> None:
+        """Cut or extend the store to this size; new bytes read as zeros. Raises OSError."""
+
+    def usage(self) -> int:
+        """Bytes that it really takes where it lies."""
+
+    async def aclose(self) -> None:
+        """Give up the store; nothing is flushed."""
+
+
+# All locks of fvdfs are on this one byte, far behind any data, so that they meet no other program's
+# (QEMU locks bytes 100.. and 200.. of the images that it opens).
+_LOCK_BYTE = 0x7FFF_4656_4400_0000
+_OFD_SETLK = getattr(fcntl, "F_OFD_SETLK", 37)
+
+
+class HostFile:
+    """A regular file or a block device of the host."""
+
+    def __init__(self, fd: int, name: str, writable: bool) -> None:
+        """Takes over `fd`."""
+        self._fd = fd
+        self.name = name
+        self.writable = writable
+        mode = os.fstat(fd).st_mode
+        self.is_device = stat.S_ISBLK(mode)
+        self._claim = -1
+        self._read_flags = os.RWF_NOWAIT
+        self._write_flags = os.RWF_NOWAIT
+        self._limiter = trio.CapacityLimiter(THREADS_PER_STORE)
+
+    @property
+    def identity(self) -> tuple[int, int]:
+        """What tells two names of one file or device from two files."""
+        status = os.fstat(self._fd)
+        return (-1, status.st_rdev) if self.is_device else (status.st_dev, status.st_ino)
+
+    def claim_device(self) -> None:
+        """Keep everybody else who asks for it from using the device. Raises ImageBusy, OSError."""
+        if not self.is_device or self._claim >= 0:
+            return
+        try:
+            self._claim = os.open(f"/proc/self/fd/{self._fd}", os.O_RDONLY | os.O_EXCL | os.O_CLOEXEC)
+        except OSError as error:
+            if error.errno != errno.EBUSY:
+                raise
+            raise ImageBusy(self.name, "the device is in use (mounted, or held by another program)") from None
+
+    def lock(self, exclusive: bool) -> None:
+        """Take an open-file-description lock, or turn the held one into this kind.
+
+        Raises ImageBusy where another open file holds one that excludes it.
+        """
+        kind = fcntl.F_WRLCK if exclusive else fcntl.F_RDLCK
+        request = struct.pack("hhqqi4x", kind, os.SEEK_SET, _LOCK_BYTE, 1, 0)
+        try:
+            fcntl.fcntl(self._fd, _OFD_SETLK, request)
+        except OSError as error:
+            if error.errno in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL):
+                log.warning(
+                    "%s: its file system has no locks (%s): nothing guards it against other writers",
+                    self.name,
+                    error.strerror,
+                )
+                return
+            if error.errno not in (errno.EACCES, errno.EAGAIN):
+                raise
+            use = "in use" if exclusive else "open for writing"
+            raise ImageBusy(
+                self.name, f"{use} by another mount or process, or by an image based on it; close it there first"
+            ) from None
+
+    def pread_nowait(self, buffer: memoryview, offset: int) -> bool:
+        try:
+            return os.preadv(self._fd, [buffer], offset, self._read_flags) == len(buffer)
+        except BlockingIOError:
+            return False
+        except OSError as error:
+            if error.errno != errno.EOPNOTSUPP:
+                raise
+            return False
+
+    async def pread(self, buffer: memoryview, offset: int) -> int:
+        return await trio.to_thread.run_sync(self.pread_now, buffer, offset, limiter=self._limiter)
+
+    def pread_now(self, buffer: memoryview, offset: int) -> int:
+        """`pread` for callers that are in a thread already."""
+        done = 0
+        while done < len(buffer):
+            count = os.preadv(self._fd, [buffer[done:]], offset + done)
+            if count == 0:
+                break
+            done += count
+        return done
+
+    def pwrite_nowait(self, data: Buffer, offset: int) -> bool:
+        if not self._write_flags:
+            return False
+        try:
+            return os.pwritev(self._fd, [data], offset, self._write_flags) == len(data)
+        except BlockingIOError:
+            return False
+        except OSError as error:
+            if error.errno != errno.EOPNOTSUPP:
+                raise
+            self._write_flags = 0  # not every file system can; no need to ask again
+            return False
+
+    async def pwrite(self, data: Buffer, offset: int) -> None:
+        await trio.to_thread.run_sync(self.pwrite_now, data, offset, limiter=self._limiter)
+
+    def pwrite_now(self, data: Buffer, offset: int) -> None:
+        """`pwrite` for callers that are in a thread already."""
+        view = memoryview(data)
+        done = 0
+        while done < len(view):
+            count = os.pwrite(self._fd, view[done:], offset + done)
+            if count == 0:
+                raise OSError(errno.EIO, f"{self.name}: nothing was written at {offset + done}")
+            done += count
+
+    async def flush(self) -> None:
+        await trio.to_thread.run_sync(os.fdatasync, self._fd, limiter=self._limiter)
+
+    async def size(self) -> int:
+        return await trio.to_thread.run_sync(self.size_now, limiter=self._limiter)
+
+    def size_now(self) -> int:
+        """The size; does not wait for more than the inode."""
+        if self.is_device:
+            return os.lseek(self._fd, 0, os.SEEK_END)
+        return os.fstat(self._fd).st_size
+
+    async def resize(self, size: int) -> None:
+        if self.is_device:
+            have = await self.size()
+            if size > have:
+                raise OSError(errno.ENOSPC, f"{self.name}: the device ends at {have} bytes, {size} are needed")
+            return
+        await trio.to_thread.run_sync(os.ftruncate, self._fd, size, limiter=self._limiter)
+
+    def usage(self) -> int:
+        return self.size_now() if self.is_device else os.fstat(self._fd).st_blocks * 512
+
+    async def aclose(self) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """`aclose` for callers that are in a thread already."""
+        for fd in (self._fd, self._claim):
+            if fd >= 0:
+                os.close(fd)
+        self._fd = self._claim = -1
+
+
+def open_host_file(handle: int, name: str, *, writable: bool) -> HostFile:
+    """Open what the O_PATH descriptor `handle` stands for, which stays the caller's.
+
+    Raises ImageError where it is neither a regular file nor a block device (a FIFO is never
+    opened), OSError where it cannot be opened.
+    """
+    mode = os.fstat(handle).st_mode
+    if not stat.S_ISREG(mode) and not stat.S_ISBLK(mode):
+        raise ImageError(name, "neither a regular file nor a block device")
+    flags = os.O_CLOEXEC | (os.O_RDWR if writable else os.O_RDONLY)
+    return HostFile(os.open(f"/proc/self/fd/{handle}", flags), name, writable)
+
+
+async def pread_exactly(store: Store, size: int, offset: int) -> bytearray:
+    """Read metadata: exactly `size` bytes. Raises ImageError where the store ends before."""
+    data = bytearray(size)
+    with memoryview(data) as view:
+        if not store.pread_nowait(view, offset):
+            count = await store.pread(view, offset)
+            if count < size:
+                raise ImageError(store.name, f"the file ends at {offset + count}, {size} bytes at {offset} are needed")
+    return data
+
+
+async def pwrite_pages(store: Store, region_offset: int, page_size: int, pages: Sequence[tuple[int, bytes]]) -> None:
+    """Write numbered pages of a region, adjacent ones in one call. Raises OSError."""
+    at = 0
+    while at < len(pages):
+        end = at + 1
+        while end < len(pages) and pages[end][0] == pages[at][0] + end - at:
+            end += 1
+        data = pages[at][1] if end == at + 1 else b"".join(page for _, page in pages[at:end])
+        await store.pwrite(data, region_offset + pages[at][0] * page_size)
+        at = end

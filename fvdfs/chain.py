@@ -1,0 +1,348 @@
+"""Opening an image with all that it stands on: data file, base image, the base's base.
+
+Names inside an image are relative to its folder, and lead only where the user allows (`Policy`): the
+file that a name leads to is found first, without opening it, links and all; then it is judged by
+where it really is; then that very file is opened.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from fvdfs import journal
+from fvdfs.alloc.chunked import ChunkedStorage
+from fvdfs.alloc.flat import FlatStorage
+from fvdfs.alloc.store import HostFile, Store, open_host_file, pread_exactly
+from fvdfs.alloc.table import Table
+from fvdfs.commit import Committer
+from fvdfs.cow.bitmap import Bitmap, bitmap_bytes
+from fvdfs.errors import FormatError, ImageBusy, ImageError, Refused, UnsupportedFeature
+from fvdfs.header import HEADER_SIZE, HEADER_SPACE, SECTOR, Header, round_up
+from fvdfs.image import Image
+
+log = logging.getLogger(__name__)
+
+RAW_FORMATS = ("", "raw")
+FVD_FORMAT = "fvd"
+_REPLAY_PIECE = 1 << 20
+_REPORTED_RECORDS = 10
+
+FOREIGN_MAGICS = (
+    (b"QFI\xfb", "qcow2"),
+    (b"KDMV", "vmdk"),
+    (b"vhdxfile", "vhdx"),
+    (b"conectix", "vpc"),
+    (b"LUKS\xba\xbe", "luks"),
+    (b"QED\0", "qed"),
+    (b"\xa9\xf5\x43\x51", FVD_FORMAT),
+)
+
+
+def looks_like(first_bytes: bytes) -> str | None:
+    """The QEMU name of the format that a file with these first bytes seems to have; None: raw."""
+    for magic, name in FOREIGN_MAGICS:
+        if first_bytes.startswith(magic):
+            return name
+    return None
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """What an image may do: where its names may lead, and whether it may be written."""
+
+    roots: tuple[str, ...] = ("/",)
+    """Real paths of the folders that names inside images may lead into."""
+    writable: bool = True
+    accept_unclean: bool = False
+
+    def check(self, image: str, field: str, value: str, real_path: str) -> None:
+        """Raise Refused unless the file at `real_path` lies in an allowed folder."""
+        for root in self.roots:
+            if root == "/" or real_path == root or real_path.startswith(root.rstrip("/") + "/"):
+                return
+        raise Refused(
+            image,
+            f"{field}={value} leads to {real_path}, outside the mounted folder; "
+            f"allow it with -o base_path={os.path.dirname(real_path)}",
+        )
+
+
+@dataclass(slots=True)
+class Layer:
+    """An FVD image of a chain, its files open, nothing but its header read."""
+
+    path: str
+    meta: HostFile
+    data: HostFile
+    header: Header
+    raw_header: bytes
+
+
+@dataclass(slots=True)
+class Chain:
+    """An image and the images it stands on, from the top; `base` is the raw file under the last, if any."""
+
+    layers: list[Layer]
+    base: HostFile | None
+
+    def stores(self) -> list[HostFile]:
+        """Every open file of the chain, once."""
+        found: list[HostFile] = []
+        for layer in self.layers:
+            found += [layer.meta] if layer.data is layer.meta else [layer.meta, layer.data]
+        return found + ([self.base] if self.base is not None else [])
+
+    async def aclose(self) -> None:
+        """Close every file."""
+        for store in self.stores():
+            await store.aclose()
+
+    def usage(self) -> int:
+        """Bytes that the top image really takes."""
+        top = self.layers[0]
+        return top.meta.usage() + (top.data.usage() if top.data is not top.meta else 0)
+
+
+def open_chain(path: str, policy: Policy, *, top_only: bool = False) -> Chain:
+    """Open the files of the image at `path`, and read and check their headers. Blocks.
+
+    With `top_only` the image's own file alone, for a look at its header. Raises ImageError with one
+    line that names image, field and value; OSError only for `path` itself.
+    """
+    layers: list[Layer] = []
+    opened: list[HostFile] = []
+    try:
+        store = _open_top(path, policy)
+        while True:
+            opened.append(store)
+            if any(store.identity == other.meta.identity for other in layers):
+                names = " on ".join([layer.path for layer in layers] + [path])
+                last = layers[-1]
+                raise FormatError(last.path, f"base_img={last.header.base_img}: the chain is a loop: {names}")
+            writable = policy.writable and not layers
+            layer = _open_layer(path, store, policy, writable=writable, with_data=not top_only)
+            if layer.data is not store:
+                opened.append(layer.data)
+            layers.append(layer)
+            header = layer.header
+            if not header.has_base or top_only:
+                return Chain(layers, None)
+            file_format = header.base_img_fmt
+            if file_format not in (*RAW_FORMATS, FVD_FORMAT):
+                raise UnsupportedFeature(path, f"base_img_fmt={file_format}: only raw and {FVD_FORMAT} bases are known")
+            store = _open_named(path, "base_img", header.base_img, policy, writable=False)
+            if file_format != FVD_FORMAT:
+                opened.append(store)
+                _look_at_base(layer, store)
+                return Chain(layers, store)
+            path = _resolve(path, header.base_img)
+    except BaseException:
+        for store in opened:
+            store.close()
+        raise
+
+
+def _open_top(path: str, policy: Policy) -> HostFile:
+    handle = os.open(path, os.O_PATH | os.O_CLOEXEC)
+    try:
+        return _open_either_way(handle, path, policy.writable)
+    finally:
+        os.close(handle)
+
+
+def _open_either_way(handle: int, name: str, writable: bool) -> HostFile:
+    """Open for writing if that is wanted and permitted, else for reading."""
+    if writable:
+        try:
+            return open_host_file(handle, name, writable=True)
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+                raise
+    return open_host_file(handle, name, writable=False)
+
+
+def _resolve(image_path: str, name: str) -> str:
+    return os.path.join(os.path.dirname(image_path), name)
+
+
+def _open_named(image: str, field: str, name: str, policy: Policy, *, writable: bool) -> HostFile:
+    """Open the file that a field of an image names, if the policy allows."""
+    if "://" in name or name.startswith("json:"):
+        raise UnsupportedFeature(image, f"{field}={name}: only files and devices of this host are known")
+    path = _resolve(image, name)
+    try:
+        handle = os.open(path, os.O_PATH | os.O_CLOEXEC)
+        try:
+            policy.check(image, field, name, os.readlink(f"/proc/self/fd/{handle}"))
+            return _open_either_way(handle, path, writable)
+        finally:
+            os.close(handle)
+    except OSError as error:
+        raise ImageError(image, f"{field}={name}: {path}: {error.strerror}") from error
+    except ImageError as error:
+        if isinstance(error, Refused):
+            raise
+        raise ImageError(image, f"{field}={name}: {error.reason}") from error
+
+
+def _open_layer(path: str, meta: HostFile, policy: Policy, *, writable: bool, with_data: bool) -> Layer:
+    raw = bytearray(HEADER_SPACE)
+    count = meta.pread_now(memoryview(raw), 0)
+    header = Header.decode(bytes(raw[:count]), path)
+    header.check(path, meta.size_now())
+    data = meta
+    if header.data_file and with_data:
+        if header.data_file_fmt not in RAW_FORMATS:
+            raise UnsupportedFeature(path, f"data_file_fmt={header.data_file_fmt}: only raw data files are known")
+        data = _open_named(path, "data_file", header.data_file, policy, writable=writable)
+        if data.identity == meta.identity:
+            data.close()
+            raise FormatError(path, f"data_file={header.data_file}: this is the image itself")
+    return Layer(path, meta, data, header, bytes(raw))
+
+
+def _look_at_base(layer: Layer, base: HostFile) -> None:
+    header = layer.header
+    size = base.size_now()
+    if size < header.base_img_size - SECTOR + 1:
+        log.warning(
+            "%s: base_img=%s is %d bytes long, base_img_size says %d: what is missing reads as zeros",
+            layer.path,
+            header.base_img,
+            size,
+            header.base_img_size,
+        )
+    first = bytearray(SECTOR)
+    base.pread_now(memoryview(first), 0)
+    guess = looks_like(bytes(first))
+    if not header.base_img_fmt and guess:
+        log.warning(
+            "%s: base_img=%s looks like %s, but base_img_fmt is empty, which means raw: it is read as raw",
+            layer.path,
+            header.base_img,
+            guess,
+        )
+
+
+async def load_chain(chain: Chain) -> Image:
+    """Lock the files of the chain for reading, read all metadata, replay journals in memory.
+
+    Takes over the files, also where it fails. Raises ImageBusy, ImageError, OSError.
+    """
+    try:
+        for store in chain.stores():
+            store.lock(exclusive=False)
+        base: Image | Store | None = chain.base
+        for layer in reversed(chain.layers):
+            base = await load_image(layer.path, layer.header, layer.raw_header, layer.meta, layer.data, base)
+    except BaseException:
+        await chain.aclose()
+        raise
+    assert isinstance(base, Image)
+    return base
+
+
+async def load_image(
+    name: str, header: Header, raw_header: bytes, meta: Store, data: Store, base: Image | Store | None
+) -> Image:
+    """The image over these stores, its metadata read and its journal replayed in memory."""
+    bitmap = table = None
+    storage: FlatStorage | ChunkedStorage
+    if header.has_base:
+        bits = await pread_exactly(meta, bitmap_bytes(header.blocks), header.bitmap_offset)
+        bitmap = Bitmap(bytes(bits), header.blocks)
+    if header.compact:
+        region = header.table_region
+        assert region is not None
+        storage_size = await data.size() - header.data_offset
+        table = Table(
+            bytes(await pread_exactly(meta, region.size, region.offset)),
+            header.chunks,
+            max(0, storage_size // header.chunk_size),
+        )
+        storage = ChunkedStorage(
+            data,
+            table,
+            data_offset=header.data_offset,
+            chunk_size=header.chunk_size,
+            grow_unit=header.storage_grow_unit,
+            size=header.virtual_disk_size,
+        )
+    else:
+        storage = FlatStorage(data, header.data_offset, header.virtual_disk_size)
+    if not header.clean:
+        await _replay(name, header, meta, bitmap, table)
+    if table is not None:
+        table.replay_done()
+        if table.shared:
+            log.error("%s: chunk table: %d chunks share their place with others", name, len(table.shared))
+        if table.beyond:
+            log.error("%s: chunk table: %d chunks lie past the end of the storage", name, len(table.beyond))
+    return Image(
+        name=name,
+        committer=Committer(header, raw_header[: round_up(HEADER_SIZE, SECTOR)], meta, data, bitmap, table),
+        meta=meta,
+        data=data,
+        base=base,
+        storage=storage,
+        bitmap=bitmap,
+        table=table,
+    )
+
+
+async def _replay(name: str, header: Header, meta: Store, bitmap: Bitmap | None, table: Table | None) -> None:
+    region = header.journal_region
+    if region is None:
+        if header.has_metadata:
+            log.warning("%s: clean_shutdown=0 and no journal: its metadata may be incomplete", name)
+        return
+    skipped: list[journal.Skipped] = []
+    for at in range(0, region.size, _REPLAY_PIECE):
+        size = min(_REPLAY_PIECE, region.size - at)
+        data = bytes(await pread_exactly(meta, size, region.offset + at))
+        skipped += journal.replay(data, header, bitmap, table, at // SECTOR)
+    for report in skipped[:_REPORTED_RECORDS]:
+        log.warning("%s: %s", name, report)
+    if len(skipped) > _REPORTED_RECORDS:
+        log.warning("%s: %d more journal records skipped", name, len(skipped) - _REPORTED_RECORDS)
+    log.info("%s: was not closed; its journal has been replayed", name)
+
+
+def lock_for_writing(image: Image) -> None:
+    """Turn the locks on the image's own files into exclusive ones, or none of them.
+
+    Raises ImageBusy, or ImageError where the files are not open for writing.
+    """
+    stores: Sequence[Store] = [image.meta] if image.data is image.meta else [image.meta, image.data]
+    locked: list[HostFile] = []
+    try:
+        for store in stores:
+            if not store.writable:
+                raise ImageError(store.name, "no permission to write to it")
+            if isinstance(store, HostFile):
+                store.lock(exclusive=True)
+                locked.append(store)
+                store.claim_device()
+    except (ImageError, OSError) as error:
+        for store in locked:
+            store.lock(exclusive=False)
+        if isinstance(error, ImageBusy):
+            raise ImageBusy(image.name, error.reason) from error
+        raise
+
+
+async def open_image(path: str, policy: Policy, *, write: bool = False) -> Image:
+    """Open the image at `path`, for tools that need no mount. Errors as the functions above."""
+    image = await load_chain(open_chain(path, policy))
+    if write:
+        try:
+            lock_for_writing(image)
+            await image.begin_writing(accept_unclean=policy.accept_unclean)
+        except BaseException:
+            await image.close()
+            raise
+    return image

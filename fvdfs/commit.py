@@ -1,0 +1,290 @@
+"""Making writes durable, in order.
+
+A guest's write is answered when its data is in the store and its bits and entries are set in
+memory; nothing on disk names the data yet. A *commit* makes that up, at a flush, at closing, and a
+few seconds after a write at the latest. It takes what is pending when it begins, and
+
+    1. header: `clean_shutdown` = 0                        (once a session)
+    2. flush of the data, and of 1
+    3. journal sectors that show the pending blocks and chunks
+    4. flush of the metadata
+
+so that data is stable before the record that makes it visible, and the record before the flush is
+answered (format.md, section 7). A crash between any two steps leaves, for every sector, its old or
+its new content. Commits run one at a time; all that is asked for while one runs share the next.
+
+A *checkpoint* takes the place of 3 and 4 where the image has no journal, the journal is full (a
+recycle), or the pages are fewer than the sectors would be:
+
+    3. the table's dirty pages        4. flush of the metadata
+    5. the bitmap's dirty pages       6. flush of the metadata, and the journal is free again
+
+Pages are snapshots from before step 2, so that every bit and entry in them has its data on stable
+storage. The table goes first because an entry without bits is harmless (the block is read from the
+base, or reads as the zeros that a new chunk holds), while a bit without its chunk is not. By this
+an image without a journal survives a power cut as well, if fvdfs wrote it.
+
+Closing makes a checkpoint, then `clean_shutdown` = 1, then flushes.
+
+When a flush fails, nobody knows what is on the disk, and asking again only hides it: the image is
+`failed` then, nothing more is written to it, and the next opening replays its journal. A write of
+metadata that failed for want of space is kept pending and tried again with the next commit.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+
+import trio
+
+from fvdfs import journal
+from fvdfs.alloc.store import Store, pwrite_pages
+from fvdfs.alloc.table import Table
+from fvdfs.cow.bitmap import Bitmap
+from fvdfs.header import HEADER_SIZE, PAGE, SECTOR, Header, changed_sectors, round_up, with_fields
+
+log = logging.getLogger(__name__)
+
+OUT_OF_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+MAX_PENDING = 1 << 16  # block ranges; more are committed at once, to bound memory
+
+
+class Committer:
+    """Owns what is on disk of header, bitmap, table and journal of an image open for writing."""
+
+    def __init__(
+        self,
+        header: Header,
+        raw_header: bytes,
+        meta: Store,
+        data: Store,
+        bitmap: Bitmap | None,
+        table: Table | None,
+    ) -> None:
+        """`raw_header`: the header's sectors as they are on disk."""
+        assert len(raw_header) >= HEADER_SIZE
+        assert len(raw_header) % SECTOR == 0
+        self.header = header
+        self.failed: str | None = None
+        """Why nothing more may be written, once that is so."""
+        self._raw_header = raw_header
+        self._header_unsure = False  # a failed write left some sector of it old or new
+        self._meta = meta
+        self._data = data
+        self._bitmap = bitmap
+        self._table = table
+        self._pending_blocks: list[journal.Range] = []
+        self._pending_chunks: set[int] = set()
+        self._data_written = False
+        self._journal_next = 0  # sector
+        self._lock = trio.Lock()
+        self._begun = 0
+        self._done = 0
+
+    # --- what writers report; none of these waits ----------------------------------------------
+
+    def data_written(self) -> None:
+        """Data was stored; a commit has to flush it."""
+        self._data_written = True
+
+    def blocks_stored(self, first: int, end: int) -> None:
+        """A write stored these blocks, and a crash would not show them yet."""
+        pending = self._pending_blocks
+        if pending and pending[-1][1] == first:
+            pending[-1] = (pending[-1][0], end)
+        else:
+            pending.append((first, end))
+
+    def chunks_allocated(self, chunks: list[int]) -> None:
+        """These chunks got their place."""
+        self._pending_chunks.update(chunks)
+
+    @property
+    def dirty(self) -> bool:
+        """Whether something that was reported is not durable yet, also while a commit is at it."""
+        return self._data_written or self.uncommitted or self._lock.locked()
+
+    @property
+    def uncommitted(self) -> bool:
+        """Whether some data is stored that a crash would not show."""
+        return bool(self._pending_blocks) or bool(self._pending_chunks)
+
+    @property
+    def overfull(self) -> bool:
+        """Whether so much is pending that writers should wait for a commit."""
+        return len(self._pending_blocks) > MAX_PENDING
+
+    # --- commits --------------------------------------------------------------------------------
+
+    async def commit(self) -> None:
+        """Make all that was reported up to now durable.
+
+        Raises OSError; EIO from the moment on that the image has failed.
+        """
+        need = self._begun + 1  # one that has begun already need not cover what came since
+        while self._done < need:
+            async with self._lock:
+                if self._done >= need:
+                    return
+                self._begun += 1
+                this = self._begun
+                with trio.CancelScope(shield=True):
+                    await self._commit(checkpoint=False)
+                self._done = this
+
+    async def checkpoint(self) -> None:
+        """A commit that leaves nothing in the journal. Raises OSError."""
+        async with self._lock:
+            self._begun += 1
+            this = self._begun
+            with trio.CancelScope(shield=True):
+                await self._commit(checkpoint=True)
+            self._done = this
+
+    async def _commit(self, *, checkpoint: bool) -> None:
+        self._check_failed()
+        blocks = journal.merge(self._pending_blocks)
+        chunks = sorted(self._pending_chunks)
+        self._pending_blocks.clear()
+        self._pending_chunks.clear()
+        data_written, self._data_written = self._data_written, False
+        sectors = self._plan_sectors(blocks, chunks) if not checkpoint else None
+        table_pages: list[tuple[int, bytes]] = []
+        bitmap_pages: list[tuple[int, bytes]] = []
+        if sectors is None:
+            table_pages = self._table.take_dirty_pages() if self._table else []
+            bitmap_pages = self._bitmap.take_dirty_pages() if self._bitmap else []
+        changes = bool(sectors or table_pages or bitmap_pages)
+        try:
+            if changes and self.header.clean:
+                await self._write_header(clean_shutdown=0)
+                if self._meta is not self._data:
+                    await self._flush(self._meta)
+                data_written = True
+            if data_written or chunks or table_pages or bitmap_pages:
+                # Also for a chunk whose first write is still under way: its place must be there.
+                await self._flush(self._data)
+            if sectors:
+                await self._append(sectors)
+            elif changes:
+                await self._write_pages(table_pages, bitmap_pages)
+        except BaseException as error:
+            self._pending_blocks.extend(blocks)
+            self._pending_chunks.update(chunks)
+            self._data_written = self._data_written or data_written
+            if self._table:
+                self._table.pages_not_written(table_pages)
+            if self._bitmap:
+                self._bitmap.pages_not_written(bitmap_pages)
+            if not isinstance(error, OSError) or error.errno not in OUT_OF_SPACE:
+                self._fail(f"{error}")
+            raise
+        if self._bitmap:
+            for first, end in blocks:
+                self._bitmap.mark_committed(first, end)
+            self._bitmap.pages_written(bitmap_pages)
+
+    def _plan_sectors(self, blocks: list[journal.Range], chunks: list[int]) -> list[bytes] | None:
+        """The journal sectors for a commit, or None where pages have to be, or better are, written."""
+        if not blocks and not chunks:
+            return []
+        region = self.header.journal_region
+        if region is None:
+            return None
+        room = region.size // SECTOR - self._journal_next
+        limit = min(room, self._dirty_pages * (PAGE // SECTOR))
+        if len(blocks) > limit:
+            return None
+        sectors = journal.encode(self.header, self._table, blocks, chunks)
+        return sectors if sectors is not None and len(sectors) <= limit else None
+
+    async def _append(self, sectors: list[bytes]) -> None:
+        region = self.header.journal_region
+        assert region is not None
+        offset = region.offset + self._journal_next * SECTOR
+        # Whole pages, so that the host need not read them first; what is behind is older than the
+        # last checkpoint, and no longer needed.
+        end = min(round_up(offset + len(sectors) * SECTOR, PAGE), region.end)
+        await self._meta.pwrite(b"".join(sectors).ljust(end - offset, b"\0"), offset)
+        await self._flush(self._meta)
+        self._journal_next += len(sectors)
+
+    async def _write_pages(self, table_pages: list[tuple[int, bytes]], bitmap_pages: list[tuple[int, bytes]]) -> None:
+        if table_pages:
+            await pwrite_pages(self._meta, self.header.table_offset, PAGE, table_pages)
+            await self._flush(self._meta)
+        if bitmap_pages:
+            await pwrite_pages(self._meta, self.header.bitmap_offset, PAGE, bitmap_pages)
+            await self._flush(self._meta)
+        self._journal_next = 0
+
+    async def clear_journal(self) -> None:
+        """Make the journal empty and stable, for a change that old records would undo. Raises OSError."""
+        region = self.header.journal_region
+        if region is None:
+            return
+        async with self._lock:
+            self._check_failed()
+            with trio.CancelScope(shield=True):
+                zeros = bytes(1 << 20)
+                for at in range(0, region.size, len(zeros)):
+                    count = min(len(zeros), region.size - at)
+                    await self._meta.pwrite(memoryview(zeros)[:count], region.offset + at)
+                await self._flush(self._meta)
+                self._journal_next = 0
+
+    async def change_header(self, **changes: int | str) -> None:
+        """Change fields of the header, and make it stable. Raises OSError."""
+        async with self._lock:
+            self._check_failed()
+            with trio.CancelScope(shield=True):
+                await self._write_header(**changes)
+                await self._flush(self._meta)
+
+    async def close(self) -> None:
+        """Commit everything; leave a clean header. Raises OSError; the image then needs a replay."""
+        async with self._lock:
+            self._check_failed()
+            with trio.CancelScope(shield=True):
+                if self._data_written or self.uncommitted or self._dirty_pages:
+                    await self._commit(checkpoint=True)
+                if not self.header.clean or self._header_unsure:
+                    await self._write_header(clean_shutdown=1)
+                    await self._flush(self._meta)
+
+    @property
+    def _dirty_pages(self) -> int:
+        return (self._bitmap.dirty_pages if self._bitmap else 0) + (self._table.dirty_pages if self._table else 0)
+
+    async def _write_header(self, **changes: int | str) -> None:
+        header = with_fields(self.header, **changes)
+        raw = header.encode() + self._raw_header[HEADER_SIZE:]
+        known = bytes(byte ^ 0xFF for byte in raw) if self._header_unsure else self._raw_header
+        try:
+            for offset, sector in changed_sectors(known, raw):
+                await self._meta.pwrite(sector, offset)
+        except OSError as error:
+            self._header_unsure = True
+            if error.errno not in OUT_OF_SPACE:
+                self._fail(f"writing the header: {error}")
+            raise
+        self.header = header
+        self._raw_header = raw
+        self._header_unsure = False
+
+    async def _flush(self, store: Store) -> None:
+        try:
+            await store.flush()
+        except OSError as error:
+            self._fail(f"a flush of {store.name} failed: {error}")
+            raise OSError(errno.EIO, f"flush of {store.name}: {error}") from error
+
+    def _fail(self, why: str) -> None:
+        if self.failed is None:
+            self.failed = why
+            log.error("%s: %s; read-only from now on", self._meta.name, why)
+
+    def _check_failed(self) -> None:
+        if self.failed is not None:
+            raise OSError(errno.EIO, f"{self._meta.name}: read-only since an earlier error: {self.failed}")

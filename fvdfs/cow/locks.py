@@ -1,0 +1,56 @@
+"""Exclusive locks on ranges of blocks.
+
+Whoever fills blocks that are not local yet (a write that touches such blocks, a copy from the base)
+holds their range, so that two of them never complete one block at the same time, and a copy never
+overwrites what a guest wrote meanwhile. First come, first served: a request waits for every earlier
+one that overlaps it, also for those that still wait, so nobody starves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import trio
+
+
+class _Claim:
+    __slots__ = ("done", "start", "stop")
+
+    def __init__(self, start: int, stop: int) -> None:
+        self.start = start
+        self.stop = stop
+        self.done: trio.Event | None = None  # made by the first who waits
+
+
+class RangeLock:
+    """Ranges are half-open: [start, stop)."""
+
+    def __init__(self) -> None:
+        self._claims: list[_Claim] = []
+
+    def __bool__(self) -> bool:
+        """Whether any range is claimed."""
+        return bool(self._claims)
+
+    def overlaps(self, start: int, stop: int) -> bool:
+        """Whether someone holds, or waits for, a part of the range."""
+        return any(c.start < stop and start < c.stop for c in self._claims)
+
+    @asynccontextmanager
+    async def hold(self, start: int, stop: int) -> AsyncIterator[None]:
+        """Hold the range while the block runs, after all earlier holders that overlap it."""
+        before = [c for c in self._claims if c.start < stop and start < c.stop]
+        mine = _Claim(start, stop)
+        self._claims.append(mine)
+        try:
+            for claim in before:
+                if claim in self._claims:
+                    if claim.done is None:
+                        claim.done = trio.Event()
+                    await claim.done.wait()
+            yield
+        finally:
+            self._claims.remove(mine)
+            if mine.done is not None:
+                mine.done.set()

@@ -1,0 +1,359 @@
+"""One open image: a disk of bytes that can be read, written, flushed and resized.
+
+Reads need no lock: each is planned by the bitmap as it is when it begins. A write whose blocks are
+all local goes straight to the storage. A write that touches a block which is not local holds these
+blocks (`cow/locks.py`), completes the first and the last from the base where it covers them only in
+part, stores all in one piece, and then, without a checkpoint between, sets the bits and tells the
+committer. Nothing here waits for a flush but `flush` itself (and whoever calls it): what makes a
+write durable, and in which order, is `commit.py`.
+
+Nothing here knows about FUSE. Errors of the storage are OSError.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Sequence
+
+import trio
+
+from fvdfs.alloc.chunked import ChunkedStorage
+from fvdfs.alloc.flat import FlatStorage
+from fvdfs.alloc.store import Buffer, Store
+from fvdfs.alloc.table import Table
+from fvdfs.commit import Committer
+from fvdfs.cow.bitmap import Bitmap
+from fvdfs.cow.locks import RangeLock
+from fvdfs.cow.planner import Geometry, WritePlan, plan_write, read_runs
+from fvdfs.errors import ReadOnlyImage
+from fvdfs.header import SECTOR, Header, ceil_div, round_up
+
+Storage = FlatStorage | ChunkedStorage
+
+_Todo = list[tuple[Store, memoryview, int]]
+
+
+class Image:
+    """An open image; `chain.py` makes them. Offsets and lengths are bytes of the virtual disk."""
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        committer: Committer,
+        meta: Store,
+        data: Store,
+        base: Image | Store | None,
+        storage: Storage,
+        bitmap: Bitmap | None,
+        table: Table | None,
+    ) -> None:
+        self.name = name
+        self.base = base
+        self.meta = meta
+        self.data = data
+        self.bitmap = bitmap
+        self.table = table
+        self.storage = storage
+        self.committer = committer
+        self.writable = False
+        header = committer.header
+        self.size = header.virtual_disk_size
+        self._geometry = Geometry(header.block_size, header.base_size)
+        self._locks = RangeLock()
+        self._writers = 0
+        self._quiet: trio.Event | None = None  # set when no write is under way; while it exists, none begins
+        self._quiet_over = trio.Event()
+        self._resizing = trio.Lock()
+
+    @property
+    def header(self) -> Header:
+        """The header as it is on disk."""
+        return self.committer.header
+
+    # --- reading --------------------------------------------------------------------------------
+
+    async def read(self, offset: int, length: int) -> bytearray:
+        """The bytes from `offset` on, fewer than `length` only at the end of the disk. Raises OSError."""
+        stop = min(offset + length, self.size)
+        if offset >= stop:
+            return bytearray()
+        buffer = bytearray(stop - offset)
+        todo: _Todo = []
+        self._read(offset, stop, memoryview(buffer), todo)
+        if todo:
+            await _finish(todo)
+        return buffer
+
+    def _read(self, start: int, stop: int, view: memoryview, todo: _Todo) -> None:
+        """Fill `view`, zeros so far, with bytes [start, stop); what would wait goes to `todo`.
+
+        Goes down the chain of base images without recursion: a chain may be of any depth.
+        """
+        layers: list[tuple[Image, int, int, int]] = [(self, start, stop, 0)]
+        while layers:
+            image, begin, end, at = layers.pop()
+            for run_start, run_stop, local in image._read_runs(begin, end):
+                if local:
+                    for piece_start, piece_stop, where in image.storage.runs(run_start, run_stop):
+                        if where is not None:
+                            to = at + piece_start - begin
+                            _try(image.data, view[to : to + piece_stop - piece_start], where, todo)
+                    continue
+                to = at + run_start - begin
+                base = image.base
+                if isinstance(base, Image):
+                    base_stop = min(run_stop, base.size)
+                    if run_start < base_stop:
+                        layers.append((base, run_start, base_stop, to))
+                else:
+                    assert base is not None
+                    _try(base, view[to : to + run_stop - run_start], run_start, todo)
+
+    def _read_runs(self, start: int, stop: int) -> Sequence[tuple[int, int, bool]]:
+        bitmap = self.bitmap
+        geometry = self._geometry
+        if bitmap is None or start >= geometry.base_size:
+            return ((start, stop, True),)
+        first, end = geometry.blocks(start, stop)
+        if bitmap.all_local(first, end):
+            return ((start, stop, True),)
+        if stop <= geometry.base_size and bitmap.none_local(first, end):
+            return ((start, stop, False),)
+        return tuple(read_runs(geometry, bitmap, start, stop))
+
+    # --- writing --------------------------------------------------------------------------------
+
+    async def write(self, offset: int, data: Buffer) -> None:
+        """Write all of `data`; a disk that ends before is grown where the format can.
+
+        Raises OSError: EROFS where the image is not open for writing, EFBIG where it cannot grow,
+        ENOSPC where the storage cannot; then nothing but parts of the range itself has changed.
+        """
+        if not self.writable:
+            raise OSError(errno.EROFS, f"{self.name}: not open for writing")
+        if self.committer.failed is not None:
+            raise OSError(errno.EIO, f"{self.name}: read-only since an earlier error: {self.committer.failed}")
+        stop = offset + len(data)
+        if offset == stop:
+            return
+        while stop > self.size or self._quiet is not None:
+            if self._quiet is not None:
+                await self._quiet_over.wait()
+            else:
+                await self.resize(stop)
+        self._writers += 1
+        try:
+            await self._write(offset, stop, data)
+        finally:
+            self._writers -= 1
+            if self._quiet is not None and not self._writers:
+                self._quiet.set()
+        if self.committer.overfull:
+            await self.committer.commit()
+
+    async def _write(self, start: int, stop: int, data: Buffer) -> None:
+        bitmap = self.bitmap
+        if bitmap is None or start >= self._geometry.base_size:
+            await self._store(start, stop, data)
+            return
+        first, end = self._geometry.blocks(start, stop)
+        if bitmap.all_local(first, end):
+            await self._store(start, stop, data)
+            if not bitmap.all_committed(first, end):
+                self.committer.blocks_stored(first, end)
+            return
+        async with self._locks.hold(first, end):
+            plan = plan_write(self._geometry, bitmap, start, stop)
+            if plan.head or plan.tail:
+                data = await self._complete(plan, data)
+            await self._store(plan.start, plan.stop, data)
+            bitmap.set_local(plan.first, plan.end)
+            self.committer.blocks_stored(plan.first, plan.end)
+
+    async def _complete(self, plan: WritePlan, data: Buffer) -> bytes:
+        """The data of the plan: the request's own, with what is missing of its blocks from the base."""
+        parts: list[Buffer] = []
+        for part in (plan.head, data, plan.tail):
+            if isinstance(part, tuple):
+                parts.append(await self._read_base(*part))
+            elif part is not None:
+                parts.append(part)
+        return b"".join(parts)
+
+    async def _read_base(self, start: int, stop: int) -> bytearray:
+        base = self.base
+        assert base is not None
+        buffer = bytearray(stop - start)
+        if isinstance(base, Image):
+            data = await base.read(start, stop - start)
+            buffer[: len(data)] = data
+            return buffer
+        view = memoryview(buffer)
+        if not base.pread_nowait(view, start):
+            await _fill(base, view, start)
+        return buffer
+
+    async def _store(self, start: int, stop: int, data: Buffer) -> None:
+        """Put bytes [start, stop) of the disk into the storage, and tell the committer of it."""
+        storage = self.storage
+        if not storage.prepare_nowait(start, stop):
+            chunks = await storage.prepare(start, stop)
+            if chunks:
+                self.committer.chunks_allocated(chunks)
+        view = memoryview(data)
+        try:
+            for run_start, run_stop, where in storage.runs(start, stop):
+                assert where is not None
+                piece = view[run_start - start : run_stop - start]
+                if not self.data.pwrite_nowait(piece, where):
+                    await self.data.pwrite(piece, where)
+        finally:
+            self.committer.data_written()
+
+    # --- durability, size, end ------------------------------------------------------------------
+
+    async def flush(self) -> None:
+        """When this returns, every write that was answered before survives a power cut. Raises OSError."""
+        if self.writable and (self.committer.dirty or self.committer.failed is not None):
+            await self.committer.commit()
+
+    async def resize(self, size: int, *, shrink: bool = False) -> None:
+        """Make the disk this long, rounded up to a sector; the new part reads as zeros.
+
+        Raises OSError: EPERM for a smaller size without `shrink`, EFBIG where the table has no room
+        for more chunks, EROFS where the image is not open for writing.
+        """
+        if not self.writable:
+            raise OSError(errno.EROFS, f"{self.name}: not open for writing")
+        size = round_up(size, SECTOR)
+        async with self._resizing:
+            if size > self.size:
+                await self._grow(size)
+            elif size < self.size:
+                if not shrink:
+                    raise OSError(errno.EPERM, f"{self.name}: the disk can be cut only where -o shrink is given")
+                await self._shrink(size)
+
+    async def _grow(self, size: int) -> None:
+        header = self.header
+        if header.compact and ceil_div(size, header.chunk_size) > header.table_capacity:
+            limit = header.table_capacity * header.chunk_size
+            raise OSError(
+                errno.EFBIG,
+                f"{self.name}: the chunk table has room for a disk of {limit} bytes; "
+                "create a larger image and copy into it",
+            )
+        try:
+            await self._grow_to(size)
+        except BaseException:
+            self.storage.grow_failed(self.size)
+            raise
+        self.size = size
+
+    async def _grow_to(self, size: int) -> None:
+        await self.storage.grow(size)
+        # What is new is zeros on disk, and entries from before an earlier cut are gone, before they count.
+        self.committer.data_written()
+        await self.committer.checkpoint()
+        await self.committer.change_header(virtual_disk_size=size)
+
+    async def _shrink(self, size: int) -> None:
+        self._quiet = trio.Event()
+        try:
+            if self._writers:
+                await self._quiet.wait()
+            await self._settle()
+            # From here on bits and entries go backwards: old records must not come back.
+            await self.committer.clear_journal()
+            header = self.header
+            # One after the other: they are in different sectors, and the base must never reach past the disk.
+            await self.committer.change_header(base_img_size=min(header.base_img_size, size))
+            await self.committer.change_header(virtual_disk_size=size)
+            self.size = size
+            self._geometry = Geometry(header.block_size, self.header.base_size)
+            if self.bitmap is not None:
+                self.bitmap.shrink(self.header.blocks)
+            await self.storage.shrink(size)
+            await self.committer.checkpoint()
+        finally:
+            self._quiet = None
+            self._quiet_over.set()
+            self._quiet_over = trio.Event()
+
+    async def _settle(self) -> None:
+        """Bitmap and table on disk are as in memory, and the header says that they may change."""
+        if self.header.clean and self.header.has_metadata:
+            await self.committer.change_header(clean_shutdown=0)
+        await self.committer.checkpoint()
+
+    async def begin_writing(self, *, accept_unclean: bool = False) -> None:
+        """Permit writes from now on; the caller holds the locks on the files.
+
+        What a replay rebuilt in memory becomes stable first, before the journal is used again
+        (format.md, section 7). Raises ReadOnlyImage where the state of the image forbids it
+        (`accept_unclean` overrides: a crash without a journal), OSError.
+        """
+        if self.writable:
+            return
+        header = self.header
+        if self.table is not None and self.table.damaged:
+            raise ReadOnlyImage(self.name, "the chunk table is damaged: the image can only be read")
+        if not header.clean and header.has_metadata and header.journal_region is None and not accept_unclean:
+            raise ReadOnlyImage(
+                self.name,
+                "clean_shutdown=0 and no journal: it was not closed, and its metadata may be incomplete; "
+                "it can be read, and written with -o accept_unclean once you have looked at it",
+            )
+        if not header.clean and header.has_metadata:
+            await self.committer.checkpoint()
+        self.writable = True
+
+    def usage(self) -> int:
+        """Bytes that the image really takes, metadata and data."""
+        return self.meta.usage() + (self.data.usage() if self.data is not self.meta else 0)
+
+    async def close(self) -> None:
+        """Commit everything, leave clean headers, and give up all files. Raises OSError of the commit."""
+        with trio.CancelScope(shield=True):
+            try:
+                if self.writable and self.committer.failed is None:
+                    await self.committer.close()
+            finally:
+                self.writable = False
+                image: Image | Store | None = self
+                while isinstance(image, Image):
+                    await image.meta.aclose()
+                    if image.data is not image.meta:
+                        await image.data.aclose()
+                    image = image.base
+                if image is not None:
+                    await image.aclose()
+
+
+def _try(store: Store, view: memoryview, offset: int, todo: _Todo) -> None:
+    if not store.pread_nowait(view, offset):
+        todo.append((store, view, offset))
+
+
+async def _finish(todo: _Todo) -> None:
+    """Do the reads that have to wait, together."""
+    if len(todo) == 1:
+        await _fill(*todo[0])
+        return
+    try:
+        async with trio.open_nursery() as nursery:
+            for store, view, offset in todo:
+                nursery.start_soon(_fill, store, view, offset)
+    except* OSError as group:
+        error: BaseException = group
+        while isinstance(error, BaseExceptionGroup):
+            error = error.exceptions[0]
+        raise error from group
+
+
+async def _fill(store: Store, view: memoryview, offset: int) -> None:
+    """Read what the store has; past its end are zeros (format.md, sections 3 and 4)."""
+    count = await store.pread(view, offset)
+    if count < len(view):
+        view[count:] = bytes(len(view) - count)
