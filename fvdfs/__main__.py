@@ -1,0 +1,5 @@
+"""`python -m fvdfs`: the same as the program `fvdfs`."""
+
+from fvdfs.cli import entry
+
+entry()

@@ -1,0 +1,329 @@
+"""The command line: arguments in, exit codes out.
+
+Exit codes: 0 done; 1 an image cannot be used, or the system refused; 2 the command was wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import logging
+import logging.handlers
+import os
+import select
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+
+from fvdfs import __version__
+from fvdfs.errors import FvdError, UsageError
+from fvdfs.header import CreateOptions
+
+UNITS = {"": 1, "B": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40, "P": 1 << 50}
+MOUNT_OPTIONS = {
+    "base_path": "base_path=DIR[:DIR...]  folders outside DIR that bases and data files may lie in (/: anywhere)",
+    "accept_unclean": "accept_unclean  write to an image that crashed without a journal",
+    "shrink": "shrink  permit truncating a disk to a smaller size",
+    "writeback": "writeback=on|off  let the kernel gather writes (default: on)",
+    "allow_other": "allow_other  like --allow-other",
+    "ro": "ro  like --read-only",
+    "rw": "rw  the default",
+}
+
+
+def parse_size(text: str) -> int:
+    """Bytes: `512`, `64K`, `10M`, `20G`, `2T`."""
+    number, unit = text, ""
+    if text and not text[-1].isdigit():
+        number, unit = text[:-1], text[-1].upper()
+    if unit not in UNITS or not number.isdigit() or not number.isascii():
+        raise argparse.ArgumentTypeError(f"{text!r} is no size; write 512, 64K, 10M, 20G or 2T")
+    return int(number) * UNITS[unit]
+
+
+def _journal_size(text: str) -> int:
+    return 0 if text == "none" else parse_size(text)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; its exit code."""
+    arguments = _parser().parse_args(argv)
+    run: Callable[[argparse.Namespace], int] = arguments.run
+    try:
+        return run(arguments)
+    except FvdError as error:
+        print(f"fvdfs: {error}", file=sys.stderr)
+        return error.exit_code
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"fvdfs: {where}{error.strerror or error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="fvdfs", description="Mount Fast Virtual Disk images as flat raw files.")
+    parser.add_argument("--version", action="version", version=f"fvdfs {__version__}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    create = commands.add_parser("create", help="make a new image")
+    create.set_defaults(run=_create)
+    create.add_argument("image", metavar="IMAGE")
+    create.add_argument("size", metavar="SIZE", nargs="?", type=parse_size, help="of the disk: 512, 64K, 10M, 20G, 2T")
+    create.add_argument("-b", "--base", default="", metavar="FILE", help="base image, relative to the new image")
+    create.add_argument("-F", "--base-format", default="", metavar="FMT", help="raw (default) or fvd")
+    create.add_argument("--block-size", type=parse_size, default=0, metavar="N", help="unit of copy-on-write")
+    create.add_argument("--compact", action="store_true", help="let the image allocate its own storage, in chunks")
+    create.add_argument("--chunk-size", type=parse_size, default=0, metavar="N", help="default: 1M")
+    create.add_argument("--grow-unit", type=parse_size, default=0, metavar="N", help="default: 100M")
+    create.add_argument("--journal-size", type=_journal_size, metavar="N|none", help="default: 16M")
+    create.add_argument("--data-file", default="", metavar="FILE", help="keep the data in a file of its own")
+    create.add_argument("--data-format", default="", metavar="FMT", help="raw (default)")
+    create.add_argument("--copy-on-read", action="store_true", help="keep what is read from the base")
+    create.add_argument(
+        "--prefetch-delay", type=int, default=-1, metavar="SECONDS", help="copy the whole base, so long after opening"
+    )
+    create.add_argument(
+        "--detect-holes",
+        type=parse_size,
+        default=0,
+        metavar="N",
+        help="take zero runs of N bytes in the base as local",
+    )
+    create.add_argument("--force", action="store_true", help="overwrite files that exist")
+
+    info = commands.add_parser("info", help="show what an image is")
+    info.set_defaults(run=_info)
+    info.add_argument("image", metavar="IMAGE")
+    info.add_argument("--json", action="store_true")
+
+    mount = commands.add_parser(
+        "mount",
+        help="show a folder of images as a folder of raw files",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="options for -o, separated by commas:\n  " + "\n  ".join(MOUNT_OPTIONS.values()),
+    )
+    mount.set_defaults(run=_mount)
+    mount.add_argument("folder", metavar="DIR")
+    mount.add_argument("mountpoint", metavar="MOUNTPOINT")
+    mount.add_argument("-o", dest="options", action="append", default=[], metavar="OPTIONS")
+    mount.add_argument("-f", "--foreground", action="store_true")
+    mount.add_argument("--read-only", action="store_true")
+    mount.add_argument("--allow-other", action="store_true", help="let other users reach the mount")
+    mount.add_argument("--log-file", metavar="F")
+    mount.add_argument("--debug", action="store_true", help="log every request (with -f)")
+
+    umount = commands.add_parser("umount", help="unmount, and wait until every image is closed")
+    umount.set_defaults(run=_umount)
+    umount.add_argument("mountpoint", metavar="MOUNTPOINT")
+    return parser
+
+
+# --- create and info ----------------------------------------------------------------------------
+
+
+def _create(arguments: argparse.Namespace) -> int:
+    from fvdfs.create import create_image
+
+    options = CreateOptions(
+        base_img=arguments.base,
+        base_img_fmt=arguments.base_format,
+        block_size=arguments.block_size,
+        compact=arguments.compact,
+        chunk_size=arguments.chunk_size,
+        grow_unit=arguments.grow_unit,
+        journal_size=arguments.journal_size,
+        data_file=arguments.data_file,
+        data_file_fmt=arguments.data_format,
+        copy_on_read=arguments.copy_on_read,
+        prefetch_delay=arguments.prefetch_delay,
+        detect_holes=arguments.detect_holes,
+    )
+    for remark in create_image(arguments.image, arguments.size, options, force=arguments.force):
+        print(f"fvdfs: {remark}", file=sys.stderr)
+    return 0
+
+
+def _info(arguments: argparse.Namespace) -> int:
+    from fvdfs.info import describe, render
+
+    logging.basicConfig(format="fvdfs: %(message)s")
+    facts = describe(arguments.image)
+    print(json.dumps(facts, indent=2) if arguments.json else render(facts))
+    return 0
+
+
+# --- mount and umount ---------------------------------------------------------------------------
+
+
+def parse_mount_options(texts: Sequence[str]) -> dict[str, str]:
+    """The options of all -o arguments. Raises UsageError for an unknown one."""
+    result = {}
+    for option in ",".join(texts).split(","):
+        if not option:
+            continue
+        name, _, value = option.partition("=")
+        if name not in MOUNT_OPTIONS:
+            raise UsageError(f"-o {name}: unknown; there are: {', '.join(MOUNT_OPTIONS)}")
+        result[name] = value
+    return result
+
+
+def _mount(arguments: argparse.Namespace) -> int:
+    options = parse_mount_options(arguments.options)
+    folder = os.path.realpath(arguments.folder)
+    mountpoint = os.path.abspath(arguments.mountpoint)
+    for path in (folder, mountpoint):
+        if not os.path.isdir(path):
+            raise UsageError(f"{path}: is not a directory; make it first")
+    if folder == os.path.realpath(mountpoint):
+        raise UsageError(f"{mountpoint}: the images would be hidden by their own mount; choose another MOUNTPOINT")
+    if options.get("writeback", "on") not in ("on", "off"):
+        raise UsageError(f"-o writeback={options['writeback']}: must be on or off")
+    log_file = os.path.abspath(arguments.log_file) if arguments.log_file else None
+
+    def serve(ready: Callable[[], None]) -> None:
+        from fvdfs.chain import Policy
+        from fvdfs.ops.mount import MountOptions, serve
+
+        serve(
+            MountOptions(
+                folder=folder,
+                mountpoint=mountpoint,
+                policy=Policy(
+                    roots=_roots(folder, options.get("base_path", "")),
+                    writable=not (arguments.read_only or "ro" in options),
+                    accept_unclean="accept_unclean" in options,
+                ),
+                allow_other=arguments.allow_other or "allow_other" in options,
+                writeback=options.get("writeback", "on") == "on",
+                shrink="shrink" in options,
+                debug=arguments.debug,
+            ),
+            ready,
+        )
+
+    if arguments.foreground:
+        _set_up_log(log_file, foreground=True)
+        serve(lambda: None)
+        return 0
+    return _in_background(serve, log_file)
+
+
+def _roots(folder: str, base_path: str) -> tuple[str, ...]:
+    roots = [folder]
+    for path in base_path.split(":"):
+        if path:
+            if not os.path.isabs(path):
+                raise UsageError(f"-o base_path={path}: must be an absolute path")
+            roots.append(os.path.realpath(path))
+    return tuple(roots)
+
+
+def _set_up_log(log_file: str | None, *, foreground: bool) -> None:
+    root = logging.getLogger()
+    root.setLevel(logging.INFO)
+    if log_file:
+        try:
+            file_handler = logging.FileHandler(log_file)
+        except OSError as error:
+            raise UsageError(f"--log-file {log_file}: {error.strerror}") from error
+        file_handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        root.addHandler(file_handler)
+    elif not foreground and os.path.exists("/dev/log"):
+        with contextlib.suppress(OSError):
+            syslog = logging.handlers.SysLogHandler("/dev/log", logging.handlers.SysLogHandler.LOG_DAEMON)
+            syslog.setFormatter(logging.Formatter(f"fvdfs[{os.getpid()}]: %(levelname)s %(message)s"))
+            root.addHandler(syslog)
+    if foreground or not log_file:
+        terminal = logging.StreamHandler()
+        terminal.setLevel(logging.INFO if foreground else logging.WARNING)
+        terminal.setFormatter(logging.Formatter("fvdfs: %(message)s"))
+        root.addHandler(terminal)
+
+
+def _in_background(serve: Callable[[Callable[[], None]], None], log_file: str | None) -> int:
+    """Serve in a process of its own; return when it is ready, or has failed.
+
+    Until it is ready its messages go to the terminal as well.
+    """
+    read_end, write_end = os.pipe()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    child = os.fork()
+    if child:
+        os.close(write_end)
+        with os.fdopen(read_end, "rb") as pipe:
+            if pipe.read():
+                return 0
+        _, status = os.waitpid(child, 0)
+        return os.waitstatus_to_exitcode(status) or 1
+    os.close(read_end)
+    code = 1
+    try:
+        os.setsid()
+        with open(os.devnull, "r+b") as null:
+            os.dup2(null.fileno(), 0)
+            os.dup2(null.fileno(), 1)
+        os.chdir("/")
+        _set_up_log(log_file, foreground=False)
+
+        def ready() -> None:
+            with open(os.devnull, "r+b") as null:
+                os.dup2(null.fileno(), 2)
+            os.write(write_end, b"1")
+            os.close(write_end)
+
+        serve(ready)
+        code = 0
+    except FvdError as error:
+        print(f"fvdfs: {error}", file=sys.stderr, flush=True)
+        code = error.exit_code
+    except BaseException:
+        logging.getLogger(__name__).critical("the mount has ended by an error", exc_info=True)
+    finally:
+        logging.shutdown()
+        os._exit(code)
+
+
+def _umount(arguments: argparse.Namespace) -> int:
+    mountpoint = os.path.abspath(arguments.mountpoint)
+    with _daemon(mountpoint) as ended:
+        command = ["umount", mountpoint] if os.geteuid() == 0 else ["fusermount3", "-u", mountpoint]
+        try:
+            result = subprocess.run(command, capture_output=True, text=True, check=False)
+        except FileNotFoundError:
+            raise UsageError(f"{command[0]} is missing: install the package fuse3") from None
+        if result.returncode:
+            print(f"fvdfs: {result.stderr.strip()}", file=sys.stderr)
+            return 1
+        ended()
+    return 0
+
+
+@contextlib.contextmanager
+def _daemon(mountpoint: str) -> Iterator[Callable[[], None]]:
+    """What waits for the end of the process that serves a mount; nothing where it is dead or not ours."""
+    try:
+        pid = int(os.getxattr(mountpoint, "user.fvdfs.pid"))
+        descriptor = os.pidfd_open(pid)
+    except (OSError, ValueError):
+        yield lambda: None
+        return
+    try:
+
+        def wait() -> None:
+            select.select([descriptor], [], [])  # readable when the process has ended
+
+        yield wait
+    finally:
+        os.close(descriptor)
+
+
+def entry() -> None:
+    """The program `fvdfs`."""
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    sys.exit(main())

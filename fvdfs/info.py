@@ -1,0 +1,124 @@
+"""What `fvdfs info` tells of an image: its fields, and what they mean for the user. Blocks."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from typing import Any
+
+import trio
+
+from fvdfs.chain import Chain, Policy, load_chain, open_chain
+from fvdfs.errors import FvdError
+from fvdfs.image import Image
+
+
+def describe(path: str) -> dict[str, Any]:
+    """Everything that is known of the image at `path`, ready for JSON.
+
+    Raises ImageError where it is no image. A base or data file that is missing does not: it is
+    reported under "problems".
+    """
+    problems: list[str] = []
+    image: Image | None = None
+    try:
+        chain = open_chain(path, Policy(writable=False))
+    except FvdError as error:
+        problems.append(str(error))
+        chain = open_chain(path, Policy(writable=False), top_only=True)
+    header = chain.layers[0].header
+    usage = chain.usage()
+    base_chain = _names(chain)
+    if not problems:
+        image = trio.run(load_chain, chain)
+    else:
+        for store in chain.stores():
+            store.close()
+    result: dict[str, Any] = {
+        "image": path,
+        "virtual_size": header.virtual_disk_size,
+        "allocated": usage,
+        "layout": _layout(header.compact, bool(header.data_file), header.has_base),
+        "clean": header.clean,
+        "writable_without_repair": header.clean or not header.has_metadata or header.journal_region is not None,
+        "base_chain": base_chain,
+        "problems": problems,
+    }
+    if image is not None:
+        if image.bitmap is not None:
+            result["local_blocks"] = image.bitmap.count_local()
+            result["base_blocks"] = header.blocks
+            result["local_share"] = image.bitmap.count_local() / header.blocks if header.blocks else 1.0
+        if image.table is not None:
+            result["allocated_chunks"] = image.table.allocated()
+            result["chunks"] = header.chunks
+        trio.run(image.close)
+    result["header"] = {field.name: getattr(header, field.name) for field in dataclasses.fields(header)}
+    return result
+
+
+def _names(chain: Chain) -> list[dict[str, str]]:
+    names = []
+    for layer in chain.layers:
+        header = layer.header
+        if header.has_base:
+            names.append(
+                {
+                    "name": header.base_img,
+                    "path": os.path.join(os.path.dirname(layer.path), header.base_img),
+                    "format": header.base_img_fmt or "raw",
+                }
+            )
+    return names
+
+
+def _layout(compact: bool, data_file: bool, base: bool) -> str:
+    text = "compact: chunks allocated by the image" if compact else "flat: as a raw image, sparse"
+    if data_file:
+        text += ", in a data file of its own"
+    if base:
+        text += ", copy-on-write over a base"
+    return text
+
+
+def human_size(size: int) -> str:
+    """Bytes as a person reads them, with the exact number where it is rounded."""
+    value = float(size)
+    for unit in ("bytes", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB"):
+        if value < 1024 or unit == "EiB":
+            break
+        value /= 1024
+    if unit == "bytes":
+        return f"{size} bytes"
+    return f"{value:.4g} {unit} ({size} bytes)"
+
+
+def render(facts: dict[str, Any]) -> str:
+    """The facts as text for a terminal."""
+    rows = [
+        ("image", facts["image"]),
+        ("virtual size", human_size(facts["virtual_size"])),
+        ("allocated", human_size(facts["allocated"])),
+        ("layout", facts["layout"]),
+        ("state", _state(facts)),
+    ]
+    if "local_share" in facts:
+        share = f"{facts['local_share']:.1%} ({facts['local_blocks']} of {facts['base_blocks']} blocks)"
+        rows.append(("local share", share))
+    if "chunks" in facts:
+        rows.append(("chunks", f"{facts['allocated_chunks']} of {facts['chunks']} allocated"))
+    rows += [("base", f"{base['path']} ({base['format']})") for base in facts["base_chain"]]
+    rows += [("problem", problem) for problem in facts["problems"]]
+    rows.append(("", ""))
+    for name, value in facts["header"].items():
+        rows.append((name, f"0x{value:X}" if name == "magic" else str(value)))
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"{name:<{width}}  {value}".rstrip() for name, value in rows)
+
+
+def _state(facts: dict[str, Any]) -> str:
+    if facts["clean"]:
+        return "clean"
+    if facts["writable_without_repair"]:
+        return "not closed: in use, or crashed; the journal is replayed at the next opening"
+    return "not closed, and no journal: in use, or crashed; can be read, its metadata may be incomplete"

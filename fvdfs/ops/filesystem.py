@@ -1,0 +1,283 @@
+"""The FUSE handlers: translate arguments, call the image, translate errors. No policy.
+
+Each request runs in a task of its own (pyfuse3's). A request that fails in a way nobody foresaw is
+logged with its traceback and answered with EIO: it must not end the mount.
+"""
+
+from __future__ import annotations
+
+import errno
+import functools
+import logging
+import os
+import stat
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any, ParamSpec, TypeVar, cast
+
+import pyfuse3
+import trio
+from pyfuse3 import EntryAttributes, FileHandleT, FileInfo, FileNameT, FlagT, FUSEError, InodeT, ModeT
+
+from fvdfs.errors import FvdError, ImageBusy, ReadOnlyImage, Refused
+from fvdfs.image import Image
+from fvdfs.ops.inodes import ROOT_INODE, Attributes, Entry, Folder
+
+log = logging.getLogger(__name__)
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+ATTRIBUTE_TIMEOUT = 3600.0  # seconds; the kernel itself drops what its own writes change
+COMMIT_INTERVAL = 5.0  # seconds after which a write is committed that nobody flushed
+PID_ATTRIBUTE = b"user.fvdfs.pid"
+# Errors that are plain answers, not worth a line in the log.
+_ANSWERS = frozenset({errno.ENOENT, errno.EPERM, errno.EROFS, errno.ESTALE, errno.EFBIG})
+
+
+def fuse_error(error: BaseException, what: str) -> FUSEError:
+    """The answer to a request that failed, after saying in the log what only the log can say."""
+    if isinstance(error, FUSEError):
+        return error
+    if isinstance(error, OSError) and error.errno:
+        if error.errno not in _ANSWERS:
+            log.error("%s: %s", what, error)
+        return FUSEError(error.errno)
+    if isinstance(error, FvdError):
+        log.error("%s", error)
+        if isinstance(error, ImageBusy):
+            return FUSEError(errno.EBUSY)
+        if isinstance(error, ReadOnlyImage):
+            return FUSEError(errno.EROFS)
+        return FUSEError(errno.EACCES if isinstance(error, Refused) else errno.EIO)
+    log.error("%s: unforeseen error", what, exc_info=error)
+    return FUSEError(errno.EIO)
+
+
+def handler(function: Callable[P, Coroutine[Any, Any, T]]) -> Callable[P, Coroutine[Any, Any, T]]:
+    """Give a handler the translation of errors."""
+
+    @functools.wraps(function)
+    async def wrapped(*args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            return await function(*args, **kwargs)
+        except Exception as error:
+            raise fuse_error(error, function.__name__) from error
+
+    return wrapped
+
+
+class Filesystem(pyfuse3.Operations):
+    """A folder of images as a folder of raw files."""
+
+    def __init__(self, folder: Folder, *, writeback: bool, shrink: bool) -> None:
+        super().__init__()
+        self.folder = folder
+        self.enable_writeback_cache = writeback
+        self._shrink = shrink
+        self._images: dict[int, Image] = {}
+        self._handles: dict[int, tuple[Entry, bool]] = {}
+        self._listings: dict[int, list[Entry]] = {}
+        self._next_handle = 1
+        self._written = trio.Event()
+
+    async def commit_regularly(self) -> None:
+        """Commit what nobody flushes, so that a crash loses no more than the last seconds. Runs for ever."""
+        while True:
+            await self._written.wait()
+            await trio.sleep(COMMIT_INTERVAL)
+            self._written = trio.Event()
+            for entry in self.folder.open_entries():
+                image = entry.image
+                if image is not None and image.committer.uncommitted:
+                    try:
+                        await image.flush()
+                    except OSError as error:
+                        log.error("%s: commit: %s", image.name, error)
+
+    # --- attributes -----------------------------------------------------------------------------
+
+    def _file_attributes(self, inode: int, attributes: Attributes) -> EntryAttributes:
+        status = attributes.status
+        entry = EntryAttributes()
+        entry.st_ino = InodeT(inode)
+        entry.generation = 0
+        entry.entry_timeout = 0
+        entry.attr_timeout = ATTRIBUTE_TIMEOUT
+        entry.st_mode = ModeT(stat.S_IFREG | stat.S_IMODE(status.st_mode))
+        entry.st_nlink = 1
+        entry.st_uid = status.st_uid
+        entry.st_gid = status.st_gid
+        entry.st_rdev = 0
+        entry.st_size = attributes.size
+        entry.st_blksize = 4096
+        entry.st_blocks = -(-attributes.usage // 512)
+        entry.st_atime_ns = status.st_atime_ns
+        entry.st_mtime_ns = status.st_mtime_ns
+        entry.st_ctime_ns = status.st_ctime_ns
+        return entry
+
+    async def _folder_attributes(self) -> EntryAttributes:
+        status = await trio.to_thread.run_sync(os.stat, self.folder.path)
+        entry = EntryAttributes()
+        entry.st_ino = InodeT(ROOT_INODE)
+        entry.entry_timeout = 0
+        entry.attr_timeout = 0
+        entry.st_mode = ModeT(status.st_mode)
+        entry.st_nlink = 2
+        entry.st_uid = status.st_uid
+        entry.st_gid = status.st_gid
+        entry.st_size = status.st_size
+        entry.st_blksize = 4096
+        entry.st_blocks = status.st_blocks
+        entry.st_atime_ns = status.st_atime_ns
+        entry.st_mtime_ns = status.st_mtime_ns
+        entry.st_ctime_ns = status.st_ctime_ns
+        return entry
+
+    @handler
+    async def lookup(self, parent_inode: InodeT, name: FileNameT, ctx: pyfuse3.RequestContext) -> EntryAttributes:
+        if name in (b".", b".."):
+            return await self._folder_attributes()
+        entry = await self.folder.lookup(name)
+        if entry is None:
+            raise FUSEError(errno.ENOENT)
+        entry.lookups += 1
+        return self._file_attributes(entry.inode, entry.attributes)
+
+    async def forget(self, inode_list: Sequence[tuple[InodeT, int]]) -> None:
+        for inode, count in inode_list:
+            self.folder.forget(inode, count)
+
+    @handler
+    async def getattr(self, inode: InodeT, ctx: pyfuse3.RequestContext) -> EntryAttributes:
+        if inode == ROOT_INODE:
+            return await self._folder_attributes()
+        return self._file_attributes(inode, await self.folder.getattr(inode))
+
+    @handler
+    async def setattr(
+        self,
+        inode: InodeT,
+        attr: EntryAttributes,
+        fields: pyfuse3.SetattrFields,
+        fh: FileHandleT | None,
+        ctx: pyfuse3.RequestContext,
+    ) -> EntryAttributes:
+        if inode == ROOT_INODE:
+            raise FUSEError(errno.EPERM)
+        entry = self.folder.entry(inode)
+        if fields.update_size:
+            await self._truncate(inode, attr.st_size)
+        path = entry.path
+        if fields.update_mode:
+            await trio.to_thread.run_sync(os.chmod, path, stat.S_IMODE(attr.st_mode))
+        if fields.update_uid or fields.update_gid:
+            uid = attr.st_uid if fields.update_uid else -1
+            gid = attr.st_gid if fields.update_gid else -1
+            await trio.to_thread.run_sync(os.chown, path, uid, gid)
+        if fields.update_atime or fields.update_mtime:
+            status = await trio.to_thread.run_sync(os.stat, path)
+            times = (
+                attr.st_atime_ns if fields.update_atime else status.st_atime_ns,
+                attr.st_mtime_ns if fields.update_mtime else status.st_mtime_ns,
+            )
+            await trio.to_thread.run_sync(functools.partial(os.utime, path, ns=times))
+        return self._file_attributes(inode, await self.folder.getattr(inode))
+
+    async def _truncate(self, inode: int, size: int) -> None:
+        entry, _ = await self.folder.open(inode, write=True)
+        try:
+            assert entry.image is not None
+            await entry.image.resize(size, shrink=self._shrink)
+        finally:
+            await self.folder.close(entry)
+
+    @handler
+    async def statfs(self, ctx: pyfuse3.RequestContext) -> pyfuse3.StatvfsData:
+        status = await trio.to_thread.run_sync(os.statvfs, self.folder.path)
+        result = pyfuse3.StatvfsData()
+        for name in ("f_bsize", "f_frsize", "f_blocks", "f_bfree", "f_bavail", "f_files", "f_ffree", "f_favail"):
+            setattr(result, name, getattr(status, name))
+        result.f_namemax = status.f_namemax
+        return result
+
+    async def getxattr(self, inode: InodeT, name: bytes, ctx: pyfuse3.RequestContext) -> bytes:
+        if inode == ROOT_INODE and name == PID_ATTRIBUTE:
+            return str(os.getpid()).encode()
+        raise FUSEError(pyfuse3.ENOATTR)
+
+    # --- the folder -----------------------------------------------------------------------------
+
+    @handler
+    async def opendir(self, inode: InodeT, ctx: pyfuse3.RequestContext) -> FileHandleT:
+        if inode != ROOT_INODE:
+            raise FUSEError(errno.ENOTDIR)
+        listing = await self.folder.scan()
+        handle = self._new_handle()
+        self._listings[handle] = listing
+        return FileHandleT(handle)
+
+    async def readdir(self, fh: FileHandleT, start_id: int, token: pyfuse3.ReaddirToken) -> None:
+        listing = self._listings[fh]
+        for number, entry in enumerate(listing[start_id:], start_id + 1):
+            attributes = self._file_attributes(entry.inode, entry.attributes)
+            if not pyfuse3.readdir_reply(token, FileNameT(entry.name), attributes, number):
+                break
+            entry.lookups += 1
+
+    async def releasedir(self, fh: FileHandleT) -> None:
+        del self._listings[fh]
+
+    # --- the files ------------------------------------------------------------------------------
+
+    def _new_handle(self) -> int:
+        handle = self._next_handle
+        self._next_handle += 1
+        return handle
+
+    @handler
+    async def open(self, inode: InodeT, flags: FlagT, ctx: pyfuse3.RequestContext) -> FileInfo:
+        write = flags & os.O_ACCMODE != os.O_RDONLY
+        entry, keep_cache = await self.folder.open(inode, write=write)
+        try:
+            assert entry.image is not None
+            if flags & os.O_TRUNC:
+                await entry.image.resize(0, shrink=self._shrink)
+        except BaseException:
+            await self.folder.close(entry)
+            raise
+        handle = self._new_handle()
+        self._handles[handle] = entry, write
+        self._images[handle] = entry.image
+        return FileInfo(fh=FileHandleT(handle), keep_cache=keep_cache)
+
+    async def read(self, fh: FileHandleT, off: int, size: int) -> bytes:
+        try:
+            # pyfuse3 takes any buffer; its annotation says bytes.
+            return cast(bytes, await self._images[fh].read(off, size))
+        except Exception as error:
+            raise fuse_error(error, "read") from error
+
+    async def write(self, fh: FileHandleT, off: int, buf: bytes) -> int:
+        try:
+            await self._images[fh].write(off, buf)
+        except Exception as error:
+            raise fuse_error(error, "write") from error
+        self._written.set()
+        return len(buf)
+
+    @handler
+    async def flush(self, fh: FileHandleT) -> None:
+        entry, write = self._handles[fh]
+        if write and entry.image is not None:
+            await entry.image.flush()
+
+    @handler
+    async def fsync(self, fh: FileHandleT, datasync: bool) -> None:
+        await self._images[fh].flush()
+
+    @handler
+    async def release(self, fh: FileHandleT) -> None:
+        entry, _ = self._handles.pop(fh)
+        del self._images[fh]
+        await self.folder.close(entry)

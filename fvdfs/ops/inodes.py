@@ -1,0 +1,311 @@
+"""The folder of images: which files appear, under which inode, and which of them are open.
+
+`DIR/NAME.fvd` appears as `NAME.raw` if it holds an FVD image that can be opened. Nothing watches the
+folder: each lookup and listing looks at the files as they are then, in a thread, and reads a header
+only where a file has changed since. Looking needs no lock; opening does (`chain.py`).
+
+An image is loaded at its first open and given up at its last close; it becomes writable when the
+first who wants to write opens it. `Entry.lock` is held across these changes. An inode number stands
+for one state of a file that the kernel may keep in its cache: a file that was replaced, or whose
+disk was resized behind our back, gets a new one.
+
+No pyfuse3 here: this is what the handlers in `filesystem.py` translate to.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import stat
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import trio
+
+from fvdfs.chain import Policy, load_chain, lock_for_writing, open_chain
+from fvdfs.errors import ImageError, NotFvd
+from fvdfs.image import Image
+
+log = logging.getLogger(__name__)
+
+ROOT_INODE = 1
+IMAGE_SUFFIX = b".fvd"
+RAW_SUFFIX = b".raw"
+
+Signature = tuple[int, int, int, int, int]
+
+
+def signature(status: os.stat_result) -> Signature:
+    """What changes when a file is replaced or written to."""
+    return status.st_dev, status.st_ino, status.st_rdev, status.st_mtime_ns, status.st_size
+
+
+@dataclass(frozen=True, slots=True)
+class Attributes:
+    """What stat(2) says of the raw file; sizes and usage in bytes."""
+
+    size: int
+    usage: int
+    status: os.stat_result
+
+
+class Entry:
+    """An image of the folder that appears in the mount."""
+
+    def __init__(self, inode: int, path: bytes, seen: _Seen) -> None:
+        self.inode = inode
+        self.path = path
+        self.name = raw_name(os.path.basename(path))
+        self.lock = trio.Lock()
+        self.image: Image | None = None
+        self.opens = 0
+        self.lookups = 0
+        self.size = seen.size
+        self.usage = seen.usage
+        self.status = seen.status
+        self.cached_as: Signature | None = None
+        """How the file was when the kernel last may have cached its content."""
+
+    @property
+    def attributes(self) -> Attributes:
+        """What is known without looking at the file again."""
+        if self.image is not None:
+            return Attributes(self.image.size, self.image.usage(), self.status)
+        return Attributes(self.size, self.usage, self.status)
+
+
+@dataclass(frozen=True, slots=True)
+class _Seen:
+    """What a look at a file found."""
+
+    status: os.stat_result
+    size: int
+    usage: int
+
+
+def raw_name(image_name: bytes) -> bytes:
+    """The name in the mount of an image's file name."""
+    return image_name[: -len(IMAGE_SUFFIX)] + RAW_SUFFIX
+
+
+def image_name(name: bytes) -> bytes | None:
+    """The file name of the image behind a name in the mount, or None where there is none."""
+    if not name.endswith(RAW_SUFFIX) or len(name) == len(RAW_SUFFIX):
+        return None
+    return name[: -len(RAW_SUFFIX)] + IMAGE_SUFFIX
+
+
+class Folder:
+    """The images of one folder. All methods run in the event loop; what waits for a disk is async."""
+
+    def __init__(self, path: str, policy: Policy) -> None:
+        self.path = os.fsencode(path)
+        self.policy = policy
+        self._entries: dict[bytes, Entry] = {}
+        self._inodes: dict[int, Entry] = {}
+        self._next_inode = ROOT_INODE + 1
+        self._complaints: dict[bytes, str] = {}
+
+    # --- looking --------------------------------------------------------------------------------
+
+    async def lookup(self, name: bytes) -> Entry | None:
+        """The image that appears as `name` now, or None."""
+        file_name = image_name(name)
+        if file_name is None:
+            return None
+        path = os.path.join(self.path, file_name)
+        known = self._entries.get(path)
+        seen = await trio.to_thread.run_sync(self._look, path, known)
+        return self._update(path, seen)
+
+    async def scan(self) -> list[Entry]:
+        """All images that appear now, by name."""
+        found = await trio.to_thread.run_sync(self._look_at_all, dict(self._entries))
+        for path in [path for path in self._entries if path not in found]:
+            self._update(path, None)
+        for path in [path for path in self._complaints if path not in found]:
+            del self._complaints[path]
+        entries = [self._update(path, seen) for path, seen in found.items()]
+        return [entry for entry in entries if entry is not None]
+
+    def entry(self, inode: int) -> Entry:
+        """The entry with this inode number. Raises OSError(ESTALE) where it is gone."""
+        try:
+            return self._inodes[inode]
+        except KeyError:
+            raise OSError(errno.ESTALE, f"inode {inode} is gone") from None
+
+    async def getattr(self, inode: int) -> Attributes:
+        """The attributes of an image, as its file is now; of a removed one, as it was."""
+        entry = self.entry(inode)
+        try:
+            entry.status = await trio.to_thread.run_sync(os.stat, entry.path)
+        except FileNotFoundError:
+            if entry.image is None:
+                raise
+        return entry.attributes
+
+    def _look_at_all(self, known: dict[bytes, Entry]) -> dict[bytes, _Seen | OSError | ImageError]:
+        names = sorted(name for name in os.listdir(self.path) if name.endswith(IMAGE_SUFFIX) and name != IMAGE_SUFFIX)
+        found: dict[bytes, _Seen | OSError | ImageError] = {}
+        for name in names:
+            path = os.path.join(self.path, name)
+            seen = self._look(path, known.get(path))
+            if seen is not None:
+                found[path] = seen
+        return found
+
+    def _look(self, path: bytes, known: Entry | None) -> _Seen | OSError | ImageError | None:
+        """What the file is now; an error where it is no usable image; None where there is none."""
+        try:
+            status = os.stat(path)
+            if known is not None:
+                identity = status.st_dev, status.st_ino, status.st_rdev
+                before = known.status.st_dev, known.status.st_ino, known.status.st_rdev
+                if (known.image is not None and identity == before) or signature(status) == signature(known.status):
+                    return _Seen(status, known.attributes.size, known.attributes.usage)
+            if not stat.S_ISREG(status.st_mode) and not stat.S_ISBLK(status.st_mode):
+                return None
+            chain = open_chain(os.fsdecode(path), self.policy)
+            try:
+                return _Seen(status, chain.layers[0].header.virtual_disk_size, chain.usage())
+            finally:
+                for store in chain.stores():
+                    store.close()
+        except FileNotFoundError:
+            return None
+        except (OSError, ImageError) as error:
+            return error
+
+    def _update(self, path: bytes, seen: _Seen | OSError | ImageError | None) -> Entry | None:
+        """Bring what is known of a path in line with what was just seen."""
+        known = self._entries.get(path)
+        if not isinstance(seen, _Seen):
+            if seen is not None:
+                self._complain(path, seen)
+            if known is not None:
+                del self._entries[path]
+                self._drop_if_unused(known)
+            return None
+        self._complaints.pop(path, None)
+        if known is not None:
+            same_file = (known.status.st_dev, known.status.st_ino, known.status.st_rdev) == (
+                seen.status.st_dev,
+                seen.status.st_ino,
+                seen.status.st_rdev,
+            )
+            if same_file and (known.image is not None or known.size == seen.size):
+                known.status = seen.status
+                if known.image is None:
+                    known.usage = seen.usage
+                return known
+            del self._entries[path]
+            self._drop_if_unused(known)
+        entry = Entry(self._next_inode, path, seen)
+        self._next_inode += 1
+        self._entries[path] = entry
+        self._inodes[entry.inode] = entry
+        return entry
+
+    def _complain(self, path: bytes, error: OSError | ImageError) -> None:
+        """Say once why a file does not appear."""
+        text = str(error)
+        if self._complaints.get(path) == text:
+            return
+        self._complaints[path] = text
+        level = logging.INFO if isinstance(error, NotFvd) else logging.ERROR
+        log.log(level, "%s", text if isinstance(error, ImageError) else f"{os.fsdecode(path)}: {error.strerror}")
+
+    def complaints(self) -> Iterator[str]:
+        """Why files named like images do not appear, as of the last look."""
+        yield from self._complaints.values()
+
+    # --- lookup counts --------------------------------------------------------------------------
+
+    def forget(self, inode: int, count: int) -> None:
+        """The kernel has dropped `count` of its references to the inode."""
+        entry = self._inodes.get(inode)
+        if entry is not None:
+            entry.lookups -= count
+            self._drop_if_unused(entry)
+
+    def _drop_if_unused(self, entry: Entry) -> None:
+        if entry.lookups <= 0 and not entry.opens and self._entries.get(entry.path) is not entry:
+            self._inodes.pop(entry.inode, None)
+
+    # --- opening and closing --------------------------------------------------------------------
+
+    async def open(self, inode: int, *, write: bool) -> tuple[Entry, bool]:
+        """Open the image; the entry, and whether the kernel may keep what it has cached of it.
+
+        Raises ImageError, OSError.
+        """
+        entry = self.entry(inode)
+        async with entry.lock:
+            fresh = entry.image is None
+            if entry.image is None:
+                entry.image = await self._load(entry)
+            try:
+                if write and not entry.image.writable:
+                    if self.policy.writable:
+                        lock_for_writing(entry.image)
+                        await entry.image.begin_writing(accept_unclean=self.policy.accept_unclean)
+                    else:
+                        raise OSError(errno.EROFS, "mounted read-only")
+            except BaseException:
+                if not entry.opens:
+                    await self._unload(entry)
+                raise
+            entry.opens += 1
+            keep = not fresh or entry.cached_as == signature(entry.status)
+            return entry, keep
+
+    async def _load(self, entry: Entry) -> Image:
+        status = await trio.to_thread.run_sync(os.stat, entry.path)
+        chain = await trio.to_thread.run_sync(open_chain, os.fsdecode(entry.path), self.policy)
+        image = await load_chain(chain)
+        entry.status = status
+        if image.size != entry.size:
+            await image.close()
+            raise OSError(errno.ESTALE, f"{os.fsdecode(entry.path)}: the disk has been resized elsewhere")
+        return image
+
+    async def close(self, entry: Entry) -> None:
+        """Undo one `open`; the last one gives up the image. Raises OSError of what had to be written."""
+        async with entry.lock:
+            entry.opens -= 1
+            if not entry.opens:
+                await self._unload(entry)
+        self._drop_if_unused(entry)
+
+    async def _unload(self, entry: Entry) -> None:
+        image, entry.image = entry.image, None
+        assert image is not None
+        entry.size = image.size
+        entry.usage = image.usage()
+        try:
+            with trio.CancelScope(shield=True):
+                await image.close()
+        finally:
+            try:
+                entry.status = os.stat(entry.path)
+                entry.cached_as = signature(entry.status)
+            except OSError:
+                entry.cached_as = None
+
+    def open_entries(self) -> list[Entry]:
+        """The entries whose image is open."""
+        return [entry for entry in self._inodes.values() if entry.image is not None]
+
+    async def close_all(self) -> None:
+        """Give up every image, whoever still has it open; errors go to the log."""
+        for entry in self.open_entries():
+            async with entry.lock:
+                if entry.image is None:
+                    continue
+                entry.opens = 0
+                try:
+                    await self._unload(entry)
+                except OSError as error:
+                    log.error("%s: closing failed, it will be replayed when next opened: %s", entry.path, error)

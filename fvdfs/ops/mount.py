@@ -1,0 +1,128 @@
+"""Serving a mount: from the mount system call to the last clean header."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pyfuse3
+import trio
+
+from fvdfs.chain import Policy
+from fvdfs.errors import UsageError
+from fvdfs.ops.filesystem import Filesystem
+from fvdfs.ops.inodes import Folder
+
+log = logging.getLogger(__name__)
+
+READ_AHEAD_KIB = 4096
+IDLE_TASKS = 16  # worker tasks that stay when there is nothing to do
+
+
+@dataclass(frozen=True, slots=True)
+class MountOptions:
+    """What the user chose for a mount."""
+
+    folder: str
+    mountpoint: str
+    policy: Policy
+    allow_other: bool = False
+    writeback: bool = True
+    shrink: bool = False
+    debug: bool = False
+
+
+def serve(options: MountOptions, ready: Callable[[], None]) -> None:
+    """Mount and serve until the mount is gone, or SIGTERM or SIGINT comes.
+
+    `ready` is called once requests are answered. Raises UsageError where it cannot be mounted.
+    """
+    folder = Folder(options.folder, options.policy)
+    filesystem = Filesystem(folder, writeback=options.writeback, shrink=options.shrink)
+    fuse_options = set(pyfuse3.default_options) | {
+        f"fsname={_escape(options.folder)}",
+        "subtype=fvdfs",
+    }
+    if options.allow_other:
+        fuse_options.add("allow_other")
+    if not options.policy.writable:
+        fuse_options.add("ro")
+    if options.debug:
+        fuse_options.add("debug")
+    try:
+        pyfuse3.init(filesystem, options.mountpoint, fuse_options)
+    except RuntimeError as error:
+        raise UsageError(
+            f"{options.mountpoint}: cannot mount: {error}; is /dev/fuse there (package fuse3), and may you use it?"
+        ) from error
+    try:
+        trio.run(_serve, options, filesystem, ready)
+    finally:
+        pyfuse3.close()
+
+
+def _escape(value: str) -> str:
+    """A value inside a comma-separated list of mount options, in ASCII."""
+    text = value.encode("ascii", "backslashreplace").decode()
+    return text.replace("\\", "\\\\").replace(",", "\\,")
+
+
+async def _serve(options: MountOptions, filesystem: Filesystem, ready: Callable[[], None]) -> None:
+    try:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(_stop_on_signal, options.mountpoint, filesystem)
+            nursery.start_soon(filesystem.commit_regularly)
+            nursery.start_soon(_announce, options.mountpoint, filesystem, ready)
+            await pyfuse3.main(min_tasks=IDLE_TASKS)
+            nursery.cancel_scope.cancel()
+    finally:
+        with trio.CancelScope(shield=True):
+            await filesystem.folder.close_all()
+        log.info("%s: unmounted", options.mountpoint)
+
+
+async def _announce(mountpoint: str, filesystem: Filesystem, ready: Callable[[], None]) -> None:
+    """Say that the mount is ready, once the kernel and we have agreed on how to talk."""
+    await filesystem.folder.scan()
+    device = await trio.to_thread.run_sync(lambda: os.stat(mountpoint).st_dev)
+    _raise_read_ahead(device)
+    ready()
+
+
+def _raise_read_ahead(device: int) -> None:
+    """Let the kernel read ahead as far as pays with a file system that answers in user space."""
+    path = f"/sys/class/bdi/{os.major(device)}:{os.minor(device)}/read_ahead_kb"
+    try:
+        with open(path, "w", encoding="ascii") as file:
+            file.write(str(READ_AHEAD_KIB))
+    except OSError as error:
+        log.info("%s stays as it is (%s): sequential reads will be slower", path, error.strerror)
+
+
+async def _stop_on_signal(mountpoint: str, filesystem: Filesystem) -> None:
+    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+        async for number in signals:
+            log.info("%s: signal %s", mountpoint, signal.Signals(number).name)
+            await _drain_kernel_cache(mountpoint, filesystem)
+            pyfuse3.terminate()
+
+
+async def _drain_kernel_cache(mountpoint: str, filesystem: Filesystem) -> None:
+    """Have the kernel hand over what it has accepted from writers but not yet sent to us."""
+    for entry in filesystem.folder.open_entries():
+        path = os.path.join(os.fsencode(mountpoint), entry.name)
+        try:
+            await trio.to_thread.run_sync(_fsync_path, path)
+        except OSError as error:
+            log.error("%s: what the kernel still had may be lost: %s", os.fsdecode(path), error)
+
+
+def _fsync_path(path: bytes) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
