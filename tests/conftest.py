@@ -1,0 +1,146 @@
+"""Fixtures that drive the real program: images made by `fvdfs create`, mounted by `fvdfs mount`."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+FVDFS = (sys.executable, "-m", "fvdfs")
+MIB = 1 << 20
+RAW_DISK_SIZE = 512 * MIB
+RAW_DISK_LAYOUTS = {
+    "plain": [],
+    "cow": ["--base", "base.raw"],
+    "compact-cow": ["--base", "base.raw", "--compact", "--block-size", "64K", "--chunk-size", "1M"],
+}
+
+
+@dataclass
+class Finished:
+    """How a command ended."""
+
+    code: int
+    out: str
+    err: str
+
+
+def fvdfs(*arguments: str | Path, timeout: float = 60) -> Finished:
+    """Run the program, whatever its exit code."""
+    done = subprocess.run(
+        [*FVDFS, *map(str, arguments)], capture_output=True, text=True, timeout=timeout, check=False
+    )
+    return Finished(done.returncode, done.stdout, done.stderr)
+
+
+def must(*arguments: str | Path, timeout: float = 60) -> str:
+    """Run the program, which must succeed, silently but for its output."""
+    done = fvdfs(*arguments, timeout=timeout)
+    assert done.code == 0, f"fvdfs {arguments}: exit code {done.code}: {done.err}"
+    return done.out
+
+
+@dataclass
+class Mount:
+    """A mounted folder."""
+
+    folder: Path
+    point: Path
+    log_file: Path
+    pid: int = 0
+    options: tuple[str, ...] = field(default=())
+
+    def mount(self) -> None:
+        """Mount, which must succeed."""
+        must("mount", self.folder, self.point, "--log-file", self.log_file, *self.options)
+        self.pid = int(os.getxattr(self.point, "user.fvdfs.pid"))
+
+    def umount(self) -> None:
+        """Unmount, which must succeed; every image is closed then."""
+        must("umount", self.point)
+        self.pid = 0
+
+    def remount(self) -> None:
+        self.umount()
+        self.mount()
+
+    def kill(self) -> None:
+        """End the process at once, and clear the dead mount away."""
+        os.kill(self.pid, 9)
+        subprocess.run(["umount", "-l", self.point], check=True)
+        wait_for_end(self.pid)
+        self.pid = 0
+
+    @property
+    def log(self) -> str:
+        return self.log_file.read_text() if self.log_file.exists() else ""
+
+    def raw(self, name: str) -> Path:
+        return self.point / f"{name}.raw"
+
+
+def wait_for_end(pid: int, timeout: float = 20) -> None:
+    """Wait until a process that is not our child has ended."""
+    deadline = time.monotonic() + timeout
+    while os.path.exists(f"/proc/{pid}"):
+        assert time.monotonic() < deadline, f"process {pid} does not end"
+        time.sleep(0.01)
+
+
+def wait_for_log(mount: Mount, text: str, timeout: float = 10) -> None:
+    """Wait until the log holds the text."""
+    deadline = time.monotonic() + timeout
+    while text not in mount.log:
+        assert time.monotonic() < deadline, f"{text!r} does not appear in the log:\n{mount.log}"
+        time.sleep(0.02)
+
+
+@contextlib.contextmanager
+def mounted(folder: Path, *options: str) -> Iterator[Mount]:
+    """The folder, mounted beside itself; unmounted at the end whatever happens."""
+    point = folder.parent / f"{folder.name}.mnt"
+    point.mkdir(exist_ok=True)
+    mount = Mount(folder, point, folder.parent / f"{folder.name}.log", options=options)
+    mount.mount()
+    try:
+        yield mount
+    finally:
+        if mount.pid:
+            pid = mount.pid
+            done = fvdfs("umount", point)
+            if done.code:
+                subprocess.run(["umount", "-l", point], check=False)
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, 9)
+            assert done.code == 0, f"umount: {done.err}"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """An empty folder for images."""
+    path = tmp_path / "images"
+    path.mkdir()
+    return path
+
+
+@pytest.fixture(scope="module", params=list(RAW_DISK_LAYOUTS))
+def raw_disk(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A mounted raw file of 512 MiB, in each of several layouts."""
+    folder = tmp_path_factory.mktemp("programs") / "images"
+    folder.mkdir()
+    pattern = bytes(range(251)) * 4177
+    with open(folder / "base.raw", "wb") as base:
+        for at in range(0, 320 * MIB, 16 * MIB):
+            base.seek(at)
+            base.write(pattern)
+        base.truncate(320 * MIB)
+    must("create", folder / "disk.fvd", str(RAW_DISK_SIZE), *RAW_DISK_LAYOUTS[request.param])
+    with mounted(folder) as mount:
+        yield mount.raw("disk")
