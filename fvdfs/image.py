@@ -26,7 +26,7 @@ from fvdfs.cow.bitmap import Bitmap
 from fvdfs.cow.locks import RangeLock
 from fvdfs.cow.planner import Geometry, WritePlan, plan_write, read_runs
 from fvdfs.errors import ReadOnlyImage
-from fvdfs.header import SECTOR, Header, ceil_div, round_up
+from fvdfs.header import SECTOR, Header, ceil_div, round_up, with_fields
 
 Storage = FlatStorage | ChunkedStorage
 
@@ -205,9 +205,7 @@ class Image:
         try:
             for run_start, run_stop, where in storage.runs(start, stop):
                 assert where is not None
-                piece = view[run_start - start : run_stop - start]
-                if not self.data.pwrite_nowait(piece, where):
-                    await self.data.pwrite(piece, where)
+                await self.data.pwrite(view[run_start - start : run_stop - start], where)
         finally:
             self.committer.data_written()
 
@@ -268,7 +266,11 @@ class Image:
             await self.committer.clear_journal()
             header = self.header
             # One after the other: they are in different sectors, and the base must never reach past the disk.
-            await self.committer.change_header(base_img_size=min(header.base_img_size, size))
+            if header.base_img_size > size:
+                smaller = with_fields(header, base_img_size=size)
+                region = smaller.bitmap_region
+                bitmap_size = region.size if region is not None else header.bitmap_size
+                await self.committer.change_header(base_img_size=size, bitmap_size=bitmap_size)
             await self.committer.change_header(virtual_disk_size=size)
             self.size = size
             self._geometry = Geometry(header.block_size, self.header.base_size)

@@ -34,9 +34,7 @@ class Finished:
 
 def fvdfs(*arguments: str | Path, timeout: float = 60) -> Finished:
     """Run the program, whatever its exit code."""
-    done = subprocess.run(
-        [*FVDFS, *map(str, arguments)], capture_output=True, text=True, timeout=timeout, check=False
-    )
+    done = subprocess.run([*FVDFS, *map(str, arguments)], capture_output=True, text=True, timeout=timeout, check=False)
     return Finished(done.returncode, done.stdout, done.stderr)
 
 

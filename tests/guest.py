@@ -76,9 +76,7 @@ def run(
     with tempfile.TemporaryFile() as source, tempfile.TemporaryFile() as sink:
         source.write(stdin)
         source.seek(0)
-        process = subprocess.Popen(
-            command, stdin=source, stdout=sink, stderr=sink, cwd=cwd, start_new_session=True
-        )
+        process = subprocess.Popen(command, stdin=source, stdout=sink, stderr=sink, cwd=cwd, start_new_session=True)
         status: int | None = None
         try:
             status = process.wait(timeout)
@@ -105,10 +103,7 @@ def _kill(process: subprocess.Popen[bytes]) -> None:
 
 def find_kernel() -> tuple[Path, str]:
     """The newest installed cloud kernel's image, and its version."""
-    found = [
-        (image, image.name.removeprefix("vmlinuz-"))
-        for image in Path("/boot").glob("vmlinuz-*-cloud-amd64")
-    ]
+    found = [(image, image.name.removeprefix("vmlinuz-")) for image in Path("/boot").glob("vmlinuz-*-cloud-amd64")]
     usable = [(image, version) for image, version in found if _modules_directory(version).is_dir()]
     if not usable:
         raise MissingProgram(

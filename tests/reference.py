@@ -100,8 +100,7 @@ class Image:
         raw_table = self._region("table", header.table_size)
         self.disk_table = struct.unpack(f"<{header.table_size // 4}I", raw_table)  # to its page
         self.table = [  # section 5: bit 31 is ignored
-            entry if entry == MISSING else entry & NUMBER
-            for entry in self.disk_table[: header.chunks]
+            entry if entry == MISSING else entry & NUMBER for entry in self.disk_table[: header.chunks]
         ]
         self.owner = {number: chunk for chunk, number in enumerate(self.table) if number != MISSING}
         self.journal = self._region("journal", header.journal_size)
@@ -332,7 +331,7 @@ def _check_header(h: Header) -> Iterator[str]:
     else:
         good |= {n: getattr(h, n) == 0 for n in ("table_offset", "chunk_size", "storage_grow_unit")}
     yield from (f"{name} is {getattr(h, name)}" for name in good if not good[name])
-    if h.journal_size and not h.compact_image and not h.bitmap_size:
+    if h.journal_size and not h.compact_image and not h.block_size:
         yield "a journal with neither a bitmap nor a table"  # section 1
     if 0 < h.journal_size < up(h.chunks, 121) * SECTOR:
         yield "the journal has no room for the whole table"  # section 2
@@ -413,5 +412,5 @@ def _check_storage(image: Image) -> Iterator[str]:
         used = max((number + 1 for number in image.table if number != MISSING), default=0)
         if length < used * h.chunk_size:
             yield f"the storage ends before the end of its chunk {used - 1}"
-    elif length < h.virtual_disk_size and (length or any(image.bitmap) and not h.need_zero_init):
+    elif length < h.virtual_disk_size and (length or (any(image.bitmap) and not h.need_zero_init)):
         yield "the storage holds data, but is shorter than the disk"

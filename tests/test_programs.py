@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+
 from guest import CommandError, boot, build_initrd, run
 from treegen import make_tar, tree_digest
 
@@ -67,9 +68,7 @@ def same_bytes(found: bytes, expected: bytes, offset: int, what: str) -> None:
 
 
 def compare(left: Path, left_format: str, right: Path, right_format: str) -> None:
-    output = run(
-        "qemu-img", "compare", "-f", left_format, "-F", right_format, left, right, timeout=180
-    )
+    output = run("qemu-img", "compare", "-f", left_format, "-F", right_format, left, right, timeout=180)
     assert "Images are identical." in output
 
 
@@ -107,9 +106,7 @@ def source_image(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("cache", CACHES)
-def test_qemu_img_converts_both_ways(
-    raw_disk: Path, source_image: Path, tmp_path: Path, cache: str
-) -> None:
+def test_qemu_img_converts_both_ways(raw_disk: Path, source_image: Path, tmp_path: Path, cache: str) -> None:
     back = tmp_path / "back.raw"
     image = tmp_path / "image.qcow2"
 
@@ -230,9 +227,7 @@ def test_qemu_io_patterns_at_odd_places(raw_disk: Path, arguments: tuple[str, ..
 
 @pytest.mark.parametrize("arguments", QEMU_IO_CACHES)
 @pytest.mark.parametrize("unit", [1, 4 * KIB])
-def test_qemu_io_many_writes_in_flight(
-    raw_disk: Path, arguments: tuple[str, ...], unit: int
-) -> None:
+def test_qemu_io_many_writes_in_flight(raw_disk: Path, arguments: tuple[str, ...], unit: int) -> None:
     """Writes side by side, of less than a block each, all under way at the same time.
 
     QEMU gives only aligned writes to native asynchronous I/O, the others to threads.
@@ -299,9 +294,7 @@ def fio(disk: Path, directory: Path, *options: str) -> list[dict[str, int]]:
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", FIO_LAYOUTS)
 @pytest.mark.parametrize("engine", FIO_ENGINES)
-def test_fio_verifies_what_four_jobs_wrote(
-    raw_disk: Path, tmp_path: Path, engine: str, layout: str
-) -> None:
+def test_fio_verifies_what_four_jobs_wrote(raw_disk: Path, tmp_path: Path, engine: str, layout: str) -> None:
     options = [*FIO_ENGINES[engine], *FIO_LAYOUTS[layout]]
     written = fio(raw_disk, tmp_path, *options)
     assert all(job["write"] == job["read"] == FIO_BYTES for job in written), written
@@ -363,9 +356,7 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, str]]
 
 @pytest.mark.slow
 @pytest.mark.parametrize("direct", [False, True], ids=["buffered", "direct"])
-def test_ext4_holds_a_tree_of_small_files(
-    raw_disk: Path, tmp_path: Path, tree: tuple[Path, str], direct: bool
-) -> None:
+def test_ext4_holds_a_tree_of_small_files(raw_disk: Path, tmp_path: Path, tree: tuple[Path, str], direct: bool) -> None:
     archive, digest = tree
     point = tmp_path / "mnt"
     run("mkfs.ext4", "-q", "-F", "-N", "40000", *(["-D"] if direct else []), raw_disk)
@@ -414,10 +405,7 @@ class GuestWrite:
 
     def read_command(self) -> str:
         output = "skip_bytes,count_bytes,fullblock" + (",direct" if self.direct else "")
-        return (
-            f"dd status=none if=/dev/vda skip={self.offset} count={self.length} bs=64k"
-            f" iflag={output} | md5sum"
-        )
+        return f"dd status=none if=/dev/vda skip={self.offset} count={self.length} bs=64k iflag={output} | md5sum"
 
 
 def guest_writes(size: int) -> list[GuestWrite]:

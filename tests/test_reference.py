@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 import reference
 from reference import BITMAP_RECORD, CODES, MAGIC, MISSING, NAMES, TABLE_RECORD
 
@@ -395,9 +396,7 @@ HEADER_CORRUPTIONS: list[tuple[str, str, int | str | bytes, str]] = [
 
 
 @pytest.mark.parametrize(("kind", "name", "value", "problem"), HEADER_CORRUPTIONS)
-def test_check_finds_bad_field(
-    kind: str, name: str, value: int | str | bytes, problem: str, tmp_path: Path
-) -> None:
+def test_check_finds_bad_field(kind: str, name: str, value: int | str | bytes, problem: str, tmp_path: Path) -> None:
     sample = Sample(tmp_path, kind)
     sample.put(**{name: value})
     found = sample.check()

@@ -1,9 +1,10 @@
 """The one seam to storage: everything that fvdfs reads or writes of images goes through a `Store`.
 
-A store is an array of bytes with a size. Its calls come in two kinds: the `async` ones may wait for
-a disk or a network, in a thread; the `_nowait` ones never wait, and say False where they would have
-to (then the caller takes the async one). Both move whole requests: nothing is ever half done
-without an error.
+A store is an array of bytes with a size. Its `async` calls may wait for a disk or a network, in a
+thread. `pread_nowait` never waits, and says False where it would have to; then the caller takes
+`pread`. (There is no such call for writing: RWF_NOWAIT is unknown to some file systems, ext4 among
+them, and even where it is known a write waits for a file system that is frozen.) Calls move whole
+requests: nothing is ever half done without an error.
 
 The order of operations is the caller's business; only `flush` promises something about it: when it
 returns, all that was written before it was called is on stable storage, a new size included.
@@ -48,9 +49,6 @@ class Store(Protocol):
     async def pread(self, buffer: memoryview, offset: int) -> int:
         """Fill the buffer as far as the store reaches; the number of bytes filled. Raises OSError."""
 
-    def pwrite_nowait(self, data: Buffer, offset: int) -> bool:
-        """Write all of `data` if that needs no waiting, else say False (parts may then be written)."""
-
     async def pwrite(self, data: Buffer, offset: int) -> None:
         """Write all of `data`, making the store longer where it must. Raises OSError."""
 
@@ -87,8 +85,6 @@ class HostFile:
         mode = os.fstat(fd).st_mode
         self.is_device = stat.S_ISBLK(mode)
         self._claim = -1
-        self._read_flags = os.RWF_NOWAIT
-        self._write_flags = os.RWF_NOWAIT
         self._limiter = trio.CapacityLimiter(THREADS_PER_STORE)
 
     @property
@@ -134,7 +130,7 @@ class HostFile:
 
     def pread_nowait(self, buffer: memoryview, offset: int) -> bool:
         try:
-            return os.preadv(self._fd, [buffer], offset, self._read_flags) == len(buffer)
+            return os.preadv(self._fd, [buffer], offset, os.RWF_NOWAIT) == len(buffer)
         except BlockingIOError:
             return False
         except OSError as error:
@@ -154,19 +150,6 @@ class HostFile:
                 break
             done += count
         return done
-
-    def pwrite_nowait(self, data: Buffer, offset: int) -> bool:
-        if not self._write_flags:
-            return False
-        try:
-            return os.pwritev(self._fd, [data], offset, self._write_flags) == len(data)
-        except BlockingIOError:
-            return False
-        except OSError as error:
-            if error.errno != errno.EOPNOTSUPP:
-                raise
-            self._write_flags = 0  # not every file system can; no need to ask again
-            return False
 
     async def pwrite(self, data: Buffer, offset: int) -> None:
         await trio.to_thread.run_sync(self.pwrite_now, data, offset, limiter=self._limiter)

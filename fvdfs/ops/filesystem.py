@@ -31,7 +31,7 @@ ATTRIBUTE_TIMEOUT = 3600.0  # seconds; the kernel itself drops what its own writ
 COMMIT_INTERVAL = 5.0  # seconds after which a write is committed that nobody flushed
 PID_ATTRIBUTE = b"user.fvdfs.pid"
 # Errors that are plain answers, not worth a line in the log.
-_ANSWERS = frozenset({errno.ENOENT, errno.EPERM, errno.EROFS, errno.ESTALE, errno.EFBIG})
+_ANSWERS = frozenset({errno.ENOENT, errno.EPERM, errno.EROFS, errno.ESTALE})
 
 
 def fuse_error(error: BaseException, what: str) -> FUSEError:
@@ -168,7 +168,14 @@ class Filesystem(pyfuse3.Operations):
         entry = self.folder.entry(inode)
         if fields.update_size:
             await self._truncate(inode, attr.st_size)
-        path = entry.path
+        try:
+            await self._set_file_attributes(entry.path, attr, fields)
+        except FileNotFoundError:
+            if entry.image is None:
+                raise  # else: removed while open; nobody will look at it again
+        return self._file_attributes(inode, await self.folder.getattr(inode))
+
+    async def _set_file_attributes(self, path: bytes, attr: EntryAttributes, fields: pyfuse3.SetattrFields) -> None:
         if fields.update_mode:
             await trio.to_thread.run_sync(os.chmod, path, stat.S_IMODE(attr.st_mode))
         if fields.update_uid or fields.update_gid:
@@ -182,7 +189,6 @@ class Filesystem(pyfuse3.Operations):
                 attr.st_mtime_ns if fields.update_mtime else status.st_mtime_ns,
             )
             await trio.to_thread.run_sync(functools.partial(os.utime, path, ns=times))
-        return self._file_attributes(inode, await self.folder.getattr(inode))
 
     async def _truncate(self, inode: int, size: int) -> None:
         entry, _ = await self.folder.open(inode, write=True)

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 import trio
 
 from fvdfs.chain import Policy, load_chain, lock_for_writing, open_chain
-from fvdfs.errors import ImageError, NotFvd
+from fvdfs.errors import ImageBusy, ImageError, NotFvd
 from fvdfs.image import Image
 
 log = logging.getLogger(__name__)
@@ -32,6 +32,9 @@ log = logging.getLogger(__name__)
 ROOT_INODE = 1
 IMAGE_SUFFIX = b".fvd"
 RAW_SUFFIX = b".raw"
+
+BUSY_PATIENCE = 1.0  # seconds
+BUSY_RETRY = 0.05
 
 Signature = tuple[int, int, int, int, int]
 
@@ -239,8 +242,19 @@ class Folder:
     async def open(self, inode: int, *, write: bool) -> tuple[Entry, bool]:
         """Open the image; the entry, and whether the kernel may keep what it has cached of it.
 
-        Raises ImageError, OSError.
+        Another mount that has just closed the image may still be at it, so a busy one is tried
+        again for a moment. Raises ImageError, OSError.
         """
+        deadline = trio.current_time() + BUSY_PATIENCE
+        while True:
+            try:
+                return await self._open(inode, write=write)
+            except ImageBusy:
+                if trio.current_time() > deadline:
+                    raise
+            await trio.sleep(BUSY_RETRY)
+
+    async def _open(self, inode: int, *, write: bool) -> tuple[Entry, bool]:
         entry = self.entry(inode)
         async with entry.lock:
             fresh = entry.image is None
