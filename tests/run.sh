@@ -1,0 +1,13 @@
+#!/bin/sh
+# Install what the tests need (Debian 12), then run ruff, mypy and all tests. Arguments go to pytest.
+set -eu
+here=$(cd "$(dirname "$0")/.." && pwd)
+cd "$here"
+venv=${FVDFS_VENV:-$here/.venv}
+EXTRAS="[test]" sh examples/install.sh "$venv" \
+    busybox-static cpio e2fsprogs fio kmod linux-image-cloud-amd64 mount qemu-system-x86 qemu-utils util-linux xz-utils
+PATH=$venv/bin:$PATH
+ruff check .
+ruff format --check .
+mypy fvdfs tests
+exec python -m pytest "$@"
