@@ -53,13 +53,16 @@ def inspect_base(image: str, name: str, base_format: str) -> BaseImage:
         finally:
             store.close()
     except OSError as error:
-        raise UsageError(f"--base {name}: {path}: {error.strerror}") from error
+        hint = ""
+        if not os.path.isabs(name) and os.path.exists(name):
+            hint = "; a name is relative to the folder of the new image, not to where you are"
+        raise UsageError(f"--base {name}: {path}: {error.strerror}{hint}") from error
     except ImageError as error:
         raise UsageError(f"--base {name}: {error}") from error
 
 
 def create_image(path: str, virtual_size: int | None, options: CreateOptions, *, force: bool = False) -> list[str]:
-    """Make an image; remarks for the user. `virtual_size` in bytes, None: the base's, rounded up to a sector.
+    """Make an image; remarks for the user. `virtual_size` in bytes, None: the base's; rounded up to a sector.
 
     Raises UsageError for what cannot be, OSError where the disk refuses. A file that exists is
     overwritten only with `force`.
@@ -69,7 +72,8 @@ def create_image(path: str, virtual_size: int | None, options: CreateOptions, *,
     if virtual_size is None:
         if base is None:
             raise UsageError("say how large the disk shall be: fvdfs create IMAGE SIZE (or give --base)")
-        virtual_size = round_up(base.length, SECTOR)
+        virtual_size = base.length
+    virtual_size = round_up(virtual_size, SECTOR)
     if base and base.looks_like:
         remarks.append(
             f"the base looks like {base.looks_like}, but is taken as raw; if that is wrong, "

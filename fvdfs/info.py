@@ -10,11 +10,12 @@ import trio
 
 from fvdfs.chain import Chain, Policy, load_chain, open_chain
 from fvdfs.errors import FvdError
+from fvdfs.header import Header
 from fvdfs.image import Image
 
 
 def describe(path: str) -> dict[str, Any]:
-    """Everything that is known of the image at `path`, ready for JSON.
+    """Everything that is known of the image at `path`, ready for JSON: header fields, and what they mean.
 
     Raises ImageError where it is no image. A base or data file that is missing does not: it is
     reported under "problems".
@@ -53,8 +54,12 @@ def describe(path: str) -> dict[str, Any]:
             result["allocated_chunks"] = image.table.allocated()
             result["chunks"] = header.chunks
         trio.run(image.close)
-    result["header"] = {field.name: getattr(header, field.name) for field in dataclasses.fields(header)}
-    return result
+    return result | fields(header)
+
+
+def fields(header: Header) -> dict[str, int | str]:
+    """The header's fields by the format's names."""
+    return {field.name: getattr(header, field.name) for field in dataclasses.fields(header)}
 
 
 def _names(chain: Chain) -> list[dict[str, str]]:
@@ -110,8 +115,9 @@ def render(facts: dict[str, Any]) -> str:
     rows += [("base", f"{base['path']} ({base['format']})") for base in facts["base_chain"]]
     rows += [("problem", problem) for problem in facts["problems"]]
     rows.append(("", ""))
-    for name, value in facts["header"].items():
-        rows.append((name, f"0x{value:X}" if name == "magic" else str(value)))
+    for field in dataclasses.fields(Header):
+        value = facts[field.name]
+        rows.append((field.name, f"0x{value:X}" if field.name == "magic" else str(value)))
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{width}}  {value}".rstrip() for name, value in rows)
 

@@ -103,7 +103,7 @@ class Filesystem(pyfuse3.Operations):
         entry.generation = 0
         entry.entry_timeout = 0
         entry.attr_timeout = ATTRIBUTE_TIMEOUT
-        entry.st_mode = ModeT(stat.S_IFREG | stat.S_IMODE(status.st_mode))
+        entry.st_mode = ModeT(stat.S_IFREG | (status.st_mode & 0o777))
         entry.st_nlink = 1
         entry.st_uid = status.st_uid
         entry.st_gid = status.st_gid
@@ -177,7 +177,7 @@ class Filesystem(pyfuse3.Operations):
 
     async def _set_file_attributes(self, path: bytes, attr: EntryAttributes, fields: pyfuse3.SetattrFields) -> None:
         if fields.update_mode:
-            await trio.to_thread.run_sync(os.chmod, path, stat.S_IMODE(attr.st_mode))
+            await trio.to_thread.run_sync(os.chmod, path, attr.st_mode & 0o777)
         if fields.update_uid or fields.update_gid:
             uid = attr.st_uid if fields.update_uid else -1
             gid = attr.st_gid if fields.update_gid else -1

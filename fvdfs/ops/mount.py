@@ -15,6 +15,7 @@ from fvdfs.chain import Policy
 from fvdfs.errors import UsageError
 from fvdfs.ops.filesystem import Filesystem
 from fvdfs.ops.inodes import Folder
+from fvdfs.ops.negotiate import fuse_descriptors, negotiate
 
 log = logging.getLogger(__name__)
 
@@ -52,6 +53,7 @@ def serve(options: MountOptions, ready: Callable[[], None]) -> None:
         fuse_options.add("ro")
     if options.debug:
         fuse_options.add("debug")
+    descriptors = fuse_descriptors()
     try:
         pyfuse3.init(filesystem, options.mountpoint, fuse_options)
     except RuntimeError as error:
@@ -59,6 +61,7 @@ def serve(options: MountOptions, ready: Callable[[], None]) -> None:
             f"{options.mountpoint}: cannot mount: {error}; is /dev/fuse there (package fuse3), and may you use it?"
         ) from error
     try:
+        negotiate(descriptors)
         trio.run(_serve, options, filesystem, ready)
     finally:
         pyfuse3.close()
