@@ -366,6 +366,8 @@ def new_header(virtual_size: int, base_length: int | None, options: CreateOption
     """
     if virtual_size % SECTOR or virtual_size <= 0:
         raise UsageError(f"the size of the disk, {virtual_size}, must be a positive multiple of {SECTOR}")
+    if virtual_size > MAX_DISK_SIZE:
+        raise UsageError(f"the size of the disk, {virtual_size}, must be at most {MAX_DISK_SIZE}")
     has_base = base_length is not None
     if not has_base:
         for wrong, option in (

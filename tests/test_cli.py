@@ -138,7 +138,7 @@ def test_force_does_not_take_an_image_in_use(folder: Path) -> None:
         (["1M", "-b", "x" * 1024], "File name too long"),
         (["1M", "-b", "./" * 520 + "base.raw"], "base_img is 1048 bytes long; the format has room for 1023"),
         (["1M", "--data-file", "a.fvd"], "must be different files"),
-        (["8000P"], "must be"),
+        (["8000P"], "at most 4611686018427387904"),
     ],
 )
 def test_what_cannot_be_is_one_line(folder: Path, extra: list[str], message: str) -> None:
@@ -171,7 +171,8 @@ def test_detected_holes_are_local_and_take_no_space(folder: Path) -> None:
     unit = 61440
     expected = [not any(content[block // 15 * unit : (block // 15 + 1) * unit]) for block in range(513)]
     assert [image.bit(block) for block in range(513)] == expected
-    assert sum(expected) == 15 + 3 * 15 + 15 + 3
+    assert sum(expected) == 15 + 3 * 15 + 3
+    image.close()
     assert b"".join(reference.read_disk(folder / "a.fvd")) == content
     assert (folder / "a.fvd").stat().st_blocks * 512 < 200_000
 
@@ -192,7 +193,7 @@ def test_info_shows_the_chain_and_what_is_local(folder: Path) -> None:
     assert "18.8% (3 of 16 blocks)" in text
     for name in reference.NAMES:
         assert name in facts
-        assert f"\n{name} " in text or text.startswith(name)
+        assert f"\n{name}" in text
 
 
 def test_info_of_a_broken_image(folder: Path) -> None:
