@@ -16,13 +16,14 @@ from dataclasses import dataclass
 from fvdfs import journal
 from fvdfs.alloc.chunked import ChunkedStorage
 from fvdfs.alloc.flat import FlatStorage
+from fvdfs.alloc.growth import grow_command
 from fvdfs.alloc.store import HostFile, Store, open_host_file, pread_exactly
 from fvdfs.alloc.table import Table
 from fvdfs.commit import Committer
 from fvdfs.cow.bitmap import Bitmap, bitmap_bytes
 from fvdfs.errors import FormatError, ImageBusy, ImageError, Refused, UnsupportedFeature
 from fvdfs.header import HEADER_SIZE, HEADER_SPACE, SECTOR, Header, round_up
-from fvdfs.image import Image
+from fvdfs.image import Image, Zeroes
 
 log = logging.getLogger(__name__)
 
@@ -58,6 +59,9 @@ class Policy:
     """Real paths of the folders that names inside images may lead into."""
     writable: bool = True
     accept_unclean: bool = False
+    grow_command: str = "none"
+    """What makes a full device larger: `none`, `stored` (the image's own command), or a program."""
+    zeroes: Zeroes = Zeroes.OFF
 
     def check(self, image: str, field: str, value: str, real_path: str) -> None:
         """Raise Refused unless the file at `real_path` lies in an allowed folder."""
@@ -88,6 +92,7 @@ class Chain:
 
     layers: list[Layer]
     base: HostFile | None
+    policy: Policy
 
     def stores(self) -> list[HostFile]:
         """Every open file of the chain, once."""
@@ -130,7 +135,7 @@ def open_chain(path: str, policy: Policy, *, top_only: bool = False) -> Chain:
             layers.append(layer)
             header = layer.header
             if not header.has_base or top_only:
-                return Chain(layers, None)
+                return Chain(layers, None, policy)
             file_format = header.base_img_fmt
             if file_format not in (*RAW_FORMATS, FVD_FORMAT):
                 raise UnsupportedFeature(path, f"base_img_fmt={file_format}: only raw and {FVD_FORMAT} bases are known")
@@ -138,7 +143,7 @@ def open_chain(path: str, policy: Policy, *, top_only: bool = False) -> Chain:
             if file_format != FVD_FORMAT:
                 opened.append(store)
                 _look_at_base(layer, store)
-                return Chain(layers, store)
+                return Chain(layers, store, policy)
             path = _resolve(path, header.base_img)
     except BaseException:
         for store in opened:
@@ -238,7 +243,9 @@ async def load_chain(chain: Chain) -> Image:
             store.lock(exclusive=False)
         base: Image | Store | None = chain.base
         for layer in reversed(chain.layers):
-            base = await load_image(layer.path, layer.header, layer.raw_header, layer.meta, layer.data, base)
+            base = await load_image(
+                layer.path, layer.header, layer.raw_header, layer.meta, layer.data, base, chain.policy
+            )
     except BaseException:
         await chain.aclose()
         raise
@@ -247,10 +254,17 @@ async def load_chain(chain: Chain) -> Image:
 
 
 async def load_image(
-    name: str, header: Header, raw_header: bytes, meta: Store, data: Store, base: Image | Store | None
+    name: str,
+    header: Header,
+    raw_header: bytes,
+    meta: Store,
+    data: Store,
+    base: Image | Store | None,
+    policy: Policy = Policy(),
 ) -> Image:
     """The image over these stores, its metadata read and its journal replayed in memory."""
     bitmap = table = None
+    command = grow_command(name, policy.grow_command, header.add_storage_cmd)
     storage: FlatStorage | ChunkedStorage
     if header.has_base:
         bits = await pread_exactly(meta, bitmap_bytes(header.blocks), header.bitmap_offset)
@@ -271,9 +285,10 @@ async def load_image(
             chunk_size=header.chunk_size,
             grow_unit=header.storage_grow_unit,
             size=header.virtual_disk_size,
+            grow_command=command,
         )
     else:
-        storage = FlatStorage(data, header.data_offset, header.virtual_disk_size)
+        storage = FlatStorage(data, header.data_offset, header.virtual_disk_size, command)
     if not header.clean:
         await _replay(name, header, meta, bitmap, table)
     if table is not None:
@@ -282,7 +297,7 @@ async def load_image(
             log.error("%s: chunk table: %d chunks share their place with others", name, len(table.shared))
         if table.beyond:
             log.error("%s: chunk table: %d chunks lie past the end of the storage", name, len(table.beyond))
-    return Image(
+    image = Image(
         name=name,
         committer=Committer(header, raw_header[: round_up(HEADER_SIZE, SECTOR)], meta, data, bitmap, table),
         meta=meta,
@@ -292,6 +307,8 @@ async def load_image(
         bitmap=bitmap,
         table=table,
     )
+    image.zeroes = policy.zeroes
+    return image
 
 
 async def _replay(name: str, header: Header, meta: Store, bitmap: Bitmap | None, table: Table | None) -> None:

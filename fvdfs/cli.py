@@ -25,6 +25,8 @@ UNITS = {"": 1, "B": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40, 
 MOUNT_OPTIONS = {
     "base_path": "base_path=DIR[:DIR...]  folders outside DIR that bases and data files may lie in (/: anywhere)",
     "accept_unclean": "accept_unclean  write to an image that crashed without a journal",
+    "grow_command": "grow_command=none|stored|PROGRAM  what makes a full device larger (default: none)",
+    "detect_zeroes": "detect_zeroes=off|on|punch  do not store zeros where zeros are read; punch: free their space too",
     "shrink": "shrink  permit truncating a disk to a smaller size",
     "writeback": "writeback=on|off  let the kernel gather writes (default: on)",
     "allow_other": "allow_other  like --allow-other",
@@ -93,6 +95,9 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="take zero runs of N bytes in the base as local",
     )
+    create.add_argument(
+        "--grow-command", default="", metavar="CMD", help="what makes the device larger; builtin:lvextend for a volume"
+    )
     create.add_argument("--force", action="store_true", help="overwrite files that exist")
 
     info = commands.add_parser("info", help="show what an image is")
@@ -141,6 +146,7 @@ def _create(arguments: argparse.Namespace) -> int:
         copy_on_read=arguments.copy_on_read,
         prefetch_delay=arguments.prefetch_delay,
         detect_holes=arguments.detect_holes,
+        grow_command=arguments.grow_command,
     )
     for remark in create_image(arguments.image, arguments.size, options, force=arguments.force):
         print(f"fvdfs: {remark}", file=sys.stderr)
@@ -181,12 +187,14 @@ def _mount(arguments: argparse.Namespace) -> int:
             raise UsageError(f"{path}: is not a directory; make it first")
     if folder == os.path.realpath(mountpoint):
         raise UsageError(f"{mountpoint}: the images would be hidden by their own mount; choose another MOUNTPOINT")
-    if options.get("writeback", "on") not in ("on", "off"):
-        raise UsageError(f"-o writeback={options['writeback']}: must be on or off")
+    for option, values in (("writeback", ("on", "off")), ("detect_zeroes", ("off", "on", "punch"))):
+        if options.get(option, values[0]) not in values:
+            raise UsageError(f"-o {option}={options[option]}: must be {' or '.join(values)}")
     log_file = os.path.abspath(arguments.log_file) if arguments.log_file else None
 
     def serve(ready: Callable[[], None]) -> None:
         from fvdfs.chain import Policy
+        from fvdfs.image import Zeroes
         from fvdfs.ops.mount import MountOptions, serve
 
         serve(
@@ -197,6 +205,8 @@ def _mount(arguments: argparse.Namespace) -> int:
                     roots=_roots(folder, options.get("base_path", "")),
                     writable=not (arguments.read_only or "ro" in options),
                     accept_unclean="accept_unclean" in options,
+                    grow_command=options.get("grow_command", "none"),
+                    zeroes=Zeroes(options.get("detect_zeroes", "off")),
                 ),
                 allow_other=arguments.allow_other or "allow_other" in options,
                 writeback=options.get("writeback", "on") == "on",

@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fvdfs.alloc.store import HostFile, open_host_file
@@ -17,7 +18,7 @@ from fvdfs.alloc.table import new_table
 from fvdfs.chain import FVD_FORMAT, RAW_FORMATS, Policy, looks_like, open_chain
 from fvdfs.cow.bitmap import Bitmap, bitmap_bytes
 from fvdfs.errors import ImageError, UsageError
-from fvdfs.header import HEADER_SIZE, SECTOR, CreateOptions, Header, new_header, round_up
+from fvdfs.header import HEADER_SIZE, HEADER_SPACE, PAGE, SECTOR, CreateOptions, Header, Region, new_header, round_up
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,8 +65,8 @@ def inspect_base(image: str, name: str, base_format: str) -> BaseImage:
 def create_image(path: str, virtual_size: int | None, options: CreateOptions, *, force: bool = False) -> list[str]:
     """Make an image; remarks for the user. `virtual_size` in bytes, None: the base's; rounded up to a sector.
 
-    Raises UsageError for what cannot be, OSError where the disk refuses. A file that exists is
-    overwritten only with `force`.
+    Raises UsageError for what cannot be, OSError where the disk refuses. A file that exists, or a
+    device that does not look empty, is overwritten only with `force`.
     """
     remarks = []
     base = inspect_base(path, options.base_img, options.base_img_fmt) if options.base_img else None
@@ -89,19 +90,49 @@ def create_image(path: str, virtual_size: int | None, options: CreateOptions, *,
         if options.detect_holes:
             _mark_holes(bitmap, header, base.path, options.base_img_fmt, options.detect_holes)
 
+    on_device = _is_device(path)
+    if on_device:
+        for name, option in ((options.base_img, "--base"), (options.data_file, "--data-file")):
+            if name and not os.path.isabs(name):
+                raise UsageError(f"{option} {name}: an image on a device has no folder; give an absolute name")
     data_path = os.path.join(os.path.dirname(path), options.data_file) if options.data_file else None
     _refuse_overlap(path, data_path, base)
-    if data_path is not None:
-        _create_file(data_path, _data_size(header), force)
-    made_data = data_path
+    for name, target in ((options.base_img, base.path if base else None), (options.data_file, data_path)):
+        remark = _leads_outside(path, name, target)
+        if remark and not on_device:
+            remarks.append(remark)
+
+    holes = _zero_ranges(header, bitmap)
+    metadata = [Region("header", 0, HEADER_SPACE), *header.regions()]
+    parts = [(0, raw), *_metadata(header, bitmap)]
+    if data_path is None:
+        zeros = [(r.offset, r.size) for r in metadata] + [(header.metadata_size + at, size) for at, size in holes]
+        _make(path, header.metadata_size + _data_size(header), zeros, parts, force)
+        return remarks
+    new = not os.path.exists(data_path)
+    _make(data_path, _data_size(header), holes, [], force)
     try:
-        size = header.metadata_size + (_data_size(header) if data_path is None else 0)
-        _create_file(path, size, force, [(0, raw), *_metadata(header, bitmap)])
+        _make(path, header.metadata_size, [(r.offset, r.size) for r in metadata], parts, force)
     except BaseException:
-        if made_data is not None and not force:
-            os.unlink(made_data)
+        if new:
+            os.unlink(data_path)
         raise
     return remarks
+
+
+def _is_device(path: str) -> bool:
+    return os.path.exists(path) and stat.S_ISBLK(os.stat(path).st_mode)
+
+
+def _leads_outside(image: str, name: str, target: str | None) -> str | None:
+    """What to tell a user about a name that a mount with no options would refuse."""
+    if target is None:
+        return None
+    folder = os.path.realpath(os.path.dirname(image) or ".")
+    real = os.path.realpath(target)
+    if os.path.commonpath([folder, real]) == folder:
+        return None
+    return f"{name} lies outside {folder}: a mount of it needs -o base_path={os.path.dirname(real)}"
 
 
 def _data_size(header: Header) -> int:
@@ -109,10 +140,28 @@ def _data_size(header: Header) -> int:
     return 0 if header.compact else header.virtual_disk_size
 
 
+def _zero_ranges(header: Header, bitmap: Bitmap | None) -> list[tuple[int, int]]:
+    """The parts (start, size) of the data that are read before they are written, and so have to be zeros.
+
+    All that lies past the base's range, and blocks that count as local from the start (need_zero_init).
+    Chunks are zeroed when they are allocated.
+    """
+    if header.compact:
+        return []
+    ranges = []
+    if bitmap is not None:
+        for first, end, local in bitmap.runs(0, header.blocks):
+            if local:
+                start = first * header.block_size
+                ranges.append((start, min(end * header.block_size, header.base_size) - start))
+    ranges.append((header.base_size, header.virtual_disk_size - header.base_size))
+    return ranges
+
+
 def _metadata(header: Header, bitmap: Bitmap | None) -> list[tuple[int, bytes]]:
     parts = []
     if bitmap is not None:
-        parts += [(header.bitmap_offset + number * 4096, page) for number, page in bitmap.take_dirty_pages()]
+        parts += [(header.bitmap_offset + number * PAGE, page) for number, page in bitmap.take_dirty_pages()]
     if header.compact:
         parts.append((header.table_offset, new_table(header.chunks)))
     return parts
@@ -125,11 +174,15 @@ def _refuse_overlap(path: str, data_path: str | None, base: BaseImage | None) ->
         raise UsageError(f"{' and '.join(real)} must be different files")
 
 
-def _create_file(path: str, size: int, force: bool, parts: list[tuple[int, bytes]] | None = None) -> None:
-    """Make a sparse file of this size that holds the parts; remove it again if that fails."""
-    if os.path.exists(path) and not stat.S_ISREG(os.stat(path).st_mode):
-        raise UsageError(f"{path}: is not a regular file")
-    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | (0 if force else os.O_EXCL)
+def _make(
+    path: str, size: int, zeros: Sequence[tuple[int, int]], parts: Sequence[tuple[int, bytes]], force: bool
+) -> None:
+    """Make a sparse file of this size, or take a device; it holds the parts, and zeros in these ranges.
+
+    A file that could not be completed is removed again.
+    """
+    device = _is_device(path)
+    flags = os.O_RDWR | os.O_CLOEXEC | (0 if device else os.O_CREAT | (0 if force else os.O_EXCL))
     try:
         fd = os.open(path, flags, 0o666)
     except FileExistsError:
@@ -139,19 +192,37 @@ def _create_file(path: str, size: int, force: bool, parts: list[tuple[int, bytes
     store = HostFile(fd, path, writable=True)
     try:
         store.lock(exclusive=True)
-        os.ftruncate(fd, 0)
-        os.ftruncate(fd, size)
-        for offset, data in parts or ():
+        if device:
+            _take_device(store, size, force)
+            for offset, length in zeros:
+                store.zero_now(offset, length)
+        else:
+            if not stat.S_ISREG(os.fstat(fd).st_mode):
+                raise UsageError(f"{path}: neither a regular file nor a block device")
+            os.ftruncate(fd, 0)
+            os.ftruncate(fd, size)
+        for offset, data in parts:
             store.pwrite_now(data, offset)
         os.fsync(fd)
     except OSError as error:
-        if not force:
+        if not force and not device:
             os.unlink(path)
         if error.errno in (errno.EFBIG, errno.ENOSPC, errno.EDQUOT):
             raise UsageError(f"{path}: no room for a file of {size} bytes: {error.strerror}") from error
         raise
     finally:
         store.close()
+
+
+def _take_device(store: HostFile, size: int, force: bool) -> None:
+    store.claim_device()
+    have = store.size_now()
+    if have < size:
+        raise UsageError(f"{store.name}: the device has {have} bytes, {size} are needed")
+    first = bytearray(min(have, HEADER_SPACE))
+    store.pread_now(memoryview(first), 0)
+    if any(first) and not force:
+        raise UsageError(f"{store.name}: the device does not look empty; --force to overwrite it")
 
 
 def _mark_holes(bitmap: Bitmap, header: Header, path: str, base_format: str, unit: int) -> None:

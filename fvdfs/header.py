@@ -348,6 +348,7 @@ class CreateOptions:
     copy_on_read: bool = False
     prefetch_delay: int = -1
     detect_holes: int = 0
+    grow_command: str = ""
 
 
 def default_block_size(base_size: int) -> int:
@@ -387,6 +388,7 @@ def new_header(virtual_size: int, base_length: int | None, options: CreateOption
         "virtual_disk_size": virtual_size,
         "data_file": options.data_file,
         "data_file_fmt": options.data_file_fmt,
+        "add_storage_cmd": options.grow_command,
     }
     end = HEADER_SPACE
     if base_length is not None:

@@ -12,23 +12,36 @@ Nothing here knows about FUSE. Errors of the storage are OSError.
 
 from __future__ import annotations
 
+import enum
 import errno
 from collections.abc import Sequence
 
 import trio
 
-from fvdfs.alloc.chunked import ChunkedStorage
+from fvdfs.alloc.chunked import ChunkedStorage, Spawn
 from fvdfs.alloc.flat import FlatStorage
 from fvdfs.alloc.store import Buffer, Store
 from fvdfs.alloc.table import Table
 from fvdfs.commit import Committer
 from fvdfs.cow.bitmap import Bitmap
 from fvdfs.cow.locks import RangeLock
-from fvdfs.cow.planner import Geometry, WritePlan, plan_write, read_runs
+from fvdfs.cow.planner import Geometry, WritePlan, plan_write, read_runs, zero_runs
 from fvdfs.errors import ReadOnlyImage
 from fvdfs.header import SECTOR, Header, ceil_div, round_up, with_fields
 
 Storage = FlatStorage | ChunkedStorage
+
+
+class Zeroes(enum.Enum):
+    """What becomes of zeros that a guest writes."""
+
+    OFF = "off"
+    """They are data like any other."""
+    ON = "on"
+    """They are not stored where zeros are read already."""
+    PUNCH = "punch"
+    """Their space is given back, too."""
+
 
 _Todo = list[tuple[Store, memoryview, int]]
 
@@ -57,6 +70,7 @@ class Image:
         self.storage = storage
         self.committer = committer
         self.writable = False
+        self.zeroes = Zeroes.OFF
         header = committer.header
         self.size = header.virtual_disk_size
         self._geometry = Geometry(header.block_size, header.base_size)
@@ -65,6 +79,11 @@ class Image:
         self._quiet: trio.Event | None = None  # set when no write is under way; while it exists, none begins
         self._quiet_over = trio.Event()
         self._resizing = trio.Lock()
+
+    def run_in_background(self, spawn: Spawn | None) -> None:
+        """What is better done before it is needed may be run by `spawn`."""
+        if isinstance(self.storage, ChunkedStorage):
+            self.storage.spawn = spawn
 
     @property
     def header(self) -> Header:
@@ -196,18 +215,48 @@ class Image:
 
     async def _store(self, start: int, stop: int, data: Buffer) -> None:
         """Put bytes [start, stop) of the disk into the storage, and tell the committer of it."""
-        storage = self.storage
-        if not storage.prepare_nowait(start, stop):
-            chunks = await storage.prepare(start, stop)
-            if chunks:
-                self.committer.chunks_allocated(chunks)
         view = memoryview(data)
+        if self.zeroes is Zeroes.OFF:
+            await self._store_data(start, stop, view)
+            return
+        for piece_start, piece_stop, zeros in zero_runs(start, view):
+            if zeros:
+                await self._store_zeros(piece_start, piece_stop)
+            else:
+                await self._store_data(piece_start, piece_stop, view[piece_start - start : piece_stop - start])
+
+    async def _store_data(self, start: int, stop: int, view: memoryview) -> None:
+        await self._prepare(start, stop)
         try:
-            for run_start, run_stop, where in storage.runs(start, stop):
+            for run_start, run_stop, where in self.storage.runs(start, stop):
                 assert where is not None
                 await self.data.pwrite(view[run_start - start : run_stop - start], where)
         finally:
             self.committer.data_written()
+
+    async def _store_zeros(self, start: int, stop: int) -> None:
+        """Have bytes [start, stop) read as zeros, and store nothing for what does so already.
+
+        A block of the base's range gets a place all the same: its bit is going to say that it has one.
+        """
+        if start < self._geometry.base_size:
+            await self._prepare(start, stop)
+        try:
+            for run_start, run_stop, where in self.storage.runs(start, stop):
+                if where is None:
+                    continue
+                if self.zeroes is Zeroes.PUNCH:
+                    await self.data.zero(where, run_stop - run_start)
+                elif not await self.data.is_hole(where, run_stop - run_start):
+                    await self.data.pwrite(bytes(run_stop - run_start), where)
+        finally:
+            self.committer.data_written()
+
+    async def _prepare(self, start: int, stop: int) -> None:
+        if not self.storage.prepare_nowait(start, stop):
+            chunks = await self.storage.prepare(start, stop)
+            if chunks:
+                self.committer.chunks_allocated(chunks)
 
     # --- durability, size, end ------------------------------------------------------------------
 

@@ -474,7 +474,7 @@ def test_what_was_flushed_survives_kill(folder: Path, layout: str) -> None:
             assert b"".join(reference.read_disk(image)) == content
             mount.mount()
             assert mount.raw("a").read_bytes() == content
-            write_at(mount.raw("a"), 0, content[:10])
+            write_at(mount.raw("a"), 0, bytes(content[:10]))
     assert reference.check(image, "fvdfs") == []
     assert b"".join(reference.read_disk(image)) == content
 

@@ -1,32 +1,52 @@
 """Allocation by FVD: chunks in the order of first write, through the chunk table (format.md, section 5).
 
-A new chunk reads as zeros: who allocates it need not cover it. A file gives this by being cut at
-the end of the highest used chunk before the first allocation of a session (behind it may lie chunks
-that a crash left without an entry, with a former owner's bytes), and then extended, sparse.
+A new chunk reads as zeros: who allocates it need not cover it. What lies behind the highest used
+chunk belongs to nobody, but may be anything: a former owner's bytes, or chunks that a crash left
+without an entry. So room is made ready before numbers are handed out:
 
-Entries appear in the table only when their place is ready; `prepare` reports them to its caller,
-who sees to it that a commit covers them.
+- A file is cut at the end of the highest used chunk, once a session, and extended again, sparse.
+- A device is zeroed, some chunks ahead; and where it is too small, made larger by a command.
+
+Room is made ready off the write path, by a background task, as soon as little of it is left; only a
+write that overtakes that task waits. Entries appear in the table only when their place is ready;
+`prepare` reports them to its caller, who sees to it that a commit covers them.
 """
 
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterator
+import logging
+from collections.abc import Awaitable, Callable, Iterator
 
 import trio
 
+from fvdfs.alloc.growth import GrowCommand
 from fvdfs.alloc.store import Store
 from fvdfs.alloc.table import UNALLOCATED, Table
-from fvdfs.header import ceil_div
+from fvdfs.header import MAX_CHUNKS, ceil_div
 
-ZEROS = bytes(1 << 20)
+log = logging.getLogger(__name__)
+
+OUT_OF_SPACE = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
+ZERO_AHEAD = 32 << 20  # bytes of a device that are zeroed before they are needed
+
+Spawn = Callable[[Callable[[], Awaitable[None]]], None]
+"""Runs an async function in the background, in a nursery whose owner outlives the image."""
 
 
 class ChunkedStorage:
     """The mapping by a chunk table over a store."""
 
     def __init__(
-        self, store: Store, table: Table, *, data_offset: int, chunk_size: int, grow_unit: int, size: int
+        self,
+        store: Store,
+        table: Table,
+        *,
+        data_offset: int,
+        chunk_size: int,
+        grow_unit: int,
+        size: int,
+        grow_command: GrowCommand,
     ) -> None:
         self._store = store
         self._table = table
@@ -34,8 +54,13 @@ class ChunkedStorage:
         self._chunk_size = chunk_size
         self._grow_unit = max(grow_unit, chunk_size)
         self._size = size
-        self._room = 0  # chunks below this number have a place that reads as zeros until written
+        self._command = grow_command
+        self._room: int | None = None
+        """Chunks below this number are used, or have a place that reads as zeros; None: nobody has looked."""
         self._growing = trio.Lock()
+        self._ahead = max(1, (ZERO_AHEAD if store.fixed_size else self._grow_unit) // chunk_size)
+        self._growing_ahead = False
+        self.spawn: Spawn | None = None
 
     def runs(self, start: int, stop: int) -> Iterator[tuple[int, int, int | None]]:
         """Bytes [start, stop) of the disk as runs (start, stop, offset in the store; None: zeros).
@@ -73,31 +98,80 @@ class ChunkedStorage:
             # No checkpoint from here on: numbers are handed out against the room just seen.
             if len(missing) > table.numbers_left:
                 raise OSError(errno.ENOSPC, f"{self._store.name}: every chunk number of the format is in use")
-            if table.highest + 1 + len(missing) <= self._room or not missing:
+            if not missing or (self._room is not None and table.highest + 1 + len(missing) <= self._room):
                 for chunk in missing:
                     table.allocate(chunk)
+                self._grow_ahead_if_short()
                 return missing
-            await self._grow(len(missing))
+            await self._make_room(len(missing))
 
-    async def _grow(self, more: int) -> None:
+    # --- room -----------------------------------------------------------------------------------
+
+    def _grow_ahead_if_short(self) -> None:
+        if self.spawn is None or self._growing_ahead or self._room is None:
+            return
+        left = self._room - self._table.highest - 1
+        unallocated = self._table.chunks - self._table.highest - 1
+        if left < min(ceil_div(self._ahead, 2), unallocated):
+            self._growing_ahead = True
+            self.spawn(self._grow_ahead)
+
+    async def _grow_ahead(self) -> None:
+        try:
+            await self._make_room(self._ahead)
+        except OSError as error:
+            log.warning("%s: growing ahead of need: %s", self._store.name, error.strerror)
+        finally:
+            self._growing_ahead = False
+
+    async def _make_room(self, more: int) -> None:
+        """Make room for `more` chunks above the highest used one, and ahead. Raises OSError."""
         async with self._growing:
             used = self._table.highest + 1
+            if self._room is None:
+                self._room = used
+                end = self._end(used)
+                if not self._store.fixed_size and await self._store.size() > end:
+                    await self._store.resize(end)
             if used + more <= self._room:
                 return
-            if self._room == 0:
-                # Whatever lies behind the highest chunk belongs to nobody, but need not be zeros.
-                end = self._offset + used * self._chunk_size
-                if await self._store.size() > end:
-                    await self._store.resize(end)
-            needed = self._offset + (used + more) * self._chunk_size
+            # No more than the disk can ever use, so that a small one does not grow for nothing.
+            wanted = max(used + more, min(self._end_of_use(), used + more + self._ahead))
+            if self._store.fixed_size:
+                self._room = await self._make_room_on_device(used + more, wanted)
+                return
             try:
-                await self._store.resize(needed + self._grow_unit)
+                await self._store.resize(self._end(wanted))
             except OSError as error:
-                if error.errno not in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
+                if error.errno not in OUT_OF_SPACE:
                     raise
-                await self._store.resize(needed)
+                wanted = used + more
+                await self._store.resize(self._end(wanted))
+            self._room = wanted
+
+    async def _make_room_on_device(self, needed: int, wanted: int) -> int:
+        """Zero chunks from the room on, as far as `wanted`, `needed` at the least; where it ends."""
+        assert self._room is not None
+        size = await self._store.size()
+        if size < self._end(needed):
+            await self._command.grow(max(self._grow_unit, self._end(needed) - size), self._store.name)
             size = await self._store.size()
-            self._room = (size - self._offset) // self._chunk_size
+            if size < self._end(needed):
+                raise OSError(errno.ENOSPC, f"{self._store.name}: still ends at {size} bytes after it was grown")
+        room = min(wanted, (size - self._offset) // self._chunk_size)
+        await self._store.zero(self._end(self._room), (room - self._room) * self._chunk_size)
+        return room
+
+    def _end(self, chunks: int) -> int:
+        """Where so many chunks end in the store."""
+        return self._offset + chunks * self._chunk_size
+
+    def _end_of_use(self) -> int:
+        """The room that the disk needs when all of it is allocated."""
+        unallocated = self._table.chunks - self._table.allocated()
+        return min(self._table.highest + 1 + unallocated, MAX_CHUNKS)
+
+    # --- size -----------------------------------------------------------------------------------
 
     async def grow(self, size: int) -> None:
         """The disk grows to `size` bytes, and what is new reads as zeros. Raises OSError."""
@@ -106,7 +180,7 @@ class ChunkedStorage:
         if start < stop:
             for run_start, run_stop, offset in self.runs(start, stop):
                 if offset is not None:
-                    await self._zero(offset, run_stop - run_start)
+                    await self._store.zero(offset, run_stop - run_start)
         self._table.grow(ceil_div(size, self._chunk_size))
         self._size = size
 
@@ -119,11 +193,4 @@ class ChunkedStorage:
         """The disk has become smaller: chunks past its end no longer count; their space is kept."""
         self._table.shrink(ceil_div(size, self._chunk_size))
         self._size = size
-        self._room = 0
-
-    async def _zero(self, offset: int, length: int) -> None:
-        while length:
-            count = min(length, len(ZEROS))
-            await self._store.pwrite(memoryview(ZEROS)[:count], offset)
-            offset += count
-            length -= count
+        self._room = None

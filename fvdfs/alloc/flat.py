@@ -1,7 +1,7 @@
 """Allocation by the host: virtual byte v is at data start + v (format.md, section 4).
 
 The layout of a raw image. In a file of a file system it is sparse, and the file system decides
-where blocks go; a short file reads as zeros past its end.
+where blocks go; a short file reads as zeros past its end. On a device it takes its place as it is.
 """
 
 from __future__ import annotations
@@ -10,17 +10,19 @@ from collections.abc import Iterator
 
 import trio
 
+from fvdfs.alloc.growth import GrowCommand
 from fvdfs.alloc.store import Store
 
 
 class FlatStorage:
     """The identity mapping over a store."""
 
-    def __init__(self, store: Store, data_offset: int, size: int) -> None:
+    def __init__(self, store: Store, data_offset: int, size: int, grow_command: GrowCommand) -> None:
         self._store = store
         self._offset = data_offset
         self._size = size
-        self._ready = False
+        self._command = grow_command
+        self._ready = store.fixed_size
         self._resizing = trio.Lock()
 
     def runs(self, start: int, stop: int) -> Iterator[tuple[int, int, int | None]]:
@@ -38,17 +40,24 @@ class FlatStorage:
         section 4), and so refuses none of what is written here. Raises OSError.
         """
         async with self._resizing:
-            if await self._store.size() < self._offset + self._size:
+            if not self._ready and await self._store.size() < self._offset + self._size:
                 await self._store.resize(self._offset + self._size)
             self._ready = True
         return []
 
     async def grow(self, size: int) -> None:
         """The disk grows to `size` bytes, and what is new reads as zeros. Raises OSError."""
+        old_end, end = self._offset + self._size, self._offset + size
         async with self._resizing:
-            if await self._store.size() > self._offset + self._size:
-                await self._store.resize(self._offset + self._size)
-            await self._store.resize(self._offset + size)
+            have = await self._store.size()
+            if self._store.fixed_size:
+                if have < end:
+                    await self._command.grow(end - have, self._store.name)
+                await self._store.zero(old_end, end - old_end)
+            else:
+                if have > old_end:
+                    await self._store.resize(old_end)
+                await self._store.resize(end)
             self._size = size
             self._ready = True
 
@@ -57,7 +66,8 @@ class FlatStorage:
         self._size = size
 
     async def shrink(self, size: int) -> None:
-        """The disk has become smaller: give back what is past its end. Raises OSError."""
+        """The disk has become smaller: give back what is past its end, where that is possible. Raises OSError."""
         async with self._resizing:
             self._size = size
-            await self._store.resize(self._offset + size)
+            if not self._store.fixed_size:
+                await self._store.resize(self._offset + size)

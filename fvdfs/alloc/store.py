@@ -12,6 +12,7 @@ returns, all that was written before it was called is on stable storage, a new s
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import fcntl
 import logging
@@ -43,6 +44,10 @@ class Store(Protocol):
     def writable(self) -> bool:
         """Whether the calls that change it may be used."""
 
+    @property
+    def fixed_size(self) -> bool:
+        """Whether it is a device: its size is not ours to change, and what was never written is not zeros."""
+
     def pread_nowait(self, buffer: memoryview, offset: int) -> bool:
         """Fill the whole buffer if that needs no waiting, else say False (the buffer may then hold parts)."""
 
@@ -51,6 +56,12 @@ class Store(Protocol):
 
     async def pwrite(self, data: Buffer, offset: int) -> None:
         """Write all of `data`, making the store longer where it must. Raises OSError."""
+
+    async def zero(self, offset: int, length: int) -> None:
+        """Have the range read as zeros, giving back its space where that can be. Raises OSError."""
+
+    async def is_hole(self, offset: int, length: int) -> bool:
+        """Whether the range is known to take no space, and so to read as zeros. Raises OSError."""
 
     async def flush(self) -> None:
         """Make all that was written stable. Raises OSError; what was not yet stable may then be lost."""
@@ -74,6 +85,24 @@ _LOCK_BYTE = 0x7FFF_4656_4400_0000
 _OFD_SETLK = getattr(fcntl, "F_OFD_SETLK", 37)
 
 
+FALLOC_FL_KEEP_SIZE = 0x01
+FALLOC_FL_PUNCH_HOLE = 0x02
+FALLOC_FL_ZERO_RANGE = 0x10
+_ZEROS = bytes(1 << 20)
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def _fallocate(fd: int, mode: int, offset: int, length: int) -> bool:
+    """fallocate(2), which Python has without its modes; False where the file cannot do it. Raises OSError."""
+    while _libc.fallocate(fd, mode, ctypes.c_int64(offset), ctypes.c_int64(length)):
+        code = ctypes.get_errno()
+        if code in (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.ENODEV):
+            return False
+        if code != errno.EINTR:
+            raise OSError(code, os.strerror(code))
+    return True
+
+
 class HostFile:
     """A regular file or a block device of the host."""
 
@@ -83,7 +112,7 @@ class HostFile:
         self.name = name
         self.writable = writable
         mode = os.fstat(fd).st_mode
-        self.is_device = stat.S_ISBLK(mode)
+        self.fixed_size = stat.S_ISBLK(mode)
         self._claim = -1
         self._limiter = trio.CapacityLimiter(THREADS_PER_STORE)
 
@@ -91,11 +120,11 @@ class HostFile:
     def identity(self) -> tuple[int, int]:
         """What tells two names of one file or device from two files."""
         status = os.fstat(self._fd)
-        return (-1, status.st_rdev) if self.is_device else (status.st_dev, status.st_ino)
+        return (-1, status.st_rdev) if self.fixed_size else (status.st_dev, status.st_ino)
 
     def claim_device(self) -> None:
         """Keep everybody else who asks for it from using the device. Raises ImageBusy, OSError."""
-        if not self.is_device or self._claim >= 0:
+        if not self.fixed_size or self._claim >= 0:
             return
         try:
             self._claim = os.open(f"/proc/self/fd/{self._fd}", os.O_RDONLY | os.O_EXCL | os.O_CLOEXEC)
@@ -164,6 +193,33 @@ class HostFile:
                 raise OSError(errno.EIO, f"{self.name}: nothing was written at {offset + done}")
             done += count
 
+    async def zero(self, offset: int, length: int) -> None:
+        await trio.to_thread.run_sync(self.zero_now, offset, length, limiter=self._limiter)
+
+    def zero_now(self, offset: int, length: int) -> None:
+        """`zero` for callers that are in a thread already."""
+        mode = FALLOC_FL_ZERO_RANGE if self.fixed_size else FALLOC_FL_PUNCH_HOLE
+        if length == 0 or _fallocate(self._fd, mode | FALLOC_FL_KEEP_SIZE, offset, length):
+            return
+        stop = offset + length
+        while offset < stop:
+            count = min(stop - offset, len(_ZEROS))
+            self.pwrite_now(memoryview(_ZEROS)[:count], offset)
+            offset += count
+
+    async def is_hole(self, offset: int, length: int) -> bool:
+        return await trio.to_thread.run_sync(self._is_hole, offset, length, limiter=self._limiter)
+
+    def _is_hole(self, offset: int, length: int) -> bool:
+        if self.fixed_size:
+            return False
+        try:
+            return os.lseek(self._fd, offset, os.SEEK_DATA) >= offset + length
+        except OSError as error:
+            if error.errno == errno.ENXIO:
+                return True
+            raise
+
     async def flush(self) -> None:
         await trio.to_thread.run_sync(os.fdatasync, self._fd, limiter=self._limiter)
 
@@ -172,12 +228,12 @@ class HostFile:
 
     def size_now(self) -> int:
         """The size; does not wait for more than the inode."""
-        if self.is_device:
+        if self.fixed_size:
             return os.lseek(self._fd, 0, os.SEEK_END)
         return os.fstat(self._fd).st_size
 
     async def resize(self, size: int) -> None:
-        if self.is_device:
+        if self.fixed_size:
             have = await self.size()
             if size > have:
                 raise OSError(errno.ENOSPC, f"{self.name}: the device ends at {have} bytes, {size} are needed")
@@ -185,7 +241,7 @@ class HostFile:
         await trio.to_thread.run_sync(os.ftruncate, self._fd, size, limiter=self._limiter)
 
     def usage(self) -> int:
-        return self.size_now() if self.is_device else os.fstat(self._fd).st_blocks * 512
+        return self.size_now() if self.fixed_size else os.fstat(self._fd).st_blocks * 512
 
     async def aclose(self) -> None:
         self.close()

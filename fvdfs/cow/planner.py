@@ -22,6 +22,9 @@ from dataclasses import dataclass
 from fvdfs.cow.bitmap import Bitmap
 from fvdfs.header import ceil_div
 
+ZERO_UNIT = 64 << 10
+_ZEROS = bytes(ZERO_UNIT)
+
 
 @dataclass(frozen=True, slots=True)
 class Geometry:
@@ -89,3 +92,20 @@ def plan_write(geometry: Geometry, bitmap: Bitmap, start: int, stop: int) -> Wri
         first=first,
         end=end,
     )
+
+
+def zero_runs(start: int, data: memoryview) -> Iterator[tuple[int, int, bool]]:
+    """The bytes from `start` on as runs (start, stop, whether all are zero), cut at aligned 64 KiB."""
+    stop = start + len(data)
+    at = run_start = start
+    run_zero: bool | None = None
+    while at < stop:
+        end = min(stop, at // ZERO_UNIT * ZERO_UNIT + ZERO_UNIT)
+        zero = data[at - start : end - start] == _ZEROS[: end - at]
+        if zero is not run_zero:
+            if run_zero is not None:
+                yield run_start, at, run_zero
+            run_start, run_zero = at, zero
+        at = end
+    if run_zero is not None:
+        yield run_start, stop, run_zero

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 
 import trio
 
+from fvdfs.alloc.chunked import Spawn
 from fvdfs.chain import Policy, load_chain, lock_for_writing, open_chain
 from fvdfs.errors import ImageBusy, ImageError, NotFvd
 from fvdfs.image import Image
@@ -109,6 +110,8 @@ class Folder:
         self._inodes: dict[int, Entry] = {}
         self._next_inode = ROOT_INODE + 1
         self._complaints: dict[bytes, str] = {}
+        self.spawn: Spawn | None = None
+        """Runs what open images want done in the background."""
 
     # --- looking --------------------------------------------------------------------------------
 
@@ -279,6 +282,7 @@ class Folder:
         status = await trio.to_thread.run_sync(os.stat, entry.path)
         chain = await trio.to_thread.run_sync(open_chain, os.fsdecode(entry.path), self.policy)
         image = await load_chain(chain)
+        image.run_in_background(self.spawn)
         entry.status = status
         if image.size != entry.size:
             await image.close()

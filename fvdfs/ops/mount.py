@@ -76,6 +76,7 @@ def _escape(value: str) -> str:
 async def _serve(options: MountOptions, filesystem: Filesystem, ready: Callable[[], None]) -> None:
     try:
         async with trio.open_nursery() as nursery:
+            filesystem.folder.spawn = nursery.start_soon
             nursery.start_soon(_stop_on_signal, options.mountpoint, filesystem)
             nursery.start_soon(filesystem.commit_regularly)
             nursery.start_soon(_announce, options.mountpoint, filesystem, ready)
