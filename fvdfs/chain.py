@@ -10,7 +10,6 @@ from __future__ import annotations
 import errno
 import logging
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fvdfs import journal
@@ -21,6 +20,7 @@ from fvdfs.alloc.store import HostFile, Store, open_host_file, pread_exactly
 from fvdfs.alloc.table import Table
 from fvdfs.commit import Committer
 from fvdfs.cow.bitmap import Bitmap, bitmap_bytes
+from fvdfs.cow.writethrough import MODES
 from fvdfs.errors import FormatError, ImageBusy, ImageError, Refused, UnsupportedFeature
 from fvdfs.header import HEADER_SIZE, HEADER_SPACE, SECTOR, Header, round_up
 from fvdfs.image import Image, Zeroes
@@ -62,6 +62,8 @@ class Policy:
     grow_command: str = "none"
     """What makes a full device larger: `none`, `stored` (the image's own command), or a program."""
     zeroes: Zeroes = Zeroes.OFF
+    base_writable: bool = False
+    """Whether an image that asks for it may write to its base."""
 
     def check(self, image: str, field: str, value: str, real_path: str) -> None:
         """Raise Refused unless the file at `real_path` lies in an allowed folder."""
@@ -139,7 +141,8 @@ def open_chain(path: str, policy: Policy, *, top_only: bool = False) -> Chain:
             file_format = header.base_img_fmt
             if file_format not in (*RAW_FORMATS, FVD_FORMAT):
                 raise UnsupportedFeature(path, f"base_img_fmt={file_format}: only raw and {FVD_FORMAT} bases are known")
-            store = _open_named(path, "base_img", header.base_img, policy, writable=False)
+            through = writable and _writes_base(layer, policy)
+            store = _open_named(path, "base_img", header.base_img, policy, writable=through)
             if file_format != FVD_FORMAT:
                 opened.append(store)
                 _look_at_base(layer, store)
@@ -149,6 +152,21 @@ def open_chain(path: str, policy: Policy, *, top_only: bool = False) -> Chain:
         for store in opened:
             store.close()
         raise
+
+
+def _writes_base(layer: Layer, policy: Policy) -> bool:
+    """Whether writes to this image are to reach its base, and may; says so where they do not."""
+    header = layer.header
+    if header.write_updates_base_img not in MODES:
+        return False
+    wish = f"write_updates_base_img={header.write_updates_base_img}"
+    if not policy.base_writable:
+        log.warning("%s: %s, but the base stays as it is: allow it with -o allow_base_write", layer.path, wish)
+        return False
+    if header.base_img_fmt == FVD_FORMAT:
+        log.warning("%s: %s, but the base is an FVD image: it stays as it is", layer.path, wish)
+        return False
+    return True
 
 
 def _open_top(path: str, policy: Policy) -> HostFile:
@@ -308,6 +326,7 @@ async def load_image(
         table=table,
     )
     image.zeroes = policy.zeroes
+    image.base_may_be_written = base is not None and not isinstance(base, Image) and base.writable
     return image
 
 
@@ -334,7 +353,11 @@ def lock_for_writing(image: Image) -> None:
 
     Raises ImageBusy, or ImageError where the files are not open for writing.
     """
-    stores: Sequence[Store] = [image.meta] if image.data is image.meta else [image.meta, image.data]
+    stores: list[Store] = [image.meta] if image.data is image.meta else [image.meta, image.data]
+    if image.base_may_be_written:
+        assert image.base is not None
+        assert not isinstance(image.base, Image)
+        stores.append(image.base)
     locked: list[HostFile] = []
     try:
         for store in stores:

@@ -27,6 +27,7 @@ MOUNT_OPTIONS = {
     "accept_unclean": "accept_unclean  write to an image that crashed without a journal",
     "grow_command": "grow_command=none|stored|PROGRAM  what makes a full device larger (default: none)",
     "detect_zeroes": "detect_zeroes=off|on|punch  do not store zeros where zeros are read; punch: free their space too",
+    "allow_base_write": "allow_base_write  let images that ask for it (create --update-base) write to their base",
     "shrink": "shrink  permit truncating a disk to a smaller size",
     "writeback": "writeback=on|off  let the kernel gather writes (default: on)",
     "allow_other": "allow_other  like --allow-other",
@@ -98,6 +99,12 @@ def _parser() -> argparse.ArgumentParser:
     create.add_argument(
         "--grow-command", default="", metavar="CMD", help="what makes the device larger; builtin:lvextend for a volume"
     )
+    create.add_argument(
+        "--update-base",
+        default="",
+        choices=["no", "writethrough", "writeback"],
+        help="write to the base as well (if the mount allows it): the image is a cache in front of it",
+    )
     create.add_argument("--force", action="store_true", help="overwrite files that exist")
 
     info = commands.add_parser("info", help="show what an image is")
@@ -147,6 +154,7 @@ def _create(arguments: argparse.Namespace) -> int:
         prefetch_delay=arguments.prefetch_delay,
         detect_holes=arguments.detect_holes,
         grow_command=arguments.grow_command,
+        update_base=arguments.update_base,
     )
     for remark in create_image(arguments.image, arguments.size, options, force=arguments.force):
         print(f"fvdfs: {remark}", file=sys.stderr)
@@ -206,6 +214,7 @@ def _mount(arguments: argparse.Namespace) -> int:
                     writable=not (arguments.read_only or "ro" in options),
                     accept_unclean="accept_unclean" in options,
                     grow_command=options.get("grow_command", "none"),
+                    base_writable="allow_base_write" in options,
                     zeroes=Zeroes(options.get("detect_zeroes", "off")),
                 ),
                 allow_other=arguments.allow_other or "allow_other" in options,

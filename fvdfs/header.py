@@ -349,6 +349,7 @@ class CreateOptions:
     prefetch_delay: int = -1
     detect_holes: int = 0
     grow_command: str = ""
+    update_base: str = ""
 
 
 def default_block_size(base_size: int) -> int:
@@ -376,6 +377,7 @@ def new_header(virtual_size: int, base_length: int | None, options: CreateOption
             (options.copy_on_read, "--copy-on-read"),
             (options.prefetch_delay > 0, "--prefetch-delay"),
             (options.detect_holes, "--detect-holes"),
+            (options.update_base, "--update-base"),
         ):
             if wrong:
                 raise UsageError(f"{option} needs a base image: give --base")
@@ -423,6 +425,7 @@ def new_header(virtual_size: int, base_length: int | None, options: CreateOption
             "need_zero_init": int(options.detect_holes > 0),
             "unit_of_PrefetchProfileEntry_len": PAGE,
             "profile_directed_prefetch_start_delay": -1,
+            "write_updates_base_img": options.update_base,
         }
         end += bitmap_size
     entries = 0

@@ -26,6 +26,7 @@ from fvdfs.commit import Committer
 from fvdfs.cow.bitmap import Bitmap
 from fvdfs.cow.locks import RangeLock
 from fvdfs.cow.planner import Geometry, WritePlan, plan_write, read_runs, zero_runs
+from fvdfs.cow.writethrough import MODES, BaseWriter, WriteBack, WriteThrough
 from fvdfs.errors import ReadOnlyImage
 from fvdfs.header import SECTOR, Header, ceil_div, round_up, with_fields
 
@@ -71,6 +72,9 @@ class Image:
         self.committer = committer
         self.writable = False
         self.zeroes = Zeroes.OFF
+        self.base_may_be_written = False
+        self.base_writer: BaseWriter | None = None
+        self._spawn: Spawn | None = None
         header = committer.header
         self.size = header.virtual_disk_size
         self._geometry = Geometry(header.block_size, header.base_size)
@@ -81,7 +85,8 @@ class Image:
         self._resizing = trio.Lock()
 
     def run_in_background(self, spawn: Spawn | None) -> None:
-        """What is better done before it is needed may be run by `spawn`."""
+        """What is better done before it is needed, or later, may be run by `spawn`."""
+        self._spawn = spawn
         if isinstance(self.storage, ChunkedStorage):
             self.storage.spawn = spawn
 
@@ -177,18 +182,21 @@ class Image:
             await self._store(start, stop, data)
             return
         first, end = self._geometry.blocks(start, stop)
-        if bitmap.all_local(first, end):
+        if bitmap.all_local(first, end) and self.base_writer is None:
             await self._store(start, stop, data)
             if not bitmap.all_committed(first, end):
                 self.committer.blocks_stored(first, end)
             return
         async with self._locks.hold(first, end):
             plan = plan_write(self._geometry, bitmap, start, stop)
-            if plan.head or plan.tail:
-                data = await self._complete(plan, data)
-            await self._store(plan.start, plan.stop, data)
+            whole = await self._complete(plan, data) if plan.head or plan.tail else data
+            await self._store(plan.start, plan.stop, whole)
             bitmap.set_local(plan.first, plan.end)
-            self.committer.blocks_stored(plan.first, plan.end)
+            if not bitmap.all_committed(first, end):
+                self.committer.blocks_stored(plan.first, plan.end)
+            if self.base_writer is not None:
+                shared = memoryview(data)[: self._geometry.base_size - start]
+                await self.base_writer.wrote(first, end, start, shared)
 
     async def _complete(self, plan: WritePlan, data: Buffer) -> bytes:
         """The data of the plan: the request's own, with what is missing of its blocks from the base."""
@@ -262,7 +270,11 @@ class Image:
 
     async def flush(self) -> None:
         """When this returns, every write that was answered before survives a power cut. Raises OSError."""
-        if self.writable and (self.committer.dirty or self.committer.failed is not None):
+        if not self.writable:
+            return
+        if self.base_writer is not None:
+            await self.base_writer.flush()
+        if self.committer.dirty or self.committer.failed is not None:
             await self.committer.commit()
 
     async def resize(self, size: int, *, shrink: bool = False) -> None:
@@ -358,7 +370,41 @@ class Image:
             )
         if not header.clean and header.has_metadata:
             await self.committer.checkpoint()
+        await self._begin_base_writing(crashed=not header.clean)
         self.writable = True
+
+    async def _begin_base_writing(self, *, crashed: bool) -> None:
+        """Have writes reach the base as well, where the image asks for it and the mount allows it."""
+        mode = self.header.write_updates_base_img
+        if not self.base_may_be_written or self.bitmap is None or mode not in MODES:
+            return
+        base = self.base
+        assert base is not None
+        assert not isinstance(base, Image)
+        if mode == "writethrough":
+            self.base_writer = WriteThrough(base)
+            return
+        writer = WriteBack(base, self.bitmap.blocks, self.header.block_size, self._write_back, self.name)
+        if crashed:
+            for first, end, local in self.bitmap.runs(0, self.bitmap.blocks):
+                if local:
+                    writer.owe(first, end)
+        await self.committer.change_header(clean_shutdown=0)
+        if self._spawn is not None:
+            self._spawn(writer.run)
+        self.base_writer = writer
+
+    async def _write_back(self, first: int, end: int) -> None:
+        """Copy local blocks to the base. Raises OSError."""
+        assert isinstance(self.base_writer, WriteBack)
+        assert self.base is not None
+        assert not isinstance(self.base, Image)
+        async with self._locks.hold(first, end):
+            start = first * self._geometry.block_size
+            stop = min(end * self._geometry.block_size, self._geometry.base_size)
+            if start < stop:  # else: cut off since it was written
+                await self.base.pwrite(await self.read(start, stop - start), start)
+            self.base_writer.copied(first, end)
 
     def usage(self) -> int:
         """Bytes that the image really takes, metadata and data."""
@@ -369,6 +415,8 @@ class Image:
         with trio.CancelScope(shield=True):
             try:
                 if self.writable and self.committer.failed is None:
+                    if self.base_writer is not None:
+                        await self.base_writer.close()
                     await self.committer.close()
             finally:
                 self.writable = False

@@ -258,6 +258,12 @@ class Image:
         return b"".join(out).ljust(length, b"\0")
 
 
+def length(path: Path) -> int:
+    """Bytes of a file or a device."""
+    with path.open("rb") as file:
+        return file.seek(0, 2)
+
+
 def read_disk(path: Path) -> Iterator[bytes]:
     """The whole virtual disk of the image `path`, in order, in pieces of at most PIECE bytes."""
     image = Image(path)
@@ -286,7 +292,7 @@ def check(path: Path, writer: str = "original") -> list[str]:
     """
     try:
         header = Header(path)
-        if problems := [*_check_header(header), *_check_layout(header, path.stat().st_size)]:
+        if problems := [*_check_header(header), *_check_layout(header, length(path))]:
             return problems  # the rest would only trip over these
         image = Image(path)
     except (OSError, ValueError) as error:

@@ -58,8 +58,11 @@ class ChunkedStorage:
         self._room: int | None = None
         """Chunks below this number are used, or have a place that reads as zeros; None: nobody has looked."""
         self._growing = trio.Lock()
-        self._ahead = max(1, (ZERO_AHEAD if store.fixed_size else self._grow_unit) // chunk_size)
+        ahead = min(ZERO_AHEAD, self._grow_unit) if store.fixed_size else self._grow_unit
+        self._ahead = max(1, ahead // chunk_size)
         self._growing_ahead = False
+        self._full_at: int | None = None
+        """The room at which growing ahead failed: not tried again until a write has made more."""
         self.spawn: Spawn | None = None
 
     def runs(self, start: int, stop: int) -> Iterator[tuple[int, int, int | None]]:
@@ -108,8 +111,9 @@ class ChunkedStorage:
     # --- room -----------------------------------------------------------------------------------
 
     def _grow_ahead_if_short(self) -> None:
-        if self.spawn is None or self._growing_ahead or self._room is None:
+        if self.spawn is None or self._growing_ahead or self._room in (None, self._full_at):
             return
+        assert self._room is not None
         left = self._room - self._table.highest - 1
         unallocated = self._table.chunks - self._table.highest - 1
         if left < min(ceil_div(self._ahead, 2), unallocated):
@@ -120,7 +124,8 @@ class ChunkedStorage:
         try:
             await self._make_room(self._ahead)
         except OSError as error:
-            log.warning("%s: growing ahead of need: %s", self._store.name, error.strerror)
+            self._full_at = self._room
+            log.warning("%s: storage is running out: %s", self._store.name, error.strerror)
         finally:
             self._growing_ahead = False
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
 import shlex
 import subprocess
 from dataclasses import dataclass
@@ -32,6 +33,8 @@ class GrowCommand:
 
     async def grow(self, size: int, device: str) -> None:
         """Add at least `size` bytes to the device. Raises OSError(ENOSPC) where that failed."""
+        # A link in the mounted folder stands for the device as the operator named it.
+        device = _named(device)
         if not self.words:
             raise OSError(errno.ENOSPC, f"{self.image}: {device} is full; {self.hint}")
         if self.words == (LVEXTEND,):
@@ -50,6 +53,10 @@ class GrowCommand:
             log.info("%s: %s: %s", self.image, command[0], output)
         if done.returncode:
             raise OSError(errno.ENOSPC, f"{self.image}: {shlex.join(command)} failed with code {done.returncode}")
+
+
+def _named(device: str) -> str:
+    return os.path.join(os.path.dirname(device), os.readlink(device)) if os.path.islink(device) else device
 
 
 def grow_command(image: str, choice: str, stored: str) -> GrowCommand:

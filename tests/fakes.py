@@ -1,0 +1,565 @@
+"""Stores in memory, for tests: plain ones, ones that a power cut hits, ones whose calls fail.
+
+All implement the `Store` protocol of `fvdfs.alloc.store`:
+
+    MemoryStore   a bytearray; with `slow`, no call is done without waiting
+    CrashStore    remembers what is not flushed, and says what a power cut may leave of it
+    FaultStore    another store, of which planned calls fail, or end the process
+
+`Disk` is the model to compare with: what a virtual disk holds, and what a power cut may make of it.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import random
+from collections import Counter
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, field
+
+import trio
+
+from fvdfs.alloc.store import Buffer, Store
+
+SECTOR = 512  # a disk writes this much whole or not at all
+READ_ONLY = "a store that is not writable was asked to change"
+
+
+class MemoryStore:
+    """Bytes in memory. Calls that need not wait do not, unless it is `slow`."""
+
+    def __init__(
+        self,
+        data: Buffer = b"",
+        name: str = "memory",
+        *,
+        writable: bool = True,
+        slow: bool = False,
+        pauses: random.Random | None = None,
+    ) -> None:
+        """A slow call waits one turn of the scheduler, or, with `pauses`, a few as that decides."""
+        self.data = bytearray(data)
+        self.name = name
+        self.writable = writable
+        self.fixed_size = False
+        self.slow = slow
+        self.pauses = pauses
+        self.calls: Counter[str] = Counter()
+        self.bytes_read = 0
+        self.bytes_written = 0
+        self.closed = False
+
+    async def _wait(self, call: str) -> None:
+        self._count(call)
+        for _ in range(self.pauses.randrange(1, 5) if self.pauses else 1):
+            await trio.lowlevel.checkpoint()
+
+    def _count(self, call: str) -> None:
+        assert not self.closed, f"{call} of a closed store"
+        self.calls[call] += 1
+
+    def _read(self, buffer: memoryview, offset: int) -> int:
+        data = self.data[offset : offset + len(buffer)]
+        buffer[: len(data)] = data
+        self.bytes_read += len(data)
+        return len(data)
+
+    def _write(self, data: Buffer, offset: int) -> None:
+        assert self.writable, READ_ONLY
+        if offset > len(self.data):
+            self.data.extend(bytes(offset - len(self.data)))
+        self.data[offset : offset + len(data)] = data
+        self.bytes_written += len(data)
+
+    def _resize(self, size: int) -> None:
+        assert self.writable, READ_ONLY
+        del self.data[size:]
+        self.data.extend(bytes(size - len(self.data)))
+
+    def pread_nowait(self, buffer: memoryview, offset: int) -> bool:
+        self._count("pread_nowait")
+        if self.slow or offset + len(buffer) > len(self.data):
+            return False
+        self._read(buffer, offset)
+        return True
+
+    async def pread(self, buffer: memoryview, offset: int) -> int:
+        await self._wait("pread")
+        return self._read(buffer, offset)
+
+    async def pwrite(self, data: Buffer, offset: int) -> None:
+        await self._wait("pwrite")
+        self._write(data, offset)
+
+    async def zero(self, offset: int, length: int) -> None:
+        await self._wait("pwrite")
+        self._write(bytes(length), offset)
+
+    async def is_hole(self, offset: int, length: int) -> bool:
+        return not any(self.data[offset : offset + length])
+
+    async def flush(self) -> None:
+        await self._wait("flush")
+
+    async def size(self) -> int:
+        await self._wait("size")
+        return len(self.data)
+
+    async def resize(self, size: int) -> None:
+        await self._wait("resize")
+        self._resize(size)
+
+    def usage(self) -> int:
+        return len(self.data)
+
+    async def aclose(self) -> None:
+        self.closed = True
+
+
+class Clock:
+    """Numbers the changes of several stores, and whatever else a test notes, in one order."""
+
+    def __init__(self) -> None:
+        self.now = 0
+
+    def tick(self) -> int:
+        """The number of what happens now."""
+        self.now += 1
+        return self.now
+
+
+@dataclass(frozen=True, slots=True)
+class _Change:
+    """A write; without data, a new size `offset`."""
+
+    time: int
+    offset: int
+    data: bytes | None
+
+    def sectors(self, size: int) -> range:
+        """The sectors that differ afterwards, those that are only new zeros left out."""
+        end = size if self.data is None else self.offset + len(self.data)
+        return range(self.offset // SECTOR, -(-end // SECTOR))
+
+    def apply(self, content: bytearray) -> None:
+        if self.data is None:
+            del content[self.offset :]
+        content.extend(bytes(max(0, self.offset - len(content))))
+        if self.data is not None:
+            content[self.offset : self.offset + len(self.data)] = self.data
+
+
+class CrashStore(MemoryStore):
+    """A store that knows what a power cut may leave of it.
+
+    Stable is what was written before the begin of a flush that has ended. Of what came since, any
+    part may have reached the disk, in any order, in whole sectors: each sector holds what it held
+    when the flush began or what any later write left in it, and the size is any that the store has
+    had since. Stores that share a `clock` can be cut at one moment.
+    """
+
+    def __init__(
+        self,
+        data: Buffer = b"",
+        name: str = "memory",
+        *,
+        clock: Clock | None = None,
+        slow: bool = False,
+        pauses: random.Random | None = None,
+    ) -> None:
+        super().__init__(data, name, slow=slow, pauses=pauses)
+        self.clock = clock or Clock()
+        self._start = bytearray(data)
+        self._changes: list[_Change] = []
+        self._flushes: list[tuple[int, int]] = []  # begin and end
+
+    def _write(self, data: Buffer, offset: int) -> None:
+        super()._write(data, offset)
+        if len(data):
+            self._changes.append(_Change(self.clock.tick(), offset, bytes(data)))
+
+    def _resize(self, size: int) -> None:
+        super()._resize(size)
+        self._changes.append(_Change(self.clock.tick(), size, None))
+
+    async def flush(self) -> None:
+        begin = self.clock.tick()
+        await super().flush()
+        self._flushes.append((begin, self.clock.tick()))
+
+    def trim(self) -> None:
+        """Forget what is stable; cuts before now are no longer asked for."""
+        stable = max((begin for begin, _ in self._flushes), default=0)
+        for change in self._changes:
+            if change.time < stable:
+                change.apply(self._start)
+        self._changes = [change for change in self._changes if change.time > stable]
+        self._flushes.clear()
+
+    def crash(self, rng: random.Random, at: int | None = None) -> bytes:
+        """What a power cut may leave; `at`: the time of the cut, by the clock, instead of now."""
+        cut = self.clock.now if at is None else at
+        stable = max((begin for begin, end in self._flushes if end <= cut), default=0)
+        old = bytearray(self._start)
+        for change in self._changes:
+            if change.time < stable:
+                change.apply(old)
+        changes = [change for change in self._changes if stable < change.time <= cut]
+        kind = rng.choice(("order", "changes", "last changes", "sectors"))
+        if kind == "order":
+            for change in changes[: rng.randrange(len(changes) + 1)]:
+                change.apply(old)
+            return bytes(old)
+        content = old[:]
+        sizes = [len(old)]
+        versions: dict[int, list[bytes]] = {}
+        for change in changes:
+            sectors = change.sectors(len(content))
+            for sector in sectors:
+                versions.setdefault(sector, [_sector(content, sector)])
+            change.apply(content)
+            if kind == "sectors" or rng.random() < 0.5:
+                sizes.append(len(content))
+                for sector in sectors:
+                    versions[sector].append(_sector(content, sector))
+        size = rng.choice(sizes) if kind == "sectors" else sizes[-1]
+        result = old[:size].ljust(size, b"\0")
+        for sector, contents in versions.items():
+            at_byte = sector * SECTOR
+            if at_byte < size:
+                version = contents[-1] if kind == "last changes" else rng.choice(contents)
+                result[at_byte : at_byte + SECTOR] = version[: size - at_byte]
+        return bytes(result)
+
+
+def _sector(content: bytearray, sector: int) -> bytes:
+    return bytes(content[sector * SECTOR : (sector + 1) * SECTOR]).ljust(SECTOR, b"\0")
+
+
+CHANGING = ("pwrite", "resize", "flush")
+CALLS = ("pread", "size", *CHANGING)
+
+
+class Killed(BaseException):
+    """The process has been killed; what its stores hold stays."""
+
+
+@dataclass(slots=True)
+class FaultPlan:
+    """Which call fails: the n-th, from 1 on, of these kinds, of all stores with this plan together.
+
+    A call and its `_nowait` form are of one kind. `torn`: a write that fails has stored its first
+    half before. `kill`: the call and all that follow raise `Killed`.
+    """
+
+    nth: int = 0
+    error: int = errno.EIO
+    kinds: Sequence[str] = CALLS
+    for_ever: bool = False
+    torn: bool = False
+    kill: bool = False
+    calls: int = 0
+    failures: int = field(default=0, init=False)
+
+    def fails(self, kind: str) -> bool:
+        """Count a call; whether it fails."""
+        if kind not in self.kinds:
+            return False
+        self.calls += 1
+        for_ever = self.for_ever or self.kill
+        if self.nth == 0 or self.calls < self.nth or (self.calls > self.nth and not for_ever):
+            return False
+        self.failures += 1
+        return True
+
+
+class FaultStore:
+    """A store over another one, of which the calls of a plan fail."""
+
+    def __init__(self, inner: Store, plan: FaultPlan) -> None:
+        self.inner = inner
+        self.plan = plan
+
+    @property
+    def name(self) -> str:
+        return self.inner.name
+
+    @property
+    def writable(self) -> bool:
+        return self.inner.writable
+
+    @property
+    def fixed_size(self) -> bool:
+        return self.inner.fixed_size
+
+    def _check(self, kind: str) -> None:
+        if self.plan.fails(kind):
+            if self.plan.kill:
+                raise Killed
+            raise OSError(self.plan.error, os.strerror(self.plan.error), self.name)
+
+    def pread_nowait(self, buffer: memoryview, offset: int) -> bool:
+        self._check("pread")
+        return self.inner.pread_nowait(buffer, offset)
+
+    async def pread(self, buffer: memoryview, offset: int) -> int:
+        self._check("pread")
+        return await self.inner.pread(buffer, offset)
+
+    async def pwrite(self, data: Buffer, offset: int) -> None:
+        try:
+            self._check("pwrite")
+        except OSError:
+            if self.plan.torn:
+                await self.inner.pwrite(_first_half(data), offset)
+            raise
+        await self.inner.pwrite(data, offset)
+
+    async def zero(self, offset: int, length: int) -> None:
+        self._check("pwrite")
+        await self.inner.zero(offset, length)
+
+    async def is_hole(self, offset: int, length: int) -> bool:
+        return await self.inner.is_hole(offset, length)
+
+    async def flush(self) -> None:
+        self._check("flush")
+        await self.inner.flush()
+
+    async def size(self) -> int:
+        self._check("size")
+        return await self.inner.size()
+
+    async def resize(self, size: int) -> None:
+        self._check("resize")
+        await self.inner.resize(size)
+
+    def usage(self) -> int:
+        return self.inner.usage()
+
+    async def aclose(self) -> None:
+        await self.inner.aclose()
+
+
+def _first_half(data: Buffer) -> bytes:
+    return bytes(data[: len(data) // 2 // SECTOR * SECTOR])
+
+
+def trim(stores: Iterable[Store]) -> None:
+    """Forget what is stable in all crash stores among these."""
+    for store in stores:
+        if isinstance(store, CrashStore):
+            store.trim()
+
+
+# --- the model ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class DiskWrite:
+    """A write to the disk, between two times. One that failed may have changed any of its sectors."""
+
+    start: int
+    end: int
+    offset: int
+    data: bytes
+    failed: bool = False
+
+    def apply(self, value: bytes, sector: int) -> bytes:
+        """The sector's content after it."""
+        at = self.offset - sector * SECTOR
+        if at >= 0:
+            return value[:at] + self.data[: SECTOR - at] + value[at + len(self.data) :]
+        return self.data[-at : SECTOR - at] + value[len(self.data) + at :]
+
+
+@dataclass(frozen=True, slots=True)
+class Resize:
+    """A change of the disk's size, between two times, to `size`."""
+
+    start: int
+    end: int
+    size: int
+
+
+class Disk:
+    """What a virtual disk holds, and what it may hold after a power cut, sector by sector.
+
+    After a cut, a sector holds what it held at the last completed flush, or what some write left in
+    it that came later. Sectors are written whole or not at all. Operations are logged with the times
+    of their begin and end; those that overlap in time may have happened in any order. `fold` closes
+    the log; cuts are asked about after it only.
+    """
+
+    def __init__(self, content: Buffer) -> None:
+        self.content = bytearray(content)
+        self.maybe: dict[int, set[bytes]] = {}
+        """Sectors that a cut may leave with something else than what they hold."""
+        self.unknown: set[int] = set()
+        """Sectors that a cut may leave with anything."""
+        self.sizes: set[int] = set()
+        """Other sizes that a cut may leave."""
+        self.writes: list[DiskWrite] = []
+        self.flushes: list[tuple[int, int]] = []
+        self.resize: Resize | None = None
+
+    @property
+    def size(self) -> int:
+        return len(self.content)
+
+    def _touched(self, at: int | None = None) -> dict[int, list[DiskWrite]]:
+        touched: dict[int, list[DiskWrite]] = {}
+        for write in self.writes:
+            if at is None or write.start <= at:
+                for sector in range(write.offset // SECTOR, -(-(write.offset + len(write.data)) // SECTOR)):
+                    touched.setdefault(sector, []).append(write)
+        return touched
+
+    def _old(self, sector: int) -> bytes:
+        return _sector(self.content, sector)
+
+    def _flushed(self, at: int) -> int:
+        """The begin of the last flush that had ended by then; 0: none since the log began."""
+        return max((start for start, end in self.flushes if end <= at), default=0)
+
+    def _after_cut(self, sector: int, writes: Sequence[DiskWrite], flushed: int) -> set[bytes]:
+        must = [write for write in writes if write.end < flushed and not write.failed]
+        found = _values(self._old(sector), sector, writes, must)
+        return found if flushed else found | self.maybe.get(sector, set())
+
+    def check_read(self, offset: int, data: Buffer, start: int, end: int) -> None:
+        """Whether a read between these times may have had this result."""
+        stop = offset + len(data)
+        writes = [
+            w for w in self.writes if w.start < end and w.offset < stop and offset < w.offset + len(w.data)
+        ]
+        if not writes:
+            expected = self.content[offset:stop].ljust(len(data), b"\0")
+            assert data == expected, f"bytes {offset}..{stop} differ: the first at {_differ(data, expected, offset)}"
+            return
+        for sector in range(offset // SECTOR, -(-stop // SECTOR)):
+            here = [w for w in writes if w.offset < (sector + 1) * SECTOR and sector * SECTOR < w.offset + len(w.data)]
+            must = [w for w in here if w.end < start and not w.failed]
+            low, high = max(offset, sector * SECTOR), min(stop, (sector + 1) * SECTOR)
+            part = bytes(data[low - offset : high - offset])
+            inside = slice(low - sector * SECTOR, high - sector * SECTOR)
+            options = {value[inside] for value in _values(self._old(sector), sector, here, must)}
+            assert part in options, f"bytes {low}..{high} hold what nobody wrote, or no longer could"
+
+    def unsure(self) -> list[int]:
+        """The sectors whose content depends on the order of what was logged, or on what failed."""
+        return [
+            sector
+            for sector, writes in self._touched().items()
+            if any(w.failed for w in writes)
+            or any(a.start < b.end and b.start < a.end for at, a in enumerate(writes) for b in writes[:at])
+        ]
+
+    def fold(self, now: int, seen: dict[int, bytes]) -> None:
+        """Close the log; `seen`: what was read, after all of it, of the unsure sectors."""
+        flushed = self._flushed(now)
+        touched = self._touched()
+        after_cut = {sector: self._after_cut(sector, writes, flushed) for sector, writes in touched.items()}
+        if flushed:
+            self.maybe.clear()
+            self.unknown.clear()
+        for sector, writes in touched.items():
+            if sector in seen:
+                value = seen[sector]
+                must = [write for write in writes if not write.failed]
+                assert value in _values(self._old(sector), sector, writes, must), f"sector {sector} after all writes"
+            else:
+                value = self._old(sector)
+                for write in writes:
+                    value = write.apply(value, sector)
+            self.maybe[sector] = after_cut[sector]
+            self._put(sector, value)
+        if self.resize is not None:
+            self._set_size(self.resize.size)
+        self._forget_log()
+
+    def _put(self, sector: int, value: bytes) -> None:
+        at = sector * SECTOR
+        self.content.extend(bytes(max(0, at + SECTOR - len(self.content))))
+        self.content[at : at + SECTOR] = value
+
+    def _set_size(self, size: int) -> None:
+        del self.content[size:]
+        self.content.extend(bytes(size - len(self.content)))
+        self.maybe = {sector: values for sector, values in self.maybe.items() if sector * SECTOR < size}
+        self.unknown = {sector for sector in self.unknown if sector * SECTOR < size}
+
+    def _forget_log(self) -> None:
+        self.writes.clear()
+        self.flushes.clear()
+        self.resize = None
+
+    def check_cut(self, found: Buffer, at: int) -> None:
+        """Whether a cut at that time may have left this."""
+        sizes = self.sizes | {self.size}
+        free = len(found)  # from here on anything may stand
+        if self.resize is not None and self.resize.start <= at:
+            sizes = {self.resize.size} | (sizes if at < self.resize.end else set())
+            if self.resize.size < self.size:
+                free = self.resize.size
+        assert len(found) in sizes, f"{len(found)} bytes after a cut, not one of {sizes}"
+        touched = self._touched(at)
+        flushed = self._flushed(at)
+        expected = self.content[: len(found)].ljust(len(found), b"\0")
+        differ = set(touched)
+        for piece in range(0, len(found), 32 * SECTOR):
+            if found[piece : piece + 32 * SECTOR] != expected[piece : piece + 32 * SECTOR]:
+                differ.update(range(piece // SECTOR, min(piece // SECTOR + 32, len(found) // SECTOR)))
+        for sector in sorted(differ):
+            if sector * SECTOR >= free or (sector in self.unknown and not flushed):
+                continue
+            value = bytes(found[sector * SECTOR : (sector + 1) * SECTOR])
+            options = self._after_cut(sector, touched.get(sector, []), flushed)
+            what = "flushed" if len(options) == 1 else f"one of {len(options)} contents"
+            assert value in options, f"sector {sector} is not what it must be after a cut ({what})"
+
+    def after_cut(self, found: Buffer, *, stable: bool = True) -> None:
+        """The disk holds this from now on; without `stable`, another cut may still leave something else."""
+        if stable:
+            self.maybe.clear()
+            self.unknown.clear()
+        else:
+            now = max([w.end for w in self.writes] + [end for _, end in self.flushes], default=0)
+            flushed = self._flushed(now)
+            after_cut = {s: self._after_cut(s, writes, flushed) for s, writes in self._touched().items()}
+            if flushed:
+                self.maybe.clear()
+            for sector in range(min(len(found), self.size) // SECTOR):
+                if sector not in after_cut and self._old(sector) != found[sector * SECTOR : (sector + 1) * SECTOR]:
+                    self.maybe.setdefault(sector, set()).add(self._old(sector))
+            for sector, values in after_cut.items():
+                self.maybe.setdefault(sector, set()).update(values)
+        self.content[:] = found
+        self._forget_log()
+
+
+def _values(
+    old: bytes, sector: int, writes: Sequence[DiskWrite], must: Collection[DiskWrite]
+) -> set[bytes]:
+    """The sector after each part, with all of `must`, of each order of the writes that their times permit."""
+    if len(writes) == 1:
+        new = writes[0].apply(old, sector)
+        return {new} if must else {old, new}
+    found: set[bytes] = set()
+
+    def go(value: bytes, done: tuple[DiskWrite, ...]) -> None:
+        if all(write in done for write in must):
+            found.add(value)
+        for write in writes:
+            if write in done or any(write.end < other.start for other in done):
+                continue
+            if all(other in done or other.failed or other.end > write.start for other in writes if other is not write):
+                go(write.apply(value, sector), (*done, write))
+
+    go(old, ())
+    return found
+
+
+def _differ(data: Buffer, expected: Buffer, offset: int) -> int:
+    return offset + next((at for at, (a, b) in enumerate(zip(data, expected, strict=False)) if a != b), len(expected))
