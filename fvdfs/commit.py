@@ -219,6 +219,19 @@ class Committer:
             await self._flush(self._meta)
         self._journal_next = 0
 
+    async def recover(self) -> None:
+        """Make stable what an earlier process may have left in the host's memory only, and what a replay rebuilt.
+
+        Of a process that was killed we have read all that it wrote, flushed or not, and build on it.
+        An image without metadata does not even show that its process was killed: its data counts as
+        written now. Raises OSError.
+        """
+        self._data_written = True
+        if not self.header.clean and self.header.has_metadata:
+            if self._meta is not self._data:
+                await self._flush(self._meta)
+            await self.checkpoint()
+
     async def clear_journal(self) -> None:
         """Make the journal empty and stable, for a change that old records would undo. Raises OSError."""
         region = self.header.journal_region

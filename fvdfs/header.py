@@ -270,7 +270,7 @@ class Header:
         ends = [region.offset for region in self.regions()] + [self.metadata_size]
         ends = [end for end in ends if end > self.table_offset]
         room = min(ends) - self.table_offset if ends else round_up(self.chunks * TABLE_ENTRY_SIZE, PAGE)
-        entries = min(room // TABLE_ENTRY_SIZE, MAX_CHUNKS)
+        entries = min(room // PAGE * PAGE // TABLE_ENTRY_SIZE, MAX_CHUNKS)
         if self.journal_size:
             entries = min(entries, self.journal_size // SECTOR * ENTRIES_WITH_BITMAP_RECORD)
         return entries
@@ -450,7 +450,15 @@ def new_header(virtual_size: int, base_length: int | None, options: CreateOption
         end += journal_size
     elif options.journal_size is not None:
         end += journal_size  # asked for in vain, and yet counted by the original
-    return Header(**(fields | {"metadata_size": end}))  # type: ignore[arg-type]
+    header = Header(**(fields | {"metadata_size": end}))  # type: ignore[arg-type]
+    try:
+        header.encode()
+        header.check("the new image", end)
+    except struct.error:
+        raise UsageError("a number is too large for its field of the format") from None
+    except FormatError as error:
+        raise UsageError(str(error)) from None
+    return header
 
 
 def with_fields(header: Header, **changes: int | str) -> Header:

@@ -368,8 +368,7 @@ class Image:
                 "clean_shutdown=0 and no journal: it was not closed, and its metadata may be incomplete; "
                 "it can be read, and written with -o accept_unclean once you have looked at it",
             )
-        if not header.clean and header.has_metadata:
-            await self.committer.checkpoint()
+        await self.committer.recover()
         await self._begin_base_writing(crashed=not header.clean)
         self.writable = True
 

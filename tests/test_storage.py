@@ -412,6 +412,9 @@ def test_no_base_is_written_without_leave(folder: Path) -> None:
 def test_two_caches_never_write_one_base(folder: Path) -> None:
     cache_image(folder, "writethrough")
     must("create", folder / "b.fvd", "-b", "base.raw", "--update-base", "writethrough")
-    with mounted(folder, "-o", "allow_base_write") as mount:
-        with open(mount.raw("a"), "r+b"), pytest.raises(OSError, match="busy"):
-            open(mount.raw("b"), "r+b")
+    with (
+        mounted(folder, "-o", "allow_base_write") as mount,
+        open(mount.raw("a"), "r+b"),
+        pytest.raises(OSError, match="busy"),
+    ):
+        open(mount.raw("b"), "r+b")

@@ -118,7 +118,7 @@ class Table:
                 continue
             if old != UNALLOCATED:
                 self.beyond.discard(chunk)
-                if old < self._storage_chunks:
+                if old < self._storage_chunks and chunk not in self.shared:
                     self._used[old] = 0
             self._used[number] = 1
             self._entries[chunk] = number

@@ -1,0 +1,142 @@
+"""The direction of imports: the pure core knows no I/O, the engine knows no FUSE, nothing knows the tests."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "fvdfs"
+
+PURE = {
+    "fvdfs.errors",
+    "fvdfs.header",
+    "fvdfs.journal",
+    "fvdfs.cow.bitmap",
+    "fvdfs.cow.planner",
+    "fvdfs.alloc.table",
+}
+IMPURE = ("trio", "pyfuse3", "os", "time", "io", "socket", "fvdfs.alloc.store")
+# What these may import of fvdfs, where that is less than everything below them.
+LOW = {"fvdfs.errors": set[str](), "fvdfs.cow.locks": set[str](), "fvdfs.alloc.store": {"fvdfs.errors"}}
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {module_name(path): path for path in sorted(PACKAGE.rglob("*.py"))}
+PACKAGES = {name for name, path in MODULES.items() if path.name == "__init__.py"}
+
+
+def imported(source: str, module: str, *, is_package: bool = False) -> Iterator[str]:
+    """The names that a module's source imports, anywhere in it, as absolute dotted names.
+
+    `from a import b` gives "a.b": whether b is a module or a name in a, nobody can tell from here.
+    """
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            origin = node.module or ""
+            if node.level:
+                parents = module.split(".")
+                kept = parents[: len(parents) - node.level + is_package]
+                origin = ".".join([*kept, origin] if origin else kept)
+            yield from (f"{origin}.{alias.name}" for alias in node.names)
+
+
+def imports_of(module: str) -> list[str]:
+    return list(imported(MODULES[module].read_text(), module, is_package=module in PACKAGES))
+
+
+def within(name: str, module: str) -> bool:
+    """Whether an imported name is the module, or something in it."""
+    return name == module or name.startswith(f"{module}.")
+
+
+def modules_imported(module: str) -> set[str]:
+    """The modules of fvdfs that a module imports; packages count where no module in them is meant."""
+    found = set()
+    for name in imports_of(module):
+        while within(name, "fvdfs") and name not in MODULES:
+            name = name.rpartition(".")[0]
+        if name in MODULES:
+            found.add(name)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("source", "names"),
+    [
+        ("import os", ["os"]),
+        ("import os.path as p, trio", ["os.path", "trio"]),
+        ("from os import path", ["os.path"]),
+        ("def f():\n    from trio import Event, run", ["trio.Event", "trio.run"]),
+        ("if x:\n    from fvdfs.alloc import store", ["fvdfs.alloc.store"]),
+        ("from . import locks", ["fvdfs.cow.locks"]),
+        ("from .locks import RangeLock", ["fvdfs.cow.locks.RangeLock"]),
+        ("from ..alloc import store", ["fvdfs.alloc.store"]),
+        ("from ..alloc.store import Store", ["fvdfs.alloc.store.Store"]),
+    ],
+)
+def test_imports_are_found(source: str, names: list[str]) -> None:
+    assert list(imported(source, "fvdfs.cow.bitmap")) == names
+
+
+def test_relative_imports_of_a_package_are_found() -> None:
+    assert list(imported("from . import bitmap", "fvdfs.cow", is_package=True)) == ["fvdfs.cow.bitmap"]
+    assert list(imported("from ..ops import inodes", "fvdfs.cow", is_package=True)) == ["fvdfs.ops.inodes"]
+
+
+def test_names_within_a_module() -> None:
+    assert within("os", "os")
+    assert within("os.path", "os")
+    assert not within("osmium", "os")
+
+
+@pytest.mark.parametrize("module", sorted(PURE))
+def test_pure_core_does_no_io(module: str) -> None:
+    assert [n for n in imports_of(module) if any(within(n, impure) for impure in IMPURE)] == []
+
+
+@pytest.mark.parametrize("module", sorted(PURE))
+def test_pure_core_imports_only_itself(module: str) -> None:
+    assert modules_imported(module) - PURE == set()
+
+
+@pytest.mark.parametrize("module", sorted(LOW))
+def test_bottom_of_the_package_stays_there(module: str) -> None:
+    assert modules_imported(module) <= LOW[module]
+
+
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_fuse_is_known_only_in_ops(module: str) -> None:
+    if not within(module, "fvdfs.ops"):
+        assert [n for n in imports_of(module) if within(n, "pyfuse3")] == []
+
+
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_ops_is_imported_only_by_the_command_line(module: str) -> None:
+    if module != "fvdfs.cli" and not within(module, "fvdfs.ops"):
+        assert [n for n in imports_of(module) if within(n, "fvdfs.ops")] == []
+
+
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_package_does_not_import_tests(module: str) -> None:
+    helpers = {path.stem for path in Path(__file__).parent.glob("*.py")} | {"tests", "pytest", "hypothesis"}
+    assert [n for n in imports_of(module) if any(within(n, helper) for helper in helpers)] == []
+
+
+def test_no_cycles() -> None:
+    """Imports inside functions count as well: a cycle is a wrong cut, whether Python minds or not."""
+    TopologicalSorter({module: modules_imported(module) for module in MODULES}).prepare()
+
+
+def test_every_module_that_this_file_names_exists() -> None:
+    assert set(MODULES) >= PURE | set(LOW)
