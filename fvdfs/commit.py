@@ -255,6 +255,14 @@ class Committer:
                 await self._write_header(**changes)
                 await self._flush(self._meta)
 
+    async def restore_header(self, **fields: int | str) -> None:
+        """Take back a change of the header that is stable already, or fail. Raises OSError."""
+        try:
+            await self.change_header(**fields)
+        except OSError as error:
+            self._fail(f"writing the header: {error}")
+            raise
+
     async def close(self) -> None:
         """Commit everything; leave a clean header. Raises OSError; the image then needs a replay."""
         async with self._lock:

@@ -326,13 +326,7 @@ class Image:
             # From here on bits and entries go backwards: old records must not come back.
             await self.committer.clear_journal()
             header = self.header
-            # One after the other: they are in different sectors, and the base must never reach past the disk.
-            if header.base_img_size > size:
-                smaller = with_fields(header, base_img_size=size)
-                region = smaller.bitmap_region
-                bitmap_size = region.size if region is not None else header.bitmap_size
-                await self.committer.change_header(base_img_size=size, bitmap_size=bitmap_size)
-            await self.committer.change_header(virtual_disk_size=size)
+            await self._shrink_header(size)
             self.size = size
             self._geometry = Geometry(header.block_size, self.header.base_size)
             if self.bitmap is not None:
@@ -343,6 +337,22 @@ class Image:
             self._quiet = None
             self._quiet_over.set()
             self._quiet_over = trio.Event()
+
+    async def _shrink_header(self, size: int) -> None:
+        """Cut the base's range, then the disk: the fields are in different sectors, and the first must never
+        reach past the second. Raises OSError; the header is then as it was, or the image has failed.
+        """
+        header = self.header
+        if header.base_img_size > size:
+            region = with_fields(header, base_img_size=size).bitmap_region
+            bitmap_size = region.size if region is not None else header.bitmap_size
+            await self.committer.change_header(base_img_size=size, bitmap_size=bitmap_size)
+        try:
+            await self.committer.change_header(virtual_disk_size=size)
+        except OSError:
+            if self.header.base_img_size != header.base_img_size and self.committer.failed is None:
+                await self.committer.restore_header(base_img_size=header.base_img_size, bitmap_size=header.bitmap_size)
+            raise
 
     async def _settle(self) -> None:
         """Bitmap and table on disk are as in memory, and the header says that they may change."""

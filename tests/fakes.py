@@ -312,7 +312,7 @@ class FaultStore:
             self._check("pwrite")
         except OSError:
             if self.plan.torn:
-                await self.inner.pwrite(_first_half(data), offset)
+                await self.inner.pwrite(_first_half(data, offset), offset)
             raise
         await self.inner.pwrite(data, offset)
 
@@ -342,8 +342,9 @@ class FaultStore:
         await self.inner.aclose()
 
 
-def _first_half(data: Buffer) -> bytes:
-    return bytes(data[: len(data) // 2 // SECTOR * SECTOR])
+def _first_half(data: Buffer, offset: int) -> bytes:
+    """About half of what is to be written at an offset, up to a sector's end."""
+    return bytes(data[: max(0, (offset + len(data) // 2) // SECTOR * SECTOR - offset)])
 
 
 def trim(stores: Iterable[Store]) -> None:
@@ -431,21 +432,17 @@ class Disk:
     def check_read(self, offset: int, data: Buffer, start: int, end: int) -> None:
         """Whether a read between these times may have had this result."""
         stop = offset + len(data)
-        writes = [
-            w for w in self.writes if w.start < end and w.offset < stop and offset < w.offset + len(w.data)
-        ]
-        if not writes:
-            expected = self.content[offset:stop].ljust(len(data), b"\0")
-            assert data == expected, f"bytes {offset}..{stop} differ: the first at {_differ(data, expected, offset)}"
-            return
-        for sector in range(offset // SECTOR, -(-stop // SECTOR)):
-            here = [w for w in writes if w.offset < (sector + 1) * SECTOR and sector * SECTOR < w.offset + len(w.data)]
-            must = [w for w in here if w.end < start and not w.failed]
+        expected = self.content[offset:stop].ljust(len(data), b"\0")
+        for sector, writes in self._touched(end).items():
             low, high = max(offset, sector * SECTOR), min(stop, (sector + 1) * SECTOR)
-            part = bytes(data[low - offset : high - offset])
-            inside = slice(low - sector * SECTOR, high - sector * SECTOR)
-            options = {value[inside] for value in _values(self._old(sector), sector, here, must)}
-            assert part in options, f"bytes {low}..{high} hold what nobody wrote, or no longer could"
+            if low < high:
+                must = [w for w in writes if w.end < start and not w.failed]
+                part = bytes(data[low - offset : high - offset])
+                inside = slice(low - sector * SECTOR, high - sector * SECTOR)
+                options = {value[inside] for value in _values(self._old(sector), sector, writes, must)}
+                assert part in options, f"bytes {low}..{high} hold what nobody wrote, or no longer could"
+                expected[low - offset : high - offset] = part
+        assert data == expected, f"bytes {offset}..{stop} differ: the first at {_differ(data, expected, offset)}"
 
     def unsure(self) -> list[int]:
         """The sectors whose content depends on the order of what was logged, or on what failed."""
@@ -539,9 +536,7 @@ class Disk:
         self._forget_log()
 
 
-def _values(
-    old: bytes, sector: int, writes: Sequence[DiskWrite], must: Collection[DiskWrite]
-) -> set[bytes]:
+def _values(old: bytes, sector: int, writes: Sequence[DiskWrite], must: Collection[DiskWrite]) -> set[bytes]:
     """The sector after each part, with all of `must`, of each order of the writes that their times permit."""
     if len(writes) == 1:
         new = writes[0].apply(old, sector)
