@@ -417,7 +417,11 @@ class Image:
 
     def usage(self) -> int:
         """Bytes that the image really takes, metadata and data."""
-        return self.meta.usage() + (self.data.usage() if self.data is not self.meta else 0)
+        if not self.data.fixed_size:
+            return self.meta.usage() + (self.data.usage() if self.data is not self.meta else 0)
+        header = self.header
+        data = self.table.allocated() * header.chunk_size if self.table is not None else self.size
+        return data + (header.metadata_size if self.data is self.meta else self.meta.usage())
 
     async def close(self) -> None:
         """Commit everything, leave clean headers, and give up all files. Raises OSError of the commit."""

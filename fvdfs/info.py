@@ -9,7 +9,7 @@ from typing import Any
 import trio
 
 from fvdfs.chain import Chain, Policy, load_chain, open_chain
-from fvdfs.errors import FvdError
+from fvdfs.errors import FvdError, ImageBusy
 from fvdfs.header import Header
 from fvdfs.image import Image
 
@@ -17,8 +17,8 @@ from fvdfs.image import Image
 def describe(path: str) -> dict[str, Any]:
     """Everything that is known of the image at `path`, ready for JSON: header fields, and what they mean.
 
-    Raises ImageError where it is no image. A base or data file that is missing does not: it is
-    reported under "problems".
+    Raises ImageError where it is no image. What only hides a part, as a missing base, or an image in
+    use, is reported under "problems".
     """
     problems: list[str] = []
     image: Image | None = None
@@ -31,7 +31,10 @@ def describe(path: str) -> dict[str, Any]:
     usage = chain.usage()
     base_chain = _names(chain)
     if not problems:
-        image = trio.run(load_chain, chain)
+        try:
+            image = trio.run(load_chain, chain)
+        except ImageBusy as error:
+            problems.append(f"{error.reason}; until then only the header can be shown")
     else:
         for store in chain.stores():
             store.close()

@@ -206,3 +206,11 @@ def test_info_of_a_broken_image(folder: Path) -> None:
     done = fvdfs("info", GOLDEN / "manifest.json")
     assert done.code == 1
     assert "not an FVD image" in done.err
+
+
+def test_info_of_an_image_in_use(folder: Path) -> None:
+    must("create", folder / "a.fvd", "1M", "--compact", "--chunk-size", "64K")
+    with mounted(folder) as mount, open(mount.raw("a"), "r+b"):
+        facts = json.loads(must("info", folder / "a.fvd", "--json"))
+        assert "open for writing" in facts["problems"][0]
+        assert facts["virtual_size"] == MIB

@@ -135,6 +135,7 @@ def test_a_device_grows_by_the_command_that_the_mount_allows(folder: Path, tmp_p
         )  # fmt: skip
         with mounted(folder, "-o", "writeback=off") as mount:
             write_at(mount.raw("disk"), 0, b"1" * 6 * MIB)
+            assert 6 * MIB < mount.raw("disk").stat().st_blocks * 512 < 7 * MIB
             with pytest.raises(OSError, match="No space"):
                 write_at(mount.raw("disk"), 6 * MIB, b"2" * 6 * MIB)
             assert f"({stored}) with -o grow_command=stored" in mount.log
