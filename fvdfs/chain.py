@@ -15,7 +15,9 @@ from dataclasses import dataclass
 from fvdfs import journal
 from fvdfs.alloc.chunked import ChunkedStorage
 from fvdfs.alloc.flat import FlatStorage
+from fvdfs.alloc.formats import FORMATS, PROBE_SIZE, Location, detect, is_local, within
 from fvdfs.alloc.growth import grow_command
+from fvdfs.alloc.qsd import QsdStore
 from fvdfs.alloc.store import HostFile, Store, open_host_file, pread_exactly
 from fvdfs.alloc.table import Table
 from fvdfs.commit import Committer
@@ -32,23 +34,8 @@ FVD_FORMAT = "fvd"
 _REPLAY_PIECE = 1 << 20
 _REPORTED_RECORDS = 10
 
-FOREIGN_MAGICS = (
-    (b"QFI\xfb", "qcow2"),
-    (b"KDMV", "vmdk"),
-    (b"vhdxfile", "vhdx"),
-    (b"conectix", "vpc"),
-    (b"LUKS\xba\xbe", "luks"),
-    (b"QED\0", "qed"),
-    (b"\xa9\xf5\x43\x51", FVD_FORMAT),
-)
-
-
-def looks_like(first_bytes: bytes) -> str | None:
-    """The QEMU name of the format that a file with these first bytes seems to have; None: raw."""
-    for magic, name in FOREIGN_MAGICS:
-        if first_bytes.startswith(magic):
-            return name
-    return None
+HostStore = HostFile | QsdStore
+"""A store that was found by a name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,8 +52,32 @@ class Policy:
     base_writable: bool = False
     """Whether an image that asks for it may write to its base."""
 
-    def check(self, image: str, field: str, value: str, real_path: str) -> None:
-        """Raise Refused unless the file at `real_path` lies in an allowed folder."""
+    allowed_urls: tuple[str, ...] = ()
+    """Prefixes of URLs that names inside images may be; an empty one allows any."""
+
+    def open_file(self, image: str, field: str, name: str) -> tuple[int, str]:
+        """An O_PATH handle of the file that `name` in the image at path `image` leads to, and its path.
+
+        The caller closes the handle. Raises Refused, ImageError.
+        """
+        path = _resolve(image, name)
+        try:
+            handle = os.open(path, os.O_PATH | os.O_CLOEXEC)
+        except OSError as error:
+            raise ImageError(image, f"{field}={name}: {path}: {error.strerror}") from error
+        try:
+            self._check_file(image, field, name, os.readlink(f"/proc/self/fd/{handle}"))
+        except BaseException:
+            os.close(handle)
+            raise
+        return handle, path
+
+    def check_url(self, image: str, field: str, location: Location) -> None:
+        """Raise Refused unless the URL is allowed."""
+        if not any(prefix == "" or within(location.url, prefix) for prefix in self.allowed_urls):
+            raise Refused(image, f"{field}={location.name}: allow it with -o allow_url={location.url}")
+
+    def _check_file(self, image: str, field: str, value: str, real_path: str) -> None:
         for root in self.roots:
             if root == "/" or real_path == root or real_path.startswith(root.rstrip("/") + "/"):
                 return
@@ -83,22 +94,22 @@ class Layer:
 
     path: str
     meta: HostFile
-    data: HostFile
+    data: HostStore
     header: Header
     raw_header: bytes
 
 
 @dataclass(slots=True)
 class Chain:
-    """An image and the images it stands on, from the top; `base` is the raw file under the last, if any."""
+    """An image and the images it stands on, from the top; `base` is what is under the last, if anything."""
 
     layers: list[Layer]
-    base: HostFile | None
+    base: HostStore | None
     policy: Policy
 
-    def stores(self) -> list[HostFile]:
+    def stores(self) -> list[HostStore]:
         """Every open file of the chain, once."""
-        found: list[HostFile] = []
+        found: list[HostStore] = []
         for layer in self.layers:
             found += [layer.meta] if layer.data is layer.meta else [layer.meta, layer.data]
         return found + ([self.base] if self.base is not None else [])
@@ -121,7 +132,7 @@ def open_chain(path: str, policy: Policy, *, top_only: bool = False) -> Chain:
     line that names image, field and value; OSError only for `path` itself.
     """
     layers: list[Layer] = []
-    opened: list[HostFile] = []
+    opened: list[HostStore] = []
     try:
         store = _open_top(path, policy)
         while True:
@@ -132,25 +143,28 @@ def open_chain(path: str, policy: Policy, *, top_only: bool = False) -> Chain:
                 raise FormatError(last.path, f"base_img={last.header.base_img}: the chain is a loop: {names}")
             writable = policy.writable and not layers
             layer = _open_layer(path, store, policy, writable=writable, with_data=not top_only)
-            if layer.data is not store:
+            if layer.data is not layer.meta:
                 opened.append(layer.data)
             layers.append(layer)
             header = layer.header
             if not header.has_base or top_only:
                 return Chain(layers, None, policy)
             file_format = header.base_img_fmt
-            if file_format not in (*RAW_FORMATS, FVD_FORMAT):
-                raise UnsupportedFeature(path, f"base_img_fmt={file_format}: only raw and {FVD_FORMAT} bases are known")
             through = writable and _writes_base(layer, policy)
-            store = _open_named(path, "base_img", header.base_img, policy, writable=through)
             if file_format != FVD_FORMAT:
-                opened.append(store)
-                _look_at_base(layer, store)
-                return Chain(layers, store, policy)
+                base = _open_named(path, "base_img", header.base_img, file_format, policy, writable=through)
+                opened.append(base)
+                if isinstance(base, HostFile):
+                    _look_at_format(layer, base)
+                return Chain(layers, base, policy)
+            below = _open_named(path, "base_img", header.base_img, "", policy, writable=False)
+            if not isinstance(below, HostFile):
+                raise UnsupportedFeature(path, f"base_img={header.base_img}: an FVD image must be a file of this host")
+            store = below
             path = _resolve(path, header.base_img)
     except BaseException:
-        for store in opened:
-            store.close()
+        for each in opened:
+            each.close()
         raise
 
 
@@ -192,24 +206,21 @@ def _resolve(image_path: str, name: str) -> str:
     return os.path.join(os.path.dirname(image_path), name)
 
 
-def _open_named(image: str, field: str, name: str, policy: Policy, *, writable: bool) -> HostFile:
-    """Open the file that a field of an image names, if the policy allows."""
-    if "://" in name or name.startswith("json:"):
-        raise UnsupportedFeature(image, f"{field}={name}: only files and devices of this host are known")
-    path = _resolve(image, name)
+def _open_named(image: str, field: str, name: str, file_format: str, policy: Policy, *, writable: bool) -> HostStore:
+    """Open what a field of an image names, if the policy allows; another format than raw is yet to be started."""
+    if file_format not in RAW_FORMATS or not is_local(name):
+        if file_format and file_format not in FORMATS:
+            known = ", ".join(sorted(FORMATS))
+            raise UnsupportedFeature(image, f"{field}_fmt={file_format}: is not known; known are {known}")
+        return QsdStore(image, field, name, file_format, policy, writable=writable)
+    handle, path = policy.open_file(image, field, name)
     try:
-        handle = os.open(path, os.O_PATH | os.O_CLOEXEC)
-        try:
-            policy.check(image, field, name, os.readlink(f"/proc/self/fd/{handle}"))
-            return _open_either_way(handle, path, writable)
-        finally:
-            os.close(handle)
-    except OSError as error:
-        raise ImageError(image, f"{field}={name}: {path}: {error.strerror}") from error
-    except ImageError as error:
-        if isinstance(error, Refused):
-            raise
-        raise ImageError(image, f"{field}={name}: {error.reason}") from error
+        return _open_either_way(handle, path, writable)
+    except (OSError, ImageError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error.reason
+        raise ImageError(image, f"{field}={name}: {path}: {reason}") from error
+    finally:
+        os.close(handle)
 
 
 def _open_layer(path: str, meta: HostFile, policy: Policy, *, writable: bool, with_data: bool) -> Layer:
@@ -217,20 +228,17 @@ def _open_layer(path: str, meta: HostFile, policy: Policy, *, writable: bool, wi
     count = meta.pread_now(memoryview(raw), 0)
     header = Header.decode(bytes(raw[:count]), path)
     header.check(path, meta.size_now())
-    data = meta
+    data: HostStore = meta
     if header.data_file and with_data:
-        if header.data_file_fmt not in RAW_FORMATS:
-            raise UnsupportedFeature(path, f"data_file_fmt={header.data_file_fmt}: only raw data files are known")
-        data = _open_named(path, "data_file", header.data_file, policy, writable=writable)
+        data = _open_named(path, "data_file", header.data_file, header.data_file_fmt, policy, writable=writable)
         if data.identity == meta.identity:
             data.close()
             raise FormatError(path, f"data_file={header.data_file}: this is the image itself")
     return Layer(path, meta, data, header, bytes(raw))
 
 
-def _look_at_base(layer: Layer, base: HostFile) -> None:
+def _look_at_size(layer: Layer, size: int) -> None:
     header = layer.header
-    size = base.size_now()
     if size < header.base_img_size - SECTOR + 1:
         log.warning(
             "%s: base_img=%s is %d bytes long, base_img_size says %d: what is missing reads as zeros",
@@ -239,9 +247,13 @@ def _look_at_base(layer: Layer, base: HostFile) -> None:
             size,
             header.base_img_size,
         )
-    first = bytearray(SECTOR)
+
+
+def _look_at_format(layer: Layer, base: HostFile) -> None:
+    header = layer.header
+    first = bytearray(PROBE_SIZE)
     base.pread_now(memoryview(first), 0)
-    guess = looks_like(bytes(first))
+    guess = detect(bytes(first))
     if not header.base_img_fmt and guess:
         log.warning(
             "%s: base_img=%s looks like %s, but base_img_fmt is empty, which means raw: it is read as raw",
@@ -254,11 +266,16 @@ def _look_at_base(layer: Layer, base: HostFile) -> None:
 async def load_chain(chain: Chain) -> Image:
     """Lock the files of the chain for reading, read all metadata, replay journals in memory.
 
-    Takes over the files, also where it fails. Raises ImageBusy, ImageError, OSError.
+    Takes over the files, also where it fails. Only from the main thread. Raises ImageBusy,
+    ImageError, UsageError where a program is missing, OSError.
     """
     try:
         for store in chain.stores():
+            if isinstance(store, QsdStore):
+                await store.start()
             store.lock(exclusive=False)
+        if chain.base is not None:
+            _look_at_size(chain.layers[-1], await chain.base.size())
         base: Image | Store | None = chain.base
         for layer in reversed(chain.layers):
             base = await load_image(
@@ -358,12 +375,12 @@ def lock_for_writing(image: Image) -> None:
         assert image.base is not None
         assert not isinstance(image.base, Image)
         stores.append(image.base)
-    locked: list[HostFile] = []
+    locked: list[HostStore] = []
     try:
         for store in stores:
             if not store.writable:
                 raise ImageError(store.name, "no permission to write to it")
-            if isinstance(store, HostFile):
+            if isinstance(store, HostStore):
                 store.lock(exclusive=True)
                 locked.append(store)
                 store.claim_device()
@@ -386,3 +403,18 @@ async def open_image(path: str, policy: Policy, *, write: bool = False) -> Image
             await image.close()
             raise
     return image
+
+
+async def open_other(name: str, file_format: str, policy: Policy, *, writable: bool) -> QsdStore:
+    """Open an image of another format, for tools that need no mount. Only from the main thread.
+
+    Raises ImageError, UsageError where a program is missing, OSError.
+    """
+    short = os.path.basename(name) if is_local(name) else name  # a path starts at the folder of the first name
+    store = QsdStore(name, "image", short, file_format, policy, writable=writable)
+    try:
+        await store.start()
+    except BaseException:
+        await store.aclose()
+        raise
+    return store

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import json
 import logging
 import logging.handlers
@@ -24,6 +25,7 @@ from fvdfs.header import CreateOptions
 UNITS = {"": 1, "B": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40, "P": 1 << 50}
 MOUNT_OPTIONS = {
     "base_path": "base_path=DIR[:DIR...]  folders outside DIR that bases and data files may lie in (/: anywhere)",
+    "allow_url": "allow_url=PREFIX  URLs that bases and data files may be (may be given more than once)",
     "accept_unclean": "accept_unclean  write to an image that crashed without a journal",
     "grow_command": "grow_command=none|stored|PROGRAM  what makes a full device larger (default: none)",
     "detect_zeroes": "detect_zeroes=off|on|punch  do not store zeros where zeros are read; punch: free their space too",
@@ -76,41 +78,20 @@ def _parser() -> argparse.ArgumentParser:
     create.set_defaults(run=_create)
     create.add_argument("image", metavar="IMAGE")
     create.add_argument("size", metavar="SIZE", nargs="?", type=parse_size, help="of the disk: 512, 64K, 10M, 20G, 2T")
-    create.add_argument("-b", "--base", default="", metavar="FILE", help="base image, relative to the new image")
-    create.add_argument("-F", "--base-format", default="", metavar="FMT", help="raw (default) or fvd")
-    create.add_argument("--block-size", type=parse_size, default=0, metavar="N", help="unit of copy-on-write")
-    create.add_argument("--compact", action="store_true", help="let the image allocate its own storage, in chunks")
-    create.add_argument("--chunk-size", type=parse_size, default=0, metavar="N", help="default: 1M")
-    create.add_argument("--grow-unit", type=parse_size, default=0, metavar="N", help="default: 100M")
-    create.add_argument("--journal-size", type=_journal_size, metavar="N|none", help="default: 16M")
-    create.add_argument("--data-file", default="", metavar="FILE", help="keep the data in a file of its own")
-    create.add_argument("--data-format", default="", metavar="FMT", help="raw (default)")
-    create.add_argument("--copy-on-read", action="store_true", help="keep what is read from the base")
-    create.add_argument(
-        "--prefetch-delay", type=int, default=-1, metavar="SECONDS", help="copy the whole base, so long after opening"
-    )
-    create.add_argument(
-        "--detect-holes",
-        type=parse_size,
-        default=0,
-        metavar="N",
-        help="take zero runs of N bytes in the base as local",
-    )
-    create.add_argument(
-        "--grow-command", default="", metavar="CMD", help="what makes the device larger; builtin:lvextend for a volume"
-    )
-    create.add_argument(
-        "--update-base",
-        default="",
-        choices=["no", "writethrough", "writeback"],
-        help="write to the base as well (if the mount allows it): the image is a cache in front of it",
-    )
-    create.add_argument("--force", action="store_true", help="overwrite files that exist")
+    _add_layout(create)
 
     info = commands.add_parser("info", help="show what an image is")
     info.set_defaults(run=_info)
     info.add_argument("image", metavar="IMAGE")
     info.add_argument("--json", action="store_true")
+
+    convert = commands.add_parser("convert", help="make an image with the content of another one, in any format")
+    convert.set_defaults(run=_convert)
+    convert.add_argument("source", metavar="SRC")
+    convert.add_argument("target", metavar="DST")
+    convert.add_argument("-f", "--source-format", default="", metavar="FMT", help="default: by its first bytes")
+    convert.add_argument("-O", "--target-format", default="", metavar="FMT", help="default: by its name, else raw")
+    _add_layout(convert)
 
     mount = commands.add_parser(
         "mount",
@@ -134,13 +115,45 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_layout(command: argparse.ArgumentParser) -> None:
+    """The options that say how a new image is laid out."""
+    command.add_argument("-b", "--base", default="", metavar="FILE", help="base image, relative to the new image")
+    command.add_argument("-F", "--base-format", default="", metavar="FMT", help="raw (default) or fvd")
+    command.add_argument("--block-size", type=parse_size, default=0, metavar="N", help="unit of copy-on-write")
+    command.add_argument("--compact", action="store_true", help="let the image allocate its own storage, in chunks")
+    command.add_argument("--chunk-size", type=parse_size, default=0, metavar="N", help="default: 1M")
+    command.add_argument("--grow-unit", type=parse_size, default=0, metavar="N", help="default: 100M")
+    command.add_argument("--journal-size", type=_journal_size, metavar="N|none", help="default: 16M")
+    command.add_argument("--data-file", default="", metavar="FILE", help="keep the data in a file of its own")
+    command.add_argument("--data-format", default="", metavar="FMT", help="raw (default)")
+    command.add_argument("--copy-on-read", action="store_true", help="keep what is read from the base")
+    command.add_argument(
+        "--prefetch-delay", type=int, default=-1, metavar="SECONDS", help="copy the whole base, so long after opening"
+    )
+    command.add_argument(
+        "--detect-holes",
+        type=parse_size,
+        default=0,
+        metavar="N",
+        help="take zero runs of N bytes in the base as local",
+    )
+    command.add_argument(
+        "--grow-command", default="", metavar="CMD", help="what makes the device larger; builtin:lvextend for a volume"
+    )
+    command.add_argument(
+        "--update-base",
+        default="",
+        choices=["no", "writethrough", "writeback"],
+        help="write to the base as well (if the mount allows it): the image is a cache in front of it",
+    )
+    command.add_argument("--force", action="store_true", help="overwrite files that exist")
+
+
 # --- create and info ----------------------------------------------------------------------------
 
 
-def _create(arguments: argparse.Namespace) -> int:
-    from fvdfs.create import create_image
-
-    options = CreateOptions(
+def _layout_options(arguments: argparse.Namespace) -> CreateOptions:
+    return CreateOptions(
         base_img=arguments.base,
         base_img_fmt=arguments.base_format,
         block_size=arguments.block_size,
@@ -156,6 +169,12 @@ def _create(arguments: argparse.Namespace) -> int:
         grow_command=arguments.grow_command,
         update_base=arguments.update_base,
     )
+
+
+def _create(arguments: argparse.Namespace) -> int:
+    from fvdfs.create import create_image
+
+    options = _layout_options(arguments)
     for remark in create_image(arguments.image, arguments.size, options, force=arguments.force):
         print(f"fvdfs: {remark}", file=sys.stderr)
     return 0
@@ -170,19 +189,42 @@ def _info(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _convert(arguments: argparse.Namespace) -> int:
+    import trio
+
+    from fvdfs.convert import convert
+    from fvdfs.progress import progress_bar
+
+    with progress_bar() as progress:
+        work = functools.partial(
+            convert,
+            arguments.source,
+            arguments.target,
+            source_format=arguments.source_format,
+            target_format=arguments.target_format,
+            options=_layout_options(arguments),
+            force=arguments.force,
+            progress=progress,
+        )
+        remarks = trio.run(work)
+    for remark in remarks:
+        print(f"fvdfs: {remark}", file=sys.stderr)
+    return 0
+
+
 # --- mount and umount ---------------------------------------------------------------------------
 
 
 def parse_mount_options(texts: Sequence[str]) -> dict[str, str]:
-    """The options of all -o arguments. Raises UsageError for an unknown one."""
-    result = {}
+    """The options of all -o arguments; values of allow_url on a line each. Raises UsageError for an unknown one."""
+    result: dict[str, str] = {}
     for option in ",".join(texts).split(","):
         if not option:
             continue
         name, _, value = option.partition("=")
         if name not in MOUNT_OPTIONS:
             raise UsageError(f"-o {name}: unknown; there are: {', '.join(MOUNT_OPTIONS)}")
-        result[name] = value
+        result[name] = f"{result[name]}\n{value}" if name == "allow_url" and name in result else value
     return result
 
 
@@ -212,6 +254,7 @@ def _mount(arguments: argparse.Namespace) -> int:
                 policy=Policy(
                     roots=_roots(folder, options.get("base_path", "")),
                     writable=not (arguments.read_only or "ro" in options),
+                    allowed_urls=tuple(options.get("allow_url", "").split()),
                     accept_unclean="accept_unclean" in options,
                     grow_command=options.get("grow_command", "none"),
                     base_writable="allow_base_write" in options,

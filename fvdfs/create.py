@@ -10,12 +10,17 @@ from __future__ import annotations
 import errno
 import os
 import stat
+import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import trio
+
+from fvdfs.alloc.formats import PROBE_SIZE, detect, is_local
+from fvdfs.alloc.qsd import QsdStore
 from fvdfs.alloc.store import HostFile, open_host_file
 from fvdfs.alloc.table import new_table
-from fvdfs.chain import FVD_FORMAT, RAW_FORMATS, Policy, looks_like, open_chain
+from fvdfs.chain import FVD_FORMAT, RAW_FORMATS, Policy, open_chain
 from fvdfs.cow.bitmap import Bitmap, bitmap_bytes
 from fvdfs.errors import ImageError, UsageError
 from fvdfs.header import HEADER_SIZE, HEADER_SPACE, PAGE, SECTOR, CreateOptions, Header, Region, new_header, round_up
@@ -25,7 +30,8 @@ from fvdfs.header import HEADER_SIZE, HEADER_SPACE, PAGE, SECTOR, CreateOptions,
 class BaseImage:
     """What creation has to know of a base."""
 
-    path: str
+    path: str | None
+    """None: a URL, or a format whose files are not looked at here."""
     length: int
     looks_like: str | None
 
@@ -36,9 +42,9 @@ def inspect_base(image: str, name: str, base_format: str) -> BaseImage:
     Raises UsageError where there is none, or its format is not one that can be read.
     """
     path = os.path.join(os.path.dirname(image), name)
-    if base_format not in (*RAW_FORMATS, FVD_FORMAT):
-        raise UsageError(f"--base-format {base_format}: only raw and {FVD_FORMAT} bases can be read")
     try:
+        if not is_local(name) or base_format not in (*RAW_FORMATS, FVD_FORMAT):
+            return BaseImage(None, trio.run(_length_of_other, image, name, base_format), None)
         if base_format == FVD_FORMAT:
             chain = open_chain(path, Policy(writable=False))
             try:
@@ -48,9 +54,9 @@ def inspect_base(image: str, name: str, base_format: str) -> BaseImage:
                     store.close()
         store = _open(path, writable=False)
         try:
-            first = bytearray(SECTOR)
+            first = bytearray(PROBE_SIZE)
             store.pread_now(memoryview(first), 0)
-            return BaseImage(path, store.size_now(), None if base_format else looks_like(bytes(first)))
+            return BaseImage(path, store.size_now(), None if base_format else detect(bytes(first)))
         finally:
             store.close()
     except OSError as error:
@@ -80,22 +86,27 @@ def create_image(path: str, virtual_size: int | None, options: CreateOptions, *,
             f"the base looks like {base.looks_like}, but is taken as raw; if that is wrong, "
             f"create the image anew with --base-format {base.looks_like}"
         )
-    if options.data_file_fmt not in RAW_FORMATS:
-        raise UsageError(f"--data-format {options.data_file_fmt}: only raw data files can be written")
+    other_data = bool(options.data_file) and (
+        options.data_file_fmt not in RAW_FORMATS or not is_local(options.data_file)
+    )
     header = new_header(virtual_size, base.length if base else None, options)
     raw = header.encode().ljust(round_up(HEADER_SIZE, SECTOR), b"\0")
     bitmap = None
     if base:
         bitmap = Bitmap(bytes(bitmap_bytes(header.blocks)), header.blocks)
         if options.detect_holes:
-            _mark_holes(bitmap, header, base.path, options.base_img_fmt, options.detect_holes)
+            if base.path is None or options.base_img_fmt == FVD_FORMAT:
+                raise UsageError("--detect-holes needs a raw base")
+            _mark_holes(bitmap, header, base.path, options.detect_holes)
 
     on_device = _is_device(path)
     if on_device:
         for name, option in ((options.base_img, "--base"), (options.data_file, "--data-file")):
             if name and not os.path.isabs(name):
                 raise UsageError(f"{option} {name}: an image on a device has no folder; give an absolute name")
-    data_path = os.path.join(os.path.dirname(path), options.data_file) if options.data_file else None
+    data_path = None
+    if options.data_file and is_local(options.data_file):
+        data_path = os.path.join(os.path.dirname(path), options.data_file)
     _refuse_overlap(path, data_path, base)
     for name, target in ((options.base_img, base.path if base else None), (options.data_file, data_path)):
         remark = _leads_outside(path, name, target)
@@ -105,16 +116,20 @@ def create_image(path: str, virtual_size: int | None, options: CreateOptions, *,
     holes = _zero_ranges(header, bitmap)
     metadata = [Region("header", 0, HEADER_SPACE), *header.regions()]
     parts = [(0, raw), *_metadata(header, bitmap)]
-    if data_path is None:
+    if not options.data_file:
         zeros = [(r.offset, r.size) for r in metadata] + [(header.metadata_size + at, size) for at, size in holes]
         _make(path, header.metadata_size + _data_size(header), zeros, parts, force)
         return remarks
-    new = not os.path.exists(data_path)
-    _make(data_path, _data_size(header), holes, [], force)
+    new = data_path is not None and not os.path.exists(data_path)
+    if other_data:
+        _make_other(path, data_path, options.data_file_fmt, header.virtual_disk_size)
+    else:
+        assert data_path is not None
+        _make(data_path, _data_size(header), holes, [], force)
     try:
         _make(path, header.metadata_size, [(r.offset, r.size) for r in metadata], parts, force)
     except BaseException:
-        if new:
+        if new and data_path is not None:
             os.unlink(data_path)
         raise
     return remarks
@@ -225,10 +240,31 @@ def _take_device(store: HostFile, size: int, force: bool) -> None:
         raise UsageError(f"{store.name}: the device does not look empty; --force to overwrite it")
 
 
-def _mark_holes(bitmap: Bitmap, header: Header, path: str, base_format: str, unit: int) -> None:
+async def _length_of_other(image: str, name: str, file_format: str) -> int:
+    """Bytes of a base that QEMU opens. Raises ImageError, UsageError, OSError."""
+    store = QsdStore(image, "base_img", name, file_format, Policy(allowed_urls=("",)), writable=False)
+    try:
+        await store.start()
+        return await store.size()
+    finally:
+        await store.aclose()
+
+
+def _make_other(image: str, path: str | None, file_format: str, size: int) -> None:
+    """Make a data file of another format; one that exists, or lies elsewhere, has to be empty and large enough."""
+    if path is None or os.path.exists(path):
+        raise UsageError(f"--data-file: {path or 'a URL'} must not exist yet; it is made together with the image")
+    command = ["qemu-img", "create", "-q", "-f", file_format, "--", path, str(size)]
+    try:
+        subprocess.run(command, check=True, capture_output=True, text=True)
+    except FileNotFoundError:
+        raise UsageError("qemu-img is missing: install the package qemu-utils") from None
+    except subprocess.CalledProcessError as error:
+        raise UsageError(f"--data-file: {error.stderr.strip()}") from None
+
+
+def _mark_holes(bitmap: Bitmap, header: Header, path: str, unit: int) -> None:
     """Set the bits of aligned runs of zeros in the base, `unit` bytes each, rounded up to whole blocks."""
-    if base_format == FVD_FORMAT:
-        raise UsageError("--detect-holes needs a raw base")
     unit = round_up(unit, header.block_size)
     blocks = unit // header.block_size
     store = _open(path, writable=False)

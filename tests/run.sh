@@ -5,7 +5,8 @@ here=$(cd "$(dirname "$0")/.." && pwd)
 cd "$here"
 venv=${FVDFS_VENV:-$here/.venv}
 EXTRAS="[test]" sh examples/install.sh "$venv" \
-    busybox-static cpio e2fsprogs fio kmod linux-image-cloud-amd64 mount qemu-system-x86 qemu-utils util-linux xz-utils
+    busybox-static cpio e2fsprogs fio fuse3 kmod linux-image-cloud-amd64 mount nbdkit qemu-block-extra \
+    qemu-system-common qemu-system-x86 qemu-utils util-linux xz-utils
 PATH=$venv/bin:$PATH
 ruff check .
 ruff format --check .

@@ -134,7 +134,7 @@ def test_force_does_not_take_an_image_in_use(folder: Path) -> None:
         ([], "say how large"),
         (["0"], "must be a positive multiple"),
         (["1M", "-b", "missing"], "No such file"),
-        (["1M", "-b", "base.raw", "-F", "qcow99"], "--base-format qcow99"),
+        (["1M", "-b", "base.raw", "-F", "qcow99"], "format qcow99 is not known"),
         (["1M", "-b", "x" * 1024], "File name too long"),
         (["1M", "-b", "./" * 520 + "base.raw"], "base_img is 1048 bytes long; the format has room for 1023"),
         (["1M", "--data-file", "a.fvd"], "must be different files"),

@@ -313,7 +313,7 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
     "virtual_disk_size=9223372036854775296": lambda p: change_header(p, virtual_disk_size=(1 << 63) - 512),
     "metadata_size=512": lambda p: change_header(p, metadata_size=512),
     "base_img=nowhere.raw": lambda p: change_header(p, base_img="nowhere.raw"),
-    "base_img_fmt=vmdk": lambda p: change_header(p, base_img_fmt="vmdk"),
+    "base_img_fmt=qcow99": lambda p: change_header(p, base_img_fmt="qcow99"),
     "data_file=gone.raw": lambda p: change_header(p, data_file="gone.raw"),
 }
 

@@ -1,0 +1,701 @@
+"""A store in any format and over any protocol that QEMU knows, served by a qemu-storage-daemon of its own.
+
+The daemon exports the image as a file over FUSE, on an empty file in a private folder. As soon as that
+file is open here, mount and folder are taken away: the open file keeps the export alive, and whatever
+happens later, nothing is left to clean up. The daemon ends with this process, by a signal that the
+kernel sends when the thread that started it ends; so `start` belongs into the main thread.
+
+What QEMU opens is judged before (see `formats`): every file is looked up once, judged where it really
+is, and handed to the daemon as a descriptor. When the daemon stands, its open files are compared with
+those that it was given, in case that the image was changed in between.
+
+A daemon that dies is started again by the first operation that notices; others wait for it, and each
+is done once more. What the dead one had written and not flushed may be lost: the next flush says so,
+with EIO, to each caller that was waiting for it or comes first.
+
+Not done here: reads without waiting. The export's attributes are good for a second, and any read after
+that waits for the daemon, whatever RWF_NOWAIT says.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import errno
+import json
+import logging
+import os
+import shutil
+import stat
+import subprocess
+import tempfile
+import threading
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Protocol, TypeVar
+
+import trio
+
+from fvdfs.alloc.formats import (
+    PROBE_SIZE,
+    RAW,
+    Location,
+    Node,
+    Options,
+    Reader,
+    Reference,
+    blockdev,
+    detect,
+    join,
+    parse_location,
+    references,
+)
+from fvdfs.alloc.store import Buffer, HostFile, open_host_file
+from fvdfs.errors import FormatError, FvdError, ImageBusy, ImageError, Refused, UnsupportedFeature, UsageError
+
+log = logging.getLogger(__name__)
+
+PROGRAM = "qemu-storage-daemon"
+START_TIMEOUT = 10.0  # seconds until the export answers; a server may be far away
+STOP_TIMEOUT = 10.0  # seconds to write out what is left, then it is killed
+MAX_DEPTH = 32
+_SECTOR = 512
+_POLL_INTERVAL = 0.002
+_LOST_CONNECTION = (errno.ENOTCONN, errno.ECONNABORTED)
+_PACKAGES = {
+    PROGRAM: "qemu-system-common",
+    "setpriv": "util-linux",
+    "fusermount3": "fuse3",
+}
+_BLOCK_PACKAGE = "qemu-block-extra"
+# A parent that died before setpriv had asked for the signal is noticed by the shell.
+_WITH_PARENT = ("setpriv", "--pdeathsig", "TERM", "sh", "-c", 'test "$PPID" = "$0" && exec "$@"')
+
+T = TypeVar("T")
+
+
+class Access(Protocol):
+    """Who says what names may be followed. The calls may block, and are made in threads."""
+
+    def open_file(self, image: str, field: str, path: str) -> tuple[int, str]:
+        """An O_PATH handle of the file that `field` of the image at `image` names, and the file's path.
+
+        Relative paths start at the image's folder. Raises Refused, or ImageError with one line that
+        names image, field and value. The caller closes the handle.
+        """
+
+    def check_url(self, image: str, field: str, location: Location) -> None:
+        """Raise Refused unless this URL may be opened."""
+
+
+def _missing(program: str) -> UsageError:
+    package = _PACKAGES[program]
+    return UsageError(f"{program} is needed for this image and is not installed: apt install {package}")
+
+
+def _failure(name: str, line: str) -> FvdError:
+    """The error for a daemon that ended with this line."""
+    if "Unknown driver" in line or "Unknown protocol" in line:
+        return UsageError(f"{name}: QEMU lacks the driver for this: apt install {_BLOCK_PACKAGE} ({line})")
+    if "'fuse'" in line:
+        return UsageError(f"{name}: {PROGRAM} is built without FUSE exports ({line})")
+    if '"write" lock' in line or "Failed to get" in line:
+        return ImageBusy(name, f"another program, perhaps a virtual machine, is using it ({line})")
+    return ImageError(name, f"QEMU cannot open it: {line}")
+
+
+class Daemon:
+    """One running qemu-storage-daemon, and the file that it exports."""
+
+    def __init__(self, name: str, descriptors: Sequence[tuple[int, str]]) -> None:
+        """For messages, `name`; and the descriptors that it gets, with a name for each."""
+        self.name = name
+        self.size = 0
+        """Bytes; what it was when last looked at."""
+        self.users = 0
+        """Operations under way."""
+        self.gone = False
+        """Whether another one has taken its place."""
+        self._descriptors = descriptors
+        self._process: subprocess.Popen[bytes] | None = None
+        self._export: HostFile | None = None
+        self._folder = ""
+        self._arguments: list[str] = []
+        self._lines: collections.deque[str] = collections.deque(maxlen=20)
+        self._listener: threading.Thread | None = None
+        self._guard = threading.Lock()
+        self._stopping = False
+
+    @property
+    def export(self) -> HostFile:
+        """The image as a raw file."""
+        assert self._export is not None
+        return self._export
+
+    @property
+    def alive(self) -> bool:
+        """Whether the process runs."""
+        return self._process is not None and self._process.poll() is None
+
+    @property
+    def pid(self) -> int:
+        """The process."""
+        assert self._process is not None
+        return self._process.pid
+
+    @property
+    def last_words(self) -> str:
+        """What it complained of last, or else how it ended."""
+        code = None if self._process is None else self._process.poll()
+        if code is not None and code < 0:
+            return f"killed by signal {-code}"
+        lines = list(self._lines)
+        own = [line.removeprefix(PROGRAM + ": ") for line in lines if line.startswith(PROGRAM + ": ")]
+        return [f"exit code {code}", *lines, *own][-1]
+
+    async def start(self, options: Options, *, writable: bool) -> None:
+        """Run it with these `BlockdevOptions`, whose node-name is `disk`. Only from the main thread.
+
+        Raises UsageError where a program or a driver is missing, ImageBusy, ImageError, OSError.
+        """
+        for program in _PACKAGES:
+            if shutil.which(program) is None:
+                raise _missing(program)
+        try:
+            with trio.fail_after(START_TIMEOUT):
+                self._launch(options, writable)
+                await self._wait_until_ready()
+                await trio.to_thread.run_sync(self._attach, abandon_on_cancel=True)
+        except BaseException as error:
+            with trio.CancelScope(shield=True):
+                await trio.to_thread.run_sync(self.stop)
+            if isinstance(error, trio.TooSlowError):
+                text = f"no answer within {START_TIMEOUT:.0f} seconds"
+                raise ImageError(self.name, f"QEMU cannot open it: {text}") from None
+            raise
+
+    def _launch(self, options: Options, writable: bool) -> None:
+        self._folder = tempfile.mkdtemp(prefix="fvdfs-")
+        disk = os.path.join(self._folder, "disk")
+        Path(disk).touch(0o600)
+        export = {
+            "type": "fuse",
+            "id": "export",
+            "node-name": "disk",
+            "mountpoint": disk,
+            "writable": writable,
+            "growable": writable,
+            "allow-other": "off",
+        }
+        self._arguments = [json.dumps(options), json.dumps(export)]
+        blockdev, export_argument = self._arguments
+        command = [PROGRAM, "--blockdev", blockdev, "--export", export_argument]
+        command += ["--pidfile", os.path.join(self._folder, "pid")]
+        self._process = subprocess.Popen(
+            [*_WITH_PARENT, str(os.getpid()), *command],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            pass_fds=[fd for fd, _ in self._descriptors],
+            cwd="/",
+            start_new_session=True,  # the terminal's signals are not for it
+        )
+        assert self._process.stderr is not None
+        self._listener = threading.Thread(
+            target=self._listen, args=(self._process.stderr,), name=f"log of {PROGRAM}", daemon=True
+        )
+        self._listener.start()
+
+    def _listen(self, stream: IO[bytes]) -> None:
+        with stream:
+            for raw in stream:
+                line = raw.decode("utf-8", "replace").rstrip()
+                for argument in self._arguments:
+                    for option in ("--blockdev", "--export"):
+                        line = line.replace(f"{option} {argument}: ", "")
+                for fd, name in self._descriptors:
+                    line = line.replace(f"/proc/self/fd/{fd}'", f"{name}'").replace(f"/proc/self/fd/{fd}]", f"{name}]")
+                if line:
+                    self._lines.append(line)
+                    log.log(logging.DEBUG if self._stopping else logging.WARNING, "%s: %s", self.name, line)
+
+    def _is_ready(self) -> bool:
+        """Whether the pid file is written, which is done when the export stands."""
+        try:
+            return os.stat(os.path.join(self._folder, "pid")).st_size > 0
+        except FileNotFoundError:
+            return False
+
+    async def _wait_until_ready(self) -> None:
+        while not self._is_ready():
+            if not self.alive:
+                if self._listener is not None:
+                    await trio.to_thread.run_sync(self._listener.join, 1.0)
+                raise _failure(self.name, self.last_words)
+            await trio.sleep(_POLL_INTERVAL)
+
+    def _attach(self) -> None:
+        """Open the export, and take mount and folder away."""
+        disk = os.path.join(self._folder, "disk")
+        for flags in (os.O_RDWR, os.O_RDONLY):
+            try:
+                fd = os.open(disk, flags | os.O_CLOEXEC)
+                break
+            except OSError as error:
+                if error.errno not in (errno.EACCES, errno.EROFS) or flags == os.O_RDONLY:
+                    raise
+        export = HostFile(fd, self.name, flags == os.O_RDWR)
+        try:
+            if os.fstat(fd).st_dev == os.stat(self._folder).st_dev:
+                raise ImageError(self.name, "QEMU exports nothing")
+            self.size = export.size_now()
+            self._take_away()
+            with self._guard:
+                if self._stopping:
+                    raise OSError(errno.ECANCELED, "stopped while it started")
+                self._export = export
+        except BaseException:
+            with contextlib.suppress(OSError):
+                export.close()
+            raise
+
+    def _take_away(self) -> None:
+        """Remove mount and folder, where they are; the export stays, as long as it is open."""
+        if not self._folder or not os.path.isdir(self._folder):
+            return
+        disk = os.path.join(self._folder, "disk")
+        subprocess.run(["fusermount3", "-u", "-z", "-q", disk], capture_output=True, check=False)
+        shutil.rmtree(self._folder, ignore_errors=True)
+        if os.path.isdir(self._folder):
+            log.warning("%s: %s cannot be removed", self.name, self._folder)
+
+    def check_open_files(self, allowed: set[tuple[int, int]]) -> None:
+        """Raise Refused if it has a file or device open that is not among these (`HostFile.identity`)."""
+        folder = f"/proc/{self.pid}/fd"
+        for fd in os.listdir(folder):
+            path = os.path.join(folder, fd)
+            try:
+                status = os.stat(path)
+                where = os.readlink(path)
+            except FileNotFoundError:
+                continue
+            if stat.S_ISBLK(status.st_mode):
+                identity = (-1, status.st_rdev)
+            elif stat.S_ISREG(status.st_mode) and not where.startswith((self._folder + "/", "/memfd:")):
+                identity = (status.st_dev, status.st_ino)
+            else:
+                continue
+            if identity not in allowed:
+                raise Refused(self.name, f"it made QEMU open {where}, which it did not name before; it was changed")
+
+    def stop(self, *, gently: bool = False) -> None:
+        """End the process, and let go of the export. Blocks, for `STOP_TIMEOUT` seconds at most.
+
+        `gently`: with time to write what is left, not a promise that it does.
+        """
+        with self._guard:
+            self._stopping = True
+            export, self._export = self._export, None
+        process = self._process
+        killer = None
+        if process is not None and gently:
+            killer = threading.Timer(STOP_TIMEOUT, process.kill)
+            killer.daemon = True
+            killer.start()
+        elif process is not None:
+            process.kill()
+        if export is not None:
+            with contextlib.suppress(OSError):  # closing asks the daemon for a flush
+                export.close()
+        if process is not None:
+            process.terminate()
+            self._wait(process)
+        if killer is not None:
+            killer.cancel()
+        self._take_away()
+
+    def kill(self) -> None:
+        """End the process, and leave the export to its users, whose calls fail from now on. Blocks."""
+        if self._process is not None:
+            self._process.kill()
+            self._wait(self._process)
+
+    def _wait(self, process: subprocess.Popen[bytes]) -> None:
+        try:
+            process.wait(2 * STOP_TIMEOUT)
+        except subprocess.TimeoutExpired:
+            log.error("%s: %s (process %d) does not end", self.name, PROGRAM, process.pid)
+        if self._listener is not None:
+            self._listener.join(1.0)
+
+
+@dataclass(slots=True)
+class _Opened:
+    """A name that was judged."""
+
+    location: Location
+    format: str
+    path: str
+    """Where names in it start from, if it is local; and its name for messages."""
+    stated: bool
+    """Whether somebody said that it has this format."""
+    handle: int
+    """An O_PATH descriptor for the daemon; -1 for a URL."""
+    file: HostFile | None
+    """For locks, and for a look at its header."""
+
+
+class QsdStore:
+    """An image in some format of QEMU's, at a path or a URL; see `Store`."""
+
+    def __init__(self, image: str, field: str, name: str, file_format: str, access: Access, *, writable: bool) -> None:
+        """Judge and open what `field` of `image` names; `start` must follow. Blocks.
+
+        Empty formats mean raw. A local file that cannot be written for lack of permission is opened
+        for reading. Raises ImageError, Refused among them, of one line with image, field and value.
+        """
+        self._access = access
+        self._opened: list[_Opened] = []
+        self._daemon: Daemon | None = None
+        self._options: Options = {}
+        self._local_only = False
+        self._starting = trio.Lock()
+        self._growing = trio.Lock()
+        self._closed = False
+        self._failed_starts = 0
+        self._failure = ""
+        # Changes that ended, and how many of them the last flush has made stable.
+        self._changes = 0
+        self._stable = 0
+        # Daemons that died with changes that were not stable, and how many of those a flush has told of.
+        self._losses = 0
+        self._told = 0
+        top = self._open(image, field, name, file_format, writable)
+        self._top = top
+        self._own = [] if top.file is None else [top.file]
+        self.name = top.path
+        self.writable = writable and (top.file is None or top.file.writable)
+        self.fixed_size = top.format == RAW and (top.location.is_device or self._is_device(top))
+        self._holes = True
+
+    # ---- What QEMU is to open ----
+
+    @staticmethod
+    def _is_device(opened: _Opened) -> bool:
+        return opened.file is not None and opened.file.fixed_size
+
+    def _open(self, image: str, field: str, name: str, file_format: str, writable: bool) -> _Opened:
+        try:
+            location = parse_location(name)
+        except UnsupportedFeature as error:
+            raise UnsupportedFeature(image, f"{field}={error}") from None
+        except ImageError as error:
+            raise ImageError(image, f"{field}={error}") from None
+        stated = bool(file_format or location.format)
+        if file_format in ("", RAW):
+            file_format = location.format or RAW
+        elif location.format not in ("", file_format):
+            raise ImageError(image, f"{field}={name}: it says {location.format}, and the image {file_format}")
+        if location.path is None:
+            self._access.check_url(image, field, location)
+            if any(location.url == other.location.url for other in self._opened):
+                raise FormatError(image, f"{field}={name}: the chain is a loop")
+            opened = _Opened(location, file_format, location.name, stated, -1, None)
+        else:
+            handle, path = self._access.open_file(image, field, location.path)
+            try:
+                file = self._open_file(handle, path, writable)
+            except (OSError, ImageError) as error:
+                os.close(handle)
+                reason = error.strerror if isinstance(error, OSError) else error.reason
+                raise ImageError(image, f"{field}={name}: {reason}") from error
+            opened = _Opened(location, file_format, path, stated, handle, file)
+            if any(other.file is not None and other.file.identity == file.identity for other in self._opened):
+                os.close(handle)
+                file.close()
+                raise FormatError(image, f"{field}={name}: the chain is a loop")
+        self._opened.append(opened)
+        return opened
+
+    @staticmethod
+    def _open_file(handle: int, path: str, writable: bool) -> HostFile:
+        if writable:
+            try:
+                return open_host_file(handle, path, writable=True)
+            except OSError as error:
+                if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+                    raise
+        return open_host_file(handle, path, writable=False)
+
+    async def _node(self, opened: _Opened, writable: bool, depth: int) -> Node:
+        """The image with all that it stands on, all of it opened."""
+        if depth > MAX_DEPTH:
+            raise FormatError(opened.path, f"more than {MAX_DEPTH} backing files")
+        found: dict[str, Node] = {}
+        for reference in await self._references(opened):
+            kind, field, name = reference.kind, reference.kind.replace("-", "_"), reference.name
+            may_write = writable and kind == "data-file"
+            if opened.file is None:
+                name = join(opened.location, name)
+            inner = await trio.to_thread.run_sync(self._open, opened.path, field, name, reference.format, may_write)
+            if opened is self._top and kind == "data-file" and inner.file is not None:
+                self._own.append(inner.file)
+            found[kind] = await self._node(inner, may_write, depth + 1)
+        return Node(
+            opened.format,
+            opened.location,
+            opened.handle,
+            self._is_device(opened),
+            found.get("backing"),
+            found.get("data-file"),
+        )
+
+    async def _references(self, opened: _Opened) -> list[Reference]:
+        if opened.file is not None:
+            return await trio.to_thread.run_sync(self._read_references, opened, opened.file)
+        if opened.format == RAW:
+            return []
+        daemon = Daemon(opened.path, [])
+        node = Node(RAW, opened.location)
+        await daemon.start(blockdev(node, writable=False, node_name="disk"), writable=False)
+        try:
+            return await trio.to_thread.run_sync(self._read_references, opened, daemon.export)
+        finally:
+            with trio.CancelScope(shield=True):
+                await trio.to_thread.run_sync(daemon.stop)
+
+    @staticmethod
+    def _read_references(opened: _Opened, file: HostFile) -> list[Reference]:
+        read = _reader(file)
+        try:
+            guess = detect(read(0, PROBE_SIZE))
+            if guess and not opened.stated:
+                log.warning("%s: looks like %s, but no format is stated: it is read as raw", opened.path, guess)
+            return references(opened.format, opened.path, read, file.size_now())
+        except OSError as error:
+            raise ImageError(opened.path, f"cannot be read: {error.strerror}") from error
+
+    async def start(self) -> None:
+        """Judge what the image refers to, and start the daemon. Only from the main thread.
+
+        Raises ImageError (Refused, ImageBusy among them), UsageError where a program or a driver is
+        missing, OSError. `aclose` must follow in any case.
+        """
+        assert self._daemon is None
+        node = await self._node(self._top, self.writable, 0)
+        self._options = blockdev(node, writable=self.writable, node_name="disk")
+        self._local_only = all(opened.file is not None for opened in self._opened)
+        # A hole in a device may hold anything.
+        self._holes = not any(opened.location.is_device or self._is_device(opened) for opened in self._opened)
+        self._daemon = await self._new_daemon()
+
+    async def _new_daemon(self) -> Daemon:
+        daemon = Daemon(self.name, [(opened.handle, opened.path) for opened in self._opened if opened.handle >= 0])
+        await daemon.start(self._options, writable=self.writable)
+        try:
+            if self._local_only:  # network libraries open files of their own, for a moment
+                files = [opened.file for opened in self._opened if opened.file is not None]
+                daemon.check_open_files({file.identity for file in files})
+        except BaseException:
+            with trio.CancelScope(shield=True):
+                await trio.to_thread.run_sync(daemon.stop)
+            raise
+        return daemon
+
+    # ---- A daemon that dies ----
+
+    async def _call(self, operation: Callable[[Daemon], Awaitable[T]], *, changes: bool = False) -> T:
+        """Do it; if the daemon is found dead, start another one and do it once more. Raises OSError."""
+        for again in (True, False):
+            daemon = self._daemon
+            if daemon is None:
+                raise OSError(errno.EBADF, f"{self.name}: is not open")
+            if daemon.gone:
+                await self._revive(daemon)
+                continue
+            daemon.users += 1
+            try:
+                result = await operation(daemon)
+            except OSError as error:
+                if error.errno not in _LOST_CONNECTION and daemon.alive:
+                    raise
+                if not again:
+                    raise OSError(errno.EIO, f"{self.name}: {PROGRAM} died again: {daemon.last_words}") from error
+            else:
+                if changes:
+                    self._changes += 1
+                    if daemon.gone:  # it died between the answer and now, and was accounted for without this
+                        self._losses += 1
+                return result
+            finally:
+                daemon.users -= 1
+                if daemon.gone and not daemon.users:
+                    with trio.CancelScope(shield=True):
+                        await trio.to_thread.run_sync(daemon.stop)
+            await self._revive(daemon)
+        raise OSError(errno.EIO, f"{self.name}: {PROGRAM} died again")
+
+    async def _revive(self, dead: Daemon) -> None:
+        failed_before = self._failed_starts
+        async with self._starting:
+            if self._closed or self._daemon is not dead:
+                return
+            if self._failed_starts != failed_before:
+                raise OSError(errno.EIO, self._failure)
+            if not dead.gone:
+                await self._bury(dead)
+            try:
+                self._daemon = await self._new_daemon()
+            except (FvdError, OSError) as error:
+                self._failed_starts += 1
+                self._failure = f"{self.name}: {PROGRAM} died and cannot be started again: {error}"
+                log.error("%s", self._failure)
+                raise OSError(errno.EIO, self._failure) from error
+            log.warning("%s: %s runs again", self.name, PROGRAM)
+
+    async def _bury(self, dead: Daemon) -> None:
+        """Make sure that it is dead, and account for what was lost with it."""
+        dead.gone = True
+        if self._changes > self._stable:
+            self._losses += 1
+            self._stable = self._changes
+        with trio.CancelScope(shield=True):
+            # While operations are under way they hold the export, and the last one closes it.
+            await trio.to_thread.run_sync(dead.kill if dead.users else dead.stop)
+        lost = "; what was written and not flushed may be lost" if self._losses > self._told else ""
+        log.error("%s: %s died: %s%s", self.name, PROGRAM, dead.last_words, lost)
+
+    @property
+    def pid(self) -> int:
+        """The process of the daemon; 0 where none was started."""
+        return self._daemon.pid if self._daemon is not None else 0
+
+    # ---- Store ----
+
+    def pread_nowait(self, buffer: memoryview, offset: int) -> bool:
+        return False
+
+    async def pread(self, buffer: memoryview, offset: int) -> int:
+        return await self._call(lambda daemon: daemon.export.pread(buffer, offset))
+
+    async def pwrite(self, data: Buffer, offset: int) -> None:
+        end = offset + len(data)
+
+        async def write(daemon: Daemon) -> None:
+            if end > daemon.size:
+                async with self._growing:
+                    if end > daemon.size:
+                        await self._truncate(daemon, end)
+            await daemon.export.pwrite(data, offset)
+
+        await self._call(write, changes=True)
+
+    async def _truncate(self, daemon: Daemon, size: int) -> None:
+        if self._top.format != RAW:
+            size = -(-size // _SECTOR) * _SECTOR  # QEMU's formats count in sectors
+        if size == daemon.size:
+            return
+        try:
+            await daemon.export.resize(size)
+        except OSError as error:
+            if error.errno in _LOST_CONNECTION or not daemon.alive or size < daemon.size:
+                raise
+            why = f"it ends at {daemon.size} bytes, {size} are needed, and QEMU cannot extend it"
+            raise OSError(errno.ENOSPC, f"{self.name}: {why}: {error.strerror}") from error
+        daemon.size = size
+
+    async def zero(self, offset: int, length: int) -> None:
+        async def zero(daemon: Daemon) -> None:
+            inside = min(length, daemon.size - offset)
+            if inside > 0:
+                await daemon.export.zero(offset, inside)
+
+        await self._call(zero, changes=True)
+
+    async def is_hole(self, offset: int, length: int) -> bool:
+        if not self._holes:
+            return False
+        return await self._call(lambda daemon: daemon.export.is_hole(offset, length))
+
+    async def flush(self) -> None:
+        told, upto = self._told, self._changes
+        if self._losses == told:
+            await self._call(lambda daemon: daemon.export.flush())
+        if self._losses > told:
+            self._told = self._losses
+            raise OSError(errno.EIO, f"{self.name}: {PROGRAM} died; what was written and not flushed may be lost")
+        self._stable = max(self._stable, upto)
+
+    async def size(self) -> int:
+        async def size(daemon: Daemon) -> int:
+            return daemon.size
+
+        return await self._call(size)
+
+    async def resize(self, size: int) -> None:
+        async def resize(daemon: Daemon) -> None:
+            if size <= daemon.size and self.fixed_size:
+                return
+            async with self._growing:
+                await self._truncate(daemon, size)
+
+        await self._call(resize, changes=True)
+
+    def usage(self) -> int:
+        """Bytes of the image's own files; 0 for a URL."""
+        return sum(file.usage() for file in self._own)
+
+    # ---- What other programs may do meanwhile ----
+
+    @property
+    def identity(self) -> tuple[int, int] | str:
+        """What tells two names of one image from two images: of the top file, or the URL."""
+        return self._top.location.url if self._top.file is None else self._top.file.identity
+
+    def lock(self, exclusive: bool) -> None:
+        """Lock as `HostFile.lock` does: files that are written, exclusively if so asked, others for reading."""
+        done: list[HostFile] = []
+        try:
+            for opened in self._opened:
+                if opened.file is not None:
+                    opened.file.lock(exclusive and opened.file.writable)
+                    done.append(opened.file)
+        except BaseException:
+            for file in done:
+                file.lock(False)
+            raise
+
+    def claim_device(self) -> None:
+        """`HostFile.claim_device` for what is written."""
+        for opened in self._opened:
+            if opened.file is not None and opened.file.writable:
+                opened.file.claim_device()
+
+    async def aclose(self) -> None:
+        with trio.CancelScope(shield=True):
+            async with self._starting:
+                await trio.to_thread.run_sync(self.close)
+
+    def close(self) -> None:
+        """Stop the daemon, close the files; no operation may be under way. Blocks."""
+        self._closed = True
+        daemon, self._daemon = self._daemon, None
+        if daemon is not None:
+            daemon.stop(gently=True)
+        for opened in self._opened:
+            if opened.file is not None:
+                opened.file.close()
+                os.close(opened.handle)
+        self._opened = []
+        self._own = []
+
+
+def _reader(file: HostFile) -> Reader:
+    def read(offset: int, length: int) -> bytes:
+        buffer = bytearray(length)
+        with memoryview(buffer) as view:
+            count = file.pread_now(view, offset)
+        return bytes(buffer[:count])
+
+    return read
