@@ -4,6 +4,7 @@
 
 The workload: N random writes of 4 KiB on a disk of 1 GiB, a flush after every 64. Printed are bytes
 written and read besides the data itself: metadata, and what had to be copied to complete blocks.
+Then how many extents the host's file system needs for a disk that a guest has filled in order.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ from pathlib import Path
 
 import trio
 
-from fvdfs.alloc.store import Buffer, HostFile
-from fvdfs.chain import Policy, load_image, lock_for_writing, open_chain
+from fvdfs.alloc.store import Buffer, Store
+from fvdfs.chain import Policy, load_image, lock_for_writing, open_chain, open_image
 from fvdfs.create import create_image
 from fvdfs.header import CreateOptions
 from fvdfs.image import Image
@@ -39,7 +40,7 @@ def offsets(count: int) -> Iterator[int]:
 class CountingStore:
     """A store that counts the bytes that pass through it."""
 
-    def __init__(self, inner: HostFile) -> None:
+    def __init__(self, inner: Store) -> None:
         self.inner = inner
         self.written = 0
         self.read = 0
@@ -121,6 +122,29 @@ def qcow2(work: Path, count: int, base: Path | None) -> tuple[int, int]:
     return written - count * PIECE, read
 
 
+async def fill(path: Path) -> None:
+    """Write the first quarter of the disk in order."""
+    image = await open_image(str(path), Policy(), write=True)
+    data = os.urandom(1 << 20)
+    for offset in range(0, SIZE // 4, len(data)):
+        await image.write(offset, data)
+    await image.close()
+
+
+def fill_qcow2(work: Path) -> Path:
+    disk = work / "disk.qcow2"
+    subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", disk, str(SIZE)], check=True)
+    commands = [f"write -q {offset} 1M" for offset in range(0, SIZE // 4, 1 << 20)]
+    run = ["qemu-io", "-t", "writeback", "-f", "qcow2", str(disk)]
+    subprocess.run(run, input="\n".join(commands).encode(), check=True, capture_output=True)
+    return disk
+
+
+def extents(path: Path) -> int:
+    output = subprocess.run(["filefrag", path], check=True, capture_output=True, text=True).stdout
+    return int(output.rpartition(": ")[2].split()[0])
+
+
 LAYOUTS: dict[str, CreateOptions] = {
     "compact": CreateOptions(compact=True),
     "cow": CreateOptions(base_img="base.raw"),
@@ -154,6 +178,13 @@ def main() -> None:
             peer_written = peers["qcow2 over a base" if options.base_img else "qcow2"][0]
             print(f"| fvdfs {layout} | {written >> 10} | {read >> 10} | {peer_written / max(1, written):.1f} |")
             image.unlink()
+        print(f"\n{SIZE >> 22} MiB written in order: extents of the host's file")
+        for layout, options in {"plain": CreateOptions(), "compact": CreateOptions(compact=True)}.items():
+            create_image(str(image), SIZE, options)
+            trio.run(fill, image)
+            print(f"fvdfs {layout}: {extents(image)}")
+            image.unlink()
+        print(f"qcow2: {extents(fill_qcow2(work))}")
 
 
 if __name__ == "__main__":
