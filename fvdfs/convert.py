@@ -15,7 +15,7 @@ from typing import Protocol
 import trio
 
 from fvdfs.alloc.formats import detect
-from fvdfs.alloc.store import Buffer, HostFile, Store, open_host_file
+from fvdfs.alloc.store import Buffer, HostFile, Store, open_path
 from fvdfs.chain import FVD_FORMAT, Policy, open_image, open_other
 from fvdfs.create import create_image
 from fvdfs.errors import ImageError, UsageError
@@ -73,7 +73,7 @@ class StoreSide:
 
 def format_of_file(path: str) -> str:
     """The format that a file's first bytes show; raw where they show none. Raises OSError."""
-    store = _open_file(path, writable=False)
+    store = open_path(path, writable=False)
     try:
         first = bytearray(SECTOR)
         store.pread_now(memoryview(first), 0)
@@ -93,20 +93,12 @@ def exists(path: str) -> bool:
     return os.path.exists(path)
 
 
-def _open_file(path: str, *, writable: bool) -> HostFile:
-    handle = os.open(path, os.O_PATH | os.O_CLOEXEC)
-    try:
-        return open_host_file(handle, path, writable=writable)
-    finally:
-        os.close(handle)
-
-
 async def open_source(name: str, file_format: str) -> Side:
     """Open what is to be converted. Raises ImageError, OSError."""
     if file_format == FVD_FORMAT:
         return await open_image(name, Policy(writable=False, allowed_urls=("",)))
     if file_format == "raw" and exists(name):
-        store: Store = _open_file(name, writable=False)
+        store: Store = open_path(name, writable=False)
     else:
         store = await open_other(name, file_format, Policy(allowed_urls=("",)), writable=False)
     return StoreSide(store, round_up(await store.size(), SECTOR))

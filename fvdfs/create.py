@@ -18,7 +18,7 @@ import trio
 
 from fvdfs.alloc.formats import PROBE_SIZE, detect, is_local
 from fvdfs.alloc.qsd import QsdStore
-from fvdfs.alloc.store import HostFile, open_host_file
+from fvdfs.alloc.store import HostFile, open_path
 from fvdfs.alloc.table import new_table
 from fvdfs.chain import FVD_FORMAT, RAW_FORMATS, Policy, open_chain
 from fvdfs.cow.bitmap import Bitmap, bitmap_bytes
@@ -52,7 +52,7 @@ def inspect_base(image: str, name: str, base_format: str) -> BaseImage:
             finally:
                 for store in chain.stores():
                     store.close()
-        store = _open(path, writable=False)
+        store = open_path(path, writable=False)
         try:
             first = bytearray(PROBE_SIZE)
             store.pread_now(memoryview(first), 0)
@@ -267,7 +267,7 @@ def _mark_holes(bitmap: Bitmap, header: Header, path: str, unit: int) -> None:
     """Set the bits of aligned runs of zeros in the base, `unit` bytes each, rounded up to whole blocks."""
     unit = round_up(unit, header.block_size)
     blocks = unit // header.block_size
-    store = _open(path, writable=False)
+    store = open_path(path, writable=False)
     try:
         buffer = bytearray(unit)
         view = memoryview(buffer)
@@ -279,11 +279,3 @@ def _mark_holes(bitmap: Bitmap, header: Header, path: str, unit: int) -> None:
                 bitmap.set_local(first, min(first + blocks, header.blocks))
     finally:
         store.close()
-
-
-def _open(path: str, *, writable: bool) -> HostFile:
-    handle = os.open(path, os.O_PATH | os.O_CLOEXEC)
-    try:
-        return open_host_file(handle, path, writable=writable)
-    finally:
-        os.close(handle)

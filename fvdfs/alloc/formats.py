@@ -200,8 +200,7 @@ def _protocol(name: str, scheme: str, parts: SplitResult, port: int) -> tuple[Op
 
 
 def _nbd(server: Options, export: str) -> Options:
-    # A server that went away for a moment is no error: requests wait this many seconds for its return.
-    return {"driver": "nbd", "server": server, "export": export, "reconnect-delay": 10}
+    return {"driver": "nbd", "server": server, "export": export}
 
 
 _RBD = re.compile(r"rbd:([^/@:\\]+)/(?:([^/@:\\]+)/)?([^/@:\\]+)(?:@([^/@:\\]+))?(?::id=([^/@:=\\]+))?")

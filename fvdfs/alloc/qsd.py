@@ -11,10 +11,15 @@ those that it was given, in case that the image was changed in between.
 
 A daemon that dies is started again by the first operation that notices; others wait for it, and each
 is done once more. What the dead one had written and not flushed may be lost: the next flush says so,
-with EIO, to each caller that was waiting for it or comes first.
+with EIO, to each caller that was waiting for it or comes first. The same is done when a server seems
+to be lost: QEMU's own ways to connect again do not work in its FUSE exports, and would hide that
+a server that was started again may have lost what it had not written.
 
 Not done here: reads without waiting. The export's attributes are good for a second, and any read after
-that waits for the daemon, whatever RWF_NOWAIT says.
+that waits for the daemon, whatever RWF_NOWAIT says; and most kernels do not know it for FUSE at all.
+
+Punching a hole in the export is only a hint to QEMU before version 8: zeros are made by zeroing the
+range after that.
 """
 
 from __future__ import annotations
@@ -51,18 +56,30 @@ from fvdfs.alloc.formats import (
     parse_location,
     references,
 )
-from fvdfs.alloc.store import Buffer, HostFile, open_host_file
+from fvdfs.alloc.store import (
+    FALLOC_FL_KEEP_SIZE,
+    FALLOC_FL_PUNCH_HOLE,
+    FALLOC_FL_ZERO_RANGE,
+    Buffer,
+    HostFile,
+    _fallocate,
+    open_host_file,
+)
 from fvdfs.errors import FormatError, FvdError, ImageBusy, ImageError, Refused, UnsupportedFeature, UsageError
 
 log = logging.getLogger(__name__)
 
 PROGRAM = "qemu-storage-daemon"
 START_TIMEOUT = 10.0  # seconds until the export answers; a server may be far away
+SERVER_TIMEOUT = 10.0  # seconds that operations wait for a lost server to be there again
 STOP_TIMEOUT = 10.0  # seconds to write out what is left, then it is killed
 MAX_DEPTH = 32
+MIB = 1 << 20
 _SECTOR = 512
 _POLL_INTERVAL = 0.002
+_RETRY_INTERVAL = 0.2
 _LOST_CONNECTION = (errno.ENOTCONN, errno.ECONNABORTED)
+_LOST_SERVER = (errno.EIO, errno.EPIPE, errno.ECONNRESET, errno.ETIMEDOUT, errno.ESHUTDOWN)
 _PACKAGES = {
     PROGRAM: "qemu-system-common",
     "setpriv": "util-linux",
@@ -105,6 +122,20 @@ def _failure(name: str, line: str) -> FvdError:
     return ImageError(name, f"QEMU cannot open it: {line}")
 
 
+class _Export(HostFile):
+    """The file that a daemon exports."""
+
+    def zero_now(self, offset: int, length: int) -> None:
+        _fallocate(self._fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, offset, length)
+        if not _fallocate(self._fd, FALLOC_FL_ZERO_RANGE | FALLOC_FL_KEEP_SIZE, offset, length):
+            for at in range(offset, offset + length, MIB):
+                self.pwrite_now(bytes(min(MIB, offset + length - at)), at)
+
+    def flush_now(self) -> None:
+        """`flush` for callers that are in a thread already."""
+        os.fdatasync(self._fd)
+
+
 class Daemon:
     """One running qemu-storage-daemon, and the file that it exports."""
 
@@ -119,7 +150,7 @@ class Daemon:
         """Whether another one has taken its place."""
         self._descriptors = descriptors
         self._process: subprocess.Popen[bytes] | None = None
-        self._export: HostFile | None = None
+        self._export: _Export | None = None
         self._folder = ""
         self._arguments: list[str] = []
         self._lines: collections.deque[str] = collections.deque(maxlen=20)
@@ -128,7 +159,7 @@ class Daemon:
         self._stopping = False
 
     @property
-    def export(self) -> HostFile:
+    def export(self) -> _Export:
         """The image as a raw file."""
         assert self._export is not None
         return self._export
@@ -245,7 +276,7 @@ class Daemon:
             except OSError as error:
                 if error.errno not in (errno.EACCES, errno.EROFS) or flags == os.O_RDONLY:
                     raise
-        export = HostFile(fd, self.name, flags == os.O_RDWR)
+        export = _Export(fd, self.name, flags == os.O_RDWR)
         try:
             if os.fstat(fd).st_dev == os.stat(self._folder).st_dev:
                 raise ImageError(self.name, "QEMU exports nothing")
@@ -507,20 +538,22 @@ class QsdStore:
 
     async def _call(self, operation: Callable[[Daemon], Awaitable[T]], *, changes: bool = False) -> T:
         """Do it; if the daemon is found dead, start another one and do it once more. Raises OSError."""
+        failed_before = self._failed_starts
         for again in (True, False):
             daemon = self._daemon
             if daemon is None:
                 raise OSError(errno.EBADF, f"{self.name}: is not open")
             if daemon.gone:
-                await self._revive(daemon)
+                await self._revive(daemon, failed_before)
                 continue
             daemon.users += 1
             try:
                 result = await operation(daemon)
             except OSError as error:
-                if error.errno not in _LOST_CONNECTION and daemon.alive:
-                    raise
-                if not again:
+                if daemon.alive and error.errno not in _LOST_CONNECTION:
+                    if self._local_only or not again or error.errno not in _LOST_SERVER:
+                        raise
+                elif not again:
                     raise OSError(errno.EIO, f"{self.name}: {PROGRAM} died again: {daemon.last_words}") from error
             else:
                 if changes:
@@ -533,11 +566,11 @@ class QsdStore:
                 if daemon.gone and not daemon.users:
                     with trio.CancelScope(shield=True):
                         await trio.to_thread.run_sync(daemon.stop)
-            await self._revive(daemon)
+            await self._revive(daemon, failed_before)
         raise OSError(errno.EIO, f"{self.name}: {PROGRAM} died again")
 
-    async def _revive(self, dead: Daemon) -> None:
-        failed_before = self._failed_starts
+    async def _revive(self, dead: Daemon, failed_before: int) -> None:
+        """Replace a daemon; `failed_before` tells whether that failed while the caller was waiting already."""
         async with self._starting:
             if self._closed or self._daemon is not dead:
                 return
@@ -545,26 +578,46 @@ class QsdStore:
                 raise OSError(errno.EIO, self._failure)
             if not dead.gone:
                 await self._bury(dead)
-            try:
-                self._daemon = await self._new_daemon()
-            except (FvdError, OSError) as error:
-                self._failed_starts += 1
-                self._failure = f"{self.name}: {PROGRAM} died and cannot be started again: {error}"
-                log.error("%s", self._failure)
-                raise OSError(errno.EIO, self._failure) from error
-            log.warning("%s: %s runs again", self.name, PROGRAM)
+            deadline = trio.current_time() + (0 if self._local_only else SERVER_TIMEOUT)
+            while True:
+                try:
+                    self._daemon = await self._new_daemon()
+                except (FvdError, OSError) as error:
+                    if trio.current_time() < deadline and isinstance(error, ImageError):
+                        await trio.sleep(_RETRY_INTERVAL)
+                        continue
+                    self._failed_starts += 1
+                    self._failure = f"{self.name}: {PROGRAM} cannot be started again: {error}"
+                    log.error("%s", self._failure)
+                    raise OSError(errno.EIO, self._failure) from error
+                log.warning("%s: %s runs again", self.name, PROGRAM)
+                return
 
     async def _bury(self, dead: Daemon) -> None:
         """Make sure that it is dead, and account for what was lost with it."""
         dead.gone = True
-        if self._changes > self._stable:
-            self._losses += 1
-            self._stable = self._changes
+        lost, self._stable = self._changes > self._stable, self._changes
+        unreachable = dead.alive and not self._local_only
         with trio.CancelScope(shield=True):
+            if lost and dead.alive:
+                lost = not await self._flush_last(dead)
             # While operations are under way they hold the export, and the last one closes it.
             await trio.to_thread.run_sync(dead.kill if dead.users else dead.stop)
-        lost = "; what was written and not flushed may be lost" if self._losses > self._told else ""
-        log.error("%s: %s died: %s%s", self.name, PROGRAM, dead.last_words, lost)
+        self._losses += lost
+        risk = "; what was written and not flushed may be lost" if lost else ""
+        what = "cannot reach its server" if unreachable else f"died: {dead.last_words}"
+        log.error("%s: %s %s%s", self.name, PROGRAM, what, risk)
+
+    @staticmethod
+    async def _flush_last(daemon: Daemon) -> bool:
+        """Whether a daemon that has had an error can still make stable what it wrote."""
+        with trio.move_on_after(STOP_TIMEOUT):
+            try:
+                await trio.to_thread.run_sync(daemon.export.flush_now, abandon_on_cancel=True)
+            except OSError:
+                return False
+            return True
+        return False
 
     @property
     def pid(self) -> int:
@@ -634,9 +687,10 @@ class QsdStore:
         return await self._call(size)
 
     async def resize(self, size: int) -> None:
+        if self.fixed_size and size <= await self.size():
+            return
+
         async def resize(daemon: Daemon) -> None:
-            if size <= daemon.size and self.fixed_size:
-                return
             async with self._growing:
                 await self._truncate(daemon, size)
 

@@ -267,6 +267,15 @@ def open_host_file(handle: int, name: str, *, writable: bool) -> HostFile:
     return HostFile(os.open(f"/proc/self/fd/{handle}", flags), name, writable)
 
 
+def open_path(path: str, *, writable: bool) -> HostFile:
+    """Open the file or device at a path that the user gave. Errors as `open_host_file`."""
+    handle = os.open(path, os.O_PATH | os.O_CLOEXEC)
+    try:
+        return open_host_file(handle, path, writable=writable)
+    finally:
+        os.close(handle)
+
+
 async def pread_exactly(store: Store, size: int, offset: int) -> bytearray:
     """Read metadata: exactly `size` bytes. Raises ImageError where the store ends before."""
     data = bytearray(size)
