@@ -427,6 +427,7 @@ class Image:
         """Commit everything, leave clean headers, and give up all files. Raises OSError of the commit."""
         with trio.CancelScope(shield=True):
             try:
+                await self.storage.settle()
                 if self.writable and self.committer.failed is None:
                     if self.base_writer is not None:
                         await self.base_writer.close()

@@ -212,6 +212,8 @@ reads = st.builds(Op, st.just("read"), places, lengths)
 flushes = st.just(Op("flush"))
 operations = st.one_of(writes, writes, reads, flushes)
 sequences = st.lists(operations, min_size=2, max_size=8)
+at_once = st.lists(st.lists(operations, min_size=1, max_size=2), min_size=2, max_size=3)
+"""Several tasks, each with one or two operations."""
 sizes = st.one_of(st.integers(1, 40), st.integers(1, 250), st.sampled_from((8, 16, 128)))  # sectors
 
 
@@ -301,10 +303,14 @@ class Machine(RuleBasedStateMachine):
         for op in ops:
             await self._do(op, self.disk.size)
 
-    async def _together(self, ops: Sequence[Op], size: int) -> None:
-        async with trio.open_nursery() as nursery:
+    async def _together(self, tasks: Sequence[Sequence[Op]], size: int) -> None:
+        async def in_turn(ops: Sequence[Op]) -> None:
             for op in ops:
-                nursery.start_soon(self._do, op, size)
+                await self._do(op, size)
+
+        async with trio.open_nursery() as nursery:
+            for ops in tasks:
+                nursery.start_soon(in_turn, ops)
 
     async def _resize(self, size: int, *, write: bytes = b"") -> None:
         """Change the size, and log it; growing may be impossible. With `write`, growing by a write at the end."""
@@ -389,16 +395,16 @@ class Machine(RuleBasedStateMachine):
     def several(self, ops: Sequence[Op]) -> None:
         self._run(lambda: self._in_turn(ops))
 
-    @rule(ops=st.lists(operations, min_size=2, max_size=6), pauses=st.integers(0, 1 << 16))
-    def together(self, ops: Sequence[Op], pauses: int) -> None:
+    @rule(ops=at_once, pauses=st.integers(0, 1 << 16))
+    def together(self, ops: Sequence[Sequence[Op]], pauses: int) -> None:
         self.files.pace(pauses)
         self._run(lambda: self._together(ops, self.disk.size))
 
     @rule(ops=st.lists(writes, min_size=2, max_size=5), place=places, pauses=st.integers(0, 1 << 16))
     def together_at_one_place(self, ops: Sequence[Op], place: Place, pauses: int) -> None:
         self.files.pace(pauses)
-        near = [Op(op.kind, Place(place.unit, place.index, op.place.delta), op.length, op.data) for op in ops]
-        self._run(lambda: self._together([*near, Op("flush")], self.disk.size))
+        near = [[Op(op.kind, Place(place.unit, place.index, op.place.delta), op.length, op.data)] for op in ops]
+        self._run(lambda: self._together([*near, [Op("flush")]], self.disk.size))
 
     @rule(more=sizes)
     def grow(self, more: int) -> None:
@@ -441,11 +447,11 @@ class Machine(RuleBasedStateMachine):
         self.grow(more)
 
     @rule(
-        ops=st.lists(operations, min_size=1, max_size=4),
+        ops=at_once,
         change=st.one_of(sizes, sizes.map(lambda size: -size)),
         pauses=st.integers(0, 1 << 16),
     )
-    def together_with_resize(self, ops: Sequence[Op], change: int, pauses: int) -> None:
+    def together_with_resize(self, ops: Sequence[Sequence[Op]], change: int, pauses: int) -> None:
         size = min(max(self.disk.size + change * SECTOR, SECTOR), self.limit)
         if size == self.disk.size:
             return
@@ -487,15 +493,15 @@ class Machine(RuleBasedStateMachine):
         self.disk.fold(self.files.clock.tick(), {})
 
     @precondition(lambda self: self.files.can_cut)
-    @rule(ops=sequences, together=st.booleans(), when=st.integers(0, 1000), how=st.integers(0, 1 << 30))
-    def power_cut(self, ops: Sequence[Op], together: bool, when: int, how: int) -> None:
+    @rule(
+        ops=st.one_of(sequences.map(lambda ops: [ops]), at_once), when=st.integers(0, 1000), how=st.integers(0, 1 << 30)
+    )
+    def power_cut(self, ops: Sequence[Sequence[Op]], when: int, how: int) -> None:
         self.counts["power cut"] += 1
         before = self.files.clock.tick()
-        if together:
+        if len(ops) > 1:
             self.files.pace(how)
-            trio.run(self._together, ops[:6], self.disk.size)
-        else:
-            trio.run(self._in_turn, ops)
+        trio.run(self._together, ops, self.disk.size)
         at = before + (self.files.clock.now - before) * when // 1000
         self.files.cut(random.Random(how), at)
         self._after_cut(at, stable=True)

@@ -120,7 +120,15 @@ class ChunkedStorage:
             self._growing_ahead = True
             self.spawn(self._grow_ahead)
 
+    async def settle(self) -> None:
+        """Wait until nothing is done in the background, and begin nothing more there."""
+        self.spawn = None
+        async with self._growing:
+            pass
+
     async def _grow_ahead(self) -> None:
+        if self.spawn is None:
+            return  # closed meanwhile
         try:
             await self._make_room(self._ahead)
         except OSError as error:

@@ -45,6 +45,9 @@ class FlatStorage:
             self._ready = True
         return []
 
+    async def settle(self) -> None:
+        """Nothing is done in the background."""
+
     async def grow(self, size: int) -> None:
         """The disk grows to `size` bytes, and what is new reads as zeros. Raises OSError."""
         old_end, end = self._offset + self._size, self._offset + size

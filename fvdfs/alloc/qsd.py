@@ -12,14 +12,14 @@ those that it was given, in case that the image was changed in between.
 A daemon that dies is started again by the first operation that notices; others wait for it, and each
 is done once more. What the dead one had written and not flushed may be lost: the next flush says so,
 with EIO, to each caller that was waiting for it or comes first. The same is done when a server seems
-to be lost: QEMU's own ways to connect again do not work in its FUSE exports, and would hide that
-a server that was started again may have lost what it had not written.
+to be lost: QEMU's own way to connect again (`reconnect-delay`) does not work behind its FUSE export,
+at least in 7.2, and would hide that a server that was started again may have lost unflushed writes.
 
 Not done here: reads without waiting. The export's attributes are good for a second, and any read after
-that waits for the daemon, whatever RWF_NOWAIT says; and most kernels do not know it for FUSE at all.
+that may wait for the daemon, whatever RWF_NOWAIT says; and not every kernel knows it for FUSE.
 
-Punching a hole in the export is only a hint to QEMU before version 8: zeros are made by zeroing the
-range after that.
+Punching a hole in the export is no more than a hint to QEMU 7.2, which leaves parts of clusters as they
+were: zeros are made by zeroing the range after that.
 """
 
 from __future__ import annotations
