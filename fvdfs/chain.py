@@ -122,7 +122,15 @@ class Chain:
     def usage(self) -> int:
         """Bytes that the top image really takes."""
         top = self.layers[0]
-        return top.meta.usage() + (top.data.usage() if top.data is not top.meta else 0)
+        if not top.data.fixed_size:
+            return top.meta.usage() + (top.data.usage() if top.data is not top.meta else 0)
+        data = top.header.virtual_disk_size
+        region = top.header.table_region
+        if region is not None:
+            table = bytearray(region.size)
+            top.meta.pread_now(memoryview(table), region.offset)
+            data = Table(bytes(table), top.header.chunks, 0).allocated() * top.header.chunk_size
+        return data + (top.header.metadata_size if top.data is top.meta else top.meta.usage())
 
 
 def open_chain(path: str, policy: Policy, *, top_only: bool = False) -> Chain:

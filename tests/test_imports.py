@@ -19,6 +19,7 @@ PURE = {
     "fvdfs.cow.bitmap",
     "fvdfs.cow.planner",
     "fvdfs.alloc.table",
+    "fvdfs.alloc.formats",
 }
 IMPURE = ("trio", "pyfuse3", "os", "time", "io", "socket", "fvdfs.alloc.store")
 # What these may import of fvdfs, where that is less than everything below them.

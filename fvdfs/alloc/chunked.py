@@ -16,7 +16,8 @@ from __future__ import annotations
 
 import errno
 import logging
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager
 
 import trio
 
@@ -58,6 +59,8 @@ class ChunkedStorage:
         self._room: int | None = None
         """Chunks below this number are used, or have a place that reads as zeros; None: nobody has looked."""
         self._growing = trio.Lock()
+        self._touching = trio.Lock()
+        self._settled = False
         ahead = min(ZERO_AHEAD, self._grow_unit) if store.fixed_size else self._grow_unit
         self._ahead = max(1, ahead // chunk_size)
         self._growing_ahead = False
@@ -121,17 +124,26 @@ class ChunkedStorage:
             self.spawn(self._grow_ahead)
 
     async def settle(self) -> None:
-        """Wait until nothing is done in the background, and begin nothing more there."""
+        """Nothing in the background touches the store any more. (A command that grows it may go on.)"""
         self.spawn = None
-        async with self._growing:
+        self._settled = True
+        async with self._touching:
             pass
 
+    @asynccontextmanager
+    async def _touch(self) -> AsyncIterator[None]:
+        """Use the store, which `settle` must not find closed under it."""
+        async with self._touching:
+            if self._settled:
+                raise OSError(errno.EBADF, f"{self._store.name}: closed")
+            yield
+
     async def _grow_ahead(self) -> None:
-        if self.spawn is None:
-            return  # closed meanwhile
         try:
             await self._make_room(self._ahead)
         except OSError as error:
+            if self._settled:
+                return
             self._full_at = self._room
             log.warning("%s: storage is running out: %s", self._store.name, error.strerror)
         finally:
@@ -144,8 +156,9 @@ class ChunkedStorage:
             if self._room is None:
                 self._room = used
                 end = self._end(used)
-                if not self._store.fixed_size and await self._store.size() > end:
-                    await self._store.resize(end)
+                async with self._touch():
+                    if not self._store.fixed_size and await self._store.size() > end:
+                        await self._store.resize(end)
             if used + more <= self._room:
                 return
             # No more than the disk can ever use, so that a small one does not grow for nothing.
@@ -153,27 +166,30 @@ class ChunkedStorage:
             if self._store.fixed_size:
                 self._room = await self._make_room_on_device(used + more, wanted)
                 return
-            try:
-                await self._store.resize(self._end(wanted))
-            except OSError as error:
-                if error.errno not in OUT_OF_SPACE:
-                    raise
-                wanted = used + more
-                await self._store.resize(self._end(wanted))
-            self._room = wanted
+            async with self._touch():
+                try:
+                    await self._store.resize(self._end(wanted))
+                except OSError as error:
+                    if error.errno not in OUT_OF_SPACE:
+                        raise
+                    wanted = used + more
+                    await self._store.resize(self._end(wanted))
+                self._room = wanted
 
     async def _make_room_on_device(self, needed: int, wanted: int) -> int:
         """Zero chunks from the room on, as far as `wanted`, `needed` at the least; where it ends."""
         assert self._room is not None
-        size = await self._store.size()
+        async with self._touch():
+            size = await self._store.size()
         if size < self._end(needed):
             await self._command.grow(max(self._grow_unit, self._end(needed) - size), self._store.name)
+        async with self._touch():
             size = await self._store.size()
             if size < self._end(needed):
                 raise OSError(errno.ENOSPC, f"{self._store.name}: still ends at {size} bytes after it was grown")
-        room = min(wanted, (size - self._offset) // self._chunk_size)
-        await self._store.zero(self._end(self._room), (room - self._room) * self._chunk_size)
-        return room
+            room = min(wanted, (size - self._offset) // self._chunk_size)
+            await self._store.zero(self._end(self._room), (room - self._room) * self._chunk_size)
+            return room
 
     def _end(self, chunks: int) -> int:
         """Where so many chunks end in the store."""

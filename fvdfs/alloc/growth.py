@@ -43,9 +43,10 @@ class GrowCommand:
             command = [*self.words, str(size), device]
         log.info("%s: growing its storage: %s", self.image, shlex.join(command))
         try:
-            done = await trio.run_process(
-                command, stdin=b"", capture_stdout=True, stderr=subprocess.STDOUT, check=False
-            )
+            with trio.CancelScope(shield=True):  # half a change of a volume would be worse than a wait
+                done = await trio.run_process(
+                    command, stdin=b"", capture_stdout=True, stderr=subprocess.STDOUT, check=False
+                )
         except OSError as error:
             raise OSError(errno.ENOSPC, f"{self.image}: {command[0]}: {error.strerror}") from error
         output = done.stdout.decode(errors="replace").strip()

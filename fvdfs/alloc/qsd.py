@@ -62,7 +62,7 @@ from fvdfs.alloc.store import (
     FALLOC_FL_ZERO_RANGE,
     Buffer,
     HostFile,
-    _fallocate,
+    fallocate,
     open_host_file,
 )
 from fvdfs.errors import FormatError, FvdError, ImageBusy, ImageError, Refused, UnsupportedFeature, UsageError
@@ -126,8 +126,8 @@ class _Export(HostFile):
     """The file that a daemon exports."""
 
     def zero_now(self, offset: int, length: int) -> None:
-        _fallocate(self._fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, offset, length)
-        if not _fallocate(self._fd, FALLOC_FL_ZERO_RANGE | FALLOC_FL_KEEP_SIZE, offset, length):
+        fallocate(self._fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, offset, length)
+        if not fallocate(self._fd, FALLOC_FL_ZERO_RANGE | FALLOC_FL_KEEP_SIZE, offset, length):
             for at in range(offset, offset + length, MIB):
                 self.pwrite_now(bytes(min(MIB, offset + length - at)), at)
 

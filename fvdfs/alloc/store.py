@@ -92,7 +92,7 @@ _ZEROS = bytes(1 << 20)
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
-def _fallocate(fd: int, mode: int, offset: int, length: int) -> bool:
+def fallocate(fd: int, mode: int, offset: int, length: int) -> bool:
     """fallocate(2), which Python has without its modes; False where the file cannot do it. Raises OSError."""
     while _libc.fallocate(fd, mode, ctypes.c_int64(offset), ctypes.c_int64(length)):
         code = ctypes.get_errno()
@@ -199,7 +199,7 @@ class HostFile:
     def zero_now(self, offset: int, length: int) -> None:
         """`zero` for callers that are in a thread already."""
         mode = FALLOC_FL_ZERO_RANGE if self.fixed_size else FALLOC_FL_PUNCH_HOLE
-        if length == 0 or _fallocate(self._fd, mode | FALLOC_FL_KEEP_SIZE, offset, length):
+        if length == 0 or fallocate(self._fd, mode | FALLOC_FL_KEEP_SIZE, offset, length):
             return
         stop = offset + length
         while offset < stop:

@@ -1,0 +1,451 @@
+"""Names and headers of other formats: what they lead to, and that no header makes the reader stumble."""
+
+from __future__ import annotations
+
+import json
+import struct
+import subprocess
+from pathlib import Path
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from fvdfs.alloc.formats import (
+    FORMATS,
+    MAX_READ,
+    PROBE_SIZE,
+    Node,
+    Reader,
+    Reference,
+    blockdev,
+    detect,
+    join,
+    parse_location,
+    references,
+    within,
+)
+from fvdfs.errors import FormatError, FvdError, ImageError, UnsupportedFeature
+
+MADE_BY_QEMU = ("qcow2", "qcow", "qed", "vmdk", "vdi", "vhdx", "vpc", "parallels")
+
+
+def reader(data: bytes) -> Reader:
+    def read(offset: int, length: int) -> bytes:
+        assert 0 <= offset < 1 << 63
+        assert 0 <= length <= MAX_READ
+        return data[offset : offset + length]
+
+    return read
+
+
+def look(file_format: str, data: bytes) -> list[Reference]:
+    return references(file_format, "image", reader(data), len(data))
+
+
+def qemu_img(*arguments: str | Path) -> None:
+    subprocess.run(["qemu-img", *map(str, arguments)], check=True, capture_output=True)
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """An empty image of each format, as QEMU makes them."""
+    folder = tmp_path_factory.mktemp("images")
+    result = {}
+    for file_format in MADE_BY_QEMU:
+        qemu_img("create", "-f", file_format, folder / file_format, "10M")
+        result[file_format] = (folder / file_format).read_bytes()[: 4 << 20]
+    return result
+
+
+# ---- Locations ----
+
+
+@pytest.mark.parametrize("name", ["disk.raw", "/a/b", "../x", "a:b", "file:disk.raw", "nbd:localhost:10809", "a b"])
+def test_local_paths(name: str) -> None:
+    location = parse_location(name)
+    assert location.path == name.removeprefix("file:")
+    assert (location.url, location.protocol) == ("", {})
+
+
+@pytest.mark.parametrize(
+    ("name", "url", "protocol"),
+    [
+        ("nbd://Host", "nbd://host/", {"server": {"type": "inet", "host": "host", "port": "10809"}, "export": ""}),
+        (
+            "NBD://[::1]:99/a%20b",
+            "nbd://[::1]:99/a%20b",
+            {"server": {"type": "inet", "host": "::1", "port": "99"}, "export": "a b"},
+        ),
+        (
+            "nbd+unix:///vm?socket=/run/a%20b",
+            "nbd+unix:///vm?socket=/run/a%20b",
+            {"server": {"type": "unix", "path": "/run/a b"}, "export": "vm"},
+        ),
+        ("nbd+unix://?socket=/s", "nbd+unix:///?socket=/s", {"server": {"type": "unix", "path": "/s"}, "export": ""}),
+        ("https://h:443/a.img?x=1", "https://h/a.img?x=1", {"driver": "https", "url": "https://h/a.img?x=1"}),
+        ("ftp://h/a%20b", "ftp://h/a%20b", {"driver": "ftp", "url": "ftp://h/a%20b"}),
+        (
+            "ssh://me@h/dir/a.img",
+            "ssh://me@h/dir/a.img",
+            {"driver": "ssh", "server": {"host": "h", "port": "22"}, "path": "/dir/a.img", "user": "me"},
+        ),
+        (
+            "iscsi://h/iqn.2001-04.com.example:x/3",
+            "iscsi://h/iqn.2001-04.com.example%3Ax/3",
+            {"portal": "h:3260", "target": "iqn.2001-04.com.example:x", "lun": 3, "transport": "tcp"},
+        ),
+        ("nfs://h/x/y", "nfs://h/x/y", {"driver": "nfs", "server": {"type": "inet", "host": "h"}, "path": "/x/y"}),
+        ("rbd:p/i", "rbd:p/i", {"driver": "rbd", "pool": "p", "image": "i"}),
+        (
+            "rbd:p/n/i@s:id=u",
+            "rbd:p/n/i@s:id=u",
+            {"pool": "p", "namespace": "n", "image": "i", "snapshot": "s", "user": "u"},
+        ),
+    ],
+)
+def test_urls(name: str, url: str, protocol: dict[str, object]) -> None:
+    location = parse_location(name)
+    assert location.path is None
+    assert location.url == url
+    assert protocol.items() <= location.protocol.items()
+    assert parse_location(url).protocol == location.protocol  # the one spelling means the same
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "",
+        "a\0b",
+        "gopher://h/x",
+        "nbd://",
+        "nbd://h:0/",
+        "nbd://h:99999/",
+        "nbd://h/?socket=/x",
+        "nbd://h/x#y",
+        "nbd+unix://h/x?socket=/s",
+        "nbd+unix:///x",
+        "nbd+unix:///x?socket=rel",
+        "nbd+unix:///x?socket=/a/../b",
+        "nbd+unix:///x?socket=/a&tls-creds=x",
+        "https://u:p@h/x",
+        "https://good@evil/x",
+        "https://h/a/../b",
+        "https://h/a/%2e%2E/b",
+        "https://h/a%2F..%2Fb",
+        "https://h/a b",
+        "https://h\\evil/",
+        "https://h/%00",
+        "https://h/%ff",
+        "https://h/\udc80",
+        "https://[::1/x",
+        "ssh://h",
+        "ssh://u:p@h/x",
+        "iscsi://h/target",
+        "iscsi://h/target/lun",
+        "nfs://h:99/x",
+        "rbd:p",
+        "rbd:p/i:conf=/etc/shadow",
+        "rbd:p/i:id=a:key=b",
+        "json:",
+        "json:[]",
+        "json:" + "[" * 100_000,
+        'json:{"driver":"nope"}',
+        'json:{"driver":"file"}',
+        'json:{"driver":"file","filename":1.5}',
+        'json:{"driver":"file","filename":"/x","pr-manager":"p"}',
+        'json:{"driver":"https","url":"https://h/x","cookie":"c"}',
+        'json:{"driver":"http","url":"file:///etc/shadow"}',
+        'json:{"driver":"qcow2","file":{"driver":"file","filename":"/x"},"backing":null}',
+        'json:{"driver":"qcow2","file":"node"}',
+        'json:{"driver":"qcow2","file":{"driver":"qcow2","file":{"driver":"file","filename":"x"}}}',
+        'json:{"driver":"nbd","server":{"type":"fd","str":"3"}}',
+        'json:{"driver":"nbd","server.type":"inet","server.host":"h/../@evil","server.port":"1"}',
+        'json:{"file":{"driver":"file"},"file.driver":"nbd"}',
+        'json:{"driver":"rbd","pool":"p","image":"i","conf":"/x"}',
+    ],
+)
+def test_nonsense_is_refused_in_one_line(name: str) -> None:
+    with pytest.raises(ImageError) as caught:
+        parse_location(name)
+    assert caught.value.reason
+    assert "\n" not in caught.value.reason
+
+
+@pytest.mark.parametrize(
+    ("options", "same_as", "file_format"),
+    [
+        ({"driver": "file", "filename": "/a//b"}, "/a//b", ""),
+        ({"driver": "file", "filename": "//a"}, "/a", ""),
+        ({"driver": "file", "filename": "nbd://h/"}, "file:nbd://h/", ""),
+        ({"driver": "qcow2", "file": {"driver": "file", "filename": "a"}}, "a", "qcow2"),
+        ({"driver": "qcow2", "file.driver": "https", "file.url": "https://h/a"}, "https://h/a", "qcow2"),
+        ({"driver": "raw", "file": {"driver": "rbd", "pool": "p", "image": "i"}}, "rbd:p/i", "raw"),
+        ({"driver": "nbd", "server": {"type": "unix", "path": "/s"}, "export": "e"}, "nbd+unix:///e?socket=/s", ""),
+        ({"driver": "nbd", "server.type": "inet", "server.host": "::1", "server.port": 7}, "nbd://[::1]:7/", ""),
+        ({"driver": "ssh", "server": {"host": "h"}, "path": "/a b", "user": "u"}, "ssh://u@h/a%20b", ""),
+        ({"driver": "nfs", "server": {"type": "inet", "host": "h"}, "path": "/a"}, "nfs://h/a", ""),
+        ({"driver": "iscsi", "transport": "tcp", "portal": "h:1", "target": "t", "lun": 2}, "iscsi://h:1/t/2", ""),
+    ],
+)
+def test_json_is_another_spelling(options: dict[str, object], same_as: str, file_format: str) -> None:
+    name = "json:" + json.dumps(options)
+    found, same = parse_location(name), parse_location(same_as)
+    assert (found.path, found.url, found.protocol) == (same.path, same.url, same.protocol)
+    assert (found.name, found.format) == (name, file_format)
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=8) | st.sampled_from(["file", "nbd", "unix", "/x"]),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(["driver", "file", "server", "type", "path", "host", "filename", "a.b", "url"]), inner
+        )
+    ),
+    max_leaves=10,
+)
+
+
+@given(
+    st.text(max_size=40)
+    | st.builds("{}://{}".format, st.sampled_from(["nbd", "ssh", "https", "nbd+unix"]), st.text(max_size=40))
+    | json_values.map(lambda value: "json:" + json.dumps(value))
+)
+@example("https://[v1.]/")
+def test_any_name_is_a_location_or_an_image_error(name: str) -> None:
+    try:
+        location = parse_location(name)
+    except ImageError:
+        return
+    assert (location.path is None) == bool(location.url)
+    assert location.url.isascii() or location.url.startswith(("rbd:", "http", "ftp", "ssh"))
+
+
+def test_within_goes_by_whole_parts() -> None:
+    assert within("https://h/a/b", "https://h/a")
+    assert within("https://h/a/b", "https://h/a/")
+    assert within("https://h/a", "https://h/a")
+    assert within("https://h/a?x", "https://h/a")
+    assert not within("https://h/ab", "https://h/a")
+    assert not within("https://h.evil/", "https://h")
+    assert not within("ssh://good@evil/x", "ssh://good")
+    assert not within("https://h/", "")
+
+
+def test_relative_names_in_remote_images() -> None:
+    base = parse_location("https://h/dir/top.qcow2?key=1")
+    assert join(base, "b c.qcow2") == "https://h/dir/b%20c.qcow2"
+    assert join(base, "/etc/shadow") == "/etc/shadow"
+    assert join(base, "nbd://x/") == "nbd://x/"
+    with pytest.raises(ImageError, match=r"\.\."):
+        parse_location(join(base, "../x"))
+    with pytest.raises(ImageError, match="relative"):
+        join(parse_location("nbd://h/x"), "b")
+
+
+# ---- References ----
+
+
+def test_formats_are_told_by_their_first_bytes(images: dict[str, bytes]) -> None:
+    for file_format, data in images.items():
+        assert detect(data[:PROBE_SIZE]) == file_format
+        assert look(file_format, data) == []
+    assert detect(bytes(PROBE_SIZE)) is None
+    assert detect(b"") is None
+    assert detect(b"\xa9\xf5\x43\x51") == "fvd"
+
+
+def test_every_format_refuses_another_one(images: dict[str, bytes]) -> None:
+    for stated in MADE_BY_QEMU:
+        for file_format, data in images.items():
+            if stated != file_format:
+                with pytest.raises(FormatError, match=f"no {stated} image.* {file_format}"):
+                    look(stated, data)
+        for empty in (b"", bytes(1 << 20)):
+            with pytest.raises(FormatError, match=f"no {stated} image"):
+                look(stated, empty)
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"), [("luks", "secret"), ("fvd", "FVD"), ("dmg", "dmg is not known"), ("", "not")]
+)
+def test_formats_that_are_not_opened(name: str, reason: str) -> None:
+    with pytest.raises(UnsupportedFeature, match=reason):
+        look(name, b"")
+
+
+@pytest.mark.parametrize("file_format", ["qcow2", "qcow", "qed"])
+def test_backing_files_as_qemu_writes_them(tmp_path: Path, file_format: str) -> None:
+    base, image = tmp_path / "bäse", tmp_path / "image"
+    qemu_img("create", "-f", "qcow2", base, "1M")
+    qemu_img("create", "-f", file_format, "-b", "bäse", "-F", "qcow2", image)
+    stated = "qcow2" if file_format == "qcow2" else ""
+    assert look(file_format, image.read_bytes()) == [Reference("backing", "bäse", stated)]
+
+
+def test_external_data_file_as_qemu_writes_it(tmp_path: Path) -> None:
+    image, data = tmp_path / "image", tmp_path / "data.raw"
+    qemu_img("create", "-f", "qcow2", "-o", f"data_file={data},data_file_raw=on", image, "1M")
+    assert look("qcow2", image.read_bytes()) == [Reference("data-file", str(data), "raw")]
+
+
+def test_old_and_small_qcow2(tmp_path: Path) -> None:
+    image = tmp_path / "image"
+    qemu_img("create", "-f", "qcow2", "-o", "compat=0.10,cluster_size=512", "-u", "-b", "/x", "-F", "raw", image, "1M")
+    assert look("qcow2", image.read_bytes()) == [Reference("backing", "/x", "raw")]
+
+
+@pytest.mark.parametrize(
+    ("create", "reason"),
+    [
+        (("-f", "vmdk", "-o", "subformat=monolithicFlat"), "in one file"),
+        (("-f", "vmdk", "-o", "subformat=twoGbMaxExtentSparse"), "in one file"),
+        (("-f", "vmdk", "-u", "-b", "/x", "-F", "vmdk"), "difference"),
+    ],
+)
+def test_images_that_qemu_makes_and_fvdfs_refuses(tmp_path: Path, create: tuple[str, ...], reason: str) -> None:
+    parent = tmp_path / "parent"
+    qemu_img("create", "-f", "vmdk", parent, "1M")
+    image = tmp_path / "image"
+    words = [str(parent) if word == "/x" else word for word in create if word != "-u"]
+    qemu_img("create", *words, image, "1M")
+    with pytest.raises(UnsupportedFeature, match=reason):
+        look(create[1], image.read_bytes())
+
+
+@pytest.mark.parametrize(("file_format", "at"), [("qcow2", 32), ("qcow", 36)])
+def test_encrypted_images_are_refused(images: dict[str, bytes], file_format: str, at: int) -> None:
+    data = bytearray(images[file_format])
+    data[at : at + 4] = struct.pack(">I", 1)
+    with pytest.raises(UnsupportedFeature, match="encrypted"):
+        look(file_format, bytes(data))
+
+
+def test_extent_of_a_split_vmdk_is_refused(tmp_path: Path) -> None:
+    qemu_img("create", "-f", "vmdk", "-o", "subformat=twoGbMaxExtentSparse", tmp_path / "image.vmdk", "1M")
+    with pytest.raises(UnsupportedFeature, match="part"):
+        look("vmdk", (tmp_path / "image-s001.vmdk").read_bytes())
+
+
+def test_vmdk_whose_header_hides_a_descriptor_is_refused(images: dict[str, bytes]) -> None:
+    data = bytearray(images["vmdk"])
+    data[12:20] = bytes(8)  # no capacity: QEMU would read the descriptor's list of extents
+    with pytest.raises(UnsupportedFeature, match="part"):
+        look("vmdk", bytes(data))
+
+
+@pytest.mark.parametrize(
+    ("file_format", "at", "value"),
+    [("vdi", 76, struct.pack("<I", 4)), ("vpc", 60, struct.pack(">I", 4))],
+)
+def test_differencing_images_are_refused(images: dict[str, bytes], file_format: str, at: int, value: bytes) -> None:
+    data = bytearray(images[file_format])
+    data[at : at + len(value)] = value
+    with pytest.raises(UnsupportedFeature, match="difference"):
+        look(file_format, bytes(data))
+
+
+def test_differencing_vhdx_is_refused(images: dict[str, bytes]) -> None:
+    data = bytearray(images["vhdx"])
+    block_size = struct.pack("<I", 8 << 20)
+    at = data.index(block_size, 1 << 20)
+    data[at + 4] |= 2
+    with pytest.raises(UnsupportedFeature, match="difference"):
+        look("vhdx", bytes(data))
+
+
+def test_footer_of_a_fixed_vhd_is_at_the_end(tmp_path: Path) -> None:
+    qemu_img("create", "-f", "vpc", "-o", "subformat=fixed", tmp_path / "image", "1M")
+    assert look("vpc", (tmp_path / "image").read_bytes()) == []
+
+
+@pytest.mark.parametrize(
+    ("at", "value"),
+    [
+        (8, struct.pack(">QI", 1 << 60, 10)),
+        (8, struct.pack(">QI", 65536 - 5, 10)),
+        (8, struct.pack(">QI", 512, 1024)),
+        (20, struct.pack(">I", 63)),
+        (100, struct.pack(">I", 1 << 31)),
+        (100, struct.pack(">I", 8)),
+        (104, struct.pack(">II", 0xE2792ACA, 0xFFFF_FFFF)),
+        (72, struct.pack(">Q", 4)),  # a data file that has no name
+    ],
+)
+def test_broken_qcow2_headers(images: dict[str, bytes], at: int, value: bytes) -> None:
+    data = bytearray(images["qcow2"])
+    if at == 104:
+        data[100:104] = struct.pack(">I", 104)
+    data[at : at + len(value)] = value
+    with pytest.raises(FormatError):
+        look("qcow2", bytes(data))
+
+
+numbers = st.sampled_from([0, 1, 2, 3, 4, 0xFF, 0xFFFF, 0xFFFF_FFFF, (1 << 63) - 1, 1 << 63, (1 << 64) - 1])
+patches = st.lists(
+    st.tuples(
+        st.sampled_from(range(0, 520, 4)) | st.sampled_from(range(192 << 10, (192 << 10) + 128, 4)) | st.just(1 << 20),
+        st.binary(min_size=1, max_size=64)
+        | numbers.map(lambda n: struct.pack("<Q", n))
+        | numbers.map(lambda n: struct.pack(">Q", n)),
+    ),
+    max_size=6,
+)
+
+
+@settings(max_examples=400, deadline=None)
+@given(file_format=st.sampled_from(MADE_BY_QEMU), changes=patches, cut=st.integers(0, 4 << 20) | st.none())
+def test_no_header_makes_the_reader_stumble(
+    images: dict[str, bytes], file_format: str, changes: list[tuple[int, bytes]], cut: int | None
+) -> None:
+    data = bytearray(images[file_format])
+    for at, value in changes:
+        data[at : at + len(value)] = value
+    try:
+        found = look(file_format, bytes(data[:cut]))
+    except FvdError as error:
+        assert "\n" not in str(error)
+        return
+    for reference in found:
+        assert reference.kind in ("backing", "data-file")
+        assert reference.name
+        assert "\0" not in reference.name
+
+
+@given(file_format=st.sampled_from(sorted(FORMATS)), data=st.binary(max_size=2048))
+def test_no_bytes_make_the_reader_stumble(file_format: str, data: bytes) -> None:
+    try:
+        look(file_format, data)
+    except FvdError as error:
+        assert "\n" not in str(error)
+
+
+# ---- Words for QEMU ----
+
+
+def test_qemu_follows_no_name_by_itself() -> None:
+    def node(file_format: str, fd: int, backing: Node | None = None, data_file: Node | None = None) -> Node:
+        return Node(file_format, parse_location("x"), fd, False, backing, data_file)
+
+    top = node("qcow2", 5, backing=node("qed", 6, backing=node("raw", 7)), data_file=node("raw", 8))
+    options = blockdev(top, writable=True, node_name="disk")
+
+    def file(fd: int, read_only: bool) -> dict[str, object]:
+        return {
+            "driver": "file",
+            "filename": f"/proc/self/fd/{fd}",
+            "read-only": read_only,
+            "discard": "unmap",
+        }
+
+    def image(file_format: str, fd: int, read_only: bool, **rest: object) -> dict[str, object]:
+        common = {"read-only": read_only, "discard": "unmap"}
+        return {"driver": file_format, "file": file(fd, read_only), **common, **rest}
+
+    backing = image("qed", 6, True, backing=image("raw", 7, True))
+    data_file = image("raw", 8, False)
+    expected = image("qcow2", 5, False, backing=backing)
+    assert options == {**expected, "data-file": data_file, "node-name": "disk"}
+    for file_format in ("qcow2", "qcow", "qed", "vmdk"):
+        assert blockdev(node(file_format, 3), writable=False, node_name="disk")["backing"] is None
