@@ -54,6 +54,8 @@ class Policy:
 
     allowed_urls: tuple[str, ...] = ()
     """Prefixes of URLs that names inside images may be; an empty one allows any."""
+    secret_file: str = ""
+    """The file with the passphrase of encrypted bases and data files."""
 
     def open_file(self, image: str, field: str, name: str) -> tuple[int, str]:
         """An O_PATH handle of the file that `name` in the image at path `image` leads to, and its path.

@@ -26,6 +26,7 @@ UNITS = {"": 1, "B": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40, 
 MOUNT_OPTIONS = {
     "base_path": "base_path=DIR[:DIR...]  folders outside DIR that bases and data files may lie in (/: anywhere)",
     "allow_url": "allow_url=PREFIX  URLs that bases and data files may be (may be given more than once)",
+    "secret": "secret=FILE  the passphrase of encrypted bases and data files",
     "accept_unclean": "accept_unclean  write to an image that crashed without a journal",
     "grow_command": "grow_command=none|stored|PROGRAM  what makes a full device larger (default: none)",
     "detect_zeroes": "detect_zeroes=off|on|punch  do not store zeros where zeros are read; punch: free their space too",
@@ -79,6 +80,8 @@ def _parser() -> argparse.ArgumentParser:
     create.add_argument("image", metavar="IMAGE")
     create.add_argument("size", metavar="SIZE", nargs="?", type=parse_size, help="of the disk: 512, 64K, 10M, 20G, 2T")
     _add_layout(create)
+
+    create.add_argument("--secret", default="", metavar="FILE", help="the passphrase of an encrypted base")
 
     info = commands.add_parser("info", help="show what an image is")
     info.set_defaults(run=_info)
@@ -175,7 +178,10 @@ def _create(arguments: argparse.Namespace) -> int:
     from fvdfs.create import create_image
 
     options = _layout_options(arguments)
-    for remark in create_image(arguments.image, arguments.size, options, force=arguments.force):
+    remarks = create_image(
+        arguments.image, arguments.size, options, force=arguments.force, secret_file=arguments.secret
+    )
+    for remark in remarks:
         print(f"fvdfs: {remark}", file=sys.stderr)
     return 0
 
@@ -255,6 +261,7 @@ def _mount(arguments: argparse.Namespace) -> int:
                     roots=_roots(folder, options.get("base_path", "")),
                     writable=not (arguments.read_only or "ro" in options),
                     allowed_urls=tuple(options.get("allow_url", "").split()),
+                    secret_file=os.path.abspath(options["secret"]) if options.get("secret") else "",
                     accept_unclean="accept_unclean" in options,
                     grow_command=options.get("grow_command", "none"),
                     base_writable="allow_base_write" in options,

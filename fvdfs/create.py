@@ -36,7 +36,7 @@ class BaseImage:
     looks_like: str | None
 
 
-def inspect_base(image: str, name: str, base_format: str) -> BaseImage:
+def inspect_base(image: str, name: str, base_format: str, secret_file: str = "") -> BaseImage:
     """The base that `name` means in an image at `image`.
 
     Raises UsageError where there is none, or its format is not one that can be read.
@@ -44,7 +44,8 @@ def inspect_base(image: str, name: str, base_format: str) -> BaseImage:
     path = os.path.join(os.path.dirname(image), name)
     try:
         if not is_local(name) or base_format not in (*RAW_FORMATS, FVD_FORMAT):
-            return BaseImage(None, trio.run(_length_of_other, image, name, base_format), None)
+            secret = os.path.abspath(secret_file) if secret_file else ""
+            return BaseImage(None, trio.run(_length_of_other, image, name, base_format, secret), None)
         if base_format == FVD_FORMAT:
             chain = open_chain(path, Policy(writable=False))
             try:
@@ -68,14 +69,18 @@ def inspect_base(image: str, name: str, base_format: str) -> BaseImage:
         raise UsageError(f"--base {name}: {error}") from error
 
 
-def create_image(path: str, virtual_size: int | None, options: CreateOptions, *, force: bool = False) -> list[str]:
+def create_image(
+    path: str, virtual_size: int | None, options: CreateOptions, *, force: bool = False, secret_file: str = ""
+) -> list[str]:
     """Make an image; remarks for the user. `virtual_size` in bytes, None: the base's; rounded up to a sector.
 
     Raises UsageError for what cannot be, OSError where the disk refuses. A file that exists, or a
     device that does not look empty, is overwritten only with `force`.
     """
     remarks = []
-    base = inspect_base(path, options.base_img, options.base_img_fmt) if options.base_img else None
+    base = None
+    if options.base_img:
+        base = inspect_base(path, options.base_img, options.base_img_fmt, secret_file)
     if virtual_size is None:
         if base is None:
             raise UsageError("say how large the disk shall be: fvdfs create IMAGE SIZE (or give --base)")
@@ -240,9 +245,10 @@ def _take_device(store: HostFile, size: int, force: bool) -> None:
         raise UsageError(f"{store.name}: the device does not look empty; --force to overwrite it")
 
 
-async def _length_of_other(image: str, name: str, file_format: str) -> int:
+async def _length_of_other(image: str, name: str, file_format: str, secret_file: str) -> int:
     """Bytes of a base that QEMU opens. Raises ImageError, UsageError, OSError."""
-    store = QsdStore(image, "base_img", name, file_format, Policy(allowed_urls=("",)), writable=False)
+    policy = Policy(allowed_urls=("",), secret_file=secret_file)
+    store = QsdStore(image, "base_img", name, file_format, policy, writable=False)
     try:
         await store.start()
         return await store.size()

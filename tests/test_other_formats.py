@@ -262,3 +262,31 @@ def test_convert_refuses_in_one_line(folder: Path, content: bytes, words: list[s
     assert message in done.err
     assert done.err.count("\n") == 1, done.err
     assert not (folder / "a.fvd").exists()
+
+
+@pytest.mark.slow
+def test_an_encrypted_base(folder: Path, content: bytes, tmp_path: Path) -> None:
+    key = tmp_path / "key"
+    key.write_text("open sesame")
+    words = ["convert", "--object", f"secret,id=s,file={key}", "-O", "luks", "-o", "key-secret=s"]
+    for _ in range(5):
+        # qemu-img times its key derivation, and gives up on a busy machine: "Unable to get accurate CPU usage".
+        made = subprocess.run(["qemu-img", *words, folder / "base.raw", folder / "base.luks"], check=False)
+        if made.returncode == 0:
+            break
+    assert made.returncode == 0
+    done = fvdfs("create", folder / "a.fvd", "-b", "base.luks", "-F", "luks")
+    assert done.code == 2
+    assert "is encrypted: name the file with its passphrase" in done.err
+    must("create", folder / "a.fvd", "-b", "base.luks", "-F", "luks", "--secret", key)
+    with mounted(folder) as mount:
+        with pytest.raises(OSError, match="Input/output"):
+            mount.raw("a").read_bytes()
+        assert "base.luks: is encrypted" in mount.log
+    with mounted(folder, "-o", f"secret={key}") as mount:
+        assert mount.raw("a").read_bytes() == content
+    key.write_text("wrong")
+    with mounted(folder, "-o", f"secret={key}") as mount:
+        with pytest.raises(OSError, match="Input/output"):
+            mount.raw("a").read_bytes()
+        assert "Invalid password" in mount.log

@@ -34,6 +34,8 @@ SIZE = 8 * MIB
 class Inside:
     """Allows files in one folder, and URLs of some prefixes."""
 
+    secret_file = ""
+
     def __init__(self, folder: Path, *prefixes: str) -> None:
         self.folder = folder
         self.prefixes = prefixes

@@ -36,6 +36,8 @@ Reader = Callable[[int, int], bytes]
 RAW = "raw"
 PROBE_SIZE = 512
 MAX_READ = 2 << 20
+SECRET_ID = "secret"
+"""What an encrypted image calls its passphrase, for the daemon."""
 
 _MAGICS = (
     (0, b"QFI\xfb\0\0\0\x01", "qcow"),
@@ -353,7 +355,6 @@ class Reference:
 
 
 _REFUSED = {
-    "luks": "it is encrypted, and there is no way to hand over its secret; open it with cryptsetup and use the device",
     "fvd": "an FVD image can be the base of FVD images only",
 }
 
@@ -561,6 +562,13 @@ def _parallels(name: str, read: Reader, _size: int) -> list[Reference]:
     return []
 
 
+def _luks(name: str, read: Reader, _size: int) -> list[Reference]:
+    first = read(0, PROBE_SIZE)
+    if detect(first) != "luks":
+        _wrong_magic(name, "luks", first)
+    return []
+
+
 FORMATS: dict[str, Callable[[str, Reader, int], list[Reference]]] = {
     RAW: _nothing,
     "qcow2": _qcow2,
@@ -571,6 +579,7 @@ FORMATS: dict[str, Callable[[str, Reader, int], list[Reference]]] = {
     "vhdx": _vhdx,
     "vpc": _vpc,
     "parallels": _parallels,
+    "luks": _luks,
 }
 """The formats that are opened, with what finds their references."""
 
@@ -610,6 +619,8 @@ def _blockdev(node: Node, writable: bool) -> Options:
     result: Options = {"driver": node.format, "file": {**file, **common}, **common}
     if node.format in _WITH_BACKING:
         result["backing"] = None if node.backing is None else _blockdev(node.backing, False)
+    if node.format == "luks":
+        result["key-secret"] = SECRET_ID
     if node.data_file is not None:
         result["data-file"] = _blockdev(node.data_file, writable)
     return result

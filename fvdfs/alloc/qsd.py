@@ -45,6 +45,7 @@ import trio
 from fvdfs.alloc.formats import (
     PROBE_SIZE,
     RAW,
+    SECRET_ID,
     Location,
     Node,
     Options,
@@ -105,6 +106,10 @@ class Access(Protocol):
     def check_url(self, image: str, field: str, location: Location) -> None:
         """Raise Refused unless this URL may be opened."""
 
+    @property
+    def secret_file(self) -> str:
+        """Absolute path of the file with the passphrase of encrypted images; empty: there is none."""
+
 
 def _missing(program: str) -> UsageError:
     package = _PACKAGES[program]
@@ -139,8 +144,9 @@ class _Export(HostFile):
 class Daemon:
     """One running qemu-storage-daemon, and the file that it exports."""
 
-    def __init__(self, name: str, descriptors: Sequence[tuple[int, str]]) -> None:
-        """For messages, `name`; and the descriptors that it gets, with a name for each."""
+    def __init__(self, name: str, descriptors: Sequence[tuple[int, str]], secret_file: str = "") -> None:
+        """For messages, `name`; the descriptors that it gets, with a name for each; where a passphrase is, if any."""
+        self._secret_file = secret_file
         self.name = name
         self.size = 0
         """Bytes; what it was when last looked at."""
@@ -221,7 +227,11 @@ class Daemon:
         }
         self._arguments = [json.dumps(options), json.dumps(export)]
         blockdev, export_argument = self._arguments
-        command = [PROGRAM, "--blockdev", blockdev, "--export", export_argument]
+        command = [PROGRAM]
+        if self._secret_file:
+            secret = {"qom-type": "secret", "id": SECRET_ID, "file": self._secret_file}
+            command += ["--object", json.dumps(secret)]
+        command += ["--blockdev", blockdev, "--export", export_argument]
         command += ["--pidfile", os.path.join(self._folder, "pid")]
         self._process = subprocess.Popen(
             [*_WITH_PARENT, str(os.getpid()), *command],
@@ -522,7 +532,14 @@ class QsdStore:
         self._daemon = await self._new_daemon()
 
     async def _new_daemon(self) -> Daemon:
-        daemon = Daemon(self.name, [(opened.handle, opened.path) for opened in self._opened if opened.handle >= 0])
+        secret = ""
+        for opened in self._opened:
+            if opened.format == "luks":
+                secret = self._access.secret_file
+                if not secret:
+                    raise ImageError(opened.path, "is encrypted: name the file with its passphrase: secret=FILE")
+        descriptors = [(opened.handle, opened.path) for opened in self._opened if opened.handle >= 0]
+        daemon = Daemon(self.name, descriptors, secret)
         await daemon.start(self._options, writable=self.writable)
         try:
             if self._local_only:  # network libraries open files of their own, for a moment
