@@ -71,6 +71,11 @@ class Workload:
         else:
             self.disk.flushes.append((start, self.clock.tick()))
 
+    async def _late_flush(self) -> None:
+        """A flush that begins while another is at work."""
+        await trio.lowlevel.checkpoint()
+        await self.flush()
+
     async def resize(self, size: int) -> None:
         await self.fold()
         start = self.clock.tick()
@@ -136,7 +141,9 @@ class Workload:
             nursery.start_soon(self.write, 9 * chunk + 600, 9000)
             nursery.start_soon(self.flush)
         await self.write(0, 20 * KIB)
-        await self.flush()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self.flush)
+            nursery.start_soon(self._late_flush)
         await self.check()
 
     async def second_part(self) -> None:
