@@ -63,6 +63,8 @@ class Entry:
         self.name = raw_name(os.path.basename(path))
         self.lock = trio.Lock()
         self.image: Image | None = None
+        self.busy = False
+        """Whether the image is open, or still being closed: the file changes, and is what we think it is."""
         self.opens = 0
         self.lookups = 0
         self.size = seen.size
@@ -86,6 +88,8 @@ class _Seen:
     status: os.stat_result
     size: int
     usage: int
+    known: bool = False
+    """The file is as it was, or open: what is known of it stands, and size and usage here mean nothing."""
 
 
 def raw_name(image_name: bytes) -> bytes:
@@ -169,8 +173,8 @@ class Folder:
             if known is not None:
                 identity = status.st_dev, status.st_ino, status.st_rdev
                 before = known.status.st_dev, known.status.st_ino, known.status.st_rdev
-                if (known.image is not None and identity == before) or signature(status) == signature(known.status):
-                    return _Seen(status, known.attributes.size, known.attributes.usage)
+                if (known.busy and identity == before) or signature(status) == signature(known.status):
+                    return _Seen(status, 0, 0, known=True)
             if not stat.S_ISREG(status.st_mode) and not stat.S_ISBLK(status.st_mode):
                 return None
             chain = open_chain(os.fsdecode(path), self.policy)
@@ -194,16 +198,21 @@ class Folder:
                 del self._entries[path]
                 self._drop_if_unused(known)
             return None
+        if known is None and seen.known:
+            return None  # vanished while we looked
         self._complaints.pop(path, None)
         if known is not None:
+            if seen.known:
+                known.status = seen.status
+                return known
             same_file = (known.status.st_dev, known.status.st_ino, known.status.st_rdev) == (
                 seen.status.st_dev,
                 seen.status.st_ino,
                 seen.status.st_rdev,
             )
-            if same_file and (known.image is not None or known.size == seen.size):
+            if same_file and (known.busy or known.size == seen.size):
                 known.status = seen.status
-                if known.image is None:
+                if not known.busy:
                     known.usage = seen.usage
                 return known
             del self._entries[path]
@@ -282,11 +291,12 @@ class Folder:
         status = await trio.to_thread.run_sync(os.stat, entry.path)
         chain = await trio.to_thread.run_sync(open_chain, os.fsdecode(entry.path), self.policy)
         image = await load_chain(chain)
-        image.run_in_background(self.spawn)
         entry.status = status
         if image.size != entry.size:
             await image.close()
             raise OSError(errno.ESTALE, f"{os.fsdecode(entry.path)}: the disk has been resized elsewhere")
+        image.run_in_background(self.spawn)
+        entry.busy = True
         return image
 
     async def close(self, entry: Entry) -> None:
@@ -311,6 +321,7 @@ class Folder:
                 entry.cached_as = signature(entry.status)
             except OSError:
                 entry.cached_as = None
+            entry.busy = False
 
     def open_entries(self) -> list[Entry]:
         """The entries whose image is open."""
