@@ -7,7 +7,6 @@ where it really is; then that very file is opened.
 
 from __future__ import annotations
 
-import errno
 import logging
 import os
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from fvdfs.alloc.flat import FlatStorage
 from fvdfs.alloc.formats import FORMATS, PROBE_SIZE, Location, detect, is_local, within
 from fvdfs.alloc.growth import grow_command
 from fvdfs.alloc.qsd import QsdStore
-from fvdfs.alloc.store import HostFile, Store, open_host_file, pread_exactly
+from fvdfs.alloc.store import HostFile, Store, open_as_permitted, pread_exactly
 from fvdfs.alloc.table import Table
 from fvdfs.commit import Committer
 from fvdfs.cow.bitmap import Bitmap, bitmap_bytes
@@ -196,20 +195,9 @@ def _writes_base(layer: Layer, policy: Policy) -> bool:
 def _open_top(path: str, policy: Policy) -> HostFile:
     handle = os.open(path, os.O_PATH | os.O_CLOEXEC)
     try:
-        return _open_either_way(handle, path, policy.writable)
+        return open_as_permitted(handle, path, writable=policy.writable)
     finally:
         os.close(handle)
-
-
-def _open_either_way(handle: int, name: str, writable: bool) -> HostFile:
-    """Open for writing if that is wanted and permitted, else for reading."""
-    if writable:
-        try:
-            return open_host_file(handle, name, writable=True)
-        except OSError as error:
-            if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
-                raise
-    return open_host_file(handle, name, writable=False)
 
 
 def _resolve(image_path: str, name: str) -> str:
@@ -225,7 +213,7 @@ def _open_named(image: str, field: str, name: str, file_format: str, policy: Pol
         return QsdStore(image, field, name, file_format, policy, writable=writable)
     handle, path = policy.open_file(image, field, name)
     try:
-        return _open_either_way(handle, path, writable)
+        return open_as_permitted(handle, path, writable=writable)
     except (OSError, ImageError) as error:
         reason = error.strerror if isinstance(error, OSError) else error.reason
         raise ImageError(image, f"{field}={name}: {path}: {reason}") from error

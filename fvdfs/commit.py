@@ -39,14 +39,13 @@ import logging
 import trio
 
 from fvdfs import journal
-from fvdfs.alloc.store import Store, pwrite_pages
+from fvdfs.alloc.store import OUT_OF_SPACE, Store, pwrite_pages
 from fvdfs.alloc.table import Table
 from fvdfs.cow.bitmap import Bitmap
 from fvdfs.header import HEADER_SIZE, PAGE, SECTOR, Header, changed_sectors, round_up, with_fields
 
 log = logging.getLogger(__name__)
 
-OUT_OF_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 MAX_PENDING = 1 << 16  # block ranges; more are committed at once, to bound memory
 
 

@@ -22,13 +22,12 @@ from contextlib import asynccontextmanager
 import trio
 
 from fvdfs.alloc.growth import GrowCommand
-from fvdfs.alloc.store import Store
+from fvdfs.alloc.store import OUT_OF_SPACE, Store
 from fvdfs.alloc.table import UNALLOCATED, Table
 from fvdfs.header import MAX_CHUNKS, ceil_div
 
 log = logging.getLogger(__name__)
 
-OUT_OF_SPACE = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
 ZERO_AHEAD = 32 << 20  # bytes of a device that are zeroed before they are needed
 
 Spawn = Callable[[Callable[[], Awaitable[None]]], None]

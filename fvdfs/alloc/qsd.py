@@ -64,7 +64,7 @@ from fvdfs.alloc.store import (
     Buffer,
     HostFile,
     fallocate,
-    open_host_file,
+    open_as_permitted,
 )
 from fvdfs.errors import FormatError, FvdError, ImageBusy, ImageError, Refused, UnsupportedFeature, UsageError
 
@@ -446,7 +446,7 @@ class QsdStore:
         else:
             handle, path = self._access.open_file(image, field, location.path)
             try:
-                file = self._open_file(handle, path, writable)
+                file = open_as_permitted(handle, path, writable=writable)
             except (OSError, ImageError) as error:
                 os.close(handle)
                 reason = error.strerror if isinstance(error, OSError) else error.reason
@@ -458,16 +458,6 @@ class QsdStore:
                 raise FormatError(image, f"{field}={name}: the chain is a loop")
         self._opened.append(opened)
         return opened
-
-    @staticmethod
-    def _open_file(handle: int, path: str, writable: bool) -> HostFile:
-        if writable:
-            try:
-                return open_host_file(handle, path, writable=True)
-            except OSError as error:
-                if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
-                    raise
-        return open_host_file(handle, path, writable=False)
 
     async def _node(self, opened: _Opened, writable: bool, depth: int) -> Node:
         """The image with all that it stands on, all of it opened."""

@@ -28,6 +28,9 @@ from fvdfs.errors import ImageBusy, ImageError
 
 log = logging.getLogger(__name__)
 
+OUT_OF_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""Errors that end when there is space again."""
+
 Buffer = bytes | bytearray | memoryview
 
 THREADS_PER_STORE = 8  # a slow store can keep only its own threads busy
@@ -265,6 +268,17 @@ def open_host_file(handle: int, name: str, *, writable: bool) -> HostFile:
         raise ImageError(name, "neither a regular file nor a block device")
     flags = os.O_CLOEXEC | (os.O_RDWR if writable else os.O_RDONLY)
     return HostFile(os.open(f"/proc/self/fd/{handle}", flags), name, writable)
+
+
+def open_as_permitted(handle: int, name: str, *, writable: bool) -> HostFile:
+    """`open_host_file` for writing if that is wanted and permitted, else for reading."""
+    if writable:
+        try:
+            return open_host_file(handle, name, writable=True)
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+                raise
+    return open_host_file(handle, name, writable=False)
 
 
 def open_path(path: str, *, writable: bool) -> HostFile:

@@ -18,7 +18,6 @@ import errno
 import logging
 import os
 import stat
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import trio
@@ -43,6 +42,11 @@ Signature = tuple[int, int, int, int, int]
 def signature(status: os.stat_result) -> Signature:
     """What changes when a file is replaced or written to."""
     return status.st_dev, status.st_ino, status.st_rdev, status.st_mtime_ns, status.st_size
+
+
+def same_file(one: os.stat_result, other: os.stat_result) -> bool:
+    """Whether both are of one file, changed or not."""
+    return signature(one)[:3] == signature(other)[:3]
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,11 +174,10 @@ class Folder:
         """What the file is now; an error where it is no usable image; None where there is none."""
         try:
             status = os.stat(path)
-            if known is not None:
-                identity = status.st_dev, status.st_ino, status.st_rdev
-                before = known.status.st_dev, known.status.st_ino, known.status.st_rdev
-                if (known.busy and identity == before) or signature(status) == signature(known.status):
-                    return _Seen(status, 0, 0, known=True)
+            if known is not None and (
+                signature(status) == signature(known.status) or (known.busy and same_file(status, known.status))
+            ):
+                return _Seen(status, 0, 0, known=True)
             if not stat.S_ISREG(status.st_mode) and not stat.S_ISBLK(status.st_mode):
                 return None
             chain = open_chain(os.fsdecode(path), self.policy)
@@ -205,12 +208,7 @@ class Folder:
             if seen.known:
                 known.status = seen.status
                 return known
-            same_file = (known.status.st_dev, known.status.st_ino, known.status.st_rdev) == (
-                seen.status.st_dev,
-                seen.status.st_ino,
-                seen.status.st_rdev,
-            )
-            if same_file and (known.busy or known.size == seen.size):
+            if same_file(seen.status, known.status) and (known.busy or known.size == seen.size):
                 known.status = seen.status
                 if not known.busy:
                     known.usage = seen.usage
@@ -231,10 +229,6 @@ class Folder:
         self._complaints[path] = text
         level = logging.INFO if isinstance(error, NotFvd) else logging.ERROR
         log.log(level, "%s", text if isinstance(error, ImageError) else f"{os.fsdecode(path)}: {error.strerror}")
-
-    def complaints(self) -> Iterator[str]:
-        """Why files named like images do not appear, as of the last look."""
-        yield from self._complaints.values()
 
     # --- lookup counts --------------------------------------------------------------------------
 
