@@ -165,7 +165,7 @@ class Image:
             if self._quiet is not None:
                 await self._quiet_over.wait()
             else:
-                await self.resize(stop)
+                await self._reach(stop)
         self._writers += 1
         try:
             await self._write(offset, stop, data)
@@ -293,6 +293,12 @@ class Image:
                 if not shrink:
                     raise OSError(errno.EPERM, f"{self.name}: the disk can be cut only where -o shrink is given")
                 await self._shrink(size)
+
+    async def _reach(self, stop: int) -> None:
+        """Grow the disk so that it holds bytes up to `stop`, unless somebody has done it meanwhile."""
+        async with self._resizing:
+            if stop > self.size:
+                await self._grow(round_up(stop, SECTOR))
 
     async def _grow(self, size: int) -> None:
         header = self.header
