@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import trio
+
 from builder import LAYOUTS, load, read_files
 from fakes import MemoryStore
 
