@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from fvdfs import __version__
 from fvdfs.errors import FvdError, UsageError
-from fvdfs.header import CreateOptions
+from fvdfs.header import DEFAULT_PROFILE_ROOM, CreateOptions
 
 UNITS = {"": 1, "B": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40, "P": 1 << 50}
 MOUNT_OPTIONS = {
@@ -31,6 +31,9 @@ MOUNT_OPTIONS = {
     "grow_command": "grow_command=none|stored|PROGRAM  what makes a full device larger (default: none)",
     "detect_zeroes": "detect_zeroes=off|on|punch  do not store zeros where zeros are read; punch: free their space too",
     "allow_base_write": "allow_base_write  let images that ask for it (create --update-base) write to their base",
+    "prefetch_max": "prefetch_max=BYTES  a second that prefetching may read, for all images together (default: no cap)",
+    "prefetch_jobs": "prefetch_jobs=N  reads that prefetching may have under way, for all images together (default: 4)",
+    "record_profile": "record_profile  record what is read first from images that have no profile yet",
     "shrink": "shrink  permit truncating a disk to a smaller size",
     "writeback": "writeback=on|off  let the kernel gather writes (default: on)",
     "allow_other": "allow_other  like --allow-other",
@@ -81,6 +84,9 @@ def _parser() -> argparse.ArgumentParser:
     create.add_argument("size", metavar="SIZE", nargs="?", type=parse_size, help="of the disk: 512, 64K, 10M, 20G, 2T")
     _add_layout(create)
 
+    create.add_argument(
+        "--profile", default="", metavar="FILE|IMAGE", help="fetch first what this profile, or this image's, says"
+    )
     create.add_argument("--secret", default="", metavar="FILE", help="the passphrase of an encrypted base")
 
     info = commands.add_parser("info", help="show what an image is")
@@ -111,6 +117,33 @@ def _parser() -> argparse.ArgumentParser:
     mount.add_argument("--allow-other", action="store_true", help="let other users reach the mount")
     mount.add_argument("--log-file", metavar="F")
     mount.add_argument("--debug", action="store_true", help="log every request (with -f)")
+
+    status = commands.add_parser(
+        "status", help="show how far the images of a mount are local, and what prefetching does"
+    )
+    status.set_defaults(run=_status)
+    status.add_argument("mountpoint", metavar="MOUNTPOINT")
+    how = status.add_mutually_exclusive_group()
+    how.add_argument("--json", action="store_true")
+    how.add_argument("--watch", action="store_true", help="live progress bars")
+
+    prefetch = commands.add_parser("prefetch", help="copy all that is missing of a mounted disk from its base")
+    prefetch.set_defaults(run=_prefetch)
+    prefetch.add_argument("command", choices=["start", "pause", "stop"])
+    prefetch.add_argument("raw", metavar="MOUNTPOINT/NAME.raw")
+
+    profile = commands.add_parser("profile", help="record, and show, what a machine reads first")
+    profile.set_defaults(run=_profile)
+    profile.add_argument(
+        "command", choices=["record", "show"], help="record: at the next opening; show: as create --profile takes it"
+    )
+    profile.add_argument("image", metavar="IMAGE")
+
+    map_ = commands.add_parser("map", help="show what of a disk is local, in the base, or nowhere")
+    map_.set_defaults(run=_map)
+    map_.add_argument("image", metavar="IMAGE|RAW", help="an image, or a raw file in a mount")
+    map_.add_argument("--json", action="store_true")
+    map_.add_argument("--png", metavar="FILE", help="draw a picture")
 
     umount = commands.add_parser("umount", help="unmount, and wait until every image is closed")
     umount.set_defaults(run=_umount)
@@ -171,15 +204,23 @@ def _layout_options(arguments: argparse.Namespace) -> CreateOptions:
         detect_holes=arguments.detect_holes,
         grow_command=arguments.grow_command,
         update_base=arguments.update_base,
+        profile_room=DEFAULT_PROFILE_ROOM,
     )
 
 
 def _create(arguments: argparse.Namespace) -> int:
     from fvdfs.create import create_image
+    from fvdfs.profiles import read_profile
 
-    options = _layout_options(arguments)
+    if arguments.profile and not arguments.base:
+        raise UsageError("--profile needs a base image: give --base")
     remarks = create_image(
-        arguments.image, arguments.size, options, force=arguments.force, secret_file=arguments.secret
+        arguments.image,
+        arguments.size,
+        _layout_options(arguments),
+        force=arguments.force,
+        secret_file=arguments.secret,
+        profile=read_profile(arguments.profile) if arguments.profile else (),
     )
     for remark in remarks:
         print(f"fvdfs: {remark}", file=sys.stderr)
@@ -218,6 +259,53 @@ def _convert(arguments: argparse.Namespace) -> int:
     return 0
 
 
+# --- prefetching --------------------------------------------------------------------------------
+
+
+def _status(arguments: argparse.Namespace) -> int:
+    from fvdfs.control import print_status, status, watch_status
+
+    mountpoint = os.path.abspath(arguments.mountpoint)
+    if arguments.watch:
+        watch_status(mountpoint)
+    elif arguments.json:
+        print(json.dumps(status(mountpoint), indent=2))
+    else:
+        print_status(mountpoint)
+    return 0
+
+
+def _prefetch(arguments: argparse.Namespace) -> int:
+    from fvdfs.control import control_prefetch
+
+    control_prefetch(arguments.command, arguments.raw)
+    return 0
+
+
+def _profile(arguments: argparse.Namespace) -> int:
+    from fvdfs.cow.profile import to_text
+    from fvdfs.profiles import read_profile, record_profile
+
+    if arguments.command == "record":
+        record_profile(arguments.image)
+    else:
+        print(to_text(read_profile(arguments.image)), end="")
+    return 0
+
+
+def _map(arguments: argparse.Namespace) -> int:
+    from fvdfs.control import draw_map, print_map, read_map
+
+    found = read_map(arguments.image)
+    if arguments.png:
+        draw_map(found, arguments.png)
+    if arguments.json:
+        print(json.dumps(found))
+    elif not arguments.png:
+        print_map(found)
+    return 0
+
+
 # --- mount and umount ---------------------------------------------------------------------------
 
 
@@ -247,6 +335,13 @@ def _mount(arguments: argparse.Namespace) -> int:
         if options.get(option, values[0]) not in values:
             raise UsageError(f"-o {option}={options[option]}: must be {' or '.join(values)}")
     log_file = os.path.abspath(arguments.log_file) if arguments.log_file else None
+    try:
+        prefetch_max = parse_size(options["prefetch_max"]) if "prefetch_max" in options else 0
+    except argparse.ArgumentTypeError as error:
+        raise UsageError(f"-o prefetch_max: {error}") from None
+    prefetch_jobs = options.get("prefetch_jobs", "4")
+    if not prefetch_jobs.isascii() or not prefetch_jobs.isdigit() or not 1 <= int(prefetch_jobs) <= 1024:
+        raise UsageError(f"-o prefetch_jobs={prefetch_jobs}: must be a number from 1 to 1024")
 
     def serve(ready: Callable[[], None]) -> None:
         from fvdfs.chain import Policy
@@ -271,6 +366,9 @@ def _mount(arguments: argparse.Namespace) -> int:
                 writeback=options.get("writeback", "on") == "on",
                 shrink="shrink" in options,
                 debug=arguments.debug,
+                prefetch_jobs=int(prefetch_jobs),
+                prefetch_max=prefetch_max,
+                record_profiles="record_profile" in options,
             ),
             ready,
         )

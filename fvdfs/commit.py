@@ -233,18 +233,37 @@ class Committer:
 
     async def clear_journal(self) -> None:
         """Make the journal empty and stable, for a change that old records would undo. Raises OSError."""
-        region = self.header.journal_region
-        if region is None:
-            return
         async with self._lock:
             self._check_failed()
             with trio.CancelScope(shield=True):
-                zeros = bytes(1 << 20)
-                for at in range(0, region.size, len(zeros)):
-                    count = min(len(zeros), region.size - at)
-                    await self._meta.pwrite(memoryview(zeros)[:count], region.offset + at)
+                await self._clear_journal()
+
+    async def _clear_journal(self) -> None:
+        region = self.header.journal_region
+        if region is None:
+            return
+        await self._meta.zero(region.offset, region.size)
+        await self._flush(self._meta)
+        self._journal_next = 0
+
+    async def finish_base(self) -> None:
+        """Every block is local: have the header say that the base is no longer needed. Raises OSError.
+
+        Data, bitmap and table are stable before that (format.md, section 7). The journal is emptied, since
+        its bitmap records would be strange in an image without a bitmap.
+        """
+        async with self._lock:
+            self._begun += 1
+            this = self._begun
+            with trio.CancelScope(shield=True):
+                await self._commit(checkpoint=True)
+                await self._clear_journal()
+                await self._write_header(all_data_in_fvd_img=1)
                 await self._flush(self._meta)
-                self._journal_next = 0
+            # What a write has reported meanwhile is a block that was local before.
+            self._pending_blocks.clear()
+            self._bitmap = None
+            self._done = this
 
     async def change_header(self, **changes: int | str) -> None:
         """Change fields of the header, and make it stable. Raises OSError."""
@@ -252,6 +271,23 @@ class Committer:
             self._check_failed()
             with trio.CancelScope(shield=True):
                 await self._write_header(**changes)
+                await self._flush(self._meta)
+
+    async def write_profile(self, data: bytes, entries: int, unit: int) -> None:
+        """Put a prefetch profile where there is room for it, and have the header name it. Raises OSError."""
+        room = self.header.profile_room
+        assert len(data) <= room.size
+        async with self._lock:
+            self._check_failed()
+            with trio.CancelScope(shield=True):
+                await self._meta.pwrite(data.ljust(round_up(len(data), PAGE), b"\0"), room.offset)
+                await self._flush(self._meta)
+                await self._write_header(
+                    prefetch_profile_offset=room.offset,
+                    prefetch_profile_entries=entries,
+                    unit_of_PrefetchProfileEntry_len=unit,
+                    generate_prefetch_profile=0,
+                )
                 await self._flush(self._meta)
 
     async def restore_header(self, **fields: int | str) -> None:

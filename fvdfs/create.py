@@ -22,8 +22,20 @@ from fvdfs.alloc.store import HostFile, open_path
 from fvdfs.alloc.table import new_table
 from fvdfs.chain import FVD_FORMAT, RAW_FORMATS, Policy, open_chain
 from fvdfs.cow.bitmap import Bitmap, bitmap_bytes
+from fvdfs.cow.profile import Extent, encode
 from fvdfs.errors import ImageError, UsageError
-from fvdfs.header import HEADER_SIZE, HEADER_SPACE, PAGE, SECTOR, CreateOptions, Header, Region, new_header, round_up
+from fvdfs.header import (
+    HEADER_SIZE,
+    HEADER_SPACE,
+    PAGE,
+    SECTOR,
+    CreateOptions,
+    Header,
+    Region,
+    new_header,
+    round_up,
+    with_fields,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,9 +82,17 @@ def inspect_base(image: str, name: str, base_format: str, secret_file: str = "")
 
 
 def create_image(
-    path: str, virtual_size: int | None, options: CreateOptions, *, force: bool = False, secret_file: str = ""
+    path: str,
+    virtual_size: int | None,
+    options: CreateOptions,
+    *,
+    force: bool = False,
+    secret_file: str = "",
+    profile: Sequence[Extent] = (),
 ) -> list[str]:
     """Make an image; remarks for the user. `virtual_size` in bytes, None: the base's; rounded up to a sector.
+
+    `profile`: what is to be fetched first from the base once the image is opened.
 
     Raises UsageError for what cannot be, OSError where the disk refuses. A file that exists, or a
     device that does not look empty, is overwritten only with `force`.
@@ -95,6 +115,16 @@ def create_image(
         options.data_file_fmt not in RAW_FORMATS or not is_local(options.data_file)
     )
     header = new_header(virtual_size, base.length if base else None, options)
+    profile_data = b""
+    if profile:
+        room = header.profile_room
+        profile_data, entries = encode(profile, PAGE, room.size)
+        header = with_fields(
+            header,
+            prefetch_profile_offset=room.offset,
+            prefetch_profile_entries=entries,
+            profile_directed_prefetch_start_delay=0,
+        )
     raw = header.encode().ljust(round_up(HEADER_SIZE, SECTOR), b"\0")
     bitmap = None
     if base:
@@ -121,6 +151,8 @@ def create_image(
     holes = _zero_ranges(header, bitmap)
     metadata = [Region("header", 0, HEADER_SPACE), *header.regions()]
     parts = [(0, raw), *_metadata(header, bitmap)]
+    if profile_data:
+        parts.append((header.prefetch_profile_offset, profile_data))
     if not options.data_file:
         zeros = [(r.offset, r.size) for r in metadata] + [(header.metadata_size + at, size) for at, size in holes]
         _make(path, header.metadata_size + _data_size(header), zeros, parts, force)

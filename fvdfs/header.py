@@ -38,6 +38,10 @@ DEFAULT_CHUNK_SIZE = 1 << 20
 DEFAULT_GROW_UNIT = 100 << 20
 DEFAULT_JOURNAL_SIZE = 16 << 20
 DEFAULT_PREFETCH = 1 << 20
+DEFAULT_PROFILE_ROOM = 64 << 10
+PROFILE_ENTRY_SIZE = 12
+MAX_PROFILE_SIZE = 1 << 20  # what is longer is not read
+MAX_PROFILE_UNIT = 1 << 30
 ENTRIES_WITH_BITMAP_RECORD = 121  # table entries in a journal sector beside a bitmap record
 
 
@@ -264,10 +268,33 @@ class Header:
                 yield region
 
     @property
+    def profile_region(self) -> Region | None:
+        """The prefetch profile (format.md, section 8); None where there is none, or its fields make no sense."""
+        entries, unit = self.prefetch_profile_entries, self.unit_of_PrefetchProfileEntry_len
+        offset = self.prefetch_profile_offset
+        if not 0 < entries <= MAX_PROFILE_SIZE // PROFILE_ENTRY_SIZE or not 0 < unit <= MAX_PROFILE_UNIT:
+            return None
+        region = Region("profile", offset, round_up(entries * PROFILE_ENTRY_SIZE, PAGE))
+        if offset % PAGE or offset < HEADER_SPACE or region.end > self.metadata_size:
+            return None
+        if any(region.offset < other.end and other.offset < region.end for other in self.regions()):
+            return None
+        return region
+
+    @property
+    def profile_room(self) -> Region:
+        """Where a profile may be put: what no other region uses, before the data."""
+        end = max((region.end for region in self.regions()), default=HEADER_SPACE)
+        offset = round_up(max(end, HEADER_SPACE), PAGE)
+        return Region("profile", offset, min(max(0, self.metadata_size - offset), MAX_PROFILE_SIZE) // PAGE * PAGE)
+
+    @property
     def table_capacity(self) -> int:
         """Entries that table and journal have room for (format.md, sections 1 and 2)."""
         assert self.compact
         ends = [region.offset for region in self.regions()] + [self.metadata_size]
+        if self.profile_region is not None:
+            ends.append(self.profile_region.offset)
         ends = [end for end in ends if end > self.table_offset]
         room = min(ends) - self.table_offset if ends else round_up(self.chunks * TABLE_ENTRY_SIZE, PAGE)
         entries = min(room // PAGE * PAGE // TABLE_ENTRY_SIZE, MAX_CHUNKS)
@@ -350,6 +377,8 @@ class CreateOptions:
     detect_holes: int = 0
     grow_command: str = ""
     update_base: str = ""
+    profile_room: int = 0
+    """Room for a prefetch profile; the original leaves none."""
 
 
 def default_block_size(base_size: int) -> int:
@@ -450,6 +479,8 @@ def new_header(virtual_size: int, base_length: int | None, options: CreateOption
         end += journal_size
     elif options.journal_size is not None:
         end += journal_size  # asked for in vain, and yet counted by the original
+    if has_base:
+        end += round_up(options.profile_room, PAGE)
     header = Header(**(fields | {"metadata_size": end}))  # type: ignore[arg-type]
     try:
         header.encode()

@@ -1,6 +1,8 @@
 """One open image: a disk of bytes that can be read, written, flushed and resized.
 
-Reads need no lock: each is planned by the bitmap as it is when it begins. A write whose blocks are
+Reads need no lock: each is planned by the bitmap as it is when it begins. What is read from the base
+may be kept (copy-on-read; `cow/fetching.py`): a copy sets bits as a write does, under the same locks,
+but tells the committer nothing, since a bit that is lost costs nothing. A write whose blocks are
 all local goes straight to the storage. A write that touches a block which is not local holds these
 blocks (`cow/locks.py`), completes the first and the last from the base where it covers them only in
 part, stores all in one piece, and then, without a checkpoint between, sets the bits and tells the
@@ -14,7 +16,10 @@ from __future__ import annotations
 
 import enum
 import errno
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Protocol
 
 import trio
 
@@ -24,11 +29,15 @@ from fvdfs.alloc.store import Buffer, Store
 from fvdfs.alloc.table import Table
 from fvdfs.commit import Committer
 from fvdfs.cow.bitmap import Bitmap
+from fvdfs.cow.fetching import Fetcher
 from fvdfs.cow.locks import RangeLock
 from fvdfs.cow.planner import Geometry, WritePlan, plan_write, read_runs, zero_runs
+from fvdfs.cow.profile import Extent, Recorder, decode, encode
 from fvdfs.cow.writethrough import MODES, BaseWriter, WriteBack, WriteThrough
 from fvdfs.errors import ReadOnlyImage
-from fvdfs.header import SECTOR, Header, ceil_div, round_up, with_fields
+from fvdfs.header import PAGE, PROFILE_ENTRY_SIZE, SECTOR, Header, ceil_div, round_up, with_fields
+
+log = logging.getLogger(__name__)
 
 Storage = FlatStorage | ChunkedStorage
 
@@ -44,7 +53,13 @@ class Zeroes(enum.Enum):
     """Their space is given back, too."""
 
 
-_Todo = list[tuple[Store, memoryview, int]]
+class _Reader(Protocol):
+    def pread_nowait(self, view: memoryview, offset: int, /) -> bool: ...
+
+    async def pread(self, view: memoryview, offset: int, /) -> int: ...
+
+
+_Todo = list[tuple[_Reader, memoryview, int]]
 
 
 class Image:
@@ -74,11 +89,16 @@ class Image:
         self.zeroes = Zeroes.OFF
         self.base_may_be_written = False
         self.base_writer: BaseWriter | None = None
+        self.fetcher: Fetcher | None = None
+        """Reads the base for copy-on-read and prefetching; None where there is neither."""
+        self.recorder: Recorder | None = None
+        """Takes down what is read first, for a profile."""
         self._spawn: Spawn | None = None
         header = committer.header
         self.size = header.virtual_disk_size
         self._geometry = Geometry(header.block_size, header.base_size)
         self._locks = RangeLock()
+        self._waiting_reads: set[trio.Event] = set()
         self._writers = 0
         self._quiet: trio.Event | None = None  # set when no write is under way; while it exists, none begins
         self._quiet_over = trio.Event()
@@ -102,11 +122,19 @@ class Image:
         stop = min(offset + length, self.size)
         if offset >= stop:
             return bytearray()
+        if self.recorder is not None:
+            self.recorder.touched(offset, stop, written=False)
         buffer = bytearray(stop - offset)
         todo: _Todo = []
         self._read(offset, stop, memoryview(buffer), todo)
         if todo:
-            await _finish(todo)
+            done = trio.Event()
+            self._waiting_reads.add(done)
+            try:
+                await _finish(todo)
+            finally:
+                self._waiting_reads.remove(done)
+                done.set()
         return buffer
 
     def _read(self, start: int, stop: int, view: memoryview, todo: _Todo) -> None:
@@ -126,7 +154,9 @@ class Image:
                     continue
                 to = at + run_start - begin
                 base = image.base
-                if isinstance(base, Image):
+                if image is self and self.fetcher is not None:
+                    _try(self.fetcher, view[to : to + run_stop - run_start], run_start, todo)
+                elif isinstance(base, Image):
                     base_stop = min(run_stop, base.size)
                     if run_start < base_stop:
                         layers.append((base, run_start, base_stop, to))
@@ -166,15 +196,23 @@ class Image:
                 await self._quiet_over.wait()
             else:
                 await self._reach(stop)
+        if self.recorder is not None:
+            self.recorder.touched(offset, stop, written=True)
+        with self._writing():
+            await self._write(offset, stop, data)
+        if self.committer.overfull:
+            await self.committer.commit()
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Who changes the storage or the bitmap; a shrink waits for all of them."""
         self._writers += 1
         try:
-            await self._write(offset, stop, data)
+            yield
         finally:
             self._writers -= 1
             if self._quiet is not None and not self._writers:
                 self._quiet.set()
-        if self.committer.overfull:
-            await self.committer.commit()
 
     async def _write(self, start: int, stop: int, data: Buffer) -> None:
         bitmap = self.bitmap
@@ -209,22 +247,35 @@ class Image:
         return b"".join(parts)
 
     async def _read_base(self, start: int, stop: int) -> bytearray:
-        base = self.base
-        assert base is not None
         buffer = bytearray(stop - start)
-        if isinstance(base, Image):
-            data = await base.read(start, stop - start)
-            buffer[: len(data)] = data
-            return buffer
         view = memoryview(buffer)
-        if not base.pread_nowait(view, start):
-            await _fill(base, view, start)
+        if self.read_base_nowait(view, start):
+            return buffer
+        if self.fetcher is not None:
+            await self.fetcher.read_for_write(view, start)
+        else:
+            await self.read_base(view, start)
         return buffer
 
-    async def _store(self, start: int, stop: int, data: Buffer) -> None:
+    def read_base_nowait(self, view: memoryview, start: int) -> bool:
+        """Fill the buffer with the base's bytes from `start` on, if that needs no waiting; else say False."""
+        return self.base is not None and not isinstance(self.base, Image) and self.base.pread_nowait(view, start)
+
+    async def read_base(self, view: memoryview, start: int) -> None:
+        """Fill the buffer with the base's bytes from `start` on, and zeros where it has none. Raises OSError."""
+        base = self.base
+        assert base is not None
+        if isinstance(base, Image):
+            data = await base.read(start, len(view))
+            view[: len(data)] = data
+            view[len(data) :] = bytes(len(view) - len(data))
+        else:
+            await _fill(base, view, start)
+
+    async def _store(self, start: int, stop: int, data: Buffer, *, skip_zeros: bool = False) -> None:
         """Put bytes [start, stop) of the disk into the storage, and tell the committer of it."""
         view = memoryview(data)
-        if self.zeroes is Zeroes.OFF:
+        if self.zeroes is Zeroes.OFF and not skip_zeros:
             await self._store_data(start, stop, view)
             return
         for piece_start, piece_stop, zeros in zero_runs(start, view):
@@ -259,6 +310,141 @@ class Image:
                     await self.data.pwrite(bytes(run_stop - run_start), where)
         finally:
             self.committer.data_written()
+
+    # --- copies from the base ---------------------------------------------------------------------
+
+    def base_range(self) -> tuple[int, int]:
+        """The block size and the size of the base's range, bytes."""
+        return self._geometry.block_size, self._geometry.base_size
+
+    @property
+    def base_server(self) -> str:
+        """What the lowest base of the chain shares its throughput with."""
+        base: Image | Store | None = self.base
+        while isinstance(base, Image):
+            base = base.base if base.base is not None else base.data
+        assert base is not None
+        return base.server
+
+    def missing(self, start: int, length: int) -> tuple[int, int]:
+        """The first bytes [start, stop), whole blocks and at most about `length`, that are only in the base.
+
+        Looks from byte `start` on; an empty range at the end of the base's range where nothing is missing.
+        """
+        block_size, base_size = self.base_range()
+        bitmap = self.bitmap
+        if bitmap is None or start >= base_size:
+            return base_size, base_size
+        first = bitmap.next_missing(start // block_size)
+        if first is None:
+            return base_size, base_size
+        end = bitmap.next_local(first, first + max(1, length // block_size))
+        return first * block_size, min(end * block_size, base_size)
+
+    async def store_copy(self, start: int, data: memoryview) -> int:
+        """Store bytes of the base, from `start` on: whole blocks that are missing and that nobody has claimed.
+
+        The number of bytes stored. Raises OSError.
+        """
+        bitmap = self.bitmap
+        if bitmap is None or self._quiet is not None or self.committer.failed is not None or not self.writable:
+            return 0
+        block_size, base_size = self.base_range()
+        stop = min(start + len(data), base_size)
+        block = ceil_div(start, block_size)
+        end = bitmap.blocks if stop == base_size else stop // block_size
+        stored = 0
+        with self._writing():
+            while block < end:
+                if bitmap.is_local(block):
+                    block = bitmap.next_missing(block) or end
+                    continue
+                free = self._locks.free_until(block, end)
+                if free == block:
+                    block += 1
+                    continue
+                piece_end = bitmap.next_local(block, free)
+                async with self._locks.hold(block, piece_end):
+                    piece_start, piece_stop = block * block_size, min(piece_end * block_size, base_size)
+                    piece = data[piece_start - start : piece_stop - start]
+                    await self._store(piece_start, piece_stop, piece, skip_zeros=True)
+                    bitmap.set_local(block, piece_end)
+                stored += piece_stop - piece_start
+                block = piece_end
+        return stored
+
+    def start_fetching(self, *, copy_on_read: bool) -> Fetcher | None:
+        """Read the base by a fetcher from now on; None where the image has no base, or cannot be written."""
+        if self.bitmap is None or not self.writable or self._spawn is None:
+            return None
+        if self.fetcher is None:
+            limit = max(0, self.header.max_outstanding_copy_on_read_data)
+            self.fetcher = Fetcher(self, self._spawn, copy_on_read=False, max_outstanding=limit)
+        self.fetcher.copy_on_read |= copy_on_read
+        return self.fetcher
+
+    async def finish(self) -> bool:
+        """Where nothing is missing any more: make that durable, and let go of the base; whether it is so.
+
+        Raises OSError.
+        """
+        bitmap = self.bitmap
+        if bitmap is None or not self.writable or self.base_writer is not None:
+            return False
+        async with self._resizing:
+            if not bitmap.all_local(0, bitmap.blocks):
+                return False
+            await self.committer.finish_base()
+            for event in tuple(self._waiting_reads):  # later ones find all blocks local
+                await event.wait()
+            if self.fetcher is not None:
+                await self.fetcher.close()
+            base, self.base, self.bitmap, self.fetcher = self.base, None, None, None
+            self._geometry = Geometry(0, 0)
+        await _close_chain(base)
+        return True
+
+    async def extents(self, start: int, stop: int) -> list[tuple[int, int, str]]:
+        """Bytes [start, stop) of the disk as runs (start, stop, "local", "base" or "hole"). Raises OSError."""
+        found = []
+        for run_start, run_stop, local in self._read_runs(start, stop):
+            if not local:
+                found.append((run_start, run_stop, "base"))
+                continue
+            for piece_start, piece_stop, where in self.storage.runs(run_start, run_stop):
+                hole = where is None or await self.data.is_hole(where, piece_stop - piece_start)
+                found.append((piece_start, piece_stop, "hole" if hole else "local"))
+        return found
+
+    # --- profiles -----------------------------------------------------------------------------------
+
+    async def read_profile(self) -> list[Extent]:
+        """The extents to be fetched first; none where there is no usable profile. Raises OSError."""
+        region = self.header.profile_region
+        if region is None:
+            if self.header.prefetch_profile_entries:
+                log.warning("%s: its prefetch profile makes no sense and is not used", self.name)
+            return []
+        data = bytearray(region.size)
+        await _fill(self.meta, memoryview(data), region.offset)
+        return decode(bytes(data), self.header.prefetch_profile_entries, self.header.unit_of_PrefetchProfileEntry_len)
+
+    def record_profile(self) -> bool:
+        """Take down from now on what is read first; False where the image has no room for a profile, or no base."""
+        room = self.header.profile_room.size // PROFILE_ENTRY_SIZE
+        if self.bitmap is None or not self.writable or not room:
+            return False
+        self.recorder = Recorder(self._geometry.base_size, room)
+        return True
+
+    async def _write_profile(self) -> None:
+        if self.recorder is None or not self.recorder.extents or self.committer.failed is not None:
+            return
+        data, entries = encode(self.recorder.extents, PAGE, self.header.profile_room.size)
+        try:
+            await self.committer.write_profile(data, entries, PAGE)
+        except OSError as error:
+            log.error("%s: the prefetch profile could not be kept: %s", self.name, error)
 
     async def _prepare(self, start: int, stop: int) -> None:
         if not self.storage.prepare_nowait(start, stop):
@@ -387,6 +573,8 @@ class Image:
         await self.committer.recover()
         await self._begin_base_writing(crashed=not header.clean)
         self.writable = True
+        if header.copy_on_read:
+            self.start_fetching(copy_on_read=True)
 
     async def _begin_base_writing(self, *, crashed: bool) -> None:
         """Have writes reach the base as well, where the image asks for it and the mount allows it."""
@@ -433,24 +621,30 @@ class Image:
         """Commit everything, leave clean headers, and give up all files. Raises OSError of the commit."""
         with trio.CancelScope(shield=True):
             try:
+                if self.fetcher is not None:
+                    await self.fetcher.close()
                 await self.storage.settle()
                 if self.writable and self.committer.failed is None:
                     if self.base_writer is not None:
                         await self.base_writer.close()
+                    await self._write_profile()
                     await self.committer.close()
             finally:
                 self.writable = False
-                image: Image | Store | None = self
-                while isinstance(image, Image):
-                    await image.meta.aclose()
-                    if image.data is not image.meta:
-                        await image.data.aclose()
-                    image = image.base
-                if image is not None:
-                    await image.aclose()
+                await _close_chain(self)
 
 
-def _try(store: Store, view: memoryview, offset: int, todo: _Todo) -> None:
+async def _close_chain(image: Image | Store | None) -> None:
+    while isinstance(image, Image):
+        await image.meta.aclose()
+        if image.data is not image.meta:
+            await image.data.aclose()
+        image = image.base
+    if image is not None:
+        await image.aclose()
+
+
+def _try(store: _Reader, view: memoryview, offset: int, todo: _Todo) -> None:
     if not store.pread_nowait(view, offset):
         todo.append((store, view, offset))
 
@@ -471,7 +665,7 @@ async def _finish(todo: _Todo) -> None:
         raise error from group
 
 
-async def _fill(store: Store, view: memoryview, offset: int) -> None:
+async def _fill(store: _Reader, view: memoryview, offset: int) -> None:
     """Read what the store has; past its end are zeros (format.md, sections 3 and 4)."""
     count = await store.pread(view, offset)
     if count < len(view):

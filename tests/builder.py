@@ -136,6 +136,7 @@ def _options(
     base: str = "base.raw",
     data_file: str = "",
     detect_holes: int = 0,
+    copy_on_read: bool = False,
 ) -> CreateOptions:
     """Options of an image with a base if it has a block size, compact if it has a chunk size."""
     return CreateOptions(
@@ -148,6 +149,7 @@ def _options(
         journal_size=journal if block or chunk else None,
         data_file=data_file,
         detect_holes=detect_holes,
+        copy_on_read=copy_on_read,
     )
 
 
@@ -167,6 +169,8 @@ LAYOUTS = (
     Layout("cow-tiny-journal", _SMALL, _options(512, journal=4096), base_length=_SMALL),
     Layout("cow-data-file", _SMALL, _options(4096, data_file="disk.data"), base_length=1_000_000),
     Layout("cow-holes", _LARGE, _options(4096, detect_holes=9000), base_length=1_900_000, holes=True),
+    Layout("copy-on-read-512", _SMALL, _options(512, copy_on_read=True), base_length=_SMALL),
+    Layout("copy-on-read-7680", _LARGE, _options(7680, copy_on_read=True), base_length=1_800_001, holes=True),
     Layout("all-local", _SMALL, _options(4096), base_length=_SMALL, all_local=True),
     Layout("compact-4k", _LARGE, _options(chunk=4096)),
     Layout("compact-64k", _LARGE, _options(chunk=64 * KIB)),
@@ -180,11 +184,18 @@ LAYOUTS = (
     Layout("compact-cow-no-journal", _SMALL, _options(7680, chunk=4096, journal=0), base_length=900_000),
     Layout("compact-cow-tiny-journal", _SMALL, _options(512, chunk=4096, journal=4096), base_length=_SMALL),
     Layout("compact-cow-data-file", _SMALL, _options(12 * KIB, chunk=8192, data_file="disk.data"), base_length=900_000),
+    Layout(
+        "compact-copy-on-read",
+        _SMALL,
+        _options(12 * KIB, chunk=8192, copy_on_read=True),
+        base_length=900_000,
+        holes=True,
+    ),
     Layout("chain-of-two", _SMALL, _options(4096, base="base0.fvd"), 900_000, (_options(7680, chunk=64 * KIB),)),
     Layout(
         "chain-of-three",
         _SMALL,
-        _options(64 * KIB, chunk=16 * KIB, base="base1.fvd"),
+        _options(64 * KIB, chunk=16 * KIB, base="base1.fvd", copy_on_read=True),
         700_000,
         (_options(512), _options(4096, chunk=8192, base="base0.fvd")),
     ),

@@ -43,6 +43,7 @@ class MemoryStore:
         self.name = name
         self.writable = writable
         self.fixed_size = False
+        self.server = "memory"
         self.slow = slow
         self.pauses = pauses
         self.calls: Counter[str] = Counter()
@@ -292,6 +293,10 @@ class FaultStore:
     @property
     def fixed_size(self) -> bool:
         return self.inner.fixed_size
+
+    @property
+    def server(self) -> str:
+        return self.inner.server
 
     def _check(self, kind: str) -> None:
         if self.plan.fails(kind):

@@ -13,7 +13,7 @@ import pytest
 import reference
 from conftest import MIB, fvdfs, mounted, must
 from fvdfs.cli import parse_size
-from fvdfs.header import HEADER_SIZE
+from fvdfs.header import DEFAULT_PROFILE_ROOM, HEADER_SIZE
 from test_reference import GOLDEN, MANIFEST, extract
 
 SWITCHES = {"compact_image": "--compact", "copy_on_read": "--copy-on-read"}
@@ -62,6 +62,8 @@ def test_create_writes_the_header_of_the_original(entry: dict[str, Any], folder:
     for name in (*reference.NAMES,):
         if name in ours.text:
             assert ours.text[name] == expected.text[name], name
+        elif name == "metadata_size" and entry["base_size"] is not None:
+            assert ours.metadata_size == expected.metadata_size + DEFAULT_PROFILE_ROOM
         elif name not in LATER:
             assert getattr(ours, name) == getattr(expected, name), name
     if not entry["crashed"] and not entry["booted"]:

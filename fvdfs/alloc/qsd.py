@@ -39,6 +39,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Protocol, TypeVar
+from urllib.parse import urlsplit
 
 import trio
 
@@ -713,6 +714,13 @@ class QsdStore:
     def identity(self) -> tuple[int, int] | str:
         """What tells two names of one image from two images: of the top file, or the URL."""
         return self._top.location.url if self._top.file is None else self._top.file.identity
+
+    @property
+    def server(self) -> str:
+        if self._top.file is not None:
+            return self._top.file.server
+        parts = urlsplit(self._top.location.url)
+        return f"{parts.scheme}://{parts.netloc}" if parts.netloc else self._top.location.url
 
     def lock(self, exclusive: bool) -> None:
         """Lock as `HostFile.lock` does: files that are written, exclusively if so asked, others for reading."""

@@ -51,6 +51,10 @@ class Store(Protocol):
     def fixed_size(self) -> bool:
         """Whether it is a device: its size is not ours to change, and what was never written is not zeros."""
 
+    @property
+    def server(self) -> str:
+        """What it shares its throughput with: the disk that it is on, or the server."""
+
     def pread_nowait(self, buffer: memoryview, offset: int) -> bool:
         """Fill the whole buffer if that needs no waiting, else say False (the buffer may then hold parts)."""
 
@@ -124,6 +128,12 @@ class HostFile:
         """What tells two names of one file or device from two files."""
         status = os.fstat(self._fd)
         return (-1, status.st_rdev) if self.fixed_size else (status.st_dev, status.st_ino)
+
+    @property
+    def server(self) -> str:
+        status = os.fstat(self._fd)
+        device = status.st_rdev if self.fixed_size else status.st_dev
+        return f"disk {os.major(device)}:{os.minor(device)}"
 
     def claim_device(self) -> None:
         """Keep everybody else who asks for it from using the device. Raises ImageBusy, OSError."""

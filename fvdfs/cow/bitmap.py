@@ -65,6 +65,17 @@ class Bitmap:
         """Whether the block is in the image's own storage."""
         return bool(self._fresh[block])
 
+    def next_missing(self, block: int) -> int | None:
+        """The first block, from this one on, that is in the base; None where there is none."""
+        found = self._fresh.find(0, block, self.blocks)
+        return found if found >= 0 else None
+
+    def next_local(self, start: int, stop: int) -> int:
+        """The first block of the range that is in own storage, or where the range (or the bitmap) ends."""
+        stop = min(stop, self.blocks)
+        found = self._fresh.find(1, start, stop)
+        return found if found >= 0 else stop
+
     def runs(self, start: int, stop: int) -> Iterator[tuple[int, int, bool]]:
         """The range as runs (start, stop, local) of blocks in the same state."""
         fresh = self._fresh

@@ -37,6 +37,10 @@ class RangeLock:
         """Whether someone holds, or waits for, a part of the range."""
         return any(c.start < stop and start < c.stop for c in self._claims)
 
+    def free_until(self, start: int, stop: int) -> int:
+        """How far, from `start` on, the range is free of claims."""
+        return min((max(start, c.start) for c in self._claims if c.start < stop and start < c.stop), default=stop)
+
     @asynccontextmanager
     async def hold(self, start: int, stop: int) -> AsyncIterator[None]:
         """Hold the range while the block runs, after all earlier holders that overlap it."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import functools
+import json
 import logging
 import os
 import stat
@@ -20,6 +21,7 @@ from pyfuse3 import EntryAttributes, FileHandleT, FileInfo, FileNameT, FlagT, FU
 
 from fvdfs.errors import FvdError, ImageBusy, ReadOnlyImage, Refused
 from fvdfs.image import Image
+from fvdfs.map import image_map
 from fvdfs.ops.inodes import ROOT_INODE, Attributes, Entry, Folder
 
 log = logging.getLogger(__name__)
@@ -30,6 +32,18 @@ T = TypeVar("T")
 ATTRIBUTE_TIMEOUT = 3600.0  # seconds; the kernel itself drops what its own writes change
 COMMIT_INTERVAL = 5.0  # seconds after which a write is committed that nobody flushed
 PID_ATTRIBUTE = b"user.fvdfs.pid"
+STATUS_ATTRIBUTE = b"user.fvdfs.status"
+PREFETCH_ATTRIBUTE = b"user.fvdfs.prefetch"
+MAP_ATTRIBUTE = b"user.fvdfs.map"
+# Of each raw file, and what of the status it shows; the status attribute shows all of it, as JSON.
+ATTRIBUTES = {
+    STATUS_ATTRIBUTE: "",
+    PREFETCH_ATTRIBUTE: "state",
+    b"user.fvdfs.reason": "reason",
+    b"user.fvdfs.local_share": "local_share",
+    b"user.fvdfs.rate": "rate",
+    b"user.fvdfs.image": "image",
+}
 # Errors that are plain answers, not worth a line in the log.
 _ANSWERS = frozenset({errno.ENOENT, errno.EPERM, errno.EROFS, errno.ESTALE})
 
@@ -207,10 +221,38 @@ class Filesystem(pyfuse3.Operations):
         result.f_namemax = status.f_namemax
         return result
 
+    # --- extended attributes: what fvdfs knows of an image, and what may be asked of it ---------
+
+    @handler
     async def getxattr(self, inode: InodeT, name: bytes, ctx: pyfuse3.RequestContext) -> bytes:
         if inode == ROOT_INODE and name == PID_ATTRIBUTE:
             return str(os.getpid()).encode()
-        raise FUSEError(pyfuse3.ENOATTR)
+        if inode != ROOT_INODE and name == MAP_ATTRIBUTE:
+            return await self._map(inode)
+        if inode == ROOT_INODE or name not in ATTRIBUTES:
+            raise FUSEError(pyfuse3.ENOATTR)
+        status = self.folder.status(inode)
+        if name == STATUS_ATTRIBUTE:
+            return json.dumps(status).encode()
+        return str(status.get(ATTRIBUTES[name], "")).encode(errors="surrogateescape")
+
+    async def _map(self, inode: int) -> bytes:
+        entry, _ = await self.folder.open(inode, write=False)
+        try:
+            assert entry.image is not None
+            return json.dumps(await image_map(entry.image)).encode()
+        finally:
+            await self.folder.close(entry)
+
+    @handler
+    async def listxattr(self, inode: InodeT, ctx: pyfuse3.RequestContext) -> Sequence[bytes]:
+        return [PID_ATTRIBUTE] if inode == ROOT_INODE else list(ATTRIBUTES)
+
+    @handler
+    async def setxattr(self, inode: InodeT, name: bytes, value: bytes, ctx: pyfuse3.RequestContext) -> None:
+        if inode == ROOT_INODE or name != PREFETCH_ATTRIBUTE:
+            raise FUSEError(errno.EOPNOTSUPP)
+        await self.folder.control_prefetch(inode, value.decode(errors="replace").strip())
 
     # --- the folder -----------------------------------------------------------------------------
 

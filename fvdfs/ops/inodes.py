@@ -15,15 +15,21 @@ No pyfuse3 here: this is what the handlers in `filesystem.py` translate to.
 from __future__ import annotations
 
 import errno
+import functools
 import logging
 import os
 import stat
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import trio
 
 from fvdfs.alloc.chunked import Spawn
 from fvdfs.chain import Policy, load_chain, lock_for_writing, open_chain
+from fvdfs.cow.prefetch import Prefetcher, status
+from fvdfs.cow.profile import Extent
+from fvdfs.cow.scheduler import Scheduler
 from fvdfs.errors import ImageBusy, ImageError, NotFvd
 from fvdfs.image import Image
 
@@ -67,12 +73,15 @@ class Entry:
         self.name = raw_name(os.path.basename(path))
         self.lock = trio.Lock()
         self.image: Image | None = None
+        self.prefetcher: Prefetcher | None = None
         self.busy = False
         """Whether the image is open, or still being closed: the file changes, and is what we think it is."""
         self.opens = 0
         self.lookups = 0
         self.size = seen.size
         self.usage = seen.usage
+        self.last_status: dict[str, Any] = {}
+        """What of the status is still true now that the image is closed."""
         self.status = seen.status
         self.cached_as: Signature | None = None
         """How the file was when the kernel last may have cached its content."""
@@ -111,9 +120,14 @@ def image_name(name: bytes) -> bytes | None:
 class Folder:
     """The images of one folder. All methods run in the event loop; what waits for a disk is async."""
 
-    def __init__(self, path: str, policy: Policy) -> None:
+    def __init__(
+        self, path: str, policy: Policy, scheduler: Scheduler | None = None, *, record_profiles: bool = False
+    ) -> None:
+        """`record_profiles`: of every image that has none yet."""
         self.path = os.fsencode(path)
         self.policy = policy
+        self.scheduler = scheduler or Scheduler()
+        self._record_profiles = record_profiles
         self._entries: dict[bytes, Entry] = {}
         self._inodes: dict[int, Entry] = {}
         self._next_inode = ROOT_INODE + 1
@@ -271,6 +285,7 @@ class Folder:
                     if self.policy.writable:
                         lock_for_writing(entry.image)
                         await entry.image.begin_writing(accept_unclean=self.policy.accept_unclean)
+                        await self._begin_background(entry, entry.image)
                     else:
                         raise OSError(errno.EROFS, "mounted read-only")
             except BaseException:
@@ -280,6 +295,89 @@ class Folder:
             entry.opens += 1
             keep = not fresh or entry.cached_as == signature(entry.status)
             return entry, keep
+
+    async def _begin_background(self, entry: Entry, image: Image) -> None:
+        """What an image that has become writable wants done beside the requests."""
+        header = image.header
+        if image.bitmap is None:
+            return
+        if image.fetcher is not None:
+            image.fetcher.observer = self.scheduler.link(image.base_server)
+        if header.generate_prefetch_profile or (self._record_profiles and not header.prefetch_profile_entries):
+            image.record_profile()
+        profile: list[Extent] = []
+        if header.profile_directed_prefetch_start_delay >= 0:
+            profile = await image.read_profile()
+        whole = header.prefetch_start_delay > 0
+        if profile or whole:
+            self._prefetch(entry, image, profile, whole=whole, delay=header.prefetch_start_delay)
+
+    def _prefetch(
+        self, entry: Entry, image: Image, profile: Sequence[Extent] = (), *, whole: bool = True, delay: float = 0
+    ) -> Prefetcher | None:
+        if self.spawn is None:
+            return None
+        prefetcher = entry.prefetcher = Prefetcher(image, self.scheduler, whole=whole)
+        profile_delay = max(0, image.header.profile_directed_prefetch_start_delay)
+        self.spawn(functools.partial(prefetcher.run, profile=profile, profile_delay=profile_delay, delay=delay))
+        return prefetcher
+
+    async def control_prefetch(self, inode: int, command: str) -> None:
+        """`start`, `pause` or `stop` prefetching an image. One that is not open is opened, until it is done.
+
+        Raises OSError: EINVAL for another command, or one that makes no sense now; ImageError.
+        """
+        entry = self.entry(inode)
+        if command == "start":
+            await self._start_prefetch(entry)
+            return
+        async with entry.lock:
+            prefetcher = entry.prefetcher
+            if prefetcher is None or prefetcher.ended.is_set():
+                raise OSError(errno.EINVAL, f"{os.fsdecode(entry.name)}: nothing is being prefetched")
+            if command == "pause":
+                prefetcher.pause()
+            elif command == "stop":
+                await prefetcher.stop()
+            else:
+                raise OSError(errno.EINVAL, f"prefetch: start, pause or stop, not {command!r}")
+
+    async def _start_prefetch(self, entry: Entry) -> None:
+        await self.open(entry.inode, write=True)
+        keep_open = False
+        try:
+            async with entry.lock:
+                assert entry.image is not None
+                prefetcher = entry.prefetcher
+                if prefetcher is None or prefetcher.ended.is_set():
+                    prefetcher = self._prefetch(entry, entry.image)
+                else:
+                    prefetcher.go_on()
+                if prefetcher is not None and not prefetcher.held and self.spawn is not None:
+                    prefetcher.held = keep_open = True
+                    self.spawn(functools.partial(self._close_when_ended, entry, prefetcher))
+        finally:
+            if not keep_open:
+                await self.close(entry)
+
+    async def _close_when_ended(self, entry: Entry, prefetcher: Prefetcher) -> None:
+        await prefetcher.ended.wait()
+        try:
+            await self.close(entry)
+        except OSError as error:
+            log.error("%s: closing failed: %s", os.fsdecode(entry.path), error)
+
+    def status(self, inode: int) -> dict[str, Any]:
+        """What a user wants to know of an image, ready for JSON."""
+        entry = self.entry(inode)
+        found: dict[str, Any] = {
+            "name": os.fsdecode(entry.name),
+            "image": os.fsdecode(entry.path),
+            "open": entry.image is not None,
+        }
+        if entry.image is None:
+            return found | entry.last_status | {"virtual_size": entry.size, "state": "closed"}
+        return found | status(entry.image, entry.prefetcher)
 
     async def _load(self, entry: Entry) -> Image:
         status = await trio.to_thread.run_sync(os.stat, entry.path)
@@ -302,8 +400,13 @@ class Folder:
         self._drop_if_unused(entry)
 
     async def _unload(self, entry: Entry) -> None:
+        assert entry.image is not None
+        if entry.prefetcher is not None:
+            await entry.prefetcher.stop()
+            entry.prefetcher = None
+        now = status(entry.image, None)
+        entry.last_status = {key: now[key] for key in ("base_size", "local_bytes", "local_share")}
         image, entry.image = entry.image, None
-        assert image is not None
         entry.size = image.size
         entry.usage = image.usage()
         try:

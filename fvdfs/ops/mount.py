@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 import pyfuse3
 import trio
 
 from fvdfs.chain import Policy
+from fvdfs.cow.scheduler import DEFAULT_JOBS, Scheduler
 from fvdfs.errors import UsageError
 from fvdfs.ops.filesystem import Filesystem
 from fvdfs.ops.inodes import Folder
@@ -34,6 +35,10 @@ class MountOptions:
     writeback: bool = True
     shrink: bool = False
     debug: bool = False
+    prefetch_jobs: int = DEFAULT_JOBS
+    prefetch_max: int = 0
+    """Bytes a second, of all images; 0: no cap."""
+    record_profiles: bool = False
 
 
 def serve(options: MountOptions, ready: Callable[[], None]) -> None:
@@ -41,7 +46,8 @@ def serve(options: MountOptions, ready: Callable[[], None]) -> None:
 
     `ready` is called once requests are answered. Raises UsageError where it cannot be mounted.
     """
-    folder = Folder(options.folder, options.policy)
+    scheduler = Scheduler(jobs=options.prefetch_jobs, max_rate=options.prefetch_max)
+    folder = Folder(options.folder, options.policy, scheduler, record_profiles=options.record_profiles)
     filesystem = Filesystem(folder, writeback=options.writeback, shrink=options.shrink)
     fuse_options = set(pyfuse3.default_options) | {
         f"fsname={_escape(options.folder)}",
@@ -76,7 +82,7 @@ def _escape(value: str) -> str:
 async def _serve(options: MountOptions, filesystem: Filesystem, ready: Callable[[], None]) -> None:
     try:
         async with trio.open_nursery() as nursery:
-            filesystem.folder.spawn = nursery.start_soon
+            filesystem.folder.spawn = lambda work: nursery.start_soon(_guard, work)
             nursery.start_soon(_stop_on_signal, options.mountpoint, filesystem)
             nursery.start_soon(filesystem.commit_regularly)
             nursery.start_soon(_announce, options.mountpoint, filesystem, ready)
@@ -86,6 +92,14 @@ async def _serve(options: MountOptions, filesystem: Filesystem, ready: Callable[
         with trio.CancelScope(shield=True):
             await filesystem.folder.close_all()
         log.info("%s: unmounted", options.mountpoint)
+
+
+async def _guard(work: Callable[[], Awaitable[None]]) -> None:
+    """Run what an image wants done in the background; its failure must not end the mount."""
+    try:
+        await work()
+    except Exception:
+        log.exception("a task in the background has ended by an error")
 
 
 async def _announce(mountpoint: str, filesystem: Filesystem, ready: Callable[[], None]) -> None:

@@ -48,6 +48,7 @@ class CountingStore:
         self.name = inner.name
         self.writable = inner.writable
         self.fixed_size = inner.fixed_size
+        self.server = inner.server
         self.zero = inner.zero
         self.is_hole = inner.is_hole
         self.size = inner.size

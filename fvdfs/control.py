@@ -1,0 +1,192 @@
+"""Seeing and steering a mount from outside, through the extended attributes of its raw files.
+
+`fvdfs status`, `prefetch` and `map`. Everything is asked of the process that serves the mount; an image
+that is not mounted is read itself. Blocks.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import trio
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn
+from rich.table import Table
+from rich.text import Text
+
+from fvdfs.chain import Policy, open_image
+from fvdfs.errors import UsageError
+from fvdfs.info import human_size
+from fvdfs.map import BAR_CELLS, image_map, merged, totals
+
+STATUS = "user.fvdfs.status"
+PREFETCH = "user.fvdfs.prefetch"
+MAP = "user.fvdfs.map"
+INTERVAL = 0.5  # seconds between two looks
+COLOURS = {"local": (46, 139, 87), "base": (70, 110, 180), "hole": (225, 225, 225)}
+_NOT_OURS = (errno.ENODATA, errno.EOPNOTSUPP, errno.ENOTSUP)
+
+
+@contextmanager
+def _explained(path: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _NOT_OURS:
+            raise UsageError(f"{path}: is not a raw file of an fvdfs mount") from None
+        if error.errno == errno.ENOENT:
+            raise UsageError(f"{path}: there is no such file") from None
+        raise
+
+
+# --- status -------------------------------------------------------------------------------------
+
+
+def status(mountpoint: str) -> dict[str, Any]:
+    """The state of every image of a mount, ready for JSON. Raises UsageError where it is no mount, OSError."""
+    try:
+        pid = int(os.getxattr(mountpoint, "user.fvdfs.pid"))
+    except OSError:
+        raise UsageError(f"{mountpoint}: fvdfs is not mounted there") from None
+    images = []
+    for name in sorted(os.listdir(mountpoint)):
+        try:
+            images.append(json.loads(os.getxattr(os.path.join(mountpoint, name), STATUS)))
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.ESTALE):  # gone meanwhile
+                raise
+    return {"mountpoint": mountpoint, "pid": pid, "images": images}
+
+
+def print_status(mountpoint: str) -> None:
+    """The state of every image as a table on the terminal."""
+    table = Table(box=None, pad_edge=False)
+    for title in ("disk", "size", "local", "state", "rate", "left", "why"):
+        table.add_column(title, overflow="fold")
+    for image in status(mountpoint)["images"]:
+        table.add_row(image["name"], human_size(image["virtual_size"]).partition(" (")[0], *_columns(image))
+    Console(width=None if sys.stdout.isatty() else 200).print(table)
+
+
+def _columns(image: dict[str, Any]) -> tuple[str, str, str, str, str]:
+    share = f"{image['local_share']:.1%}" if "local_share" in image else ""
+    if not image["open"]:
+        return share, image["state"], "", "", ""
+    rate = f"{image['rate'] / 1e6:.1f} MB/s" if image["rate"] else ""
+    left = _duration(image["eta"]) if image["eta"] is not None else ""
+    return share, image["state"], rate, left, image["failed"] or image["reason"]
+
+
+def _duration(seconds: int) -> str:
+    minutes, seconds = divmod(seconds, 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+def watch_status(mountpoint: str) -> None:
+    """Show a live bar for each open image, until interrupted or unmounted."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TextColumn("{task.fields[state]:<8}"),
+        TextColumn("{task.fields[rate]:>11}"),
+        TextColumn("{task.fields[left]:>8}"),
+        TextColumn("{task.fields[why]}", style="yellow"),
+    )
+    tasks: dict[str, TaskID] = {}
+    with Progress(*columns, console=Console()) as progress:
+        while True:
+            try:
+                images = {image["name"]: image for image in status(mountpoint)["images"] if image["open"]}
+            except UsageError:
+                if not tasks:
+                    raise
+                return
+            for name in [name for name in tasks if name not in images]:
+                progress.remove_task(tasks.pop(name))
+            for name, image in images.items():
+                if name not in tasks:
+                    tasks[name] = progress.add_task(name, state="", rate="", left="", why="")
+                _, state, rate, left, why = _columns(image)
+                total = image["base_size"] or 1
+                done = image["local_bytes"] if image["base_size"] else 1
+                progress.update(tasks[name], total=total, completed=done, state=state, rate=rate, left=left, why=why)
+            time.sleep(INTERVAL)
+
+
+# --- prefetch -----------------------------------------------------------------------------------
+
+
+def control_prefetch(command: str, raw: str) -> None:
+    """Start, pause or stop prefetching the image behind a raw file. Raises UsageError, OSError."""
+    with _explained(raw):
+        try:
+            os.setxattr(raw, PREFETCH, command.encode())
+        except OSError as error:
+            if error.errno == errno.EINVAL:
+                raise UsageError(f"{raw}: nothing is being prefetched; see fvdfs status") from None
+            if error.errno == errno.EROFS:
+                raise UsageError(f"{raw}: cannot be written: see the log of the mount") from None
+            raise
+
+
+# --- map ----------------------------------------------------------------------------------------
+
+
+def read_map(path: str) -> dict[str, Any]:
+    """The map of an image, or of a raw file in a mount. Raises UsageError, ImageError, OSError."""
+    if path.endswith(".raw"):
+        with _explained(path):
+            found: dict[str, Any] = json.loads(os.getxattr(path, MAP))
+            return found
+
+    async def read() -> dict[str, Any]:
+        image = await open_image(path, Policy(writable=False))
+        try:
+            return await image_map(image)
+        finally:
+            await image.close()
+
+    return trio.run(read)
+
+
+def print_map(found: dict[str, Any]) -> None:
+    """The map as a bar on the terminal, with a legend."""
+    bar = Text()
+    signs = {"local": "█", "base": "░", "hole": "·"}
+    for counts in merged(found, BAR_CELLS):
+        state = found["states"][counts.index(max(counts))]
+        mixed = state == "local" and counts[found["states"].index("base")] > 0
+        bar.append("▓" if mixed else signs[state], style="rgb({},{},{})".format(*COLOURS[state]))
+    console = Console(highlight=False)
+    console.print(bar)
+    whole = found["virtual_size"] or 1
+    for state, size in totals(found).items():
+        console.print(f"{signs[state]} {state:<6}{size / whole:6.1%}  {human_size(size)}")
+
+
+def draw_map(found: dict[str, Any], path: str) -> None:
+    """The map as a picture (PNG), a square for each cell, in rows. Raises UsageError where Pillow is missing."""
+    try:
+        from PIL import Image, ImageDraw
+    except ImportError:
+        raise UsageError("--png needs the package Pillow: pip install 'fvdfs[png]'") from None
+    square, per_row = 12, 50
+    cells = found["cells"]
+    picture = Image.new("RGB", (per_row * square, -(-len(cells) // per_row) * square), "white")
+    draw = ImageDraw.Draw(picture)
+    for number, counts in enumerate(cells):
+        x, y = number % per_row * square, number // per_row * square
+        whole = sum(counts) or 1
+        colours = [COLOURS[state] for state in found["states"]]
+        mix = [sum(c * colour[i] for c, colour in zip(counts, colours, strict=True)) // whole for i in range(3)]
+        draw.rectangle((x, y, x + square - 2, y + square - 2), fill=(mix[0], mix[1], mix[2]))
+    picture.save(path, "PNG")

@@ -1,0 +1,285 @@
+"""Reading the base, each byte once: single flight, copy-on-read.
+
+A *fetch* is a piece of the base that is being read, or that was read and is about to be stored. All
+who need a part of it meanwhile take it from there, so that a block crosses the link to the base once
+however many ask for it. Fetches never overlap.
+
+With copy-on-read a read is rounded out to whole blocks, answered, and stored afterwards. Data that
+waits to be stored is bounded (max_outstanding_copy_on_read_data); what comes above is not stored, as
+is what cannot be (the storage is full): the base still has it. Prefetching (`prefetch.py`) fetches
+in the same way, but waits until its data is stored.
+
+What a read needs and what was added by rounding out are told apart where the base fails: the read
+fails only if the bytes that it asked for cannot be read.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Awaitable, Callable
+from typing import Protocol
+
+import trio
+
+from fvdfs.header import ceil_div
+
+log = logging.getLogger(__name__)
+
+STORE_RETRY = 10.0  # seconds without copying after the storage refused a copy
+
+
+class Observer(Protocol):
+    """Who wants to know of the reads of the base that somebody waits for."""
+
+    def foreground_started(self) -> None:
+        """Such a read begins."""
+
+    def foreground_finished(self, size: int) -> None:
+        """It has ended; `size` bytes came."""
+
+
+class Owner(Protocol):
+    """What an image does for its fetcher."""
+
+    name: str
+
+    def base_range(self) -> tuple[int, int]:
+        """The block size and the size of the base's range, bytes."""
+
+    def read_base_nowait(self, view: memoryview, start: int) -> bool:
+        """Fill the buffer from the base if that needs no waiting, else say False."""
+
+    async def read_base(self, view: memoryview, start: int) -> None:
+        """Fill the buffer with the base's bytes from `start` on. Raises OSError."""
+
+    async def store_copy(self, start: int, data: memoryview) -> int:
+        """Store those whole blocks that are missing and that nobody has claimed; how many bytes. Raises OSError."""
+
+
+class Fetch:
+    """Bytes [start, stop) of the base's range, on their way."""
+
+    __slots__ = ("data", "done", "failed", "start", "stop")
+
+    def __init__(self, start: int, stop: int) -> None:
+        self.start = start
+        self.stop = stop
+        self.data = bytearray(stop - start)
+        self.done = trio.Event()
+        self.failed = True
+
+
+class Fetcher:
+    """Reads of one image from its base."""
+
+    def __init__(
+        self,
+        owner: Owner,
+        spawn: Callable[[Callable[[], Awaitable[None]]], None],
+        *,
+        copy_on_read: bool,
+        max_outstanding: int,
+    ) -> None:
+        """`spawn` runs what is stored after the answer. `max_outstanding`: bytes."""
+        self._owner = owner
+        self._spawn = spawn
+        self._fetches: list[Fetch] = []
+        self.copy_on_read = copy_on_read
+        self._max_outstanding = max_outstanding
+        self._outstanding = 0
+        self._no_copies_before = 0.0
+        self._closed = False
+        self._idle = trio.Event()
+        self.observer: Observer | None = None
+
+    # --- reads that somebody waits for ------------------------------------------------------------
+
+    def pread_nowait(self, view: memoryview, start: int) -> bool:
+        """Fill the buffer if that needs no waiting, else say False."""
+        stop = start + len(view)
+        if self._overlapping(start, stop):
+            return False
+        if not self._copies:
+            return self._owner.read_base_nowait(view, start)
+        fetch = self._begin(*self._round_out(start, stop))
+        if not self._owner.read_base_nowait(memoryview(fetch.data), fetch.start):
+            self._end(fetch)
+            return False
+        view[:] = memoryview(fetch.data)[start - fetch.start : stop - fetch.start]
+        self._arrived(fetch, copy=True)
+        return True
+
+    async def pread(self, view: memoryview, start: int) -> int:
+        """Fill the buffer with bytes of the base's range. Raises OSError."""
+        return await self._observed(view, start, self._copies)
+
+    async def read_for_write(self, view: memoryview, start: int) -> None:
+        """Fill the buffer for a write that is going to store these bytes itself. Raises OSError."""
+        await self._observed(view, start, False)
+
+    async def _observed(self, view: memoryview, start: int, copy: bool) -> int:
+        if self.observer is not None:
+            self.observer.foreground_started()
+        try:
+            await self._read(view, start, copy)
+        finally:
+            if self.observer is not None:
+                self.observer.foreground_finished(len(view))
+        return len(view)
+
+    async def _read(self, view: memoryview, start: int, copy: bool) -> None:
+        parts = self._parts(start, start + len(view))
+        if len(parts) == 1:
+            await self._read_part(view, start, parts[0][2], copy)
+            return
+        try:
+            async with trio.open_nursery() as nursery:
+                for part_start, part_stop, fetch in parts:
+                    part = view[part_start - start : part_stop - start]
+                    nursery.start_soon(self._read_part, part, part_start, fetch, copy)
+        except* OSError as group:
+            error: BaseException = group
+            while isinstance(error, BaseExceptionGroup):
+                error = error.exceptions[0]
+            raise error from group
+
+    async def _read_part(self, view: memoryview, start: int, fetch: Fetch | None, copy: bool) -> None:
+        """Fill the buffer from a fetch of others, or from one of our own (None)."""
+        if fetch is not None:
+            await fetch.done.wait()
+            if not fetch.failed:
+                view[:] = memoryview(fetch.data)[start - fetch.start : start - fetch.start + len(view)]
+                return
+            # It asked for other bytes as well, or was given up: ours may still come.
+            await self._owner.read_base(view, start)
+            return
+        stop = start + len(view)
+        mine = self._begin(*(self._round_out(start, stop) if copy else (start, stop)))
+        try:
+            await self._owner.read_base(memoryview(mine.data), mine.start)
+            mine.failed = False
+        except OSError:
+            if (mine.start, mine.stop) == (start, stop):
+                raise
+        finally:
+            mine.done.set()
+            if mine.failed:
+                self._end(mine)
+        if mine.failed:
+            await self._owner.read_base(view, start)
+            return
+        view[:] = memoryview(mine.data)[start - mine.start : stop - mine.start]
+        self._arrived(mine, copy)
+
+    def _parts(self, start: int, stop: int) -> list[tuple[int, int, Fetch | None]]:
+        """The range as parts (start, stop, the fetch that has it on its way)."""
+        parts: list[tuple[int, int, Fetch | None]] = []
+        for fetch in self._overlapping(start, stop):
+            if start < fetch.start:
+                parts.append((start, fetch.start, None))
+            parts.append((max(start, fetch.start), min(stop, fetch.stop), fetch))
+            start = fetch.stop
+        if start < stop:
+            parts.append((start, stop, None))
+        return parts
+
+    def _overlapping(self, start: int, stop: int) -> list[Fetch]:
+        if not self._fetches:
+            return []
+        return sorted((f for f in self._fetches if f.start < stop and start < f.stop), key=lambda f: f.start)
+
+    @property
+    def _copies(self) -> bool:
+        return self.copy_on_read and not self._closed
+
+    def _round_out(self, start: int, stop: int) -> tuple[int, int]:
+        """Whole blocks around the range, as far as no other fetch is in the way."""
+        block_size, base_size = self._owner.base_range()
+        first, end = start // block_size * block_size, min(ceil_div(stop, block_size) * block_size, base_size)
+        first, end = min(first, start), max(end, stop)
+        for fetch in self._fetches:
+            if fetch.stop <= start:
+                first = max(first, fetch.stop)
+            elif fetch.start >= stop:
+                end = min(end, fetch.start)
+        return first, end
+
+    # --- copies -----------------------------------------------------------------------------------
+
+    def _begin(self, start: int, stop: int) -> Fetch:
+        fetch = Fetch(start, stop)
+        self._fetches.append(fetch)
+        return fetch
+
+    def _end(self, fetch: Fetch) -> None:
+        self._fetches.remove(fetch)
+        if not self._fetches:
+            self._idle.set()
+
+    def _arrived(self, fetch: Fetch, copy: bool) -> None:
+        """The data of a foreground read is there: have it stored after the answer, if it shall and may be."""
+        fetch.failed = False
+        fetch.done.set()
+        size = len(fetch.data)
+        if (
+            not copy
+            or self._closed
+            or self._outstanding + size > self._max_outstanding
+            or trio.current_time() < self._no_copies_before
+        ):
+            self._end(fetch)
+            return
+        self._outstanding += size
+        self._spawn(functools.partial(self._store_after_answer, fetch))
+
+    async def _store_after_answer(self, fetch: Fetch) -> None:
+        try:
+            await self._owner.store_copy(fetch.start, memoryview(fetch.data))
+        except OSError as error:
+            log.error("%s: copy-on-read: %s; it goes on in %d s", self._owner.name, error, STORE_RETRY)
+            self._no_copies_before = trio.current_time() + STORE_RETRY
+        finally:
+            self._outstanding -= len(fetch.data)
+            self._end(fetch)
+
+    # --- prefetching ------------------------------------------------------------------------------
+
+    def free(self, start: int, stop: int) -> tuple[int, int]:
+        """The first part of the range that is in no fetch; (stop, stop) where there is none."""
+        for part_start, part_stop, fetch in self._parts(start, stop):
+            if fetch is None:
+                return part_start, part_stop
+        return stop, stop
+
+    def begin_ahead(self, start: int, stop: int) -> Fetch:
+        """Fetch a range that is free: what `fill` reads, and `store` stores, or else `give_up` ends."""
+        return self._begin(start, stop)
+
+    async def fill(self, fetch: Fetch, *, hole: bool = False) -> None:
+        """Read it; with `hole` it is known to be zeros. Raises OSError."""
+        if not hole:
+            await self._owner.read_base(memoryview(fetch.data), fetch.start)
+        fetch.failed = False
+        fetch.done.set()
+
+    def give_up(self, fetch: Fetch) -> None:
+        """It has failed, or is not wanted any more."""
+        fetch.done.set()
+        self._end(fetch)
+
+    async def store(self, fetch: Fetch) -> int:
+        """Store what `fill` has read; the number of bytes that were still missing. Raises OSError."""
+        try:
+            return await self._owner.store_copy(fetch.start, memoryview(fetch.data))
+        finally:
+            self._end(fetch)
+
+    # --- the end ----------------------------------------------------------------------------------
+
+    async def close(self) -> None:
+        """Copy nothing any more, and wait for what is under way."""
+        self._closed = True
+        while self._fetches:
+            self._idle = trio.Event()
+            await self._idle.wait()

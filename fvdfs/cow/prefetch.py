@@ -1,0 +1,404 @@
+"""Prefetching one image: its profile first, then all that is still only in the base.
+
+A prefetcher is a task of the mount. It looks for blocks that are missing, in address order, and copies
+them, `bytes_per_prefetch` at a time at the most, through `num_prefetch_slots` workers, each of which
+reads and then stores (format.md, section 7). When each may go on is decided by the scheduler, which
+knows the other images and what else goes on (`scheduler.py`), and by the image's own rule
+(`contention.FloorRule`). When nothing is missing the image lets go of its base.
+
+Nothing depends on its success: a base or a storage that fails has it wait, longer each time, and try
+again; at a place that keeps failing it goes on behind, and comes back at the end.
+"""
+
+from __future__ import annotations
+
+import enum
+import logging
+import math
+import random
+from collections import deque
+from collections.abc import Sequence
+from typing import Any
+
+import trio
+
+from fvdfs.cow.contention import FloorRule, LinkWatch, Pacer
+from fvdfs.cow.fetching import Fetch, Fetcher
+from fvdfs.cow.profile import Extent, plan
+from fvdfs.cow.scheduler import Flow, Scheduler
+from fvdfs.header import Header, ceil_div, round_up
+from fvdfs.image import Image
+
+log = logging.getLogger(__name__)
+
+MAX_SLOTS = 64
+MAX_REQUEST = 8 << 20  # bytes; what an image asks for beyond is cut
+FIRST_RETRY = 1.0  # seconds
+MAX_RETRY = 60.0
+TRIES = 3  # at a place that fails, before going on behind it
+RATE_WINDOW = 5.0  # seconds
+IDLE_PASS = 0.5  # seconds before blocks are looked at again that others had claimed
+PROFILE_WORKERS = 3
+PROFILE_REQUEST = 256 << 10
+PROFILE_GAP = 64 << 10  # bytes between extents of a profile that are fetched along
+
+
+class State(enum.Enum):
+    """What a prefetcher is doing."""
+
+    OFF = "off"
+    WAITING = "waiting"
+    PROFILE = "profile"
+    RUNNING = "running"
+    PAUSED = "paused"
+    FAILED = "failed"
+    DONE = "done"
+
+
+class _Failure(Exception):
+    """A request failed at byte `start` of the disk."""
+
+    def __init__(self, start: int, what: str, error: OSError) -> None:
+        super().__init__(f"{what}: {error.strerror or error}")
+        self.start = start
+
+
+def floor_rule(header: Header, rng: random.Random) -> FloorRule:
+    """The rule that the fields of the header ask for; nonsense in them is bounded."""
+    return FloorRule(
+        read_time=max(header.prefetch_read_throughput_measure_time, 0) / 1000,
+        write_time=max(header.prefetch_write_throughput_measure_time, 0) / 1000,
+        alpha=min(max(header.prefetch_perf_calc_alpha, 0), 100) / 100,
+        min_read=max(header.prefetch_min_read_throughput, 0) * 1024,
+        min_write=max(header.prefetch_min_write_throughput, 0) * 1024,
+        throttle_time=header.prefetch_throttle_time / 1000,
+        rng=rng,
+    )
+
+
+def caps(header: Header) -> Pacer:
+    """The smaller of the caps on reading and storing; 0 and less are none."""
+    given = (header.prefetch_max_read_throughput, header.prefetch_max_write_throughput)
+    return Pacer(min((cap * 1024 for cap in given if cap > 0), default=0))
+
+
+class Prefetcher:
+    """Copies what an open image is missing; `run` is its task."""
+
+    def __init__(
+        self, image: Image, scheduler: Scheduler, *, whole: bool = True, rng: random.Random | None = None
+    ) -> None:
+        """`whole`: fetch all that is missing, not only a profile."""
+        self.image = image
+        self.copied = 0
+        """Bytes that were copied."""
+        self.ended = trio.Event()
+        self.held = False
+        """Whether somebody keeps the image open until this has ended."""
+        self._whole = whole
+        self._now = trio.Event()
+        self._scheduler = scheduler
+        self._rule = floor_rule(image.header, rng or random.Random())
+        self._state = State.WAITING
+        self._reason = ""
+        self._resume = trio.Event()
+        self._resume.set()
+        self._scope = trio.CancelScope()
+        self._recent: deque[tuple[float, int]] = deque()
+        self._flow: Flow | None = None
+        self._at = 0
+        self._failures: dict[int, int] = {}
+
+    # --- seen and controlled from outside ---------------------------------------------------------
+
+    @property
+    def state(self) -> State:
+        """What it is doing."""
+        if self._state in (State.RUNNING, State.PROFILE) and (not self._resume.is_set() or self._stands_back()):
+            return State.PAUSED
+        return self._state
+
+    @property
+    def reason(self) -> str:
+        """Why it does not go on; empty where it does, or has ended."""
+        if self._state in (State.RUNNING, State.PROFILE):
+            return "as asked" if not self._resume.is_set() else self._stands_back()
+        return self._reason
+
+    def _stands_back(self) -> str:
+        if self._rule.delay(trio.current_time()) > 0:
+            return self._rule.reason
+        return self._scheduler.yielding(self._flow) if self._flow is not None else ""
+
+    @property
+    def rate(self) -> float:
+        """Bytes a second, of the last seconds."""
+        self._forget_old()
+        return sum(size for _, size in self._recent) / RATE_WINDOW
+
+    def pause(self) -> None:
+        """Ask for nothing new, until `go_on`."""
+        if self._resume.is_set():
+            self._resume = trio.Event()
+
+    def go_on(self) -> None:
+        """Fetch all that is missing, at once."""
+        self._whole = True
+        self._now.set()
+        self._resume.set()
+
+    async def stop(self) -> None:
+        """End the task, and wait for that."""
+        self._scope.cancel()
+        with trio.CancelScope(shield=True):
+            await self.ended.wait()
+
+    # --- the task ---------------------------------------------------------------------------------
+
+    async def run(self, *, profile: Sequence[Extent] = (), profile_delay: float = 0, delay: float = 0) -> None:
+        """Fetch the profile after one delay, all that is missing after the other (seconds after the start)."""
+        try:
+            with self._scope:
+                await self._run(profile, profile_delay, trio.current_time() + delay)
+        except Exception:
+            log.exception("%s: prefetching ended by an error", self.image.name)
+            self._state, self._reason = State.FAILED, "an error that is in the log"
+        finally:
+            if self._state is not State.DONE and (self._state is not State.FAILED or self._scope.cancel_called):
+                self._state, self._reason = State.OFF, ""
+            self.ended.set()
+
+    async def _run(self, profile: Sequence[Extent], profile_delay: float, start: float) -> None:
+        image = self.image
+        fetcher = image.start_fetching(copy_on_read=False)
+        if fetcher is None or image.base is None:
+            self._state = State.DONE
+            return
+        link = self._scheduler.link(image.base_server)
+        fetcher.observer = link
+        requests = plan(profile, image.base_range()[1], PROFILE_GAP, PROFILE_REQUEST)
+        if requests:
+            self._reason = f"starts {profile_delay:g} s after opening"
+            await trio.sleep(profile_delay)
+            self._state = State.PROFILE
+            with self._scheduler.flow(link, caps(image.header)) as flow:
+                await self._keep_trying(flow, fetcher, ProfileOrder(image, fetcher, requests))
+        if not self._whole:
+            return
+        if start > trio.current_time():
+            self._state, self._reason = State.WAITING, "its delay is not over"
+            with trio.move_on_at(start):
+                await self._now.wait()
+        self._state = State.RUNNING
+        with self._scheduler.flow(link, caps(image.header)) as flow:
+            await self._keep_trying(flow, fetcher, None)
+
+    async def _keep_trying(self, flow: Flow, fetcher: Fetcher, order: ProfileOrder | None) -> None:
+        """Until all is there: copy, and after a failure wait and try again."""
+        state = self._state
+        retry = FIRST_RETRY
+        self._flow = flow
+        try:
+            while True:
+                before = self.copied
+                try:
+                    await self._pass(flow, fetcher, order)
+                    if order is not None or await self._finish():
+                        return
+                except _Failure as failure:
+                    if self.copied > before:
+                        retry = FIRST_RETRY
+                    self._fail(failure, retry)
+                    if order is not None:
+                        return  # advice only; whoever needs it will ask for it
+                    await trio.sleep(retry)
+                    retry = min(2 * retry, MAX_RETRY)
+                    self._state = state
+                else:
+                    if self.copied == before:
+                        await trio.sleep(IDLE_PASS)
+        finally:
+            self._flow = None
+
+    def _fail(self, failure: _Failure, retry: float) -> None:
+        reason = f"{failure}; again in {retry:g} s"
+        if self._state is not State.FAILED:
+            log.error("%s: prefetching: %s", self.image.name, reason)
+        self._state, self._reason = State.FAILED, reason
+        self._failures[failure.start] = tries = self._failures.get(failure.start, 0) + 1
+        self._at = failure.start
+        if tries >= TRIES:
+            self._at += self.image.base_range()[0]
+
+    async def _finish(self) -> bool:
+        start, stop = self.image.missing(0, 1)
+        if start < stop:
+            self._at = 0
+            return False
+        try:
+            if await self.image.finish():
+                log.info("%s: everything is local; the base is no longer needed", self.image.name)
+        except OSError as error:
+            raise _Failure(self._at, "letting go of the base", error) from error
+        self._state, self._reason = State.DONE, ""
+        return True
+
+    async def _pass(self, flow: Flow, fetcher: Fetcher, order: ProfileOrder | None) -> None:
+        """Once from where we are to the end. Raises _Failure."""
+        slots = min(max(self.image.header.num_prefetch_slots, 1), MAX_SLOTS) if order is None else PROFILE_WORKERS
+        failures: list[_Failure] = []
+        async with trio.open_nursery() as nursery:
+            scope = nursery.cancel_scope
+
+            async def work() -> None:
+                try:
+                    while await self._copy_next(flow, fetcher, order):
+                        pass
+                except _Failure as failure:
+                    failures.append(failure)
+                    scope.cancel()
+
+            nursery.start_soon(self._scheduler.watch_disk)
+            async with trio.open_nursery() as workers:
+                for _ in range(slots):
+                    workers.start_soon(work)
+            scope.cancel()
+        if failures:
+            raise min(failures, key=lambda failure: failure.start)
+
+    async def _copy_next(self, flow: Flow, fetcher: Fetcher, order: ProfileOrder | None) -> bool:
+        """Read and store one piece; False where there is none left. Raises _Failure."""
+        while not self._resume.is_set() or (pause := self._rule.delay(trio.current_time())) > 0:
+            if self._resume.is_set():
+                await trio.sleep(pause)
+            else:
+                await self._resume.wait()
+        async with self._scheduler.turn(flow, urgent=order is not None) as limit:
+            start, stop = order.next() if order is not None else self._next(limit, fetcher)
+            if start >= stop:
+                return False
+            fetch = fetcher.begin_ahead(start, stop)
+            try:
+                if await self._is_hole(start, stop):
+                    await fetcher.fill(fetch, hole=True)
+                else:
+                    self._scheduler.spend(flow, stop - start)
+                    await self._read(flow.link.watch, fetcher, fetch, urgent=order is not None)
+            except BaseException:
+                fetcher.give_up(fetch)
+                raise
+        begun = trio.current_time()
+        try:
+            stored = await fetcher.store(fetch)
+        except OSError as error:
+            raise _Failure(start, "storing", error) from error
+        now = trio.current_time()
+        self._scheduler.disk.written(now, stop - start, now - begun)
+        self._rule.wrote(now, stop - start, now - begun)
+        self.copied += stored
+        self._recent.append((now, stored))
+        self._forget_old()
+        return True
+
+    async def _read(self, watch: LinkWatch, fetcher: Fetcher, fetch: Fetch, *, urgent: bool) -> None:
+        size = len(fetch.data)
+        begun = trio.current_time()
+        request = watch.started(begun, size, urgent=urgent)
+        failed = True
+        try:
+            await fetcher.fill(fetch)
+            failed = False
+        except OSError as error:
+            raise _Failure(fetch.start, "reading from the base", error) from error
+        finally:
+            now = trio.current_time()
+            watch.finished(now, request, failed=failed)
+        if not request.probe:
+            self._rule.read(now, size, now - begun)
+
+    def _next(self, limit: int, fetcher: Fetcher) -> tuple[int, int]:
+        """The next piece that is missing and that nobody fetches; empty where there is none."""
+        size = min(max(self.image.header.bytes_per_prefetch, 1), MAX_REQUEST, limit)
+        start, stop = next_piece(self.image, fetcher, self._at, math.inf, size)
+        self._at = stop
+        return start, stop
+
+    async def _is_hole(self, start: int, stop: int) -> bool:
+        base = self.image.base
+        if base is None or isinstance(base, Image):
+            return False
+        try:
+            return await base.is_hole(start, stop - start)
+        except OSError as error:
+            raise _Failure(start, "looking for holes in the base", error) from error
+
+    def _forget_old(self) -> None:
+        oldest = trio.current_time() - RATE_WINDOW
+        while self._recent and self._recent[0][0] < oldest:
+            self._recent.popleft()
+
+
+def next_piece(image: Image, fetcher: Fetcher, start: int, limit: float, size: int) -> tuple[int, int]:
+    """The first whole blocks in [start, limit), about `size` bytes at most, that are missing and in no fetch."""
+    block_size, base_size = image.base_range()
+    while True:
+        start, stop = image.missing(start, size)
+        if start >= min(stop, limit):
+            return start, start
+        start, free_stop = fetcher.free(start, stop)
+        start = round_up(start, block_size)
+        stop = min(ceil_div(free_stop, block_size) * block_size, base_size)
+        if stop > free_stop:
+            stop = free_stop // block_size * block_size
+        if start < stop:
+            return start, stop
+        start = round_up(free_stop + 1, block_size)
+
+
+class ProfileOrder:
+    """Pieces in the order of a profile."""
+
+    def __init__(self, image: Image, fetcher: Fetcher, requests: Sequence[Extent]) -> None:
+        self._image = image
+        self._fetcher = fetcher
+        self._requests = deque(requests)
+
+    def next(self) -> tuple[int, int]:
+        """The next piece; empty where the profile ends."""
+        while self._requests:
+            start, stop = self._requests.popleft()
+            block_size = self._image.base_range()[0]
+            found, end = next_piece(
+                self._image, self._fetcher, start // block_size * block_size, stop, round_up(stop - start, block_size)
+            )
+            if found < end:
+                if end < stop:
+                    self._requests.appendleft((end, stop))
+                return found, end
+        return 0, 0
+
+
+def status(image: Image, prefetcher: Prefetcher | None) -> dict[str, Any]:
+    """What a user wants to know of an open image, ready for JSON; sizes in bytes, rates in bytes a second."""
+    block_size, _ = image.base_range()
+    base_size = local = image.header.base_img_size
+    if image.bitmap is not None:
+        local = min(image.bitmap.count_local() * block_size, base_size)
+    rate = prefetcher.rate if prefetcher is not None else 0.0
+    missing = base_size - local
+    state = prefetcher.state if prefetcher is not None else State.OFF
+    if image.bitmap is None:
+        state = State.DONE
+    return {
+        "virtual_size": image.size,
+        "base_size": base_size,
+        "local_bytes": local,
+        "local_share": local / base_size if base_size else 1.0,
+        "state": state.value,
+        "reason": prefetcher.reason if prefetcher is not None else "",
+        "rate": round(rate),
+        "eta": round(missing / rate) if rate and missing else None,
+        "prefetched": prefetcher.copied if prefetcher is not None else 0,
+        "failed": image.committer.failed or "",
+        "writable": image.writable,
+    }

@@ -1,0 +1,127 @@
+"""Profiles: what a machine read first, in which order (format.md, section 8).
+
+A profile is a sequence of extents of the virtual disk, recorded while a machine starts, and fetched
+first when another image of the same base is opened. On disk it is an array of entries
+
+    i64 offset in bytes | u32 length in units of `unit_of_PrefetchProfileEntry_len`        (12 bytes)
+
+at `prefetch_profile_offset`; as a file of its own, a text with an extent a line: offset and length in
+bytes, in decimal. Extents that were read one after the other are one entry.
+
+A profile is advice. What of it makes no sense (it came from a disk of another size, or from a stranger)
+is left out, and nothing depends on the rest.
+
+Pure: no I/O, no clock.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterable, Sequence
+
+from bitarray import bitarray
+
+from fvdfs.errors import UsageError
+from fvdfs.header import PAGE, ceil_div, round_up
+
+ENTRY = struct.Struct("<qI")
+TEXT_HEAD = "# fvdfs profile: offset and length of each extent, in bytes, in the order of their first read\n"
+MAX_LENGTH = (1 << 32) - 1  # units
+
+Extent = tuple[int, int]
+"""Bytes [start, stop) of the virtual disk."""
+
+
+def decode(data: bytes, entries: int, unit: int) -> list[Extent]:
+    """The extents in `data`; entries that are negative or empty are left out."""
+    extents = []
+    for offset, length in ENTRY.iter_unpack(data[: entries * ENTRY.size]):
+        if offset >= 0 and length > 0:
+            extents.append((offset, offset + length * unit))
+    return extents
+
+
+def encode(extents: Iterable[Extent], unit: int, room: int) -> tuple[bytes, int]:
+    """The entries, rounded out to units, as far as `room` bytes go, and their number."""
+    data = bytearray()
+    for start, stop in extents:
+        if len(data) + ENTRY.size > room:
+            break
+        first = start // unit * unit
+        data += ENTRY.pack(first, min(ceil_div(stop - first, unit), MAX_LENGTH))
+    return bytes(data), len(data) // ENTRY.size
+
+
+def to_text(extents: Iterable[Extent]) -> str:
+    """The profile as a file of its own."""
+    return TEXT_HEAD + "".join(f"{start} {stop - start}\n" for start, stop in extents)
+
+
+def from_text(text: str, name: str) -> list[Extent]:
+    """The extents of such a file. Raises UsageError at a line that is none."""
+    extents = []
+    for number, line in enumerate(text.splitlines(), 1):
+        words = line.partition("#")[0].split()
+        if not words:
+            continue
+        if len(words) != 2 or not all(word.isascii() and word.isdigit() and len(word) < 20 for word in words):
+            raise UsageError(f"{name}: line {number}: must be two numbers, offset and length in bytes")
+        start, length = int(words[0]), int(words[1])
+        if length:
+            extents.append((start, start + length))
+    return extents
+
+
+def plan(extents: Sequence[Extent], size: int, gap: int, longest: int) -> list[Extent]:
+    """The requests that fetch a profile from a base of `size` bytes.
+
+    An extent that follows the one before within `gap` bytes is fetched with it, up to `longest` bytes.
+    """
+    requests: list[Extent] = []
+    for start, stop in extents:
+        stop = min(stop, size)
+        if start >= stop:
+            continue
+        if requests:
+            last_start, last_stop = requests[-1]
+            if last_start <= start <= last_stop + gap and max(stop, last_stop) - last_start <= longest:
+                requests[-1] = last_start, max(stop, last_stop)
+                continue
+        requests.append((start, stop))
+    return requests
+
+
+class Recorder:
+    """Keeps the order of the first reads within the base's range."""
+
+    def __init__(self, size: int, limit: int) -> None:
+        """`size`: bytes of the base's range; `limit`: entries that there is room for."""
+        self._size = size
+        self._limit = limit
+        self._seen = bitarray(ceil_div(size, PAGE))
+        self.extents: list[Extent] = []
+
+    def touched(self, start: int, stop: int, *, written: bool) -> None:
+        """Bytes were read, or written: what was written first is not needed from the base."""
+        stop = min(stop, self._size)
+        if start >= stop:
+            return
+        page, end = start // PAGE, ceil_div(stop, PAGE)
+        seen = self._seen
+        if written:
+            page, end = ceil_div(start, PAGE), (end if stop == self._size else stop // PAGE)
+            if page < end:
+                seen[page:end] = 1
+            return
+        while (first := seen.find(0, page, end)) >= 0:
+            page = seen.find(1, first, end)
+            if page < 0:
+                page = end
+            seen[first:page] = 1
+            self._add(first * PAGE, min(page * PAGE, round_up(self._size, PAGE)))
+
+    def _add(self, start: int, stop: int) -> None:
+        if self.extents and self.extents[-1][1] == start:
+            self.extents[-1] = self.extents[-1][0], stop
+        elif len(self.extents) < self._limit:
+            self.extents.append((start, stop))

@@ -1,0 +1,42 @@
+"""What of a disk is local, in the base, or stored nowhere: `fvdfs map`.
+
+The disk is cut into cells of equal size, and of each it is told how many bytes are *local* (in the
+image's own storage), in the *base*, or a *hole* (allocated nowhere: they read as zeros).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fvdfs.header import SECTOR, ceil_div, round_up
+from fvdfs.image import Image
+
+CELLS = 1000
+BAR_CELLS = 64
+
+
+async def image_map(image: Image, cells: int = CELLS) -> dict[str, Any]:
+    """The map of an open image, ready for JSON; sizes in bytes. Raises OSError."""
+    size = max(SECTOR, round_up(ceil_div(image.size, cells), SECTOR))
+    found = []
+    for start in range(0, image.size, size):
+        counts = {"local": 0, "base": 0, "hole": 0}
+        for run_start, run_stop, state in await image.extents(start, min(start + size, image.size)):
+            counts[state] += run_stop - run_start
+        found.append([counts["local"], counts["base"], counts["hole"]])
+    return {"virtual_size": image.size, "cell_size": size, "states": ["local", "base", "hole"], "cells": found}
+
+
+def totals(image_map: dict[str, Any]) -> dict[str, int]:
+    """Bytes in each state."""
+    return {state: sum(cell[at] for cell in image_map["cells"]) for at, state in enumerate(image_map["states"])}
+
+
+def merged(image_map: dict[str, Any], cells: int) -> list[list[int]]:
+    """The counts in at most so many cells."""
+    found: list[list[int]] = image_map["cells"]
+    per_cell = max(1, ceil_div(len(found), cells))
+    return [
+        [sum(column) for column in zip(*found[at : at + per_cell], strict=True)]
+        for at in range(0, len(found), per_cell)
+    ]
