@@ -128,6 +128,7 @@ def watch_status(mountpoint: str) -> None:
 def control_prefetch(command: str, raw: str) -> None:
     """Start, pause or stop prefetching the image behind a raw file. Raises UsageError, OSError."""
     with _explained(raw):
+        os.getxattr(raw, STATUS)  # another file system might take the attribute, and think nothing of it
         try:
             os.setxattr(raw, PREFETCH, command.encode())
         except OSError as error:

@@ -366,6 +366,26 @@ class _Rounds:
         self._bytes, self._seconds = 0, 0.0
 
 
+class Stopwatch:
+    """Time spent with something of which several may be under way at once."""
+
+    def __init__(self) -> None:
+        self._under_way = 0
+        self._since = 0.0
+
+    def start(self, now: float) -> None:
+        """One begins."""
+        if not self._under_way:
+            self._since = now
+        self._under_way += 1
+
+    def stop(self, now: float) -> float:
+        """One has ended; the time spent since the last one ended, or the first began."""
+        self._under_way -= 1
+        spent, self._since = now - self._since, now
+        return spent
+
+
 class FloorRule:
     """Pause an image at random where its reads or writes are too slow. Minima in bytes a second."""
 

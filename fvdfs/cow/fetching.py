@@ -5,8 +5,9 @@ who need a part of it meanwhile take it from there, so that a block crosses the 
 however many ask for it. Fetches never overlap.
 
 With copy-on-read a read is rounded out to whole blocks, answered, and stored afterwards. Data that
-waits to be stored is bounded (max_outstanding_copy_on_read_data); what comes above is not stored, as
-is what cannot be (the storage is full): the base still has it. Prefetching (`prefetch.py`) fetches
+waits to be stored is bounded (max_outstanding_copy_on_read_data). A read that comes above the bound
+waits a moment for others to be stored, and if that does not help is not stored itself, as is what
+cannot be (the storage is full): the base still has it. Prefetching (`prefetch.py`) fetches
 in the same way, but waits until its data is stored.
 
 What a read needs and what was added by rounding out are told apart where the base fails: the read
@@ -26,6 +27,7 @@ from fvdfs.header import ceil_div
 
 log = logging.getLogger(__name__)
 
+PATIENCE = 0.05  # seconds that a read may wait for room to be copied
 STORE_RETRY = 10.0  # seconds without copying after the storage refused a copy
 
 
@@ -88,6 +90,7 @@ class Fetcher:
         self.copy_on_read = copy_on_read
         self._max_outstanding = max_outstanding
         self._outstanding = 0
+        self._stored = trio.Event()
         self._no_copies_before = 0.0
         self._closed = False
         self._idle = trio.Event()
@@ -102,7 +105,10 @@ class Fetcher:
             return False
         if not self._copies:
             return self._owner.read_base_nowait(view, start)
-        fetch = self._begin(*self._round_out(start, stop))
+        first, end = self._round_out(start, stop)
+        if self._must_wait(end - first):
+            return False
+        fetch = self._begin(first, end)
         if not self._owner.read_base_nowait(memoryview(fetch.data), fetch.start):
             self._end(fetch)
             return False
@@ -170,6 +176,12 @@ class Fetcher:
             await self._owner.read_base(view, start)
             return
         view[:] = memoryview(mine.data)[start - mine.start : stop - mine.start]
+        if copy:
+            try:
+                await self._wait_for_room(len(mine.data))
+            except BaseException:
+                self._end(mine)
+                raise
         self._arrived(mine, copy)
 
     def _parts(self, start: int, stop: int) -> list[tuple[int, int, Fetch | None]]:
@@ -233,6 +245,14 @@ class Fetcher:
         self._outstanding += size
         self._spawn(functools.partial(self._store_after_answer, fetch))
 
+    def _must_wait(self, size: int) -> bool:
+        return self._outstanding + size > self._max_outstanding >= size
+
+    async def _wait_for_room(self, size: int) -> None:
+        with trio.move_on_after(PATIENCE):
+            while self._must_wait(size):
+                await self._stored.wait()
+
     async def _store_after_answer(self, fetch: Fetch) -> None:
         try:
             await self._owner.store_copy(fetch.start, memoryview(fetch.data))
@@ -241,6 +261,8 @@ class Fetcher:
             self._no_copies_before = trio.current_time() + STORE_RETRY
         finally:
             self._outstanding -= len(fetch.data)
+            self._stored.set()
+            self._stored = trio.Event()
             self._end(fetch)
 
     # --- prefetching ------------------------------------------------------------------------------

@@ -22,11 +22,11 @@ from typing import Any
 
 import trio
 
-from fvdfs.cow.contention import FloorRule, LinkWatch, Pacer
+from fvdfs.cow.contention import FloorRule, LinkWatch, Pacer, Stopwatch
 from fvdfs.cow.fetching import Fetch, Fetcher
 from fvdfs.cow.profile import Extent, plan
 from fvdfs.cow.scheduler import Flow, Scheduler
-from fvdfs.header import Header, ceil_div, round_up
+from fvdfs.header import DEFAULT_PREFETCH, Header, ceil_div, round_up
 from fvdfs.image import Image
 
 log = logging.getLogger(__name__)
@@ -99,6 +99,8 @@ class Prefetcher:
         self._now = trio.Event()
         self._scheduler = scheduler
         self._rule = floor_rule(image.header, rng or random.Random())
+        self._reading = Stopwatch()
+        self._storing = Stopwatch()
         self._state = State.WAITING
         self._reason = ""
         self._resume = trio.Event()
@@ -287,14 +289,16 @@ class Prefetcher:
             except BaseException:
                 fetcher.give_up(fetch)
                 raise
-        begun = trio.current_time()
+        self._storing.start(trio.current_time())
         try:
             stored = await fetcher.store(fetch)
         except OSError as error:
             raise _Failure(start, "storing", error) from error
-        now = trio.current_time()
-        self._scheduler.disk.written(now, stop - start, now - begun)
-        self._rule.wrote(now, stop - start, now - begun)
+        finally:
+            now = trio.current_time()
+            seconds = self._storing.stop(now)
+        self._scheduler.disk.written(now, stop - start, seconds)
+        self._rule.wrote(now, stop - start, seconds)
         self.copied += stored
         self._recent.append((now, stored))
         self._forget_old()
@@ -302,8 +306,9 @@ class Prefetcher:
 
     async def _read(self, watch: LinkWatch, fetcher: Fetcher, fetch: Fetch, *, urgent: bool) -> None:
         size = len(fetch.data)
-        begun = trio.current_time()
-        request = watch.started(begun, size, urgent=urgent)
+        now = trio.current_time()
+        request = watch.started(now, size, urgent=urgent)
+        self._reading.start(now)
         failed = True
         try:
             await fetcher.fill(fetch)
@@ -313,12 +318,14 @@ class Prefetcher:
         finally:
             now = trio.current_time()
             watch.finished(now, request, failed=failed)
+            seconds = self._reading.stop(now)
         if not request.probe:
-            self._rule.read(now, size, now - begun)
+            self._rule.read(now, size, seconds)
 
     def _next(self, limit: int, fetcher: Fetcher) -> tuple[int, int]:
         """The next piece that is missing and that nobody fetches; empty where there is none."""
-        size = min(max(self.image.header.bytes_per_prefetch, 1), MAX_REQUEST, limit)
+        size = self.image.header.bytes_per_prefetch
+        size = min(size if size > 0 else DEFAULT_PREFETCH, MAX_REQUEST, limit)
         start, stop = next_piece(self.image, fetcher, self._at, math.inf, size)
         self._at = stop
         return start, stop
