@@ -373,6 +373,12 @@ class Image:
                 block = piece_end
         return stored
 
+    async def write_out(self, start: int, stop: int) -> None:
+        """Have stored bytes leave memory for the disk, where that is possible; promises nothing."""
+        for run_start, run_stop, where in self.storage.runs(start, min(stop, self.size)):
+            if where is not None:
+                await self.data.write_out(where, run_stop - run_start)
+
     def start_fetching(self, *, copy_on_read: bool) -> Fetcher | None:
         """Read the base by a fetcher from now on; None where the image has no base, or cannot be written."""
         if self.bitmap is None or not self.writable or self._spawn is None:

@@ -93,6 +93,9 @@ class MemoryStore:
         await self._wait("pwrite")
         self._write(data, offset)
 
+    async def write_out(self, offset: int, length: int) -> None:
+        await self._wait("write_out")
+
     async def zero(self, offset: int, length: int) -> None:
         await self._wait("pwrite")
         self._write(bytes(length), offset)
@@ -320,6 +323,9 @@ class FaultStore:
                 await self.inner.pwrite(_first_half(data, offset), offset)
             raise
         await self.inner.pwrite(data, offset)
+
+    async def write_out(self, offset: int, length: int) -> None:
+        await self.inner.write_out(offset, length)
 
     async def zero(self, offset: int, length: int) -> None:
         self._check("pwrite")

@@ -652,6 +652,9 @@ class QsdStore:
 
         await self._call(write, changes=True)
 
+    async def write_out(self, offset: int, length: int) -> None:
+        """QEMU has no such call."""
+
     async def _truncate(self, daemon: Daemon, size: int) -> None:
         if self._top.format != RAW:
             size = -(-size // _SECTOR) * _SECTOR  # QEMU's formats count in sectors

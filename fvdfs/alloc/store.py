@@ -64,6 +64,11 @@ class Store(Protocol):
     async def pwrite(self, data: Buffer, offset: int) -> None:
         """Write all of `data`, making the store longer where it must. Raises OSError."""
 
+    async def write_out(self, offset: int, length: int) -> None:
+        """Have what was written there leave memory for the disk, so that a later flush of others has less to
+        wait for. Promises nothing, fails never.
+        """
+
     async def zero(self, offset: int, length: int) -> None:
         """Have the range read as zeros, giving back its space where that can be. Raises OSError."""
 
@@ -95,6 +100,7 @@ _OFD_SETLK = getattr(fcntl, "F_OFD_SETLK", 37)
 FALLOC_FL_KEEP_SIZE = 0x01
 FALLOC_FL_PUNCH_HOLE = 0x02
 FALLOC_FL_ZERO_RANGE = 0x10
+SYNC_FILE_RANGE_ALL = 0x07  # wait for what is on its way, send the rest, wait for that
 _ZEROS = bytes(1 << 20)
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -205,6 +211,12 @@ class HostFile:
             if count == 0:
                 raise OSError(errno.EIO, f"{self.name}: nothing was written at {offset + done}")
             done += count
+
+    async def write_out(self, offset: int, length: int) -> None:
+        await trio.to_thread.run_sync(self._write_out, offset, length, limiter=self._limiter)
+
+    def _write_out(self, offset: int, length: int) -> None:
+        _libc.sync_file_range(self._fd, ctypes.c_int64(offset), ctypes.c_int64(length), SYNC_FILE_RANGE_ALL)
 
     async def zero(self, offset: int, length: int) -> None:
         await trio.to_thread.run_sync(self.zero_now, offset, length, limiter=self._limiter)

@@ -4,7 +4,8 @@ A prefetcher is a task of the mount. It looks for blocks that are missing, in ad
 them, `bytes_per_prefetch` at a time at the most, through `num_prefetch_slots` workers, each of which
 reads and then stores (format.md, section 7). When each may go on is decided by the scheduler, which
 knows the other images and what else goes on (`scheduler.py`), and by the image's own rule
-(`contention.FloorRule`). When nothing is missing the image lets go of its base.
+(`contention.FloorRule`). What was stored is written out to the disk before the worker goes on, so that
+a guest's flush never waits for more of it than the slots hold. When nothing is missing the image lets go of its base.
 
 Nothing depends on its success: a base or a storage that fails has it wait, longer each time, and try
 again; at a place that keeps failing it goes on behind, and comes back at the end.
@@ -292,6 +293,8 @@ class Prefetcher:
         self._storing.start(trio.current_time())
         try:
             stored = await fetcher.store(fetch)
+            if order is None and stored:
+                await self.image.write_out(start, stop)
         except OSError as error:
             raise _Failure(start, "storing", error) from error
         finally:

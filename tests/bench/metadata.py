@@ -50,6 +50,7 @@ class CountingStore:
         self.fixed_size = inner.fixed_size
         self.server = inner.server
         self.zero = inner.zero
+        self.write_out = inner.write_out
         self.is_hole = inner.is_hole
         self.size = inner.size
         self.resize = inner.resize
