@@ -42,6 +42,9 @@ log = logging.getLogger(__name__)
 Storage = FlatStorage | ChunkedStorage
 
 
+ONE_READ = 64 << 10  # bytes; a shorter write between two parts of the base has both read in one piece
+
+
 class Zeroes(enum.Enum):
     """What becomes of zeros that a guest writes."""
 
@@ -236,8 +239,13 @@ class Image:
                 shared = memoryview(data)[: self._geometry.base_size - start]
                 await self.base_writer.wrote(first, end, start, shared)
 
-    async def _complete(self, plan: WritePlan, data: Buffer) -> bytes:
+    async def _complete(self, plan: WritePlan, data: Buffer) -> Buffer:
         """The data of the plan: the request's own, with what is missing of its blocks from the base."""
+        if plan.head and plan.tail and len(data) <= ONE_READ:
+            whole = await self._read_base(plan.start, plan.stop)
+            at = plan.head[1] - plan.start
+            whole[at : at + len(data)] = data
+            return whole
         parts: list[Buffer] = []
         for part in (plan.head, data, plan.tail):
             if isinstance(part, tuple):
@@ -395,7 +403,7 @@ class Image:
         Raises OSError.
         """
         bitmap = self.bitmap
-        if bitmap is None or not self.writable or self.base_writer is not None:
+        if bitmap is None or not self.writable or self.base_writer is not None or self.committer.failed is not None:
             return False
         async with self._resizing:
             if not bitmap.all_local(0, bitmap.blocks):
@@ -629,6 +637,7 @@ class Image:
             try:
                 if self.fetcher is not None:
                     await self.fetcher.close()
+                    await self.finish()
                 await self.storage.settle()
                 if self.writable and self.committer.failed is None:
                     if self.base_writer is not None:

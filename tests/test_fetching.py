@@ -291,6 +291,17 @@ async def test_zeros_of_the_base_take_no_space(tmp_path: Path) -> None:
         assert image.data.bytes_written == written
 
 
+async def test_an_image_that_has_read_all_of_its_base_lets_it_go(tmp_path: Path) -> None:
+    async with opened(tmp_path) as (image, _base):
+        await image.read(0, image.size)
+        meta = image.meta
+    assert isinstance(meta, MemoryStore)
+    again = await load({"disk.fvd": MemoryStore(meta.data, "disk.fvd")})
+    assert again.header.all_data_in_fvd_img == 1
+    assert await again.read(0, again.size) == CONTENT[: again.size]
+    await again.close()
+
+
 async def test_without_copy_on_read_nothing_is_kept(tmp_path: Path) -> None:
     async with opened(tmp_path, copy_on_read=False) as (image, base):
         await image.read(0, 10)

@@ -111,6 +111,7 @@ class Prefetcher:
         self._flow: Flow | None = None
         self._at = 0
         self._failures: dict[int, int] = {}
+        self._complaint = ""
 
     # --- seen and controlled from outside ---------------------------------------------------------
 
@@ -147,8 +148,9 @@ class Prefetcher:
     def go_on(self) -> None:
         """Fetch all that is missing, at once."""
         self._whole = True
-        self._now.set()
         self._resume.set()
+        self._now.set()
+        self._now = trio.Event()
 
     async def stop(self) -> None:
         """End the task, and wait for that."""
@@ -214,7 +216,8 @@ class Prefetcher:
                     self._fail(failure, retry)
                     if order is not None:
                         return  # advice only; whoever needs it will ask for it
-                    await trio.sleep(retry)
+                    with trio.move_on_after(retry):
+                        await self._now.wait()
                     retry = min(2 * retry, MAX_RETRY)
                     self._state = state
                 else:
@@ -224,10 +227,10 @@ class Prefetcher:
             self._flow = None
 
     def _fail(self, failure: _Failure, retry: float) -> None:
-        reason = f"{failure}; again in {retry:g} s"
-        if self._state is not State.FAILED:
-            log.error("%s: prefetching: %s", self.image.name, reason)
-        self._state, self._reason = State.FAILED, reason
+        if self._complaint != str(failure):
+            self._complaint = str(failure)
+            log.error("%s: prefetching: %s; it is tried again", self.image.name, failure)
+        self._state, self._reason = State.FAILED, f"{failure}; again in {retry:g} s"
         self._failures[failure.start] = tries = self._failures.get(failure.start, 0) + 1
         self._at = failure.start
         if tries >= TRIES:
