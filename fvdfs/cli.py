@@ -35,6 +35,7 @@ MOUNT_OPTIONS = {
     "prefetch_jobs": "prefetch_jobs=N  reads that prefetching may have under way, for all images together (default: 4)",
     "record_profile": "record_profile  record what is read first from images that have no profile yet",
     "shrink": "shrink  permit truncating a disk to a smaller size",
+    "sync": "sync=none|flush|always  when a write is made durable: some seconds later, at a flush (default), at once",
     "writeback": "writeback=on|off  let the kernel gather writes (default: on)",
     "allow_other": "allow_other  like --allow-other",
     "ro": "ro  like --read-only",
@@ -331,7 +332,12 @@ def _mount(arguments: argparse.Namespace) -> int:
             raise UsageError(f"{path}: is not a directory; make it first")
     if folder == os.path.realpath(mountpoint):
         raise UsageError(f"{mountpoint}: the images would be hidden by their own mount; choose another MOUNTPOINT")
-    for option, values in (("writeback", ("on", "off")), ("detect_zeroes", ("off", "on", "punch"))):
+    choices = {
+        "writeback": ("on", "off"),
+        "detect_zeroes": ("off", "on", "punch"),
+        "sync": ("flush", "none", "always"),
+    }
+    for option, values in choices.items():
         if options.get(option, values[0]) not in values:
             raise UsageError(f"-o {option}={options[option]}: must be {' or '.join(values)}")
     log_file = os.path.abspath(arguments.log_file) if arguments.log_file else None
@@ -346,6 +352,7 @@ def _mount(arguments: argparse.Namespace) -> int:
     def serve(ready: Callable[[], None]) -> None:
         from fvdfs.chain import Policy
         from fvdfs.image import Zeroes
+        from fvdfs.ops.filesystem import Sync
         from fvdfs.ops.mount import MountOptions, serve
 
         serve(
@@ -365,6 +372,7 @@ def _mount(arguments: argparse.Namespace) -> int:
                 allow_other=arguments.allow_other or "allow_other" in options,
                 writeback=options.get("writeback", "on") == "on",
                 shrink="shrink" in options,
+                sync=Sync(options.get("sync", "flush")),
                 debug=arguments.debug,
                 prefetch_jobs=int(prefetch_jobs),
                 prefetch_max=prefetch_max,

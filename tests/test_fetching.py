@@ -351,7 +351,7 @@ async def test_a_base_that_fails_is_tried_again(tmp_path: Path, autojump_clock: 
         prefetcher = Prefetcher(image, Scheduler(pressure=lambda: None))
         async with trio.open_nursery() as nursery:
             nursery.start_soon(prefetcher.run)
-            await trio.sleep(30)
+            await trio.sleep(100)
             assert prefetcher.state.value == "failed"
             assert "a bad sector" in prefetcher.reason
             assert set(range(17)) - set(local(image)) == {3}

@@ -377,7 +377,16 @@ def test_attributes_and_map(folder: Path, base: Path, tmp_path: Path) -> None:
 def test_watch(folder: Path, base: Path) -> None:
     must("create", folder / "disk.fvd", "32M", "--base", "base.raw", "--base-format", "raw")
     with mounted(folder) as mount, open(mount.raw("disk"), "r+b"):
-        command = ["timeout", "-s", "INT", "3", "script", "-qec", f"{sys.executable} -m fvdfs status --watch {mount.point}", "/dev/null"]
+        command = [
+            "timeout",
+            "-s",
+            "INT",
+            "3",
+            "script",
+            "-qec",
+            f"{sys.executable} -m fvdfs status --watch {mount.point}",
+            "/dev/null",
+        ]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert "disk.raw" in done.stdout
 

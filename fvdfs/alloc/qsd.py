@@ -39,7 +39,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Protocol, TypeVar
-from urllib.parse import urlsplit
+from urllib.parse import parse_qs, urlsplit
 
 import trio
 
@@ -282,7 +282,7 @@ class Daemon:
         disk = os.path.join(self._folder, "disk")
         for flags in (os.O_RDWR, os.O_RDONLY):
             try:
-                fd = os.open(disk, flags | os.O_CLOEXEC)
+                fd = os.open(disk, flags | os.O_CLOEXEC | os.O_DIRECT)
                 break
             except OSError as error:
                 if error.errno not in (errno.EACCES, errno.EROFS) or flags == os.O_RDONLY:
@@ -723,7 +723,8 @@ class QsdStore:
         if self._top.file is not None:
             return self._top.file.server
         parts = urlsplit(self._top.location.url)
-        return f"{parts.scheme}://{parts.netloc}" if parts.netloc else self._top.location.url
+        socket = parse_qs(parts.query).get("socket", [""])[0]
+        return f"{parts.scheme}://{parts.netloc or socket}"
 
     def lock(self, exclusive: bool) -> None:
         """Lock as `HostFile.lock` does: files that are written, exclusively if so asked, others for reading."""

@@ -13,9 +13,11 @@ delay now with that of an idle link:
      │                     idle, it is slow all the same               │
      └── quick again ──────        └─────────────────────────────▶ YIELD
 
-CHECK lets all own requests end and sends a few small probes, one at a time, of data that is needed
-anyway. If they take about as long as on an idle link, the slowness was of our own making: a cap, or our
-own queue. If not, others are at it, and prefetching yields to them, but for a check now and then.
+CHECK lets all own requests end and sends a few probes, one at a time, of data that is needed anyway:
+small ones, which show a queue, and large ones, which show that throughput is shared. If they take about as
+long as on an idle link, the slowness was of our own making: a cap, or our own queue. Then the lower
+progress is normal, and is looked into again after a while. If not, others are at it, and prefetching yields
+to them, but for a check now and then.
 
 *Progress* is work a second while a request of ours is under way (`RateWatch`): the average of the last quarter
 of a second against that of the last seconds. It is the same for one image or fifty that share a link, and
@@ -38,28 +40,32 @@ from __future__ import annotations
 import enum
 import math
 import random
-import statistics
 from dataclasses import dataclass
 
 FAST = 0.25  # seconds; the average that shows a change
 SLOW = 5.0  # seconds; the average that it is compared with
-FALLEN = 0.67  # of the slow average: less than this is suspicious
+FALLEN = 0.85  # of the slow average: less than this is suspicious
 WARM_UP = 0.5  # seconds of progress before it is judged
 REQUEST_COST = 64 << 10  # a request counts as so many bytes more, so that small ones do not look slow
 
 PROBE_SIZE = 64 << 10
-PROBES = 3
+MAX_PROBE = 1 << 20
+PROBE_TIME = 0.03  # seconds that a probe should take on an idle link, at the most
+PROBES = 6  # every other one large
+GAPS = (1.0, 1.2, 0.5, 1.5, 0.7, 1.3)  # of SETTLE; uneven, so as not to fall into step with a rival
 SETTLE = 0.05  # seconds between the end of the last own request and the first probe, and between probes
-SLOWER = 2.0  # times as long as on an idle link
-NOISE = 0.0005  # seconds of delay that mean nothing
+SLOWER = 1.5  # times as long as on an idle link
+NOISE = 0.0003  # seconds of delay that mean nothing
 FIRST_YIELD = 0.25  # seconds
 MAX_YIELD = 2.0
+FIRST_RECHECK = 2.0  # seconds after which it is looked again whether less progress was of our own making
+MAX_RECHECK = 60.0
 CALM = 5.0  # seconds of running after which a yield begins small again
 
 LONGEST_REQUEST = 0.1  # seconds that a request should take on an idle link
-LONGEST_BESIDE_GUEST = 0.01  # the same, while a guest reads from there as well
+LONGEST_BESIDE_GUEST = 0.004  # the same, while a guest reads from there as well
 GUEST_PATIENCE = 0.02  # seconds that a request waits for guests' reads to end, if they never do
-GUEST_ACTIVE = 0.1  # seconds after a guest's read during which another is expected
+GUEST_ACTIVE = 1.0  # seconds after a guest's read during which another is expected
 SMALLEST_REQUEST = 64 << 10
 
 
@@ -152,15 +158,17 @@ class LinkWatch:
         self.rate = RateWatch()
         self.manners = Manners()
         self.manners.suspect(now)  # the first probes show what an idle link is
-        self.idle_latency: float | None = None
-        """Seconds that a probe takes when nobody else is there, as far as is known."""
+        self.idle: dict[int, float] = {}
+        """Size of a probe: seconds that it takes when nobody else is there, as far as is known."""
         self._under_way = 0
         self._guests = 0
         self._guests_since = 0.0
         self._guest_last = -math.inf
         self._busy_since = 0.0
         self._free_at = now
-        self._probes: list[float] = []
+        self._trust = FIRST_RECHECK
+        self._recheck_at = math.inf
+        self._probes: list[bool] = []
 
     # --- requests of guests ---
 
@@ -180,28 +188,32 @@ class LinkWatch:
 
     # --- requests of prefetching ---
 
-    def delay(self, now: float) -> float:
-        """Seconds until the next request may be sent; infinite: not before another one ends."""
+    def delay(self, now: float, turns: int = 0) -> float:
+        """Seconds until the next request may be sent; infinite: not before another one ends.
+
+        `turns`: requests that have been admitted, whether or not they are sent already.
+        """
         manners = self.manners
+        busy = self._under_way or turns
         if manners.state is State.YIELD:
             if now < manners.until:
                 return manners.until - now
             manners.suspect(now)
             self._probes.clear()
         if manners.state is State.CHECK:
-            if self._under_way:
+            if busy:
                 return math.inf
-            return max(0.0, self._free_at + SETTLE - now)
+            return max(0.0, self._free_at + SETTLE * GAPS[len(self._probes) % len(GAPS)] - now)
         if self._guests:
-            return max(0.0, self._guests_since + GUEST_PATIENCE - now) or (math.inf if self._under_way else 0.0)
-        if self._under_way and now - self._guest_last < GUEST_ACTIVE:
+            return max(0.0, self._guests_since + GUEST_PATIENCE - now) or (math.inf if busy else 0.0)
+        if busy and now - self._guest_last < GUEST_ACTIVE:
             return math.inf
         return 0.0
 
     def size_limit(self, now: float) -> int:
         """The largest size that the next request should have."""
         if self.manners.state is State.CHECK:
-            return PROBE_SIZE
+            return self._probe_size()
         longest = LONGEST_BESIDE_GUEST if now - self._guest_last < GUEST_ACTIVE else LONGEST_REQUEST
         return max(SMALLEST_REQUEST, int(self.rate.fast * longest)) if self.rate.fast else PROBE_SIZE
 
@@ -222,26 +234,46 @@ class LinkWatch:
             return
         if request.probe:
             if self.manners.state is State.CHECK:
-                self._probed(now, now - request.started, request.beside_guest or self._guests > 0)
-        elif self.manners.state is State.RUN and self.rate.fallen:
+                self._probed(now, request.size, now - request.started, request.beside_guest or self._guests > 0)
+        elif self.manners.state is State.RUN and (self.rate.fallen or now >= self._recheck_at):
             self.manners.suspect(now)
             self._probes.clear()
 
-    def _probed(self, now: float, seconds: float, beside_guest: bool) -> None:
+    def _probe_size(self) -> int:
+        """As large as says most, and no larger than what a cap lets pass at once after a pause."""
+        large = PROBE_SIZE
+        room = self.rate.fast * SETTLE if self.rate.fast else math.inf
+        while self.idle and 2 * large <= min(MAX_PROBE, room) and self._idle_time(2 * large) <= PROBE_TIME:
+            large *= 2
+        return large if len(self._probes) % 2 or large not in self.idle else PROBE_SIZE
+
+    def _idle_time(self, size: int) -> float:
+        """What a probe takes when nobody else is there: at the most, where that size was never tried."""
+        if size in self.idle:
+            return self.idle[size]
+        return min((seconds * max(1, size / known) for known, seconds in self.idle.items()), default=math.inf)
+
+    def _probed(self, now: float, size: int, seconds: float, beside_guest: bool) -> None:
         """A probe was answered. Beside a guest's read it can only have been late for that."""
-        self._probes.append(self.idle_latency or seconds if beside_guest else seconds)
+        known = self._idle_time(size)
+        late = seconds > SLOWER * known + NOISE and not beside_guest
+        if seconds < self.idle.get(size, math.inf) and not late and not beside_guest:
+            self.idle[size] = seconds
+        self._probes.append(late)
         if len(self._probes) < PROBES:
             return
-        latency = statistics.median(self._probes)
+        contended = any(2 * sum(kind) > len(kind) for kind in (self._probes[::2], self._probes[1::2]))
         self._probes.clear()
-        idle = self.idle_latency
-        if idle is not None and latency > SLOWER * idle + NOISE:
+        if contended:
             self.manners.contended(now)
             self.rate.restart()
+            self._trust, self._recheck_at = FIRST_RECHECK, math.inf
             return
-        self.idle_latency = latency if idle is None or latency < idle else idle + 0.1 * (latency - idle)
-        if self.rate.fallen:
-            self.rate.accept()
+        if self.rate.fallen or now >= self._recheck_at:
+            if self.rate.fallen:
+                self.rate.accept()
+            self._recheck_at = now + self._trust
+            self._trust = min(2 * self._trust, MAX_RECHECK)
         self.manners.clear(now)
 
     def _progress(self, now: float, work: int) -> None:

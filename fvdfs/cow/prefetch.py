@@ -8,7 +8,7 @@ knows the other images and what else goes on (`scheduler.py`), and by the image'
 a guest's flush never waits for more of it than the slots hold. When nothing is missing the image lets go of its base.
 
 Nothing depends on its success: a base or a storage that fails has it wait, longer each time, and try
-again; at a place that keeps failing it goes on behind, and comes back at the end.
+again, in smaller parts; at a block that keeps failing it goes on behind, and comes back at the end.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from typing import Any
 
 import trio
 
-from fvdfs.cow.contention import FloorRule, LinkWatch, Pacer, Stopwatch
+from fvdfs.cow.contention import FloorRule, Pacer
 from fvdfs.cow.fetching import Fetch, Fetcher
 from fvdfs.cow.profile import Extent, plan
-from fvdfs.cow.scheduler import Flow, Scheduler
+from fvdfs.cow.scheduler import Flow, Link, Scheduler
 from fvdfs.header import DEFAULT_PREFETCH, Header, ceil_div, round_up
 from fvdfs.image import Image
 
@@ -36,7 +36,8 @@ MAX_SLOTS = 64
 MAX_REQUEST = 8 << 20  # bytes; what an image asks for beyond is cut
 FIRST_RETRY = 1.0  # seconds
 MAX_RETRY = 60.0
-TRIES = 3  # at a place that fails, before going on behind it
+NARROWER = 8  # times; a request that failed is tried again in parts
+TRIES = 3  # at a block that fails, before going on behind it
 RATE_WINDOW = 5.0  # seconds
 IDLE_PASS = 0.5  # seconds before blocks are looked at again that others had claimed
 PROFILE_WORKERS = 3
@@ -57,11 +58,12 @@ class State(enum.Enum):
 
 
 class _Failure(Exception):
-    """A request failed at byte `start` of the disk."""
+    """A request for bytes [start, stop) of the disk failed."""
 
-    def __init__(self, start: int, what: str, error: OSError) -> None:
+    def __init__(self, start: int, stop: int, what: str, error: OSError) -> None:
         super().__init__(f"{what}: {error.strerror or error}")
         self.start = start
+        self.stop = stop
 
 
 def floor_rule(header: Header, rng: random.Random) -> FloorRule:
@@ -100,8 +102,6 @@ class Prefetcher:
         self._now = trio.Event()
         self._scheduler = scheduler
         self._rule = floor_rule(image.header, rng or random.Random())
-        self._reading = Stopwatch()
-        self._storing = Stopwatch()
         self._state = State.WAITING
         self._reason = ""
         self._resume = trio.Event()
@@ -110,6 +110,8 @@ class Prefetcher:
         self._recent: deque[tuple[float, int]] = deque()
         self._flow: Flow | None = None
         self._at = 0
+        self._careful = (0, 0)
+        """Up to where requests must not be larger than what, after one has failed."""
         self._failures: dict[int, int] = {}
         self._complaint = ""
 
@@ -231,10 +233,15 @@ class Prefetcher:
             self._complaint = str(failure)
             log.error("%s: prefetching: %s; it is tried again", self.image.name, failure)
         self._state, self._reason = State.FAILED, f"{failure}; again in {retry:g} s"
-        self._failures[failure.start] = tries = self._failures.get(failure.start, 0) + 1
+        block_size = self.image.base_range()[0]
         self._at = failure.start
+        if failure.stop - failure.start > block_size:
+            # Perhaps only a part of it cannot be read.
+            self._careful = failure.stop, max((failure.stop - failure.start) // NARROWER, block_size)
+            return
+        self._failures[failure.start] = tries = self._failures.get(failure.start, 0) + 1
         if tries >= TRIES:
-            self._at += self.image.base_range()[0]
+            self._at += block_size
 
     async def _finish(self) -> bool:
         start, stop = self.image.missing(0, 1)
@@ -245,7 +252,7 @@ class Prefetcher:
             if await self.image.finish():
                 log.info("%s: everything is local; the base is no longer needed", self.image.name)
         except OSError as error:
-            raise _Failure(self._at, "letting go of the base", error) from error
+            raise _Failure(self._at, self._at, "letting go of the base", error) from error
         self._state, self._reason = State.DONE, ""
         return True
 
@@ -289,20 +296,20 @@ class Prefetcher:
                     await fetcher.fill(fetch, hole=True)
                 else:
                     self._scheduler.spend(flow, stop - start)
-                    await self._read(flow.link.watch, fetcher, fetch, urgent=order is not None)
+                    await self._read(flow.link, fetcher, fetch, urgent=order is not None)
             except BaseException:
                 fetcher.give_up(fetch)
                 raise
-        self._storing.start(trio.current_time())
+        self._scheduler.storing.start(trio.current_time())
         try:
             stored = await fetcher.store(fetch)
             if order is None and stored:
                 await self.image.write_out(start, stop)
         except OSError as error:
-            raise _Failure(start, "storing", error) from error
+            raise _Failure(start, stop, "storing", error) from error
         finally:
             now = trio.current_time()
-            seconds = self._storing.stop(now)
+            seconds = self._scheduler.storing.stop(now)
         self._scheduler.disk.written(now, stop - start, seconds)
         self._rule.wrote(now, stop - start, seconds)
         self.copied += stored
@@ -310,21 +317,21 @@ class Prefetcher:
         self._forget_old()
         return True
 
-    async def _read(self, watch: LinkWatch, fetcher: Fetcher, fetch: Fetch, *, urgent: bool) -> None:
+    async def _read(self, link: Link, fetcher: Fetcher, fetch: Fetch, *, urgent: bool) -> None:
         size = len(fetch.data)
         now = trio.current_time()
-        request = watch.started(now, size, urgent=urgent)
-        self._reading.start(now)
+        request = link.watch.started(now, size, urgent=urgent)
+        link.reading.start(now)
         failed = True
         try:
             await fetcher.fill(fetch)
             failed = False
         except OSError as error:
-            raise _Failure(fetch.start, "reading from the base", error) from error
+            raise _Failure(fetch.start, fetch.stop, "reading from the base", error) from error
         finally:
             now = trio.current_time()
-            watch.finished(now, request, failed=failed)
-            seconds = self._reading.stop(now)
+            link.watch.finished(now, request, failed=failed)
+            seconds = link.reading.stop(now)
         if not request.probe:
             self._rule.read(now, size, seconds)
 
@@ -332,6 +339,9 @@ class Prefetcher:
         """The next piece that is missing and that nobody fetches; empty where there is none."""
         size = self.image.header.bytes_per_prefetch
         size = min(size if size > 0 else DEFAULT_PREFETCH, MAX_REQUEST, limit)
+        careful_until, careful_size = self._careful
+        if self._at < careful_until:
+            size = min(size, careful_size)
         start, stop = next_piece(self.image, fetcher, self._at, math.inf, size)
         self._at = stop
         return start, stop
@@ -343,7 +353,7 @@ class Prefetcher:
         try:
             return await base.is_hole(start, stop - start)
         except OSError as error:
-            raise _Failure(start, "looking for holes in the base", error) from error
+            raise _Failure(start, stop, "looking for holes in the base", error) from error
 
     def _forget_old(self) -> None:
         oldest = trio.current_time() - RATE_WINDOW

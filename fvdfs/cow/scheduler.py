@@ -1,11 +1,12 @@
 """Whose turn it is to prefetch: the images of one mount share what they may use, fairly.
 
-Each image is a flow. A request is admitted when the link to its base, the local disk, the caps and the
-number of jobs permit (`contention.py` decides about the first two). Of those that wait for one link, the
-flow that has had the least goes first (start-time fair queueing), so that ten images on one server each
-get a tenth, and fifty of them never have more requests under way than one mount may have (`jobs`).
+Each image is a flow. A request gets its turn when the link to its base, the local disk, the caps and the
+number of jobs permit (`contention.py` decides about the first two). Of those that could go, the flow that
+has had the least goes first (start-time fair queueing), so that ten images on one server each get a tenth,
+and fifty of them never have more requests under way than one mount may have (`jobs`).
 
-What a profile asks for is what the guest is about to need: it waits for jobs and caps alone.
+What a profile asks for is what the guest is about to need: it goes before all others, and waits for jobs
+and caps alone.
 
 Nothing runs here while nobody prefetches; the disk's pressure is sampled only while somebody does.
 """
@@ -18,9 +19,10 @@ from contextlib import asynccontextmanager, contextmanager
 
 import trio
 
-from fvdfs.cow.contention import DiskWatch, LinkWatch, Pacer, State
+from fvdfs.cow.contention import DiskWatch, LinkWatch, Pacer, State, Stopwatch
 
 DEFAULT_JOBS = 4
+SLACK = 8 << 20  # bytes that a flow may be behind the others and still catch up
 SAMPLE_INTERVAL = 0.1  # seconds between samples of the disk's pressure
 PRESSURE_FILE = "/proc/pressure/io"
 
@@ -37,11 +39,15 @@ def io_pressure() -> float | None:
 class Link:
     """The way to one server (or disk) that bases are on."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, changed: Callable[[], None]) -> None:
+        """`changed` is called when a guest's read has ended."""
         self.name = name
         self.watch = LinkWatch(trio.current_time())
-        self.waiting: list[Flow] = []
+        self.reading = Stopwatch()
+        """Of all images together: what each gets is no sign of a slow link while they share it."""
         self.flows = 0
+        self.turns = 0
+        self._changed = changed
 
     # Seen by the fetchers of the images (`fetching.Observer`).
 
@@ -50,8 +56,8 @@ class Link:
 
     def foreground_finished(self, size: int) -> None:
         self.watch.guest_finished(trio.current_time(), size)
-        for flow in self.waiting:
-            flow.changed.set()
+        if self.flows:
+            self._changed()
 
 
 class Flow:
@@ -62,9 +68,18 @@ class Flow:
         self.link = link
         self.pacer = pacer
         self.served = 0.0
+
+
+class _Waiter:
+    """A request that waits for its turn."""
+
+    __slots__ = ("changed", "flow", "granted", "urgent")
+
+    def __init__(self, flow: Flow, urgent: bool) -> None:
+        self.flow = flow
+        self.urgent = urgent
+        self.granted = False
         self.changed = trio.Event()
-        self.why = ""
-        """What the next request waits for; empty: nothing."""
 
 
 class Scheduler:
@@ -85,12 +100,15 @@ class Scheduler:
         self._read_pressure = pressure
         self._links: dict[str, Link] = {}
         self._flows: set[Flow] = set()
+        self._waiting: list[_Waiter] = []
+        self._served = 0.0  # what the flow had been served that had the last turn
         self.disk = DiskWatch()
+        self.storing = Stopwatch()
 
     def link(self, name: str) -> Link:
         """The link of this name."""
         if name not in self._links:
-            self._links[name] = Link(name)
+            self._links[name] = Link(name, self._dispatch)
         return self._links[name]
 
     @contextmanager
@@ -109,7 +127,6 @@ class Scheduler:
         finally:
             self._flows.remove(flow)
             link.flows -= 1
-            self._wake()
 
     async def watch_disk(self) -> None:
         """Sample the disk's pressure, if nobody else does; until cancelled, or there is nothing to sample."""
@@ -121,7 +138,7 @@ class Scheduler:
                 before = self.disk.manners.state
                 self.disk.pressure(trio.current_time(), stalled)
                 if self.disk.manners.state is not before:
-                    self._wake()
+                    self._dispatch()
                 await trio.sleep(SAMPLE_INTERVAL)
         finally:
             self._sampling = None
@@ -133,16 +150,60 @@ class Scheduler:
 
         `urgent`: do not stand back for anybody. The block calls `spend` with what it takes.
         """
-        if not urgent:
-            await self._wait_in_line(flow)
-        while (delay := self._delay(flow, urgent=urgent)) > 0:
-            await self._wait(flow, delay)
-        self._running += 1
+        await self._wait(flow, urgent)
         try:
             yield flow.link.watch.size_limit(trio.current_time())
         finally:
             self._running -= 1
-            self._wake()
+            flow.link.turns -= 1
+            self._dispatch()
+
+    async def _wait(self, flow: Flow, urgent: bool) -> None:
+        waiter = _Waiter(flow, urgent)
+        # What a flow has not asked for is not owed to it.
+        flow.served = max(flow.served, self._served - SLACK)
+        self._waiting.append(waiter)
+        try:
+            while True:
+                self._dispatch()
+                if waiter.granted:
+                    return
+                with trio.move_on_after(self._delay(waiter)):
+                    await waiter.changed.wait()
+        except BaseException:
+            if waiter.granted:
+                self._running -= 1
+                flow.link.turns -= 1
+            else:
+                self._waiting.remove(waiter)
+            self._dispatch()
+            raise
+
+    def _dispatch(self) -> None:
+        """Give turns to those that may have one now."""
+        while self._waiting:
+            ready = [waiter for waiter in self._waiting if self._delay(waiter) <= 0]
+            if not ready:
+                return
+            waiter = min(ready, key=lambda waiter: (not waiter.urgent, waiter.flow.served))
+            self._waiting.remove(waiter)
+            self._running += 1
+            waiter.granted = True
+            waiter.flow.link.turns += 1
+            waiter.changed.set()
+            self._served = max(self._served, waiter.flow.served)
+            # Something counts at once, so that of flows that have had the same each gets a turn.
+            waiter.flow.served += 1
+
+    def _delay(self, waiter: _Waiter) -> float:
+        """Seconds until the request may go; infinite: not before something ends."""
+        if self._running >= self._jobs:
+            return math.inf
+        now = trio.current_time()
+        delay = max(self._pacer.delay(now), waiter.flow.pacer.delay(now))
+        if not waiter.urgent:
+            delay = max(delay, waiter.flow.link.watch.delay(now, waiter.flow.link.turns), self.disk.delay(now))
+        return delay
 
     def spend(self, flow: Flow, size: int) -> None:
         """The turn takes so many bytes."""
@@ -150,44 +211,6 @@ class Scheduler:
         flow.served += size
         flow.pacer.spent(now, size)
         self._pacer.spent(now, size)
-
-    async def _wait_in_line(self, flow: Flow) -> None:
-        waiting = flow.link.waiting
-        waiting.append(flow)
-        try:
-            while True:
-                delay = self._delay(flow, urgent=False)
-                if delay <= 0 and flow is min(waiting, key=lambda other: other.served):
-                    return
-                await self._wait(flow, delay or math.inf)
-        finally:
-            waiting.remove(flow)
-            for other in waiting:
-                other.changed.set()
-
-    async def _wait(self, flow: Flow, delay: float) -> None:
-        if flow.changed.is_set():
-            flow.changed = trio.Event()
-        with trio.move_on_after(delay):
-            await flow.changed.wait()
-
-    def _delay(self, flow: Flow, *, urgent: bool) -> float:
-        now = trio.current_time()
-        delays = {
-            "prefetch_max": self._pacer.delay(now),
-            "the image's own cap": flow.pacer.delay(now),
-            "prefetch_jobs": math.inf if self._running >= self._jobs else 0.0,
-        }
-        if not urgent:
-            delays["others use the base's server"] = flow.link.watch.delay(now)
-            delays["others use the disk"] = self.disk.delay(now)
-        why = max(delays, key=lambda reason: delays[reason])
-        flow.why = why if delays[why] > 0 else ""
-        return delays[why]
-
-    def _wake(self) -> None:
-        for flow in self._flows:
-            flow.changed.set()
 
     def yielding(self, flow: Flow) -> str:
         """Why prefetching stands back now; empty where it does not."""

@@ -6,6 +6,7 @@ logged with its traceback and answered with EIO: it must not end the mount.
 
 from __future__ import annotations
 
+import enum
 import errno
 import functools
 import json
@@ -80,13 +81,25 @@ def handler(function: Callable[P, Coroutine[Any, Any, T]]) -> Callable[P, Corout
     return wrapped
 
 
+class Sync(enum.Enum):
+    """When a write is made durable, beside every few seconds and at closing."""
+
+    NONE = "none"
+    """Never: a flush is answered at once. For disks that may be lost."""
+    FLUSH = "flush"
+    """Before a flush is answered."""
+    ALWAYS = "always"
+    """Before each write is answered."""
+
+
 class Filesystem(pyfuse3.Operations):
     """A folder of images as a folder of raw files."""
 
-    def __init__(self, folder: Folder, *, writeback: bool, shrink: bool) -> None:
+    def __init__(self, folder: Folder, *, writeback: bool, shrink: bool, sync: Sync = Sync.FLUSH) -> None:
         super().__init__()
         self.folder = folder
-        self.enable_writeback_cache = writeback
+        self.enable_writeback_cache = writeback and sync is not Sync.ALWAYS
+        self._sync = sync
         self._shrink = shrink
         self._images: dict[int, Image] = {}
         self._handles: dict[int, tuple[Entry, bool]] = {}
@@ -308,7 +321,10 @@ class Filesystem(pyfuse3.Operations):
 
     async def write(self, fh: FileHandleT, off: int, buf: bytes) -> int:
         try:
-            await self._images[fh].write(off, buf)
+            image = self._images[fh]
+            await image.write(off, buf)
+            if self._sync is Sync.ALWAYS:
+                await image.flush()
         except Exception as error:
             raise fuse_error(error, "write") from error
         self._written.set()
@@ -317,12 +333,13 @@ class Filesystem(pyfuse3.Operations):
     @handler
     async def flush(self, fh: FileHandleT) -> None:
         entry, write = self._handles[fh]
-        if write and entry.image is not None:
+        if write and entry.image is not None and self._sync is not Sync.NONE:
             await entry.image.flush()
 
     @handler
     async def fsync(self, fh: FileHandleT, datasync: bool) -> None:
-        await self._images[fh].flush()
+        if self._sync is not Sync.NONE:
+            await self._images[fh].flush()
 
     @handler
     async def release(self, fh: FileHandleT) -> None:

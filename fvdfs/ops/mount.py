@@ -14,7 +14,7 @@ import trio
 from fvdfs.chain import Policy
 from fvdfs.cow.scheduler import DEFAULT_JOBS, Scheduler
 from fvdfs.errors import UsageError
-from fvdfs.ops.filesystem import Filesystem
+from fvdfs.ops.filesystem import Filesystem, Sync
 from fvdfs.ops.inodes import Folder
 from fvdfs.ops.negotiate import fuse_descriptors, negotiate
 
@@ -34,6 +34,7 @@ class MountOptions:
     allow_other: bool = False
     writeback: bool = True
     shrink: bool = False
+    sync: Sync = Sync.FLUSH
     debug: bool = False
     prefetch_jobs: int = DEFAULT_JOBS
     prefetch_max: int = 0
@@ -48,7 +49,7 @@ def serve(options: MountOptions, ready: Callable[[], None]) -> None:
     """
     scheduler = Scheduler(jobs=options.prefetch_jobs, max_rate=options.prefetch_max)
     folder = Folder(options.folder, options.policy, scheduler, record_profiles=options.record_profiles)
-    filesystem = Filesystem(folder, writeback=options.writeback, shrink=options.shrink)
+    filesystem = Filesystem(folder, writeback=options.writeback, shrink=options.shrink, sync=options.sync)
     fuse_options = set(pyfuse3.default_options) | {
         f"fsname={_escape(options.folder)}",
         "subtype=fvdfs",
