@@ -419,6 +419,28 @@ def test_no_bytes_make_the_reader_stumble(file_format: str, data: bytes) -> None
         assert "\n" not in str(error)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        '"driver":"nbd","server.host":"h","server.port":"1","export":"\\ud800"',
+        '"driver":"nfs","server.host":"h","path":"/\\udcff"',
+        '"driver":"ssh","server.host":"h","user":"\\ud800","path":"/a"',
+        '"driver":"file","filename":"\\ud800"',
+        '"driver":"rbd","pool":"\\ud800","image":"i"',
+    ],
+)
+def test_words_that_are_no_text(options: str) -> None:
+    """JSON can say halves of characters, which no file name and no URL has."""
+    with pytest.raises(ImageError):
+        parse_location(f"json:{{{options}}}")
+
+
+def test_relative_name_that_is_no_text() -> None:
+    """The header of a remote image holds any bytes."""
+    with pytest.raises(ImageError, match="UTF-8"):
+        join(parse_location("https://h/a"), b"b\xff".decode("utf-8", "surrogateescape"))
+
+
 # ---- Words for QEMU ----
 
 

@@ -103,6 +103,10 @@ def parse_location(name: str) -> Location:
     """
     if not name or "\0" in name:
         raise ImageError(name.replace("\0", "\\0"), "not a name of a file")
+    try:
+        name.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:  # from "\ud800" in json:{...}
+        raise ImageError(name.encode("utf-8", "backslashreplace").decode(), "not a name of a file") from None
     if name.startswith("json:"):
         return _parse_json(name)
     if name.startswith("rbd:"):
@@ -235,7 +239,15 @@ def join(base: Location, name: str) -> str:
         return name
     if base.protocol.get("driver") not in ("http", "https", "ftp", "ftps", "ssh", "nfs"):
         raise ImageError(name, f"a relative name means nothing in {base.name}")
-    return base.url.partition("?")[0].rpartition("/")[0] + "/" + quote(name)
+    return base.url.partition("?")[0].rpartition("/")[0] + "/" + _quoted(name, name)
+
+
+def _quoted(name: str, text: str, safe: str = "/") -> str:
+    """Text as a part of a URL; `name`: what it comes from. Raises ImageError where no URL can say it."""
+    try:
+        return quote(text, safe=safe)
+    except UnicodeEncodeError:
+        raise ImageError(name, "a URL must be UTF-8") from None
 
 
 def _parse_json(name: str) -> Location:
@@ -297,7 +309,7 @@ def _as_url(name: str, options: Options) -> str:
         return (f"[{host}]" if ":" in host else host) + (f":{port}" if port else "")
 
     def escaped(text: str) -> str:
-        return quote(text)
+        return _quoted(name, text)
 
     server = left.pop("server", {})
     if not isinstance(server, dict):
@@ -319,7 +331,7 @@ def _as_url(name: str, options: Options) -> str:
                 url = f"nbd://{host_and_port('nbd', server)}/{export}"
         case "ssh":
             user = take("user", "")
-            url = f"ssh://{quote(user, safe='') + '@' if user else ''}{host_and_port('ssh', server)}"
+            url = f"ssh://{_quoted(name, user, '') + '@' if user else ''}{host_and_port('ssh', server)}"
             url += "/" + escaped(take("path").removeprefix("/"))
         case "nfs":
             take("type", "inet", server)
