@@ -28,7 +28,7 @@ from fvdfs.cow.locks import RangeLock
 from fvdfs.cow.planner import Geometry, WritePlan, plan_write, read_runs, zero_runs
 from fvdfs.cow.writethrough import MODES, BaseWriter, WriteBack, WriteThrough
 from fvdfs.errors import ReadOnlyImage
-from fvdfs.header import SECTOR, Header, ceil_div, round_up, with_fields
+from fvdfs.header import MAX_DISK_SIZE, SECTOR, Header, ceil_div, round_up, with_fields
 
 Storage = FlatStorage | ChunkedStorage
 
@@ -302,6 +302,8 @@ class Image:
 
     async def _grow(self, size: int) -> None:
         header = self.header
+        if size > MAX_DISK_SIZE:
+            raise OSError(errno.EFBIG, f"{self.name}: a disk has at most {MAX_DISK_SIZE} bytes")
         if header.compact and ceil_div(size, header.chunk_size) > header.table_capacity:
             limit = header.table_capacity * header.chunk_size
             raise OSError(
