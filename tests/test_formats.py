@@ -435,6 +435,26 @@ def test_words_that_are_no_text(options: str) -> None:
         parse_location(f"json:{{{options}}}")
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        '"driver":"iscsi","portal":"ftp://h","target":"t"',
+        '"driver":"iscsi","portal":"h/x","target":"t"',
+        '"driver":"iscsi","portal":"me@h","target":"t"',
+        '"driver":"iscsi","portal":"h","target":"t","lun":"1/2"',
+        '"driver":"rbd","pool":"p/n","image":"i"',
+        '"driver":"rbd","pool":"","namespace":"n","image":"i"',
+        '"driver":"rbd","pool":"p","namespace":"n","image":""',
+        '"driver":"rbd","pool":"p","image":"i@s"',
+        '"driver":"rbd","pool":"p","image":"i","snapshot":"s:id=u"',
+    ],
+)
+def test_word_that_would_become_others(options: str) -> None:
+    """What is opened is what the options say, each of them."""
+    with pytest.raises(ImageError):
+        parse_location(f"json:{{{options}}}")
+
+
 def test_relative_name_that_is_no_text() -> None:
     """The header of a remote image holds any bytes."""
     with pytest.raises(ImageError, match="UTF-8"):

@@ -93,6 +93,7 @@ _KNOWN = "a path, " + ", ".join(f"{scheme}://" for scheme in _SCHEMES) + ", rbd:
 _HAS_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 _UNSAFE = re.compile(r"[\0-\x20\x7f\\]")
 _HOST = re.compile(r"[A-Za-z0-9._:%-]+")
+_PORTAL = re.compile(r"([A-Za-z0-9._%-]+|\[[A-Za-z0-9._:%-]+\])(:[0-9]{1,5})?")
 _DEFAULT_PORTS = {"nbd": 10809, "ssh": 22, "iscsi": 3260, "http": 80, "https": 443, "ftp": 21, "ftps": 990}
 
 
@@ -338,10 +339,15 @@ def _as_url(name: str, options: Options) -> str:
             url = f"nfs://{host_and_port('nfs', server)}/{escaped(take('path').removeprefix('/'))}"
         case "iscsi":
             take("transport", "tcp")
-            url = f"iscsi://{take('portal')}/{escaped(take('target'))}/{take('lun', '0')}"
+            portal, lun = take("portal"), take("lun", "0")
+            if not _PORTAL.fullmatch(portal) or not lun.isdecimal():
+                raise ImageError(name, "portal or lun makes no sense")
+            url = f"iscsi://{portal}/{escaped(take('target'))}/{lun}"
         case "rbd":
             words = [take("pool"), take("namespace", ""), take("image")]
             snapshot, user = take("snapshot", ""), take("user", "")
+            if not words[0] or not words[2] or re.search(r"[/@:\\]", "".join([*words, snapshot, user])):
+                raise ImageError(name, "its words must not be empty, nor hold any of / @ : \\")
             url = "rbd:" + "/".join(word for word in words if word)
             url += (f"@{snapshot}" if snapshot else "") + (f":id={user}" if user else "")
         case _:
