@@ -154,6 +154,8 @@ def _compare_with_json(name: str, location: Location) -> None:
     for key in KEPT:
         if key in given:
             words = str(given[key]), str(found.get(key, ""))
+            if key == "lun":
+                words = str(int(words[0])), words[1]
             assert words[0].removeprefix("/") == words[1].removeprefix("/"), f"{key} is {words[1]}"
 
 
