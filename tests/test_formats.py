@@ -118,6 +118,7 @@ def test_urls(name: str, url: str, protocol: dict[str, object]) -> None:
         "",
         "a\0b",
         "gopher://h/x",
+        "ssh://%00e@h/a",
         "nbd://",
         "nbd://h:0/",
         "nbd://h:99999/",

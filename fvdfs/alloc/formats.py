@@ -163,7 +163,7 @@ def _protocol(name: str, scheme: str, parts: SplitResult, port: int) -> tuple[Op
     """QEMU's options for a URL whose parts are sane, and what follows the host in its one spelling."""
     host = parts.hostname or ""
     path = unquote(parts.path)
-    if "\0" in path:
+    if "\0" in path or "\0" in unquote(parts.username or ""):
         raise ImageError(name, "%00 is not allowed in a URL")
     inet: Options = {"host": host, "port": str(port)}
     tail = quote(path)
