@@ -166,7 +166,7 @@ def main() -> int:
     parser.add_argument("--runs", type=int, default=100_000, help="executions of each target")
     parser.add_argument("--seconds", type=int, default=0, help="at most so long for each target; 0: no limit")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--timeout", type=int, default=5, help="seconds that an input may take")
+    parser.add_argument("--timeout", type=int, default=30, help="seconds that an input may take")
     parser.add_argument("--output", type=Path, default=Path("."), help="folder for inputs that fail")
     parser.add_argument("--store", action="store_true", help="replace the stored corpus by what was found")
     options = parser.parse_args()
