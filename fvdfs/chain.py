@@ -322,17 +322,18 @@ async def load_image(
         )
     else:
         storage = FlatStorage(data, header.data_offset, header.virtual_disk_size, command)
-    if not header.clean:
-        await _replay(name, header, meta, bitmap, table)
+    skipped = not header.clean and await _replay(name, header, meta, bitmap, table)
     if table is not None:
         table.replay_done()
         if table.shared:
             log.error("%s: chunk table: %d chunks share their place with others", name, len(table.shared))
         if table.beyond:
             log.error("%s: chunk table: %d chunks lie past the end of the storage", name, len(table.beyond))
+    committer = Committer(header, raw_header[: round_up(HEADER_SIZE, SECTOR)], meta, data, bitmap, table)
+    committer.journal_is_bad = skipped
     image = Image(
         name=name,
-        committer=Committer(header, raw_header[: round_up(HEADER_SIZE, SECTOR)], meta, data, bitmap, table),
+        committer=committer,
         meta=meta,
         data=data,
         base=base,
@@ -345,12 +346,13 @@ async def load_image(
     return image
 
 
-async def _replay(name: str, header: Header, meta: Store, bitmap: Bitmap | None, table: Table | None) -> None:
+async def _replay(name: str, header: Header, meta: Store, bitmap: Bitmap | None, table: Table | None) -> bool:
+    """Whether a record had to be skipped."""
     region = header.journal_region
     if region is None:
         if header.has_metadata:
             log.warning("%s: clean_shutdown=0 and no journal: its metadata may be incomplete", name)
-        return
+        return False
     skipped: list[journal.Skipped] = []
     for at in range(0, region.size, _REPLAY_PIECE):
         size = min(_REPLAY_PIECE, region.size - at)
@@ -361,6 +363,7 @@ async def _replay(name: str, header: Header, meta: Store, bitmap: Bitmap | None,
     if len(skipped) > _REPORTED_RECORDS:
         log.warning("%s: %d more journal records skipped", name, len(skipped) - _REPORTED_RECORDS)
     log.info("%s: was not closed; its journal has been replayed", name)
+    return bool(skipped)
 
 
 def lock_for_writing(image: Image) -> None:

@@ -19,7 +19,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 
 from fvdfs import __version__
-from fvdfs.errors import FvdError, UsageError
+from fvdfs.errors import FvdError, UsageError, printable
 from fvdfs.header import DEFAULT_PROFILE_ROOM, CreateOptions
 
 UNITS = {"": 1, "B": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40, "P": 1 << 50}
@@ -231,7 +231,9 @@ def _create(arguments: argparse.Namespace) -> int:
 def _info(arguments: argparse.Namespace) -> int:
     from fvdfs.info import describe, render
 
-    logging.basicConfig(format="fvdfs: %(message)s")
+    terminal = logging.StreamHandler()
+    terminal.setFormatter(LogFormatter("fvdfs: %(message)s"))
+    logging.basicConfig(handlers=[terminal])
     facts = describe(arguments.image)
     print(json.dumps(facts, indent=2) if arguments.json else render(facts))
     return 0
@@ -398,6 +400,13 @@ def _roots(folder: str, base_path: str) -> tuple[str, ...]:
     return tuple(roots)
 
 
+class LogFormatter(logging.Formatter):
+    """One line a message, whatever the names in it are; the traceback of a defect follows as it is."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        return printable(super().formatMessage(record))
+
+
 def _set_up_log(log_file: str | None, *, foreground: bool) -> None:
     root = logging.getLogger()
     root.setLevel(logging.INFO)
@@ -406,17 +415,17 @@ def _set_up_log(log_file: str | None, *, foreground: bool) -> None:
             file_handler = logging.FileHandler(log_file)
         except OSError as error:
             raise UsageError(f"--log-file {log_file}: {error.strerror}") from error
-        file_handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        file_handler.setFormatter(LogFormatter("%(asctime)s %(levelname)s %(message)s"))
         root.addHandler(file_handler)
     elif not foreground and os.path.exists("/dev/log"):
         with contextlib.suppress(OSError):
             syslog = logging.handlers.SysLogHandler("/dev/log", logging.handlers.SysLogHandler.LOG_DAEMON)
-            syslog.setFormatter(logging.Formatter(f"fvdfs[{os.getpid()}]: %(levelname)s %(message)s"))
+            syslog.setFormatter(LogFormatter(f"fvdfs[{os.getpid()}]: %(levelname)s %(message)s"))
             root.addHandler(syslog)
     if foreground or not log_file:
         terminal = logging.StreamHandler()
         terminal.setLevel(logging.INFO if foreground else logging.WARNING)
-        terminal.setFormatter(logging.Formatter("fvdfs: %(message)s"))
+        terminal.setFormatter(LogFormatter("fvdfs: %(message)s"))
         root.addHandler(terminal)
 
 

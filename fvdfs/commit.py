@@ -67,6 +67,8 @@ class Committer:
         self.header = header
         self.failed: str | None = None
         """Why nothing more may be written, once that is so."""
+        self.journal_is_bad = False
+        """Whether it holds records that were skipped: a larger disk or storage could make them good."""
         self._raw_header = raw_header
         self._header_unsure = False  # a failed write left some sector of it old or new
         self._meta = meta
@@ -230,6 +232,8 @@ class Committer:
             if self._meta is not self._data:
                 await self._flush(self._meta)
             await self.checkpoint()
+            if self.journal_is_bad:
+                await self.clear_journal()
 
     async def clear_journal(self) -> None:
         """Make the journal empty and stable, for a change that old records would undo. Raises OSError."""

@@ -8,10 +8,20 @@ broken invariant of fvdfs itself is an `AssertionError`.
 from __future__ import annotations
 
 
+def printable(text: str) -> str:
+    """Text as one line that does nothing to a terminal or a log: names in images are any bytes."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
 class FvdError(Exception):
     """Base of fvdfs's own errors; its text is one line for a person."""
 
     exit_code = 1
+
+    def __init__(self, text: str) -> None:
+        super().__init__(printable(text))
 
 
 class UsageError(FvdError):

@@ -35,7 +35,7 @@ from fvdfs.cow.planner import Geometry, WritePlan, plan_write, read_runs, zero_r
 from fvdfs.cow.profile import Extent, Recorder, decode, encode
 from fvdfs.cow.writethrough import MODES, BaseWriter, WriteBack, WriteThrough
 from fvdfs.errors import ReadOnlyImage
-from fvdfs.header import PAGE, PROFILE_ENTRY_SIZE, SECTOR, Header, ceil_div, round_up, with_fields
+from fvdfs.header import MAX_DISK_SIZE, PAGE, PROFILE_ENTRY_SIZE, SECTOR, Header, ceil_div, round_up, with_fields
 
 log = logging.getLogger(__name__)
 
@@ -502,6 +502,8 @@ class Image:
 
     async def _grow(self, size: int) -> None:
         header = self.header
+        if size > MAX_DISK_SIZE:
+            raise OSError(errno.EFBIG, f"{self.name}: a disk has at most {MAX_DISK_SIZE} bytes")
         if header.compact and ceil_div(size, header.chunk_size) > header.table_capacity:
             limit = header.table_capacity * header.chunk_size
             raise OSError(

@@ -9,7 +9,7 @@ from typing import Any
 import trio
 
 from fvdfs.chain import Chain, Policy, load_chain, open_chain
-from fvdfs.errors import FvdError, ImageBusy
+from fvdfs.errors import FvdError, ImageBusy, printable
 from fvdfs.header import Header
 from fvdfs.image import Image
 
@@ -122,7 +122,7 @@ def render(facts: dict[str, Any]) -> str:
         value = facts[field.name]
         rows.append((field.name, f"0x{value:X}" if field.name == "magic" else str(value)))
     width = max(len(name) for name, _ in rows)
-    return "\n".join(f"{name:<{width}}  {value}".rstrip() for name, value in rows)
+    return "\n".join(printable(f"{name:<{width}}  {value}".rstrip()) for name, value in rows)
 
 
 def _state(facts: dict[str, Any]) -> str:

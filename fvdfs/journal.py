@@ -118,11 +118,12 @@ def replay(
     `sectors`: a part of the journal, whole sectors, the first of them being number `first_index`.
     """
     skipped = []
+    blocks: list[Range] = []  # set at the end: a million records of all blocks are one range then
     for base in range(0, len(sectors), SECTOR):
         sector = sectors[base : base + SECTOR]
         for offset, record in parse(sector):
             if isinstance(record, BitmapRecord):
-                problem = _replay_bitmap_record(record, header, bitmap)
+                problem = _blocks_of(record, header, bitmap, blocks)
             elif isinstance(record, TableRecord):
                 problem = (
                     "a table record, but the image has no table"
@@ -134,10 +135,14 @@ def replay(
             if problem:
                 skipped.append(Skipped(first_index + base // SECTOR, offset, problem))
                 break
+    if bitmap is not None:
+        for start, stop in merge(blocks):
+            bitmap.set_local(start, stop)
     return skipped
 
 
-def _replay_bitmap_record(record: BitmapRecord, header: Header, bitmap: Bitmap | None) -> str | None:
+def _blocks_of(record: BitmapRecord, header: Header, bitmap: Bitmap | None, blocks: list[Range]) -> str | None:
+    """Add the blocks of the record to the list, or say why it is bad."""
     if bitmap is None:
         return "a bitmap record, but the image has no bitmap"
     start = record.first_sector * SECTOR
@@ -149,7 +154,7 @@ def _replay_bitmap_record(record: BitmapRecord, header: Header, bitmap: Bitmap |
         )
     stop = min(stop, header.base_size)
     if start < stop:
-        bitmap.set_local(start // header.block_size, ceil_div(stop, header.block_size))
+        blocks.append((start // header.block_size, ceil_div(stop, header.block_size)))
     return None
 
 

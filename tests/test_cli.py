@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import logging
+import os
 import random
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +15,9 @@ import pytest
 
 import reference
 from conftest import MIB, fvdfs, mounted, must
-from fvdfs.cli import parse_size
-from fvdfs.header import DEFAULT_PROFILE_ROOM, HEADER_SIZE
+from fvdfs.cli import LogFormatter, parse_size
+from fvdfs.errors import ImageError
+from fvdfs.header import DEFAULT_PROFILE_ROOM, HEADER_SIZE, CreateOptions, new_header
 from test_reference import GOLDEN, MANIFEST, extract
 
 SWITCHES = {"compact_image": "--compact", "copy_on_read": "--copy-on-read"}
@@ -216,3 +220,27 @@ def test_info_of_an_image_in_use(folder: Path) -> None:
         facts = json.loads(must("info", folder / "a.fvd", "--json"))
         assert "open for writing" in facts["problems"][0]
         assert facts["virtual_size"] == MIB
+
+
+HOSTILE = "b\udcff\n\x1b[31m"  # bytes that are no text, another line, a word to the terminal
+
+
+def test_names_in_an_image_do_nothing_to_the_terminal(folder: Path) -> None:
+    header = new_header(MIB, MIB, CreateOptions(base_img=HOSTILE))
+    (folder / "disk.fvd").write_bytes(header.encode().ljust(header.metadata_size, b"\0"))
+    command = [sys.executable, "-m", "fvdfs", "info", str(folder / "disk.fvd")]
+    strict = {**os.environ, "PYTHONIOENCODING": "utf-8:strict"}
+    done = subprocess.run(command, env=strict, capture_output=True, text=True, check=True)
+    assert "\x1b" not in done.stdout
+    (line,) = (line for line in done.stdout.splitlines() if line.startswith("base_img "))
+    assert line.endswith("  b\\udcff\\n\\x1b[31m")
+
+
+def test_names_in_an_image_do_nothing_to_the_log(tmp_path: Path) -> None:
+    handler = logging.FileHandler(tmp_path / "log")
+    handler.setFormatter(LogFormatter("%(levelname)s %(message)s"))
+    for message in (HOSTILE, str(ImageError("disk.fvd", HOSTILE))):
+        handler.emit(logging.LogRecord("fvdfs", logging.WARNING, "", 0, "%s", (message,), None))
+    handler.close()
+    lines = (tmp_path / "log").read_text().splitlines()
+    assert lines == ["WARNING b\\udcff\\n\\x1b[31m", "WARNING disk.fvd: b\\udcff\\n\\x1b[31m"]

@@ -118,6 +118,7 @@ def test_urls(name: str, url: str, protocol: dict[str, object]) -> None:
         "",
         "a\0b",
         "gopher://h/x",
+        "ssh://%00e@h/a",
         "nbd://",
         "nbd://h:0/",
         "nbd://h:99999/",
@@ -417,6 +418,48 @@ def test_no_bytes_make_the_reader_stumble(file_format: str, data: bytes) -> None
         look(file_format, data)
     except FvdError as error:
         assert "\n" not in str(error)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        '"driver":"nbd","server.host":"h","server.port":"1","export":"\\ud800"',
+        '"driver":"nfs","server.host":"h","path":"/\\udcff"',
+        '"driver":"ssh","server.host":"h","user":"\\ud800","path":"/a"',
+        '"driver":"file","filename":"\\ud800"',
+        '"driver":"rbd","pool":"\\ud800","image":"i"',
+    ],
+)
+def test_words_that_are_no_text(options: str) -> None:
+    """JSON can say halves of characters, which no file name and no URL has."""
+    with pytest.raises(ImageError):
+        parse_location(f"json:{{{options}}}")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        '"driver":"iscsi","portal":"ftp://h","target":"t"',
+        '"driver":"iscsi","portal":"h/x","target":"t"',
+        '"driver":"iscsi","portal":"me@h","target":"t"',
+        '"driver":"iscsi","portal":"h","target":"t","lun":"1/2"',
+        '"driver":"rbd","pool":"p/n","image":"i"',
+        '"driver":"rbd","pool":"","namespace":"n","image":"i"',
+        '"driver":"rbd","pool":"p","namespace":"n","image":""',
+        '"driver":"rbd","pool":"p","image":"i@s"',
+        '"driver":"rbd","pool":"p","image":"i","snapshot":"s:id=u"',
+    ],
+)
+def test_word_that_would_become_others(options: str) -> None:
+    """What is opened is what the options say, each of them."""
+    with pytest.raises(ImageError):
+        parse_location(f"json:{{{options}}}")
+
+
+def test_relative_name_that_is_no_text() -> None:
+    """The header of a remote image holds any bytes."""
+    with pytest.raises(ImageError, match="UTF-8"):
+        join(parse_location("https://h/a"), b"b\xff".decode("utf-8", "surrogateescape"))
 
 
 # ---- Words for QEMU ----

@@ -1,13 +1,19 @@
-"""The engine over stores in memory, where an interleaving has to be made."""
+"""The engine over stores in memory: where an interleaving has to be made, and at the limits of the format."""
 
 from __future__ import annotations
 
+import errno
+import struct
 from pathlib import Path
 
+import pytest
 import trio
 
-from builder import LAYOUTS, load, read_files
-from fakes import MemoryStore
+from builder import IMAGE, LAYOUTS, load, read_files
+from fakes import SECTOR, MemoryStore
+from fvdfs.alloc.store import open_path
+from fvdfs.header import MAX_DISK_SIZE, Header, with_fields
+from fvdfs.journal import BITMAP_MAGIC
 
 
 def test_writes_past_the_end_together_only_grow_the_disk(tmp_path: Path) -> None:
@@ -26,5 +32,76 @@ def test_writes_past_the_end_together_only_grow_the_disk(tmp_path: Path) -> None
         for distance in (5000, 700, 3000, 1):
             assert await image.read(end + distance, 10) == bytes([distance % 251]) * 10
         await image.close()
+
+    trio.run(main)
+
+
+def test_disk_does_not_outgrow_the_format(tmp_path: Path) -> None:
+    """Its header would be refused from then on."""
+    LAYOUTS[0].build(tmp_path)
+    stores = {name: MemoryStore(content, name) for name, content in read_files(tmp_path).items()}
+
+    async def main() -> None:
+        image = await load(stores)
+        await image.begin_writing()
+        size = image.size
+        for attempt in (image.resize(MAX_DISK_SIZE + 1), image.write(MAX_DISK_SIZE - 1, b"ab"), image.resize(1 << 63)):
+            with pytest.raises(OSError) as error:
+                await attempt
+            assert error.value.errno == errno.EFBIG
+            assert image.size == size
+        await image.write(0, b"still writable")
+        await image.close()
+
+    trio.run(main)
+
+
+def test_record_that_was_skipped_stays_so(tmp_path: Path) -> None:
+    """Also after the disk has grown to where the record leads, and another crash."""
+    layout = next(layout for layout in LAYOUTS if layout.name == "cow-64k")
+    layout.build(tmp_path)
+    files = read_files(tmp_path)
+    header = Header.decode(files[IMAGE], IMAGE)
+    raw = bytearray(files[IMAGE])
+    raw[: len(header.encode())] = with_fields(header, clean_shutdown=0).encode()
+    sectors = header.virtual_disk_size // SECTOR + 1
+    at = header.journal_offset + 4096  # where it is not soon overwritten
+    raw[at : at + 16] = struct.pack("<IIq", BITMAP_MAGIC, sectors, 0)
+    files[IMAGE] = bytes(raw)
+    stores = {name: MemoryStore(content, name) for name, content in files.items()}
+
+    async def main() -> None:
+        image = await load(stores)
+        await image.begin_writing()
+        await image.resize(image.size + SECTOR)
+        await image.write(0, b"written")
+        before = await image.read(0, image.size)
+        await image.flush()
+        again = await load({name: MemoryStore(store.data, name) for name, store in stores.items()})
+        assert not again.header.clean
+        assert await again.read(0, again.size) == before
+        assert before[:7] == b"written"
+        assert before[7 : header.base_img_size] == files["base.raw"][7 : header.base_img_size]
+
+    trio.run(main)
+
+
+def test_file_where_its_offsets_end(tmp_path: Path) -> None:
+    """A damaged chunk table may lead anywhere; past the end of any file are zeros, as past the end of this one."""
+    path = tmp_path / "file"
+    path.write_bytes(b"content")
+
+    async def main() -> None:
+        file = open_path(str(path), writable=True)
+        buffer = memoryview(bytearray(SECTOR))
+        for offset in ((1 << 63) - SECTOR - 1, (1 << 63) - SECTOR, (1 << 63) - 1, 1 << 63, 1 << 93):
+            assert not file.pread_nowait(buffer, offset)
+            assert await file.pread(buffer, offset) == 0
+        assert await file.pread(buffer, 0) == 7
+        with pytest.raises(OSError) as error:
+            await file.resize(1 << 63)
+        assert error.value.errno == errno.EFBIG
+        assert await file.size() == 7
+        await file.aclose()
 
     trio.run(main)

@@ -603,6 +603,23 @@ def test_merge_keeps_every_number_and_leaves_gaps(ranges: list[tuple[int, int]])
     assert all(stop < start for (_, stop), (start, _) in pairwise(merged))
 
 
+def test_many_records_of_the_same_blocks_are_no_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A small image could keep all others waiting for minutes."""
+    calls: list[tuple[int, int]] = []
+    set_local = Bitmap.set_local
+
+    def counted(self: Bitmap, start: int, stop: int) -> None:
+        calls.append((start, stop))
+        set_local(self, start, stop)
+
+    monkeypatch.setattr(Bitmap, "set_local", counted)
+    metadata = Metadata(FLAT)
+    records = [bits(4 * n, 1) + bits(0, 16) + bits(0, 4 * n + 1) for n in range(10)]
+    assert metadata.replay(*[full(record * 10) for record in records]) == []
+    assert metadata.local == set(range(10))
+    assert calls == [(0, 10)]
+
+
 def test_sector_must_be_whole() -> None:
     with pytest.raises(AssertionError):
         list(parse(bytes(SECTOR - 1)))

@@ -93,6 +93,7 @@ _KNOWN = "a path, " + ", ".join(f"{scheme}://" for scheme in _SCHEMES) + ", rbd:
 _HAS_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 _UNSAFE = re.compile(r"[\0-\x20\x7f\\]")
 _HOST = re.compile(r"[A-Za-z0-9._:%-]+")
+_PORTAL = re.compile(r"([A-Za-z0-9._%-]+|\[[A-Za-z0-9._:%-]+\])(:[0-9]{1,5})?")
 _DEFAULT_PORTS = {"nbd": 10809, "ssh": 22, "iscsi": 3260, "http": 80, "https": 443, "ftp": 21, "ftps": 990}
 
 
@@ -103,6 +104,10 @@ def parse_location(name: str) -> Location:
     """
     if not name or "\0" in name:
         raise ImageError(name.replace("\0", "\\0"), "not a name of a file")
+    try:
+        name.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:  # from "\ud800" in json:{...}
+        raise ImageError(name.encode("utf-8", "backslashreplace").decode(), "not a name of a file") from None
     if name.startswith("json:"):
         return _parse_json(name)
     if name.startswith("rbd:"):
@@ -158,7 +163,7 @@ def _protocol(name: str, scheme: str, parts: SplitResult, port: int) -> tuple[Op
     """QEMU's options for a URL whose parts are sane, and what follows the host in its one spelling."""
     host = parts.hostname or ""
     path = unquote(parts.path)
-    if "\0" in path:
+    if "\0" in path or "\0" in unquote(parts.username or ""):
         raise ImageError(name, "%00 is not allowed in a URL")
     inet: Options = {"host": host, "port": str(port)}
     tail = quote(path)
@@ -235,7 +240,15 @@ def join(base: Location, name: str) -> str:
         return name
     if base.protocol.get("driver") not in ("http", "https", "ftp", "ftps", "ssh", "nfs"):
         raise ImageError(name, f"a relative name means nothing in {base.name}")
-    return base.url.partition("?")[0].rpartition("/")[0] + "/" + quote(name)
+    return base.url.partition("?")[0].rpartition("/")[0] + "/" + _quoted(name, name)
+
+
+def _quoted(name: str, text: str, safe: str = "/") -> str:
+    """Text as a part of a URL; `name`: what it comes from. Raises ImageError where no URL can say it."""
+    try:
+        return quote(text, safe=safe)
+    except UnicodeEncodeError:
+        raise ImageError(name, "a URL must be UTF-8") from None
 
 
 def _parse_json(name: str) -> Location:
@@ -297,7 +310,7 @@ def _as_url(name: str, options: Options) -> str:
         return (f"[{host}]" if ":" in host else host) + (f":{port}" if port else "")
 
     def escaped(text: str) -> str:
-        return quote(text)
+        return _quoted(name, text)
 
     server = left.pop("server", {})
     if not isinstance(server, dict):
@@ -319,17 +332,22 @@ def _as_url(name: str, options: Options) -> str:
                 url = f"nbd://{host_and_port('nbd', server)}/{export}"
         case "ssh":
             user = take("user", "")
-            url = f"ssh://{quote(user, safe='') + '@' if user else ''}{host_and_port('ssh', server)}"
+            url = f"ssh://{_quoted(name, user, '') + '@' if user else ''}{host_and_port('ssh', server)}"
             url += "/" + escaped(take("path").removeprefix("/"))
         case "nfs":
             take("type", "inet", server)
             url = f"nfs://{host_and_port('nfs', server)}/{escaped(take('path').removeprefix('/'))}"
         case "iscsi":
             take("transport", "tcp")
-            url = f"iscsi://{take('portal')}/{escaped(take('target'))}/{take('lun', '0')}"
+            portal, lun = take("portal"), take("lun", "0")
+            if not _PORTAL.fullmatch(portal) or not lun.isdecimal():
+                raise ImageError(name, "portal or lun makes no sense")
+            url = f"iscsi://{portal}/{escaped(take('target'))}/{lun}"
         case "rbd":
             words = [take("pool"), take("namespace", ""), take("image")]
             snapshot, user = take("snapshot", ""), take("user", "")
+            if not words[0] or not words[2] or re.search(r"[/@:\\]", "".join([*words, snapshot, user])):
+                raise ImageError(name, "its words must not be empty, nor hold any of / @ : \\")
             url = "rbd:" + "/".join(word for word in words if word)
             url += (f"@{snapshot}" if snapshot else "") + (f":id={user}" if user else "")
         case _:

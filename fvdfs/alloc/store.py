@@ -91,6 +91,8 @@ class Store(Protocol):
         """Give up the store; nothing is flushed."""
 
 
+MAX_FILE_SIZE = (1 << 63) - 1  # an offset of a file has 63 bits
+
 # All locks of fvdfs are on this one byte, far behind any data, so that they meet no other program's
 # (QEMU locks bytes 100.. and 200.. of the images that it opens).
 _LOCK_BYTE = 0x7FFF_4656_4400_0000
@@ -177,6 +179,8 @@ class HostFile:
             ) from None
 
     def pread_nowait(self, buffer: memoryview, offset: int) -> bool:
+        if offset + len(buffer) > MAX_FILE_SIZE:
+            return False
         try:
             return os.preadv(self._fd, [buffer], offset, os.RWF_NOWAIT) == len(buffer)
         except BlockingIOError:
@@ -191,6 +195,8 @@ class HostFile:
 
     def pread_now(self, buffer: memoryview, offset: int) -> int:
         """`pread` for callers that are in a thread already."""
+        if offset + len(buffer) > MAX_FILE_SIZE:  # where a damaged chunk table may lead
+            buffer = buffer[: max(0, MAX_FILE_SIZE - offset)]
         done = 0
         while done < len(buffer):
             count = os.preadv(self._fd, [buffer[done:]], offset + done)
@@ -258,6 +264,8 @@ class HostFile:
         return os.fstat(self._fd).st_size
 
     async def resize(self, size: int) -> None:
+        if size > MAX_FILE_SIZE:
+            raise OSError(errno.EFBIG, f"{self.name}: {size} bytes are more than any file has")
         if self.fixed_size:
             have = await self.size()
             if size > have:
