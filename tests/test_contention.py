@@ -477,11 +477,13 @@ def test_without_pressure_own_writes_tell() -> None:
     assert state_of(watch) is State.RUN, "just found to be ours"
 
 
-def test_with_pressure_own_writes_tell_nothing() -> None:
+def test_with_pressure_slow_writes_of_our_own_are_looked_into_and_it_decides() -> None:
     disk = DiskUser()
     disk.sample(0, 1)
-    now = copies(disk.watch, disk.now, 100e6, 5)
-    copies(disk.watch, now, 1e6, 2)
+    disk.now = copies(disk.watch, disk.now, 100e6, 5)
+    disk.now = copies(disk.watch, disk.now, 1e6, 2)
+    assert disk.state() is State.CHECK
+    disk.sample(0, 2)
     assert disk.state() is State.RUN
 
 
@@ -925,7 +927,7 @@ def test_a_base_that_fails_is_tried_again_and_again() -> None:
             assert image.base is None
             begun = [at for at, before in zip(attempts, [-9.0, *attempts], strict=False) if at - before > 0.5]
             gaps = [after - before for before, after in itertools.pairwise(begun)]
-            assert gaps[:2] == pytest.approx([1, 2], abs=0.5)
+            assert gaps[0] == pytest.approx(1, abs=0.5)
             assert all(gap > 0.9 for gap in gaps)
 
     simulate(main)

@@ -80,7 +80,9 @@ class State(enum.Enum):
 class RateWatch:
     """Progress: the average of the moment, and what is normal."""
 
-    def __init__(self) -> None:
+    def __init__(self, low: float = FALLEN) -> None:
+        """`low`: the part of the normal progress below which it has fallen."""
+        self._low = low
         self.fast = 0.0
         self.normal = 0.0
         self._seen = 0.0
@@ -98,7 +100,7 @@ class RateWatch:
     @property
     def fallen(self) -> bool:
         """Whether the progress of the moment is well below the normal one."""
-        return self._seen >= WARM_UP and self.fast < FALLEN * self.normal
+        return self._seen >= WARM_UP and self.fast < self._low * self.normal
 
     def accept(self) -> None:
         """What is now is normal."""
@@ -285,6 +287,7 @@ class LinkWatch:
 
 PRESSURE_HIGH = 0.3  # of the time some task waits for the disk
 PRESSURE_LOW = 0.15
+DISK_FALLEN = 0.5  # of the normal progress of writes, which vary much
 PRESSURE_WINDOW = 0.4  # seconds
 PAUSE_TO_LOOK = 0.4  # seconds without own requests, to see whose pressure it is
 FIRST_TRUST = 2.0  # seconds that pressure is not asked after it was found to be ours
@@ -296,7 +299,7 @@ class DiskWatch:
 
     def __init__(self) -> None:
         self.manners = Manners()
-        self._rate = RateWatch()
+        self._rate = RateWatch(DISK_FALLEN)
         self._last: tuple[float, float] | None = None
         self._window: tuple[float, float] | None = None
         self._trust = FIRST_TRUST
@@ -343,16 +346,14 @@ class DiskWatch:
                 self._found_ours(now)
 
     def written(self, now: float, size: int, seconds: float) -> None:
-        """A copy was stored. Without pressure information this is all that is known."""
-        if self._last is not None:
-            return
+        """A copy was stored. Without pressure information this is all that is known; with it, a hint to look."""
         manners = self.manners
         if manners.state is State.RUN:
             self._rate.add(size + REQUEST_COST, seconds)
-            if self._rate.fallen and now >= self._trusted_until:
+            if self._rate.fallen and (now >= self._trusted_until or self._last is not None):
                 manners.suspect(now)
-        elif manners.state is State.CHECK and seconds > 0:
-            if (size + REQUEST_COST) / seconds < FALLEN * self._rate.normal:
+        elif manners.state is State.CHECK and seconds > 0 and self._last is None:
+            if (size + REQUEST_COST) / seconds < DISK_FALLEN * self._rate.normal:
                 manners.contended(now)
                 self._rate.restart()
             else:

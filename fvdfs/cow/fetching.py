@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import mmap
 from collections.abc import Awaitable, Callable
 from typing import Protocol
 
@@ -27,6 +28,7 @@ from fvdfs.header import ceil_div
 
 log = logging.getLogger(__name__)
 
+ALIGNED_SIZE = 64 << 10
 PATIENCE = 0.05  # seconds that a read may wait for room to be copied
 STORE_RETRY = 10.0  # seconds without copying after the storage refused a copy
 
@@ -59,6 +61,11 @@ class Owner(Protocol):
         """Store those whole blocks that are missing and that nobody has claimed; how many bytes. Raises OSError."""
 
 
+def _new_buffer(size: int) -> memoryview:
+    """Zeros; a large buffer begins on a page, so that reads past the page cache need not be split."""
+    return memoryview(mmap.mmap(-1, size) if size >= ALIGNED_SIZE else bytearray(size))
+
+
 class Fetch:
     """Bytes [start, stop) of the base's range, on their way."""
 
@@ -67,7 +74,7 @@ class Fetch:
     def __init__(self, start: int, stop: int) -> None:
         self.start = start
         self.stop = stop
-        self.data = bytearray(stop - start)
+        self.data = _new_buffer(stop - start)
         self.done = trio.Event()
         self.failed = True
 
@@ -109,10 +116,10 @@ class Fetcher:
         if self._must_wait(end - first):
             return False
         fetch = self._begin(first, end)
-        if not self._owner.read_base_nowait(memoryview(fetch.data), fetch.start):
+        if not self._owner.read_base_nowait(fetch.data, fetch.start):
             self._end(fetch)
             return False
-        view[:] = memoryview(fetch.data)[start - fetch.start : stop - fetch.start]
+        view[:] = fetch.data[start - fetch.start : stop - fetch.start]
         self._arrived(fetch, copy=True)
         return True
 
@@ -155,7 +162,7 @@ class Fetcher:
         if fetch is not None:
             await fetch.done.wait()
             if not fetch.failed:
-                view[:] = memoryview(fetch.data)[start - fetch.start : start - fetch.start + len(view)]
+                view[:] = fetch.data[start - fetch.start : start - fetch.start + len(view)]
                 return
             # It asked for other bytes as well, or was given up: ours may still come.
             await self._owner.read_base(view, start)
@@ -163,7 +170,7 @@ class Fetcher:
         stop = start + len(view)
         mine = self._begin(*(self._round_out(start, stop) if copy else (start, stop)))
         try:
-            await self._owner.read_base(memoryview(mine.data), mine.start)
+            await self._owner.read_base(mine.data, mine.start)
             mine.failed = False
         except OSError:
             if (mine.start, mine.stop) == (start, stop):
@@ -175,7 +182,7 @@ class Fetcher:
         if mine.failed:
             await self._owner.read_base(view, start)
             return
-        view[:] = memoryview(mine.data)[start - mine.start : stop - mine.start]
+        view[:] = mine.data[start - mine.start : stop - mine.start]
         if copy:
             try:
                 await self._wait_for_room(len(mine.data))
@@ -255,7 +262,7 @@ class Fetcher:
 
     async def _store_after_answer(self, fetch: Fetch) -> None:
         try:
-            await self._owner.store_copy(fetch.start, memoryview(fetch.data))
+            await self._owner.store_copy(fetch.start, fetch.data)
         except OSError as error:
             log.error("%s: copy-on-read: %s; it goes on in %d s", self._owner.name, error, STORE_RETRY)
             self._no_copies_before = trio.current_time() + STORE_RETRY
@@ -281,7 +288,7 @@ class Fetcher:
     async def fill(self, fetch: Fetch, *, hole: bool = False) -> None:
         """Read it; with `hole` it is known to be zeros. Raises OSError."""
         if not hole:
-            await self._owner.read_base(memoryview(fetch.data), fetch.start)
+            await self._owner.read_base(fetch.data, fetch.start)
         fetch.failed = False
         fetch.done.set()
 
@@ -293,7 +300,7 @@ class Fetcher:
     async def store(self, fetch: Fetch) -> int:
         """Store what `fill` has read; the number of bytes that were still missing. Raises OSError."""
         try:
-            return await self._owner.store_copy(fetch.start, memoryview(fetch.data))
+            return await self._owner.store_copy(fetch.start, fetch.data)
         finally:
             self._end(fetch)
 

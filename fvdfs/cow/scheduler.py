@@ -24,16 +24,10 @@ from fvdfs.cow.contention import DiskWatch, LinkWatch, Pacer, State, Stopwatch
 DEFAULT_JOBS = 4
 SLACK = 8 << 20  # bytes that a flow may be behind the others and still catch up
 SAMPLE_INTERVAL = 0.1  # seconds between samples of the disk's pressure
-PRESSURE_FILE = "/proc/pressure/io"
 
 
-def io_pressure() -> float | None:
-    """Seconds in which some task has waited for a disk, since the system started; None where nobody counts."""
-    try:
-        with open(PRESSURE_FILE, encoding="ascii") as file:
-            return int(file.readline().rpartition("total=")[2]) / 1e6
-    except (OSError, ValueError):
-        return None
+def no_pressure() -> None:
+    """Where nobody counts how long others wait for a disk."""
 
 
 class Link:
@@ -90,9 +84,9 @@ class Scheduler:
         *,
         jobs: int = DEFAULT_JOBS,
         max_rate: float = 0,
-        pressure: Callable[[], float | None] = io_pressure,
+        pressure: Callable[[], float | None] = no_pressure,
     ) -> None:
-        """`max_rate`: bytes a second of all images together; 0: no cap."""
+        """`max_rate`: bytes a second of all images together, 0: no cap. `pressure`: see `pressure.py`."""
         self._jobs = jobs
         self._running = 0
         self._sampling: trio.Event | None = None

@@ -12,6 +12,7 @@ import pyfuse3
 import trio
 
 from fvdfs.chain import Policy
+from fvdfs.cow.pressure import DiskPressure
 from fvdfs.cow.scheduler import DEFAULT_JOBS, Scheduler
 from fvdfs.errors import UsageError
 from fvdfs.ops.filesystem import Filesystem, Sync
@@ -47,7 +48,9 @@ def serve(options: MountOptions, ready: Callable[[], None]) -> None:
 
     `ready` is called once requests are answered. Raises UsageError where it cannot be mounted.
     """
-    scheduler = Scheduler(jobs=options.prefetch_jobs, max_rate=options.prefetch_max)
+    scheduler = Scheduler(
+        jobs=options.prefetch_jobs, max_rate=options.prefetch_max, pressure=DiskPressure(options.folder)
+    )
     folder = Folder(options.folder, options.policy, scheduler, record_profiles=options.record_profiles)
     filesystem = Filesystem(folder, writeback=options.writeback, shrink=options.shrink, sync=options.sync)
     fuse_options = set(pyfuse3.default_options) | {
