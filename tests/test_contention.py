@@ -1026,3 +1026,15 @@ def test_a_check_sends_one_probe_at_a_time() -> None:
         return most
 
     assert simulate(main) == 1
+
+
+def test_a_disk_that_is_never_left_alone_gets_a_trickle() -> None:
+    disk = DiskUser()
+    disk.watch.took(disk.now)
+    taken = 0
+    for _ in range(100):
+        disk.sample(1, 0.1)
+        if disk.state() is not State.RUN and disk.watch.delay(disk.now) <= 0:
+            disk.watch.took(disk.now)
+            taken += 1
+    assert 3 <= taken <= 5

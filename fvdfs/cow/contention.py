@@ -26,7 +26,8 @@ first at every single request (`LinkWatch.delay`).
 
 The disk is watched by the kernel's pressure information (the share of time in which some task waits for
 it; `DiskWatch`), and where there is none by the progress of own writes. Pressure is ours if it is gone
-when we pause; then it is not asked again for a while.
+when we pause; then it is not asked again for a while. A disk that others never leave alone still gets a
+request every two seconds, so that the copy ends some day.
 
 Beside these stands the rule of the original (`FloorRule`; format.md, section 7): throughput is measured in
 rounds, and an image whose average is below a minimum tosses a coin: pause for a random time, or forget the
@@ -292,6 +293,7 @@ PRESSURE_WINDOW = 0.4  # seconds
 PAUSE_TO_LOOK = 0.4  # seconds without own requests, to see whose pressure it is
 FIRST_TRUST = 2.0  # seconds that pressure is not asked after it was found to be ours
 MAX_TRUST = 60.0
+TRICKLE = 2.0  # seconds; one request in so many is stored however busy others keep the disk
 
 
 class DiskWatch:
@@ -304,9 +306,17 @@ class DiskWatch:
         self._window: tuple[float, float] | None = None
         self._trust = FIRST_TRUST
         self._trusted_until = -math.inf
+        self._last_turn = math.inf  # none yet
+
+    def took(self, now: float) -> None:
+        """A request has had its turn."""
+        self._last_turn = now
 
     def delay(self, now: float) -> float:
-        """Seconds until something may be copied again; infinite: not before the next sample of pressure."""
+        """Seconds until something may be copied again; at the longest, until it is time for the next trickle."""
+        return min(self._delay(now), max(0.0, self._last_turn + TRICKLE - now))
+
+    def _delay(self, now: float) -> float:
         manners = self.manners
         if manners.state is State.YIELD:
             if now < manners.until:

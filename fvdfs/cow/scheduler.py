@@ -202,6 +202,7 @@ class Scheduler:
     def spend(self, flow: Flow, size: int) -> None:
         """The turn takes so many bytes."""
         now = trio.current_time()
+        self.disk.took(now)
         flow.served += size
         flow.pacer.spent(now, size)
         self._pacer.spent(now, size)
