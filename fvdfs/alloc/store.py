@@ -22,8 +22,7 @@ import struct
 from collections.abc import Sequence
 from typing import Protocol
 
-import trio
-
+from fvdfs.alloc.worker import Worker
 from fvdfs.errors import ImageBusy, ImageError
 
 log = logging.getLogger(__name__)
@@ -33,7 +32,10 @@ OUT_OF_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 Buffer = bytes | bytearray | memoryview
 
-THREADS_PER_STORE = 8  # a slow store can keep only its own threads busy
+# Threads of each store, so that a slow one keeps only its own busy.
+READERS = 8
+READ_BATCH = 4
+WAITERS = 4
 
 
 class Store(Protocol):
@@ -129,7 +131,10 @@ class HostFile:
         mode = os.fstat(fd).st_mode
         self.fixed_size = stat.S_ISBLK(mode)
         self._claim = -1
-        self._limiter = trio.CapacityLimiter(THREADS_PER_STORE)
+        # Writes to a file wait for one another anyway; what waits for the disk must not hold them up.
+        self._writer = Worker("write")
+        self._reader = Worker("read", threads=READERS, batch=READ_BATCH)
+        self._waiter = Worker("flush", threads=WAITERS, batch=1)
 
     @property
     def identity(self) -> tuple[int, int]:
@@ -191,7 +196,7 @@ class HostFile:
             return False
 
     async def pread(self, buffer: memoryview, offset: int) -> int:
-        return await trio.to_thread.run_sync(self.pread_now, buffer, offset, limiter=self._limiter)
+        return await self._reader.run(lambda: self.pread_now(buffer, offset))
 
     def pread_now(self, buffer: memoryview, offset: int) -> int:
         """`pread` for callers that are in a thread already."""
@@ -206,7 +211,7 @@ class HostFile:
         return done
 
     async def pwrite(self, data: Buffer, offset: int) -> None:
-        await trio.to_thread.run_sync(self.pwrite_now, data, offset, limiter=self._limiter)
+        await self._writer.run(lambda: self.pwrite_now(data, offset))
 
     def pwrite_now(self, data: Buffer, offset: int) -> None:
         """`pwrite` for callers that are in a thread already."""
@@ -219,13 +224,13 @@ class HostFile:
             done += count
 
     async def write_out(self, offset: int, length: int) -> None:
-        await trio.to_thread.run_sync(self._write_out, offset, length, limiter=self._limiter)
+        await self._waiter.run(lambda: self._write_out(offset, length))
 
     def _write_out(self, offset: int, length: int) -> None:
         _libc.sync_file_range(self._fd, ctypes.c_int64(offset), ctypes.c_int64(length), SYNC_FILE_RANGE_ALL)
 
     async def zero(self, offset: int, length: int) -> None:
-        await trio.to_thread.run_sync(self.zero_now, offset, length, limiter=self._limiter)
+        await self._waiter.run(lambda: self.zero_now(offset, length))
 
     def zero_now(self, offset: int, length: int) -> None:
         """`zero` for callers that are in a thread already."""
@@ -239,7 +244,7 @@ class HostFile:
             offset += count
 
     async def is_hole(self, offset: int, length: int) -> bool:
-        return await trio.to_thread.run_sync(self._is_hole, offset, length, limiter=self._limiter)
+        return await self._reader.run(lambda: self._is_hole(offset, length))
 
     def _is_hole(self, offset: int, length: int) -> bool:
         if self.fixed_size:
@@ -252,10 +257,10 @@ class HostFile:
             raise
 
     async def flush(self) -> None:
-        await trio.to_thread.run_sync(os.fdatasync, self._fd, limiter=self._limiter)
+        await self._waiter.run(lambda: os.fdatasync(self._fd))
 
     async def size(self) -> int:
-        return await trio.to_thread.run_sync(self.size_now, limiter=self._limiter)
+        return await self._reader.run(self.size_now)
 
     def size_now(self) -> int:
         """The size; does not wait for more than the inode."""
@@ -271,7 +276,7 @@ class HostFile:
             if size > have:
                 raise OSError(errno.ENOSPC, f"{self.name}: the device ends at {have} bytes, {size} are needed")
             return
-        await trio.to_thread.run_sync(os.ftruncate, self._fd, size, limiter=self._limiter)
+        await self._waiter.run(lambda: os.ftruncate(self._fd, size))
 
     def usage(self) -> int:
         return self.size_now() if self.fixed_size else os.fstat(self._fd).st_blocks * 512
@@ -281,6 +286,8 @@ class HostFile:
 
     def close(self) -> None:
         """`aclose` for callers that are in a thread already."""
+        for worker in (self._writer, self._reader, self._waiter):
+            worker.close()
         for fd in (self._fd, self._claim):
             if fd >= 0:
                 os.close(fd)

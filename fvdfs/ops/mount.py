@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import sys
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
@@ -22,6 +23,7 @@ from fvdfs.ops.negotiate import fuse_descriptors, negotiate
 log = logging.getLogger(__name__)
 
 READ_AHEAD_KIB = 4096
+SWITCH_INTERVAL = 1e-4  # seconds that a thread with an answer waits for the event loop to let it in; 5 ms otherwise
 IDLE_TASKS = 16  # worker tasks that stay when there is nothing to do
 
 
@@ -70,6 +72,7 @@ def serve(options: MountOptions, ready: Callable[[], None]) -> None:
         raise UsageError(
             f"{options.mountpoint}: cannot mount: {error}; is /dev/fuse there (package fuse3), and may you use it?"
         ) from error
+    sys.setswitchinterval(SWITCH_INTERVAL)
     try:
         negotiate(descriptors)
         trio.run(_serve, options, filesystem, ready)

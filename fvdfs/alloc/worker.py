@@ -1,0 +1,96 @@
+"""Threads for calls that may block but are mostly short, such as a write to the page cache.
+
+`trio.to_thread` costs more than such a call: for each one a thread is woken, and the event loop after
+it. A `Worker` has threads of its own, which take all that is queued when they wake, and hand back the
+results together: when many calls are under way, as with a queue depth of 16, one wake-up serves many.
+
+Calls that are queued together are done one after the other by a thread; a worker for calls that wait for
+a disk has several threads, each of which takes few at a time. A thread is started when there is more to
+do than the others have taken, up to the limit, and ends with the worker.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
+import outcome
+import trio
+
+T = TypeVar("T")
+
+_Call = tuple[Callable[[], Any], trio.lowlevel.Task, trio.lowlevel.TrioToken]
+_Done = list[tuple[trio.lowlevel.Task, "outcome.Outcome[Any]"]]
+
+
+class Worker:
+    """Does calls in threads, for tasks of whichever event loop asks."""
+
+    def __init__(self, name: str, *, threads: int = 1, batch: int = 64) -> None:
+        """`threads`: at the most; `batch`: calls that one of them takes at a time, at the most."""
+        self._name = name
+        self._limit = threads
+        self._batch = batch
+        self._threads = 0
+        self._idle = 0
+        self._lock = threading.Lock()  # for the number of idle threads
+        self._queue: queue.SimpleQueue[_Call | None] = queue.SimpleQueue()
+
+    async def run(self, call: Callable[[], T]) -> T:
+        """What the call returns, or raises. Once it has begun it cannot be cancelled."""
+        await trio.lowlevel.checkpoint_if_cancelled()
+        if self._queue.qsize() >= self._idle and self._threads < self._limit:
+            self._threads += 1
+            threading.Thread(target=self._work, name=self._name, daemon=True).start()
+        self._queue.put((call, trio.lowlevel.current_task(), trio.lowlevel.current_trio_token()))
+        return cast(T, await trio.lowlevel.wait_task_rescheduled(_not_now))
+
+    def close(self) -> None:
+        """End the threads; no call may be under way."""
+        for _ in range(self._threads):
+            self._queue.put(None)
+        self._threads = 0
+
+    def _work(self) -> None:
+        get, empty = self._queue.get, self._queue.empty
+        while True:
+            with self._lock:
+                self._idle += 1
+            call = get()
+            with self._lock:
+                self._idle -= 1
+            if call is None:
+                return
+            batch = [call]
+            while len(batch) < self._batch and not empty():
+                try:
+                    more = get(block=False)
+                except queue.Empty:
+                    break
+                if more is None:  # meant for another thread, or for this one later
+                    self._queue.put(None)
+                    break
+                batch.append(more)
+            _do(batch)
+
+
+def _not_now(_: Callable[[], None]) -> trio.lowlevel.Abort:
+    return trio.lowlevel.Abort.FAILED
+
+
+def _do(batch: list[_Call]) -> None:
+    done: _Done = []
+    token = batch[0][2]
+    for call, task, its_token in batch:
+        if its_token is not token:
+            token.run_sync_soon(_hand_back, done)
+            done, token = [], its_token
+        done.append((task, outcome.capture(call)))
+    token.run_sync_soon(_hand_back, done)
+
+
+def _hand_back(done: _Done) -> None:
+    for task, result in done:
+        trio.lowlevel.reschedule(task, result)
