@@ -161,12 +161,12 @@ def open_chain(path: str, policy: Policy, *, top_only: bool = False) -> Chain:
             file_format = header.base_img_fmt
             through = writable and _writes_base(layer, policy)
             if file_format != FVD_FORMAT:
-                base = _open_named(path, "base_img", header.base_img, file_format, policy, writable=through)
+                base = open_named(path, "base_img", header.base_img, file_format, policy, writable=through)
                 opened.append(base)
                 if isinstance(base, HostFile):
                     _look_at_format(layer, base)
                 return Chain(layers, base, policy)
-            below = _open_named(path, "base_img", header.base_img, "", policy, writable=False)
+            below = open_named(path, "base_img", header.base_img, "", policy, writable=False)
             if not isinstance(below, HostFile):
                 raise UnsupportedFeature(path, f"base_img={header.base_img}: an FVD image must be a file of this host")
             store = below
@@ -204,7 +204,7 @@ def _resolve(image_path: str, name: str) -> str:
     return os.path.join(os.path.dirname(image_path), name)
 
 
-def _open_named(image: str, field: str, name: str, file_format: str, policy: Policy, *, writable: bool) -> HostStore:
+def open_named(image: str, field: str, name: str, file_format: str, policy: Policy, *, writable: bool) -> HostStore:
     """Open what a field of an image names, if the policy allows; another format than raw is yet to be started."""
     if file_format not in RAW_FORMATS or not is_local(name):
         if file_format and file_format not in FORMATS:
@@ -228,7 +228,7 @@ def _open_layer(path: str, meta: HostFile, policy: Policy, *, writable: bool, wi
     header.check(path, meta.size_now())
     data: HostStore = meta
     if header.data_file and with_data:
-        data = _open_named(path, "data_file", header.data_file, header.data_file_fmt, policy, writable=writable)
+        data = open_named(path, "data_file", header.data_file, header.data_file_fmt, policy, writable=writable)
         if data.identity == meta.identity:
             data.close()
             raise FormatError(path, f"data_file={header.data_file}: this is the image itself")

@@ -38,7 +38,7 @@ class Table:
         `storage_chunks`: how many whole chunks the storage has room for now.
         """
         self.chunks = chunks
-        self._entries = _decode(data[: round_up(chunks * TABLE_ENTRY_SIZE, PAGE)])
+        self._entries = decode_entries(data[: round_up(chunks * TABLE_ENTRY_SIZE, PAGE)])
         self._dirty: set[int] = set()
         self._storage_chunks = min(storage_chunks, MAX_CHUNKS)
         self.beyond: set[int] = set()
@@ -182,17 +182,23 @@ class Table:
         return [(page, self._page(page)) for page in pages]
 
     def _page(self, page: int) -> bytes:
-        entries = self._entries[page * ENTRIES_PER_PAGE : (page + 1) * ENTRIES_PER_PAGE]
-        if sys.byteorder == "big":
-            entries.byteswap()
-        return entries.tobytes()
+        return encode_entries(self._entries[page * ENTRIES_PER_PAGE : (page + 1) * ENTRIES_PER_PAGE])
 
     def pages_not_written(self, pages: Iterable[tuple[int, bytes]]) -> None:
         """Writing these pages failed: they are dirty again."""
         self._dirty.update(page for page, _ in pages)
 
 
-def _decode(data: bytes) -> array[int]:
+def encode_entries(entries: array[int]) -> bytes:
+    """Entries as on disk."""
+    if sys.byteorder == "big":
+        entries = entries[:]
+        entries.byteswap()
+    return entries.tobytes()
+
+
+def decode_entries(data: bytes) -> array[int]:
+    """Entries from disk, made up to a page with UNALLOCATED."""
     entries = array("I")
     assert entries.itemsize == TABLE_ENTRY_SIZE
     entries.frombytes(data)
