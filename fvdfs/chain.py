@@ -18,18 +18,19 @@ from fvdfs.alloc.formats import FORMATS, PROBE_SIZE, Location, detect, is_local,
 from fvdfs.alloc.growth import grow_command
 from fvdfs.alloc.qsd import QsdStore
 from fvdfs.alloc.store import HostFile, Store, open_as_permitted, pread_exactly
-from fvdfs.alloc.table import Table
+from fvdfs.alloc.table import UNALLOCATED, Table, TooDamaged, decode_entries
 from fvdfs.commit import Committer
 from fvdfs.cow.bitmap import Bitmap, bitmap_bytes
 from fvdfs.cow.writethrough import MODES
 from fvdfs.errors import FormatError, ImageBusy, ImageError, Refused, UnsupportedFeature
-from fvdfs.header import HEADER_SIZE, HEADER_SPACE, SECTOR, Header, round_up
+from fvdfs.header import HEADER_SIZE, HEADER_SPACE, SECTOR, TABLE_ENTRY_SIZE, Header, round_up
 from fvdfs.image import Image, Zeroes
 
 log = logging.getLogger(__name__)
 
 RAW_FORMATS = ("", "raw")
 FVD_FORMAT = "fvd"
+MAX_REGION = 1 << 30  # bytes; what is held in memory, or read at a replay
 _REPLAY_PIECE = 1 << 20
 _REPORTED_RECORDS = 10
 
@@ -130,7 +131,8 @@ class Chain:
         if region is not None:
             table = bytearray(region.size)
             top.meta.pread_now(memoryview(table), region.offset)
-            data = Table(bytes(table), top.header.chunks, 0).allocated() * top.header.chunk_size
+            entries = decode_entries(bytes(table[: top.header.chunks * TABLE_ENTRY_SIZE]))
+            data = (len(entries) - entries.count(UNALLOCATED)) * top.header.chunk_size
         return data + (top.header.metadata_size if top.data is top.meta else top.meta.usage())
 
 
@@ -161,12 +163,12 @@ def open_chain(path: str, policy: Policy, *, top_only: bool = False) -> Chain:
             file_format = header.base_img_fmt
             through = writable and _writes_base(layer, policy)
             if file_format != FVD_FORMAT:
-                base = _open_named(path, "base_img", header.base_img, file_format, policy, writable=through)
+                base = open_named(path, "base_img", header.base_img, file_format, policy, writable=through)
                 opened.append(base)
                 if isinstance(base, HostFile):
                     _look_at_format(layer, base)
                 return Chain(layers, base, policy)
-            below = _open_named(path, "base_img", header.base_img, "", policy, writable=False)
+            below = open_named(path, "base_img", header.base_img, "", policy, writable=False)
             if not isinstance(below, HostFile):
                 raise UnsupportedFeature(path, f"base_img={header.base_img}: an FVD image must be a file of this host")
             store = below
@@ -204,7 +206,7 @@ def _resolve(image_path: str, name: str) -> str:
     return os.path.join(os.path.dirname(image_path), name)
 
 
-def _open_named(image: str, field: str, name: str, file_format: str, policy: Policy, *, writable: bool) -> HostStore:
+def open_named(image: str, field: str, name: str, file_format: str, policy: Policy, *, writable: bool) -> HostStore:
     """Open what a field of an image names, if the policy allows; another format than raw is yet to be started."""
     if file_format not in RAW_FORMATS or not is_local(name):
         if file_format and file_format not in FORMATS:
@@ -226,9 +228,14 @@ def _open_layer(path: str, meta: HostFile, policy: Policy, *, writable: bool, wi
     count = meta.pread_now(memoryview(raw), 0)
     header = Header.decode(bytes(raw[:count]), path)
     header.check(path, meta.size_now())
+    for region in header.regions():
+        if region.size > MAX_REGION:
+            raise UnsupportedFeature(
+                path, f"its {region.name} has {region.size} bytes; fvdfs uses {MAX_REGION} at the most"
+            )
     data: HostStore = meta
     if header.data_file and with_data:
-        data = _open_named(path, "data_file", header.data_file, header.data_file_fmt, policy, writable=writable)
+        data = open_named(path, "data_file", header.data_file, header.data_file_fmt, policy, writable=writable)
         if data.identity == meta.identity:
             data.close()
             raise FormatError(path, f"data_file={header.data_file}: this is the image itself")
@@ -306,7 +313,8 @@ async def load_image(
         region = header.table_region
         assert region is not None
         storage_size = await data.size() - header.data_offset
-        table = Table(
+        table = _load_table(
+            name,
             bytes(await pread_exactly(meta, region.size, region.offset)),
             header.chunks,
             max(0, storage_size // header.chunk_size),
@@ -344,6 +352,13 @@ async def load_image(
     image.zeroes = policy.zeroes
     image.base_may_be_written = base is not None and not isinstance(base, Image) and base.writable
     return image
+
+
+def _load_table(name: str, data: bytes, chunks: int, storage_chunks: int) -> Table:
+    try:
+        return Table(data, chunks, storage_chunks)
+    except TooDamaged:
+        raise FormatError(name, "chunk table: most of it cannot be right; see what fvdfs check says of it") from None
 
 
 async def _replay(name: str, header: Header, meta: Store, bitmap: Bitmap | None, table: Table | None) -> bool:

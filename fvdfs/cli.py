@@ -1,6 +1,6 @@
 """The command line: arguments in, exit codes out.
 
-Exit codes: 0 done; 1 an image cannot be used, or the system refused; 2 the command was wrong.
+Exit codes: 0 done; 1 an image cannot be used, or the system refused; 2 the command was wrong. `check` has its own.
 """
 
 from __future__ import annotations
@@ -94,6 +94,17 @@ def _parser() -> argparse.ArgumentParser:
     info.set_defaults(run=_info)
     info.add_argument("image", metavar="IMAGE")
     info.add_argument("--json", action="store_true")
+
+    check = commands.add_parser(
+        "check",
+        help="find out what is wrong with an image, and mend it",
+        description="Exit codes: 0 clean, 1 the check could not be completed, 2 corrupt, 3 nothing but leaked space.",
+    )
+    check.set_defaults(run=_check)
+    check.add_argument("image", metavar="IMAGE")
+    check.add_argument("--repair", action="store_true", help="mend what can be; without it nothing is written")
+    check.add_argument("--json", action="store_true")
+    check.add_argument("--secret", default="", metavar="FILE", help="the passphrase of an encrypted base or data file")
 
     convert = commands.add_parser("convert", help="make an image with the content of another one, in any format")
     convert.set_defaults(run=_convert)
@@ -237,6 +248,15 @@ def _info(arguments: argparse.Namespace) -> int:
     facts = describe(arguments.image)
     print(json.dumps(facts, indent=2) if arguments.json else render(facts))
     return 0
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    from fvdfs.check import check_image, describe, render
+
+    logging.basicConfig(format="fvdfs: %(message)s")
+    report = check_image(arguments.image, repair=arguments.repair, secret_file=arguments.secret)
+    print(json.dumps(describe(report), indent=2) if arguments.json else render(report))
+    return report.exit_code
 
 
 def _convert(arguments: argparse.Namespace) -> int:

@@ -20,7 +20,7 @@ from fvdfs.alloc.formats import PROBE_SIZE, detect, is_local
 from fvdfs.alloc.qsd import QsdStore
 from fvdfs.alloc.store import HostFile, open_path
 from fvdfs.alloc.table import new_table
-from fvdfs.chain import FVD_FORMAT, RAW_FORMATS, Policy, open_chain
+from fvdfs.chain import FVD_FORMAT, MAX_REGION, RAW_FORMATS, Policy, open_chain
 from fvdfs.cow.bitmap import Bitmap, bitmap_bytes
 from fvdfs.cow.profile import Extent, encode
 from fvdfs.errors import ImageError, UsageError
@@ -115,6 +115,10 @@ def create_image(
         options.data_file_fmt not in RAW_FORMATS or not is_local(options.data_file)
     )
     header = new_header(virtual_size, base.length if base else None, options)
+    for region in header.regions():
+        if region.size > MAX_REGION:
+            remedy = "--block-size" if region.name == "bitmap" else "--chunk-size or a smaller --journal-size"
+            raise UsageError(f"the {region.name} would take {region.size} bytes: choose a larger {remedy}")
     profile_data = b""
     if profile:
         room = header.profile_room

@@ -12,7 +12,7 @@ def printable(text: str) -> str:
     """Text as one line that does nothing to a terminal or a log: names in images are any bytes."""
     if text.isprintable():
         return text
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode("ascii") for c in text)
 
 
 class FvdError(Exception):

@@ -116,6 +116,16 @@ _STRUCT = struct.Struct("<" + "".join(code for _, code in _FIELDS))
 assert _STRUCT.size == HEADER_SIZE
 
 
+def string_places() -> Iterator[tuple[str, int, int]]:
+    """The fields that hold strings, as (name, offset in the file, size in bytes)."""
+    at = 0
+    for name, code in _FIELDS:
+        size = struct.calcsize(f"<{code}")
+        if code.endswith("s"):
+            yield name, at, size
+        at += size
+
+
 @dataclass(frozen=True, slots=True)
 class Header:
     """The fields of the header, with the names of the format; sizes and offsets in bytes."""

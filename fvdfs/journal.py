@@ -144,6 +144,8 @@ def replay(
 def _blocks_of(record: BitmapRecord, header: Header, bitmap: Bitmap | None, blocks: list[Range]) -> str | None:
     """Add the blocks of the record to the list, or say why it is bad."""
     if bitmap is None:
+        if header.base_img:
+            return None  # from before all of its base was local
         return "a bitmap record, but the image has no bitmap"
     start = record.first_sector * SECTOR
     stop = start + record.sectors * SECTOR

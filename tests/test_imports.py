@@ -20,6 +20,9 @@ PURE = {
     "fvdfs.cow.planner",
     "fvdfs.alloc.table",
     "fvdfs.alloc.formats",
+    "fvdfs.checks.findings",
+    "fvdfs.checks.header",
+    "fvdfs.checks.contents",
 }
 IMPURE = ("trio", "pyfuse3", "os", "time", "io", "socket", "fvdfs.alloc.store")
 # What these may import of fvdfs, where that is less than everything below them.

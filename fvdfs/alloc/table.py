@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import sys
 from array import array
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 
 from bitarray import bitarray
@@ -29,16 +30,23 @@ NOT_JOURNALED = 0x80000000
 ENTRIES_PER_PAGE = PAGE // TABLE_ENTRY_SIZE
 
 
+MAX_DAMAGED = 1 << 20  # entries that cannot be right; a table with more is none
+
+
+class TooDamaged(Exception):
+    """The table has more entries that cannot be right than is worth remembering."""
+
+
 class Table:
     """Virtual chunk -> chunk in the storage."""
 
     def __init__(self, data: bytes, chunks: int, storage_chunks: int) -> None:
         """`data`: the table as on disk, at least `chunks` entries.
 
-        `storage_chunks`: how many whole chunks the storage has room for now.
+        `storage_chunks`: how many whole chunks the storage has room for now. Raises TooDamaged.
         """
         self.chunks = chunks
-        self._entries = _decode(data[: round_up(chunks * TABLE_ENTRY_SIZE, PAGE)])
+        self._entries = decode_entries(data[: round_up(chunks * TABLE_ENTRY_SIZE, PAGE)])
         self._dirty: set[int] = set()
         self._storage_chunks = min(storage_chunks, MAX_CHUNKS)
         self.beyond: set[int] = set()
@@ -51,6 +59,7 @@ class Table:
 
     def _load(self) -> None:
         twice: set[int] = set()
+        extra = 0
         for page in range(0, self.chunks, ENTRIES_PER_PAGE):
             entries = self._entries[page : min(page + ENTRIES_PER_PAGE, self.chunks)]
             if entries.count(UNALLOCATED) == len(entries):
@@ -66,8 +75,11 @@ class Table:
                     continue
                 if self._used[entry]:
                     twice.add(entry)
+                    extra += 1
                 self._used[entry] = 1
                 self.highest = max(self.highest, entry)
+            if extra + len(self.beyond) > MAX_DAMAGED:
+                raise TooDamaged
         if twice:
             self.shared = {c for c in range(self.chunks) if self._entries[c] in twice}
 
@@ -127,7 +139,10 @@ class Table:
         return None
 
     def replay_done(self) -> None:
-        """No more records follow: drop what only their check needs."""
+        """No more records follow: drop what only their check needs; what they put right is no longer shared."""
+        if self.shared:
+            owners = Counter(self._entries[chunk] for chunk in self.shared)
+            self.shared = {chunk for chunk in self.shared if owners[self._entries[chunk]] > 1}
         self._used = bitarray()
 
     def grow(self, chunks: int) -> None:
@@ -182,17 +197,23 @@ class Table:
         return [(page, self._page(page)) for page in pages]
 
     def _page(self, page: int) -> bytes:
-        entries = self._entries[page * ENTRIES_PER_PAGE : (page + 1) * ENTRIES_PER_PAGE]
-        if sys.byteorder == "big":
-            entries.byteswap()
-        return entries.tobytes()
+        return encode_entries(self._entries[page * ENTRIES_PER_PAGE : (page + 1) * ENTRIES_PER_PAGE])
 
     def pages_not_written(self, pages: Iterable[tuple[int, bytes]]) -> None:
         """Writing these pages failed: they are dirty again."""
         self._dirty.update(page for page, _ in pages)
 
 
-def _decode(data: bytes) -> array[int]:
+def encode_entries(entries: array[int]) -> bytes:
+    """Entries as on disk."""
+    if sys.byteorder == "big":
+        entries = entries[:]
+        entries.byteswap()
+    return entries.tobytes()
+
+
+def decode_entries(data: bytes) -> array[int]:
+    """Entries from disk, made up to a page with UNALLOCATED."""
     entries = array("I")
     assert entries.itemsize == TABLE_ENTRY_SIZE
     entries.frombytes(data)

@@ -1,0 +1,322 @@
+"""Checking an image and all that it stands on, and mending it: what `fvdfs check` does.
+
+The files are opened one by one, so that what is missing hides as little as possible, and locked: for
+reading, or, where the image is to be mended, its own files exclusively. Each image of the chain is
+looked at by itself (`checks/examine.py`). Only the image that was named is mended (`checks/mend.py`),
+its bases never; then all is looked at once more, and what is left is what that finds.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections import Counter
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, replace
+from typing import Any
+
+import trio
+
+from fvdfs.alloc.qsd import QsdStore
+from fvdfs.alloc.store import HostFile, open_path
+from fvdfs.chain import FVD_FORMAT, HostStore, Policy, open_named
+from fvdfs.checks.examine import Absent, Examined, Layer, examine, is_store, read
+from fvdfs.checks.findings import Finding, Findings, Kind, Severity
+from fvdfs.checks.header import check_header
+from fvdfs.checks.mend import mend
+from fvdfs.errors import FvdError, ImageBusy, ImageError, Refused, UsageError, printable
+from fvdfs.header import HEADER_SPACE, Header
+
+SHOWN = 20  # findings of a kind, in text
+
+
+@dataclass(slots=True)
+class Report:
+    """What a check has found, what of it was mended, and what is left."""
+
+    image: str
+    chain: list[dict[str, Any]]
+    """Of each image and the base below: name, format, size of its disk in bytes."""
+    findings: list[Finding]
+    unlisted: Counter[tuple[Kind, Severity]]
+    """Findings that were only counted."""
+    left: Counter[Severity]
+    """How many findings there are now."""
+    errors: list[str]
+    """What could not be done; the check is not complete then."""
+    repaired: bool
+
+    @property
+    def exit_code(self) -> int:
+        """As of `qemu-img check`: 0 clean, 1 not completed, 2 corrupt, 3 leaks only."""
+        if self.errors:
+            return 1
+        if self.left[Severity.CORRUPTION]:
+            return 2
+        return 3 if self.left[Severity.LEAK] else 0
+
+
+def check_image(path: str, *, repair: bool = False, secret_file: str = "") -> Report:
+    """Check the image at `path`, and with `repair` mend what can be. Blocks; only from the main thread.
+
+    Raises NotFvd where it is no image, ImageBusy where it is in use, ImageError where it cannot be
+    opened.
+    """
+    try:
+        return trio.run(_check_image, path, repair, os.path.abspath(secret_file) if secret_file else "")
+    except MemoryError:
+        raise ImageError(path, "its metadata is larger than the memory that there is for it") from None
+
+
+async def _check_image(path: str, repair: bool, secret_file: str) -> Report:
+    async with AsyncExitStack() as stack:
+        errors: list[str] = []
+        opening = _Opening(Policy(writable=repair, secret_file=secret_file), stack, errors)
+        try:
+            layers = await opening.open(path)
+        except OSError as error:
+            raise ImageError(path, f"cannot be read: {error.strerror or error}") from error
+        return await check_layers(layers, repair=repair, errors=errors)
+
+
+async def check_layers(layers: list[Layer], *, repair: bool, errors: list[str]) -> Report:
+    """Check a chain, from the top, whose files are open and locked; with `repair`, mend the top.
+
+    `errors`: what could not be opened, and why. Raises NotFvd.
+    """
+    first = [await examine(layer) for layer in layers]
+    last = first
+    failed: list[str] = []
+    if repair and first[0].findings.to_mend:
+        try:
+            await mend(layers[0], first[0])
+        except (OSError, ImageError) as error:
+            failed.append(f"{layers[0].path}: the repair ended early: {error}")
+        last = [await examine(layer) for layer in layers]
+    found = [finding for examined in first for finding in examined.findings.listed]
+    now = {finding.key: finding for examined in last for finding in examined.findings.listed}
+    before = {finding.key for finding in found}
+    shown = [replace(finding, mended=last is not first and finding.key not in now) for finding in found]
+    shown += [finding for key, finding in now.items() if key not in before]
+    unlisted: Counter[tuple[Kind, Severity]] = Counter()
+    for examined in last:
+        unlisted.update(examined.findings.unlisted)
+    return Report(
+        image=layers[0].path,
+        chain=_describe(layers, last),
+        findings=shown,
+        unlisted=unlisted,
+        left=Counter({s: sum(examined.findings.count(s) for examined in last) for s in Severity}),
+        errors=[printable(e) for e in dict.fromkeys([*errors, *failed, *(e for ex in last for e in ex.errors)])],
+        repaired=repair,
+    )
+
+
+def _describe(layers: list[Layer], examined: list[Examined]) -> list[dict[str, Any]]:
+    chain: list[dict[str, Any]] = []
+    for layer, found in zip(layers, examined, strict=True):
+        size = found.header.virtual_disk_size if found.check is not None else None
+        chain.append({"image": layer.path, "format": FVD_FORMAT, "size": size})
+    base, last = layers[-1].base, examined[-1]
+    if is_store(base) and last.base_size is not None:
+        chain.append({"image": base.name, "format": last.header.base_img_fmt or "raw", "size": last.base_size})
+    return chain
+
+
+# --- opening ----------------------------------------------------------------------------------------
+
+
+class _NotWritable(ImageError):
+    """A file that a repair has to write to is not ours to write."""
+
+
+class _Opening:
+    """Opens and locks an image, and all that it stands on, as far as that is there."""
+
+    def __init__(self, policy: Policy, stack: AsyncExitStack, errors: list[str]) -> None:
+        """What is opened is closed by the stack. `errors`: takes what says nothing about the image."""
+        self._policy = policy
+        self._stack = stack
+        self._errors = errors
+        self._seen: dict[object, str] = {}
+
+    async def open(self, path: str) -> list[Layer]:
+        """The chain, from the top. Raises NotFvd, ImageBusy, ImageError, OSError: all of `path` itself."""
+        try:
+            meta: HostStore = open_path(path, writable=self._policy.writable)
+        except OSError as error:
+            raise ImageError(path, error.strerror or str(error)) from error
+        await self._take(meta, "image", own=True)
+        layers: list[Layer] = []
+        while True:
+            layer = Layer(path, meta, is_base=bool(layers))
+            if layers:
+                layers[-1].base = layer
+            layers.append(layer)
+            check = check_header(await read(meta, 0, HEADER_SPACE), await meta.size(), Findings(path))
+            if check is None:
+                return layers
+            header = check.header
+            if not header.data_file:
+                layer.data = meta
+            elif not check.doubtful & {"data_file", "data_file_fmt"}:
+                layer.data = await self._open_data(layer, header)
+            if not header.has_base or check.doubtful & {"base_img", "base_img_fmt"}:
+                return layers
+            below = await self._open_base(layer, header)
+            layer.base = below
+            if header.base_img_fmt != FVD_FORMAT or isinstance(below, Absent):
+                return layers
+            path = os.path.join(os.path.dirname(path), header.base_img)
+            meta = below
+
+    async def _take(self, store: HostStore, what: str, *, own: bool) -> None:
+        """Have the store closed in the end, and lock it. Raises ImageBusy, ImageError, UsageError, OSError."""
+        self._stack.push_async_callback(store.aclose)
+        if isinstance(store, QsdStore):
+            await store.start()
+        repair = own and self._policy.writable
+        if repair and not store.writable:
+            raise _NotWritable(store.name, "no permission to write to it")
+        store.lock(exclusive=repair)
+        if repair:
+            store.claim_device()
+        self._seen[store.identity] = f"the {what} {store.name}"
+
+    async def _open_data(self, layer: Layer, header: Header) -> HostStore | Absent:
+        name, file_format = header.data_file, header.data_file_fmt
+        own = not layer.is_base
+        try:
+            store = open_named(
+                layer.path, "data_file", name, file_format, self._policy, writable=own and self._policy.writable
+            )
+            if store.identity in self._seen:
+                other = self._seen[store.identity]
+                await store.aclose()
+                return Absent(Kind.SAME_FILE, Severity.CORRUPTION, f"is {other}: each overwrites the other")
+            await self._take(store, "data file", own=own)
+        except (ImageBusy, _NotWritable):
+            raise
+        except (FvdError, OSError) as error:
+            return self._absent(error, file_format, Kind.DATA_MISSING, Kind.DATA_UNUSABLE, Kind.DATA_UNCHECKED)
+        return store
+
+    async def _open_base(self, layer: Layer, header: Header) -> HostStore | Absent:
+        name, file_format = header.base_img, header.base_img_fmt
+        is_fvd = file_format == FVD_FORMAT
+        try:
+            store = open_named(
+                layer.path, "base_img", name, "" if is_fvd else file_format, self._policy, writable=False
+            )
+            if store.identity in self._seen:
+                other = self._seen[store.identity]
+                await store.aclose()
+                kind = Kind.CHAIN_LOOP if other.startswith("the image") else Kind.SAME_FILE
+                return Absent(kind, Severity.CORRUPTION, f"is {other}, which stands on it")
+            await self._take(store, "image" if is_fvd else "base image", own=False)
+            if is_fvd and not isinstance(store, HostFile):
+                return Absent(Kind.BASE_UNUSABLE, Severity.CORRUPTION, "an FVD image must be a file of this host")
+            if is_fvd:
+                check_header(await read(store, 0, HEADER_SPACE), await store.size(), Findings(store.name))
+        except ImageBusy:
+            raise
+        except (FvdError, OSError) as error:
+            return self._absent(error, file_format, Kind.BASE_MISSING, Kind.BASE_UNUSABLE, Kind.BASE_UNCHECKED)
+        return store
+
+    def _absent(self, error: Exception, file_format: str, missing: Kind, unusable: Kind, unchecked: Kind) -> Absent:
+        """What the failure to open a file says about the image that names it."""
+        text = error.reason if isinstance(error, ImageError) else str(error)
+        cause = error if isinstance(error, OSError) else error.__cause__
+        if isinstance(error, Refused):
+            return Absent(unchecked, Severity.HARMLESS, "a URL is not followed: what is there was not looked at")
+        if isinstance(error, UsageError) or (isinstance(cause, OSError) and cause.errno not in _NOT_THERE):
+            self._errors.append(str(error))
+            return Absent(unchecked, Severity.HARMLESS, "could not be looked at")
+        if isinstance(cause, OSError):
+            return Absent(missing, Severity.CORRUPTION, f"is missing: {text}")
+        if file_format == "luks" and not self._policy.secret_file:
+            return Absent(unchecked, Severity.HARMLESS, "is encrypted: to look at it, give its passphrase by --secret")
+        return Absent(unusable, Severity.CORRUPTION, f"cannot be used: {text}")
+
+
+_NOT_THERE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
+
+
+# --- telling ----------------------------------------------------------------------------------------
+
+
+def describe(report: Report) -> dict[str, Any]:
+    """The report, ready for JSON."""
+    return {
+        "image": report.image,
+        "chain": report.chain,
+        "findings": [_facts(finding) for finding in report.findings],
+        "unlisted": [
+            {"kind": str(kind), "severity": str(severity), "count": count}
+            for (kind, severity), count in report.unlisted.items()
+        ],
+        "errors": report.errors,
+        "repair": report.repaired,
+        "mended": sum(finding.mended for finding in report.findings),
+        "left": {str(severity): report.left[severity] for severity in Severity},
+        "exit_code": report.exit_code,
+    }
+
+
+def _facts(finding: Finding) -> dict[str, Any]:
+    return {
+        "kind": str(finding.kind),
+        "severity": str(finding.severity),
+        "image": finding.image,
+        "place": finding.place,
+        "value": finding.value,
+        "text": finding.text,
+        "mendable": finding.mendable,
+        "mended": finding.mended,
+        "repair": finding.repair,
+        "lost": [list(lost) for lost in finding.lost],
+        "line": finding.line,
+    }
+
+
+def render(report: Report) -> str:
+    """The report as text for a terminal: a line for each finding, and one for all."""
+    lines = []
+    counts: Counter[Kind] = Counter()
+    for finding in report.findings:
+        counts[finding.kind] += 1
+        if counts[finding.kind] <= SHOWN:
+            lines.append(f"{finding.severity} {finding.kind}: {finding.line} [{_end(finding, report.repaired)}]")
+    for (kind, _), count in report.unlisted.items():
+        counts[kind] += count
+    lines += [
+        f"{count - SHOWN} more findings of {kind}; --json lists them" for kind, count in counts.items() if count > SHOWN
+    ]
+    lines += [f"error: {error}" for error in report.errors]
+    return "\n".join([*lines, f"{printable(report.image)}: {_summary(report)}"])
+
+
+def _end(finding: Finding, repaired: bool) -> str:
+    if finding.mended:
+        return f"mended: {finding.repair}" if finding.mendable else "gone with what was mended"
+    if not finding.mendable:
+        return finding.repair
+    return f"could not be mended: {finding.repair}" if repaired else f"--repair {finding.repair}"
+
+
+def _summary(report: Report) -> str:
+    mended = sum(finding.mended for finding in report.findings)
+    mendable = sum(finding.mendable and not finding.mended for finding in report.findings)
+    names = {
+        Severity.CORRUPTION: ("corruption", "corruptions"),
+        Severity.LEAK: ("leak", "leaks"),
+        Severity.HARMLESS: ("harmless finding", "harmless findings"),
+    }
+    left = ", ".join(f"{n} {names[s][n > 1]}" for s in Severity if (n := report.left[s]))
+    text = left or ("clean" if not report.repaired or not mended else "clean now")
+    if report.repaired and mended:
+        text = f"{mended} mended; " + (f"left: {left}" if left else "clean now")
+    elif mendable and not report.repaired:
+        text += f"; --repair mends {mendable}"
+    return f"{text}; the check is not complete" if report.errors else text

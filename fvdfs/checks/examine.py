@@ -1,0 +1,601 @@
+"""Looking at an image and at all that it stands on, one image at a time; nothing is written.
+
+The journal is replayed in memory, also where the image is clean: bits only get set and entries never
+change, so a replay that changes a clean image shows that bitmap or table have lost something
+(format.md, section 6). What follows looks at the image as a replay leaves it. The rules are in
+`header.py` and `contents.py`.
+
+What cannot be looked at (an input error, a region that is too large) is an error and no finding. Holes
+are stepped over, however large they are; memory is bounded by the size of the regions, and these by
+MAX_REGION.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TypeGuard
+
+from bitarray import bitarray
+
+from fvdfs import journal
+from fvdfs.alloc.formats import PROBE_SIZE, detect
+from fvdfs.alloc.store import Store
+from fvdfs.alloc.table import Table, decode_entries
+from fvdfs.chain import load_image
+from fvdfs.checks.contents import (
+    TableScan,
+    base_ranges,
+    bits_without_chunk,
+    own_ranges,
+    report_bitmap_of_complete,
+    report_bitmap_tail,
+    report_storage,
+    report_table,
+    room_in_chunks,
+    storage_limit,
+)
+from fvdfs.checks.findings import Findings, Kind, Range, Severity, bit_runs, bounded, join, numbered, span
+from fvdfs.checks.header import HeaderCheck, check_header, check_state
+from fvdfs.cow.bitmap import Bitmap, bitmap_bytes
+from fvdfs.errors import ImageError
+from fvdfs.header import HEADER_SPACE, PAGE, SECTOR, Header, Region, ceil_div, round_up
+from fvdfs.image import Image
+
+PIECE = 1 << 20  # bytes that are read or copied at a time
+MAX_REGION = 1 << 29  # bytes; a larger bitmap or table is not looked into
+MAX_DAMAGED = 1 << 20  # entries; a table with more that cannot be right is not mended, nor replayed into
+
+
+@dataclass(frozen=True, slots=True)
+class Absent:
+    """Why a file that an image names is not open."""
+
+    kind: Kind
+    severity: Severity
+    text: str
+
+
+@dataclass(slots=True)
+class Layer:
+    """An image of a chain, its files open."""
+
+    path: str
+    meta: Store
+    data: Store | Absent | None = None
+    """None: nobody knows which file it is."""
+    base: Layer | Store | Absent | None = None
+    is_base: bool = False
+
+
+def is_store(store: Layer | Store | Absent | None) -> TypeGuard[Store]:
+    """Whether there is something to read from."""
+    return not (store is None or isinstance(store, Layer | Absent))
+
+
+@dataclass(slots=True)
+class Examined:
+    """What a look at one image has found, and what mending it needs."""
+
+    findings: Findings
+    errors: list[str] = field(default_factory=list)
+    check: HeaderCheck | None = None
+    size: int = 0
+    """Bytes of the file."""
+    storage: int | None = None
+    """Bytes that the data has, as far as that is known."""
+    replayed: bool = False
+    """Whether it is known what the journal says, if there is one."""
+    storage_needed: int | None = None
+    """Bytes that it must have, where it has less."""
+    base_size: int | None = None
+    """Bytes that the base has, as far as that is known."""
+    bitmap: Bitmap | None = None
+    """As a replay leaves it; `bits` likewise."""
+    bits: bytes = b""
+    scan: TableScan | None = None
+    """Likewise."""
+    bare: bitarray = field(default_factory=bitarray)
+    """Chunks that need a place with zeros."""
+
+    @property
+    def header(self) -> Header:
+        assert self.check is not None
+        return self.check.header
+
+    @contextlib.contextmanager
+    def attempt(self, what: str) -> Iterator[None]:
+        """Go on without what an error hides, and tell of it."""
+        try:
+            yield
+        except OSError as error:
+            self.errors.append(f"{what}: {error.strerror or error}")
+        except ImageError as error:
+            self.errors.append(str(error))
+
+
+# --- reading ----------------------------------------------------------------------------------------
+
+
+async def read(store: Store, offset: int, size: int) -> bytes:
+    """Bytes of a store, fewer where it ends before. Raises OSError."""
+    data = bytearray(size)
+    with memoryview(data) as view:
+        count = await store.pread(view, offset)
+    return bytes(data) if count == size else bytes(data[:count])
+
+
+class Filled:
+    """The parts of [start, stop) of a store, PIECE bytes at most, that may hold something else than zeros.
+
+    To be iterated over; raises OSError. However large a hole is, it takes few steps.
+    """
+
+    def __init__(self, store: Store, start: int, stop: int) -> None:
+        self._store = store
+        self._todo = [(start, stop)]
+
+    def __aiter__(self) -> Filled:
+        return self
+
+    async def __anext__(self) -> Range:
+        while self._todo:
+            start, stop = self._todo.pop()
+            if start >= stop or await self._store.is_hole(start, stop - start):
+                continue
+            if stop - start <= PIECE:
+                return start, stop
+            middle = (start + stop) // 2 // PAGE * PAGE
+            self._todo += [(middle, stop), (start, middle)]
+        raise StopAsyncIteration
+
+
+async def _load(layer: Layer, found: Examined, region: Region | None) -> bytes | None:
+    """All of a region. None where there is none, or it cannot be read."""
+    if region is None:
+        return None
+    what = f"{layer.path}: {region.name}"
+    if region.size > MAX_REGION:
+        found.errors.append(f"{what}: of {region.size} bytes, more than the {MAX_REGION} that can be looked at")
+        return None
+    with found.attempt(what):
+        data = await read(layer.meta, region.offset, region.size)
+        if len(data) == region.size:
+            return data
+        found.errors.append(f"{what}: ends early: the file is changing")
+    return None
+
+
+def _table_with_room(check: HeaderCheck, file_size: int) -> Region | None:
+    """The table with the room behind it, as far as that can have been table when the disk was larger."""
+    table = check.usable("table")
+    if table is None:
+        return None
+    ends = [region.offset for region in check.regions.values()]
+    ends += [check.header.metadata_size, file_size]
+    room = min((end for end in ends if end > table.offset), default=table.end) - table.offset
+    room = min(room, MAX_REGION) // PAGE * PAGE
+    return Region(table.name, table.offset, max(table.size, room))
+
+
+# --- looking ----------------------------------------------------------------------------------------
+
+
+async def examine(layer: Layer) -> Examined:
+    """Look at one image. What cannot be read is told, and the rest looked at. Raises NotFvd."""
+    found = Examined(Findings(layer.path))
+    with found.attempt(layer.path):
+        found.size = await layer.meta.size()
+        found.check = check_header(await read(layer.meta, 0, HEADER_SPACE), found.size, found.findings)
+    if found.check is not None:
+        check_state(found.check, found.findings)
+        await _examine_contents(layer, found)
+    sound = found.check is not None and found.check.sound
+    complete = found.replayed and not found.errors
+    found.findings.settle(sound=sound, complete=complete, is_base=layer.is_base)
+    return found
+
+
+async def _examine_contents(layer: Layer, found: Examined) -> None:
+    assert found.check is not None
+    header = found.header
+    await _look_at_data_file(layer, found)
+    bits = await _load(layer, found, found.check.usable("bitmap"))
+    if bits is not None:
+        report_bitmap_tail(header, bits, found.findings)
+        found.bitmap = Bitmap(bits, header.blocks)
+        found.bits = bits
+    raw_table = await _load(layer, found, _table_with_room(found.check, found.size))
+    if raw_table is not None and found.storage is not None:
+        assert is_store(layer.data)
+        room = room_in_chunks(header, found.storage, fixed_size=layer.data.fixed_size)
+        found.scan = TableScan(decode_entries(raw_table), header.chunks, room)
+        if found.scan.damaged > MAX_DAMAGED:
+            why = f"{found.scan.damaged} entries of the table cannot be right: too many to go on"
+            found.errors.append(f"{layer.path}: {why}")
+    await _look_at_journal(layer, found, raw_table)
+    await _look_at_unneeded_bitmap(layer, found)
+    if found.scan is not None:
+        report_table(found.scan, header, found.bitmap, found.findings)
+    await _look_at_storage(layer, found)
+    await _look_at_base(layer, found)
+    await _look_at_bits(layer, found)
+
+
+async def _look_at_data_file(layer: Layer, found: Examined) -> None:
+    assert found.check is not None
+    header, data = found.header, layer.data
+    if isinstance(data, Absent):
+        found.findings.add(data.kind, data.severity, "data_file", data.text, value=header.data_file)
+    elif is_store(data) and (header.data_file or "metadata_size" not in found.check.doubtful):
+        with found.attempt(data.name):
+            found.storage = max(0, await data.size() - header.data_offset)
+
+
+# --- the journal ---
+
+
+async def _look_at_journal(layer: Layer, found: Examined, raw_table: bytes | None) -> None:
+    """Replay it in memory, and tell what that changes, and what it cannot take."""
+    assert found.check is not None
+    header = found.header
+    if header.journal_region is None:
+        found.replayed = True
+        if not header.clean and "journal_size" not in found.check.doubtful:
+            _report_unclean(header, found.findings)
+        return
+    region = found.check.usable("journal")
+    if region is None:
+        return
+    known = (found.bitmap is not None or not header.has_base) and (found.scan is not None or not header.compact)
+    with found.attempt(f"{layer.path}: journal"):
+        if not known or not found.check.layout_known:
+            await _parse_only(layer, found, region)
+        elif found.scan is None or found.scan.damaged <= MAX_DAMAGED:
+            await _replay(layer, found, region, raw_table)
+
+
+def _report_unclean(header: Header, findings: Findings) -> None:
+    if header.has_metadata:
+        text = (
+            "the image was not closed, and has no journal: whether bits and entries of the last writes are "
+            "missing cannot be seen (if fvdfs wrote them, none are)"
+        )
+        severity = Severity.CORRUPTION
+    else:
+        text, severity = "the image was not closed, but has nothing that could be incomplete", Severity.HARMLESS
+    remedy = "" if _owes_base(header) else "sets it to 1"
+    findings.add(Kind.UNCLEAN, severity, "clean_shutdown", text, value=0, remedy=remedy, hint=_OWED)
+
+
+_OWED = "left to the next mount, which has to see it to bring the base up to date"
+
+
+def _owes_base(header: Header) -> bool:
+    """Whether a mount has to know that the image was not closed (see `Image.begin_writing`)."""
+    return header.has_base and header.write_updates_base_img == "writeback"
+
+
+def _report_record(skipped: journal.Skipped, header: Header, findings: Findings) -> None:
+    if header.clean:
+        severity, effect = Severity.HARMLESS, "a replay would skip it"
+    else:
+        severity, effect = Severity.CORRUPTION, "the replay skips it, and what it tells of is lost"
+    findings.add(
+        Kind.JOURNAL_RECORD,
+        severity,
+        f"journal sector {skipped.sector}, byte {skipped.offset}",
+        f"{skipped.reason}; {effect}",
+        remedy="clears the journal",
+    )
+
+
+async def _parse_only(layer: Layer, found: Examined, region: Region) -> None:
+    """Look at the records by themselves, where there is nothing to replay them into."""
+    async for start, stop in Filled(layer.meta, region.offset, region.end):
+        data = await read(layer.meta, start, stop - start)
+        for at in range(0, len(data), SECTOR):
+            for offset, record in journal.parse(data[at : at + SECTOR]):
+                if isinstance(record, str):
+                    sector = (start - region.offset + at) // SECTOR
+                    _report_record(journal.Skipped(sector, offset, record), found.header, found.findings)
+
+
+async def _replay(layer: Layer, found: Examined, region: Region, raw_table: bytes | None) -> None:
+    header, bitmap, scan = found.header, found.bitmap, found.scan
+    table = None
+    if scan is not None and raw_table is not None:
+        assert header.table_region is not None
+        table = Table(raw_table[: header.table_region.size], header.chunks, len(scan.used))
+    # Where the base is no longer needed, records of its bitmap are as normal as such past its end.
+    unneeded = Bitmap(b"", 0) if header.base_img else None
+    bits_before = bitmap.count_local() if bitmap is not None else 0
+    async for start, stop in Filled(layer.meta, region.offset, region.end):
+        data = await read(layer.meta, start, stop - start)
+        for skipped in journal.replay(data, header, bitmap or unneeded, table, (start - region.offset) // SECTOR):
+            _report_record(skipped, header, found.findings)
+    found.replayed = True
+    bits_set = entries_set = 0
+    if bitmap is not None:
+        bits_set = bitmap.count_local() - bits_before
+        found.bits = _patched(found.bits, bitmap.take_dirty_pages())
+    if table is not None and scan is not None:
+        entries_set = _take_entries(found, scan, table.take_dirty_pages())
+    what = f"{bits_set} bits and {entries_set} table entries"
+    if not header.clean:
+        found.findings.add(
+            Kind.REPLAY_PENDING,
+            Severity.HARMLESS,
+            "clean_shutdown",
+            f"the image was not closed: the next opening replays its journal, which sets {what}",
+            value=0,
+            remedy="" if _owes_base(header) else "replays it",
+            hint=_OWED,
+        )
+    elif bits_set or entries_set:
+        found.findings.add(
+            Kind.JOURNAL_UNAPPLIED,
+            Severity.CORRUPTION,
+            "journal",
+            f"the image was closed, but {what} that the journal knows of are not set: bitmap or table were lost",
+            remedy="replays it",
+        )
+
+
+def _patched(data: bytes, pages: list[tuple[int, bytes]]) -> bytes:
+    patched = bytearray(data)
+    for page, content in pages:
+        patched[page * PAGE : (page + 1) * PAGE] = content
+    return bytes(patched)
+
+
+def _take_entries(found: Examined, scan: TableScan, pages: list[tuple[int, bytes]]) -> int:
+    """Take over pages of the table that a replay has changed; how many entries that are."""
+    changed = 0
+    entries = scan.entries
+    for page, content in pages:
+        new = decode_entries(content)
+        first = page * len(new)
+        changed += sum(a != b for a, b in zip(entries[first : first + len(new)], new, strict=True))
+        entries[first : first + len(new)] = new
+    if changed:
+        found.scan = TableScan(entries, scan.chunks, len(scan.used))
+        found.scan.flagged = scan.flagged
+    return changed
+
+
+# --- bitmap and base ---
+
+
+async def _look_at_unneeded_bitmap(layer: Layer, found: Examined) -> None:
+    """Where the base is said not to be needed any more, every bit must be set (format.md, section 7)."""
+    assert found.check is not None
+    header = found.header
+    if not header.base_img or not header.all_data_in_fvd_img or not found.check.layout_known:
+        return
+    if header.block_size < SECTOR or not 0 < header.base_img_size <= header.virtual_disk_size:
+        return
+    blocks = ceil_div(header.base_img_size, header.block_size)
+    region = Region("bitmap", header.bitmap_offset, bitmap_bytes(blocks))
+    others = found.check.regions.values()
+    overlaps = any(region.offset < other.end and other.offset < region.end for other in others)
+    if region.offset < HEADER_SPACE or overlaps or region.end > found.size:
+        return
+    bits = await _load(layer, found, region)
+    if bits is not None:
+        report_bitmap_of_complete(header, bits, blocks, found.findings)
+
+
+async def _look_at_base(layer: Layer, found: Examined) -> None:
+    header, base, bitmap = found.header, layer.base, found.bitmap
+    if not header.has_base or base is None:
+        return
+    if isinstance(base, Absent):
+        corrupt = base.severity is Severity.CORRUPTION
+        whole = corrupt and bitmap is not None and bitmap.all_local(0, bitmap.blocks)
+        found.findings.add(
+            base.kind,
+            base.severity,
+            "base_img",
+            base.text,
+            value=header.base_img,
+            remedy="sets all_data_in_fvd_img to 1, since every block is in the image" if whole else "",
+            hint="cannot be mended: some blocks are nowhere else" if corrupt else "",
+        )
+        return
+    with found.attempt(header.base_img):
+        if isinstance(base, Layer):
+            found.base_size = await _size_of(base)
+        else:
+            found.base_size = await base.size()
+            await _look_at_format(base, header, found.findings)
+        known = found.check is not None and "base_img_size" not in found.check.doubtful
+        size = found.base_size
+        if known and size is not None and size < header.base_img_size - SECTOR + 1:
+            _report_short_base(header, bitmap, size, found.findings)
+
+
+async def _size_of(base: Layer) -> int | None:
+    check = check_header(await read(base.meta, 0, HEADER_SPACE), await base.meta.size(), Findings(base.path))
+    if check is None or not check.layout_known:
+        return None
+    return check.header.virtual_disk_size
+
+
+async def _look_at_format(base: Store, header: Header, findings: Findings) -> None:
+    guess = detect(await read(base, 0, PROBE_SIZE)) if not header.base_img_fmt else None
+    if guess:
+        text = f"empty means raw, but {header.base_img} looks like {guess}"
+        findings.add(Kind.BASE_FORMAT, Severity.HARMLESS, "base_img_fmt", text, value="")
+
+
+def _report_short_base(header: Header, bitmap: Bitmap | None, size: int, findings: Findings) -> None:
+    if bitmap is None:
+        lost: tuple[Range, ...] = ((size, header.base_img_size),)
+    else:
+        lost = bounded(base_ranges(header, bitmap, size))
+    findings.add(
+        Kind.BASE_SHORT,
+        Severity.CORRUPTION if lost else Severity.HARMLESS,
+        "base_img_size",
+        f"{header.base_img} has only {size} bytes; {span(lost)} read as zeros",
+        value=header.base_img_size,
+        hint="cannot be mended: the base is not the one that it was",
+        lost=lost,
+    )
+
+
+async def _look_at_bits(layer: Layer, found: Examined) -> None:
+    """Blocks that count as local, but have no chunk: harmless where the base is zero as well.
+
+    (The original leaves such bits over zeros; format.md, section 7.)
+    """
+    header, bitmap, scan = found.header, found.bitmap, found.scan
+    if not header.has_base or bitmap is None or scan is None:
+        return
+    found.bare = bitarray(scan.chunks)
+    size = header.chunk_size
+    unknown: list[Range] = []
+    zeros = _Zeros(layer, found)
+    for start, stop in bits_without_chunk(header, bitmap, scan):
+        zero = await zeros.are_in_base(start, stop)
+        if zero is None:
+            join(unknown, start, stop)
+        elif not zero:
+            found.bare[start // size : ceil_div(stop, size)] = 1
+    for first, end in bit_runs(found.bare):
+        lost = bounded(own_ranges(header, bitmap, first * size, min(end * size, header.base_size)))
+        found.findings.add(
+            Kind.BIT_WITHOUT_CHUNK,
+            Severity.CORRUPTION,
+            numbered("table entry", first, end),
+            f"{span(lost)} were written, as the bitmap says, but have no chunk: they read as zeros, and are lost",
+            remedy="gives them chunks of zeros",
+            lost=lost,
+        )
+    if unknown:
+        found.findings.add(
+            Kind.BIT_WITHOUT_CHUNK,
+            Severity.HARMLESS,
+            "bitmap",
+            f"{span(unknown)} count as written, but have no chunk; whether they were zeros, only the base can show",
+            lost=tuple(unknown),
+        )
+
+
+class _Zeros:
+    """Tells where the base of an image reads as zeros."""
+
+    def __init__(self, layer: Layer, found: Examined) -> None:
+        self._layer = layer
+        self._found = found
+        self._image: Image | None = None
+        self._unreadable = False
+
+    async def are_in_base(self, start: int, stop: int) -> bool | None:
+        """Whether the base is zeros there; None: that cannot be told."""
+        base = self._layer.base
+        with self._found.attempt(self._found.header.base_img):
+            if isinstance(base, Layer):
+                return await self._in_image(base, start, stop)
+            if is_store(base):
+                return await _is_zero(base, start, stop)
+        return None
+
+    async def _in_image(self, base: Layer, start: int, stop: int) -> bool | None:
+        if self._image is None and not self._unreadable:
+            try:
+                self._image = await _load_base(base)
+            except ImageError:  # which is found there, too
+                self._unreadable = True
+        if self._image is None:
+            return None
+        for at in range(start, stop, PIECE):
+            if any(await self._image.read(at, min(PIECE, stop - at))):
+                return False
+        return True
+
+
+async def _load_base(layer: Layer) -> Image:
+    """The image as it can be read. Raises ImageError, OSError."""
+    raw = await read(layer.meta, 0, HEADER_SPACE)
+    header = Header.decode(raw, layer.path)
+    header.check(layer.path, await layer.meta.size())
+    if not is_store(layer.data):
+        raise ImageError(layer.path, "its data file is missing")
+    base: Image | Store | None = None
+    if header.has_base:
+        below = layer.base
+        if below is None or isinstance(below, Absent):
+            raise ImageError(layer.path, "its base image is missing")
+        base = await _load_base(below) if isinstance(below, Layer) else below
+    return await load_image(layer.path, header, raw.ljust(HEADER_SPACE, b"\0"), layer.meta, layer.data, base)
+
+
+async def _is_zero(store: Store, start: int, stop: int) -> bool:
+    async for at, end in Filled(store, start, stop):
+        if any(await read(store, at, end - at)):
+            return False
+    return True
+
+
+# --- the storage ---
+
+
+async def _look_at_storage(layer: Layer, found: Examined) -> None:
+    """Whether it is long enough; and space in it that nothing refers to."""
+    assert found.check is not None
+    header, scan = found.header, found.scan
+    if found.storage is None or not found.check.layout_known:
+        return
+    assert is_store(layer.data)
+    data = layer.data
+    if found.bitmap is not None or not header.has_base:
+        found.storage_needed = report_storage(
+            header, found.bitmap, scan, found.storage, fixed_size=data.fixed_size, findings=found.findings
+        )
+    if header.compact and scan is None:
+        return
+    with found.attempt(data.name):
+        if scan is not None:
+            await _look_for_leaks(data, header, scan, found.findings)
+        if not data.fixed_size:
+            await _look_behind(data, header, scan, found)
+
+
+async def _look_for_leaks(data: Store, header: Header, scan: TableScan, findings: Findings) -> None:
+    size = header.chunk_size
+    for first, stop in scan.leaked():
+        start, end = header.data_offset + first * size, header.data_offset + stop * size
+        free = await _takes_no_space(data, start, end)
+        findings.add(
+            Kind.CHUNK_LEAKED,
+            Severity.HARMLESS if free else Severity.LEAK,
+            numbered("chunk", first, stop),
+            f"no entry names it ({(stop - first) * size} bytes of storage)" + (", which take no space" if free else ""),
+            remedy="" if free or data.fixed_size else "gives its space back, the number stays unused",
+            hint="cannot be mended on a device, and is never used again" if data.fixed_size else "",
+        )
+
+
+async def _takes_no_space(data: Store, start: int, stop: int) -> bool:
+    """Whether a range is a hole, but for pages that it shares with others."""
+    start, stop = round_up(start, PAGE), stop // PAGE * PAGE
+    return start >= stop or await data.is_hole(start, stop - start)
+
+
+async def _look_behind(data: Store, header: Header, scan: TableScan | None, found: Examined) -> None:
+    """What is behind all that the image uses or has made ready."""
+    end = header.data_offset + storage_limit(header, scan)
+    size = await data.size()
+    if size <= end or await _takes_no_space(data, end, round_up(size, PAGE)):
+        return
+    found.findings.add(
+        Kind.STORAGE_TAIL,
+        Severity.LEAK,
+        "storage",
+        f"{data.name} has {size} bytes, of which the last {size - end} are of no use",
+        remedy="cuts the file at the end of the highest chunk" if scan is not None else "",
+        hint=f"kept, since with a wrong virtual_disk_size they would be the disk's; if it is right: truncate -s {end}",
+    )

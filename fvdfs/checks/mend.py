@@ -1,0 +1,187 @@
+"""Mending an image.
+
+A power cut at any moment of a repair leaves an image that reads as before, or as it is to read, and
+that another repair completes (format.md, section 7):
+
+    1. header: fields that have one right value               flush
+    2. the storage made as long as it must be                 flush
+    3. header: `clean_shutdown` = 0, before any change of table or bitmap, flush
+    4. table, flush, bitmap, flush: as a replay of the journal leaves them. Nothing goes backwards here
+    5. the journal made empty, flush: from here on no old record can come back (rule 4)
+    6. copies of chunks, and new zeros, flush; only then the table that names them, flush; the bitmap
+    7. the space of leaked chunks given back                  flush
+    8. header: `clean_shutdown` = 1                           flush
+
+Data is in place, and flushed, before an entry names it, and each entry by itself is right, old or
+new. Leaked chunks in the middle of a file give back their space (a hole), but their numbers stay
+unused: whoever writes next takes the number above the highest, as the format has it; on a device,
+where nobody else could use the space, they are left. A file is cut at the end only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+from array import array
+
+from bitarray import bitarray
+
+from fvdfs.alloc.store import Store, pwrite_pages
+from fvdfs.alloc.table import encode_entries
+from fvdfs.checks.contents import plan_table, without_tail
+from fvdfs.checks.examine import PIECE, Examined, Filled, Layer, is_store, read
+from fvdfs.checks.findings import Kind, Range
+from fvdfs.header import HEADER_SIZE, PAGE, Header, Region, changed_sectors, with_fields
+
+_OF_TABLE = {Kind.TABLE_BIT_31, Kind.CHUNK_BEYOND_STORAGE, Kind.CHUNK_SHARED, Kind.BIT_WITHOUT_CHUNK}
+_OF_JOURNAL = {Kind.REPLAY_PENDING, Kind.JOURNAL_UNAPPLIED, Kind.JOURNAL_RECORD}
+_OF_SPACE = {Kind.CHUNK_LEAKED, Kind.STORAGE_TAIL}
+_OF_BASE = {Kind.BASE_MISSING, Kind.BASE_UNUSABLE, Kind.CHAIN_LOOP}  # mendable where every block is local
+
+
+async def mend(layer: Layer, found: Examined) -> None:
+    """Mend what is mendable, in the order that the head of this file gives. Raises OSError, ImageError."""
+    assert found.check is not None
+    assert found.check.sound
+    wanted = found.findings.to_mend
+    meta, data = layer.meta, layer.data
+    header = _HeaderOnDisk(meta, found.check.raw)
+    if found.check.changed:
+        await header.write(found.header)
+    if Kind.STORAGE_SHORT in wanted and found.storage_needed is not None:
+        assert is_store(data)
+        await _extend(data, found.header.data_offset + found.storage_needed)
+        await data.flush()
+    rewrite = bool(wanted & _OF_TABLE) or Kind.BITMAP_TAIL in wanted
+    clear = found.header.journal_region is not None and (rewrite or bool(wanted & (_OF_JOURNAL | _OF_SPACE)))
+    replay = Kind.JOURNAL_UNAPPLIED in wanted or (clear and not found.header.clean)
+    if (replay or rewrite) and header.header.clean:
+        await header.change(clean_shutdown=0)
+    if replay:
+        await _write_metadata(layer, found, found.scan.entries if found.scan is not None else None, found.bits)
+    if clear:
+        region = found.header.journal_region
+        assert region is not None
+        await meta.zero(region.offset, region.size)
+        await meta.flush()
+    if rewrite:
+        await _rewrite(layer, found)
+    if wanted & _OF_SPACE:
+        await _give_back(layer, found, wanted)
+    if wanted & _OF_BASE:
+        await header.change(all_data_in_fvd_img=1)
+    closed = found.header.clean or bool(wanted & {Kind.REPLAY_PENDING, Kind.UNCLEAN})
+    if closed and not header.header.clean:
+        await header.change(clean_shutdown=1)
+
+
+async def _extend(data: Store, size: int) -> None:
+    if size >= 1 << 63:
+        raise OSError(errno.EFBIG, f"{data.name}: no file has {size} bytes")
+    await data.resize(size)
+
+
+class _HeaderOnDisk:
+    """The header's sectors."""
+
+    def __init__(self, meta: Store, raw: bytes) -> None:
+        self._meta = meta
+        self._raw = raw
+        self.header = Header.decode(raw, meta.name)
+
+    async def change(self, **fields: int | str) -> None:
+        """Change fields, and make that stable. Raises OSError."""
+        await self.write(with_fields(self.header, **fields))
+
+    async def write(self, header: Header) -> None:
+        """Make this the header, and make that stable; only sectors that differ are written. Raises OSError."""
+        raw = header.encode() + self._raw[HEADER_SIZE:]
+        for offset, sector in changed_sectors(self._raw, raw):
+            await self._meta.pwrite(sector, offset)
+        await self._meta.flush()
+        self._raw = raw
+        self.header = header
+
+
+async def _write_metadata(layer: Layer, found: Examined, entries: array[int] | None, bits: bytes) -> None:
+    """Write table and bitmap where they differ from what is on disk, the table first. Raises OSError."""
+    header = found.header
+    if entries is not None:
+        assert header.table_region is not None
+        await _write_region(layer.meta, header.table_region, encode_entries(entries))
+    if found.bitmap is not None:
+        assert header.bitmap_region is not None
+        await _write_region(layer.meta, header.bitmap_region, bits)
+
+
+async def _write_region(meta: Store, region: Region, new: bytes) -> None:
+    for start in range(0, region.size, PIECE):
+        stop = min(start + PIECE, region.size)
+        old = await read(meta, region.offset + start, stop - start)
+        pages = []
+        for at in range(start, stop, PAGE):
+            page = new[at : at + PAGE]
+            if page != old[at - start : at - start + PAGE]:
+                pages.append((at // PAGE, page))
+        await pwrite_pages(meta, region.offset, PAGE, pages)
+    await meta.flush()
+
+
+async def _rewrite(layer: Layer, found: Examined) -> None:
+    """Write a table and a bitmap that are right; the journal is empty. Raises OSError, ImageError."""
+    header, scan = found.header, found.scan
+    entries = None
+    if scan is not None and found.findings.to_mend & _OF_TABLE:
+        bare = found.bare if found.bare else bitarray(scan.chunks)
+        plan = plan_table(scan, header, found.bitmap, bare, layer.path)
+        assert is_store(layer.data)
+        await _fill_chunks(layer.data, header, scan.end, plan.copies, plan.zeros, plan.end)
+        entries = plan.entries
+    bits = without_tail(found.bits, header.blocks) if found.bitmap is not None else b""
+    await _write_metadata(layer, found, entries, bits)
+
+
+async def _fill_chunks(
+    data: Store, header: Header, used: int, copies: tuple[tuple[int, int], ...], zeros: Range, end: int
+) -> None:
+    """Fill new chunks, from number `used` up to `end`, and make them stable; or leave the storage as it is.
+
+    Raises OSError, ENOSPC where there is no room.
+    """
+    if end == used:
+        return
+
+    def place(number: int) -> int:
+        return header.data_offset + number * header.chunk_size
+
+    size = await data.size()
+    if data.fixed_size and size < place(end):
+        raise OSError(errno.ENOSPC, f"{data.name}: the device ends at {size} bytes, {place(end)} are needed")
+    try:
+        if min(size, place(end)) > place(used):
+            await data.zero(place(used), min(size, place(end)) - place(used))
+        if size < place(end):
+            await _extend(data, place(end))
+        for source, target in copies:
+            async for start, stop in Filled(data, place(source), place(source + 1)):
+                piece = await read(data, start, stop - start)
+                await data.pwrite(piece, place(target) + start - place(source))
+        await data.flush()
+    except OSError:
+        if size < place(end) and not data.fixed_size:
+            with contextlib.suppress(OSError):
+                await data.resize(size)
+        raise
+
+
+async def _give_back(layer: Layer, found: Examined, wanted: set[Kind]) -> None:
+    """Give back the space that nothing refers to. Raises OSError."""
+    header, scan, data = found.header, found.scan, layer.data
+    assert scan is not None
+    assert is_store(data)
+    if Kind.CHUNK_LEAKED in wanted:
+        for first, stop in scan.leaked():
+            await data.zero(header.data_offset + first * header.chunk_size, (stop - first) * header.chunk_size)
+    if Kind.STORAGE_TAIL in wanted:
+        await data.resize(header.data_offset + scan.end * header.chunk_size)
+    await data.flush()
