@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import signal
-import sys
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
@@ -23,7 +23,7 @@ from fvdfs.ops.negotiate import fuse_descriptors, negotiate
 log = logging.getLogger(__name__)
 
 READ_AHEAD_KIB = 4096
-SWITCH_INTERVAL = 1e-4  # seconds that a thread with an answer waits for the event loop to let it in; 5 ms otherwise
+GC_THRESHOLDS = (20_000, 50, 100)  # a request leaves little to be collected; the default looks every 700 objects
 IDLE_TASKS = 16  # worker tasks that stay when there is nothing to do
 
 
@@ -72,7 +72,8 @@ def serve(options: MountOptions, ready: Callable[[], None]) -> None:
         raise UsageError(
             f"{options.mountpoint}: cannot mount: {error}; is /dev/fuse there (package fuse3), and may you use it?"
         ) from error
-    sys.setswitchinterval(SWITCH_INTERVAL)
+    gc.freeze()
+    gc.set_threshold(*GC_THRESHOLDS)
     try:
         negotiate(descriptors)
         trio.run(_serve, options, filesystem, ready)
