@@ -405,7 +405,7 @@ class Folder:
             await entry.prefetcher.stop()
             entry.prefetcher = None
         now = status(entry.image, None)
-        entry.last_status = {key: now[key] for key in ("base_size", "local_bytes", "local_share")}
+        entry.last_status = {key: now[key] for key in ("base_size", "local_bytes", "local_share", "failed")}
         image, entry.image = entry.image, None
         entry.size = image.size
         entry.usage = image.usage()
