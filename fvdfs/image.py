@@ -81,7 +81,7 @@ class _OwnData:
             count = await self._data.pread(view, offset)
             if count == len(view) or not self._storage.holds(end):
                 return count
-        why = f"{self._data.name} ends at {offset + count}, but holds data up to {end} at the least: it was cut"
+        why = f"{self._data.name} ends before byte {end}, up to which it holds data: it was cut"
         self._committer.fail(why)
         raise OSError(errno.EIO, why)
 
@@ -138,9 +138,9 @@ class Image:
     @property
     def damage(self) -> str:
         """Why it can only be read, as far as that goes; empty where nothing is known to be wrong."""
-        if self.committer.failed is not None:
-            return self.committer.failed
-        return self.table.damage if self.table is not None else ""
+        if self.table is not None and self.table.damaged:
+            return self.table.damage
+        return self.committer.failed or ""
 
     @property
     def header(self) -> Header:
