@@ -299,10 +299,13 @@ def test_a_command_in_an_image_is_never_run_unless_the_mount_says_so(folder: Pat
                         disk.write(b"x" * MIB)
                 assert f"allow the image's own command (touch {witness})" in mount.log
         assert not witness.exists()
-        with mounted(folder, "-o", "grow_command=stored,writeback=off") as mount:
-            with pytest.raises(OSError), open(mount.raw("a"), "r+b", buffering=0) as disk:
-                for _ in range(64):
-                    disk.write(b"x" * MIB)
+        with (
+            mounted(folder, "-o", "grow_command=stored,writeback=off") as mount,
+            pytest.raises(OSError),
+            open(mount.raw("a"), "r+b", buffering=0) as disk,
+        ):
+            for _ in range(64):
+                disk.write(b"x" * MIB)
         assert witness.exists(), "so the test would have seen it"
     finally:
         subprocess.run(["losetup", "-d", device.strip()], check=True)
