@@ -561,21 +561,25 @@ class Image:
         try:
             if self._writers:
                 await self._quiet.wait()
-            await self._settle()
-            # From here on bits and entries go backwards: old records must not come back.
-            await self.committer.clear_journal()
-            header = self.header
-            await self._shrink_header(size)
-            self.size = size
-            self._geometry = Geometry(header.block_size, self.header.base_size)
-            if self.bitmap is not None:
-                self.bitmap.shrink(self.header.blocks)
-            await self.storage.shrink(size)
-            await self.committer.checkpoint()
+            with trio.CancelScope(shield=True):  # half of it would be a disk whose end has become zeros
+                await self._shrink_to(size)
         finally:
             self._quiet = None
             self._quiet_over.set()
             self._quiet_over = trio.Event()
+
+    async def _shrink_to(self, size: int) -> None:
+        await self._settle()
+        # From here on bits and entries go backwards: old records must not come back.
+        await self.committer.clear_journal()
+        header = self.header
+        await self._shrink_header(size)
+        self.size = size
+        self._geometry = Geometry(header.block_size, self.header.base_size)
+        if self.bitmap is not None:
+            self.bitmap.shrink(self.header.blocks)
+        await self.storage.shrink(size)
+        await self.committer.checkpoint()
 
     async def _shrink_header(self, size: int) -> None:
         """Cut the base's range, then the disk: the fields are in different sectors, and the first must never
