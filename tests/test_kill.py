@@ -195,6 +195,13 @@ def test_nothing_that_was_flushed_is_lost_in_many_kills(tmp_path: Path, layout: 
     kill_often(tmp_path, layout, max(MANY, KILLS))
 
 
+def test_without_flushes_something_is_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So these tests would see a flush that did nothing."""
+    monkeypatch.setitem(LAYOUTS, "no flush", (LAYOUTS["cow"][0], "sync=none"))
+    with pytest.raises(AssertionError, match="sectors lost"):
+        kill_often(tmp_path, "no flush", 3 * KILLS_PER_IMAGE)
+
+
 def test_the_ledger_sees_what_is_lost(tmp_path: Path) -> None:
     """The judge itself: a promise that was broken, a mixture of two writes, and bytes of nobody are found."""
     ledger = Ledger(tmp_path / "promises", 0)

@@ -325,3 +325,35 @@ def test_a_guest_cannot_make_its_disk_look_like_an_image(folder: Path) -> None:
         assert mount.raw("a").read_bytes()[:HEADER_SIZE] == header
         assert mount.raw("b").read_bytes()[:HEADER_SIZE] == header
         assert fvdfs("info", mount.raw("b")).code == 0, "asked for, it is looked at"
+
+
+def test_images_of_one_folder_trust_each_other(folder: Path) -> None:
+    """What SECURITY.md admits: an image may name another one as its data file; locks are all that is in the way."""
+    must("create", folder / "victim.fvd", "1M")
+    must("create", folder / "a.fvd", "1M", "--data-file", "a.data")
+    set_header(folder / "a.fvd", data_file="victim.fvd")
+    with mounted(folder) as mount:
+        with open(mount.raw("victim"), "r+b"), pytest.raises(OSError) as caught:
+            os.open(mount.raw("a"), os.O_RDWR)
+        assert caught.value.errno == errno.EBUSY
+        with open(mount.raw("a"), "r+b") as disk:
+            disk.write(b"overwritten")
+    assert (folder / "victim.fvd").read_bytes()[:11] == b"overwritten"
+
+
+def test_a_base_is_opened_for_reading_only(folder: Path) -> None:
+    """Whatever its image wishes."""
+    (folder / "base.raw").write_bytes(bytes(MIB))
+    must("create", folder / "a.fvd", "--base", "base.raw", "--base-format", "raw", "--update-base", "writethrough")
+    with mounted(folder) as mount, open(mount.raw("a"), "r+b", buffering=0) as disk:
+        disk.write(b"x" * 4096)
+        base = (folder / "base.raw").stat()
+        found = 0
+        for name in os.listdir(f"/proc/{mount.pid}/fd"):
+            status = os.stat(f"/proc/{mount.pid}/fd/{name}")
+            if (status.st_dev, status.st_ino) == (base.st_dev, base.st_ino):
+                flags = Path(f"/proc/{mount.pid}/fdinfo/{name}").read_text().split("flags:")[1].split()[0]
+                assert int(flags, 8) & os.O_ACCMODE == os.O_RDONLY
+                found += 1
+        assert found
+    assert (folder / "base.raw").read_bytes() == bytes(MIB)
