@@ -77,7 +77,7 @@ def print_status(mountpoint: str) -> None:
 
 def _columns(image: dict[str, Any]) -> tuple[str, str, str, str, str]:
     share = f"{image['local_share']:.1%}" if "local_share" in image else ""
-    if not image["open"]:
+    if "rate" not in image:  # closed, or being closed
         return share, image["state"], "", "", image.get("failed", "")
     rate = f"{image['rate'] / 1e6:.1f} MB/s" if image["rate"] else ""
     left = _duration(image["eta"]) if image["eta"] is not None else ""

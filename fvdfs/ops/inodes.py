@@ -373,10 +373,11 @@ class Folder:
         found: dict[str, Any] = {
             "name": os.fsdecode(entry.name),
             "image": os.fsdecode(entry.path),
-            "open": entry.image is not None,
+            "open": entry.busy,
         }
         if entry.image is None:
-            return found | entry.last_status | {"virtual_size": entry.size, "state": "closed"}
+            state = "closing" if entry.busy else "closed"
+            return found | entry.last_status | {"virtual_size": entry.size, "state": state}
         return found | status(entry.image, entry.prefetcher)
 
     async def _load(self, entry: Entry) -> Image:
