@@ -333,10 +333,8 @@ async def load_image(
     skipped = not header.clean and await _replay(name, header, meta, bitmap, table)
     if table is not None:
         table.replay_done()
-        if table.shared:
-            log.error("%s: chunk table: %d chunks share their place with others", name, len(table.shared))
-        if table.beyond:
-            log.error("%s: chunk table: %d chunks lie past the end of the storage", name, len(table.beyond))
+        if table.damaged:
+            log.error("%s: %s", name, table.damage)
     committer = Committer(header, raw_header[: round_up(HEADER_SIZE, SECTOR)], meta, data, bitmap, table)
     committer.journal_is_bad = skipped
     image = Image(

@@ -179,7 +179,7 @@ class Committer:
             if self._bitmap:
                 self._bitmap.pages_not_written(bitmap_pages)
             if not isinstance(error, OSError) or error.errno not in OUT_OF_SPACE:
-                self._fail(f"{error}")
+                self.fail(f"{error}")
             raise
         if self._bitmap:
             for first, end in blocks:
@@ -299,7 +299,7 @@ class Committer:
         try:
             await self.change_header(**fields)
         except OSError as error:
-            self._fail(f"writing the header: {error}")
+            self.fail(f"writing the header: {error}")
             raise
 
     async def close(self) -> None:
@@ -327,7 +327,7 @@ class Committer:
         except OSError as error:
             self._header_unsure = True
             if error.errno not in OUT_OF_SPACE:
-                self._fail(f"writing the header: {error}")
+                self.fail(f"writing the header: {error}")
             raise
         self.header = header
         self._raw_header = raw
@@ -337,10 +337,11 @@ class Committer:
         try:
             await store.flush()
         except OSError as error:
-            self._fail(f"a flush of {store.name} failed: {error}")
+            self.fail(f"a flush of {store.name} failed: {error}")
             raise OSError(errno.EIO, f"flush of {store.name}: {error}") from error
 
-    def _fail(self, why: str) -> None:
+    def fail(self, why: str) -> None:
+        """Write nothing more."""
         if self.failed is None:
             self.failed = why
             log.error("%s: %s; read-only from now on", self._meta.name, why)

@@ -77,8 +77,8 @@ def print_status(mountpoint: str) -> None:
 
 def _columns(image: dict[str, Any]) -> tuple[str, str, str, str, str]:
     share = f"{image['local_share']:.1%}" if "local_share" in image else ""
-    if not image["open"]:
-        return share, image["state"], "", "", ""
+    if "rate" not in image:  # closed, or being closed
+        return share, image["state"], "", "", image.get("failed", "")
     rate = f"{image['rate'] / 1e6:.1f} MB/s" if image["rate"] else ""
     left = _duration(image["eta"]) if image["eta"] is not None else ""
     return share, image["state"], rate, left, image["failed"] or image["reason"]

@@ -57,12 +57,33 @@ class Zeroes(enum.Enum):
 
 
 class _Reader(Protocol):
-    def pread_nowait(self, view: memoryview, offset: int, /) -> bool: ...
-
     async def pread(self, view: memoryview, offset: int, /) -> int: ...
 
 
+class _QuickReader(_Reader, Protocol):
+    def pread_nowait(self, view: memoryview, offset: int, /) -> bool: ...
+
+
 _Todo = list[tuple[_Reader, memoryview, int]]
+
+
+class _OwnData:
+    """The storage of an image: where it ends before something that it holds, it was cut, and that is an error."""
+
+    def __init__(self, data: Store, storage: Storage, committer: Committer) -> None:
+        self._data = data
+        self._storage = storage
+        self._committer = committer
+
+    async def pread(self, view: memoryview, offset: int) -> int:
+        end = offset + len(view)
+        for _ in range(2):  # once more, since the first may have met a change of the size
+            count = await self._data.pread(view, offset)
+            if count == len(view) or not self._storage.holds(end):
+                return count
+        why = f"{self._data.name} ends before byte {end}, up to which it holds data: it was cut"
+        self._committer.fail(why)
+        raise OSError(errno.EIO, why)
 
 
 class Image:
@@ -88,6 +109,7 @@ class Image:
         self.table = table
         self.storage = storage
         self.committer = committer
+        self._own = _OwnData(data, storage, committer)
         self.writable = False
         self.zeroes = Zeroes.OFF
         self.base_may_be_written = False
@@ -112,6 +134,13 @@ class Image:
         self._spawn = spawn
         if isinstance(self.storage, ChunkedStorage):
             self.storage.spawn = spawn
+
+    @property
+    def damage(self) -> str:
+        """Why it can only be read, as far as that goes; empty where nothing is known to be wrong."""
+        if self.table is not None and self.table.damaged:
+            return self.table.damage
+        return self.committer.failed or ""
 
     @property
     def header(self) -> Header:
@@ -153,7 +182,9 @@ class Image:
                     for piece_start, piece_stop, where in image.storage.runs(run_start, run_stop):
                         if where is not None:
                             to = at + piece_start - begin
-                            _try(image.data, view[to : to + piece_stop - piece_start], where, todo)
+                            piece = view[to : to + piece_stop - piece_start]
+                            if not image.data.pread_nowait(piece, where):
+                                todo.append((image._own, piece, where))
                     continue
                 to = at + run_start - begin
                 base = image.base
@@ -530,21 +561,25 @@ class Image:
         try:
             if self._writers:
                 await self._quiet.wait()
-            await self._settle()
-            # From here on bits and entries go backwards: old records must not come back.
-            await self.committer.clear_journal()
-            header = self.header
-            await self._shrink_header(size)
-            self.size = size
-            self._geometry = Geometry(header.block_size, self.header.base_size)
-            if self.bitmap is not None:
-                self.bitmap.shrink(self.header.blocks)
-            await self.storage.shrink(size)
-            await self.committer.checkpoint()
+            with trio.CancelScope(shield=True):  # half of it would be a disk whose end has become zeros
+                await self._shrink_to(size)
         finally:
             self._quiet = None
             self._quiet_over.set()
             self._quiet_over = trio.Event()
+
+    async def _shrink_to(self, size: int) -> None:
+        await self._settle()
+        # From here on bits and entries go backwards: old records must not come back.
+        await self.committer.clear_journal()
+        header = self.header
+        await self._shrink_header(size)
+        self.size = size
+        self._geometry = Geometry(header.block_size, self.header.base_size)
+        if self.bitmap is not None:
+            self.bitmap.shrink(self.header.blocks)
+        await self.storage.shrink(size)
+        await self.committer.checkpoint()
 
     async def _shrink_header(self, size: int) -> None:
         """Cut the base's range, then the disk: the fields are in different sectors, and the first must never
@@ -579,7 +614,7 @@ class Image:
             return
         header = self.header
         if self.table is not None and self.table.damaged:
-            raise ReadOnlyImage(self.name, "the chunk table is damaged: the image can only be read")
+            raise ReadOnlyImage(self.name, f"{self.table.damage}: the image can only be read")
         if not header.clean and header.has_metadata and header.journal_region is None and not accept_unclean:
             raise ReadOnlyImage(
                 self.name,
@@ -661,7 +696,7 @@ async def _close_chain(image: Image | Store | None) -> None:
         await image.aclose()
 
 
-def _try(store: _Reader, view: memoryview, offset: int, todo: _Todo) -> None:
+def _try(store: _QuickReader, view: memoryview, offset: int, todo: _Todo) -> None:
     if not store.pread_nowait(view, offset):
         todo.append((store, view, offset))
 

@@ -85,6 +85,10 @@ class ChunkedStorage:
             else:
                 yield run_start, run_stop, self._offset + number * size + run_start - chunk * size
 
+    def holds(self, end: int) -> bool:
+        """Whether the store must reach to this offset, which is in a chunk that the table has, or had."""
+        return bool(self._table.beyond) or end <= self._end(self._table.highest + 1)
+
     def prepare_nowait(self, start: int, stop: int) -> bool:
         """Whether every byte of [start, stop) has a place already."""
         table = self._table

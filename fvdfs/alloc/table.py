@@ -91,6 +91,16 @@ class Table:
     def damaged(self) -> bool:
         return bool(self.beyond or self.shared)
 
+    @property
+    def damage(self) -> str:
+        """What is wrong with it, in words; empty: nothing."""
+        found = []
+        if self.shared:
+            found.append(f"{len(self.shared)} chunks share their place with others")
+        if self.beyond:
+            found.append(f"{len(self.beyond)} chunks lie past the end of the storage")
+        return f"chunk table: {', '.join(found)}" if found else ""
+
     def allocated(self) -> int:
         """How many chunks have a place in the storage."""
         return self.chunks - self._entries[: self.chunks].count(UNALLOCATED)

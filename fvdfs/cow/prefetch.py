@@ -422,6 +422,6 @@ def status(image: Image, prefetcher: Prefetcher | None) -> dict[str, Any]:
         "rate": round(rate),
         "eta": round(missing / rate) if rate and missing else None,
         "prefetched": prefetcher.copied if prefetcher is not None else 0,
-        "failed": image.committer.failed or "",
+        "failed": image.damage,
         "writable": image.writable,
     }

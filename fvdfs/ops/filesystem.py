@@ -313,20 +313,21 @@ class Filesystem(pyfuse3.Operations):
         return FileInfo(fh=FileHandleT(handle), keep_cache=keep_cache)
 
     async def read(self, fh: FileHandleT, off: int, size: int) -> bytes:
+        image = self._images[fh]
         try:
             # pyfuse3 takes any buffer; its annotation says bytes.
-            return cast(bytes, await self._images[fh].read(off, size))
+            return cast(bytes, await image.read(off, size))
         except Exception as error:
-            raise fuse_error(error, "read") from error
+            raise fuse_error(error, f"{image.name}: read") from error
 
     async def write(self, fh: FileHandleT, off: int, buf: bytes) -> int:
+        image = self._images[fh]
         try:
-            image = self._images[fh]
             await image.write(off, buf)
             if self._sync is Sync.ALWAYS:
                 await image.flush()
         except Exception as error:
-            raise fuse_error(error, "write") from error
+            raise fuse_error(error, f"{image.name}: write") from error
         self._written.set()
         return len(buf)
 

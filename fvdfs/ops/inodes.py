@@ -373,10 +373,11 @@ class Folder:
         found: dict[str, Any] = {
             "name": os.fsdecode(entry.name),
             "image": os.fsdecode(entry.path),
-            "open": entry.image is not None,
+            "open": entry.busy,
         }
         if entry.image is None:
-            return found | entry.last_status | {"virtual_size": entry.size, "state": "closed"}
+            state = "closing" if entry.busy else "closed"
+            return found | entry.last_status | {"virtual_size": entry.size, "state": state}
         return found | status(entry.image, entry.prefetcher)
 
     async def _load(self, entry: Entry) -> Image:
@@ -405,7 +406,7 @@ class Folder:
             await entry.prefetcher.stop()
             entry.prefetcher = None
         now = status(entry.image, None)
-        entry.last_status = {key: now[key] for key in ("base_size", "local_bytes", "local_share")}
+        entry.last_status = {key: now[key] for key in ("base_size", "local_bytes", "local_share", "failed")}
         image, entry.image = entry.image, None
         entry.size = image.size
         entry.usage = image.usage()

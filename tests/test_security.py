@@ -1,0 +1,359 @@
+"""What a mount keeps from whom: an unprivileged user's mount, other users, names in images, commands of images.
+
+The user is `nobody`, who mounts with fusermount3 as anybody may. The tests of names that lead outside stand in
+`test_mount.py` as well; here are the ways around them.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import socket
+import stat
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from conftest import FVDFS, MIB, Finished, fvdfs, mounted, must
+from fvdfs.header import HEADER_SIZE, Header, with_fields
+
+NOBODY = 65534
+OTHER = 65533  # a user who is neither root nor the one who mounts
+SECRET = b"not for everybody" * 1000
+
+
+def run_as(uid: int, *command: str | Path, timeout: float = 60) -> Finished:
+    """Run a program as another user, without any privilege."""
+    drop = ["setpriv", f"--reuid={uid}", f"--regid={uid}", "--clear-groups", "--no-new-privs", "--inh-caps=-all"]
+    if str(command[0]).endswith("fusermount3") or "fvdfs" in map(str, command):
+        drop.remove("--no-new-privs")  # fusermount3 is set-uid root
+    done = subprocess.run(
+        [*drop, *map(str, command)], capture_output=True, text=True, timeout=timeout, check=False, cwd="/"
+    )
+    return Finished(done.returncode, done.stdout, done.stderr)
+
+
+def fvdfs_as(uid: int, *arguments: str | Path) -> Finished:
+    return run_as(uid, *FVDFS, *arguments)
+
+
+def python_as(uid: int, code: str, *arguments: str | Path) -> Finished:
+    return run_as(uid, sys.executable, "-I", "-S", "-c", code, *arguments)
+
+
+@pytest.fixture
+def shared() -> Iterator[Path]:
+    """A folder that every user can reach, unlike pytest's own."""
+    path = Path(tempfile.mkdtemp(prefix="fvdfs-test-"))
+    path.chmod(0o755)
+    yield path
+    shutil.rmtree(path)
+
+
+@pytest.fixture
+def users(shared: Path) -> Path:
+    """A folder of images that belongs to `nobody`."""
+    if fvdfs_as(NOBODY, "--version").code:
+        pytest.skip("another user cannot run this Python")
+    for name in ("images", "disks"):
+        (shared / name).mkdir()
+        os.chown(shared / name, NOBODY, NOBODY)
+    done = fvdfs_as(NOBODY, "create", shared / "images/a.fvd", "2M")
+    assert done.code == 0, done.err
+    return shared / "images"
+
+
+@contextmanager
+def mounted_as(uid: int, folder: Path, *options: str) -> Iterator[Path]:
+    """The folder, mounted by that user."""
+    point = folder.parent / "disks"
+    log = folder.parent / "log"
+    log.touch()
+    os.chown(log, uid, uid)
+    done = fvdfs_as(uid, "mount", folder, point, "--log-file", log, *options)
+    assert done.code == 0, done.err
+    try:
+        yield point
+    finally:
+        done = fvdfs_as(uid, "umount", point)
+        if done.code:
+            subprocess.run(["umount", "-l", point], check=False)
+        assert done.code == 0, done.err
+
+
+READ = "import sys; print(len(open(sys.argv[1], 'rb').read(4096)))"
+WRITE = "import os, sys; f = os.open(sys.argv[1], os.O_RDWR); os.pwrite(f, b'x' * 4096, 0); os.fsync(f)"
+
+
+def test_a_user_without_privileges_mounts_and_uses_disks(users: Path) -> None:
+    with mounted_as(NOBODY, users) as point:
+        assert python_as(NOBODY, WRITE, point / "a.raw").code == 0
+        assert python_as(NOBODY, READ, point / "a.raw").out == "4096\n"
+        assert "a.raw" in fvdfs_as(NOBODY, "status", point).out
+    assert fvdfs_as(NOBODY, "info", users / "a.fvd").code == 0
+
+
+def test_other_users_and_root_are_kept_out_unless_allowed(users: Path) -> None:
+    with mounted_as(NOBODY, users) as point:
+        for uid in (OTHER, 0):
+            done = python_as(uid, READ, point / "a.raw")
+            assert done.code
+            assert "PermissionError" in done.err
+        assert python_as(NOBODY, READ, point / "a.raw").code == 0
+
+
+def test_permissions_of_a_disk_are_those_of_its_image(shared: Path) -> None:
+    """Also where everybody may reach the mount: the kernel checks them (default_permissions)."""
+    folder = shared / "images"
+    folder.mkdir()
+    for name, mode, uid in (("open", 0o644, 0), ("private", 0o600, 0), ("theirs", 0o600, NOBODY), ("all", 0o666, 0)):
+        must("create", folder / f"{name}.fvd", "1M")
+        os.chown(folder / f"{name}.fvd", uid, uid)
+        os.chmod(folder / f"{name}.fvd", mode)
+    may = {"open": (True, False), "private": (False, False), "theirs": (True, True), "all": (True, True)}
+    with mounted(folder, "--allow-other") as mount:
+        for name, (reads, writes) in may.items():
+            status = mount.raw(name).stat()
+            image = (folder / f"{name}.fvd").stat()
+            assert (status.st_mode, status.st_uid, status.st_gid) == (image.st_mode, image.st_uid, image.st_gid)
+            assert (python_as(NOBODY, READ, mount.raw(name)).code == 0) == reads, name
+            assert (python_as(NOBODY, WRITE, mount.raw(name)).code == 0) == writes, name
+        # Who may not write to the disk may not have it prefetched either, nor change its mode or size.
+        setxattr = "import os, sys; os.setxattr(sys.argv[1], 'user.fvdfs.prefetch', b'start')"
+        change = "import os, sys; os.chmod(sys.argv[1], 0o777)"
+        truncate = "import os, sys; os.truncate(sys.argv[1], 1 << 22)"
+        for code, message in (
+            (setxattr, "PermissionError"),
+            (change, "PermissionError"),
+            (truncate, "PermissionError"),
+        ):
+            done = python_as(NOBODY, code, mount.raw("open"))
+            assert done.code
+            assert message in done.err
+        assert python_as(NOBODY, setxattr, mount.raw("all")).code == 0
+        assert mount.raw("open").stat().st_size == MIB
+        # Nothing can be made, removed or renamed there by anybody.
+        for call in (
+            lambda: os.unlink(mount.raw("open")),
+            lambda: os.rename(mount.raw("open"), mount.raw("new")),
+            lambda: os.open(mount.point / "new.raw", os.O_CREAT | os.O_WRONLY),
+            lambda: os.mkdir(mount.point / "new"),
+            lambda: os.symlink("/etc/passwd", mount.point / "new.raw"),
+        ):
+            with pytest.raises(OSError) as caught:
+                call()
+            assert caught.value.errno in (errno.ENOSYS, errno.EPERM, errno.EACCES)
+        flags = Path("/proc/mounts").read_text()
+        (line,) = [line for line in flags.splitlines() if f" {mount.point} " in line]
+        assert "nosuid" in line
+        assert "nodev" in line
+    assert (folder / "open.fvd").exists()
+
+
+def test_set_uid_bits_do_not_show(folder: Path) -> None:
+    must("create", folder / "a.fvd", "1M")
+    os.chmod(folder / "a.fvd", 0o6755)
+    with mounted(folder) as mount:
+        assert stat.S_IMODE(mount.raw("a").stat().st_mode) == 0o755
+
+
+# --- names in images ----------------------------------------------------------------------------
+
+
+def set_header(image: Path, **fields: int | str) -> None:
+    with open(image, "r+b") as file:
+        header = with_fields(Header.decode(file.read(HEADER_SIZE), str(image)), **fields)
+        file.seek(0)
+        file.write(header.encode())
+
+
+def ways_out(folder: Path, outside: Path) -> dict[str, str]:
+    """Names that lead to the file `secret` outside of the folder."""
+    os.symlink(outside / "secret", folder / "link")
+    os.symlink("link", folder / "link-to-link")
+    os.symlink(outside, folder / "linked-folder")
+    os.symlink("..", folder / "up")
+    (folder / "sub").mkdir()
+    os.symlink(f"../../{outside.name}/secret", folder / "sub/link")
+    return {
+        "dots": f"../{outside.name}/secret",
+        "many dots": f"sub/../.././{outside.name}//secret",
+        "absolute": str(outside / "secret"),
+        "twice absolute": f"/{outside / 'secret'}",
+        "link": "link",
+        "link to link": "link-to-link",
+        "linked folder": "linked-folder/secret",
+        "up and out": f"up/{outside.name}/secret",
+        "link below": "sub/link",
+        "proc root": f"/proc/self/root{outside}/secret",
+        "proc cwd": f"/proc/self/cwd{outside}/secret",
+        "file url": f"file://{outside}/secret",
+        "file protocol": f"file:{outside}/secret",
+        "json": f'json:{{"driver": "raw", "file": {{"driver": "file", "filename": "{outside}/secret"}}}}',
+        "neighbour": f"../{folder.name}2/secret",
+    }
+
+
+@pytest.mark.parametrize("field", ["base_img", "data_file"])
+def test_no_name_leads_out_of_the_folder(folder: Path, tmp_path: Path, field: str) -> None:
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "secret").write_bytes(SECRET)
+    neighbour = tmp_path / f"{folder.name}2"  # whose path begins like the folder's
+    neighbour.mkdir()
+    (neighbour / "secret").write_bytes(SECRET)
+    (folder / "base").write_bytes(bytes(len(SECRET)))
+    names = ways_out(folder, outside)
+    for number, name in enumerate(names.values()):
+        image = folder / f"i{number}.fvd"
+        if field == "base_img":
+            must("create", image, "--base", "base", "--base-format", "raw")
+            set_header(image, base_img=name)
+        else:
+            must("create", image, "1M", "--data-file", f"data{number}")
+            set_header(image, data_file=name)
+    with mounted(folder) as mount:
+        assert os.listdir(mount.point) == []
+        for number, (what, name) in enumerate(names.items()):
+            assert f"i{number}.fvd: {field}=" in mount.log, f"{what}: {name}"
+    assert (outside / "secret").read_bytes() == SECRET
+
+
+def test_an_image_that_stands_on_itself_or_on_what_is_no_file(folder: Path) -> None:
+    (folder / "base").write_bytes(bytes(4096))
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(folder / "socket"))
+    for number, name in enumerate(("i0.fvd", "socket", "/dev/zero", "/dev/mem", "/proc/self/mem", "/proc/kcore", "")):
+        must("create", folder / f"i{number}.fvd", "--base", "base", "--base-format", "raw")
+        if name:
+            set_header(folder / f"i{number}.fvd", base_img=name, base_img_fmt="fvd" if number == 0 else "raw")
+    with mounted(folder, "-o", "base_path=/") as mount:
+        found = os.listdir(mount.point)
+        assert "i6.raw" in found
+        assert not {"i0.raw", "i1.raw", "i2.raw", "i3.raw"} & set(found)
+        for name in found:  # files of /proc may be files by their mode; none of them hangs the mount
+            assert len((mount.point / name).read_bytes()) == 4096
+
+
+def test_a_link_that_is_turned_round_after_it_was_judged(folder: Path, tmp_path: Path) -> None:
+    """The file that was judged is the one that is opened: nobody who turns a link meanwhile gets another one read."""
+    (tmp_path / "secret").write_bytes(SECRET)
+    (folder / "harmless").write_bytes(b"harmless".ljust(len(SECRET), b"."))
+    os.symlink("harmless", folder / "base")
+    must("create", folder / "a.fvd", "--base", "base", "--base-format", "raw")
+    turning = (
+        "import os, sys\n"
+        "while True:\n"
+        "    for target in ('harmless', sys.argv[2]):\n"
+        "        os.symlink(target, sys.argv[1] + '.new')\n"
+        "        os.rename(sys.argv[1] + '.new', sys.argv[1])\n"
+    )
+    with mounted(folder, "-o", "writeback=off") as mount:
+        with subprocess.Popen(
+            [sys.executable, "-I", "-S", "-c", turning, str(folder / "base"), str(tmp_path / "secret")]
+        ) as process:
+            try:
+                seen = 0
+                until = time.monotonic() + 2
+                while time.monotonic() < until:
+                    try:
+                        content = mount.raw("a").read_bytes()
+                    except OSError:
+                        continue
+                    assert content[:8] == b"harmless"
+                    seen += 1
+            finally:
+                process.kill()
+        assert seen, "the image could never be opened"
+
+
+# --- commands, terminals, files that are left ----------------------------------------------------
+
+
+def test_a_command_in_an_image_is_never_run_unless_the_mount_says_so(folder: Path, tmp_path: Path) -> None:
+    """Neither by any command that looks at the image, nor by a mount whose device is full."""
+    backing = tmp_path / "device.img"
+    backing.touch()
+    os.truncate(backing, 4 * MIB)
+    witness = tmp_path / "witness"
+    device = subprocess.run(["losetup", "-f", "--show", backing], check=True, capture_output=True, text=True).stdout
+    try:
+        os.symlink(device.strip(), folder / "a.fvd")
+        must(
+            "create", device.strip(), "64M", "--compact", "--chunk-size", "64K", "--journal-size", "64K", "--force",
+            "--grow-command", f"touch {witness}",
+        )  # fmt: skip
+        must("info", folder / "a.fvd")
+        must("map", folder / "a.fvd")
+        for options in ([], ["-o", "grow_command=none"]):
+            with mounted(folder, *options, "-o", "writeback=off") as mount:
+                with pytest.raises(OSError, match="No space"), open(mount.raw("a"), "r+b", buffering=0) as disk:
+                    for _ in range(64):
+                        disk.write(b"x" * MIB)
+                assert f"allow the image's own command (touch {witness})" in mount.log
+        assert not witness.exists()
+        with (
+            mounted(folder, "-o", "grow_command=stored,writeback=off") as mount,
+            pytest.raises(OSError),
+            open(mount.raw("a"), "r+b", buffering=0) as disk,
+        ):
+            for _ in range(64):
+                disk.write(b"x" * MIB)
+        assert witness.exists(), "so the test would have seen it"
+    finally:
+        subprocess.run(["losetup", "-d", device.strip()], check=True)
+
+
+def test_a_guest_cannot_make_its_disk_look_like_an_image(folder: Path) -> None:
+    """A disk is raw to whoever opens it, and a base is what its format field says, whatever is written to it."""
+    must("create", folder / "inner.fvd", "1M")
+    must("create", folder / "a.fvd", "64M")
+    (folder / "base.raw").write_bytes((folder / "inner.fvd").read_bytes())
+    must("create", folder / "b.fvd", "--base", "base.raw", "--base-format", "raw")
+    with mounted(folder) as mount:
+        header = (folder / "inner.fvd").read_bytes()[:HEADER_SIZE]
+        with open(mount.raw("a"), "r+b") as disk:
+            disk.write(header)
+        mount.remount()
+        assert mount.raw("a").read_bytes()[:HEADER_SIZE] == header
+        assert mount.raw("b").read_bytes()[:HEADER_SIZE] == header
+        assert fvdfs("info", mount.raw("b")).code == 0, "asked for, it is looked at"
+
+
+def test_images_of_one_folder_trust_each_other(folder: Path) -> None:
+    """What SECURITY.md admits: an image may name another one as its data file; locks are all that is in the way."""
+    must("create", folder / "victim.fvd", "1M")
+    must("create", folder / "a.fvd", "1M", "--data-file", "a.data")
+    set_header(folder / "a.fvd", data_file="victim.fvd")
+    with mounted(folder) as mount:
+        with open(mount.raw("victim"), "r+b"), pytest.raises(OSError) as caught:
+            os.open(mount.raw("a"), os.O_RDWR)
+        assert caught.value.errno == errno.EBUSY
+        with open(mount.raw("a"), "r+b") as disk:
+            disk.write(b"overwritten")
+    assert (folder / "victim.fvd").read_bytes()[:11] == b"overwritten"
+
+
+def test_a_base_is_opened_for_reading_only(folder: Path) -> None:
+    """Whatever its image wishes."""
+    (folder / "base.raw").write_bytes(bytes(MIB))
+    must("create", folder / "a.fvd", "--base", "base.raw", "--base-format", "raw", "--update-base", "writethrough")
+    with mounted(folder) as mount, open(mount.raw("a"), "r+b", buffering=0) as disk:
+        disk.write(b"x" * 4096)
+        base = (folder / "base.raw").stat()
+        found = 0
+        for name in os.listdir(f"/proc/{mount.pid}/fd"):
+            status = os.stat(f"/proc/{mount.pid}/fd/{name}")
+            if (status.st_dev, status.st_ino) == (base.st_dev, base.st_ino):
+                flags = Path(f"/proc/{mount.pid}/fdinfo/{name}").read_text().split("flags:")[1].split()[0]
+                assert int(flags, 8) & os.O_ACCMODE == os.O_RDONLY
+                found += 1
+        assert found
+    assert (folder / "base.raw").read_bytes() == bytes(MIB)
