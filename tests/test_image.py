@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 import trio
 
-from builder import IMAGE, LAYOUTS, load, read_files
+from builder import IMAGE, LAYOUTS, create, load, read_files
 from fakes import SECTOR, MemoryStore
 from fvdfs.alloc.store import open_path
-from fvdfs.header import MAX_DISK_SIZE, Header, with_fields
+from fvdfs.errors import ReadOnlyImage
+from fvdfs.header import MAX_DISK_SIZE, CreateOptions, Header, with_fields
 from fvdfs.journal import BITMAP_MAGIC
 
 
@@ -105,3 +106,19 @@ def test_file_where_its_offsets_end(tmp_path: Path) -> None:
         await file.aclose()
 
     trio.run(main)
+
+
+async def test_a_journal_that_names_places_past_the_storage_makes_the_image_read_only(tmp_path: Path) -> None:
+    """Cut after a crash: what its journal showed is lost, and writing would make that final."""
+    path = tmp_path / "disk.fvd"
+    header = create(path, 64 * 4096, CreateOptions(compact=True, chunk_size=4096, grow_unit=4096))
+    store = MemoryStore(path.read_bytes(), "disk.fvd")
+    image = await load({"disk.fvd": store})
+    await image.begin_writing()
+    await image.write(0, b"x" * 16 * 4096)
+    await image.flush()
+    store.data = store.data[: header.metadata_size + 10 * 4096]
+    again = await load({"disk.fvd": store})
+    with pytest.raises(ReadOnlyImage, match="past the end of the storage"):
+        await again.begin_writing()
+    assert "past the end" in again.damage

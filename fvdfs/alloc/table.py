@@ -53,6 +53,8 @@ class Table:
         """Virtual chunks whose entry lies past the end of the storage."""
         self.shared: set[int] = set()
         """Virtual chunks whose entry occurs more than once."""
+        self.cut = False
+        """Whether a journal record names a place past the end of the storage: what it showed is not known."""
         self._used = bitarray(min(storage_chunks, MAX_CHUNKS))
         self.highest = -1
         self._load()
@@ -89,7 +91,7 @@ class Table:
 
     @property
     def damaged(self) -> bool:
-        return bool(self.beyond or self.shared)
+        return bool(self.beyond or self.shared or self.cut)
 
     @property
     def damage(self) -> str:
@@ -99,6 +101,8 @@ class Table:
             found.append(f"{len(self.shared)} chunks share their place with others")
         if self.beyond:
             found.append(f"{len(self.beyond)} chunks lie past the end of the storage")
+        if self.cut:
+            found.append("the journal names places past the end of the storage")
         return f"chunk table: {', '.join(found)}" if found else ""
 
     def allocated(self) -> int:
@@ -129,6 +133,7 @@ class Table:
             if entry == UNALLOCATED:
                 return f"entry {chunk} is 0x{UNALLOCATED:X}"
             if number >= self._storage_chunks:
+                self.cut = True
                 return f"entry {chunk} is {number}, but the storage ends at chunk {self._storage_chunks}"
             if self._entries[chunk] != number and self._used[number]:
                 return f"entry {chunk} is {number}, a chunk that is in use already"
