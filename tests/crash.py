@@ -684,8 +684,15 @@ def copying(sim: Simulation) -> None:
     sim.step(reads, sim.write(4 * block + 10, 500), sim.flush)
     sim.step(reads, sim.write(2 * block, 100), sim.flush)
     sim.step(sim.write(2 * block, 100), sim.costs_nothing, sim.flush)
-    sim.step(sim.read(7 * block, 100), lambda: trio.sleep(1), lambda: sim.image.committer.checkpoint())
+
+    async def settle() -> None:
+        """Copies are made, and what is pending is in pages, not in the journal."""
+        await trio.sleep(1)
+        await sim.image.committer.checkpoint()
+
+    sim.step(sim.read(7 * block, 100), settle)
     sim.step(sim.write(7 * block, 100), sim.costs_nothing, sim.flush)
+    sim.step(sim.write(6 * block + 50, 100), sim.flush)
 
     sim.fact(_journal_fits)
 
@@ -698,6 +705,40 @@ def copying(sim: Simulation) -> None:
     sim.step(sim.write(block, 100), sim.together(prefetch, sim.write(6 * block, 700)), sim.flush)
     sim.step(sim.write(3 * block + 100, 700), sim.flush)
     sim.step(sim.close)
+
+
+def closing(sim: Simulation) -> None:
+    """Closing while copies are under way: they are stored first; as nothing is missing then, the base is let go of."""
+
+    async def reads_all() -> None:
+        fetcher = sim.image.start_fetching(copy_on_read=True)
+        assert fetcher is not None
+        await sim.read(0, sim.image.header.base_img_size)()
+
+    async def has_all() -> None:
+        sim.fact(_lets_go)
+
+    sim.step(lambda: sim.open(fetch=True))
+    sim.step(sim.write(600, 700), sim.flush)
+    sim.fact(_journal_fits)
+    sim.step(reads_all, sim.close, has_all)
+
+
+def leftovers(sim_of: Callable[[], Simulation]) -> None:
+    """A file that is longer than its image: what is there must not show when the image grows."""
+    for grows_at_once in (False, True):
+        first = sim_of()
+        header = _header(first.files)
+        name = header.data_file or IMAGE
+        end = header.data_offset if header.compact else header.data_offset + header.virtual_disk_size
+        left = {**first.files, name: first.files[name].ljust(end, b"\0") + random.Random(name).randbytes(9 * KIB)}
+        sim = Simulation(first.subject, left, first.survivors.folder, first.effort, first.counts)
+        sim.step(sim.open)
+        if not grows_at_once:
+            sim.step(sim.write(700, 100), sim.flush)
+        sim.resize(13 * SECTOR)
+        sim.step(sim.write(sim.disk.size - 900, 100), sim.flush)
+        sim.step(sim.close)
 
 
 def _journal_fits(files: Files) -> None:
@@ -819,6 +860,8 @@ SCENARIOS: dict[str, Callable[[Callable[[], Simulation]], None]] = {
     "zeroing": lambda sim_of: zeroing(sim_of()),
     "copying": lambda sim_of: copying(sim_of()),
     "writing to the base": lambda sim_of: writing_base(sim_of()),
+    "closing": lambda sim_of: closing(sim_of()),
+    "leftovers": leftovers,
     "recovering": recovering,
     "killing": killing,
 }
@@ -829,7 +872,9 @@ def applies(scenario: str, subject: Subject) -> bool:
     options = subject.layout.options
     if scenario == "writing to the base" or options.update_base:
         return scenario == "writing to the base" and bool(options.update_base)
-    if scenario == "copying":
+    if scenario == "leftovers":
+        return not subject.device
+    if scenario in ("copying", "closing"):
         return bool(options.base_img) and not subject.layout.all_local
     return True
 

@@ -16,6 +16,7 @@ import ast
 import contextlib
 import importlib
 import inspect
+import itertools
 import signal
 import sys
 from collections import Counter
@@ -48,6 +49,12 @@ PAIRS = (
     *(("plain-on-device", "resizing"), ("compact-4k", "resizing"), ("compact-4k-on-device", "resizing")),
     *(("cow-no-journal", "resizing"), ("plain", "resizing"), ("cow-data-file-on-device", "resizing")),
     *(("cow-7680", "copying"), ("compact-cow-data-file", "copying"), ("cow-data-file", "copying")),
+    *(
+        ("cow-7680", "closing"),
+        ("compact-cow-data-file", "closing"),
+        ("plain", "leftovers"),
+        ("compact-4k", "leftovers"),
+    ),
     *(("cow-7680", "zeroing"), ("compact-4k", "zeroing"), ("plain-on-device", "zeroing")),
     *(("cow-7680-writethrough", "writing to the base"), ("cow-512-writeback", "writing to the base")),
     *(("compact-cow-data-file", "recovering"), ("cow-7680", "recovering"), ("cow-no-journal", "copying")),
@@ -109,7 +116,7 @@ def _changes(function: ast.AST) -> Iterator[str]:
                 yield f"without {_short(statement)}"
                 block[at] = statement
         durable = [at for at, statement in enumerate(block) if _awaits(statement) & DURABLE]
-        for a, b in zip(durable, durable[1:], strict=False):
+        for a, b in itertools.pairwise(durable):
             block[a], block[b] = block[b], block[a]
             yield f"swapped {_short(block[b])} | {_short(block[a])}"
             block[a], block[b] = block[b], block[a]

@@ -1,4 +1,4 @@
-"""Run the crash simulations of `crash.py` and the faults of `test_crash_sweep.py`; print what was tried, a line an image.
+"""Run the simulations of `crash.py` and the faults of `test_crash_sweep.py`; print what was tried, a line an image.
 
     python tests/crash_table.py [part of a name ...]
 
