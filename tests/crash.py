@@ -638,6 +638,7 @@ def copying(sim: Simulation) -> None:
     """Copy-on-read, a profile of it, prefetching to the end of it, letting go of the base."""
     header = _header(sim.files)
     block = header.block_size
+    far = min(7, header.base_img_size // block - 1) * block
 
     async def reads() -> None:
         """What is read is copied after the answer."""
@@ -690,8 +691,8 @@ def copying(sim: Simulation) -> None:
         await trio.sleep(1)
         await sim.image.committer.checkpoint()
 
-    sim.step(sim.read(7 * block, 100), settle)
-    sim.step(sim.write(7 * block, 100), sim.costs_nothing, sim.flush)
+    sim.step(sim.read(far, 100), settle)
+    sim.step(sim.write(far, 100), sim.costs_nothing, sim.flush)
     sim.step(sim.write(6 * block + 50, 100), sim.flush)
 
     sim.fact(_journal_fits)
