@@ -233,9 +233,9 @@ class Effort:
     @classmethod
     def scaled(cls, factor: float) -> Effort:
         return cls(
-            states=max(4, min(EXHAUSTIVE, round(10 * factor))),
+            states=max(4, min(EXHAUSTIVE, round(8 * factor))),
             second_cuts=max(1, round(factor)),
-            kills=max(1, round(7 / factor)),
+            kills=max(1, round(8 / factor)),
         )
 
 
@@ -786,7 +786,7 @@ def recovering(sim_of: Callable[[], Simulation]) -> None:
     """Recovery of an image whose journal holds a record that is bad: somebody else left it there."""
     first = sim_of()
     header = _header(first.files)
-    if not header.journal_size:
+    if header.journal_region is None:
         return
     block, chunk = header.block_size or 1024, header.chunk_size or 4096
     first.cuts = False

@@ -2,8 +2,17 @@
 
     python tests/crash_table.py [part of a name ...]
 
-FVDFS_CRASH_EFFORT scales the number of states: 1 is what the tests try; from about 400 on every state
-is tried of each moment that has at most 4096.
+FVDFS_CRASH_EFFORT scales the number of states: 1 is what the tests try; from 512 on every state is tried
+of each moment that has at most 4096. The columns:
+
+    moments         at which the power was cut
+    exhausted       those of which every state was tried
+    states          different ones, each opened, replayed and checked
+    checks          states compared with what is legal at a moment
+    second_cuts     moments of recoveries at which the power was cut again
+    second_states   states that only these left
+    kills           ends of the process, followed by cuts
+    faults          calls to a store that failed
 """
 
 from __future__ import annotations
@@ -11,7 +20,6 @@ from __future__ import annotations
 import sys
 import tempfile
 import time
-from collections.abc import Iterable
 from pathlib import Path
 
 from builder import LAYOUTS, Layout
@@ -21,14 +29,9 @@ from test_crash_sweep import FAULTS, inject_faults, small
 COLUMNS = ("moments", "exhausted", "states", "checks", "second_cuts", "second_states", "kills", "faults")
 
 
-def table(rows: Iterable[tuple[str, Counts]]) -> str:
-    """The counts, with a head and a sum."""
-    total = Counts()
-    lines = [f"{'image':36}" + "".join(f"{column:>15}" for column in COLUMNS)]
-    for name, counts in rows:
-        total.add(counts)
-        lines.append(f"{name:36}" + "".join(f"{getattr(counts, column):15}" for column in COLUMNS))
-    return "\n".join([*lines, f"{'all':36}" + "".join(f"{getattr(total, column):15}" for column in COLUMNS)])
+def line(name: str, counts: Counts) -> str:
+    """A line of the table."""
+    return f"{name:36}" + "".join(f"{getattr(counts, column):15}" for column in COLUMNS)
 
 
 def faults(layout: Layout) -> int:
@@ -41,18 +44,21 @@ def faults(layout: Layout) -> int:
 
 
 def main(wanted: list[str]) -> None:
-    """Print it."""
-    rows = []
+    """Print the table."""
     layouts = {layout.name: layout for layout in LAYOUTS}
+    total = Counts()
     began = time.monotonic()
+    print(f"{'image':36}" + "".join(f"{column:>15}" for column in COLUMNS))
     for subject in SUBJECTS:
-        if not wanted or any(part in subject.name for part in wanted):
-            with tempfile.TemporaryDirectory() as scratch:
-                counts = simulate(subject, Path(scratch), Effort.scaled(EFFORT))
-            if subject.name in layouts:
-                counts.faults = faults(small(layouts[subject.name]))
-            rows.append((subject.name, counts))
-    print(table(rows))
+        if wanted and not any(part in subject.name for part in wanted):
+            continue
+        with tempfile.TemporaryDirectory() as scratch:
+            counts = simulate(subject, Path(scratch), Effort.scaled(EFFORT))
+        if subject.name in layouts:
+            counts.faults = faults(small(layouts[subject.name]))
+        total.add(counts)
+        print(line(subject.name, counts), flush=True)
+    print(line("all", total))
     print(f"effort {EFFORT:g}, {time.monotonic() - began:.0f} s")
 
 

@@ -22,7 +22,7 @@ from fvdfs.alloc.store import Store
 from fvdfs.errors import FvdError
 from fvdfs.image import Image
 
-SEEDS = 2  # power cuts at each moment
+SEEDS = 1  # power cuts at each moment; `crash.py` makes more of them, of smaller images
 NEVER = 1 << 60
 
 
@@ -202,11 +202,10 @@ layouts = pytest.mark.parametrize("layout", [small(layout) for layout in LAYOUTS
 
 FAULTS = {
     "EIO once": (errno.EIO, False, False),
-    "EIO for ever": (errno.EIO, True, False),
+    "EIO for ever, torn": (errno.EIO, True, True),
     "ENOSPC once": (errno.ENOSPC, False, False),
     "ENOSPC for ever": (errno.ENOSPC, True, False),
     "ENOSPC once, torn": (errno.ENOSPC, False, True),
-    "EIO once, torn": (errno.EIO, False, True),
 }
 
 
