@@ -67,6 +67,8 @@ class Layout:
     all_local: bool = False
     holes: bool = False
     """Whether the base has long runs of zeros."""
+    hole_size: int = 40 * KIB
+    """Of each such run, in bytes."""
 
     @property
     def policy(self) -> Policy:
@@ -80,8 +82,8 @@ class Layout:
         if self.base_length:
             base = bytearray(rng.randbytes(self.base_length))
             if self.holes:
-                for at in range(0, len(base), 96 * KIB):
-                    base[at : at + 40 * KIB] = bytes(len(base[at : at + 40 * KIB]))
+                for at in range(0, len(base), 12 * self.hole_size // 5):
+                    base[at : at + self.hole_size] = bytes(len(base[at : at + self.hole_size]))
             (folder / "base.raw").write_bytes(base)
             base_length = len(base)
         for number, options in enumerate(self.chain):

@@ -2,7 +2,7 @@
 
 All implement the `Store` protocol of `fvdfs.alloc.store`:
 
-    MemoryStore   a bytearray; with `slow`, no call is done without waiting
+    MemoryStore   a bytearray; with `slow`, no call is done without waiting; with `fixed_size`, a device
     CrashStore    remembers what is not flushed, and says what a power cut may leave of it
     FaultStore    another store, of which planned calls fail, or end the process
 
@@ -37,12 +37,13 @@ class MemoryStore:
         writable: bool = True,
         slow: bool = False,
         pauses: random.Random | None = None,
+        fixed_size: bool = False,
     ) -> None:
         """A slow call waits one turn of the scheduler, or, with `pauses`, a few as that decides."""
         self.data = bytearray(data)
         self.name = name
         self.writable = writable
-        self.fixed_size = False
+        self.fixed_size = fixed_size
         self.server = "memory"
         self.slow = slow
         self.pauses = pauses
@@ -68,6 +69,8 @@ class MemoryStore:
 
     def _write(self, data: Buffer, offset: int) -> None:
         assert self.writable, READ_ONLY
+        if self.fixed_size and offset + len(data) > len(self.data):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), self.name)
         if offset > len(self.data):
             self.data.extend(bytes(offset - len(self.data)))
         self.data[offset : offset + len(data)] = data
@@ -75,6 +78,10 @@ class MemoryStore:
 
     def _resize(self, size: int) -> None:
         assert self.writable, READ_ONLY
+        if self.fixed_size:
+            if size > len(self.data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), self.name)
+            return
         del self.data[size:]
         self.data.extend(bytes(size - len(self.data)))
 
@@ -101,7 +108,7 @@ class MemoryStore:
         self._write(bytes(length), offset)
 
     async def is_hole(self, offset: int, length: int) -> bool:
-        return not any(self.data[offset : offset + length])
+        return not self.fixed_size and not any(self.data[offset : offset + length])
 
     async def flush(self) -> None:
         await self._wait("flush")
@@ -154,6 +161,24 @@ class _Change:
             content[self.offset : self.offset + len(self.data)] = self.data
 
 
+@dataclass(frozen=True, slots=True)
+class Choices:
+    """What a power cut may leave: a size, and in each sector a content, the oldest first; else what is in `old`."""
+
+    old: bytes
+    sizes: tuple[int, ...]
+    sectors: dict[int, tuple[bytes, ...]]
+
+    def make(self, size: int, sectors: Iterable[tuple[int, bytes]]) -> bytes:
+        """The content with these choices."""
+        content = bytearray(self.old[:size].ljust(size, b"\0"))
+        for sector, data in sectors:
+            at = sector * SECTOR
+            if at < size:
+                content[at : at + SECTOR] = data[: size - at]
+        return bytes(content)
+
+
 class CrashStore(MemoryStore):
     """A store that knows what a power cut may leave of it.
 
@@ -171,8 +196,9 @@ class CrashStore(MemoryStore):
         clock: Clock | None = None,
         slow: bool = False,
         pauses: random.Random | None = None,
+        fixed_size: bool = False,
     ) -> None:
-        super().__init__(data, name, slow=slow, pauses=pauses)
+        super().__init__(data, name, slow=slow, pauses=pauses, fixed_size=fixed_size)
         self.clock = clock or Clock()
         self._start = bytearray(data)
         self._changes: list[_Change] = []
@@ -185,7 +211,14 @@ class CrashStore(MemoryStore):
 
     def _resize(self, size: int) -> None:
         super()._resize(size)
-        self._changes.append(_Change(self.clock.tick(), size, None))
+        if not self.fixed_size:
+            self._changes.append(_Change(self.clock.tick(), size, None))
+
+    def extend(self, data: Buffer) -> None:
+        """The device becomes longer at once, and holds this there; it was so at every earlier cut, too."""
+        assert self.fixed_size
+        self.data.extend(data)
+        self._start.extend(data)
 
     async def flush(self) -> None:
         begin = self.clock.tick()
@@ -200,6 +233,28 @@ class CrashStore(MemoryStore):
                 change.apply(self._start)
         self._changes = [change for change in self._changes if change.time > stable]
         self._flushes.clear()
+
+    def choices(self, at: int) -> Choices:
+        """All that a power cut at that time may leave."""
+        stable = max((begin for begin, end in self._flushes if end <= at), default=0)
+        content = bytearray(self._start)
+        for change in self._changes:
+            if change.time < stable:
+                change.apply(content)
+        old = bytes(content)
+        sizes = {len(old): None}
+        sectors: dict[int, dict[bytes, None]] = {}
+        for change in self._changes:
+            if not stable < change.time <= at:
+                continue
+            touched = change.sectors(len(content))
+            for sector in touched:
+                sectors.setdefault(sector, {_sector(content, sector): None})
+            change.apply(content)
+            sizes[len(content)] = None
+            for sector in touched:
+                sectors[sector][_sector(content, sector)] = None
+        return Choices(old, tuple(sizes), {s: tuple(found) for s, found in sectors.items() if len(found) > 1})
 
     def crash(self, rng: random.Random, at: int | None = None) -> bytes:
         """What a power cut may leave; `at`: the time of the cut, by the clock, instead of now."""
@@ -253,8 +308,8 @@ class Killed(BaseException):
 class FaultPlan:
     """Which call fails: the n-th, from 1 on, of these kinds, of all stores with this plan together.
 
-    A call and its `_nowait` form are of one kind. `torn`: a write that fails has stored its first
-    half before. `kill`: the call and all that follow raise `Killed`.
+    A call and its `_nowait` form are of one kind. `torn`: a write that fails has stored a part of it
+    before, from the start on, about half; zeroing a range as well. `kill`: the call and all that follow raise `Killed`.
     """
 
     nth: int = 0
@@ -328,7 +383,12 @@ class FaultStore:
         await self.inner.write_out(offset, length)
 
     async def zero(self, offset: int, length: int) -> None:
-        self._check("pwrite")
+        try:
+            self._check("pwrite")
+        except OSError:
+            if self.plan.torn:
+                await self.inner.zero(offset, len(_first_half(bytes(length), offset)))
+            raise
         await self.inner.zero(offset, length)
 
     async def is_hole(self, offset: int, length: int) -> bool:
