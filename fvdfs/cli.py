@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from fvdfs import __version__
 from fvdfs.errors import FvdError, UsageError, printable
-from fvdfs.header import DEFAULT_PROFILE_ROOM, CreateOptions
+from fvdfs.header import CreateOptions
 
 UNITS = {"": 1, "B": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40, "P": 1 << 50}
 MOUNT_OPTIONS = {
@@ -216,7 +216,6 @@ def _layout_options(arguments: argparse.Namespace) -> CreateOptions:
         detect_holes=arguments.detect_holes,
         grow_command=arguments.grow_command,
         update_base=arguments.update_base,
-        profile_room=DEFAULT_PROFILE_ROOM,
     )
 
 

@@ -7,6 +7,7 @@ that nothing needs to be stored for them (format.md, section 3).
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import os
 import stat
@@ -25,6 +26,7 @@ from fvdfs.cow.bitmap import Bitmap, bitmap_bytes
 from fvdfs.cow.profile import Extent, encode
 from fvdfs.errors import ImageError, UsageError
 from fvdfs.header import (
+    DEFAULT_PROFILE_ROOM,
     HEADER_SIZE,
     HEADER_SPACE,
     PAGE,
@@ -114,6 +116,8 @@ def create_image(
     other_data = bool(options.data_file) and (
         options.data_file_fmt not in RAW_FORMATS or not is_local(options.data_file)
     )
+    if base is not None and not options.profile_room:
+        options = dataclasses.replace(options, profile_room=DEFAULT_PROFILE_ROOM)
     header = new_header(virtual_size, base.length if base else None, options)
     for region in header.regions():
         if region.size > MAX_REGION:

@@ -388,7 +388,7 @@ class CreateOptions:
     grow_command: str = ""
     update_base: str = ""
     profile_room: int = 0
-    """Room for a prefetch profile; the original leaves none."""
+    """Bytes of room for a prefetch profile, where there is a base; the original leaves none."""
 
 
 def default_block_size(base_size: int) -> int:
