@@ -848,6 +848,8 @@ def killing(sim_of: Callable[[], Simulation]) -> None:
             sim.facts.clear()
             sim.cuts = True
             sim.step(sim.open)
+            if sim.counts.kills % 2:
+                sim.step(sim.flush)  # of what the other process has left
             sim.step(sim.write(block - 100, 200), sim.write(3 * chunk, 400), sim.flush)
         except BaseException as error:
             error.add_note(f"{sim.subject.name}: killed at call {nth}")

@@ -3,7 +3,7 @@
 A simulation that finds nothing may be blind. So the functions that matter are changed, one small change
 at a time, and each change must make some simulation fail:
 
-    without   a flush, or a call that reports what a commit has to cover, is left out
+    without   a flush, or what reports that a commit has to cover something, is left out
     swapped   two neighbours among the statements of a block that wait for something durable change places
 
 A mutant is made from the syntax tree of its module; of the compiled module only the code of the one function
@@ -58,7 +58,7 @@ PAIRS = (
     *(("cow-7680", "zeroing"), ("compact-4k", "zeroing"), ("plain-on-device", "zeroing")),
     *(("cow-7680-writethrough", "writing to the base"), ("cow-512-writeback", "writing to the base")),
     *(("compact-cow-data-file", "recovering"), ("cow-7680", "recovering"), ("cow-no-journal", "copying")),
-    *(("cow-data-file", "killing"), ("compact-cow-data-file", "killing"), ("cow-512", "killing")),
+    *(("plain", "killing"), ("cow-data-file", "killing"), ("compact-cow-data-file", "killing"), ("cow-512", "killing")),
 )
 """Subject and scenario of the simulations that the mutants run through."""
 
@@ -93,6 +93,11 @@ def _called(statement: ast.stmt) -> str:
     return value.func.attr if isinstance(value, ast.Call) and isinstance(value.func, ast.Attribute) else ""
 
 
+def _reports(statement: ast.stmt) -> bool:
+    """Whether the statement notes that data was written, for the next commit."""
+    return isinstance(statement, ast.Assign) and ast.unparse(statement).endswith("data_written = True")
+
+
 def _short(statement: ast.stmt) -> str:
     """The statement's first line; of a compound one, what it waits for as well."""
     lines = ast.unparse(statement).splitlines()
@@ -111,7 +116,7 @@ def _changes(function: ast.AST) -> Iterator[str]:
     """Change the tree in each way, one at a time; what was changed. The tree is as before at the end."""
     for block in _blocks(function):
         for at, statement in enumerate(block):
-            if _called(statement) in FLUSHES | REPORTS:
+            if _called(statement) in FLUSHES | REPORTS or _reports(statement):
                 block[at] = ast.copy_location(ast.Pass(), statement)
                 yield f"without {_short(statement)}"
                 block[at] = statement

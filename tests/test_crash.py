@@ -176,6 +176,9 @@ _DIRTY = "if self.committer.dirty or self.committer.failed is not None"
 _UNCLEAN = "if self.header.clean and self.header.has_metadata: … change_header"
 
 EQUIVALENT: dict[str, str] = {
+    "commit: _commit: without data_written = True": (
+        "blocks and chunks are reported along with their data: it is set already, or there are pages"
+    ),
     f"commit: recover: swapped {_META} | await self.checkpoint()": (
         "the checkpoint writes only what a replay has rebuilt, from records written after clean_shutdown=0 was stable"
     ),
