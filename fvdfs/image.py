@@ -34,7 +34,7 @@ from fvdfs.cow.locks import RangeLock
 from fvdfs.cow.planner import Geometry, WritePlan, plan_write, read_runs, zero_runs
 from fvdfs.cow.profile import Extent, Recorder, decode, encode
 from fvdfs.cow.writethrough import MODES, BaseWriter, WriteBack, WriteThrough
-from fvdfs.errors import ReadOnlyImage
+from fvdfs.errors import ReadOnlyImage, os_error_of
 from fvdfs.header import MAX_DISK_SIZE, PAGE, PROFILE_ENTRY_SIZE, SECTOR, Header, ceil_div, round_up, with_fields
 
 log = logging.getLogger(__name__)
@@ -710,10 +710,10 @@ async def _finish(todo: _Todo) -> None:
         async with trio.open_nursery() as nursery:
             for store, view, offset in todo:
                 nursery.start_soon(_fill, store, view, offset)
-    except* OSError as group:
-        error: BaseException = group
-        while isinstance(error, BaseExceptionGroup):
-            error = error.exceptions[0]
+    except BaseExceptionGroup as group:
+        error = os_error_of(group)
+        if error is None:
+            raise
         raise error from group
 
 

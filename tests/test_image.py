@@ -122,3 +122,21 @@ async def test_a_journal_that_names_places_past_the_storage_makes_the_image_read
     with pytest.raises(ReadOnlyImage, match="past the end of the storage"):
         await again.begin_writing()
     assert "past the end" in again.damage
+
+
+async def test_a_read_of_several_places_that_fails_is_an_error_of_the_system(tmp_path: Path) -> None:
+    """Whatever the version of Python makes of errors of several tasks."""
+    path = tmp_path / "disk.fvd"
+    create(path, 64 * 4096, CreateOptions(compact=True, chunk_size=4096, grow_unit=4096))
+    store = MemoryStore(path.read_bytes(), "disk.fvd", slow=True)
+    image = await load({"disk.fvd": store})
+    await image.begin_writing()
+    for chunk in (3, 1, 5):
+        await image.write(chunk * 4096, b"x" * 4096)
+
+    async def fails(buffer: memoryview, offset: int) -> int:
+        raise OSError(errno.EIO, "a bad sector")
+
+    store.pread = fails  # type: ignore[method-assign]
+    with pytest.raises(OSError, match="a bad sector"):
+        await image.read(0, 64 * 4096)

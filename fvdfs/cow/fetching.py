@@ -24,6 +24,7 @@ from typing import Protocol
 
 import trio
 
+from fvdfs.errors import os_error_of
 from fvdfs.header import ceil_div
 
 log = logging.getLogger(__name__)
@@ -151,10 +152,10 @@ class Fetcher:
                 for part_start, part_stop, fetch in parts:
                     part = view[part_start - start : part_stop - start]
                     nursery.start_soon(self._read_part, part, part_start, fetch, copy)
-        except* OSError as group:
-            error: BaseException = group
-            while isinstance(error, BaseExceptionGroup):
-                error = error.exceptions[0]
+        except BaseExceptionGroup as group:
+            error = os_error_of(group)
+            if error is None:
+                raise
             raise error from group
 
     async def _read_part(self, view: memoryview, start: int, fetch: Fetch | None, copy: bool) -> None:
