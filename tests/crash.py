@@ -588,7 +588,7 @@ def _is_clean(files: Files) -> None:
 
 
 def writing(sim: Simulation) -> None:
-    """Writes at all kinds of places, flushes, resizes; two sessions."""
+    """Writes at all kinds of places, and flushes; two sessions."""
     header = _header(sim.files)
     block, chunk = header.block_size or 1024, header.chunk_size or 4096
     sim.step(sim.open)
