@@ -15,21 +15,6 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode("ascii") for c in text)
 
 
-def os_error_of(group: BaseExceptionGroup[BaseException]) -> OSError | None:
-    """The first OSError in a group that holds nothing else; None where it does.
-
-    To be raised outside of `except*`, within which some versions of Python wrap it in a group again.
-    """
-    errors, others = group.split(OSError)
-    if errors is None or others is not None:
-        return None
-    error: BaseException = errors
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    assert isinstance(error, OSError)
-    return error
-
-
 class FvdError(Exception):
     """Base of fvdfs's own errors; its text is one line for a person."""
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import enum
 import errno
+import functools
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -25,7 +26,7 @@ import trio
 
 from fvdfs.alloc.chunked import ChunkedStorage, Spawn
 from fvdfs.alloc.flat import FlatStorage
-from fvdfs.alloc.store import Buffer, Store
+from fvdfs.alloc.store import Buffer, Store, together
 from fvdfs.alloc.table import Table
 from fvdfs.commit import Committer
 from fvdfs.cow.bitmap import Bitmap
@@ -34,7 +35,7 @@ from fvdfs.cow.locks import RangeLock
 from fvdfs.cow.planner import Geometry, WritePlan, plan_write, read_runs, zero_runs
 from fvdfs.cow.profile import Extent, Recorder, decode, encode
 from fvdfs.cow.writethrough import MODES, BaseWriter, WriteBack, WriteThrough
-from fvdfs.errors import ReadOnlyImage, os_error_of
+from fvdfs.errors import ReadOnlyImage
 from fvdfs.header import MAX_DISK_SIZE, PAGE, PROFILE_ENTRY_SIZE, SECTOR, Header, ceil_div, round_up, with_fields
 
 log = logging.getLogger(__name__)
@@ -163,7 +164,7 @@ class Image:
             done = trio.Event()
             self._waiting_reads.add(done)
             try:
-                await _finish(todo)
+                await together([functools.partial(_fill, *read) for read in todo])
             finally:
                 self._waiting_reads.remove(done)
                 done.set()
@@ -699,22 +700,6 @@ async def _close_chain(image: Image | Store | None) -> None:
 def _try(store: _QuickReader, view: memoryview, offset: int, todo: _Todo) -> None:
     if not store.pread_nowait(view, offset):
         todo.append((store, view, offset))
-
-
-async def _finish(todo: _Todo) -> None:
-    """Do the reads that have to wait, together."""
-    if len(todo) == 1:
-        await _fill(*todo[0])
-        return
-    try:
-        async with trio.open_nursery() as nursery:
-            for store, view, offset in todo:
-                nursery.start_soon(_fill, store, view, offset)
-    except BaseExceptionGroup as group:
-        error = os_error_of(group)
-        if error is None:
-            raise
-        raise error from group
 
 
 async def _fill(store: _Reader, view: memoryview, offset: int) -> None:

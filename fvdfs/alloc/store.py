@@ -19,8 +19,10 @@ import logging
 import os
 import stat
 import struct
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Protocol
+
+import trio
 
 from fvdfs.alloc.worker import Worker
 from fvdfs.errors import ImageBusy, ImageError
@@ -325,6 +327,26 @@ def open_path(path: str, *, writable: bool) -> HostFile:
         return open_host_file(handle, path, writable=writable)
     finally:
         os.close(handle)
+
+
+async def together(calls: Sequence[Callable[[], Awaitable[object]]]) -> None:
+    """Do calls to stores side by side. Raises the first OSError, where nothing else was raised."""
+    if len(calls) == 1:
+        await calls[0]()
+        return
+    try:
+        async with trio.open_nursery() as nursery:
+            for call in calls:
+                nursery.start_soon(call)
+    except BaseExceptionGroup as group:
+        errors, others = group.split(OSError)
+        if errors is None or others is not None:
+            raise
+        error: BaseException = errors
+        while isinstance(error, BaseExceptionGroup):
+            error = error.exceptions[0]
+        # Not within `except*`, where some versions of Python wrap it in a group again.
+        raise error from group
 
 
 async def pread_exactly(store: Store, size: int, offset: int) -> bytearray:

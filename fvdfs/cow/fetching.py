@@ -24,7 +24,7 @@ from typing import Protocol
 
 import trio
 
-from fvdfs.errors import os_error_of
+from fvdfs.alloc.store import together
 from fvdfs.header import ceil_div
 
 log = logging.getLogger(__name__)
@@ -143,20 +143,14 @@ class Fetcher:
         return len(view)
 
     async def _read(self, view: memoryview, start: int, copy: bool) -> None:
-        parts = self._parts(start, start + len(view))
-        if len(parts) == 1:
-            await self._read_part(view, start, parts[0][2], copy)
-            return
-        try:
-            async with trio.open_nursery() as nursery:
-                for part_start, part_stop, fetch in parts:
-                    part = view[part_start - start : part_stop - start]
-                    nursery.start_soon(self._read_part, part, part_start, fetch, copy)
-        except BaseExceptionGroup as group:
-            error = os_error_of(group)
-            if error is None:
-                raise
-            raise error from group
+        await together(
+            [
+                functools.partial(
+                    self._read_part, view[part_start - start : part_stop - start], part_start, fetch, copy
+                )
+                for part_start, part_stop, fetch in self._parts(start, start + len(view))
+            ]
+        )
 
     async def _read_part(self, view: memoryview, start: int, fetch: Fetch | None, copy: bool) -> None:
         """Fill the buffer from a fetch of others, or from one of our own (None)."""
