@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator, Sequence
 from fvdfs import __version__
 from fvdfs.errors import FvdError, UsageError, printable
 from fvdfs.header import CreateOptions
+from fvdfs.xattrs import PID
 
 UNITS = {"": 1, "B": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40, "P": 1 << 50}
 MOUNT_OPTIONS = {
@@ -511,7 +512,7 @@ def _umount(arguments: argparse.Namespace) -> int:
 def _daemon(mountpoint: str) -> Iterator[Callable[[], None]]:
     """What waits for the end of the process that serves a mount; nothing where it is dead or not ours."""
     try:
-        pid = int(os.getxattr(mountpoint, "user.fvdfs.pid"))
+        pid = int(os.getxattr(mountpoint, PID))
         descriptor = os.pidfd_open(pid)
     except (OSError, ValueError):
         yield lambda: None

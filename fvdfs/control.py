@@ -25,10 +25,8 @@ from fvdfs.chain import Policy, open_image
 from fvdfs.errors import UsageError
 from fvdfs.info import human_size
 from fvdfs.map import BAR_CELLS, image_map, merged, totals
+from fvdfs.xattrs import MAP, PID, PREFETCH, STATUS
 
-STATUS = "user.fvdfs.status"
-PREFETCH = "user.fvdfs.prefetch"
-MAP = "user.fvdfs.map"
 INTERVAL = 0.5  # seconds between two looks
 COLOURS = {"local": (46, 139, 87), "base": (70, 110, 180), "hole": (225, 225, 225)}
 _NOT_OURS = (errno.ENODATA, errno.EOPNOTSUPP, errno.ENOTSUP)
@@ -52,7 +50,7 @@ def _explained(path: str) -> Iterator[None]:
 def status(mountpoint: str) -> dict[str, Any]:
     """The state of every image of a mount, ready for JSON. Raises UsageError where it is no mount, OSError."""
     try:
-        pid = int(os.getxattr(mountpoint, "user.fvdfs.pid"))
+        pid = int(os.getxattr(mountpoint, PID))
     except OSError:
         raise UsageError(f"{mountpoint}: fvdfs is not mounted there") from None
     images = []

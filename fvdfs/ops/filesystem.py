@@ -20,6 +20,7 @@ import pyfuse3
 import trio
 from pyfuse3 import EntryAttributes, FileHandleT, FileInfo, FileNameT, FlagT, FUSEError, InodeT, ModeT
 
+from fvdfs import xattrs
 from fvdfs.errors import FvdError, ImageBusy, ReadOnlyImage, Refused
 from fvdfs.image import Image
 from fvdfs.map import image_map
@@ -32,19 +33,6 @@ T = TypeVar("T")
 
 ATTRIBUTE_TIMEOUT = 3600.0  # seconds; the kernel itself drops what its own writes change
 COMMIT_INTERVAL = 5.0  # seconds after which a write is committed that nobody flushed
-PID_ATTRIBUTE = b"user.fvdfs.pid"
-STATUS_ATTRIBUTE = b"user.fvdfs.status"
-PREFETCH_ATTRIBUTE = b"user.fvdfs.prefetch"
-MAP_ATTRIBUTE = b"user.fvdfs.map"
-# Of each raw file, and what of the status it shows; the status attribute shows all of it, as JSON.
-ATTRIBUTES = {
-    STATUS_ATTRIBUTE: "",
-    PREFETCH_ATTRIBUTE: "state",
-    b"user.fvdfs.reason": "reason",
-    b"user.fvdfs.local_share": "local_share",
-    b"user.fvdfs.rate": "rate",
-    b"user.fvdfs.image": "image",
-}
 # Errors that are plain answers, not worth a line in the log.
 _ANSWERS = frozenset({errno.ENOENT, errno.EPERM, errno.EROFS, errno.ESTALE})
 
@@ -238,16 +226,19 @@ class Filesystem(pyfuse3.Operations):
 
     @handler
     async def getxattr(self, inode: InodeT, name: bytes, ctx: pyfuse3.RequestContext) -> bytes:
-        if inode == ROOT_INODE and name == PID_ATTRIBUTE:
-            return str(os.getpid()).encode()
-        if inode != ROOT_INODE and name == MAP_ATTRIBUTE:
-            return await self._map(inode)
-        if inode == ROOT_INODE or name not in ATTRIBUTES:
+        wanted = name.decode(errors="replace")
+        if inode == ROOT_INODE:
+            if wanted == xattrs.PID:
+                return str(os.getpid()).encode()
             raise FUSEError(pyfuse3.ENOATTR)
-        status = self.folder.status(inode)
-        if name == STATUS_ATTRIBUTE:
-            return json.dumps(status).encode()
-        return str(status.get(ATTRIBUTES[name], "")).encode(errors="surrogateescape")
+        if wanted == xattrs.MAP:
+            return await self._map(inode)
+        if wanted == xattrs.STATUS:
+            return json.dumps(self.folder.status(inode)).encode()
+        if wanted in xattrs.PARTS:
+            part = self.folder.status(inode).get(xattrs.PARTS[wanted], "")
+            return str(part).encode(errors="surrogateescape")
+        raise FUSEError(pyfuse3.ENOATTR)
 
     async def _map(self, inode: int) -> bytes:
         entry, _ = await self.folder.open(inode, write=False)
@@ -259,11 +250,12 @@ class Filesystem(pyfuse3.Operations):
 
     @handler
     async def listxattr(self, inode: InodeT, ctx: pyfuse3.RequestContext) -> Sequence[bytes]:
-        return [PID_ATTRIBUTE] if inode == ROOT_INODE else list(ATTRIBUTES)
+        names = [xattrs.PID] if inode == ROOT_INODE else [xattrs.STATUS, *xattrs.PARTS]
+        return [name.encode() for name in names]
 
     @handler
     async def setxattr(self, inode: InodeT, name: bytes, value: bytes, ctx: pyfuse3.RequestContext) -> None:
-        if inode == ROOT_INODE or name != PREFETCH_ATTRIBUTE:
+        if inode == ROOT_INODE or name != xattrs.PREFETCH.encode():
             raise FUSEError(errno.EOPNOTSUPP)
         await self.folder.control_prefetch(inode, value.decode(errors="replace").strip())
 

@@ -1,0 +1,20 @@
+"""The extended attributes by which a mount is seen and steered: their names, for both sides."""
+
+from __future__ import annotations
+
+PID = "user.fvdfs.pid"
+"""Of the mount point: the process that serves it."""
+STATUS = "user.fvdfs.status"
+"""Of a raw file: all that is known of it, as JSON."""
+PREFETCH = "user.fvdfs.prefetch"
+"""Of a raw file: what prefetching does; `start`, `pause` or `stop` can be written to it."""
+MAP = "user.fvdfs.map"
+"""Of a raw file: what of it is local, as JSON. Not listed, since it takes a while."""
+PARTS = {
+    PREFETCH: "state",
+    "user.fvdfs.reason": "reason",
+    "user.fvdfs.local_share": "local_share",
+    "user.fvdfs.rate": "rate",
+    "user.fvdfs.image": "image",
+}
+"""Of a raw file: single entries of its status."""
