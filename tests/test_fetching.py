@@ -345,6 +345,20 @@ async def test_a_guest_shares_what_prefetching_is_reading(tmp_path: Path) -> Non
         assert image.base is None
 
 
+async def test_who_is_told_that_a_read_ends_was_told_that_it_began(tmp_path: Path) -> None:
+    """Prefetching may begin to watch in the middle of one."""
+    async with opened(tmp_path) as (image, base):
+        base.gate = trio.Event()
+        link = Scheduler().link("somewhere")
+        assert image.fetcher is not None
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(image.read, 0, 10)
+            await settle()
+            image.fetcher.observer = link
+            base.gate.set()
+        assert link.watch._guests == 0
+
+
 async def test_a_base_that_fails_is_tried_again(tmp_path: Path, autojump_clock: trio.testing.MockClock) -> None:
     async with opened(tmp_path) as (image, base):
         base.bad = range(3 * BLOCK, 3 * BLOCK + 1)

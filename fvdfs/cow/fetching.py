@@ -133,13 +133,14 @@ class Fetcher:
         await self._observed(view, start, False)
 
     async def _observed(self, view: memoryview, start: int, copy: bool) -> int:
-        if self.observer is not None:
-            self.observer.foreground_started()
+        observer = self.observer  # who is told of the end is who was told of the begin
+        if observer is not None:
+            observer.foreground_started()
         try:
             await self._read(view, start, copy)
         finally:
-            if self.observer is not None:
-                self.observer.foreground_finished(len(view))
+            if observer is not None:
+                observer.foreground_finished(len(view))
         return len(view)
 
     async def _read(self, view: memoryview, start: int, copy: bool) -> None:
