@@ -367,12 +367,15 @@ def _mount(arguments: argparse.Namespace) -> int:
         prefetch_max = parse_size(options["prefetch_max"]) if "prefetch_max" in options else 0
     except argparse.ArgumentTypeError as error:
         raise UsageError(f"-o prefetch_max: {error}") from None
-    prefetch_jobs = options.get("prefetch_jobs", "4")
-    if not prefetch_jobs.isascii() or not prefetch_jobs.isdigit() or not 1 <= int(prefetch_jobs) <= 1024:
+    prefetch_jobs = options.get("prefetch_jobs")
+    if prefetch_jobs is not None and not (
+        prefetch_jobs.isascii() and prefetch_jobs.isdigit() and 1 <= int(prefetch_jobs) <= 1024
+    ):
         raise UsageError(f"-o prefetch_jobs={prefetch_jobs}: must be a number from 1 to 1024")
 
     def serve(ready: Callable[[], None]) -> None:
         from fvdfs.chain import Policy
+        from fvdfs.cow.scheduler import DEFAULT_JOBS
         from fvdfs.image import Zeroes
         from fvdfs.ops.filesystem import Sync
         from fvdfs.ops.mount import MountOptions, serve
@@ -396,7 +399,7 @@ def _mount(arguments: argparse.Namespace) -> int:
                 shrink="shrink" in options,
                 sync=Sync(options.get("sync", "flush")),
                 debug=arguments.debug,
-                prefetch_jobs=int(prefetch_jobs),
+                prefetch_jobs=DEFAULT_JOBS if prefetch_jobs is None else int(prefetch_jobs),
                 prefetch_max=prefetch_max,
                 record_profiles="record_profile" in options,
             ),

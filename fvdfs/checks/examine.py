@@ -22,7 +22,7 @@ from bitarray import bitarray
 from fvdfs import journal
 from fvdfs.alloc.formats import PROBE_SIZE, detect
 from fvdfs.alloc.store import Store
-from fvdfs.alloc.table import Table, decode_entries
+from fvdfs.alloc.table import MAX_DAMAGED, Table, decode_entries
 from fvdfs.chain import load_image
 from fvdfs.checks.contents import (
     TableScan,
@@ -45,7 +45,6 @@ from fvdfs.image import Image
 
 PIECE = 1 << 20  # bytes that are read or copied at a time
 MAX_REGION = 1 << 29  # bytes; a larger bitmap or table is not looked into
-MAX_DAMAGED = 1 << 20  # entries; a table with more that cannot be right is not mended, nor replayed into
 
 
 @dataclass(frozen=True, slots=True)

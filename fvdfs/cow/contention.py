@@ -52,8 +52,8 @@ REQUEST_COST = 64 << 10  # a request counts as so many bytes more, so that small
 PROBE_SIZE = 64 << 10
 MAX_PROBE = 1 << 20
 PROBE_TIME = 0.03  # seconds that a probe should take on an idle link, at the most
-PROBES = 6  # every other one large
-GAPS = (1.0, 1.2, 0.5, 1.5, 0.7, 1.3)  # of SETTLE; uneven, so as not to fall into step with a rival
+GAPS = (1.0, 1.2, 0.5, 1.5, 0.7, 1.3)  # of SETTLE, before each probe; uneven: not in step with a rival
+PROBES = len(GAPS)  # every other one large
 SETTLE = 0.05  # seconds between the end of the last own request and the first probe, and between probes
 SLOWER = 1.5  # times as long as on an idle link
 NOISE = 0.0003  # seconds of delay that mean nothing
@@ -206,7 +206,7 @@ class LinkWatch:
         if manners.state is State.CHECK:
             if busy:
                 return math.inf
-            return max(0.0, self._free_at + SETTLE * GAPS[len(self._probes) % len(GAPS)] - now)
+            return max(0.0, self._free_at + SETTLE * GAPS[len(self._probes)] - now)
         if self._guests:
             return max(0.0, self._guests_since + GUEST_PATIENCE - now) or (math.inf if busy else 0.0)
         if busy and now - self._guest_last < GUEST_ACTIVE:

@@ -33,9 +33,8 @@ def no_pressure() -> None:
 class Link:
     """The way to one server (or disk) that bases are on."""
 
-    def __init__(self, name: str, changed: Callable[[], None]) -> None:
+    def __init__(self, changed: Callable[[], None]) -> None:
         """`changed` is called when a guest's read has ended."""
-        self.name = name
         self.watch = LinkWatch(trio.current_time())
         self.reading = Stopwatch()
         """Of all images together: what each gets is no sign of a slow link while they share it."""
@@ -102,7 +101,7 @@ class Scheduler:
     def link(self, name: str) -> Link:
         """The link of this name."""
         if name not in self._links:
-            self._links[name] = Link(name, self._dispatch)
+            self._links[name] = Link(self._dispatch)
         return self._links[name]
 
     @contextmanager
@@ -148,9 +147,7 @@ class Scheduler:
         try:
             yield flow.link.watch.size_limit(trio.current_time())
         finally:
-            self._running -= 1
-            flow.link.turns -= 1
-            self._dispatch()
+            self._end_turn(flow)
 
     async def _wait(self, flow: Flow, urgent: bool) -> None:
         waiter = _Waiter(flow, urgent)
@@ -166,12 +163,15 @@ class Scheduler:
                     await waiter.changed.wait()
         except BaseException:
             if waiter.granted:
-                self._running -= 1
-                flow.link.turns -= 1
+                self._end_turn(flow)
             else:
                 self._waiting.remove(waiter)
-            self._dispatch()
             raise
+
+    def _end_turn(self, flow: Flow) -> None:
+        self._running -= 1
+        flow.link.turns -= 1
+        self._dispatch()
 
     def _dispatch(self) -> None:
         """Give turns to those that may have one now."""
