@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -83,21 +85,30 @@ class Mount:
     def raw(self, name: str) -> Path:
         return self.point / f"{name}.raw"
 
+    def status(self, name: str) -> dict[str, Any]:
+        """What the mount says of an image."""
+        found: dict[str, Any] = json.loads(os.getxattr(self.raw(name), "user.fvdfs.status"))
+        return found
+
+
+def wait_until(
+    condition: Callable[[], object], timeout: float = 30, complaint: Callable[[], str] = lambda: "it does not happen"
+) -> None:
+    """Wait until it holds."""
+    deadline = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < deadline, complaint()
+        time.sleep(0.01)
+
 
 def wait_for_end(pid: int, timeout: float = 20) -> None:
     """Wait until a process that is not our child has ended."""
-    deadline = time.monotonic() + timeout
-    while os.path.exists(f"/proc/{pid}"):
-        assert time.monotonic() < deadline, f"process {pid} does not end"
-        time.sleep(0.01)
+    wait_until(lambda: not os.path.exists(f"/proc/{pid}"), timeout, lambda: f"process {pid} does not end")
 
 
 def wait_for_log(mount: Mount, text: str, timeout: float = 10) -> None:
     """Wait until the log holds the text."""
-    deadline = time.monotonic() + timeout
-    while text not in mount.log:
-        assert time.monotonic() < deadline, f"{text!r} does not appear in the log:\n{mount.log}"
-        time.sleep(0.02)
+    wait_until(lambda: text in mount.log, timeout, lambda: f"{text!r} does not appear in the log:\n{mount.log}")
 
 
 @contextlib.contextmanager

@@ -31,7 +31,7 @@ from trio.testing import wait_all_tasks_blocked
 
 import reference
 from builder import LAYOUTS, Layout, load, read_files
-from conftest import MIB, Mount, fvdfs, mounted, must, wait_for_end
+from conftest import MIB, Mount, fvdfs, mounted, must, wait_for_end, wait_until
 from fakes import SECTOR, MemoryStore
 from fvdfs.chain import Policy
 from fvdfs.cow.prefetch import Prefetcher
@@ -312,15 +312,8 @@ def fio(*disks: Path) -> Iterator[subprocess.Popen[bytes]]:
         process.wait(20)
 
 
-def wait_until(condition: Callable[[], object], timeout: float = 30) -> None:
-    deadline = time.monotonic() + timeout
-    while not condition():
-        assert time.monotonic() < deadline, "it does not happen"
-        time.sleep(0.02)
-
-
 def is_open(mount: Mount, name: str) -> bool:
-    return b'"open": true' in os.getxattr(mount.raw(name), "user.fvdfs.status")
+    return bool(mount.status(name)["open"])
 
 
 def two_images(folder: Path) -> None:

@@ -12,16 +12,14 @@ import json
 import os
 import struct
 import subprocess
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 import reference
-from conftest import MIB, Mount, mounted, must
+from conftest import MIB, Mount, mounted, must, wait_until
 from fvdfs.header import HEADER_SIZE, Header
 
 CHUNK = 64 << 10
@@ -61,18 +59,10 @@ def fails(path: Path, offset: int, length: int = 4096) -> bool:
     return False
 
 
-def status(mount: Mount, name: str) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(os.getxattr(mount.raw(name), "user.fvdfs.status"))
-    return found
-
-
 def wait_until_closed(mount: Mount, name: str) -> None:
     """A close is answered before its image is closed; the status says when the file is as it stays."""
-    deadline = time.monotonic() + 20
-    while (found := status(mount, name))["open"]:
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    assert found["state"] == "closed"
+    wait_until(lambda: not mount.status(name)["open"], timeout=20)
+    assert mount.status(name)["state"] == "closed"
 
 
 def lines(mount: Mount, text: str) -> int:
@@ -109,7 +99,7 @@ def with_a_good_one(folder: Path, *options: str) -> Iterator[Mount]:
             os.fsync(disk)
         assert read(mount.raw("good"), 0)[:6] == b"before"
         assert os.getxattr(mount.point, "user.fvdfs.pid") == str(pid).encode()
-        assert status(mount, "good")["failed"] == ""
+        assert mount.status("good")["failed"] == ""
         assert lines(mount, "unforeseen") == lines(mount, "Traceback") == 0, mount.log
     assert reference.check(folder / "good.fvd", "fvdfs") == []
 
@@ -140,10 +130,10 @@ def test_a_damaged_chunk_table(folder: Path, kind: str) -> None:
             with pytest.raises(OSError) as caught:
                 os.open(raw, os.O_RDWR)
             assert caught.value.errno == errno.EROFS
-            assert message in status(mount, "bad")["failed"]
-            assert not status(mount, "bad")["writable"]
+            assert message in mount.status("bad")["failed"]
+            assert not mount.status("bad")["writable"]
             assert message in must("status", mount.point)
-        assert message in status(mount, "bad")["failed"], "nor is it forgotten at closing"
+        assert message in mount.status("bad")["failed"], "nor is it forgotten at closing"
         assert image.read_bytes() == before
 
 
@@ -172,7 +162,7 @@ def test_a_file_that_is_cut_while_it_is_open(folder: Path, layout: str) -> None:
             assert fails(raw, 11 * CHUNK)
             assert fails(raw, 15 * CHUNK)
             assert lines(mount, "it was cut; read-only from now on") == 1
-            assert "it was cut" in status(mount, "bad")["failed"]
+            assert "it was cut" in mount.status("bad")["failed"]
             assert "it was cut" in must("status", mount.point)
             with pytest.raises(OSError) as caught:
                 os.pwrite(disk, b"more", 0)
@@ -198,7 +188,7 @@ def test_a_base_that_is_cut_while_it_is_open_reads_as_the_format_says(folder: Pa
             os.truncate(folder / "base.raw", CHUNK)
             assert read(mount.raw("bad"), 4096)[:4] == b"base"
             assert read(mount.raw("bad"), 2 * CHUNK) == bytes(4096)
-            assert status(mount, "bad")["failed"] == ""
+            assert mount.status("bad")["failed"] == ""
 
 
 @contextmanager
@@ -261,7 +251,7 @@ def test_a_full_disk_stops_no_other_image(folder: Path, tmp_path: Path) -> None:
                         os.pwrite(disk, b"%d" % at * MIB, at * MIB)
                 assert caught.value.errno == errno.ENOSPC
                 os.fsync(disk)
-                assert status(mount, "bad")["failed"] == "", "a full disk is no damage"
+                assert mount.status("bad")["failed"] == "", "a full disk is no damage"
                 subprocess.run(["mount", "-o", "remount,size=8m", small], check=True)
                 for at in range(4):
                     assert os.pwrite(disk, b"%d" % at * MIB, at * MIB) == MIB

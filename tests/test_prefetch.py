@@ -10,14 +10,13 @@ import random
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 import reference
-from conftest import MIB, Mount, fvdfs, mounted, must
+from conftest import MIB, Mount, fvdfs, mounted, must, wait_until
 from fvdfs.header import HEADER_SIZE, Header, with_fields
 
 SIZE = 24 * MIB
@@ -51,22 +50,8 @@ def serve(folder: Path) -> subprocess.Popen[bytes]:
     return process
 
 
-def wait_until(condition: Callable[[], object], timeout: float = 30) -> None:
-    """Wait until it holds."""
-    deadline = time.monotonic() + timeout
-    while not condition():
-        assert time.monotonic() < deadline, "it does not happen"
-        time.sleep(0.02)
-
-
-def status(mount: Mount, name: str = "disk") -> dict[str, Any]:
-    """What the mount says of an image."""
-    found: dict[str, Any] = json.loads(os.getxattr(mount.raw(name), "user.fvdfs.status"))
-    return found
-
-
 def is_done(mount: Mount, name: str = "disk") -> bool:
-    return bool(status(mount, name)["state"] == "done")
+    return bool(mount.status(name)["state"] == "done")
 
 
 def read_direct(path: Path, offset: int, length: int) -> bytes:
@@ -91,7 +76,7 @@ def test_what_was_read_once_is_local(folder: Path, base: Path) -> None:
     must("create", folder / "disk.fvd", "32M", "--base", "base.raw", "--base-format", "raw", "--copy-on-read")
     with mounted(folder) as mount, open(mount.raw("disk"), "r+b"):
         assert read_direct(mount.raw("disk"), 0, 4 * MIB) == CONTENT[: 4 * MIB]
-        wait_until(lambda: status(mount)["local_bytes"] == 4 * MIB)
+        wait_until(lambda: mount.status("disk")["local_bytes"] == 4 * MIB)
         base.write_bytes(bytes(SIZE))  # nobody should do that; here it shows where bytes come from
         assert read_direct(mount.raw("disk"), 0, 4 * MIB) == CONTENT[: 4 * MIB]
         assert read_direct(mount.raw("disk"), 4 * MIB, MIB) == bytes(MIB)
@@ -106,7 +91,7 @@ def test_an_image_that_is_only_read_is_not_changed(folder: Path, base: Path) -> 
     before = (folder / "disk.fvd").read_bytes()
     with mounted(folder) as mount, open(mount.raw("disk"), "rb") as disk:
         assert disk.read(4 * MIB) == CONTENT[: 4 * MIB]
-        assert status(mount)["state"] == "off"
+        assert mount.status("disk")["state"] == "off"
     assert (folder / "disk.fvd").read_bytes() == before
 
 
@@ -117,12 +102,12 @@ def test_prefetching_by_the_header_ends_without_a_base(folder: Path, base: Path,
     expected = bytearray(CONTENT + bytes(8 * MIB))
     with mounted(folder) as mount:
         with open(mount.raw("disk"), "r+b", buffering=0) as disk:
-            assert status(mount)["state"] == "waiting"
+            assert mount.status("disk")["state"] == "waiting"
             disk.seek(5 * MIB + 100)
             disk.write(b"written before")
             expected[5 * MIB + 100 : 5 * MIB + 114] = b"written before"
             wait_until(lambda: is_done(mount))
-            assert status(mount)["local_share"] == 1.0
+            assert mount.status("disk")["local_share"] == 1.0
             base.unlink()
             disk.seek(6 * MIB + 100)
             disk.write(b"written after")
@@ -146,10 +131,10 @@ def test_prefetching_a_disk_that_nobody_has_open(folder: Path, server: list[str]
     with mounted(folder, "-o", "allow_url=nbd+unix:///") as mount:
         assert "closed" in must("status", mount.point)
         must("prefetch", "start", mount.raw("disk"))
-        assert status(mount)["open"]
+        assert mount.status("disk")["open"]
         assert os.getxattr(mount.raw("disk"), "user.fvdfs.prefetch") in (b"running", b"done")
-        wait_until(lambda: not status(mount)["open"])
-        assert status(mount)["local_share"] == 1.0
+        wait_until(lambda: not mount.status("disk")["open"])
+        assert mount.status("disk")["local_share"] == 1.0
     assert json.loads(must("info", folder / "disk.fvd", "--json"))["all_data_in_fvd_img"] == 1
     assert b"".join(reference.read_disk(folder / "disk.fvd")) == CONTENT + bytes(8 * MIB)
 
@@ -159,20 +144,20 @@ def test_pause_go_on_and_stop(folder: Path, server: list[str]) -> None:
     with mounted(folder, "-o", "allow_url=nbd+unix:///,prefetch_max=4M") as mount:
         raw = mount.raw("disk")
         must("prefetch", "start", raw)
-        wait_until(lambda: status(mount)["prefetched"] > 0)
+        wait_until(lambda: mount.status("disk")["prefetched"] > 0)
         must("prefetch", "pause", raw)
-        wait_until(lambda: status(mount)["state"] == "paused")
-        assert status(mount)["reason"] == "as asked"
+        wait_until(lambda: mount.status("disk")["state"] == "paused")
+        assert mount.status("disk")["reason"] == "as asked"
         assert "paused" in must("status", mount.point)
         time.sleep(0.5)  # what was under way ends
-        have = status(mount)["prefetched"]
+        have = mount.status("disk")["prefetched"]
         time.sleep(1)
-        assert status(mount)["prefetched"] == have
+        assert mount.status("disk")["prefetched"] == have
         must("prefetch", "start", raw)
-        wait_until(lambda: status(mount)["prefetched"] > have)
+        wait_until(lambda: mount.status("disk")["prefetched"] > have)
         must("prefetch", "stop", raw)
-        wait_until(lambda: not status(mount)["open"])
-        assert 0 < status(mount)["local_share"] < 1
+        wait_until(lambda: not mount.status("disk")["open"])
+        assert 0 < mount.status("disk")["local_share"] < 1
         for command in ("pause", "stop"):
             done = fvdfs("prefetch", command, raw)
             assert done.code == 2
@@ -188,9 +173,9 @@ def test_the_cap_of_the_mount(folder: Path, base: Path) -> None:
         start = time.monotonic()
         for name in ("one", "two"):
             must("prefetch", "start", mount.raw(name))
-        wait_until(lambda: status(mount, "two")["prefetched"] > MIB)
+        wait_until(lambda: mount.status("two")["prefetched"] > MIB)
         time.sleep(1)
-        copied = [status(mount, name)["prefetched"] for name in ("one", "two")]
+        copied = [mount.status(name)["prefetched"] for name in ("one", "two")]
         assert sum(copied) < 4 * MIB * (time.monotonic() - start) + 4 * MIB
         assert min(copied) > 0
         for name in ("one", "two"):
@@ -204,11 +189,11 @@ def test_a_server_that_dies_and_comes_back(folder: Path, base: Path) -> None:
     try:
         with mounted(folder, "-o", "allow_url=nbd+unix:///,prefetch_max=6M") as mount, open(mount.raw("disk"), "r+b"):
             must("prefetch", "start", mount.raw("disk"))
-            wait_until(lambda: status(mount)["prefetched"] > 2 * MIB)
+            wait_until(lambda: mount.status("disk")["prefetched"] > 2 * MIB)
             process.kill()
             process.wait()
-            wait_until(lambda: status(mount)["state"] == "failed", timeout=60)
-            assert "reading from the base" in status(mount)["reason"]
+            wait_until(lambda: mount.status("disk")["state"] == "failed", timeout=60)
+            assert "reading from the base" in mount.status("disk")["reason"]
             assert read_direct(mount.raw("disk"), 0, 64 << 10) == CONTENT[: 64 << 10]
             done = subprocess.run(
                 ["dd", f"if={mount.raw('disk')}", "bs=4k", "skip=5120", "count=1", "iflag=direct"],
@@ -256,8 +241,8 @@ def test_no_space(folder: Path, base: Path, tmp_path: Path) -> None:
         with mounted(small, "-o", f"base_path={folder}") as mount, open(mount.raw("disk"), "r+b"):
             (small / "more").write_bytes(bytes(3 * MIB))
             must("prefetch", "start", mount.raw("disk"))
-            wait_until(lambda: status(mount)["state"] == "failed")
-            assert os.strerror(errno.ENOSPC) in status(mount)["reason"]
+            wait_until(lambda: mount.status("disk")["state"] == "failed")
+            assert os.strerror(errno.ENOSPC) in mount.status("disk")["reason"]
             assert read_direct(mount.raw("disk"), 0, 8 * MIB) == CONTENT[: 8 * MIB]
             ballast.unlink()
             (small / "more").unlink()
@@ -288,8 +273,8 @@ def test_a_profile_is_recorded_shown_and_used(folder: Path, base: Path, tmp_path
         must("create", folder / "second.fvd", "32M", *cow, "--profile", source, "--force")
         with mounted(folder) as mount:
             with open(mount.raw("second"), "r+b"):
-                wait_until(lambda: status(mount, "second")["prefetched"] == 3 * 128 << 10)
-                assert status(mount, "second")["local_bytes"] == 3 * 128 << 10
+                wait_until(lambda: mount.status("second")["prefetched"] == 3 * 128 << 10)
+                assert mount.status("second")["local_bytes"] == 3 * 128 << 10
             base.write_bytes(bytes(SIZE))
             for at in order:
                 assert read_direct(mount.raw("second"), at, 128 << 10) == CONTENT[at : at + (128 << 10)]

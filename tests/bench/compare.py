@@ -17,10 +17,13 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from bench.lab import wait_for
 
 MIB = 1 << 20
 SIZE = 1 << 30
@@ -136,14 +139,6 @@ TARGETS: dict[str, tuple[str, Target]] = {
     "nbdkit cow": ("nbdfuse", nbdkit_target),
 }
 PEERS = ("qcow2 cow", "qcow2", "nbdkit cow")
-
-
-def wait_for(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 10
-    while not condition():
-        if time.monotonic() > deadline:
-            raise TimeoutError("the export does not appear")
-        time.sleep(0.02)
 
 
 # --- measuring ----------------------------------------------------------------------------------
