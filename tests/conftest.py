@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import select
 import subprocess
 import sys
 import time
@@ -102,8 +103,15 @@ def wait_until(
 
 
 def wait_for_end(pid: int, timeout: float = 20) -> None:
-    """Wait until a process that is not our child has ended."""
-    wait_until(lambda: not os.path.exists(f"/proc/{pid}"), timeout, lambda: f"process {pid} does not end")
+    """Wait until a process that is not our child has ended, though nobody may have reaped it yet."""
+    try:
+        descriptor = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return
+    try:
+        assert select.select([descriptor], [], [], timeout)[0], f"process {pid} does not end"
+    finally:
+        os.close(descriptor)
 
 
 def wait_for_log(mount: Mount, text: str, timeout: float = 10) -> None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-import logging
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -18,6 +17,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from crash import quiet
 from fuzz import corpus
 from fuzz.targets import MAX_LENGTH, TARGETS, seeds
 from fvdfs.alloc import formats, store
@@ -35,10 +35,8 @@ some_examples = settings(
 
 @pytest.fixture(autouse=True)
 def _quiet() -> Iterator[None]:
-    """What is wrong with an image is said in the log, thousands of times."""
-    logging.disable(logging.CRITICAL)
-    yield
-    logging.disable(logging.NOTSET)
+    with quiet():
+        yield
 
 
 @functools.cache

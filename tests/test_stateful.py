@@ -8,7 +8,6 @@ FVDFS_STATEFUL_SEED has other ones tried.
 from __future__ import annotations
 
 import errno
-import logging
 import os
 import random
 import shutil
@@ -29,6 +28,7 @@ from trio.testing import MockClock
 
 import reference
 from builder import IMAGE, KIB, LAYOUTS, Layout, load, read_files
+from crash import quiet
 from fakes import SECTOR, Clock, CrashStore, Disk, DiskWrite, FaultPlan, FaultStore, Killed, Resize
 from fvdfs.alloc.store import HostFile, Store
 from fvdfs.cow.prefetch import Prefetcher
@@ -633,7 +633,6 @@ class Machine(RuleBasedStateMachine):
 
 def run(layout: Layout, files_class: Callable[[Path, Path], Files], tmp_path: Path, steps: int) -> None:
     """Run the machine until it has done so many operations."""
-    logging.getLogger("fvdfs").setLevel(logging.CRITICAL)
     built = tmp_path / "built"
     scratch = tmp_path / "scratch"
     built.mkdir()
@@ -661,7 +660,8 @@ def run(layout: Layout, files_class: Callable[[Path, Path], Files], tmp_path: Pa
     number = 0
     while counts.total() < steps:
         chosen = seed(zlib.crc32(f"{SEED} {layout.name} {number}".encode()))(machine)
-        run_state_machine_as_test(chosen, settings=profile)
+        with quiet():
+            run_state_machine_as_test(chosen, settings=profile)
         number += 1
     print(f"{layout.name}: {counts.total()} operations: {dict(counts)}")
     assert counts.total() >= steps
