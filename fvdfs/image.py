@@ -18,7 +18,7 @@ import enum
 import errno
 import functools
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Protocol
 
@@ -152,23 +152,34 @@ class Image:
 
     async def read(self, offset: int, length: int) -> bytearray:
         """The bytes from `offset` on, fewer than `length` only at the end of the disk. Raises OSError."""
+        buffer, rest = self.begin_read(offset, length)
+        if rest is not None:
+            await rest()
+        return buffer
+
+    def begin_read(self, offset: int, length: int) -> tuple[bytearray, Callable[[], Awaitable[None]] | None]:
+        """A buffer with what `read` returns, as far as that needs no waiting, and what has to be awaited for the rest.
+
+        Raises OSError, as does what is awaited.
+        """
         stop = min(offset + length, self.size)
         if offset >= stop:
-            return bytearray()
+            return bytearray(), None
         if self.recorder is not None:
             self.recorder.touched(offset, stop, written=False)
         buffer = bytearray(stop - offset)
         todo: _Todo = []
         self._read(offset, stop, memoryview(buffer), todo)
-        if todo:
-            done = trio.Event()
-            self._waiting_reads.add(done)
-            try:
-                await together([functools.partial(_fill, *read) for read in todo])
-            finally:
-                self._waiting_reads.remove(done)
-                done.set()
-        return buffer
+        return buffer, functools.partial(self._finish_read, todo) if todo else None
+
+    async def _finish_read(self, todo: _Todo) -> None:
+        done = trio.Event()
+        self._waiting_reads.add(done)
+        try:
+            await together([functools.partial(_fill, *read) for read in todo])
+        finally:
+            self._waiting_reads.remove(done)
+            done.set()
 
     def _read(self, start: int, stop: int, view: memoryview, todo: _Todo) -> None:
         """Fill `view`, zeros so far, with bytes [start, stop); what would wait goes to `todo`.

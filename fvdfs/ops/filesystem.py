@@ -13,14 +13,15 @@ import json
 import logging
 import os
 import stat
-from collections.abc import Callable, Coroutine, Sequence
-from typing import Any, ParamSpec, TypeVar, cast
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from typing import Any, ParamSpec, TypeVar
 
 import pyfuse3
 import trio
 from pyfuse3 import EntryAttributes, FileHandleT, FileInfo, FileNameT, FlagT, FUSEError, InodeT, ModeT
 
 from fvdfs import xattrs
+from fvdfs.alloc.store import Buffer
 from fvdfs.errors import FvdError, ImageBusy, ReadOnlyImage, Refused
 from fvdfs.image import Image
 from fvdfs.map import image_map
@@ -304,35 +305,49 @@ class Filesystem(pyfuse3.Operations):
         self._images[handle] = entry.image
         return FileInfo(fh=FileHandleT(handle), keep_cache=keep_cache)
 
-    async def read(self, fh: FileHandleT, off: int, size: int) -> bytes:
+    # READ, WRITE and FSYNC take the short path (`device.py`).
+
+    def begin_read(self, fh: int, offset: int, size: int, /) -> tuple[bytearray, Callable[[], Awaitable[None]] | None]:
+        """`Image.begin_read`. Raises FUSEError."""
         image = self._images[fh]
         try:
-            # pyfuse3 takes any buffer; its annotation says bytes.
-            return cast(bytes, await image.read(off, size))
+            buffer, rest = image.begin_read(offset, size)
+        except Exception as error:
+            raise fuse_error(error, f"{image.name}: read") from error
+        return buffer, functools.partial(self._finish_read, image, rest) if rest is not None else None
+
+    async def _finish_read(self, image: Image, rest: Callable[[], Awaitable[None]]) -> None:
+        try:
+            await rest()
         except Exception as error:
             raise fuse_error(error, f"{image.name}: read") from error
 
-    async def write(self, fh: FileHandleT, off: int, buf: bytes) -> int:
+    async def write_all(self, fh: int, offset: int, data: Buffer, /) -> None:
+        """`Image.write`. Raises FUSEError."""
         image = self._images[fh]
         try:
-            await image.write(off, buf)
+            await image.write(offset, data)
             if self._sync is Sync.ALWAYS:
                 await image.flush()
         except Exception as error:
             raise fuse_error(error, f"{image.name}: write") from error
         self._written.set()
-        return len(buf)
+
+    async def make_stable(self, fh: int, /) -> None:
+        """`Image.flush`. Raises FUSEError."""
+        if self._sync is Sync.NONE:
+            return
+        image = self._images[fh]
+        try:
+            await image.flush()
+        except Exception as error:
+            raise fuse_error(error, f"{image.name}: fsync") from error
 
     @handler
     async def flush(self, fh: FileHandleT) -> None:
         entry, write = self._handles[fh]
         if write and entry.image is not None and self._sync is not Sync.NONE:
             await entry.image.flush()
-
-    @handler
-    async def fsync(self, fh: FileHandleT, datasync: bool) -> None:
-        if self._sync is not Sync.NONE:
-            await self._images[fh].flush()
 
     @handler
     async def release(self, fh: FileHandleT) -> None:

@@ -16,15 +16,14 @@ from fvdfs.chain import Policy
 from fvdfs.cow.pressure import DiskPressure
 from fvdfs.cow.scheduler import DEFAULT_JOBS, Scheduler
 from fvdfs.errors import UsageError
+from fvdfs.ops.device import Device, fuse_descriptors
 from fvdfs.ops.filesystem import Filesystem, Sync
 from fvdfs.ops.inodes import Folder
-from fvdfs.ops.negotiate import fuse_descriptors, negotiate
 
 log = logging.getLogger(__name__)
 
 READ_AHEAD_KIB = 4096
 GC_THRESHOLDS = (20_000, 50, 100)  # a request leaves little to be collected; the default looks every 700 objects
-IDLE_TASKS = 16  # worker tasks that stay when there is nothing to do
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,8 +74,11 @@ def serve(options: MountOptions, ready: Callable[[], None]) -> None:
     gc.freeze()
     gc.set_threshold(*GC_THRESHOLDS)
     try:
-        negotiate(descriptors)
-        trio.run(_serve, options, filesystem, ready)
+        device = Device(descriptors)
+        try:
+            trio.run(_serve, options, filesystem, device, ready)
+        finally:
+            device.close()
     finally:
         pyfuse3.close()
 
@@ -87,14 +89,14 @@ def _escape(value: str) -> str:
     return text.replace("\\", "\\\\").replace(",", "\\,")
 
 
-async def _serve(options: MountOptions, filesystem: Filesystem, ready: Callable[[], None]) -> None:
+async def _serve(options: MountOptions, filesystem: Filesystem, device: Device, ready: Callable[[], None]) -> None:
     try:
         async with trio.open_nursery() as nursery:
             filesystem.folder.spawn = lambda work: nursery.start_soon(_guard, work)
             nursery.start_soon(_stop_on_signal, options.mountpoint, filesystem)
             nursery.start_soon(filesystem.commit_regularly)
             nursery.start_soon(_announce, options.mountpoint, filesystem, ready)
-            await pyfuse3.main(min_tasks=IDLE_TASKS)
+            await device.serve(filesystem, pyfuse3.main)
             nursery.cancel_scope.cancel()
     finally:
         with trio.CancelScope(shield=True):

@@ -1,0 +1,300 @@
+"""The kernel's end of a mount: which requests take the short path.
+
+pyfuse3, and libfuse under it, answer one request a turn of the event loop, each in a task of its own.
+For opening, listing and the like that is right. For the requests that a disk is made of, READ, WRITE
+and FSYNC, it is most of what they cost. So they are answered here: all that the kernel has queued is
+received in one turn, what needs no waiting is answered at once, without a task, and only the rest is
+handed to one. Everything else goes to libfuse through a socket that stands in the place of its
+descriptor of /dev/fuse, and its answers come back that way. The messages are the kernel's stable
+interface (linux/fuse.h).
+
+The first exchange, INIT, settles what the two sides can do. libfuse's answer leaves out what matters
+most here, so it is amended:
+
+- FUSE_HANDLE_KILLPRIV_V2. Without it the kernel asks for the extended attribute security.capability
+  before *every* write, one more request each time. With it the file system promises to drop set-uid
+  bits and capabilities on writing itself; ours has none to drop (`filesystem.py` never shows them).
+- max_background, the number of read-ahead and writeback requests that may be under way, 12 otherwise.
+
+A kernel that does not offer a flag is not answered with it.
+"""
+
+from __future__ import annotations
+
+import errno
+import functools
+import math
+import os
+import socket
+import struct
+from collections.abc import Awaitable, Callable
+from typing import Protocol
+
+import outcome
+import pyfuse3
+import trio
+
+from fvdfs.alloc.store import Buffer
+from fvdfs.errors import UsageError
+
+FUSE_READ = 15
+FUSE_WRITE = 16
+FUSE_FSYNC = 20
+FUSE_INIT = 26
+FUSE_INTERRUPT = 36
+FUSE_HANDLE_KILLPRIV_V2 = 1 << 28
+MAX_BACKGROUND = 64
+CONGESTION_THRESHOLD = 48
+
+_IN_HEADER = struct.Struct("=IIQQIIIHH")  # len opcode unique nodeid uid gid pid total_extlen padding
+_INIT_IN = struct.Struct("=IIII")  # major minor max_readahead flags
+_INIT_OUT = struct.Struct("=IIIIHHI")  # major minor max_readahead flags max_background congestion_threshold max_write
+_OUT_HEADER = struct.Struct("=IiQ")  # len error unique
+# READ and WRITE without its data, header and all: opcode unique fh offset size. FSYNC has its fh there, too.
+_TRANSFER = struct.Struct("=4xIQ8x16xQQI20x")
+_WRITTEN = struct.Struct("=I4x")  # size
+_PER_TURN = 32  # requests that are received before other tasks get their turn
+_IDLE_TASKS = 16
+_SMALL = 64 << 10  # bytes; a smaller write is copied out of the buffer that it was received in
+_SPARE_PAYLOADS = 8
+_LARGEST = 2 << 20  # what the kernel wants a reader of INIT to offer; and no answer of libfuse is larger
+
+
+class Requests(Protocol):
+    """Who answers the requests that take the short path. All raise FUSEError, and nothing else."""
+
+    def begin_read(self, fh: int, offset: int, size: int, /) -> tuple[Buffer, Callable[[], Awaitable[None]] | None]:
+        """The bytes; where that would wait, a buffer for them, and what has to be awaited until it is filled."""
+
+    async def write_all(self, fh: int, offset: int, data: Buffer, /) -> None:
+        """Write all of the data, whose buffer is the caller's again afterwards."""
+
+    async def make_stable(self, fh: int, /) -> None:
+        """Have what was written survive a power cut."""
+
+
+_Work = Callable[[], Awaitable[None]]
+
+
+class Device:
+    """/dev/fuse of one mount, and the socket that libfuse has got instead of it."""
+
+    def __init__(self, known: set[int]) -> None:
+        """Exchange INIT on the mount that pyfuse3 has just made. `known`: the descriptors of /dev/fuse from before.
+
+        Raises UsageError where the kernel does not speak as expected.
+        """
+        (self._libfuses,) = fuse_descriptors() - known
+        self._kernel = os.dup(self._libfuses)
+        self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        try:
+            for end in (self._socket, theirs):
+                end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _LARGEST)
+                end.setblocking(False)
+            max_write = self._exchange_init(theirs)
+        except BaseException:
+            self.close()
+            raise
+        finally:
+            theirs.close()
+        self._head = bytearray(_TRANSFER.size)
+        self._max_write = max_write
+        self._payload = self._new_payload()
+        self._spare: list[memoryview] = []
+        self._idle: list[trio.lowlevel.Task] = []
+        self._to_libfuse, self._for_libfuse = trio.open_memory_channel[bytearray](math.inf)
+
+    def _exchange_init(self, theirs: socket.socket) -> int:
+        """Have libfuse answer INIT, and the kernel get the answer amended; the largest WRITE that it will send."""
+        request = os.read(self._kernel, _LARGEST)
+        if _IN_HEADER.unpack_from(request)[1] != FUSE_INIT:
+            raise UsageError("the kernel's first request is not INIT: is another FUSE program attached to this mount?")
+        os.dup2(theirs.fileno(), self._libfuses, inheritable=False)
+        self._socket.send(request)
+        answer = amend(request, trio.run(self._first_answer))
+        os.write(self._kernel, answer)
+        os.set_blocking(self._kernel, False)
+        return int(_INIT_OUT.unpack_from(answer, _OUT_HEADER.size)[-1])
+
+    async def _first_answer(self) -> bytes:
+        """Have libfuse handle the one request that waits for it."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(pyfuse3.main)
+            await trio.lowlevel.wait_readable(self._socket)
+            nursery.cancel_scope.cancel()
+        return self._socket.recv(_LARGEST)
+
+    def close(self) -> None:
+        """Give libfuse its descriptor back, so that it can unmount."""
+        os.dup2(self._kernel, self._libfuses, inheritable=False)
+        os.close(self._kernel)
+        self._socket.close()
+
+    async def serve(self, requests: Requests, main: _Work) -> None:
+        """Answer what the kernel asks while `main`, pyfuse3's loop, does its part; then finish what is under way."""
+        async with trio.open_nursery() as workers:
+            async with trio.open_nursery() as lines:
+                lines.start_soon(self._receive, requests, workers)
+                lines.start_soon(self._pass_on)
+                lines.start_soon(self._hand_back)
+                await main()
+                lines.cancel_scope.cancel()
+            self._hand_back_now()
+            for task in self._idle:
+                trio.lowlevel.reschedule(task)
+            self._idle.clear()
+
+    # --- requests ---------------------------------------------------------------------------------
+
+    async def _receive(self, requests: Requests, workers: trio.Nursery) -> None:
+        while True:
+            await trio.lowlevel.wait_readable(self._kernel)
+            try:
+                for _ in range(_PER_TURN):
+                    self._dispatch(os.readv(self._kernel, (self._head, self._payload)), requests, workers)
+            except BlockingIOError:
+                continue
+            except OSError as error:
+                if error.errno == errno.ENODEV:  # unmounted
+                    pyfuse3.terminate()
+                    return
+                if error.errno not in (errno.ENOENT, errno.EINTR):  # a request was taken back
+                    raise
+
+    def _dispatch(self, length: int, requests: Requests, workers: trio.Nursery) -> None:
+        opcode, unique, fh, offset, size = _TRANSFER.unpack_from(self._head)
+        if opcode == FUSE_READ:
+            try:
+                data, rest = requests.begin_read(fh, offset, size)
+            except pyfuse3.FUSEError as error:
+                self._answer(unique, error.errno)
+                return
+            if rest is None:
+                self._answer(unique, 0, data)
+            else:
+                self._start(functools.partial(self._read, unique, data, rest), workers)
+        elif opcode == FUSE_WRITE:
+            self._start(functools.partial(self._write, unique, requests, fh, offset, *self._take(size)), workers)
+        elif opcode == FUSE_FSYNC:
+            self._start(functools.partial(self._fsync, unique, requests, fh), workers)
+        elif opcode != FUSE_INTERRUPT:  # nothing here can be interrupted
+            self._to_libfuse.send_nowait((self._head + self._payload[: max(0, length - len(self._head))])[:length])
+
+    def _start(self, work: _Work, workers: trio.Nursery) -> None:
+        """Have the work done by a task, one that has nothing to do if there is one."""
+        if self._idle:
+            trio.lowlevel.reschedule(self._idle.pop(), outcome.Value(work))
+        else:
+            workers.start_soon(self._worker, work)
+
+    async def _worker(self, work: _Work | None) -> None:
+        while work is not None:
+            await work()
+            if len(self._idle) >= _IDLE_TASKS:
+                return
+            self._idle.append(trio.lowlevel.current_task())
+            work = await trio.lowlevel.wait_task_rescheduled(_given_up)
+
+    async def _read(self, unique: int, data: Buffer, rest: _Work) -> None:
+        try:
+            await rest()
+        except pyfuse3.FUSEError as error:
+            self._answer(unique, error.errno)
+        else:
+            self._answer(unique, 0, data)
+
+    async def _write(
+        self, unique: int, requests: Requests, fh: int, offset: int, data: Buffer, whole: memoryview | None
+    ) -> None:
+        try:
+            await requests.write_all(fh, offset, data)
+        except pyfuse3.FUSEError as error:
+            self._answer(unique, error.errno)
+        else:
+            self._answer(unique, 0, _WRITTEN.pack(len(data)))
+        if whole is not None and len(self._spare) < _SPARE_PAYLOADS:
+            self._spare.append(whole)
+
+    async def _fsync(self, unique: int, requests: Requests, fh: int) -> None:
+        try:
+            await requests.make_stable(fh)
+        except pyfuse3.FUSEError as error:
+            self._answer(unique, error.errno)
+        else:
+            self._answer(unique, 0)
+
+    def _take(self, size: int) -> tuple[Buffer, memoryview | None]:
+        """The data of the WRITE that was just received, and the buffer to be given back for it."""
+        if size <= _SMALL:
+            return bytes(self._payload[:size]), None
+        whole = self._payload
+        self._payload = self._spare.pop() if self._spare else self._new_payload()
+        return whole[:size], whole
+
+    def _new_payload(self) -> memoryview:
+        return memoryview(bytearray(self._max_write))
+
+    # --- answers ----------------------------------------------------------------------------------
+
+    def _answer(self, unique: int, error: int, data: Buffer = b"") -> None:
+        self._send(_OUT_HEADER.pack(_OUT_HEADER.size + len(data), -error, unique), data)
+
+    def _send(self, *parts: Buffer) -> None:
+        try:
+            os.writev(self._kernel, parts)
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.ENODEV):  # who asked, or the mount, is gone
+                raise
+
+    # --- libfuse's part ---------------------------------------------------------------------------
+
+    async def _pass_on(self) -> None:
+        async for request in self._for_libfuse:
+            while True:
+                try:
+                    self._socket.send(request)
+                    break
+                except BlockingIOError:
+                    await trio.lowlevel.wait_writable(self._socket)
+
+    async def _hand_back(self) -> None:
+        while True:
+            await trio.lowlevel.wait_readable(self._socket)
+            self._hand_back_now()
+
+    def _hand_back_now(self) -> None:
+        try:
+            while True:
+                self._send(self._socket.recv(_LARGEST))
+        except BlockingIOError:
+            return
+
+
+def _given_up(_: Callable[[], None]) -> trio.lowlevel.Abort:
+    return trio.lowlevel.Abort.SUCCEEDED
+
+
+def amend(request: bytes, answer: bytes) -> bytes:
+    """libfuse's answer to the INIT request, with our fields in it; as it is where it says no."""
+    _, error, _ = _OUT_HEADER.unpack_from(answer)
+    if error or len(answer) < _OUT_HEADER.size + _INIT_OUT.size:
+        return answer
+    offered = _INIT_IN.unpack_from(request, _IN_HEADER.size)[3]
+    major, minor, read_ahead, flags, _, _, max_write = _INIT_OUT.unpack_from(answer, _OUT_HEADER.size)
+    flags |= offered & FUSE_HANDLE_KILLPRIV_V2
+    amended = bytearray(answer)
+    fields = (major, minor, read_ahead, flags, MAX_BACKGROUND, CONGESTION_THRESHOLD, max_write)
+    _INIT_OUT.pack_into(amended, _OUT_HEADER.size, *fields)
+    return bytes(amended)
+
+
+def fuse_descriptors() -> set[int]:
+    """The open descriptors of /dev/fuse."""
+    found = set()
+    for name in os.listdir("/proc/self/fd"):
+        try:
+            if os.readlink(f"/proc/self/fd/{name}") == "/dev/fuse":
+                found.add(int(name))
+        except OSError:
+            continue  # the descriptor of this listing
+    return found
