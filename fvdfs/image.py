@@ -18,7 +18,7 @@ import enum
 import errno
 import functools
 import logging
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Protocol
 
@@ -26,7 +26,7 @@ import trio
 
 from fvdfs.alloc.chunked import ChunkedStorage, Spawn
 from fvdfs.alloc.flat import FlatStorage
-from fvdfs.alloc.store import Buffer, Store, together
+from fvdfs.alloc.store import Buffer, Done, Store, together
 from fvdfs.alloc.table import Table
 from fvdfs.commit import Committer
 from fvdfs.cow.bitmap import Bitmap
@@ -60,6 +60,8 @@ class Zeroes(enum.Enum):
 class _Reader(Protocol):
     async def pread(self, view: memoryview, offset: int, /) -> int: ...
 
+    def pread_soon(self, view: memoryview, offset: int, done: Done, /) -> bool: ...
+
 
 class _QuickReader(_Reader, Protocol):
     def pread_nowait(self, view: memoryview, offset: int, /) -> bool: ...
@@ -85,6 +87,57 @@ class _OwnData:
         why = f"{self._data.name} ends before byte {end}, up to which it holds data: it was cut"
         self._committer.fail(why)
         raise OSError(errno.EIO, why)
+
+    def pread_soon(self, view: memoryview, offset: int, done: Done) -> bool:
+        return self._data.pread_soon(view, offset, done)
+
+
+class PendingRead:
+    """The part of a read that has to wait."""
+
+    def __init__(self, todo: _Todo, under_way: set[PendingRead]) -> None:
+        """While anything of it is done, it is one of those `under_way`."""
+        self._todo = todo
+        self._under_way = under_way
+        self._ended: trio.Event | None = None
+
+    def soon(self, done: Done) -> bool:
+        """Do it without a task, where one call to a store is all that there is to do.
+
+        `done` is called later, and told whether all went well. Where it did not, and where this says False,
+        `finish` has to be awaited.
+        """
+        if len(self._todo) != 1:
+            return False
+        reader, view, offset = self._todo[0]
+
+        def ended(whole: bool) -> None:
+            self._end()
+            done(whole)
+
+        if not reader.pread_soon(view, offset, ended):
+            return False
+        self._under_way.add(self)
+        return True
+
+    async def finish(self) -> None:
+        """Fill what is missing. Raises OSError."""
+        self._under_way.add(self)
+        try:
+            await together([functools.partial(_fill, *read) for read in self._todo])
+        finally:
+            self._end()
+
+    def _end(self) -> None:
+        self._under_way.remove(self)
+        if self._ended is not None:
+            self._ended.set()
+
+    async def wait(self) -> None:
+        """Wait until it is no longer under way."""
+        if self._ended is None:
+            self._ended = trio.Event()
+        await self._ended.wait()
 
 
 class Image:
@@ -124,7 +177,7 @@ class Image:
         self.size = header.virtual_disk_size
         self._geometry = Geometry(header.block_size, header.base_size)
         self._locks = RangeLock()
-        self._waiting_reads: set[trio.Event] = set()
+        self._pending_reads: set[PendingRead] = set()
         self._writers = 0
         self._quiet: trio.Event | None = None  # set when no write is under way; while it exists, none begins
         self._quiet_over = trio.Event()
@@ -154,14 +207,11 @@ class Image:
         """The bytes from `offset` on, fewer than `length` only at the end of the disk. Raises OSError."""
         buffer, rest = self.begin_read(offset, length)
         if rest is not None:
-            await rest()
+            await rest.finish()
         return buffer
 
-    def begin_read(self, offset: int, length: int) -> tuple[bytearray, Callable[[], Awaitable[None]] | None]:
-        """A buffer with what `read` returns, as far as that needs no waiting, and what has to be awaited for the rest.
-
-        Raises OSError, as does what is awaited.
-        """
+    def begin_read(self, offset: int, length: int) -> tuple[bytearray, PendingRead | None]:
+        """The buffer that `read` returns, filled as far as that needs no waiting, and the rest. Raises OSError."""
         stop = min(offset + length, self.size)
         if offset >= stop:
             return bytearray(), None
@@ -170,16 +220,7 @@ class Image:
         buffer = bytearray(stop - offset)
         todo: _Todo = []
         self._read(offset, stop, memoryview(buffer), todo)
-        return buffer, functools.partial(self._finish_read, todo) if todo else None
-
-    async def _finish_read(self, todo: _Todo) -> None:
-        done = trio.Event()
-        self._waiting_reads.add(done)
-        try:
-            await together([functools.partial(_fill, *read) for read in todo])
-        finally:
-            self._waiting_reads.remove(done)
-            done.set()
+        return buffer, PendingRead(todo, self._pending_reads) if todo else None
 
     def _read(self, start: int, stop: int, view: memoryview, todo: _Todo) -> None:
         """Fill `view`, zeros so far, with bytes [start, stop); what would wait goes to `todo`.
@@ -249,6 +290,60 @@ class Image:
         if self.committer.overfull:
             await self.committer.commit()
 
+    def write_soon(self, offset: int, data: memoryview, done: Done) -> bool:
+        """Write without a task, where one call to the storage is all that it takes.
+
+        `done` is called later, and told whether all went well. Where it did not, and where this says False,
+        `write` has to be awaited.
+        """
+        stop = offset + len(data)
+        if (
+            not self.writable
+            or not data
+            or stop > self.size
+            or self._quiet is not None
+            or self.zeroes is not Zeroes.OFF
+            or self.base_writer is not None
+            or self.committer.failed is not None
+            or self.committer.overfull
+            or not self.storage.prepare_nowait(offset, stop)
+        ):
+            return False
+        where = self.storage.place(offset, stop)
+        if where is None:
+            return False
+        bitmap, first, end, claim = self.bitmap, 0, 0, None
+        if bitmap is not None and offset < self._geometry.base_size:
+            first, end = self._geometry.blocks(offset, stop)
+            if not bitmap.all_local(first, end):
+                plan = plan_write(self._geometry, bitmap, offset, stop)
+                if plan.head or plan.tail:
+                    return False
+                claim = self._locks.hold_nowait(first, end)
+                if claim is None:
+                    return False
+
+        def ended(whole: bool) -> None:
+            self.committer.data_written()
+            if whole and bitmap is not None and first < end:
+                if claim is not None:
+                    bitmap.set_local(first, end)
+                if not bitmap.all_committed(first, end):
+                    self.committer.blocks_stored(first, end)
+            if claim is not None:
+                self._locks.release(claim)
+            self._end_writing()
+            done(whole)
+
+        if not self.data.pwrite_soon(data, where, ended):
+            if claim is not None:
+                self._locks.release(claim)
+            return False
+        self._writers += 1
+        if self.recorder is not None:
+            self.recorder.touched(offset, stop, written=True)
+        return True
+
     @contextmanager
     def _writing(self) -> Iterator[None]:
         """Who changes the storage or the bitmap; a shrink waits for all of them."""
@@ -256,9 +351,12 @@ class Image:
         try:
             yield
         finally:
-            self._writers -= 1
-            if self._quiet is not None and not self._writers:
-                self._quiet.set()
+            self._end_writing()
+
+    def _end_writing(self) -> None:
+        self._writers -= 1
+        if self._quiet is not None and not self._writers:
+            self._quiet.set()
 
     async def _write(self, start: int, stop: int, data: Buffer) -> None:
         bitmap = self.bitmap
@@ -452,8 +550,9 @@ class Image:
             if not bitmap.all_local(0, bitmap.blocks):
                 return False
             await self.committer.finish_base()
-            for event in tuple(self._waiting_reads):  # later ones find all blocks local
-                await event.wait()
+            for read in tuple(self._pending_reads):  # later ones find all blocks local
+                if read in self._pending_reads:
+                    await read.wait()
             if self.fetcher is not None:
                 await self.fetcher.close()
             base, self.base, self.bitmap, self.fetcher = self.base, None, None, None

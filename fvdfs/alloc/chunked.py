@@ -85,6 +85,11 @@ class ChunkedStorage:
             else:
                 yield run_start, run_stop, self._offset + number * size + run_start - chunk * size
 
+    def place(self, start: int, stop: int) -> int | None:
+        """The offset in the store, where these bytes have one, in one piece. Raises as `runs`."""
+        (_, run_stop, where), *_ = self.runs(start, stop)
+        return where if run_stop == stop else None
+
     def holds(self, end: int) -> bool:
         """Whether the store must reach to this offset, which is in a chunk that the table has, or had."""
         return bool(self._table.beyond) or end <= self._end(self._table.highest + 1)

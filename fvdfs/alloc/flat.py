@@ -29,6 +29,10 @@ class FlatStorage:
         """Bytes [start, stop) of the disk as (start, stop, offset in the store); here one run."""
         yield start, stop, self._offset + start
 
+    def place(self, start: int, stop: int) -> int | None:
+        """The offset in the store, where these bytes lie in one piece."""
+        return self._offset + start
+
     def holds(self, end: int) -> bool:
         """Whether the store must reach to this offset: it may be short until it is written to for the first time."""
         return self._ready and not self._store.fixed_size and end <= self._offset + self._size

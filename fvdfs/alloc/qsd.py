@@ -63,6 +63,7 @@ from fvdfs.alloc.store import (
     FALLOC_FL_PUNCH_HOLE,
     FALLOC_FL_ZERO_RANGE,
     Buffer,
+    Done,
     HostFile,
     fallocate,
     open_as_permitted,
@@ -637,6 +638,12 @@ class QsdStore:
     # ---- Store ----
 
     def pread_nowait(self, buffer: memoryview, offset: int) -> bool:
+        return False
+
+    def pread_soon(self, buffer: memoryview, offset: int, done: Done) -> bool:
+        return False
+
+    def pwrite_soon(self, data: memoryview, offset: int, done: Done) -> bool:
         return False
 
     async def pread(self, buffer: memoryview, offset: int) -> int:

@@ -24,6 +24,7 @@ from typing import Protocol
 
 import trio
 
+from fvdfs.alloc import uring
 from fvdfs.alloc.worker import Worker
 from fvdfs.errors import ImageBusy, ImageError
 
@@ -34,10 +35,15 @@ OUT_OF_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 Buffer = bytes | bytearray | memoryview
 
+Done = Callable[[bool], None]
+"""What is called when something that was begun has ended, and told whether all of it was done."""
+
 # Threads of each store, so that a slow one keeps only its own busy.
 READERS = 8
 READ_BATCH = 4
 WAITERS = 4
+
+RING_SIZE = 256 << 10  # bytes; larger calls have a thread copy them, so that the event loop need not
 
 
 class Store(Protocol):
@@ -62,8 +68,17 @@ class Store(Protocol):
     def pread_nowait(self, buffer: memoryview, offset: int) -> bool:
         """Fill the whole buffer if that needs no waiting, else say False (the buffer may then hold parts)."""
 
+    def pread_soon(self, buffer: memoryview, offset: int, done: Done) -> bool:
+        """Begin to fill the whole buffer, and call `done` later, never before this returns.
+
+        Says False where it has to be done by `pread`, which also knows why it could not be done.
+        """
+
     async def pread(self, buffer: memoryview, offset: int) -> int:
         """Fill the buffer as far as the store reaches; the number of bytes filled. Raises OSError."""
+
+    def pwrite_soon(self, data: memoryview, offset: int, done: Done) -> bool:
+        """Begin to write all of `data`, a writable buffer; otherwise as `pread_soon`."""
 
     async def pwrite(self, data: Buffer, offset: int) -> None:
         """Write all of `data`, making the store longer where it must. Raises OSError."""
@@ -197,6 +212,17 @@ class HostFile:
                 raise
             return False
 
+    def pread_soon(self, buffer: memoryview, offset: int, done: Done) -> bool:
+        ring = self._ring(buffer, offset)
+        if ring is None:
+            return False
+        ring.read(self._fd, buffer, offset, done)
+        return True
+
+    def _ring(self, buffer: memoryview, offset: int) -> uring.Ring | None:
+        """The ring, where it is there, and better for this call than a thread."""
+        return uring.ring() if len(buffer) <= RING_SIZE and offset + len(buffer) <= MAX_FILE_SIZE else None
+
     async def pread(self, buffer: memoryview, offset: int) -> int:
         return await self._reader.run(lambda: self.pread_now(buffer, offset))
 
@@ -211,6 +237,13 @@ class HostFile:
                 break
             done += count
         return done
+
+    def pwrite_soon(self, data: memoryview, offset: int, done: Done) -> bool:
+        ring = self._ring(data, offset)
+        if ring is None:
+            return False
+        ring.write(self._fd, data, offset, done)
+        return True
 
     async def pwrite(self, data: Buffer, offset: int) -> None:
         await self._writer.run(lambda: self.pwrite_now(data, offset))

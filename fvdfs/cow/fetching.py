@@ -24,7 +24,7 @@ from typing import Protocol
 
 import trio
 
-from fvdfs.alloc.store import together
+from fvdfs.alloc.store import Done, together
 from fvdfs.header import ceil_div
 
 log = logging.getLogger(__name__)
@@ -123,6 +123,10 @@ class Fetcher:
         view[:] = fetch.data[start - fetch.start : stop - fetch.start]
         self._arrived(fetch, copy=True)
         return True
+
+    def pread_soon(self, view: memoryview, start: int, done: Done) -> bool:
+        """Not here: such a read may have to be observed, shared and copied."""
+        return False
 
     async def pread(self, view: memoryview, start: int) -> int:
         """Fill the buffer with bytes of the base's range. Raises OSError."""

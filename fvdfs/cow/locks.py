@@ -14,7 +14,9 @@ from contextlib import asynccontextmanager
 import trio
 
 
-class _Claim:
+class Claim:
+    """A range that somebody holds, or waits for."""
+
     __slots__ = ("done", "start", "stop")
 
     def __init__(self, start: int, stop: int) -> None:
@@ -27,7 +29,7 @@ class RangeLock:
     """Ranges are half-open: [start, stop)."""
 
     def __init__(self) -> None:
-        self._claims: list[_Claim] = []
+        self._claims: list[Claim] = []
 
     def __bool__(self) -> bool:
         """Whether any range is claimed."""
@@ -45,7 +47,7 @@ class RangeLock:
     async def hold(self, start: int, stop: int) -> AsyncIterator[None]:
         """Hold the range while the block runs, after all earlier holders that overlap it."""
         before = [c for c in self._claims if c.start < stop and start < c.stop]
-        mine = _Claim(start, stop)
+        mine = Claim(start, stop)
         self._claims.append(mine)
         try:
             for claim in before:
@@ -55,6 +57,18 @@ class RangeLock:
                     await claim.done.wait()
             yield
         finally:
-            self._claims.remove(mine)
-            if mine.done is not None:
-                mine.done.set()
+            self.release(mine)
+
+    def hold_nowait(self, start: int, stop: int) -> Claim | None:
+        """Hold the range until `release`; None where somebody else has, or waits for, a part of it."""
+        if self.overlaps(start, stop):
+            return None
+        mine = Claim(start, stop)
+        self._claims.append(mine)
+        return mine
+
+    def release(self, claim: Claim) -> None:
+        """Give up a range."""
+        self._claims.remove(claim)
+        if claim.done is not None:
+            claim.done.set()

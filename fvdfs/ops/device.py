@@ -34,8 +34,9 @@ import outcome
 import pyfuse3
 import trio
 
-from fvdfs.alloc.store import Buffer
+from fvdfs.alloc.store import Buffer, Done
 from fvdfs.errors import UsageError
+from fvdfs.image import PendingRead
 
 FUSE_READ = 15
 FUSE_WRITE = 16
@@ -63,11 +64,19 @@ _LARGEST = 2 << 20  # what the kernel wants a reader of INIT to offer; and no an
 class Requests(Protocol):
     """Who answers the requests that take the short path. All raise FUSEError, and nothing else."""
 
-    def begin_read(self, fh: int, offset: int, size: int, /) -> tuple[Buffer, Callable[[], Awaitable[None]] | None]:
-        """The bytes; where that would wait, a buffer for them, and what has to be awaited until it is filled."""
+    def begin_read(self, fh: int, offset: int, size: int, /) -> tuple[Buffer, PendingRead | None]:
+        """A buffer for the bytes, filled as far as that needs no waiting, and the rest."""
+
+    async def finish_read(self, fh: int, rest: PendingRead, /) -> None:
+        """Fill the rest."""
+
+    def write_soon(self, fh: int, offset: int, data: memoryview, done: Done, /) -> bool:
+        """Begin to write the data; `done` is told later whether all of it was written. Else, or where this says
+        False, `write_all` has to.
+        """
 
     async def write_all(self, fh: int, offset: int, data: Buffer, /) -> None:
-        """Write all of the data, whose buffer is the caller's again afterwards."""
+        """Write all of the data."""
 
     async def make_stable(self, fh: int, /) -> None:
         """Have what was written survive a power cut."""
@@ -79,7 +88,7 @@ _Work = Callable[[], Awaitable[None]]
 class Device:
     """/dev/fuse of one mount, and the socket that libfuse has got instead of it."""
 
-    def __init__(self, known: set[int]) -> None:
+    def __init__(self, requests: Requests, known: set[int]) -> None:
         """Exchange INIT on the mount that pyfuse3 has just made. `known`: the descriptors of /dev/fuse from before.
 
         Raises UsageError where the kernel does not speak as expected.
@@ -97,11 +106,14 @@ class Device:
             raise
         finally:
             theirs.close()
+        self._requests = requests
         self._head = bytearray(_TRANSFER.size)
         self._max_write = max_write
         self._payload = self._new_payload()
         self._spare: list[memoryview] = []
         self._idle: list[trio.lowlevel.Task] = []
+        self._begun = 0  # requests that go on without a task
+        self._ended: trio.Event | None = None
         self._to_libfuse, self._for_libfuse = trio.open_memory_channel[bytearray](math.inf)
 
     def _exchange_init(self, theirs: socket.socket) -> int:
@@ -130,28 +142,31 @@ class Device:
         os.close(self._kernel)
         self._socket.close()
 
-    async def serve(self, requests: Requests, main: _Work) -> None:
+    async def serve(self, main: _Work) -> None:
         """Answer what the kernel asks while `main`, pyfuse3's loop, does its part; then finish what is under way."""
-        async with trio.open_nursery() as workers:
+        async with trio.open_nursery() as self._workers:
             async with trio.open_nursery() as lines:
-                lines.start_soon(self._receive, requests, workers)
+                lines.start_soon(self._receive)
                 lines.start_soon(self._pass_on)
                 lines.start_soon(self._hand_back)
                 await main()
                 lines.cancel_scope.cancel()
             self._hand_back_now()
+            while self._begun:
+                self._ended = trio.Event()
+                await self._ended.wait()
             for task in self._idle:
                 trio.lowlevel.reschedule(task)
             self._idle.clear()
 
     # --- requests ---------------------------------------------------------------------------------
 
-    async def _receive(self, requests: Requests, workers: trio.Nursery) -> None:
+    async def _receive(self) -> None:
         while True:
             await trio.lowlevel.wait_readable(self._kernel)
             try:
                 for _ in range(_PER_TURN):
-                    self._dispatch(os.readv(self._kernel, (self._head, self._payload)), requests, workers)
+                    self._dispatch(os.readv(self._kernel, (self._head, self._payload)))
             except BlockingIOError:
                 continue
             except OSError as error:
@@ -161,31 +176,23 @@ class Device:
                 if error.errno not in (errno.ENOENT, errno.EINTR):  # a request was taken back
                     raise
 
-    def _dispatch(self, length: int, requests: Requests, workers: trio.Nursery) -> None:
+    def _dispatch(self, length: int) -> None:
         opcode, unique, fh, offset, size = _TRANSFER.unpack_from(self._head)
         if opcode == FUSE_READ:
-            try:
-                data, rest = requests.begin_read(fh, offset, size)
-            except pyfuse3.FUSEError as error:
-                self._answer(unique, error.errno)
-                return
-            if rest is None:
-                self._answer(unique, 0, data)
-            else:
-                self._start(functools.partial(self._read, unique, data, rest), workers)
+            self._begin_read(unique, fh, offset, size)
         elif opcode == FUSE_WRITE:
-            self._start(functools.partial(self._write, unique, requests, fh, offset, *self._take(size)), workers)
+            self._begin_write(unique, fh, offset, size)
         elif opcode == FUSE_FSYNC:
-            self._start(functools.partial(self._fsync, unique, requests, fh), workers)
+            self._start(functools.partial(self._fsync, unique, fh))
         elif opcode != FUSE_INTERRUPT:  # nothing here can be interrupted
             self._to_libfuse.send_nowait((self._head + self._payload[: max(0, length - len(self._head))])[:length])
 
-    def _start(self, work: _Work, workers: trio.Nursery) -> None:
+    def _start(self, work: _Work) -> None:
         """Have the work done by a task, one that has nothing to do if there is one."""
         if self._idle:
             trio.lowlevel.reschedule(self._idle.pop(), outcome.Value(work))
         else:
-            workers.start_soon(self._worker, work)
+            self._workers.start_soon(self._worker, work)
 
     async def _worker(self, work: _Work | None) -> None:
         while work is not None:
@@ -195,38 +202,88 @@ class Device:
             self._idle.append(trio.lowlevel.current_task())
             work = await trio.lowlevel.wait_task_rescheduled(_given_up)
 
-    async def _read(self, unique: int, data: Buffer, rest: _Work) -> None:
+    def _begin_read(self, unique: int, fh: int, offset: int, size: int) -> None:
         try:
-            await rest()
+            data, rest = self._requests.begin_read(fh, offset, size)
+        except pyfuse3.FUSEError as error:
+            self._answer(unique, error.errno)
+            return
+        if rest is None:
+            self._answer(unique, 0, data)
+            return
+
+        def done(whole: bool) -> None:
+            self._end()
+            if whole:
+                self._answer(unique, 0, data)
+            else:
+                finish()
+
+        finish = functools.partial(self._start, functools.partial(self._finish_read, unique, fh, data, rest))
+        if rest.soon(done):
+            self._begun += 1
+        else:
+            finish()
+
+    async def _finish_read(self, unique: int, fh: int, data: Buffer, rest: PendingRead) -> None:
+        try:
+            await self._requests.finish_read(fh, rest)
         except pyfuse3.FUSEError as error:
             self._answer(unique, error.errno)
         else:
             self._answer(unique, 0, data)
 
-    async def _write(
-        self, unique: int, requests: Requests, fh: int, offset: int, data: Buffer, whole: memoryview | None
-    ) -> None:
+    def _begin_write(self, unique: int, fh: int, offset: int, size: int) -> None:
+        data, whole = self._take(size)
+
+        def done(well: bool) -> None:
+            self._end()
+            if well:
+                self._written(unique, size, whole)
+            else:
+                finish()
+
+        finish = functools.partial(self._start, functools.partial(self._write, unique, fh, offset, data, whole))
         try:
-            await requests.write_all(fh, offset, data)
+            begun = self._requests.write_soon(fh, offset, data, done)
+        except pyfuse3.FUSEError as error:
+            self._answer(unique, error.errno)
+            return
+        if begun:
+            self._begun += 1
+        else:
+            finish()
+
+    async def _write(self, unique: int, fh: int, offset: int, data: memoryview, whole: memoryview | None) -> None:
+        try:
+            await self._requests.write_all(fh, offset, data)
         except pyfuse3.FUSEError as error:
             self._answer(unique, error.errno)
         else:
-            self._answer(unique, 0, _WRITTEN.pack(len(data)))
+            self._written(unique, len(data), whole)
+
+    def _written(self, unique: int, size: int, whole: memoryview | None) -> None:
+        self._answer(unique, 0, _WRITTEN.pack(size))
         if whole is not None and len(self._spare) < _SPARE_PAYLOADS:
             self._spare.append(whole)
 
-    async def _fsync(self, unique: int, requests: Requests, fh: int) -> None:
+    async def _fsync(self, unique: int, fh: int) -> None:
         try:
-            await requests.make_stable(fh)
+            await self._requests.make_stable(fh)
         except pyfuse3.FUSEError as error:
             self._answer(unique, error.errno)
         else:
             self._answer(unique, 0)
 
-    def _take(self, size: int) -> tuple[Buffer, memoryview | None]:
+    def _end(self) -> None:
+        self._begun -= 1
+        if self._ended is not None and not self._begun:
+            self._ended.set()
+
+    def _take(self, size: int) -> tuple[memoryview, memoryview | None]:
         """The data of the WRITE that was just received, and the buffer to be given back for it."""
         if size <= _SMALL:
-            return bytes(self._payload[:size]), None
+            return memoryview(bytearray(self._payload[:size])), None
         whole = self._payload
         self._payload = self._spare.pop() if self._spare else self._new_payload()
         return whole[:size], whole

@@ -13,7 +13,7 @@ import json
 import logging
 import os
 import stat
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, ParamSpec, TypeVar
 
 import pyfuse3
@@ -21,9 +21,9 @@ import trio
 from pyfuse3 import EntryAttributes, FileHandleT, FileInfo, FileNameT, FlagT, FUSEError, InodeT, ModeT
 
 from fvdfs import xattrs
-from fvdfs.alloc.store import Buffer
+from fvdfs.alloc.store import Buffer, Done
 from fvdfs.errors import FvdError, ImageBusy, ReadOnlyImage, Refused
-from fvdfs.image import Image
+from fvdfs.image import Image, PendingRead
 from fvdfs.map import image_map
 from fvdfs.ops.inodes import ROOT_INODE, Attributes, Entry, Folder
 
@@ -307,20 +307,31 @@ class Filesystem(pyfuse3.Operations):
 
     # READ, WRITE and FSYNC take the short path (`device.py`).
 
-    def begin_read(self, fh: int, offset: int, size: int, /) -> tuple[bytearray, Callable[[], Awaitable[None]] | None]:
+    def begin_read(self, fh: int, offset: int, size: int, /) -> tuple[bytearray, PendingRead | None]:
         """`Image.begin_read`. Raises FUSEError."""
         image = self._images[fh]
         try:
-            buffer, rest = image.begin_read(offset, size)
+            return image.begin_read(offset, size)
         except Exception as error:
             raise fuse_error(error, f"{image.name}: read") from error
-        return buffer, functools.partial(self._finish_read, image, rest) if rest is not None else None
 
-    async def _finish_read(self, image: Image, rest: Callable[[], Awaitable[None]]) -> None:
+    async def finish_read(self, fh: int, rest: PendingRead, /) -> None:
+        """What `begin_read` has left over. Raises FUSEError."""
         try:
-            await rest()
+            await rest.finish()
         except Exception as error:
-            raise fuse_error(error, f"{image.name}: read") from error
+            raise fuse_error(error, f"{self._images[fh].name}: read") from error
+
+    def write_soon(self, fh: int, offset: int, data: memoryview, done: Done, /) -> bool:
+        """`Image.write_soon`. Raises FUSEError."""
+        image = self._images[fh]
+        try:
+            begun = self._sync is not Sync.ALWAYS and image.write_soon(offset, data, done)
+        except Exception as error:
+            raise fuse_error(error, f"{image.name}: write") from error
+        if begun:
+            self._written.set()
+        return begun
 
     async def write_all(self, fh: int, offset: int, data: Buffer, /) -> None:
         """`Image.write`. Raises FUSEError."""

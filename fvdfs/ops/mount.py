@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import pyfuse3
 import trio
 
+from fvdfs.alloc.uring import use_ring
 from fvdfs.chain import Policy
 from fvdfs.cow.pressure import DiskPressure
 from fvdfs.cow.scheduler import DEFAULT_JOBS, Scheduler
@@ -74,7 +75,7 @@ def serve(options: MountOptions, ready: Callable[[], None]) -> None:
     gc.freeze()
     gc.set_threshold(*GC_THRESHOLDS)
     try:
-        device = Device(descriptors)
+        device = Device(filesystem, descriptors)
         try:
             trio.run(_serve, options, filesystem, device, ready)
         finally:
@@ -96,7 +97,8 @@ async def _serve(options: MountOptions, filesystem: Filesystem, device: Device, 
             nursery.start_soon(_stop_on_signal, options.mountpoint, filesystem)
             nursery.start_soon(filesystem.commit_regularly)
             nursery.start_soon(_announce, options.mountpoint, filesystem, ready)
-            await device.serve(filesystem, pyfuse3.main)
+            async with use_ring():
+                await device.serve(pyfuse3.main)
             nursery.cancel_scope.cancel()
     finally:
         with trio.CancelScope(shield=True):

@@ -1,0 +1,173 @@
+"""io_uring: reads and writes that wait for a disk without a thread to wait in.
+
+A thread that works for the event loop takes the interpreter's lock from it twice a call, and wakes it
+at the end; under load that costs more than the disk does. The kernel does it for less: a call is put
+into a ring of memory that both sides share, and its result appears in another one, which makes a
+descriptor readable.
+
+Only what the stores need is here. Where the kernel lacks io_uring, or it is forbidden (as in many
+containers), or all its places are taken, the stores use threads (`worker.py`). The rings are the
+kernel's stable interface (linux/io_uring.h, io_uring(7)).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import mmap
+import os
+import struct
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+
+import trio
+
+CALLS = 256  # that may be under way
+KERNEL_THREADS = 512  # that these may block: one dead server must not hold up what others could do
+
+_SETUP, _ENTER, _REGISTER = 425, 426, 427  # system calls; the numbers are the same on all machines
+_SETUP_SUBMIT_ALL, _SETUP_COOP_TASKRUN = 1 << 7, 1 << 8
+_REGISTER_IOWQ_MAX_WORKERS = 19
+_OFFSET_SQES = 0x10000000
+_READ, _WRITE = 22, 23
+
+# io_uring_params: entries of both rings, flags; at 40 and 80 the offsets of what is in them.
+_PARAMS_SIZE = 120
+_PARAMS = struct.Struct("=III")
+_SQ_OFFSETS = struct.Struct("=40xIIIIIII")  # head tail ring_mask ring_entries flags dropped array
+_CQ_OFFSETS = struct.Struct("=80xIIIIII")  # head tail ring_mask ring_entries overflow cqes
+_SQE = struct.Struct("=BBHiQQIIQ24x")  # opcode flags ioprio fd offset address length op_flags user_data
+_CQE = struct.Struct("=Qi4x")  # user_data result
+
+_syscall = ctypes.CDLL(None, use_errno=True).syscall
+_syscall.argtypes = [ctypes.c_long] * 7
+_syscall.restype = ctypes.c_long
+_NO_MORE = (0,) * 6
+
+
+class Ring:
+    """A pair of rings, for the tasks of one event loop. What has begun cannot be taken back."""
+
+    def __init__(self) -> None:
+        """Raises OSError where there is no io_uring."""
+        parameters = bytearray(_PARAMS_SIZE)
+        _PARAMS.pack_into(parameters, 0, 0, 0, _SETUP_SUBMIT_ALL | _SETUP_COOP_TASKRUN)
+        self._fd = _system_call(_SETUP, CALLS, _address(parameters))
+        try:
+            self._map(parameters)
+            limits = bytearray(struct.pack("=II", KERNEL_THREADS, 0))
+            _system_call(_REGISTER, self._fd, _REGISTER_IOWQ_MAX_WORKERS, _address(limits), 2)
+        except BaseException:
+            os.close(self._fd)
+            raise
+        self._calls: dict[int, tuple[int, Callable[[bool], None], memoryview]] = {}
+        self._last_id = 0
+
+    def _map(self, parameters: bytearray) -> None:
+        sq_entries, cq_entries, _ = _PARAMS.unpack_from(parameters)
+        _, sq_tail, sq_mask, _, _, _, array = _SQ_OFFSETS.unpack_from(parameters)
+        cq_head, cq_tail, cq_mask, _, _, self._cqes = _CQ_OFFSETS.unpack_from(parameters)
+        size = max(array + 4 * sq_entries, self._cqes + _CQE.size * cq_entries)
+        self._ring = mmap.mmap(self._fd, size, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE)
+        self._sqes = mmap.mmap(
+            self._fd, _SQE.size * sq_entries, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE, offset=_OFFSET_SQES
+        )
+        self._words = memoryview(self._ring).cast("I")
+        self._sq_tail, self._cq_head, self._cq_tail = (offset // 4 for offset in (sq_tail, cq_head, cq_tail))
+        self._sq_mask, self._cq_mask = self._words[sq_mask // 4], self._words[cq_mask // 4]
+        for number in range(sq_entries):
+            self._words[array // 4 + number] = number
+
+    def close(self) -> None:
+        """Give it up; nothing may be under way."""
+        self._words.release()
+        self._ring.close()
+        self._sqes.close()
+        os.close(self._fd)
+
+    @property
+    def has_room(self) -> bool:
+        """Whether calls may be made now."""
+        return len(self._calls) < CALLS
+
+    def read(self, fd: int, buffer: memoryview, offset: int, done: Callable[[bool], None]) -> None:
+        """preadv(2); `done` is told whether it has filled the buffer. Raises OSError where it cannot begin."""
+        self._submit(_READ, fd, buffer, offset, done)
+
+    def write(self, fd: int, data: memoryview, offset: int, done: Callable[[bool], None]) -> None:
+        """pwrite(2) of a writable buffer; `done` is told whether all was written. Raises as `read`."""
+        self._submit(_WRITE, fd, data, offset, done)
+
+    def _submit(self, opcode: int, fd: int, data: memoryview, offset: int, done: Callable[[bool], None]) -> None:
+        words, tail = self._words, self._words[self._sq_tail]
+        self._last_id += 1
+        size = len(data)
+        place = (tail & self._sq_mask) * _SQE.size
+        _SQE.pack_into(self._sqes, place, opcode, 0, 0, fd, offset, _address(data), size, 0, self._last_id)
+        words[self._sq_tail] = tail + 1 & 0xFFFFFFFF
+        try:
+            _system_call(_ENTER, self._fd, 1, 0, 0, 0, 0)
+        except OSError:
+            words[self._sq_tail] = tail
+            raise
+        self._calls[self._last_id] = size, done, data  # the kernel uses the data
+
+    def reap_now(self) -> None:
+        """Tell of those calls that have ended."""
+        words = self._words
+        head, tail = words[self._cq_head], words[self._cq_tail]
+        while head != tail:
+            user_data, result = _CQE.unpack_from(self._ring, self._cqes + (head & self._cq_mask) * _CQE.size)
+            head = head + 1 & 0xFFFFFFFF
+            words[self._cq_head] = head
+            size, done, _ = self._calls.pop(user_data)
+            done(result == size)
+
+    async def reap(self) -> None:
+        """Tell of calls as they end. Runs for ever."""
+        while True:
+            await trio.lowlevel.wait_readable(self._fd)
+            self.reap_now()
+
+
+_ring: trio.lowlevel.RunVar[Ring | None] = trio.lowlevel.RunVar("ring", None)
+
+
+def ring() -> Ring | None:
+    """The ring to be used by whoever calls, if there is one with room."""
+    found = _ring.get()
+    return found if found is not None and found.has_room else None
+
+
+@asynccontextmanager
+async def use_ring() -> AsyncIterator[bool]:
+    """Have the stores of this event loop use io_uring meanwhile; says whether that can be."""
+    try:
+        found = Ring()
+    except OSError:
+        yield False
+        return
+    try:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(found.reap)
+            _ring.set(found)
+            try:
+                yield True
+            finally:
+                _ring.set(None)
+                nursery.cancel_scope.cancel()
+    finally:
+        found.close()
+
+
+def _address(buffer: bytearray | memoryview) -> int:
+    return ctypes.addressof(ctypes.c_char.from_buffer(buffer))
+
+
+def _system_call(number: int, *arguments: int) -> int:
+    """Raises OSError."""
+    while (result := _syscall(number, *arguments, *_NO_MORE[len(arguments) :])) < 0:
+        code = ctypes.get_errno()
+        if code != errno.EINTR:
+            raise OSError(code, os.strerror(code))
+    return int(result)
