@@ -35,11 +35,12 @@ from __future__ import annotations
 
 import errno
 import logging
+from typing import NoReturn
 
 import trio
 
 from fvdfs import journal
-from fvdfs.alloc.store import OUT_OF_SPACE, Store, pwrite_pages
+from fvdfs.alloc.store import OUT_OF_SPACE, FlushError, Store, pwrite_pages
 from fvdfs.alloc.table import Table
 from fvdfs.cow.bitmap import Bitmap
 from fvdfs.header import HEADER_SIZE, PAGE, SECTOR, Header, changed_sectors, round_up, with_fields
@@ -163,11 +164,12 @@ class Committer:
                 if self._meta is not self._data:
                     await self._flush(self._meta)
                 data_written = True
-            if data_written or chunks or table_pages or bitmap_pages:
-                # Also for a chunk whose first write is still under way: its place must be there.
+            # Also for a chunk whose first write is still under way: its place must be there.
+            data_first = bool(data_written or chunks or table_pages or bitmap_pages)
+            if data_first and not (sectors and self._meta is self._data):
                 await self._flush(self._data)
             if sectors:
-                await self._append(sectors)
+                await self._append(sectors, flush_first=data_first and self._meta is self._data)
             elif changes:
                 await self._write_pages(table_pages, bitmap_pages)
         except BaseException as error:
@@ -200,15 +202,18 @@ class Committer:
         sectors = journal.encode(self.header, self._table, blocks, chunks)
         return sectors if sectors is not None and len(sectors) <= limit else None
 
-    async def _append(self, sectors: list[bytes]) -> None:
+    async def _append(self, sectors: list[bytes], *, flush_first: bool) -> None:
         region = self.header.journal_region
         assert region is not None
         offset = region.offset + self._journal_next * SECTOR
         # Whole pages, so that the host need not read them first; what is behind is older than the
         # last checkpoint, and no longer needed.
         end = min(round_up(offset + len(sectors) * SECTOR, PAGE), region.end)
-        await self._meta.pwrite(b"".join(sectors).ljust(end - offset, b"\0"), offset)
-        await self._flush(self._meta)
+        data = b"".join(sectors).ljust(end - offset, b"\0")
+        try:
+            await self._meta.log(data, offset, flush_first=flush_first)
+        except FlushError as error:
+            self._flush_failed(self._meta, error)
         self._journal_next += len(sectors)
 
     async def _write_pages(self, table_pages: list[tuple[int, bytes]], bitmap_pages: list[tuple[int, bytes]]) -> None:
@@ -337,8 +342,11 @@ class Committer:
         try:
             await store.flush()
         except OSError as error:
-            self.fail(f"a flush of {store.name} failed: {error}")
-            raise OSError(errno.EIO, f"flush of {store.name}: {error}") from error
+            self._flush_failed(store, error)
+
+    def _flush_failed(self, store: Store, error: OSError) -> NoReturn:
+        self.fail(f"a flush of {store.name} failed: {error}")
+        raise OSError(errno.EIO, f"flush of {store.name}: {error}") from error
 
     def fail(self, why: str) -> None:
         """Write nothing more."""

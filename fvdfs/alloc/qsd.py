@@ -66,6 +66,7 @@ from fvdfs.alloc.store import (
     Done,
     HostFile,
     fallocate,
+    log_by_steps,
     open_as_permitted,
 )
 from fvdfs.errors import FormatError, FvdError, ImageBusy, ImageError, Refused, UnsupportedFeature, UsageError
@@ -699,6 +700,9 @@ class QsdStore:
             self._told = self._losses
             raise OSError(errno.EIO, f"{self.name}: {PROGRAM} died; what was written and not flushed may be lost")
         self._stable = max(self._stable, upto)
+
+    async def log(self, data: Buffer, offset: int, *, flush_first: bool) -> None:
+        await log_by_steps(self, data, offset, flush_first=flush_first)
 
     async def size(self) -> int:
         async def size(daemon: Daemon) -> int:

@@ -97,6 +97,12 @@ class Store(Protocol):
     async def flush(self) -> None:
         """Make all that was written stable. Raises OSError; what was not yet stable may then be lost."""
 
+    async def log(self, data: Buffer, offset: int, *, flush_first: bool) -> None:
+        """`pwrite` followed by `flush`, with `flush_first` also after one.
+
+        Raises FlushError where a flush failed, other OSError where the write did.
+        """
+
     async def size(self) -> int:
         """The current size. Raises OSError."""
 
@@ -216,7 +222,8 @@ class HostFile:
         ring = self._ring(buffer, offset)
         if ring is None:
             return False
-        ring.read(self._fd, buffer, offset, done)
+        size = len(buffer)
+        ring.begin(((uring.READ, self._fd, buffer, offset),), lambda results: done(results[0] == size))
         return True
 
     def _ring(self, buffer: memoryview, offset: int) -> uring.Ring | None:
@@ -242,7 +249,8 @@ class HostFile:
         ring = self._ring(data, offset)
         if ring is None:
             return False
-        ring.write(self._fd, data, offset, done)
+        size = len(data)
+        ring.begin(((uring.WRITE, self._fd, data, offset),), lambda results: done(results[0] == size))
         return True
 
     async def pwrite(self, data: Buffer, offset: int) -> None:
@@ -292,7 +300,28 @@ class HostFile:
             raise
 
     async def flush(self) -> None:
-        await self._waiter.run(lambda: os.fdatasync(self._fd))
+        ring = uring.ring()
+        if ring is None:
+            await self._waiter.run(lambda: os.fdatasync(self._fd))
+            return
+        (result,) = await ring.do((uring.FSYNC, self._fd, None, 0))
+        if result < 0:
+            raise OSError(-result, os.strerror(-result))
+
+    async def log(self, data: Buffer, offset: int, *, flush_first: bool) -> None:
+        ring = uring.ring()
+        if ring is None:
+            await log_by_steps(self, data, offset, flush_first=flush_first)
+            return
+        flush = (uring.FSYNC, self._fd, None, 0)
+        write = (uring.WRITE, self._fd, memoryview(bytearray(data)), offset)
+        calls = (flush, write, flush) if flush_first else (write, flush)
+        for call, result in zip(calls, await ring.do(*calls), strict=True):
+            if call is flush and result < 0:
+                raise FlushError(-result, os.strerror(-result))
+            if call is write and result < len(data):
+                error = -result if result < 0 else errno.EIO
+                raise OSError(error, f"{self.name}: {os.strerror(error)}: at byte {offset}")
 
     async def size(self) -> int:
         return await self._reader.run(self.size_now)
@@ -360,6 +389,24 @@ def open_path(path: str, *, writable: bool) -> HostFile:
         return open_host_file(handle, path, writable=writable)
     finally:
         os.close(handle)
+
+
+class FlushError(OSError):
+    """A flush failed: nobody knows what is on the disk."""
+
+
+async def log_by_steps(store: Store, data: Buffer, offset: int, *, flush_first: bool) -> None:
+    """`Store.log` by the other calls of a store."""
+    try:
+        if flush_first:
+            await store.flush()
+    except OSError as error:
+        raise FlushError(*error.args) from error
+    await store.pwrite(data, offset)
+    try:
+        await store.flush()
+    except OSError as error:
+        raise FlushError(*error.args) from error
 
 
 async def together(calls: Sequence[Callable[[], Awaitable[object]]]) -> None:

@@ -1,4 +1,4 @@
-"""io_uring: reads and writes that wait for a disk without a thread to wait in.
+"""io_uring: reads, writes and flushes that wait for a disk without a thread to wait in.
 
 A thread that works for the event loop takes the interpreter's lock from it twice a call, and wakes it
 at the end; under load that costs more than the disk does. The kernel does it for less: a call is put
@@ -17,19 +17,27 @@ import errno
 import mmap
 import os
 import struct
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
+from typing import cast
 
+import outcome
 import trio
 
-CALLS = 256  # that may be under way
+CALLS = 512  # that may be under way
+LONGEST = 3  # calls that are linked
 KERNEL_THREADS = 512  # that these may block: one dead server must not hold up what others could do
 
 _SETUP, _ENTER, _REGISTER = 425, 426, 427  # system calls; the numbers are the same on all machines
 _SETUP_SUBMIT_ALL, _SETUP_COOP_TASKRUN = 1 << 7, 1 << 8
 _REGISTER_IOWQ_MAX_WORKERS = 19
 _OFFSET_SQES = 0x10000000
-_READ, _WRITE = 22, 23
+_IO_LINK = 1 << 2
+_FSYNC_DATASYNC = 1
+FSYNC, READ, WRITE = 3, 22, 23
+
+Call = tuple[int, int, memoryview | None, int]
+"""FSYNC, READ or WRITE; descriptor; a writable buffer, for READ and WRITE; offset."""
 
 # io_uring_params: entries of both rings, flags; at 40 and 80 the offsets of what is in them.
 _PARAMS_SIZE = 120
@@ -60,7 +68,8 @@ class Ring:
         except BaseException:
             os.close(self._fd)
             raise
-        self._calls: dict[int, tuple[int, Callable[[bool], None], memoryview]] = {}
+        # The calls themselves are kept since the kernel uses their buffers.
+        self._under_way: dict[int, tuple[Sequence[Call], list[int], Callable[[list[int]], None]]] = {}
         self._last_id = 0
 
     def _map(self, parameters: bytearray) -> None:
@@ -88,29 +97,38 @@ class Ring:
     @property
     def has_room(self) -> bool:
         """Whether calls may be made now."""
-        return len(self._calls) < CALLS
+        return len(self._under_way) * LONGEST < CALLS
 
-    def read(self, fd: int, buffer: memoryview, offset: int, done: Callable[[bool], None]) -> None:
-        """preadv(2); `done` is told whether it has filled the buffer. Raises OSError where it cannot begin."""
-        self._submit(_READ, fd, buffer, offset, done)
+    def begin(self, calls: Sequence[Call], done: Callable[[list[int]], None]) -> None:
+        """Do the calls, each after the one before has wholly succeeded.
 
-    def write(self, fd: int, data: memoryview, offset: int, done: Callable[[bool], None]) -> None:
-        """pwrite(2) of a writable buffer; `done` is told whether all was written. Raises as `read`."""
-        self._submit(_WRITE, fd, data, offset, done)
-
-    def _submit(self, opcode: int, fd: int, data: memoryview, offset: int, done: Callable[[bool], None]) -> None:
-        words, tail = self._words, self._words[self._sq_tail]
+        `done` is told their results: how many bytes, or a negative errno; those after a failed or short one are
+        -ECANCELED. Raises OSError where they cannot begin.
+        """
+        words, before = self._words, self._words[self._sq_tail]
         self._last_id += 1
-        size = len(data)
-        place = (tail & self._sq_mask) * _SQE.size
-        _SQE.pack_into(self._sqes, place, opcode, 0, 0, fd, offset, _address(data), size, 0, self._last_id)
-        words[self._sq_tail] = tail + 1 & 0xFFFFFFFF
+        tail, left = before, len(calls)
+        for opcode, fd, data, offset in calls:
+            left -= 1
+            address, length, flags = (0, 0, _FSYNC_DATASYNC) if data is None else (_address(data), len(data), 0)
+            place = (tail & self._sq_mask) * _SQE.size
+            link = _IO_LINK if left else 0
+            _SQE.pack_into(self._sqes, place, opcode, link, 0, fd, offset, address, length, flags, self._last_id)
+            tail = tail + 1 & 0xFFFFFFFF
+        words[self._sq_tail] = tail
         try:
-            _system_call(_ENTER, self._fd, 1, 0, 0, 0, 0)
+            _system_call(_ENTER, self._fd, len(calls), 0, 0, 0, 0)
         except OSError:
-            words[self._sq_tail] = tail
+            words[self._sq_tail] = before
             raise
-        self._calls[self._last_id] = size, done, data  # the kernel uses the data
+        self._under_way[self._last_id] = calls, [], done
+
+    async def do(self, *calls: Call) -> list[int]:
+        """`begin`, and wait for the end. Cannot be cancelled."""
+        await trio.lowlevel.checkpoint_if_cancelled()
+        task = trio.lowlevel.current_task()
+        self.begin(calls, lambda results: trio.lowlevel.reschedule(task, outcome.Value(results)))
+        return cast("list[int]", await trio.lowlevel.wait_task_rescheduled(_not_now))
 
     def reap_now(self) -> None:
         """Tell of those calls that have ended."""
@@ -120,8 +138,11 @@ class Ring:
             user_data, result = _CQE.unpack_from(self._ring, self._cqes + (head & self._cq_mask) * _CQE.size)
             head = head + 1 & 0xFFFFFFFF
             words[self._cq_head] = head
-            size, done, _ = self._calls.pop(user_data)
-            done(result == size)
+            calls, results, done = self._under_way[user_data]
+            results.append(result)
+            if len(results) == len(calls):
+                del self._under_way[user_data]
+                done(results)
 
     async def reap(self) -> None:
         """Tell of calls as they end. Runs for ever."""
@@ -162,6 +183,10 @@ async def use_ring() -> AsyncIterator[bool]:
 
 def _address(buffer: bytearray | memoryview) -> int:
     return ctypes.addressof(ctypes.c_char.from_buffer(buffer))
+
+
+def _not_now(_: Callable[[], None]) -> trio.lowlevel.Abort:
+    return trio.lowlevel.Abort.FAILED
 
 
 def _system_call(number: int, *arguments: int) -> int:

@@ -3,10 +3,10 @@
 pyfuse3, and libfuse under it, answer one request a turn of the event loop, each in a task of its own.
 For opening, listing and the like that is right. For the requests that a disk is made of, READ, WRITE
 and FSYNC, it is most of what they cost. So they are answered here: all that the kernel has queued is
-received in one turn, what needs no waiting is answered at once, without a task, and only the rest is
-handed to one. Everything else goes to libfuse through a socket that stands in the place of its
-descriptor of /dev/fuse, and its answers come back that way. The messages are the kernel's stable
-interface (linux/fuse.h).
+received in one turn, what needs no waiting is answered at once, and what is one call to a store when
+that has ended, both without a task; only the rest is handed to one. Everything else goes to libfuse
+through a socket that stands in the place of its descriptor of /dev/fuse, and its answers come back that
+way. The messages are the kernel's stable interface (linux/fuse.h).
 
 The first exchange, INIT, settles what the two sides can do. libfuse's answer leaves out what matters
 most here, so it is amended:
@@ -27,6 +27,7 @@ import math
 import os
 import socket
 import struct
+import time
 from collections.abc import Awaitable, Callable
 from typing import Protocol
 
@@ -34,10 +35,12 @@ import outcome
 import pyfuse3
 import trio
 
+from fvdfs.alloc import uring
 from fvdfs.alloc.store import Buffer, Done
 from fvdfs.errors import UsageError
 from fvdfs.image import PendingRead
 
+FUSE_SETATTR = 4
 FUSE_READ = 15
 FUSE_WRITE = 16
 FUSE_FSYNC = 20
@@ -47,12 +50,22 @@ FUSE_HANDLE_KILLPRIV_V2 = 1 << 28
 MAX_BACKGROUND = 64
 CONGESTION_THRESHOLD = 48
 
+LINGER = 50_000
+"""Nanoseconds for which a turn goes on looking for requests and results after the last one. It is only done where
+a request has come within twice the time after an answer: then sleeping and being woken would cost more."""
+
 _IN_HEADER = struct.Struct("=IIQQIIIHH")  # len opcode unique nodeid uid gid pid total_extlen padding
 _INIT_IN = struct.Struct("=IIII")  # major minor max_readahead flags
 _INIT_OUT = struct.Struct("=IIIIHHI")  # major minor max_readahead flags max_background congestion_threshold max_write
 _OUT_HEADER = struct.Struct("=IiQ")  # len error unique
 # READ and WRITE without its data, header and all: opcode unique fh offset size. FSYNC has its fh there, too.
 _TRANSFER = struct.Struct("=4xIQ8x16xQQI20x")
+# SETATTR: nodeid, valid, mtime and its nanoseconds.
+_SETATTR = struct.Struct("=16xQ16xI36xQ8x4xI24x")
+_FATTR_FH = 1 << 6
+_FATTR_TIMES = 1 << 5 | 1 << 10  # of the last change of content, and of attributes
+# The answer: timeout s and ns; ino size blocks atime mtime ctime, their ns, mode nlink uid gid rdev blksize.
+_ATTRIBUTES = struct.Struct("=QI4xQQQqqqIIIIIIIII4x")
 _WRITTEN = struct.Struct("=I4x")  # size
 _PER_TURN = 32  # requests that are received before other tasks get their turn
 _IDLE_TASKS = 16
@@ -77,6 +90,9 @@ class Requests(Protocol):
 
     async def write_all(self, fh: int, offset: int, data: Buffer, /) -> None:
         """Write all of the data."""
+
+    def set_mtime(self, inode: int, mtime_ns: int, /) -> pyfuse3.EntryAttributes | None:
+        """Set the time of change, if that is no more than to remember it; the attributes then."""
 
     async def make_stable(self, fh: int, /) -> None:
         """Have what was written survive a power cut."""
@@ -112,6 +128,8 @@ class Device:
         self._payload = self._new_payload()
         self._spare: list[memoryview] = []
         self._idle: list[trio.lowlevel.Task] = []
+        self._answered = 0  # when, ns
+        self._started = False  # whether a task has got work in this turn
         self._begun = 0  # requests that go on without a task
         self._ended: trio.Event | None = None
         self._to_libfuse, self._for_libfuse = trio.open_memory_channel[bytearray](math.inf)
@@ -164,11 +182,9 @@ class Device:
     async def _receive(self) -> None:
         while True:
             await trio.lowlevel.wait_readable(self._kernel)
+            soon = time.perf_counter_ns() - self._answered < 2 * LINGER
             try:
-                for _ in range(_PER_TURN):
-                    self._dispatch(os.readv(self._kernel, (self._head, self._payload)))
-            except BlockingIOError:
-                continue
+                self._take_turn(LINGER if soon else 0)
             except OSError as error:
                 if error.errno == errno.ENODEV:  # unmounted
                     pyfuse3.terminate()
@@ -176,12 +192,35 @@ class Device:
                 if error.errno not in (errno.ENOENT, errno.EINTR):  # a request was taken back
                     raise
 
+    def _take_turn(self, linger: int) -> None:
+        """Take up the requests that are queued, and those that come within `linger` ns after one. Raises OSError."""
+        ring = uring.ring()
+        self._started = False
+        deadline = 0
+        left = _PER_TURN
+        while left:
+            try:
+                length = os.readv(self._kernel, (self._head, self._payload))
+            except BlockingIOError:
+                now = time.perf_counter_ns()
+                deadline = deadline or now + linger
+                if now >= deadline or self._started:
+                    return
+                if ring is not None:
+                    ring.reap_now()
+            else:
+                left -= 1
+                deadline = 0
+                self._dispatch(length)
+
     def _dispatch(self, length: int) -> None:
         opcode, unique, fh, offset, size = _TRANSFER.unpack_from(self._head)
         if opcode == FUSE_READ:
             self._begin_read(unique, fh, offset, size)
         elif opcode == FUSE_WRITE:
             self._begin_write(unique, fh, offset, size)
+        elif opcode == FUSE_SETATTR and self._set_times(unique):
+            pass
         elif opcode == FUSE_FSYNC:
             self._start(functools.partial(self._fsync, unique, fh))
         elif opcode != FUSE_INTERRUPT:  # nothing here can be interrupted
@@ -189,6 +228,7 @@ class Device:
 
     def _start(self, work: _Work) -> None:
         """Have the work done by a task, one that has nothing to do if there is one."""
+        self._started = True
         if self._idle:
             trio.lowlevel.reschedule(self._idle.pop(), outcome.Value(work))
         else:
@@ -275,6 +315,17 @@ class Device:
         else:
             self._answer(unique, 0)
 
+    def _set_times(self, unique: int) -> bool:
+        """Answer a SETATTR of the time of change alone, which the kernel sends before FSYNC; False for another."""
+        inode, valid, mtime, nsec = _SETATTR.unpack_from(self._head + self._payload[: _SETATTR.size])
+        if valid & ~_FATTR_FH != _FATTR_TIMES:
+            return False
+        attributes = self._requests.set_mtime(inode, mtime * 10**9 + nsec)
+        if attributes is None:
+            return False
+        self._answer(unique, 0, _encode(attributes))
+        return True
+
     def _end(self) -> None:
         self._begun -= 1
         if self._ended is not None and not self._begun:
@@ -297,6 +348,7 @@ class Device:
         self._send(_OUT_HEADER.pack(_OUT_HEADER.size + len(data), -error, unique), data)
 
     def _send(self, *parts: Buffer) -> None:
+        self._answered = time.perf_counter_ns()
         try:
             os.writev(self._kernel, parts)
         except OSError as error:
@@ -329,6 +381,31 @@ class Device:
 
 def _given_up(_: Callable[[], None]) -> trio.lowlevel.Abort:
     return trio.lowlevel.Abort.SUCCEEDED
+
+
+def _encode(attributes: pyfuse3.EntryAttributes) -> bytes:
+    atime, mtime, ctime = (
+        divmod(time_ns, 10**9) for time_ns in (attributes.st_atime_ns, attributes.st_mtime_ns, attributes.st_ctime_ns)
+    )
+    return _ATTRIBUTES.pack(
+        int(attributes.attr_timeout),
+        0,
+        attributes.st_ino,
+        attributes.st_size,
+        attributes.st_blocks,
+        atime[0],
+        mtime[0],
+        ctime[0],
+        atime[1],
+        mtime[1],
+        ctime[1],
+        attributes.st_mode,
+        attributes.st_nlink,
+        attributes.st_uid,
+        attributes.st_gid,
+        attributes.st_rdev,
+        attributes.st_blksize,
+    )
 
 
 def amend(request: bytes, answer: bytes) -> bytes:

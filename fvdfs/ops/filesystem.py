@@ -128,7 +128,7 @@ class Filesystem(pyfuse3.Operations):
         entry.st_blksize = 4096
         entry.st_blocks = -(-attributes.usage // 512)
         entry.st_atime_ns = status.st_atime_ns
-        entry.st_mtime_ns = status.st_mtime_ns
+        entry.st_mtime_ns = attributes.mtime_ns
         entry.st_ctime_ns = status.st_ctime_ns
         return entry
 
@@ -185,13 +185,14 @@ class Filesystem(pyfuse3.Operations):
         if fields.update_size:
             await self._truncate(inode, attr.st_size)
         try:
-            await self._set_file_attributes(entry.path, attr, fields)
+            await self._set_file_attributes(entry, attr, fields)
         except FileNotFoundError:
             if entry.image is None:
                 raise  # else: removed while open; nobody will look at it again
         return self._file_attributes(inode, await self.folder.getattr(inode))
 
-    async def _set_file_attributes(self, path: bytes, attr: EntryAttributes, fields: pyfuse3.SetattrFields) -> None:
+    async def _set_file_attributes(self, entry: Entry, attr: EntryAttributes, fields: pyfuse3.SetattrFields) -> None:
+        path = entry.path
         if fields.update_mode:
             await trio.to_thread.run_sync(os.chmod, path, attr.st_mode & 0o777)
         if fields.update_uid or fields.update_gid:
@@ -205,6 +206,7 @@ class Filesystem(pyfuse3.Operations):
                 attr.st_mtime_ns if fields.update_mtime else status.st_mtime_ns,
             )
             await trio.to_thread.run_sync(functools.partial(os.utime, path, ns=times))
+            entry.mtime_ns = None
 
     async def _truncate(self, inode: int, size: int) -> None:
         entry, _ = await self.folder.open(inode, write=True)
@@ -343,6 +345,12 @@ class Filesystem(pyfuse3.Operations):
         except Exception as error:
             raise fuse_error(error, f"{image.name}: write") from error
         self._written.set()
+
+    def set_mtime(self, inode: int, mtime_ns: int, /) -> EntryAttributes | None:
+        """`Folder.set_mtime`, where the kernel is trusted with the time of change."""
+        if not self.enable_writeback_cache or not self.folder.set_mtime(inode, mtime_ns):
+            return None
+        return self._file_attributes(inode, self.folder.entry(inode).attributes)
 
     async def make_stable(self, fh: int, /) -> None:
         """`Image.flush`. Raises FUSEError."""

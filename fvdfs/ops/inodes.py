@@ -62,6 +62,7 @@ class Attributes:
     size: int
     usage: int
     status: os.stat_result
+    mtime_ns: int
 
 
 class Entry:
@@ -83,15 +84,18 @@ class Entry:
         self.last_status: dict[str, Any] = {}
         """What of the status is still true now that the image is closed."""
         self.status = seen.status
+        self.mtime_ns: int | None = None
+        """The time of change that the kernel has told, while the image is open; the file gets it when it is closed."""
         self.cached_as: Signature | None = None
         """How the file was when the kernel last may have cached its content."""
 
     @property
     def attributes(self) -> Attributes:
         """What is known without looking at the file again."""
+        mtime_ns = self.status.st_mtime_ns if self.mtime_ns is None else self.mtime_ns
         if self.image is not None:
-            return Attributes(self.image.size, self.image.usage(), self.status)
-        return Attributes(self.size, self.usage, self.status)
+            return Attributes(self.image.size, self.image.usage(), self.status, mtime_ns)
+        return Attributes(self.size, self.usage, self.status, mtime_ns)
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,6 +177,18 @@ class Folder:
             if entry.image is None:
                 raise
         return entry.attributes
+
+    def set_mtime(self, inode: int, mtime_ns: int) -> bool:
+        """Remember the time of change of an image that is open for writing; False where it is not.
+
+        The kernel tells it before each flush of a file that was written. To have the host's file system keep it each
+        time would cost a commit of its journal, and it changes anyway, by the writes themselves.
+        """
+        entry = self._inodes.get(inode)
+        if entry is None or entry.image is None or not entry.image.writable:
+            return False
+        entry.mtime_ns = mtime_ns
+        return True
 
     def _look_at_all(self, known: dict[bytes, Entry]) -> dict[bytes, _Seen | OSError | ImageError]:
         names = sorted(name for name in os.listdir(self.path) if name.endswith(IMAGE_SUFFIX) and name != IMAGE_SUFFIX)
@@ -414,8 +430,12 @@ class Folder:
             with trio.CancelScope(shield=True):
                 await image.close()
         finally:
+            mtime_ns, entry.mtime_ns = entry.mtime_ns, None
             try:
                 entry.status = os.stat(entry.path)
+                if mtime_ns is not None:
+                    os.utime(entry.path, ns=(entry.status.st_atime_ns, mtime_ns))
+                    entry.status = os.stat(entry.path)
                 entry.cached_as = signature(entry.status)
             except OSError:
                 entry.cached_as = None
