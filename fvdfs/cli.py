@@ -37,6 +37,7 @@ MOUNT_OPTIONS = {
     "record_profile": "record_profile  record what is read first from images that have no profile yet",
     "shrink": "shrink  permit truncating a disk to a smaller size",
     "sync": "sync=none|flush|always  when a write is made durable: some seconds later, at a flush (default), at once",
+    "io_uring": "io_uring=on|off  have the kernel wait for the disk where it can, instead of threads (default: on)",
     "writeback": "writeback=on|off  let the kernel gather writes (default: on)",
     "allow_other": "allow_other  like --allow-other",
     "ro": "ro  like --read-only",
@@ -355,6 +356,7 @@ def _mount(arguments: argparse.Namespace) -> int:
     if folder == os.path.realpath(mountpoint):
         raise UsageError(f"{mountpoint}: the images would be hidden by their own mount; choose another MOUNTPOINT")
     choices = {
+        "io_uring": ("on", "off"),
         "writeback": ("on", "off"),
         "detect_zeroes": ("off", "on", "punch"),
         "sync": ("flush", "none", "always"),
@@ -396,6 +398,7 @@ def _mount(arguments: argparse.Namespace) -> int:
                 ),
                 allow_other=arguments.allow_other or "allow_other" in options,
                 writeback=options.get("writeback", "on") == "on",
+                io_uring=options.get("io_uring", "on") == "on",
                 shrink="shrink" in options,
                 sync=Sync(options.get("sync", "flush")),
                 debug=arguments.debug,

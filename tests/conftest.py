@@ -120,6 +120,16 @@ def wait_for_log(mount: Mount, text: str, timeout: float = 10) -> None:
 
 
 @contextlib.contextmanager
+def loop_device(file: Path) -> Iterator[Path]:
+    """A block device on a file."""
+    device = subprocess.run(["losetup", "-f", "--show", file], check=True, capture_output=True, text=True).stdout
+    try:
+        yield Path(device.strip())
+    finally:
+        subprocess.run(["losetup", "-d", device.strip()], check=True)
+
+
+@contextlib.contextmanager
 def mounted(folder: Path, *options: str) -> Iterator[Mount]:
     """The folder, mounted beside itself; unmounted at the end whatever happens."""
     point = folder.parent / f"{folder.name}.mnt"

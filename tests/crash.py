@@ -41,7 +41,20 @@ from trio.testing import MockClock
 
 import reference
 from builder import IMAGE, KIB, LAYOUTS, Layout, load, read_files
-from fakes import SECTOR, Clock, CrashStore, Disk, DiskWrite, FaultPlan, FaultStore, Killed, MemoryStore, Resize
+from fakes import (
+    SECTOR,
+    Clock,
+    CrashStore,
+    Disk,
+    DiskWrite,
+    FaultPlan,
+    FaultStore,
+    Killed,
+    MemoryStore,
+    Resize,
+    read_as_mounted,
+    write_as_mounted,
+)
 from fvdfs.alloc.growth import GrowCommand
 from fvdfs.alloc.store import Store
 from fvdfs.cow.prefetch import Prefetcher
@@ -437,7 +450,8 @@ class Simulation:
             start = self.clock.tick()
             logged = len(self.disk.writes)
             self.disk.writes.append(DiskWrite(start, NEVER, at, data))
-            await self.image.write(at, data)
+            write = write_as_mounted if start % 2 else Image.write
+            await write(self.image, at, data)
             logged = next(n for n, write in enumerate(self.disk.writes) if write.start == start)
             self.disk.writes[logged] = DiskWrite(start, self.clock.tick(), at, data)
 
@@ -463,7 +477,7 @@ class Simulation:
 
         async def work() -> None:
             start = self.clock.tick()
-            data = await self.image.read(offset, length)
+            data = await read_as_mounted(self.image, offset, length)
             self.disk.check_read(offset, data, start, self.clock.tick())
 
         return work

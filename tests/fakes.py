@@ -12,21 +12,74 @@ All implement the `Store` protocol of `fvdfs.alloc.store`:
 from __future__ import annotations
 
 import errno
+import functools
 import os
 import random
 from collections import Counter
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import trio
 
-from fvdfs.alloc.store import Buffer, Store
+from fvdfs.alloc.store import Buffer, Done, Stepwise, Store
+from fvdfs.image import Image
 
 SECTOR = 512  # a disk writes this much whole or not at all
 READ_ONLY = "a store that is not writable was asked to change"
 
 
-class MemoryStore:
+def soon(call: Callable[[], Awaitable[object]], done: Done) -> bool:
+    """Begin a call that nobody waits for."""
+
+    async def run() -> None:
+        try:
+            await call()
+        except (OSError, Killed):
+            done(False)
+        else:
+            done(True)
+
+    trio.lowlevel.spawn_system_task(run)
+    return True
+
+
+async def write_as_mounted(image: Image, offset: int, data: bytes) -> None:
+    """A write as a mount does it: without a task where that is possible."""
+    ended = trio.Event()
+    well = False
+
+    def done(whole: bool) -> None:
+        nonlocal well
+        well = whole
+        ended.set()
+
+    if image.write_soon(offset, memoryview(bytearray(data)), done):
+        await ended.wait()
+    if not well:
+        await image.write(offset, data)
+
+
+async def read_as_mounted(image: Image, offset: int, length: int) -> bytearray:
+    """A read as a mount does it: without a task where that is possible."""
+    buffer, rest = image.begin_read(offset, length)
+    if rest is None:
+        return buffer
+    ended = trio.Event()
+    well = False
+
+    def done(whole: bool) -> None:
+        nonlocal well
+        well = whole
+        ended.set()
+
+    if rest.soon(done):
+        await ended.wait()
+    if not well:
+        await rest.finish()
+    return buffer
+
+
+class MemoryStore(Stepwise):
     """Bytes in memory. Calls that need not wait do not, unless it is `slow`."""
 
     def __init__(
@@ -92,9 +145,19 @@ class MemoryStore:
         self._read(buffer, offset)
         return True
 
+    def pread_soon(self, buffer: memoryview, offset: int, done: Done) -> bool:
+        return soon(functools.partial(self._pread_exactly, buffer, offset), done)
+
+    async def _pread_exactly(self, buffer: memoryview, offset: int) -> None:
+        if await self.pread(buffer, offset) < len(buffer):
+            raise OSError(errno.EIO, "short read")
+
     async def pread(self, buffer: memoryview, offset: int) -> int:
         await self._wait("pread")
         return self._read(buffer, offset)
+
+    def pwrite_soon(self, data: memoryview, offset: int, done: Done) -> bool:
+        return soon(functools.partial(self.pwrite, data, offset), done)
 
     async def pwrite(self, data: Buffer, offset: int) -> None:
         await self._wait("pwrite")
@@ -333,7 +396,7 @@ class FaultPlan:
         return True
 
 
-class FaultStore:
+class FaultStore(Stepwise):
     """A store over another one, of which the calls of a plan fail."""
 
     def __init__(self, inner: Store, plan: FaultPlan) -> None:
@@ -369,6 +432,9 @@ class FaultStore:
     async def pread(self, buffer: memoryview, offset: int) -> int:
         self._check("pread")
         return await self.inner.pread(buffer, offset)
+
+    def pwrite_soon(self, data: memoryview, offset: int, done: Done) -> bool:
+        return soon(functools.partial(self.pwrite, data, offset), done)
 
     async def pwrite(self, data: Buffer, offset: int) -> None:
         try:

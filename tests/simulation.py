@@ -41,7 +41,7 @@ import trio._core._run
 from trio.testing import MockClock
 
 from builder import IMAGE, KIB, create, load
-from fvdfs.alloc.store import Buffer
+from fvdfs.alloc.store import Buffer, Stepwise
 from fvdfs.cow.contention import Manners, State
 from fvdfs.cow.prefetch import Prefetcher
 from fvdfs.cow.scheduler import DEFAULT_JOBS, Link, Scheduler
@@ -220,7 +220,7 @@ class SimulatedDisk(SimulatedLink):
     """A local disk: a link without a way to it, whose users are seen by the kernel's pressure."""
 
 
-class SimulatedFile:
+class SimulatedFile(Stepwise):
     """A store of a size, of which only the first `kept` bytes are really there; others read as zeros."""
 
     def __init__(

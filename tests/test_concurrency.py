@@ -230,7 +230,7 @@ async def nothing_is_left(image: Image) -> None:
     assert not image._locks
     assert image._writers == 0
     assert image._quiet is None
-    assert not image._waiting_reads
+    assert not image._pending_reads
     assert not image._resizing.locked()
     assert not image.committer._lock.locked()
     if image.fetcher is not None:

@@ -17,7 +17,19 @@ import trio
 
 from builder import KIB, LAYOUTS, Layout, read_files
 from crash import Survivors, open_for_writing, quiet
-from fakes import CALLS, SECTOR, Clock, CrashStore, Disk, DiskWrite, FaultPlan, FaultStore, MemoryStore, Resize
+from fakes import (
+    CALLS,
+    SECTOR,
+    Clock,
+    CrashStore,
+    Disk,
+    DiskWrite,
+    FaultPlan,
+    FaultStore,
+    MemoryStore,
+    Resize,
+    write_as_mounted,
+)
 from fvdfs.alloc.store import Store
 from fvdfs.errors import FvdError
 from fvdfs.image import Image
@@ -54,7 +66,8 @@ class Workload:
         data = self.rng.randbytes(min(length, self.disk.size - offset))
         start = self.clock.tick()
         try:
-            await self.image.write(offset, data)
+            write = write_as_mounted if start % 2 else Image.write
+            await write(self.image, offset, data)
         except OSError as error:
             self.errors.append(error)
             self.disk.writes.append(DiskWrite(start, self.clock.tick(), offset, data, failed=True))

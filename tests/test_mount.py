@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 
 import reference
-from conftest import MIB, Mount, fvdfs, mounted, must, wait_for_end, wait_for_log
+from conftest import MIB, Mount, fvdfs, loop_device, mounted, must, wait_for_end, wait_for_log
 from fvdfs.header import HEADER_SIZE, Header, with_fields
 
 
@@ -46,17 +46,6 @@ def change_header(image: Path, **fields: int | str) -> None:
 
 def names(mount: Mount) -> list[str]:
     return sorted(os.listdir(mount.point))
-
-
-@contextmanager
-def loop_device(file: Path) -> Iterator[Path]:
-    device = Path(
-        subprocess.run(["losetup", "-f", "--show", file], check=True, capture_output=True, text=True).stdout.strip()
-    )
-    try:
-        yield device
-    finally:
-        subprocess.run(["losetup", "-d", device], check=True)
 
 
 # --- what appears -------------------------------------------------------------------------------

@@ -29,7 +29,19 @@ from trio.testing import MockClock
 import reference
 from builder import IMAGE, KIB, LAYOUTS, Layout, load, read_files
 from crash import quiet
-from fakes import SECTOR, Clock, CrashStore, Disk, DiskWrite, FaultPlan, FaultStore, Killed, Resize
+from fakes import (
+    SECTOR,
+    Clock,
+    CrashStore,
+    Disk,
+    DiskWrite,
+    FaultPlan,
+    FaultStore,
+    Killed,
+    Resize,
+    read_as_mounted,
+    write_as_mounted,
+)
 from fvdfs.alloc.store import HostFile, Store
 from fvdfs.cow.prefetch import Prefetcher
 from fvdfs.cow.scheduler import Scheduler
@@ -305,7 +317,8 @@ class Machine(RuleBasedStateMachine):
             data = op.payload[: size - offset]
             at = len(self.disk.writes)
             self.disk.writes.append(DiskWrite(start, 1 << 60, offset, data))
-            await self.image.write(offset, data)
+            write = write_as_mounted if start % 2 else Image.write
+            await write(self.image, offset, data)
             done = DiskWrite(start, self.files.clock.tick(), offset, data)
             at = next(i for i, w in enumerate(self.disk.writes) if w.start == start)
             self.disk.writes[at] = done
@@ -313,7 +326,7 @@ class Machine(RuleBasedStateMachine):
             await self.image.flush()
             self.disk.flushes.append((start, self.files.clock.tick()))
         else:
-            data = bytes(await self.image.read(offset, op.length))
+            data = bytes(await read_as_mounted(self.image, offset, op.length))
             self.disk.check_read(offset, data, start, self.files.clock.tick())
             resize = self.disk.resize
             ends = {self.disk.size} | ({resize.size} if resize else set())

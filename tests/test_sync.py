@@ -1,6 +1,7 @@
 """`-o sync`: when a write of a guest becomes durable. Seen in what a killed mount leaves, and in how often it flushes.
 
-Flushes are counted with strace, which shows each fdatasync of the process that serves the mount.
+Flushes are counted with strace, which shows each fdatasync of the process that serves the mount, where it does them by
+system calls of its own; and by a device, which counts what arrives there.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from pathlib import Path
 import pytest
 
 import reference
-from conftest import MIB, Mount, fvdfs, mounted, must
+from conftest import MIB, Mount, fvdfs, loop_device, mounted, must
 
 BASE = b"base" * (MIB // 4)
 LAYOUTS = {
@@ -87,7 +88,7 @@ def content_of(image: Path) -> bytes:
 def test_always_makes_each_write_durable_before_it_returns(folder: Path, tmp_path: Path, layout: str) -> None:
     image = new_image(folder, layout)
     content = bytearray(BASE + bytes(MIB))
-    with mounted(folder, "-o", "sync=always,accept_unclean") as mount:
+    with mounted(folder, "-o", "sync=always,accept_unclean,io_uring=off") as mount:
         with opened(mount) as disk:
             with counting_flushes(mount.pid, tmp_path / "trace") as flushes:
                 writes = write_here_and_there(disk, content)
@@ -117,7 +118,7 @@ def test_always_keeps_nothing_back_in_the_kernel(folder: Path) -> None:
 def test_none_answers_a_flush_without_a_commit(folder: Path, tmp_path: Path) -> None:
     image = new_image(folder, "cow")
     content = bytearray(BASE + bytes(MIB))
-    with mounted(folder, "-o", "sync=none") as mount:
+    with mounted(folder, "-o", "sync=none,io_uring=off") as mount:
         with opened(mount) as disk:
             with counting_flushes(mount.pid, tmp_path / "trace") as flushes:
                 write_here_and_there(disk, content, flush=True)
@@ -156,7 +157,7 @@ def test_a_kill_under_none_loses_what_was_flushed_and_nothing_else(folder: Path)
 def test_flush_commits_at_a_flush_and_not_before(folder: Path, tmp_path: Path) -> None:
     image = new_image(folder, "cow")
     content = bytearray(BASE + bytes(MIB))
-    with mounted(folder, "-o", "sync=flush,writeback=off") as mount, opened(mount) as disk:
+    with mounted(folder, "-o", "sync=flush,writeback=off,io_uring=off") as mount, opened(mount) as disk:
         with counting_flushes(mount.pid, tmp_path / "trace") as flushes:
             write_here_and_there(disk, content)
             assert flushes() == 0
@@ -165,6 +166,25 @@ def test_flush_commits_at_a_flush_and_not_before(folder: Path, tmp_path: Path) -
             assert flushes() >= 2
         mount.kill()
         assert content_of(image) == content
+
+
+@pytest.mark.parametrize("io_uring", ["on", "off"])
+def test_a_flush_reaches_the_device(folder: Path, tmp_path: Path, io_uring: str) -> None:
+    """Twice for blocks that were in the base: for the data, and for what names it."""
+    (folder / "base.raw").write_bytes(BASE)
+    backing = tmp_path / "device"
+    backing.touch()
+    os.truncate(backing, 32 * MIB)
+    with loop_device(backing) as device:
+        must("create", device, "2M", "--base", folder / "base.raw", "--base-format", "raw", "--block-size", "4K")
+        (folder / "a.fvd").symlink_to(device)
+        flushes = Path("/sys/block", device.name, "stat")
+        with mounted(folder, "-o", f"writeback=off,io_uring={io_uring}") as mount, opened(mount) as disk:
+            for number in range(5):
+                os.pwrite(disk, b"new", number * 64 << 10)
+                before = int(flushes.read_text().split()[15])
+                os.fsync(disk)
+                assert int(flushes.read_text().split()[15]) >= before + 2
 
 
 def test_what_sync_may_be(folder: Path) -> None:

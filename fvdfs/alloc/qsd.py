@@ -63,10 +63,9 @@ from fvdfs.alloc.store import (
     FALLOC_FL_PUNCH_HOLE,
     FALLOC_FL_ZERO_RANGE,
     Buffer,
-    Done,
     HostFile,
+    Stepwise,
     fallocate,
-    log_by_steps,
     open_as_permitted,
 )
 from fvdfs.errors import FormatError, FvdError, ImageBusy, ImageError, Refused, UnsupportedFeature, UsageError
@@ -392,7 +391,7 @@ class _Opened:
     """For locks, and for a look at its header."""
 
 
-class QsdStore:
+class QsdStore(Stepwise):
     """An image in some format of QEMU's, at a path or a URL; see `Store`."""
 
     def __init__(self, image: str, field: str, name: str, file_format: str, access: Access, *, writable: bool) -> None:
@@ -641,12 +640,6 @@ class QsdStore:
     def pread_nowait(self, buffer: memoryview, offset: int) -> bool:
         return False
 
-    def pread_soon(self, buffer: memoryview, offset: int, done: Done) -> bool:
-        return False
-
-    def pwrite_soon(self, data: memoryview, offset: int, done: Done) -> bool:
-        return False
-
     async def pread(self, buffer: memoryview, offset: int) -> int:
         return await self._call(lambda daemon: daemon.export.pread(buffer, offset))
 
@@ -700,9 +693,6 @@ class QsdStore:
             self._told = self._losses
             raise OSError(errno.EIO, f"{self.name}: {PROGRAM} died; what was written and not flushed may be lost")
         self._stable = max(self._stable, upto)
-
-    async def log(self, data: Buffer, offset: int, *, flush_first: bool) -> None:
-        await log_by_steps(self, data, offset, flush_first=flush_first)
 
     async def size(self) -> int:
         async def size(daemon: Daemon) -> int:

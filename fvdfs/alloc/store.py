@@ -409,6 +409,19 @@ async def log_by_steps(store: Store, data: Buffer, offset: int, *, flush_first: 
         raise FlushError(*error.args) from error
 
 
+class Stepwise:
+    """What a store may leave to its other calls."""
+
+    def pread_soon(self, buffer: memoryview, offset: int, done: Done) -> bool:
+        return False
+
+    def pwrite_soon(self, data: memoryview, offset: int, done: Done) -> bool:
+        return False
+
+    async def log(self: Store, data: Buffer, offset: int, *, flush_first: bool) -> None:
+        await log_by_steps(self, data, offset, flush_first=flush_first)
+
+
 async def together(calls: Sequence[Callable[[], Awaitable[object]]]) -> None:
     """Do calls to stores side by side. Raises the first OSError, where nothing else was raised."""
     if len(calls) == 1:

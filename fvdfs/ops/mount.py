@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import logging
 import os
@@ -36,6 +37,7 @@ class MountOptions:
     policy: Policy
     allow_other: bool = False
     writeback: bool = True
+    io_uring: bool = True
     shrink: bool = False
     sync: Sync = Sync.FLUSH
     debug: bool = False
@@ -97,7 +99,7 @@ async def _serve(options: MountOptions, filesystem: Filesystem, device: Device, 
             nursery.start_soon(_stop_on_signal, options.mountpoint, filesystem)
             nursery.start_soon(filesystem.commit_regularly)
             nursery.start_soon(_announce, options.mountpoint, filesystem, ready)
-            async with use_ring():
+            async with use_ring() if options.io_uring else contextlib.nullcontext():
                 await device.serve(pyfuse3.main)
             nursery.cancel_scope.cancel()
     finally:

@@ -10,6 +10,7 @@ Then how many extents the host's file system needs for a disk that a guest has f
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import random
 import re
@@ -20,7 +21,7 @@ from pathlib import Path
 
 import trio
 
-from fvdfs.alloc.store import Buffer, Store
+from fvdfs.alloc.store import Buffer, Store, log_by_steps
 from fvdfs.chain import Policy, load_image, lock_for_writing, open_chain, open_image
 from fvdfs.create import create_image
 from fvdfs.header import CreateOptions
@@ -56,6 +57,9 @@ class CountingStore:
         self.resize = inner.resize
         self.usage = inner.usage
         self.aclose = inner.aclose
+        self.log = functools.partial(log_by_steps, self)
+        self.pread_soon = inner.pread_soon
+        self.pwrite_soon = inner.pwrite_soon
 
     def pread_nowait(self, buffer: memoryview, offset: int) -> bool:
         done = self.inner.pread_nowait(buffer, offset)
