@@ -40,9 +40,11 @@ Done = Callable[[bool], None]
 
 # Threads of each store, so that a slow one keeps only its own busy.
 READERS = 8
+COLD = 16  # about so many reads were not in the page cache; the next ones will not be either
 READ_BATCH = 4
 WAITERS = 4
 
+LONG_WRITE = 512 << 10  # bytes; such writes are sent on to the disk at once, so that a flush has less to wait for
 RING_SIZE = 256 << 10  # bytes; larger calls have a thread copy them, so that the event loop need not
 
 
@@ -127,6 +129,7 @@ _OFD_SETLK = getattr(fcntl, "F_OFD_SETLK", 37)
 FALLOC_FL_KEEP_SIZE = 0x01
 FALLOC_FL_PUNCH_HOLE = 0x02
 FALLOC_FL_ZERO_RANGE = 0x10
+SYNC_FILE_RANGE_WRITE = 0x02  # send what is not on its way yet
 SYNC_FILE_RANGE_ALL = 0x07  # wait for what is on its way, send the rest, wait for that
 _ZEROS = bytes(1 << 20)
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -154,6 +157,8 @@ class HostFile:
         mode = os.fstat(fd).st_mode
         self.fixed_size = stat.S_ISBLK(mode)
         self._claim = -1
+        self._misses = 0  # of the last reads, so to speak: those that the page cache did not have
+        self._untried = 0
         # Writes to a file wait for one another anyway; what waits for the disk must not hold them up.
         self._writer = Worker("write")
         self._reader = Worker("read", threads=READERS, batch=READ_BATCH)
@@ -207,23 +212,40 @@ class HostFile:
             ) from None
 
     def pread_nowait(self, buffer: memoryview, offset: int) -> bool:
-        if offset + len(buffer) > MAX_FILE_SIZE:
+        if offset + len(buffer) > MAX_FILE_SIZE or self._is_cold():
             return False
         try:
-            return os.preadv(self._fd, [buffer], offset, os.RWF_NOWAIT) == len(buffer)
+            if os.preadv(self._fd, [buffer], offset, os.RWF_NOWAIT) == len(buffer):
+                self._misses = max(0, self._misses - COLD // 2)
+                return True
         except BlockingIOError:
-            return False
+            pass
         except OSError as error:
             if error.errno != errno.EOPNOTSUPP:
                 raise
+        self._misses = min(self._misses + 1, 2 * COLD)
+        return False
+
+    def _is_cold(self) -> bool:
+        """Whether to try without waiting would be in vain, going by the last reads, and cost what is scarce.
+
+        Even a try that fails costs the event loop what it takes to send the disk a request.
+        """
+        if self._misses < COLD:
             return False
+        ring = uring.ring()
+        if ring is None or not ring.is_busy:
+            return False
+        self._untried += 1
+        return self._untried % COLD != 0
 
     def pread_soon(self, buffer: memoryview, offset: int, done: Done) -> bool:
         ring = self._ring(buffer, offset)
         if ring is None:
             return False
         size = len(buffer)
-        ring.begin(((uring.READ, self._fd, buffer, offset),), lambda results: done(results[0] == size))
+        how = uring.READ_ASIDE if self._misses >= COLD and ring.is_busy else uring.READ
+        ring.begin(((how, self._fd, buffer, offset),), lambda results: done(results[0] == size))
         return True
 
     def _ring(self, buffer: memoryview, offset: int) -> uring.Ring | None:
@@ -231,6 +253,11 @@ class HostFile:
         return uring.ring() if len(buffer) <= RING_SIZE and offset + len(buffer) <= MAX_FILE_SIZE else None
 
     async def pread(self, buffer: memoryview, offset: int) -> int:
+        ring = self._ring(buffer, offset)
+        if ring is not None:
+            (result,) = await ring.do((uring.READ, self._fd, buffer, offset))
+            if result == len(buffer):
+                return result
         return await self._reader.run(lambda: self.pread_now(buffer, offset))
 
     def pread_now(self, buffer: memoryview, offset: int) -> int:
@@ -265,12 +292,14 @@ class HostFile:
             if count == 0:
                 raise OSError(errno.EIO, f"{self.name}: nothing was written at {offset + done}")
             done += count
+        if len(view) >= LONG_WRITE:
+            self._sync_range(offset, len(view), SYNC_FILE_RANGE_WRITE)
 
     async def write_out(self, offset: int, length: int) -> None:
-        await self._waiter.run(lambda: self._write_out(offset, length))
+        await self._waiter.run(lambda: self._sync_range(offset, length, SYNC_FILE_RANGE_ALL))
 
-    def _write_out(self, offset: int, length: int) -> None:
-        _libc.sync_file_range(self._fd, ctypes.c_int64(offset), ctypes.c_int64(length), SYNC_FILE_RANGE_ALL)
+    def _sync_range(self, offset: int, length: int, how: int) -> None:
+        _libc.sync_file_range(self._fd, ctypes.c_int64(offset), ctypes.c_int64(length), how)
 
     async def zero(self, offset: int, length: int) -> None:
         await self._waiter.run(lambda: self.zero_now(offset, length))

@@ -25,6 +25,7 @@ import outcome
 import trio
 
 CALLS = 512  # that may be under way
+BUSY = 2
 LONGEST = 3  # calls that are linked
 KERNEL_THREADS = 512  # that these may block: one dead server must not hold up what others could do
 
@@ -35,9 +36,10 @@ _OFFSET_SQES = 0x10000000
 _IO_LINK = 1 << 2
 _FSYNC_DATASYNC = 1
 FSYNC, READ, WRITE = 3, 22, 23
+READ_ASIDE = READ | 1 << 4 << 8  # by a thread of the kernel from the begin
 
 Call = tuple[int, int, memoryview | None, int]
-"""FSYNC, READ or WRITE; descriptor; a writable buffer, for READ and WRITE; offset."""
+"""FSYNC, READ, READ_ASIDE or WRITE; descriptor; a writable buffer, for READ and WRITE; offset."""
 
 # io_uring_params: entries of both rings, flags; at 40 and 80 the offsets of what is in them.
 _PARAMS_SIZE = 120
@@ -95,6 +97,11 @@ class Ring:
         os.close(self._fd)
 
     @property
+    def is_busy(self) -> bool:
+        """Whether so much is under way that the time of the event loop counts more than that of one call."""
+        return len(self._under_way) >= BUSY
+
+    @property
     def has_room(self) -> bool:
         """Whether calls may be made now."""
         return len(self._under_way) * LONGEST < CALLS
@@ -112,8 +119,8 @@ class Ring:
             left -= 1
             address, length, flags = (0, 0, _FSYNC_DATASYNC) if data is None else (_address(data), len(data), 0)
             place = (tail & self._sq_mask) * _SQE.size
-            link = _IO_LINK if left else 0
-            _SQE.pack_into(self._sqes, place, opcode, link, 0, fd, offset, address, length, flags, self._last_id)
+            how = opcode >> 8 | (_IO_LINK if left else 0)
+            _SQE.pack_into(self._sqes, place, opcode & 0xFF, how, 0, fd, offset, address, length, flags, self._last_id)
             tail = tail + 1 & 0xFFFFFFFF
         words[self._sq_tail] = tail
         try:

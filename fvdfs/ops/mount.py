@@ -25,6 +25,7 @@ from fvdfs.ops.inodes import Folder
 log = logging.getLogger(__name__)
 
 READ_AHEAD_KIB = 4096
+MAX_DIRTY_PERCENT = 40  # of what the kernel lets wait to be written, which is little else, so that writers wait for us
 GC_THRESHOLDS = (20_000, 50, 100)  # a request leaves little to be collected; the default looks every 700 objects
 
 
@@ -120,18 +121,19 @@ async def _announce(mountpoint: str, filesystem: Filesystem, ready: Callable[[],
     """Say that the mount is ready, once the kernel and we have agreed on how to talk."""
     await filesystem.folder.scan()
     device = await trio.to_thread.run_sync(lambda: os.stat(mountpoint).st_dev)
-    _raise_read_ahead(device)
+    _raise_limits(device)
     ready()
 
 
-def _raise_read_ahead(device: int) -> None:
-    """Let the kernel read ahead as far as pays with a file system that answers in user space."""
-    path = f"/sys/class/bdi/{os.major(device)}:{os.minor(device)}/read_ahead_kb"
-    try:
-        with open(path, "w", encoding="ascii") as file:
-            file.write(str(READ_AHEAD_KIB))
-    except OSError as error:
-        log.info("%s stays as it is (%s): sequential reads will be slower", path, error.strerror)
+def _raise_limits(device: int) -> None:
+    """Let the kernel read ahead, and gather writes, as far as pays with a file system that answers in user space."""
+    folder = f"/sys/class/bdi/{os.major(device)}:{os.minor(device)}"
+    for name, value in (("read_ahead_kb", READ_AHEAD_KIB), ("max_ratio", MAX_DIRTY_PERCENT)):
+        try:
+            with open(f"{folder}/{name}", "w", encoding="ascii") as file:
+                file.write(str(value))
+        except OSError as error:
+            log.info("%s/%s stays as it is (%s): long transfers will be slower", folder, name, error.strerror)
 
 
 async def _stop_on_signal(mountpoint: str, filesystem: Filesystem) -> None:

@@ -1,0 +1,247 @@
+"""The ring on real files; what it cannot do is left to threads."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TypeVar
+
+import pytest
+import trio
+from trio.testing import wait_all_tasks_blocked
+
+from fvdfs.alloc import uring
+from fvdfs.alloc.store import COLD, RING_SIZE, FlushError, HostFile, open_path
+
+T = TypeVar("T")
+
+CONTENT = os.urandom(1 << 20)
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Iterator[HostFile]:
+    path = tmp_path / "file"
+    path.write_bytes(CONTENT)
+    store = open_path(str(path), writable=True)
+    yield store
+    store.close()
+
+
+@pytest.fixture(autouse=True)
+def _available() -> None:
+    try:
+        uring.Ring().close()
+    except OSError as error:
+        pytest.skip(f"no io_uring here: {error}")
+
+
+class Told(list[T]):
+    """What callbacks were told."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._more = trio.Event()
+
+    def tell(self, what: T) -> None:
+        self.append(what)
+        self._more.set()
+        self._more = trio.Event()
+
+    async def wait(self, count: int) -> None:
+        with trio.fail_after(10):
+            while len(self) < count:
+                await self._more.wait()
+
+
+def drop_from_cache(file: HostFile) -> None:
+    os.fsync(file._fd)
+    os.posix_fadvise(file._fd, 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+async def test_calls_of_many_tasks_go_where_they_belong(file: HostFile) -> None:
+    """So many that both rings go round several times."""
+    fd = file._fd
+
+    async def write_and_read(ring: uring.Ring, number: int) -> None:
+        data = bytearray(number.to_bytes(4, "big") * 128)
+        offset = number * 512
+        assert await ring.do((uring.WRITE, fd, memoryview(data), offset)) == [512]
+        back = bytearray(512)
+        assert await ring.do((uring.READ, fd, memoryview(back), offset)) == [512]
+        assert back == data
+
+    async with uring.use_ring():
+        ring = uring.ring()
+        assert ring is not None
+        for start in range(0, 2000, 100):
+            async with trio.open_nursery() as nursery:
+                for number in range(start, start + 100):
+                    nursery.start_soon(write_and_read, ring, number)
+    assert uring.ring() is None
+
+
+async def test_linked_calls_are_done_in_order_and_end_with_the_first_that_fails(file: HostFile) -> None:
+    fd = file._fd
+    flush = (uring.FSYNC, fd, None, 0)
+    async with uring.use_ring():
+        ring = uring.ring()
+        assert ring is not None
+        data = memoryview(bytearray(b"new" * 100))
+        assert await ring.do(flush, (uring.WRITE, fd, data, 0), flush) == [0, 300, 0]
+        assert os.pread(fd, 300, 0) == data
+        read_only = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY)
+        try:
+            results = await ring.do(flush, (uring.WRITE, read_only, data, 1000), flush)
+        finally:
+            os.close(read_only)
+        assert results == [0, -errno.EBADF, -errno.ECANCELED]
+        past_the_end = memoryview(bytearray(512))
+        results = await ring.do((uring.READ, fd, past_the_end, len(CONTENT) - 100), flush)
+        assert results == [100, -errno.ECANCELED]
+
+
+async def test_what_has_begun_is_waited_for_though_cancelled(file: HostFile) -> None:
+    read, write = os.pipe()
+    buffer = bytearray(1)
+    async with uring.use_ring(), trio.open_nursery() as nursery:
+        ring = uring.ring()
+        assert ring is not None
+
+        async def read_pipe() -> None:
+            assert await ring.do((uring.READ, read, memoryview(buffer), 0)) == [1]
+
+        nursery.start_soon(read_pipe)
+        await wait_all_tasks_blocked()
+        nursery.cancel_scope.cancel()
+        with trio.CancelScope(shield=True):
+            await trio.sleep(0.01)
+            assert nursery.child_tasks
+            os.write(write, b"x")
+    assert buffer == b"x"
+    os.close(read)
+    os.close(write)
+
+
+async def test_a_full_ring_is_not_used() -> None:
+    read, write = os.pipe()
+    ended = Told[list[int]]()
+    async with uring.use_ring():
+        buffers = [bytearray(1) for _ in range(uring.CALLS)]
+        begun = 0
+        while (ring := uring.ring()) is not None:
+            ring.begin(((uring.READ, read, memoryview(buffers[begun]), 0),), ended.tell)
+            begun += 1
+        assert begun >= uring.CALLS // uring.LONGEST
+        os.write(write, bytes(begun))
+        await ended.wait(begun)
+        assert uring.ring() is not None
+    assert ended == [[1]] * begun
+    os.close(read)
+    os.close(write)
+
+
+async def test_reads_and_writes_of_a_file_without_a_task(file: HostFile) -> None:
+    told = Told[bool]()
+    async with uring.use_ring():
+        buffer, short, data = bytearray(4096), bytearray(4096), bytearray(b"w" * 4096)
+        drop_from_cache(file)
+        assert file.pread_soon(memoryview(buffer), 8192, told.tell)
+        assert file.pwrite_soon(memoryview(data), 65536, told.tell)
+        assert told == [], "only later"
+        await told.wait(2)
+        assert told == [True, True]
+        assert buffer == CONTENT[8192:12288]
+        assert os.pread(file._fd, 4096, 65536) == data
+        assert file.pread_soon(memoryview(short), len(CONTENT) - 1, told.tell)
+        await told.wait(3)
+        assert told[2] is False, "the file ends before"
+        large = memoryview(bytearray(RING_SIZE + 1))
+        assert not file.pread_soon(large, 0, told.tell)
+        assert not file.pwrite_soon(large, 0, told.tell)
+    assert not file.pread_soon(memoryview(buffer), 0, told.tell)
+
+
+async def test_reads_in_and_past_a_file(file: HostFile) -> None:
+    async with uring.use_ring():
+        for offset, length in ((0, 100), (4000, 10000), (len(CONTENT) - 10, 100), (len(CONTENT) + 5, 7), (0, 1 << 20)):
+            buffer = bytearray(length)
+            expected = CONTENT[offset : offset + length]
+            assert await file.pread(memoryview(buffer), offset) == len(expected)
+            assert buffer[: len(expected)] == expected
+
+
+async def test_a_cold_file_is_tried_less_often_while_much_is_under_way(file: HostFile) -> None:
+    """And a warm one again."""
+    buffer = memoryview(bytearray(4096))
+    read, write = os.pipe()
+    async with uring.use_ring():
+        ring = uring.ring()
+        assert ring is not None
+        for number in range(COLD):
+            drop_from_cache(file)
+            assert not file.pread_nowait(buffer, number * 8192)
+        assert file.pread_now(buffer, 0) == 4096
+        assert file.pread_nowait(buffer, 0), "nothing else is under way"
+        for _ in range(COLD):
+            drop_from_cache(file)
+            file.pread_nowait(buffer, 0)
+        waiting = [bytearray(1) for _ in range(uring.BUSY)]
+        for each in waiting:
+            ring.begin(((uring.READ, read, memoryview(each), 0),), lambda results: None)
+        assert file.pread_now(buffer, 0) == 4096
+        tries = [file.pread_nowait(buffer, 0) for _ in range(10 * COLD)]
+        assert not tries[0]
+        assert all(tries[-COLD:])
+        os.write(write, bytes(len(waiting)))
+        await trio.sleep(0.05)
+    os.close(read)
+    os.close(write)
+
+
+@pytest.mark.parametrize("with_ring", [True, False])
+async def test_a_journal_record_between_flushes(file: HostFile, with_ring: bool) -> None:
+    if not with_ring:
+        await file.log(b"record", 4096, flush_first=True)
+        assert os.pread(file._fd, 6, 4096) == b"record"
+        return
+    async with uring.use_ring():
+        await file.log(b"record", 4096, flush_first=False)
+        await file.log(b"second", 4102, flush_first=True)
+        assert os.pread(file._fd, 12, 4096) == b"recordsecond"
+
+
+@pytest.mark.parametrize("with_ring", [True, False])
+async def test_which_step_of_a_journal_record_failed(tmp_path: Path, with_ring: bool) -> None:
+    read, write = os.pipe()  # cannot be flushed
+    (tmp_path / "file").touch()
+    read_only = open_path(str(tmp_path / "file"), writable=False)
+    pipe = HostFile(write, "pipe", writable=True)
+
+    async def fail() -> None:
+        with pytest.raises(FlushError):
+            await pipe.log(b"record", 0, flush_first=True)
+        with pytest.raises(OSError) as caught:
+            await read_only.log(b"record", 0, flush_first=True)
+        assert not isinstance(caught.value, FlushError)
+        assert caught.value.errno == errno.EBADF
+
+    if with_ring:
+        async with uring.use_ring():
+            await fail()
+    else:
+        await fail()
+    pipe.close()
+    read_only.close()
+    os.close(read)
+
+
+async def test_no_ring_where_the_kernel_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(number: int, *arguments: int) -> int:
+        raise OSError(errno.EPERM, "forbidden")
+
+    monkeypatch.setattr(uring, "_system_call", refuse)
+    async with uring.use_ring() as there:
+        assert not there
+        assert uring.ring() is None
