@@ -93,13 +93,14 @@ class _OwnData:
 
 
 class PendingRead:
-    """The part of a read that has to wait."""
+    """The part of a read that has to wait. Whoever gets one has to see it to its end."""
 
-    def __init__(self, todo: _Todo, under_way: set[PendingRead]) -> None:
-        """While anything of it is done, it is one of those `under_way`."""
+    def __init__(self, todo: _Todo, pending: set[PendingRead]) -> None:
+        """Until its end it is one of those `pending`."""
         self._todo = todo
-        self._under_way = under_way
+        self._pending = pending
         self._ended: trio.Event | None = None
+        pending.add(self)
 
     def soon(self, done: Done) -> bool:
         """Do it without a task, where one call to a store is all that there is to do.
@@ -112,29 +113,26 @@ class PendingRead:
         reader, view, offset = self._todo[0]
 
         def ended(whole: bool) -> None:
-            self._end()
+            if whole:
+                self._end()
             done(whole)
 
-        if not reader.pread_soon(view, offset, ended):
-            return False
-        self._under_way.add(self)
-        return True
+        return reader.pread_soon(view, offset, ended)
 
     async def finish(self) -> None:
         """Fill what is missing. Raises OSError."""
-        self._under_way.add(self)
         try:
             await together([functools.partial(_fill, *read) for read in self._todo])
         finally:
             self._end()
 
     def _end(self) -> None:
-        self._under_way.remove(self)
+        self._pending.remove(self)
         if self._ended is not None:
             self._ended.set()
 
     async def wait(self) -> None:
-        """Wait until it is no longer under way."""
+        """Wait for its end."""
         if self._ended is None:
             self._ended = trio.Event()
         await self._ended.wait()

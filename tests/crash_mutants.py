@@ -28,11 +28,12 @@ from typing import Any
 
 from crash import SCENARIOS, SUBJECTS, Counts, Effort, Simulation, quiet
 
-MODULES = ("fvdfs.commit", "fvdfs.image", "fvdfs.alloc.chunked", "fvdfs.alloc.flat", "fvdfs.chain")
+MODULES = ("fvdfs.alloc.store", "fvdfs.commit", "fvdfs.image", "fvdfs.alloc.chunked", "fvdfs.alloc.flat", "fvdfs.chain")
 FLUSHES = {"flush", "_flush"}
+OF_STORE = {"log_by_steps", "Stepwise.log"}  # what else that module has is not simulated
 REPORTS = {"mark_committed", "pages_written", "data_written", "blocks_stored", "chunks_allocated"}
 DURABLE = FLUSHES | {
-    *("pwrite", "pwrite_pages", "zero", "resize"),
+    *("pwrite", "pwrite_pages", "zero", "resize", "log"),
     *("_append", "_write_pages", "_write_header", "_commit", "commit", "checkpoint", "recover"),
     *("_clear_journal", "clear_journal", "change_header", "restore_header", "_shrink_header", "_settle"),
     *("finish_base", "finish", "write_profile", "_write_profile", "close"),
@@ -126,6 +127,12 @@ def _changes(function: ast.AST) -> Iterator[str]:
             yield f"swapped {_short(block[b])} | {_short(block[a])}"
             block[a], block[b] = block[b], block[a]
 
+    for node in ast.walk(function):
+        if isinstance(node, ast.keyword) and node.arg == "flush_first" and not isinstance(node.value, ast.Constant):
+            what, node.value = node.value, ast.copy_location(ast.Constant(False), node.value)
+            yield f"without flush_first={ast.unparse(what)}"
+            node.value = what
+
 
 def _code(code: CodeType, name: str) -> CodeType:
     """The code of the function of that name inside the code of a module."""
@@ -161,6 +168,8 @@ def mutants() -> Iterator[Mutant]:
             if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                 continue
             function = prefix + node.name
+            if module_name == "fvdfs.alloc.store" and function not in OF_STORE:
+                continue
             for change in _changes(node):
                 name = f"{module_name.removeprefix('fvdfs.')}: {function.rpartition('.')[2]}: {change}"
                 names[name] += 1

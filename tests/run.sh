@@ -11,4 +11,4 @@ PATH=$venv/bin:$PATH
 ruff check .
 ruff format --check .
 mypy fvdfs tests
-exec python -m pytest -n auto --dist loadscope "$@"
+exec python -m pytest -n auto --dist loadscope --no-loadscope-reorder "$@"

@@ -21,6 +21,7 @@ import pytest
 import reference
 from conftest import MIB, Mount, fvdfs, loop_device, mounted, must, wait_for_end, wait_for_log
 from fvdfs.header import HEADER_SIZE, Header, with_fields
+from fvdfs.ops.filesystem import COMMIT_INTERVAL
 
 
 def write_at(path: Path, offset: int, data: bytes, *, sync: bool = True) -> None:
@@ -70,6 +71,28 @@ def test_a_raw_file_has_the_attributes_of_its_image(folder: Path) -> None:
         os.utime(mount.raw("a"), (3_000_000, 4_000_000))
         assert image.stat().st_mode & 0o7777 == 0o600
         assert image.stat().st_mtime == 4_000_000
+
+
+def test_the_time_of_a_change_is_kept(folder: Path) -> None:
+    """The kernel tells it before each flush; it need not be stored before the file is closed."""
+    must("create", folder / "a.fvd", "1M")
+    with mounted(folder) as mount:
+        raw = mount.raw("a")
+        with open(raw, "r+b", buffering=0) as file:
+            file.write(b"first")
+            os.fsync(file)
+            changed = os.fstat(file.fileno()).st_mtime_ns
+            time.sleep(0.05)
+        assert raw.stat().st_mtime_ns == changed
+        mount.remount()
+        assert raw.stat().st_mtime_ns == changed
+        with open(raw, "r+b", buffering=0) as file:
+            file.write(b"second")
+            os.fsync(file)
+            os.utime(raw, ns=(3_000_000_001, 4_000_000_005))
+        assert (folder / "a.fvd").stat().st_mtime_ns == 4_000_000_005
+        mount.remount()
+        assert raw.stat().st_mtime_ns == 4_000_000_005
 
 
 def test_only_images_appear_and_a_damaged_one_is_in_the_log(folder: Path) -> None:
@@ -186,12 +209,31 @@ def test_direct_and_buffered_readers_see_the_same(folder: Path) -> None:
         assert read_at(raw, 8192, 4096) == b"d" * 4096
 
 
-def test_read_ahead_is_raised(folder: Path) -> None:
+def test_limits_of_the_kernel_are_raised(folder: Path) -> None:
     must("create", folder / "a.fvd", "1M")
     with mounted(folder) as mount:
         device = os.stat(mount.point).st_dev
-        path = Path(f"/sys/class/bdi/{os.major(device)}:{os.minor(device)}/read_ahead_kb")
-        assert int(path.read_text()) == 4096
+        path = Path(f"/sys/class/bdi/{os.major(device)}:{os.minor(device)}")
+        assert int((path / "read_ahead_kb").read_text()) == 4096
+        assert int((path / "max_ratio").read_text()) == 40
+
+
+def test_an_idle_mount_sleeps(folder: Path) -> None:
+    """Also with an image open that was written."""
+    must("create", folder / "a.fvd", "1M")
+    with mounted(folder) as mount, open(mount.raw("a"), "r+b", buffering=0) as file:
+        file.write(b"x")
+        os.fsync(file)
+        time.sleep(COMMIT_INTERVAL + 1)
+
+        def turns() -> list[str]:
+            tasks = sorted(Path(f"/proc/{mount.pid}/task").glob("*/status"))
+            return [line for task in tasks for line in task.read_text().splitlines() if "ctxt_switches" in line]
+
+        before = turns()
+        assert len(before) >= 2
+        time.sleep(2)
+        assert turns() == before
 
 
 # --- who may open what --------------------------------------------------------------------------

@@ -17,6 +17,7 @@ import pytest
 
 import reference
 from conftest import MIB, fvdfs, mounted, must, wait_for_log
+from fvdfs.alloc.store import open_path
 from guest import boot, build_initrd
 from guest import run as run_program
 
@@ -107,6 +108,23 @@ def test_nothing_of_a_former_owner_shows(folder: Path, tmp_path: Path, layout: s
         assert OLD[:16] not in raw_content(image)
         assert raw_content(image) == content
         assert reference.check(image) == []
+
+
+async def test_a_device_is_zeroed_beside_what_is_still_in_memory(tmp_path: Path) -> None:
+    """The kernel refuses to give up a page of a claimed device that is not on the disk yet."""
+    with device(tmp_path / "disk.img", MIB) as disk:
+        store = open_path(str(disk.path), writable=True)
+        store.claim_device()
+        await store.pwrite(b"kept" * 150, 4000)
+        await store.zero(4608, 8192)
+        found = bytearray(16384)
+        await store.pread(memoryview(found), 0)
+        await store.aclose()
+    old = (OLD * 1000)[:16384]
+    assert found[4000:4600] == b"kept" * 150
+    assert found[:4000] == old[:4000]
+    assert found[4608:12800] == bytes(8192)
+    assert found[12800:] == old[12800:]
 
 
 def raw_content(image: Path) -> bytes:

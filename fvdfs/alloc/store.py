@@ -139,7 +139,8 @@ def fallocate(fd: int, mode: int, offset: int, length: int) -> bool:
     """fallocate(2), which Python has without its modes; False where the file cannot do it. Raises OSError."""
     while _libc.fallocate(fd, mode, ctypes.c_int64(offset), ctypes.c_int64(length)):
         code = ctypes.get_errno()
-        if code in (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.ENODEV):
+        # EBUSY: a device that is claimed by another descriptor, ours, and has unwritten data there in memory.
+        if code in (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.ENODEV, errno.EBUSY):
             return False
         if code != errno.EINTR:
             raise OSError(code, os.strerror(code))
@@ -245,8 +246,7 @@ class HostFile:
             return False
         size = len(buffer)
         how = uring.READ_ASIDE if self._misses >= COLD and ring.is_busy else uring.READ
-        ring.begin(((how, self._fd, buffer, offset),), lambda results: done(results[0] == size))
-        return True
+        return ring.begin(((how, self._fd, buffer, offset),), lambda results: done(results[0] == size))
 
     def _ring(self, buffer: memoryview, offset: int) -> uring.Ring | None:
         """The ring, where it is there, and better for this call than a thread."""
@@ -254,10 +254,8 @@ class HostFile:
 
     async def pread(self, buffer: memoryview, offset: int) -> int:
         ring = self._ring(buffer, offset)
-        if ring is not None:
-            (result,) = await ring.do((uring.READ, self._fd, buffer, offset))
-            if result == len(buffer):
-                return result
+        if ring is not None and await ring.do((uring.READ, self._fd, buffer, offset)) == [len(buffer)]:
+            return len(buffer)
         return await self._reader.run(lambda: self.pread_now(buffer, offset))
 
     def pread_now(self, buffer: memoryview, offset: int) -> int:
@@ -277,8 +275,7 @@ class HostFile:
         if ring is None:
             return False
         size = len(data)
-        ring.begin(((uring.WRITE, self._fd, data, offset),), lambda results: done(results[0] == size))
-        return True
+        return ring.begin(((uring.WRITE, self._fd, data, offset),), lambda results: done(results[0] == size))
 
     async def pwrite(self, data: Buffer, offset: int) -> None:
         await self._writer.run(lambda: self.pwrite_now(data, offset))
@@ -330,22 +327,22 @@ class HostFile:
 
     async def flush(self) -> None:
         ring = uring.ring()
-        if ring is None:
+        results = await ring.do((uring.FSYNC, self._fd, None, 0)) if ring is not None else None
+        if results is None:
             await self._waiter.run(lambda: os.fdatasync(self._fd))
-            return
-        (result,) = await ring.do((uring.FSYNC, self._fd, None, 0))
-        if result < 0:
-            raise OSError(-result, os.strerror(-result))
+        elif results[0] < 0:
+            raise OSError(-results[0], os.strerror(-results[0]))
 
     async def log(self, data: Buffer, offset: int, *, flush_first: bool) -> None:
-        ring = uring.ring()
-        if ring is None:
-            await log_by_steps(self, data, offset, flush_first=flush_first)
-            return
         flush = (uring.FSYNC, self._fd, None, 0)
         write = (uring.WRITE, self._fd, memoryview(bytearray(data)), offset)
         calls = (flush, write, flush) if flush_first else (write, flush)
-        for call, result in zip(calls, await ring.do(*calls), strict=True):
+        ring = uring.ring()
+        results = await ring.do(*calls) if ring is not None else None
+        if results is None:
+            await log_by_steps(self, data, offset, flush_first=flush_first)
+            return
+        for call, result in zip(calls, results, strict=True):
             if call is flush and result < 0:
                 raise FlushError(-result, os.strerror(-result))
             if call is write and result < len(data):

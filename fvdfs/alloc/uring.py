@@ -106,11 +106,11 @@ class Ring:
         """Whether calls may be made now."""
         return len(self._under_way) * LONGEST < CALLS
 
-    def begin(self, calls: Sequence[Call], done: Callable[[list[int]], None]) -> None:
-        """Do the calls, each after the one before has wholly succeeded.
+    def begin(self, calls: Sequence[Call], done: Callable[[list[int]], None]) -> bool:
+        """Do the calls, each after the one before has wholly succeeded; False where the kernel takes none now.
 
         `done` is told their results: how many bytes, or a negative errno; those after a failed or short one are
-        -ECANCELED. Raises OSError where they cannot begin.
+        -ECANCELED.
         """
         words, before = self._words, self._words[self._sq_tail]
         self._last_id += 1
@@ -123,18 +123,25 @@ class Ring:
             _SQE.pack_into(self._sqes, place, opcode & 0xFF, how, 0, fd, offset, address, length, flags, self._last_id)
             tail = tail + 1 & 0xFFFFFFFF
         words[self._sq_tail] = tail
-        try:
-            _system_call(_ENTER, self._fd, len(calls), 0, 0, 0, 0)
-        except OSError:
-            words[self._sq_tail] = before
-            raise
+        left = len(calls)
+        while left:
+            try:
+                left -= _system_call(_ENTER, self._fd, left, 0, 0, 0, 0)
+            except OSError as error:
+                if error.errno not in (errno.EAGAIN, errno.EBUSY, errno.ENOMEM):
+                    raise
+                if left == len(calls):
+                    words[self._sq_tail] = before
+                    return False
         self._under_way[self._last_id] = calls, [], done
+        return True
 
-    async def do(self, *calls: Call) -> list[int]:
-        """`begin`, and wait for the end. Cannot be cancelled."""
+    async def do(self, *calls: Call) -> list[int] | None:
+        """`begin`, and wait for the results; None where it does not begin. Cannot be cancelled."""
         await trio.lowlevel.checkpoint_if_cancelled()
         task = trio.lowlevel.current_task()
-        self.begin(calls, lambda results: trio.lowlevel.reschedule(task, outcome.Value(results)))
+        if not self.begin(calls, lambda results: trio.lowlevel.reschedule(task, outcome.Value(results))):
+            return None
         return cast("list[int]", await trio.lowlevel.wait_task_rescheduled(_not_now))
 
     def reap_now(self) -> None:
