@@ -98,7 +98,7 @@ class Requests(Protocol):
         """Have what was written survive a power cut."""
 
 
-_Work = Callable[[], Awaitable[None]]
+_Call = Callable[[], Awaitable[None]]
 
 
 class Device:
@@ -128,6 +128,7 @@ class Device:
         self._payload = self._new_payload()
         self._spare: list[memoryview] = []
         self._idle: list[trio.lowlevel.Task] = []
+        self._idle_limit = _IDLE_TASKS
         self._answered = 0  # when, ns
         self._started = False  # whether a task has got work in this turn
         self._begun = 0  # requests that go on without a task
@@ -160,7 +161,7 @@ class Device:
         os.close(self._kernel)
         self._socket.close()
 
-    async def serve(self, main: _Work) -> None:
+    async def serve(self, main: _Call) -> None:
         """Answer what the kernel asks while `main`, pyfuse3's loop, does its part; then finish what is under way."""
         async with trio.open_nursery() as self._workers:
             async with trio.open_nursery() as lines:
@@ -173,6 +174,7 @@ class Device:
             while self._begun:
                 self._ended = trio.Event()
                 await self._ended.wait()
+            self._idle_limit = 0
             for task in self._idle:
                 trio.lowlevel.reschedule(task)
             self._idle.clear()
@@ -222,25 +224,34 @@ class Device:
         elif opcode == FUSE_SETATTR and self._set_times(unique):
             pass
         elif opcode == FUSE_FSYNC:
-            self._start(functools.partial(self._fsync, unique, fh))
+            self._start(unique, functools.partial(self._requests.make_stable, fh), b"")
         elif opcode != FUSE_INTERRUPT:  # nothing here can be interrupted
             self._to_libfuse.send_nowait((self._head + self._payload[: max(0, length - len(self._head))])[:length])
 
-    def _start(self, work: _Work) -> None:
-        """Have the work done by a task, one that has nothing to do if there is one."""
+    def _start(self, unique: int, call: _Call, answer: Buffer) -> None:
+        """Have a task do the call, then answer; one that has nothing to do if there is one."""
         self._started = True
+        work = functools.partial(self._do, unique, call, answer)
         if self._idle:
             trio.lowlevel.reschedule(self._idle.pop(), outcome.Value(work))
         else:
-            self._workers.start_soon(self._worker, work)
+            self._workers.start_soon(self._work, work)
 
-    async def _worker(self, work: _Work | None) -> None:
+    async def _work(self, work: _Call | None) -> None:
         while work is not None:
             await work()
-            if len(self._idle) >= _IDLE_TASKS:
+            if len(self._idle) >= self._idle_limit:
                 return
             self._idle.append(trio.lowlevel.current_task())
             work = await trio.lowlevel.wait_task_rescheduled(_given_up)
+
+    async def _do(self, unique: int, call: _Call, answer: Buffer) -> None:
+        try:
+            await call()
+        except pyfuse3.FUSEError as error:
+            self._answer(unique, error.errno)
+        else:
+            self._answer(unique, 0, answer)
 
     def _begin_read(self, unique: int, fh: int, offset: int, size: int) -> None:
         try:
@@ -252,6 +263,9 @@ class Device:
             self._answer(unique, 0, data)
             return
 
+        def finish() -> None:
+            self._start(unique, functools.partial(self._requests.finish_read, fh, rest), data)
+
         def done(whole: bool) -> None:
             self._end()
             if whole:
@@ -259,31 +273,24 @@ class Device:
             else:
                 finish()
 
-        finish = functools.partial(self._start, functools.partial(self._finish_read, unique, fh, data, rest))
         if rest.soon(done):
             self._begun += 1
         else:
             finish()
 
-    async def _finish_read(self, unique: int, fh: int, data: Buffer, rest: PendingRead) -> None:
-        try:
-            await self._requests.finish_read(fh, rest)
-        except pyfuse3.FUSEError as error:
-            self._answer(unique, error.errno)
-        else:
-            self._answer(unique, 0, data)
-
     def _begin_write(self, unique: int, fh: int, offset: int, size: int) -> None:
-        data, whole = self._take(size)
+        data = self._take(size)
+
+        def finish() -> None:
+            self._start(unique, functools.partial(self._write, fh, offset, data), _WRITTEN.pack(size))
 
         def done(well: bool) -> None:
             self._end()
             if well:
-                self._written(unique, size, whole)
+                self._answer(unique, 0, _WRITTEN.pack(size))
             else:
                 finish()
 
-        finish = functools.partial(self._start, functools.partial(self._write, unique, fh, offset, data, whole))
         try:
             begun = self._requests.write_soon(fh, offset, data, done)
         except pyfuse3.FUSEError as error:
@@ -294,30 +301,16 @@ class Device:
         else:
             finish()
 
-    async def _write(self, unique: int, fh: int, offset: int, data: memoryview, whole: memoryview | None) -> None:
-        try:
-            await self._requests.write_all(fh, offset, data)
-        except pyfuse3.FUSEError as error:
-            self._answer(unique, error.errno)
-        else:
-            self._written(unique, len(data), whole)
-
-    def _written(self, unique: int, size: int, whole: memoryview | None) -> None:
-        self._answer(unique, 0, _WRITTEN.pack(size))
-        if whole is not None and len(self._spare) < _SPARE_PAYLOADS:
-            self._spare.append(whole)
-
-    async def _fsync(self, unique: int, fh: int) -> None:
-        try:
-            await self._requests.make_stable(fh)
-        except pyfuse3.FUSEError as error:
-            self._answer(unique, error.errno)
-        else:
-            self._answer(unique, 0)
+    async def _write(self, fh: int, offset: int, data: memoryview) -> None:
+        await self._requests.write_all(fh, offset, data)
+        if len(data) > _SMALL and len(self._spare) < _SPARE_PAYLOADS:
+            assert isinstance(data.obj, bytearray)
+            self._spare.append(memoryview(data.obj))
 
     def _set_times(self, unique: int) -> bool:
         """Answer a SETATTR of the time of change alone, which the kernel sends before FSYNC; False for another."""
-        inode, valid, mtime, nsec = _SETATTR.unpack_from(self._head + self._payload[: _SETATTR.size])
+        request = self._head + self._payload[: _SETATTR.size - len(self._head)]
+        inode, valid, mtime, nsec = _SETATTR.unpack(request)
         if valid & ~_FATTR_FH != _FATTR_TIMES:
             return False
         attributes = self._requests.set_mtime(inode, mtime * 10**9 + nsec)
@@ -331,13 +324,13 @@ class Device:
         if self._ended is not None and not self._begun:
             self._ended.set()
 
-    def _take(self, size: int) -> tuple[memoryview, memoryview | None]:
-        """The data of the WRITE that was just received, and the buffer to be given back for it."""
+    def _take(self, size: int) -> memoryview:
+        """The data of the WRITE that was just received: its own, or in the buffer, which is replaced."""
         if size <= _SMALL:
-            return memoryview(bytearray(self._payload[:size])), None
-        whole = self._payload
+            return memoryview(bytearray(self._payload[:size]))
+        data = self._payload[:size]
         self._payload = self._spare.pop() if self._spare else self._new_payload()
-        return whole[:size], whole
+        return data
 
     def _new_payload(self) -> memoryview:
         return memoryview(bytearray(self._max_write))
