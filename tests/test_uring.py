@@ -13,7 +13,7 @@ import trio
 from trio.testing import wait_all_tasks_blocked
 
 from fvdfs.alloc import uring
-from fvdfs.alloc.store import COLD, RING_SIZE, FlushError, HostFile, open_path
+from fvdfs.alloc.store import COLD, LARGE, FlushError, HostFile, open_path
 
 T = TypeVar("T")
 
@@ -157,9 +157,13 @@ async def test_reads_and_writes_of_a_file_without_a_task(file: HostFile) -> None
         assert file.pread_soon(memoryview(short), len(CONTENT) - 1, told.tell)
         await told.wait(3)
         assert told[2] is False, "the file ends before"
-        large = memoryview(bytearray(RING_SIZE + 1))
-        assert not file.pread_soon(large, 0, told.tell)
-        assert not file.pwrite_soon(large, 0, told.tell)
+        large = bytearray(LARGE + 1)
+        assert file.pread_soon(memoryview(large), 0, told.tell)
+        await told.wait(4)
+        assert told[3]
+        assert large[:65536] == CONTENT[:65536]
+        assert large[-65536:] == CONTENT[LARGE + 1 - 65536 : LARGE + 1]
+        assert not file.pwrite_soon(memoryview(large), 0, told.tell)
     assert not file.pread_soon(memoryview(buffer), 0, told.tell)
 
 
@@ -179,14 +183,15 @@ async def test_a_cold_file_is_tried_less_often_while_much_is_under_way(file: Hos
     async with uring.use_ring():
         ring = uring.ring()
         assert ring is not None
+        os.posix_fadvise(file._fd, 0, 0, os.POSIX_FADV_RANDOM)  # no read-ahead
         for number in range(COLD):
             drop_from_cache(file)
-            assert not file.pread_nowait(buffer, number * 8192)
+            assert not file.pread_nowait(buffer, number * 65536)
         assert file.pread_now(buffer, 0) == 4096
         assert file.pread_nowait(buffer, 0), "nothing else is under way"
-        for _ in range(COLD):
+        for number in range(COLD):
             drop_from_cache(file)
-            file.pread_nowait(buffer, 0)
+            assert not file.pread_nowait(buffer, number * 65536 + 4096)
         waiting = [bytearray(1) for _ in range(uring.BUSY)]
         for each in waiting:
             ring.begin(((uring.READ, read, memoryview(each), 0),), lambda results: None)

@@ -45,7 +45,7 @@ READ_BATCH = 4
 WAITERS = 4
 
 LONG_WRITE = 512 << 10  # bytes; such writes are sent on to the disk at once, so that a flush has less to wait for
-RING_SIZE = 256 << 10  # bytes; larger calls have a thread copy them, so that the event loop need not
+LARGE = 256 << 10  # bytes; more is not copied by the event loop, but by a thread, the kernel's or ours
 
 
 class Store(Protocol):
@@ -241,20 +241,21 @@ class HostFile:
         return self._untried % COLD != 0
 
     def pread_soon(self, buffer: memoryview, offset: int, done: Done) -> bool:
-        ring = self._ring(buffer, offset)
+        ring, size = self._ring(buffer, offset), len(buffer)
         if ring is None:
             return False
-        size = len(buffer)
-        how = uring.READ_ASIDE if self._misses >= COLD and ring.is_busy else uring.READ
+        aside = size > LARGE or (self._misses >= COLD and ring.is_busy)
+        how = uring.READ_ASIDE if aside else uring.READ
         return ring.begin(((how, self._fd, buffer, offset),), lambda results: done(results[0] == size))
 
     def _ring(self, buffer: memoryview, offset: int) -> uring.Ring | None:
-        """The ring, where it is there, and better for this call than a thread."""
-        return uring.ring() if len(buffer) <= RING_SIZE and offset + len(buffer) <= MAX_FILE_SIZE else None
+        """The ring, where it is there and can do the call."""
+        return uring.ring() if offset + len(buffer) <= MAX_FILE_SIZE else None
 
     async def pread(self, buffer: memoryview, offset: int) -> int:
         ring = self._ring(buffer, offset)
-        if ring is not None and await ring.do((uring.READ, self._fd, buffer, offset)) == [len(buffer)]:
+        how = uring.READ_ASIDE if len(buffer) > LARGE else uring.READ
+        if ring is not None and await ring.do((how, self._fd, buffer, offset)) == [len(buffer)]:
             return len(buffer)
         return await self._reader.run(lambda: self.pread_now(buffer, offset))
 
@@ -271,10 +272,9 @@ class HostFile:
         return done
 
     def pwrite_soon(self, data: memoryview, offset: int, done: Done) -> bool:
-        ring = self._ring(data, offset)
-        if ring is None:
+        ring, size = self._ring(data, offset), len(data)
+        if ring is None or size > LARGE:
             return False
-        size = len(data)
         return ring.begin(((uring.WRITE, self._fd, data, offset),), lambda results: done(results[0] == size))
 
     async def pwrite(self, data: Buffer, offset: int) -> None:

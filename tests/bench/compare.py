@@ -1,214 +1,205 @@
 """fvdfs next to its peers: the same workloads on the same disk, interleaved, in one run.
 
     python tests/bench/compare.py [--rounds N] [--work DIR] [--only WORKLOAD,...] [--targets TARGET,...]
+                                  [--picture FILE]
 
-Prints a table of medians and, for each target of fvdfs, the ratio to the best peer. Needs root, fio,
-qemu-utils, qemu-system-common (qemu-storage-daemon), nbdkit and libnbd-bin; a peer that is not
-installed is left out, and said so.
+Each round makes each disk anew, over a base of 1 GiB or without one, boots a guest on it, runs fio on it,
+then has a guest unpack a tree of files and run PostMark on it. Prints the medians, with their ratios to the
+best peer of the same kind (above 1 is better), the goals, and what serving a GiB costs in CPU time.
+
+Needs root, fio, qemu-utils, qemu-system-x86, qemu-system-common (qemu-storage-daemon), nbdkit, libnbd-bin,
+postmark, and what tests/guest.py names; a peer that is not installed is left out, and said so. Guests are
+emulated, so that what they take is mostly their own time. The picture needs matplotlib.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from bench.lab import wait_for
+from bench.targets import TARGETS, Served, Target
+from bench.workloads import FIO, GUESTS, LESS_IS_BETTER, UNITS, Figure, Guests, measure_fio
 
-MIB = 1 << 20
-SIZE = 1 << 30
-FVDFS = [sys.executable, "-m", "fvdfs"]
+RAW, MAIN = "raw file", "fvdfs cow"
 
-DIRECT16 = ["--direct=1", "--ioengine=libaio", "--iodepth=16"]
-WORKLOADS: dict[str, list[str]] = {
-    "seqread": ["--rw=read", "--bs=1m", "--size=512m"],
-    "randread4k": ["--rw=randread", "--bs=4k", "--size=1g", "--io_size=48m", "--direct=1"],
-    "randread4k16": ["--rw=randread", "--bs=4k", "--size=1g", "--io_size=96m", *DIRECT16],
-    "randwrite4k": ["--rw=randwrite", "--bs=4k", "--size=1g", "--io_size=48m", "--end_fsync=1"],
-    "randwrite4ks": ["--rw=randwrite", "--bs=4k", "--size=1g", "--io_size=4m", "--fsync=1"],
-    "randwrite4k16": ["--rw=randwrite", "--bs=4k", "--size=1g", "--io_size=64m", *DIRECT16],
-    "seqwrite": ["--rw=write", "--bs=1m", "--size=512m", "--offset=512m", "--end_fsync=1"],
+
+@dataclass(frozen=True)
+class Goal:
+    """A ratio that fvdfs shall reach."""
+
+    ratio: float
+    raw: bool = False
+    """To the raw file, not to the best peer."""
+
+
+GOALS = {
+    "seqread": (Goal(0.8, raw=True), Goal(2)),
+    "reread": (Goal(1, raw=True),),
+    "randread4k": (Goal(1.1),),
+    "randread4k16": (Goal(1.1),),
+    "randwrite4k": (Goal(3),),
+    "randwrite4ks": (Goal(1.2),),
+    "randwrite4k16": (Goal(1),),
+    "seqwrite": (Goal(1, raw=True),),
 }
-IN_MB = {"seqread", "seqwrite"}
-
-Target = Callable[[Path, Path], "Iterator[Path]"]
 
 
-def run(*command: str | Path) -> str:
-    return subprocess.run([str(word) for word in command], check=True, capture_output=True, text=True).stdout
+class Results:
+    """Figures of all rounds."""
+
+    def __init__(self) -> None:
+        self._figures: dict[tuple[str, str], list[Figure]] = {}
+
+    def add(self, target: str, workload: str, figure: Figure) -> None:
+        self._figures.setdefault((target, workload), []).append(figure)
+        print(f"{target}: {workload} {figure.value:.4g} {UNITS[workload]}", file=sys.stderr, flush=True)
+
+    def median(self, target: str, workload: str) -> float | None:
+        found = self._figures.get((target, workload))
+        return statistics.median(figure.value for figure in found) if found else None
+
+    def cost(self, target: str, workload: str) -> float | None:
+        found = [f.cpu_per_gib for f in self._figures.get((target, workload), ()) if f.cpu_per_gib is not None]
+        return statistics.median(found) if found else None
+
+    def ratio(self, target: str, workload: str, others: Iterable[str]) -> float | None:
+        """How much better it is than the best of the others."""
+        mine = self.median(target, workload)
+        theirs = [value for other in others if (value := self.median(other, workload)) is not None]
+        if mine is None or not theirs:
+            return None
+        return min(theirs) / mine if workload in LESS_IS_BETTER else mine / max(theirs)
 
 
-# --- what is measured: each makes a fresh disk over the base, serves it, and takes it away --------
+def peers_of(target: str) -> list[str]:
+    """Those that do the same: with a base, or without."""
+    return [name for name, other in TARGETS.items() if other.peer and other.cow == TARGETS[target].cow]
 
 
-def fvdfs_target(*options: str, device: bool = False) -> Target:
-    def serve(work: Path, base: Path) -> Iterator[Path]:
-        folder, point = work / "images", work / "disks"
-        folder.mkdir()
-        point.mkdir()
-        image = folder / "disk.fvd"
-        chosen = [str(base) if option == "BASE" else option for option in options]
-        loop = ""
-        try:
-            if device:
-                backing = work / "device"
-                backing.touch()
-                os.truncate(backing, 2 * SIZE)
-                loop = run("losetup", "-f", "--show", backing).strip()
-                image.symlink_to(loop)
-            run(*FVDFS, "create", loop or image, str(SIZE), *chosen)
-            run(*FVDFS, "mount", folder, point, "-o", f"base_path={base.parent}")
-            try:
-                yield point / "disk.raw"
-            finally:
-                run(*FVDFS, "umount", point)
-        finally:
-            if loop:
-                run("losetup", "-d", loop)
-
-    return serve
+def table(
+    targets: Sequence[str], workloads: Sequence[str], units: Mapping[str, str], cell: Callable[[str, str], str]
+) -> str:
+    """In Markdown; columns without anything are left out."""
+    cells = {(t, w): cell(t, w) for t in targets for w in workloads}
+    used = [w for w in workloads if any(cells[t, w] for t in targets)]
+    lines = ["| | " + " | ".join(f"{w} ({units[w]})" for w in used) + " |", "|---" * (len(used) + 1) + "|"]
+    lines += [f"| {t} | " + " | ".join(cells[t, w] for w in used) + " |" for t in targets]
+    return "\n".join(lines)
 
 
-def raw_target(work: Path, base: Path) -> Iterator[Path]:
-    disk = work / "disk.raw"
-    shutil.copyfile(base, disk)
-    yield disk
+def figures_table(results: Results, targets: Sequence[str], workloads: Sequence[str]) -> str:
+    def cell(target: str, workload: str) -> str:
+        value = results.median(target, workload)
+        if value is None:
+            return ""
+        ratio = results.ratio(target, workload, peers_of(target)) if target.startswith("fvdfs") else None
+        return f"{value:.4g}" + (f" ({ratio:.2f}x)" if ratio is not None else "")
+
+    return table(targets, workloads, UNITS, cell)
 
 
-def daemon_target(*create: str) -> Target:
-    def serve(work: Path, base: Path) -> Iterator[Path]:
-        disk, export = work / "disk.qcow2", work / "export"
-        backing = ["-b", str(base), "-F", "raw"] if "BASE" in create else []
-        run("qemu-img", "create", "-q", "-f", "qcow2", *backing, disk, str(SIZE))
-        export.touch()
-        daemon = subprocess.Popen(
-            [
-                "qemu-storage-daemon",
-                f"--blockdev=driver=qcow2,node-name=disk,file.driver=file,file.filename={disk}",
-                f"--export=type=fuse,id=e,node-name=disk,mountpoint={export},writable=on",
-            ]
+def cost_table(results: Results, targets: Sequence[str], workloads: Sequence[str]) -> str:
+    def cell(target: str, workload: str) -> str:
+        cost = results.cost(target, workload) if target != RAW else None
+        return f"{cost:.2f}" if cost is not None else ""
+
+    return table([t for t in targets if t != RAW], workloads, dict.fromkeys(workloads, "s/GiB"), cell)
+
+
+def goals_table(results: Results) -> str:
+    lines = ["| | raw file | best peer | fvdfs cow | of raw | of the best peer | goal | |", "|---" * 8 + "|"]
+    peers = peers_of(MAIN)
+    for workload, goals in GOALS.items():
+        mine = results.median(MAIN, workload)
+        of_raw, of_peer = results.ratio(MAIN, workload, [RAW]), results.ratio(MAIN, workload, peers)
+        if mine is None or of_raw is None or of_peer is None:
+            continue
+        met = all((of_raw if goal.raw else of_peer) >= goal.ratio for goal in goals)
+        text = " and ".join(f"{goal.ratio:g}x {'raw' if goal.raw else 'the best peer'}" for goal in goals)
+        figures = (f"{value:.4g}" for value in (mine / of_raw, mine / of_peer, mine))
+        lines.append(
+            f"| {workload} | {' | '.join(figures)} | {of_raw:.2f} | {of_peer:.2f} | {text} |"
+            f" {'reached' if met else '**missed**'} |"
         )
-        try:
-            wait_for(lambda: export.stat().st_size == SIZE)
-            yield export
-        finally:
-            daemon.terminate()
-            daemon.wait()
-
-    return serve
+    return "\n".join(lines)
 
 
-def nbdkit_target(work: Path, base: Path) -> Iterator[Path]:
-    export = work / "export"
-    export.touch()
-    socket = work / "socket"
-    server = subprocess.Popen(["nbdkit", "-f", "-U", socket, "--filter=cow", "file", base])
-    try:
-        wait_for(socket.exists)
-        client = subprocess.Popen(["nbdfuse", export, "--unix", socket])
-        try:
-            wait_for(lambda: export.stat().st_size == SIZE)
-            yield export
-        finally:
-            subprocess.run(["fusermount3", "-u", export], check=False)
-            client.wait()
-    finally:
-        server.terminate()
-        server.wait()
+def draw(results: Results, workloads: Sequence[str], file: Path) -> None:
+    """Bars: each workload on fvdfs and its peers, as a ratio to the best peer."""
+    import matplotlib as mpl
+
+    mpl.use("svg")
+    from matplotlib import pyplot
+
+    peers = peers_of(MAIN)
+    names = [RAW, MAIN, *peers]
+    shown = [w for w in workloads if all(results.median(name, w) for name in names)]
+    figure, axes = pyplot.subplots(figsize=(10, 4.2), layout="constrained")
+    width = 0.8 / len(names)
+    for number, (name, color) in enumerate(zip(names, ("#c8c8c8", "#c0392b", "#4a7fb5", "#9dbfdf"), strict=True)):
+        ratios = [results.ratio(name, w, peers) or 0 for w in shown]
+        places = [at + number * width for at in range(len(shown))]
+        axes.bar(places, ratios, width, label=name, color=color)
+    axes.axhline(1, color="black", linewidth=0.6)
+    axes.set_yscale("log", base=2)
+    axes.yaxis.set_major_formatter("{x:g}x")
+    axes.set_xticks([at + 0.4 - width / 2 for at in range(len(shown))], shown, rotation=20, ha="right")
+    axes.set_ylabel("of the best peer; higher is better")
+    axes.legend(ncols=len(names), loc="upper center", frameon=False)
+    figure.savefig(file)
 
 
-TARGETS: dict[str, tuple[str, Target]] = {
-    "raw file": ("", raw_target),
-    "fvdfs cow": ("", fvdfs_target("-b", "BASE", "-F", "raw")),
-    "fvdfs compact cow": ("", fvdfs_target("-b", "BASE", "-F", "raw", "--compact", "--block-size", "64K")),
-    "fvdfs plain": ("", fvdfs_target()),
-    "fvdfs compact": ("", fvdfs_target("--compact")),
-    "fvdfs compact on device": ("", fvdfs_target("--compact", device=True)),
-    "qcow2 cow": ("qemu-storage-daemon", daemon_target("BASE")),
-    "qcow2": ("qemu-storage-daemon", daemon_target()),
-    "nbdkit cow": ("nbdfuse", nbdkit_target),
-}
-PEERS = ("qcow2 cow", "qcow2", "nbdkit cow")
-
-
-# --- measuring ----------------------------------------------------------------------------------
-
-
-def measure(disk: Path, workload: str) -> float:
-    """MB/s of a sequential workload, operations per second of another."""
-    os.sync()
-    Path("/proc/sys/vm/drop_caches").write_text("3")
-    output = run("fio", "--name=x", f"--filename={disk}", "--output-format=json", *WORKLOADS[workload])
-    job = json.loads(output[output.index("{") :])["jobs"][0]
-    busy = max(job["read"], job["write"], key=lambda side: side["io_bytes"])
-    return float(busy["bw"] * 1.024 / 1000 if workload in IN_MB else busy["iops"])
-
-
-@contextmanager
-def served(target: Target, work: Path, base: Path) -> Iterator[Path]:
-    folder = Path(tempfile.mkdtemp(dir=work))
-    try:
-        yield from target(folder, base)
-    finally:
-        shutil.rmtree(folder)
+def measure(results: Results, guests: Guests, name: str, served: Served, workloads: Sequence[str]) -> None:
+    """Run the workloads on a fresh disk."""
+    target = TARGETS[name]
+    if target.guests and "boot" in workloads and (target.cow or name == RAW):
+        results.add(name, "boot", guests.boot(served))
+    for workload in workloads:
+        if workload in FIO:
+            results.add(name, workload, measure_fio(served, workload))
+    if target.guests and {"unpack", "postmark"} & set(workloads):
+        for workload, figure in guests.work(served).items():
+            results.add(name, workload, figure)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--work", type=Path, help="a folder on the disk to measure (default: the temporary folder)")
-    parser.add_argument("--only", default=",".join(WORKLOADS))
+    parser.add_argument("--only", default=",".join((*FIO, *GUESTS)))
     parser.add_argument("--targets", default=",".join(TARGETS))
+    parser.add_argument("--picture", type=Path, help="a file to draw the ratios in, as SVG")
     arguments = parser.parse_args()
     workloads = arguments.only.split(",")
-    targets = {}
-    for name in arguments.targets.split(","):
-        program, target = TARGETS[name]
-        if program and not shutil.which(program):
-            print(f"left out: {name} ({program} is not installed)")
-        else:
-            targets[name] = target
-    figures: dict[tuple[str, str], list[float]] = {(t, w): [] for t in targets for w in workloads}
-    with tempfile.TemporaryDirectory(dir=arguments.work) as name:
-        work = Path(name)
+    targets: dict[str, Target] = {name: TARGETS[name] for name in arguments.targets.split(",")}
+    for name in [name for name, target in targets.items() if target.needs and not shutil.which(target.needs)]:
+        print(f"left out: {name} ({targets.pop(name).needs} is not installed)")
+    if not shutil.which("postmark"):
+        print("left out: unpack and postmark (postmark is not installed)")
+    results = Results()
+    with tempfile.TemporaryDirectory(dir=arguments.work) as scratch:
+        work = Path(scratch)
         base = work / "base.raw"
-        with open(base, "wb") as file:
-            for _ in range(SIZE // MIB):
-                file.write(os.urandom(MIB))
+        guests = Guests(work, base)
         for number in range(arguments.rounds):
-            for target_name, target in targets.items():
-                with served(target, work, base) as disk:
-                    for workload in workloads:
-                        figures[target_name, workload].append(measure(disk, workload))
+            for name, target in targets.items():
+                with tempfile.TemporaryDirectory(dir=work) as folder, target.served(Path(folder), base) as served:
+                    measure(results, guests, name, served, workloads)
             print(f"round {number + 1} of {arguments.rounds} done", file=sys.stderr)
-    print(table(list(targets), workloads, figures))
-
-
-def table(targets: list[str], workloads: list[str], figures: dict[tuple[str, str], list[float]]) -> str:
-    """Medians, and the ratio to the best peer behind those of fvdfs."""
-    lines = ["| | " + " | ".join(f"{w} ({'MB/s' if w in IN_MB else 'IOPS'})" for w in workloads) + " |"]
-    lines.append("|---" * (len(workloads) + 1) + "|")
-    median = {key: statistics.median(values) for key, values in figures.items()}
-    for target in targets:
-        cells = []
-        for workload in workloads:
-            cell = f"{median[target, workload]:.0f}"
-            peers = [median[peer, workload] for peer in PEERS if peer in targets]
-            if target.startswith("fvdfs") and peers:
-                cell += f" ({median[target, workload] / max(peers):.2f}x)"
-            cells.append(cell)
-        lines.append(f"| {target} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    print(f"Medians of {arguments.rounds} rounds; in brackets the ratio to the best peer of the same kind:\n")
+    print(figures_table(results, list(targets), workloads))
+    print(f"\nThe goals:\n\n{goals_table(results)}")
+    print(f"\nCPU time of the servers:\n\n{cost_table(results, list(targets), workloads)}")
+    if arguments.picture:
+        draw(results, workloads, arguments.picture)
 
 
 if __name__ == "__main__":

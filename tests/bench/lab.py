@@ -56,12 +56,12 @@ def wait_for(condition: Callable[[], object], timeout: float = 20) -> None:
 
 
 @contextmanager
-def running(*words: str | Path, errors: Path | None = None) -> Iterator[None]:
+def running(*words: str | Path, errors: Path | None = None) -> Iterator[subprocess.Popen[bytes]]:
     """A program in the background, ended at the end whatever happens; where its complaints go."""
     with open(errors, "w") if errors else nullcontext() as sink:
         process = subprocess.Popen([*map(str, words)], stdout=subprocess.DEVNULL, stderr=sink)
     try:
-        yield
+        yield process
     finally:
         process.terminate()
         with suppress(subprocess.TimeoutExpired):
