@@ -126,7 +126,11 @@ class Committer:
         """
         need = self._begun + 1  # one that has begun already need not cover what came since
         while self._done < need:
-            async with self._lock:
+            try:
+                self._lock.acquire_nowait()  # not a turn of the event loop later
+            except trio.WouldBlock:
+                await self._lock.acquire()
+            try:
                 if self._done >= need:
                     return
                 self._begun += 1
@@ -134,6 +138,8 @@ class Committer:
                 with trio.CancelScope(shield=True):
                     await self._commit(checkpoint=False)
                 self._done = this
+            finally:
+                self._lock.release()
 
     async def checkpoint(self) -> None:
         """A commit that leaves nothing in the journal. Raises OSError."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -13,7 +13,7 @@ import trio
 from trio.testing import wait_all_tasks_blocked
 
 from fvdfs.alloc import uring
-from fvdfs.alloc.store import COLD, LARGE, FlushError, HostFile, open_path
+from fvdfs.alloc.store import COLD, EXPECTED, LARGE, FlushError, HostFile, open_path
 
 T = TypeVar("T")
 
@@ -30,7 +30,7 @@ def file(tmp_path: Path) -> Iterator[HostFile]:
 
 
 @pytest.fixture(autouse=True)
-def _available() -> None:
+async def _available() -> None:
     try:
         uring.Ring().close()
     except OSError as error:
@@ -122,6 +122,200 @@ async def test_what_has_begun_is_waited_for_though_cancelled(file: HostFile) -> 
     assert buffer == b"x"
     os.close(read)
     os.close(write)
+
+
+class Entries:
+    """How often the kernel is entered for a ring, and with how many calls; refused as often as `refuse` says."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.calls: list[int] = []
+        self.refuse = 0
+        self._real = uring._system_call
+        monkeypatch.setattr(uring, "_system_call", self._call)
+
+    def _call(self, number: int, *arguments: int) -> int:
+        if number == uring._ENTER:
+            if self.refuse:
+                self.refuse -= 1
+                raise OSError(errno.EAGAIN, "no memory")
+            self.calls.append(arguments[1])
+        return self._real(number, *arguments)
+
+
+async def test_gathered_calls_are_handed_over_together(file: HostFile, monkeypatch: pytest.MonkeyPatch) -> None:
+    entries = Entries(monkeypatch)
+    told = Told[bool]()
+    buffers = [bytearray(512) for _ in range(uring.GATHERED + 2)]
+    async with uring.use_ring():
+        ring = uring.ring()
+        assert ring is not None
+        with ring.gathered():
+            for number, buffer in enumerate(buffers):
+                assert file.pread_soon(memoryview(buffer), number * 512, told.tell)
+            assert entries.calls == [uring.GATHERED]
+        assert entries.calls == [uring.GATHERED, 2]
+        await told.wait(len(buffers))
+        assert file.pread_soon(memoryview(buffers[0]), 512, told.tell)
+        assert entries.calls[2:] == [1], "at once again"
+        await told.wait(len(buffers) + 1)
+    assert told == [True] * (len(buffers) + 1)
+    assert b"".join(buffers[1:]) == CONTENT[512 : len(buffers) * 512]
+    assert buffers[0] == CONTENT[512:1024]
+
+
+async def test_what_the_kernel_does_not_take_is_told_so_and_done_otherwise(
+    file: HostFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entries = Entries(monkeypatch)
+    told = Told[bool]()
+    buffer, data = bytearray(512), bytearray(b"w" * 512)
+    async with uring.use_ring():
+        ring = uring.ring()
+        assert ring is not None
+        entries.refuse = 1
+        with ring.gathered():
+            assert file.pread_soon(memoryview(buffer), 0, told.tell)
+            assert file.pwrite_soon(memoryview(data), 0, told.tell)
+        assert told == [], "only later"
+        await told.wait(2)
+        assert told == [False, False]
+        assert os.pread(file._fd, 512, 0) == CONTENT[:512], "it was taken back"
+        entries.refuse = 1
+        assert await file.pread(memoryview(buffer), 1024) == 512
+        assert buffer == CONTENT[1024:1536]
+        entries.refuse = 1
+        await file.flush()
+        entries.refuse = 1
+        await file.log(data, 2048, flush_first=True)
+        assert os.pread(file._fd, 512, 2048) == data
+        assert file.pread_soon(memoryview(buffer), 4096, told.tell)
+        await told.wait(3)
+        assert told[2]
+        assert buffer == CONTENT[4096:4608], "the ring is in order"
+
+
+class Flushes:
+    """The flushes that a ring begins, which fail with the errors given, if any."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.begun = 0
+        self.errors: list[int] = []
+        real = uring.Ring.begin
+
+        def begin(ring: uring.Ring, calls: Sequence[uring.Call], done: Callable[[list[int]], None]) -> None:
+            self.begun += sum(call[0] == uring.FSYNC for call in calls)
+            error = self.errors.pop() if calls[0][0] == uring.FSYNC and self.errors else 0
+            real(ring, calls, lambda results: done([-error] * len(results) if error else results))
+
+        monkeypatch.setattr(uring.Ring, "begin", begin)
+
+
+async def write_soon(file: HostFile, offset: int = 0) -> None:
+    told = Told[bool]()
+    assert file.pwrite_soon(memoryview(bytearray(b"w" * 512)), offset, told.tell)
+    await told.wait(1)
+    assert told == [True]
+
+
+async def write_and_flush(file: HostFile, times: int) -> None:
+    for _ in range(times):
+        await write_soon(file)
+        await file.flush()
+
+
+async def test_a_flush_that_is_expected_begins_at_the_write(file: HostFile, monkeypatch: pytest.MonkeyPatch) -> None:
+    flushes = Flushes(monkeypatch)
+    async with uring.use_ring():
+        await write_soon(file)
+        await write_and_flush(file, 1)
+        await write_and_flush(file, EXPECTED)
+        assert flushes.begun == 1 + EXPECTED
+        await write_soon(file)
+        assert flushes.begun == 2 + EXPECTED, "ahead"
+        await file.flush()
+        assert flushes.begun == 2 + EXPECTED, "and not once more"
+        await write_soon(file)
+        await file.log(b"record", 4096, flush_first=True)
+        assert flushes.begun == 4 + EXPECTED, "ahead, and after the record"
+
+
+@pytest.mark.parametrize("change", ["write_soon", "pwrite", "zero", "resize"])
+async def test_a_flush_ahead_does_not_cover_what_came_later(
+    file: HostFile, monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    flushes = Flushes(monkeypatch)
+    changes = {
+        "write_soon": lambda: write_soon(file, 512),
+        "pwrite": lambda: file.pwrite(b"new", 512),
+        "zero": lambda: file.zero(0, 4096),
+        "resize": lambda: file.resize(len(CONTENT) + 1),
+    }
+    async with uring.use_ring():
+        await write_and_flush(file, EXPECTED)
+        await write_soon(file)
+        begun = flushes.begun
+        await changes[change]()
+        await file.flush()
+        assert flushes.begun == begun + 1
+        await write_soon(file)
+        assert flushes.begun == begun + 1, "a flush after every write is not what happens any more"
+
+
+async def test_a_flush_that_could_not_begin_ahead_begins_when_asked_for(
+    file: HostFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flushes = Flushes(monkeypatch)
+    async with uring.use_ring():
+        await write_and_flush(file, EXPECTED)
+        flushes.errors = [errno.ECANCELED]
+        await write_soon(file)
+        begun = flushes.begun
+        await file.flush()
+        assert flushes.begun == begun + 1
+
+
+@pytest.mark.parametrize("later", [False, True])
+async def test_a_flush_that_failed_ahead_is_told_of(
+    file: HostFile, monkeypatch: pytest.MonkeyPatch, later: bool
+) -> None:
+    """The kernel tells of an error once: flushes that are asked for afterwards would find all well."""
+    flushes = Flushes(monkeypatch)
+    async with uring.use_ring():
+        await write_and_flush(file, EXPECTED)
+        flushes.errors = [errno.EIO]
+        await write_soon(file)
+        assert flushes.errors == []
+        if later:
+            await write_soon(file)
+            await trio.sleep(0.05)
+        for _ in range(2):
+            with pytest.raises(OSError) as caught:
+                await file.flush()
+            assert caught.value.errno == errno.EIO
+        with pytest.raises(FlushError):
+            await file.log(b"record", 4096, flush_first=False)
+
+
+async def test_an_error_that_a_flush_ahead_took_from_one_under_way(
+    file: HostFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flushes = Flushes(monkeypatch)
+    async with uring.use_ring():
+        await write_and_flush(file, EXPECTED)
+        file._flush_is_asked_for = lambda: None  # type: ignore[method-assign]  # nothing is learnt
+
+        async def flush() -> None:
+            with pytest.raises(OSError) as caught:
+                await file.flush()
+            assert caught.value.errno == errno.EIO
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(flush)
+            await trio.lowlevel.checkpoint()
+            ring = uring.ring()
+            assert ring is not None
+            flushes.errors = [errno.EIO]
+            file._flush_ahead(ring)
 
 
 async def test_a_full_ring_is_not_used() -> None:

@@ -44,6 +44,7 @@ COLD = 16  # about so many reads were not in the page cache; the next ones will 
 READ_BATCH = 4
 WAITERS = 4
 
+EXPECTED = 2  # flushes after a single write each; after the next single write, one begins before it is asked for
 LONG_WRITE = 512 << 10  # bytes; such writes are sent on to the disk at once, so that a flush has less to wait for
 LARGE = 256 << 10  # bytes; more is not copied by the event loop, but by a thread, the kernel's or ours
 
@@ -147,6 +148,15 @@ def fallocate(fd: int, mode: int, offset: int, length: int) -> bool:
     return True
 
 
+class _FlushAhead:
+    """A flush that has begun before it was asked for."""
+
+    def __init__(self) -> None:
+        self.ended = trio.Event()
+        self.covers_all = True
+        """Whether nothing was written after it began."""
+
+
 class HostFile:
     """A regular file or a block device of the host."""
 
@@ -160,6 +170,10 @@ class HostFile:
         self._claim = -1
         self._misses = 0  # of the last reads, so to speak: those that the page cache did not have
         self._untried = 0
+        self._unflushed = 0  # writes since a flush was asked for
+        self._single = 0  # flushes in a row that came after a single write
+        self._ahead: _FlushAhead | None = None
+        self._lost = 0  # errno of a flush that failed before it was asked for
         # Writes to a file wait for one another anyway; what waits for the disk must not hold them up.
         self._writer = Worker("write")
         self._reader = Worker("read", threads=READERS, batch=READ_BATCH)
@@ -244,9 +258,9 @@ class HostFile:
         ring, size = self._ring(buffer, offset), len(buffer)
         if ring is None:
             return False
-        aside = size > LARGE or (self._misses >= COLD and ring.is_busy)
-        how = uring.READ_ASIDE if aside else uring.READ
-        return ring.begin(((how, self._fd, buffer, offset),), lambda results: done(results[0] == size))
+        how = uring.READ_ASIDE if size > LARGE else uring.READ
+        ring.begin(((how, self._fd, buffer, offset),), lambda results: done(results[0] == size))
+        return True
 
     def _ring(self, buffer: memoryview, offset: int) -> uring.Ring | None:
         """The ring, where it is there and can do the call."""
@@ -275,10 +289,19 @@ class HostFile:
         ring, size = self._ring(data, offset), len(data)
         if ring is None or size > LARGE:
             return False
-        return ring.begin(((uring.WRITE, self._fd, data, offset),), lambda results: done(results[0] == size))
+
+        def ended(results: list[int]) -> None:
+            self._was_written()
+            done(results[0] == size)
+            if self._single >= EXPECTED and self._ahead is None:
+                self._flush_ahead(ring)
+
+        ring.begin(((uring.WRITE, self._fd, data, offset),), ended)
+        return True
 
     async def pwrite(self, data: Buffer, offset: int) -> None:
         await self._writer.run(lambda: self.pwrite_now(data, offset))
+        self._was_written()
 
     def pwrite_now(self, data: Buffer, offset: int) -> None:
         """`pwrite` for callers that are in a thread already."""
@@ -300,6 +323,7 @@ class HostFile:
 
     async def zero(self, offset: int, length: int) -> None:
         await self._waiter.run(lambda: self.zero_now(offset, length))
+        self._was_written()
 
     def zero_now(self, offset: int, length: int) -> None:
         """`zero` for callers that are in a thread already."""
@@ -325,15 +349,58 @@ class HostFile:
                 return True
             raise
 
+    def _was_written(self) -> None:
+        self._unflushed += 1
+        if self._ahead is not None:
+            self._ahead.covers_all = False
+
+    def _flush_ahead(self, ring: uring.Ring) -> None:
+        """Begin a flush that will be asked for in a moment."""
+        self._ahead = ahead = _FlushAhead()
+
+        def ended(results: list[int]) -> None:
+            if results[0] == -errno.ECANCELED:  # it did not begin
+                ahead.covers_all = False
+            elif results[0] < 0:
+                self._lost = -results[0]
+            ahead.ended.set()
+
+        ring.begin(((uring.FSYNC, self._fd, None, 0),), ended)
+
+    def _flush_is_asked_for(self) -> None:
+        self._single = self._single + 1 if self._unflushed == 1 else 0
+        self._unflushed = 0
+
+    async def _is_flushed(self) -> bool:
+        """Wait for a flush that has begun ahead, and say whether all that was written was stable by it.
+
+        Raises FlushError where one has failed: the kernel tells of an error once, so that another flush would not fail.
+        """
+        ahead = self._ahead
+        if ahead is not None:
+            if not ahead.ended.is_set():  # a checkpoint costs a turn of the event loop
+                await ahead.ended.wait()
+            if self._ahead is ahead:
+                self._ahead = None
+        if self._lost:
+            raise FlushError(self._lost, os.strerror(self._lost))
+        return ahead is not None and ahead.covers_all
+
     async def flush(self) -> None:
+        self._flush_is_asked_for()
+        if await self._is_flushed():
+            return
         ring = uring.ring()
         results = await ring.do((uring.FSYNC, self._fd, None, 0)) if ring is not None else None
         if results is None:
             await self._waiter.run(lambda: os.fdatasync(self._fd))
         elif results[0] < 0:
             raise OSError(-results[0], os.strerror(-results[0]))
+        await self._is_flushed()
 
     async def log(self, data: Buffer, offset: int, *, flush_first: bool) -> None:
+        self._flush_is_asked_for()
+        flush_first = not await self._is_flushed() and flush_first
         flush = (uring.FSYNC, self._fd, None, 0)
         write = (uring.WRITE, self._fd, memoryview(bytearray(data)), offset)
         calls = (flush, write, flush) if flush_first else (write, flush)
@@ -348,6 +415,7 @@ class HostFile:
             if call is write and result < len(data):
                 error = -result if result < 0 else errno.EIO
                 raise OSError(error, f"{self.name}: {os.strerror(error)}: at byte {offset}")
+        await self._is_flushed()
 
     async def size(self) -> int:
         return await self._reader.run(self.size_now)
@@ -367,6 +435,7 @@ class HostFile:
                 raise OSError(errno.ENOSPC, f"{self.name}: the device ends at {have} bytes, {size} are needed")
             return
         await self._waiter.run(lambda: os.ftruncate(self._fd, size))
+        self._was_written()
 
     def usage(self) -> int:
         return self.size_now() if self.fixed_size else os.fstat(self._fd).st_blocks * 512

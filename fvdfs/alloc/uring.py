@@ -3,7 +3,8 @@
 A thread that works for the event loop takes the interpreter's lock from it twice a call, and wakes it
 at the end; under load that costs more than the disk does. The kernel does it for less: a call is put
 into a ring of memory that both sides share, and its result appears in another one, which makes a
-descriptor readable.
+descriptor readable. Calls that are handed over together (`Ring.gathered`) cost one entry to the kernel,
+and one notification of a virtual disk, which is most of what a small read costs.
 
 Only what the stores need is here. Where the kernel lacks io_uring, or it is forbidden (as in many
 containers), or all its places are taken, the stores use threads (`worker.py`). The rings are the
@@ -17,8 +18,8 @@ import errno
 import mmap
 import os
 import struct
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from typing import cast
 
 import outcome
@@ -27,6 +28,7 @@ import trio
 CALLS = 512  # that may be under way
 BUSY = 2
 LONGEST = 3  # calls that are linked
+GATHERED = 6  # calls that are handed over together: more, and the disk would have nothing to do meanwhile
 KERNEL_THREADS = 512  # that these may block: one dead server must not hold up what others could do
 
 _SETUP, _ENTER, _REGISTER = 425, 426, 427  # system calls; the numbers are the same on all machines
@@ -73,6 +75,9 @@ class Ring:
         # The calls themselves are kept since the kernel uses their buffers.
         self._under_way: dict[int, tuple[Sequence[Call], list[int], Callable[[list[int]], None]]] = {}
         self._last_id = 0
+        self._unsent = 0  # calls in the ring that the kernel has not been told of
+        self._gathering = False
+        self._loop = trio.lowlevel.current_trio_token()
 
     def _map(self, parameters: bytearray) -> None:
         sq_entries, cq_entries, _ = _PARAMS.unpack_from(parameters)
@@ -106,15 +111,15 @@ class Ring:
         """Whether calls may be made now."""
         return len(self._under_way) * LONGEST < CALLS
 
-    def begin(self, calls: Sequence[Call], done: Callable[[list[int]], None]) -> bool:
-        """Do the calls, each after the one before has wholly succeeded; False where the kernel takes none now.
+    def begin(self, calls: Sequence[Call], done: Callable[[list[int]], None]) -> None:
+        """Do the calls, each after the one before has wholly succeeded.
 
-        `done` is told their results: how many bytes, or a negative errno; those after a failed or short one are
-        -ECANCELED.
+        `done` is told their results later: how many bytes, or a negative errno; those after a failed or short one are
+        -ECANCELED. All of them are where the kernel could not take them.
         """
-        words, before = self._words, self._words[self._sq_tail]
+        words = self._words
         self._last_id += 1
-        tail, left = before, len(calls)
+        tail, left = words[self._sq_tail], len(calls)
         for opcode, fd, data, offset in calls:
             left -= 1
             address, length, flags = (0, 0, _FSYNC_DATASYNC) if data is None else (_address(data), len(data), 0)
@@ -123,26 +128,46 @@ class Ring:
             _SQE.pack_into(self._sqes, place, opcode & 0xFF, how, 0, fd, offset, address, length, flags, self._last_id)
             tail = tail + 1 & 0xFFFFFFFF
         words[self._sq_tail] = tail
-        left = len(calls)
-        while left:
+        self._under_way[self._last_id] = calls, [], done
+        self._unsent += len(calls)
+        if not self._gathering or self._unsent >= GATHERED:
+            self.send()
+
+    @contextmanager
+    def gathered(self) -> Iterator[None]:
+        """Hand over what begins meanwhile not at once, but some together, and the last at the end."""
+        self._gathering = True
+        try:
+            yield
+        finally:
+            self._gathering = False
+            self.send()
+
+    def send(self) -> None:
+        """Hand over what was gathered."""
+        while self._unsent:
             try:
-                left -= _system_call(_ENTER, self._fd, left, 0, 0, 0, 0)
+                self._unsent -= _system_call(_ENTER, self._fd, self._unsent, 0, 0, 0, 0)
             except OSError as error:
                 if error.errno not in (errno.EAGAIN, errno.EBUSY, errno.ENOMEM):
                     raise
-                if left == len(calls):
-                    words[self._sq_tail] = before
-                    return False
-        self._under_way[self._last_id] = calls, [], done
-        return True
+                self._take_back()
+
+    def _take_back(self) -> None:
+        """Cancel what the kernel has not taken."""
+        tail = self._words[self._sq_tail] = self._words[self._sq_tail] - self._unsent & 0xFFFFFFFF
+        for number in range(tail, tail + self._unsent):
+            user_data = _SQE.unpack_from(self._sqes, (number & self._sq_mask) * _SQE.size)[-1]
+            self._loop.run_sync_soon(self._tell, user_data, -errno.ECANCELED)
+        self._unsent = 0
 
     async def do(self, *calls: Call) -> list[int] | None:
-        """`begin`, and wait for the results; None where it does not begin. Cannot be cancelled."""
+        """`begin`, and wait for the results; None where the kernel could not take all calls. Cannot be cancelled."""
         await trio.lowlevel.checkpoint_if_cancelled()
         task = trio.lowlevel.current_task()
-        if not self.begin(calls, lambda results: trio.lowlevel.reschedule(task, outcome.Value(results))):
-            return None
-        return cast("list[int]", await trio.lowlevel.wait_task_rescheduled(_not_now))
+        self.begin(calls, lambda results: trio.lowlevel.reschedule(task, outcome.Value(results)))
+        results = cast("list[int]", await trio.lowlevel.wait_task_rescheduled(_not_now))
+        return None if results[0] == -errno.ECANCELED else results
 
     def reap_now(self) -> None:
         """Tell of those calls that have ended."""
@@ -152,11 +177,14 @@ class Ring:
             user_data, result = _CQE.unpack_from(self._ring, self._cqes + (head & self._cq_mask) * _CQE.size)
             head = head + 1 & 0xFFFFFFFF
             words[self._cq_head] = head
-            calls, results, done = self._under_way[user_data]
-            results.append(result)
-            if len(results) == len(calls):
-                del self._under_way[user_data]
-                done(results)
+            self._tell(user_data, result)
+
+    def _tell(self, user_data: int, result: int) -> None:
+        calls, results, done = self._under_way[user_data]
+        results.append(result)
+        if len(results) == len(calls):
+            del self._under_way[user_data]
+            done(results)
 
     async def reap(self) -> None:
         """Tell of calls as they end. Runs for ever."""

@@ -29,6 +29,7 @@ import socket
 import struct
 import time
 from collections.abc import Awaitable, Callable
+from contextlib import nullcontext
 from typing import Protocol
 
 import outcome
@@ -197,6 +198,10 @@ class Device:
     def _take_turn(self, linger: int) -> None:
         """Take up the requests that are queued, and those that come within `linger` ns after one. Raises OSError."""
         ring = uring.ring()
+        with ring.gathered() if ring is not None else nullcontext():
+            self._take_requests(linger, ring)
+
+    def _take_requests(self, linger: int, ring: uring.Ring | None) -> None:
         self._started = False
         deadline = 0
         left = _PER_TURN
@@ -209,6 +214,7 @@ class Device:
                 if now >= deadline or self._started:
                     return
                 if ring is not None:
+                    ring.send()
                     ring.reap_now()
             else:
                 left -= 1

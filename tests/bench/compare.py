@@ -25,6 +25,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from bench.lab import kept_memory
 from bench.targets import TARGETS, Served, Target
 from bench.workloads import FIO, GUESTS, LESS_IS_BETTER, UNITS, Figure, Guests, measure_fio
 
@@ -185,7 +186,7 @@ def main() -> None:
     if not shutil.which("postmark"):
         print("left out: unpack and postmark (postmark is not installed)")
     results = Results()
-    with tempfile.TemporaryDirectory(dir=arguments.work) as scratch:
+    with tempfile.TemporaryDirectory(dir=arguments.work) as scratch, kept_memory():
         work = Path(scratch)
         base = work / "base.raw"
         guests = Guests(work, base)

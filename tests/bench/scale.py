@@ -25,7 +25,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from bench.lab import FVDFS, MIB, command
+from bench.lab import FVDFS, MIB, command, kept_memory
 
 GIB, TIB = 1 << 30, 1 << 40
 PAGE = 4096
@@ -261,7 +261,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, help="a folder for the images (default: the temporary folder)")
     parser.add_argument("--picture", type=Path, help="a file to draw in, as SVG")
     arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory(dir=arguments.work) as scratch:
+    with tempfile.TemporaryDirectory(dir=arguments.work) as scratch, kept_memory():
         work = Path(scratch)
         images, memory = by_images(work)
         all_series = [by_size(work), by_local_share(work), by_depth(work), images]

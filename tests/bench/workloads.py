@@ -67,14 +67,10 @@ class Figure:
 
 
 def measure_fio(served: Served, workload: str) -> Figure:
-    """Cold but for `reread`: nothing of the disk or its base is in memory before.
-
-    Where bandwidth is measured, memory has been in use a moment before: the host of a virtual machine takes away what
-    is free, and who used it first would pay.
-    """
-    if UNITS[workload] == "MB/s":
-        _fio(served.disk, "reread")
-    if workload != "reread":
+    """Cold but for `reread`: nothing of the disk or its base is in memory before."""
+    if workload == "reread":
+        _fio(served.disk, workload)
+    else:
         lab.drop_caches()
     before = served.cpu_seconds()
     side = _fio(served.disk, workload)
