@@ -23,7 +23,7 @@ from fvdfs.commit import Committer
 from fvdfs.cow.bitmap import Bitmap, bitmap_bytes
 from fvdfs.cow.writethrough import MODES
 from fvdfs.errors import FormatError, ImageBusy, ImageError, Refused, UnsupportedFeature
-from fvdfs.header import HEADER_SIZE, HEADER_SPACE, SECTOR, TABLE_ENTRY_SIZE, Header, round_up
+from fvdfs.header import HEADER_SIZE, HEADER_SPACE, SECTOR, TABLE_ENTRY_SIZE, Header, Region, round_up
 from fvdfs.image import Image, Zeroes
 
 log = logging.getLogger(__name__)
@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 RAW_FORMATS = ("", "raw")
 FVD_FORMAT = "fvd"
 MAX_REGION = 1 << 30  # bytes; what is held in memory, or read at a replay
-_REPLAY_PIECE = 1 << 20
+_PIECE = 1 << 20  # bytes of metadata that are read at a time
 _REPORTED_RECORDS = 10
 
 HostStore = HostFile | QsdStore
@@ -131,7 +131,7 @@ class Chain:
         if region is not None:
             table = bytearray(region.size)
             top.meta.pread_now(memoryview(table), region.offset)
-            entries = decode_entries(bytes(table[: top.header.chunks * TABLE_ENTRY_SIZE]))
+            entries = decode_entries(memoryview(table)[: top.header.chunks * TABLE_ENTRY_SIZE])
             data = (len(entries) - entries.count(UNALLOCATED)) * top.header.chunk_size
         return data + (top.header.metadata_size if top.data is top.meta else top.meta.usage())
 
@@ -308,17 +308,12 @@ async def load_image(
     storage: FlatStorage | ChunkedStorage
     if header.has_base:
         bits = await pread_exactly(meta, bitmap_bytes(header.blocks), header.bitmap_offset)
-        bitmap = Bitmap(bytes(bits), header.blocks)
+        bitmap = Bitmap(bits, header.blocks)
     if header.compact:
         region = header.table_region
         assert region is not None
         storage_size = await data.size() - header.data_offset
-        table = _load_table(
-            name,
-            bytes(await pread_exactly(meta, region.size, region.offset)),
-            header.chunks,
-            max(0, storage_size // header.chunk_size),
-        )
+        table = await _load_table(name, meta, region, header.chunks, max(0, storage_size // header.chunk_size))
         storage = ChunkedStorage(
             data,
             table,
@@ -352,9 +347,13 @@ async def load_image(
     return image
 
 
-def _load_table(name: str, data: bytes, chunks: int, storage_chunks: int) -> Table:
+async def _load_table(name: str, meta: Store, region: Region, chunks: int, storage_chunks: int) -> Table:
+    entries = decode_entries(b"")
+    for at in range(0, region.size, _PIECE):
+        size = min(_PIECE, region.size - at)
+        entries += decode_entries(await pread_exactly(meta, size, region.offset + at))
     try:
-        return Table(data, chunks, storage_chunks)
+        return Table(entries, chunks, storage_chunks)
     except TooDamaged:
         raise FormatError(name, "chunk table: most of it cannot be right; see what fvdfs check says of it") from None
 
@@ -367,8 +366,8 @@ async def _replay(name: str, header: Header, meta: Store, bitmap: Bitmap | None,
             log.warning("%s: clean_shutdown=0 and no journal: its metadata may be incomplete", name)
         return False
     skipped: list[journal.Skipped] = []
-    for at in range(0, region.size, _REPLAY_PIECE):
-        size = min(_REPLAY_PIECE, region.size - at)
+    for at in range(0, region.size, _PIECE):
+        size = min(_PIECE, region.size - at)
         data = bytes(await pread_exactly(meta, size, region.offset + at))
         skipped += journal.replay(data, header, bitmap, table, at // SECTOR)
     for report in skipped[:_REPORTED_RECORDS]:

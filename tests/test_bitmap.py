@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -188,6 +190,20 @@ def test_each_page_shows_its_own_blocks() -> None:
     assert not bitmap.all_committed(2 * BLOCKS_PER_PAGE, 2 * BLOCKS_PER_PAGE + 1)
     bitmap.pages_not_written([pages[0], pages[2]])
     assert bitmap.take_dirty_pages() == [pages[0], pages[2]]
+
+
+def test_memory_holds_one_bitmap_once_all_is_written() -> None:
+    pages = 200
+    tracemalloc.start()
+    try:
+        bitmap = Bitmap(bytearray(pages * PAGE), pages * BLOCKS_PER_PAGE)
+        bitmap.set_local(0, bitmap.blocks)
+        assert tracemalloc.get_traced_memory()[0] >= 2 * pages * PAGE, "both, while they differ"
+        bitmap.pages_written(bitmap.take_dirty_pages())
+        assert tracemalloc.get_traced_memory()[0] < 1.1 * pages * PAGE
+    finally:
+        tracemalloc.stop()
+    assert bitmap.all_committed(0, bitmap.blocks)
 
 
 def test_shrink() -> None:

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import reference
-from fvdfs.alloc.table import UNALLOCATED, Table, new_table
+from fvdfs.alloc.table import UNALLOCATED, Table, decode_entries, new_table
 from fvdfs.cow.bitmap import Bitmap, bitmap_bytes
 from fvdfs.header import SECTOR, Header, ceil_div, with_fields
 from fvdfs.journal import BITMAP_MAGIC, TABLE_MAGIC, BitmapRecord, Skipped, TableRecord, encode, merge, parse, replay
@@ -47,7 +47,7 @@ class Metadata:
     def __init__(self, header: Header, room: int = ROOM) -> None:
         self.header = header
         self.bitmap = Bitmap(bytes(bitmap_bytes(header.blocks)), header.blocks) if header.has_base else None
-        self.table = Table(new_table(header.chunks), header.chunks, room) if header.compact else None
+        self.table = Table(decode_entries(new_table(header.chunks)), header.chunks, room) if header.compact else None
 
     def replay(self, *sectors: bytes) -> list[Skipped]:
         return replay(b"".join(sectors), self.header, self.bitmap, self.table)
@@ -260,7 +260,7 @@ def test_sectors_are_counted_from_the_first_of_the_journal() -> None:
 
 def numbered(header: Header, chunks: Sequence[int], room: int = ROOM) -> Table:
     """A table in which these chunks are allocated, in this order."""
-    table = Table(new_table(header.chunks), header.chunks, room)
+    table = Table(decode_entries(new_table(header.chunks)), header.chunks, room)
     for chunk in chunks:
         table.allocate(chunk)
     return table

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fvdfs.alloc.table import ENTRIES_PER_PAGE, NOT_JOURNALED, UNALLOCATED, Table, new_table
+from fvdfs.alloc.table import ENTRIES_PER_PAGE, NOT_JOURNALED, UNALLOCATED, Table, decode_entries, new_table
 from fvdfs.header import MAX_CHUNKS, PAGE
 
 ROOM = 1000  # chunks that the storage has room for, where it does not matter
@@ -24,7 +24,7 @@ def raw(entries: dict[int, int], chunks: int, tail: int = UNALLOCATED) -> bytes:
 
 
 def load(entries: dict[int, int], chunks: int = 10, room: int = ROOM) -> Table:
-    return Table(raw(entries, chunks), chunks, room)
+    return Table(decode_entries(raw(entries, chunks)), chunks, room)
 
 
 def contents(table: Table) -> dict[int, int]:
@@ -42,10 +42,10 @@ def test_load() -> None:
 
 
 def test_empty_table() -> None:
-    table = Table(new_table(10), 10, 0)
+    table = Table(decode_entries(new_table(10)), 10, 0)
     assert contents(table) == {}
     assert (table.highest, table.allocated(), table.damaged) == (-1, 0, False)
-    assert Table(b"", 0, 0).highest == -1
+    assert Table(decode_entries(b""), 0, 0).highest == -1
 
 
 def test_bit_31_on_disk_is_ignored_and_stored_as_0() -> None:
@@ -92,7 +92,7 @@ def test_chunk_used_twice_on_two_pages() -> None:
 
 
 def test_what_is_behind_the_last_entry_means_nothing() -> None:
-    table = Table(raw({0: 1}, 10, tail=1) + raw({0: 1}, 10), 10, 2)
+    table = Table(decode_entries(raw({0: 1}, 10, tail=1) + raw({0: 1}, 10)), 10, 2)
     assert not table.damaged
     assert (table.highest, table.allocated()) == (1, 1)
 
@@ -261,7 +261,7 @@ def test_grow_by_nothing() -> None:
 
 
 def test_grow_within_a_page_forgets_what_stood_there() -> None:
-    table = Table(raw({0: 3}, 10, tail=5), 10, ROOM)
+    table = Table(decode_entries(raw({0: 3}, 10, tail=5)), 10, ROOM)
     table.grow(20)
     assert table.chunks == 20
     assert contents(table) == {0: 3}
@@ -347,13 +347,13 @@ def test_page_is_a_snapshot() -> None:
 def test_tail_of_the_last_page_is_kept() -> None:
     """0xFF in an image that is sound, and whatever it is otherwise."""
     for tail in (UNALLOCATED, 0, 7):
-        table = Table(raw({}, 10, tail=tail), 10, ROOM)
+        table = Table(decode_entries(raw({}, 10, tail=tail)), 10, ROOM)
         table.allocate(9)
         assert table.take_dirty_pages() == [(0, raw({9: 0}, 10, tail=tail))]
 
 
 def test_data_that_ends_inside_a_page() -> None:
-    table = Table(raw({2: 1}, 10)[:40], 10, ROOM)
+    table = Table(decode_entries(raw({2: 1}, 10)[:40]), 10, ROOM)
     table.allocate(0)
     assert table.take_dirty_pages() == [(0, raw({2: 1, 0: 2}, 10))]
 
@@ -366,7 +366,7 @@ def test_new_table() -> None:
 
 def test_bytes_on_disk_are_little_endian() -> None:
     data = b"\x04\x03\x02\x01".ljust(PAGE, b"\xff")
-    table = Table(data, 2, 0x01020304 + 1)
+    table = Table(decode_entries(data), 2, 0x01020304 + 1)
     assert table[0] == 0x01020304
     assert table.allocate(1) == 0x01020305
     assert table.take_dirty_pages() == [(0, b"\x04\x03\x02\x01\x05\x03\x02\x01".ljust(PAGE, b"\xff"))]
@@ -379,7 +379,7 @@ def test_host_of_the_other_byte_order(monkeypatch: pytest.MonkeyPatch) -> None:
     def page(*entries: int) -> bytes:
         return struct.pack(f">{len(entries)}I", *entries).ljust(PAGE, b"\xff")
 
-    table = Table(page(5, UNALLOCATED, 0x102), 3, ROOM)
+    table = Table(decode_entries(page(5, UNALLOCATED, 0x102)), 3, ROOM)
     assert (table[0], table[2]) == (5, 0x102)
     assert table.allocate(1) == 0x103
     for _ in range(2):

@@ -28,6 +28,7 @@ from fvdfs.header import MAX_CHUNKS, PAGE, TABLE_ENTRY_SIZE, ceil_div, round_up
 UNALLOCATED = 0xFFFFFFFF
 NOT_JOURNALED = 0x80000000
 ENTRIES_PER_PAGE = PAGE // TABLE_ENTRY_SIZE
+_UNALLOCATED_PAGE = b"\xff" * PAGE
 
 
 MAX_DAMAGED = 1 << 20  # entries that cannot be right; a table with more is none
@@ -40,13 +41,14 @@ class TooDamaged(Exception):
 class Table:
     """Virtual chunk -> chunk in the storage."""
 
-    def __init__(self, data: bytes, chunks: int, storage_chunks: int) -> None:
-        """`data`: the table as on disk, at least `chunks` entries.
+    def __init__(self, entries: array[int], chunks: int, storage_chunks: int) -> None:
+        """`entries`: the table as on disk (`decode_entries`), at least `chunks`; is taken over.
 
         `storage_chunks`: how many whole chunks the storage has room for now. Raises TooDamaged.
         """
         self.chunks = chunks
-        self._entries = decode_entries(data[: round_up(chunks * TABLE_ENTRY_SIZE, PAGE)])
+        del entries[ceil_div(chunks, ENTRIES_PER_PAGE) * ENTRIES_PER_PAGE :]
+        self._entries = entries
         self._dirty: set[int] = set()
         self._storage_chunks = min(storage_chunks, MAX_CHUNKS)
         self.beyond: set[int] = set()
@@ -64,7 +66,7 @@ class Table:
         extra = 0
         for page in range(0, self.chunks, ENTRIES_PER_PAGE):
             entries = self._entries[page : min(page + ENTRIES_PER_PAGE, self.chunks)]
-            if entries.count(UNALLOCATED) == len(entries):
+            if entries.tobytes() == _UNALLOCATED_PAGE[: len(entries) * TABLE_ENTRY_SIZE]:
                 continue
             for chunk, entry in enumerate(entries, page):
                 if entry == UNALLOCATED:
@@ -227,7 +229,7 @@ def encode_entries(entries: array[int]) -> bytes:
     return entries.tobytes()
 
 
-def decode_entries(data: bytes) -> array[int]:
+def decode_entries(data: bytes | bytearray | memoryview) -> array[int]:
     """Entries from disk, made up to a page with UNALLOCATED."""
     entries = array("I")
     assert entries.itemsize == TABLE_ENTRY_SIZE

@@ -305,8 +305,7 @@ async def _replay(layer: Layer, found: Examined, region: Region, raw_table: byte
     header, bitmap, scan = found.header, found.bitmap, found.scan
     table = None
     if scan is not None and raw_table is not None:
-        assert header.table_region is not None
-        table = Table(raw_table[: header.table_region.size], header.chunks, len(scan.used))
+        table = Table(decode_entries(raw_table), header.chunks, len(scan.used))
     # Where the base is no longer needed, records of its bitmap are as normal as such past its end.
     unneeded = Bitmap(b"", 0) if header.base_img else None
     bits_before = bitmap.count_local() if bitmap is not None else 0

@@ -1,7 +1,7 @@
 """The bitmap of local blocks, twice: what is true, and what a crash would leave.
 
 One bit a block of the base image; 0: the block's data is in the base, 1: it is in the image's own
-storage (format.md, section 3). Memory holds two of them (section 7):
+storage (format.md, section 3). There are two of them (section 7):
 
 *fresh*  what is true now. Requests are planned by it.
 *stale*  what a replay of what is on stable storage would rebuild. Never ahead of *fresh*.
@@ -22,6 +22,9 @@ stale bit, only once the record or the page that shows it is on stable storage.
 The unit of writing to disk is a page of 4096 bytes; pages in which a fresh bit was set since they
 were last written are dirty. Bits past the last block mean nothing and are kept as they are.
 
+The two differ only in pages that are dirty or on their way to disk, so memory holds stale bits of
+those alone: what an open image takes is its bitmap once.
+
 Pure: no I/O, no clock.
 """
 
@@ -39,14 +42,14 @@ BLOCKS_PER_PAGE = PAGE * 8
 class Bitmap:
     """Both bitmaps of an image. Block ranges are half-open: [start, stop)."""
 
-    def __init__(self, data: bytes, blocks: int) -> None:
-        """`data`: the bitmap as it is on disk, whole pages, at least `blocks` bits."""
+    def __init__(self, data: bytes | bytearray, blocks: int) -> None:
+        """`data`: the bitmap as it is on disk, whole pages, at least `blocks` bits; a bytearray is taken over."""
         assert len(data) % PAGE == 0
         assert len(data) * 8 >= blocks
         self.blocks = blocks
-        self._fresh = bitarray(endian="little")
-        self._fresh.frombytes(data)
-        self._stale = self._fresh.copy()
+        self._fresh = bitarray(endian="little", buffer=data if isinstance(data, bytearray) else bytearray(data))
+        self._stale: dict[int, bitarray] = {}
+        """Of pages by number; in all others the stale bits are the fresh ones."""
         self._dirty: set[int] = set()
 
     def all_local(self, start: int, stop: int) -> bool:
@@ -59,7 +62,12 @@ class Bitmap:
 
     def all_committed(self, start: int, stop: int) -> bool:
         """Whether a crash would leave every block of the range local."""
-        return self._stale.find(0, start, stop) < 0
+        if self._stale and start < stop:
+            for page in range(start // BLOCKS_PER_PAGE, (stop - 1) // BLOCKS_PER_PAGE + 1):
+                stale = self._stale.get(page)
+                if stale is not None and stale.find(0, *_within(page, start, stop)) >= 0:
+                    return False
+        return self._fresh.find(0, start, stop) < 0
 
     def is_local(self, block: int) -> bool:
         """Whether the block is in the image's own storage."""
@@ -96,24 +104,30 @@ class Bitmap:
         assert 0 <= start <= stop <= self.blocks
         if start == stop:
             return
+        for page in range(start // BLOCKS_PER_PAGE, (stop - 1) // BLOCKS_PER_PAGE + 1):
+            if page not in self._stale:
+                self._stale[page] = self._fresh[page * BLOCKS_PER_PAGE : (page + 1) * BLOCKS_PER_PAGE]
+            self._dirty.add(page)
         self._fresh[start:stop] = 1
-        first, last = start // BLOCKS_PER_PAGE, (stop - 1) // BLOCKS_PER_PAGE
-        if first == last:
-            self._dirty.add(first)
-        else:
-            self._dirty.update(range(first, last + 1))
 
     def shrink(self, blocks: int) -> None:
         """The base's range has become smaller: bits past its end are gone."""
         assert blocks <= self.blocks
         self._fresh[blocks : self.blocks] = 0
-        self._stale[blocks : self.blocks] = 0
+        for page, stale in self._stale.items():
+            first, end = _within(page, blocks, self.blocks)
+            if first < end:
+                stale[first:end] = 0
         self._dirty.update(range(blocks // BLOCKS_PER_PAGE, ceil_div(self.blocks, BLOCKS_PER_PAGE)))
         self.blocks = blocks
 
     def mark_committed(self, start: int, stop: int) -> None:
         """A journal record on stable storage now shows these blocks as local."""
-        self._stale[start:stop] = 1
+        if self._stale and start < stop:
+            for page in range(start // BLOCKS_PER_PAGE, (stop - 1) // BLOCKS_PER_PAGE + 1):
+                if page in self._stale:
+                    first, end = _within(page, start, stop)
+                    self._stale[page][first:end] = 1
 
     @property
     def dirty_pages(self) -> int:
@@ -128,17 +142,27 @@ class Bitmap:
 
     def pages_written(self, pages: Iterable[tuple[int, bytes]]) -> None:
         """These pages, from `take_dirty_pages`, are on stable storage."""
-        stale = memoryview(self._stale)
         for page, data in pages:
+            stale = self._stale.get(page)
+            if stale is None:
+                continue
             # The page was a snapshot of fresh bits, which include every stale one of that time.
             # Bits that were committed since, through the journal, must stay.
-            at = page * PAGE
-            merged = int.from_bytes(data, "little") | int.from_bytes(stale[at : at + PAGE], "little")
-            stale[at : at + PAGE] = merged.to_bytes(PAGE, "little")
+            written = bitarray(endian="little")
+            written.frombytes(data)
+            stale |= written
+            if stale == self._fresh[page * BLOCKS_PER_PAGE : (page + 1) * BLOCKS_PER_PAGE]:
+                del self._stale[page]
 
     def pages_not_written(self, pages: Iterable[tuple[int, bytes]]) -> None:
         """Writing these pages failed: they are dirty again."""
         self._dirty.update(page for page, _ in pages)
+
+
+def _within(page: int, start: int, stop: int) -> tuple[int, int]:
+    """The part of a range of blocks that is in the page, counted from its begin."""
+    origin = page * BLOCKS_PER_PAGE
+    return max(start - origin, 0), min(stop - origin, BLOCKS_PER_PAGE)
 
 
 def bitmap_bytes(blocks: int) -> int:

@@ -17,7 +17,7 @@ from treegen import make_tar
 _DIRECT16 = ("--direct=1", "--ioengine=libaio", "--iodepth=16")
 FIO: dict[str, tuple[str, ...]] = {
     "seqread": ("--rw=read", "--bs=1m", "--size=512m"),
-    "reread": ("--rw=read", "--bs=1m", "--size=512m"),
+    "reread": ("--rw=read", "--bs=1m", "--size=512m", "--invalidate=0"),
     "randread4k": ("--rw=randread", "--bs=4k", "--size=1g", "--io_size=48m", "--direct=1"),
     "randread4k16": ("--rw=randread", "--bs=4k", "--size=1g", "--io_size=96m", *_DIRECT16),
     "randwrite4k": ("--rw=randwrite", "--bs=4k", "--size=1g", "--io_size=48m", "--end_fsync=1"),

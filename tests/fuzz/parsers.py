@@ -19,7 +19,7 @@ from typing import cast
 import reference
 from fuzz.layouts import HEADERS, RAW_HEADERS, patch
 from fuzz.source import Source
-from fvdfs.alloc.table import ENTRIES_PER_PAGE, NOT_JOURNALED, UNALLOCATED, Table
+from fvdfs.alloc.table import ENTRIES_PER_PAGE, NOT_JOURNALED, UNALLOCATED, Table, decode_entries
 from fvdfs.cow.bitmap import BLOCKS_PER_PAGE, Bitmap, bitmap_bytes
 from fvdfs.errors import FormatError, FvdError
 from fvdfs.header import HEADER_SIZE, MAX_DISK_SIZE, PAGE, SECTOR, Header, ceil_div, with_fields
@@ -221,7 +221,7 @@ def fuzz_table(data: bytes) -> bool:
     entries = some_table(source, chunks)
     raw = struct.pack(f"<{chunks}I", *entries)
     tail = source.pick((b"", b"\xff" * (-len(raw) % PAGE), bytes(-len(raw) % PAGE), bytes(PAGE)))
-    table = Table(raw + tail, chunks, room)
+    table = Table(decode_entries(raw + tail), chunks, room)
     entries = [entry if entry == UNALLOCATED else entry & ~NOT_JOURNALED for entry in entries]
     _check_table(table, entries, room)
     times = Counter(entries)
@@ -368,7 +368,11 @@ def fuzz_journal(data: bytes) -> bool:
         bits[header.blocks // 8] &= (1 << tail) - 1
     entries = some_table(source, header.chunks) if source.byte() & 1 else [UNALLOCATED] * header.chunks
     bitmap = Bitmap(bytes(bits), header.blocks) if header.has_base else None
-    table = Table(struct.pack(f"<{header.chunks}I", *entries), header.chunks, ROOM) if header.compact else None
+    table = (
+        Table(decode_entries(struct.pack(f"<{header.chunks}I", *entries)), header.chunks, ROOM)
+        if header.compact
+        else None
+    )
     other = _reference_image(header, bits, entries)
     damaged = table is not None and table.damaged
     sectors = b"".join(some_records(source, header) for _ in range(1 + source.byte() % 3))
@@ -437,7 +441,7 @@ def _write_and_replay(source: Source, header: Header, bitmap: Bitmap | None, tab
         return
     assert all(len(sector) == SECTOR for sector in sectors)
     found_bits = Bitmap(bytes(bitmap_bytes(header.blocks)), header.blocks) if bitmap is not None else None
-    found = Table(b"\xff" * (4 * header.chunks), header.chunks, ROOM) if table is not None else None
+    found = Table(decode_entries(b"\xff" * (4 * header.chunks)), header.chunks, ROOM) if table is not None else None
     assert replay(b"".join(sectors), header, found_bits, found) == []
     if found_bits is not None:
         wanted = {n for r in ranges for n in range(*r)}
