@@ -71,7 +71,7 @@ _WRITTEN = struct.Struct("=I4x")  # size
 _PER_TURN = 32  # requests that are received before other tasks get their turn
 _IDLE_TASKS = 16
 _SMALL = 64 << 10  # bytes; a smaller write is copied out of the buffer that it was received in
-_SPARE_PAYLOADS = 8
+_SPARE_PAYLOADS = 16
 _LARGEST = 2 << 20  # what the kernel wants a reader of INIT to offer; and no answer of libfuse is larger
 
 
@@ -220,6 +220,8 @@ class Device:
                 left -= 1
                 deadline = 0
                 self._dispatch(length)
+                if length > _SMALL and self._started:
+                    return  # what a thread will be busy with for long had better begin
 
     def _dispatch(self, length: int) -> None:
         opcode, unique, fh, offset, size = _TRANSFER.unpack_from(self._head)
