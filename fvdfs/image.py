@@ -203,25 +203,29 @@ class Image:
 
     async def read(self, offset: int, length: int) -> bytearray:
         """The bytes from `offset` on, fewer than `length` only at the end of the disk. Raises OSError."""
-        buffer, rest = self.begin_read(offset, length)
+        buffer = bytearray(max(0, min(length, self.size - offset)))
+        _, rest = self.begin_read(offset, memoryview(buffer))
         if rest is not None:
             await rest.finish()
         return buffer
 
-    def begin_read(self, offset: int, length: int) -> tuple[bytearray, PendingRead | None]:
-        """The buffer that `read` returns, filled as far as that needs no waiting, and the rest. Raises OSError."""
-        stop = min(offset + length, self.size)
+    def begin_read(self, offset: int, view: memoryview) -> tuple[int, PendingRead | None]:
+        """Fill the buffer with the bytes from `offset` on, as far as that needs no waiting.
+
+        Says how many bytes it will hold, fewer than it could only at the end of the disk, and what is still to be
+        done. Raises OSError.
+        """
+        stop = min(offset + len(view), self.size)
         if offset >= stop:
-            return bytearray(), None
+            return 0, None
         if self.recorder is not None:
             self.recorder.touched(offset, stop, written=False)
-        buffer = bytearray(stop - offset)
         todo: _Todo = []
-        self._read(offset, stop, memoryview(buffer), todo)
-        return buffer, PendingRead(todo, self._pending_reads) if todo else None
+        self._read(offset, stop, view[: stop - offset], todo)
+        return stop - offset, PendingRead(todo, self._pending_reads) if todo else None
 
     def _read(self, start: int, stop: int, view: memoryview, todo: _Todo) -> None:
-        """Fill `view`, zeros so far, with bytes [start, stop); what would wait goes to `todo`.
+        """Fill `view` with bytes [start, stop); what would wait goes to `todo`.
 
         Goes down the chain of base images without recursion: a chain may be of any depth.
         """
@@ -231,23 +235,26 @@ class Image:
             for run_start, run_stop, local in image._read_runs(begin, end):
                 if local:
                     for piece_start, piece_stop, where in image.storage.runs(run_start, run_stop):
-                        if where is not None:
-                            to = at + piece_start - begin
-                            piece = view[to : to + piece_stop - piece_start]
-                            if not image.data.pread_nowait(piece, where):
-                                todo.append((image._own, piece, where))
+                        to = at + piece_start - begin
+                        piece = view[to : to + piece_stop - piece_start]
+                        if where is None:
+                            _zero(piece)
+                        elif not image.data.pread_nowait(piece, where):
+                            todo.append((image._own, piece, where))
                     continue
                 to = at + run_start - begin
+                run = view[to : to + run_stop - run_start]
                 base = image.base
                 if image is self and self.fetcher is not None:
-                    _try(self.fetcher, view[to : to + run_stop - run_start], run_start, todo)
+                    _try(self.fetcher, run, run_start, todo)
                 elif isinstance(base, Image):
-                    base_stop = min(run_stop, base.size)
-                    if run_start < base_stop:
-                        layers.append((base, run_start, base_stop, to))
+                    length = min(len(run), max(0, base.size - run_start))
+                    if length:
+                        layers.append((base, run_start, run_start + length, to))
+                    _zero(run[length:])
                 else:
                     assert base is not None
-                    _try(base, view[to : to + run_stop - run_start], run_start, todo)
+                    _try(base, run, run_start, todo)
 
     def _read_runs(self, start: int, stop: int) -> Sequence[tuple[int, int, bool]]:
         bitmap = self.bitmap
@@ -812,6 +819,9 @@ def _try(store: _QuickReader, view: memoryview, offset: int, todo: _Todo) -> Non
 
 async def _fill(store: _Reader, view: memoryview, offset: int) -> None:
     """Read what the store has; past its end are zeros (format.md, sections 3 and 4)."""
-    count = await store.pread(view, offset)
-    if count < len(view):
-        view[count:] = bytes(len(view) - count)
+    _zero(view[await store.pread(view, offset) :])
+
+
+def _zero(view: memoryview) -> None:
+    if view:
+        view[:] = bytes(len(view))

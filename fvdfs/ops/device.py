@@ -71,15 +71,15 @@ _WRITTEN = struct.Struct("=I4x")  # size
 _PER_TURN = 32  # requests that are received before other tasks get their turn
 _IDLE_TASKS = 16
 _SMALL = 64 << 10  # bytes; a smaller write is copied out of the buffer that it was received in
-_SPARE_PAYLOADS = 16
+_SPARE_BUFFERS = 16
 _LARGEST = 2 << 20  # what the kernel wants a reader of INIT to offer; and no answer of libfuse is larger
 
 
 class Requests(Protocol):
     """Who answers the requests that take the short path. All raise FUSEError, and nothing else."""
 
-    def begin_read(self, fh: int, offset: int, size: int, /) -> tuple[Buffer, PendingRead | None]:
-        """A buffer for the bytes, filled as far as that needs no waiting, and the rest."""
+    def begin_read(self, fh: int, offset: int, buffer: memoryview, /) -> tuple[int, PendingRead | None]:
+        """Fill the buffer as far as that needs no waiting; how many bytes there are, and the rest."""
 
     async def finish_read(self, fh: int, rest: PendingRead, /) -> None:
         """Fill the rest."""
@@ -126,8 +126,8 @@ class Device:
         self._requests = requests
         self._head = bytearray(_TRANSFER.size)
         self._max_write = max_write
-        self._payload = self._new_payload()
         self._spare: list[memoryview] = []
+        self._payload = self._take_buffer()
         self._idle: list[trio.lowlevel.Task] = []
         self._idle_limit = _IDLE_TASKS
         self._answered = 0  # when, ns
@@ -232,11 +232,12 @@ class Device:
         elif opcode == FUSE_SETATTR and self._set_times(unique):
             pass
         elif opcode == FUSE_FSYNC:
-            self._start(unique, functools.partial(self._requests.make_stable, fh), b"")
+            call = functools.partial(self._requests.make_stable, fh)
+            self._start(unique, call, functools.partial(self._answer, unique))
         elif opcode != FUSE_INTERRUPT:  # nothing here can be interrupted
             self._to_libfuse.send_nowait((self._head + self._payload[: max(0, length - len(self._head))])[:length])
 
-    def _start(self, unique: int, call: _Call, answer: Buffer) -> None:
+    def _start(self, unique: int, call: _Call, answer: Callable[[], None]) -> None:
         """Have a task do the call, then answer; one that has nothing to do if there is one."""
         self._started = True
         work = functools.partial(self._do, unique, call, answer)
@@ -253,31 +254,34 @@ class Device:
             self._idle.append(trio.lowlevel.current_task())
             work = await trio.lowlevel.wait_task_rescheduled(_given_up)
 
-    async def _do(self, unique: int, call: _Call, answer: Buffer) -> None:
+    async def _do(self, unique: int, call: _Call, answer: Callable[[], None]) -> None:
         try:
             await call()
         except pyfuse3.FUSEError as error:
             self._answer(unique, error.errno)
         else:
-            self._answer(unique, 0, answer)
+            answer()
 
     def _begin_read(self, unique: int, fh: int, offset: int, size: int) -> None:
+        pooled = _SMALL < size <= self._max_write
+        answer = self._take_buffer() if pooled else memoryview(bytearray(_OUT_HEADER.size + size))
         try:
-            data, rest = self._requests.begin_read(fh, offset, size)
+            count, rest = self._requests.begin_read(fh, offset, answer[_OUT_HEADER.size : _OUT_HEADER.size + size])
         except pyfuse3.FUSEError as error:
             self._answer(unique, error.errno)
             return
         if rest is None:
-            self._answer(unique, 0, data)
+            self._answer_read(unique, answer, count)
             return
 
         def finish() -> None:
-            self._start(unique, functools.partial(self._requests.finish_read, fh, rest), data)
+            call = functools.partial(self._requests.finish_read, fh, rest)
+            self._start(unique, call, functools.partial(self._answer_read, unique, answer, count))
 
         def done(whole: bool) -> None:
             self._end()
             if whole:
-                self._answer(unique, 0, data)
+                self._answer_read(unique, answer, count)
             else:
                 finish()
 
@@ -289,13 +293,17 @@ class Device:
     def _begin_write(self, unique: int, fh: int, offset: int, size: int) -> None:
         data = self._take(size)
 
+        def answer() -> None:
+            self._answer(unique, 0, _WRITTEN.pack(size))
+            self._give_back(data)
+
         def finish() -> None:
-            self._start(unique, functools.partial(self._write, fh, offset, data), _WRITTEN.pack(size))
+            self._start(unique, functools.partial(self._requests.write_all, fh, offset, data), answer)
 
         def done(well: bool) -> None:
             self._end()
             if well:
-                self._answer(unique, 0, _WRITTEN.pack(size))
+                answer()
             else:
                 finish()
 
@@ -308,12 +316,6 @@ class Device:
             self._begun += 1
         else:
             finish()
-
-    async def _write(self, fh: int, offset: int, data: memoryview) -> None:
-        await self._requests.write_all(fh, offset, data)
-        if len(data) > _SMALL and len(self._spare) < _SPARE_PAYLOADS:
-            assert isinstance(data.obj, bytearray)
-            self._spare.append(memoryview(data.obj))
 
     def _set_times(self, unique: int) -> bool:
         """Answer a SETATTR of the time of change alone, which the kernel sends before FSYNC; False for another."""
@@ -337,15 +339,28 @@ class Device:
         if size <= _SMALL:
             return memoryview(bytearray(self._payload[:size]))
         data = self._payload[:size]
-        self._payload = self._spare.pop() if self._spare else self._new_payload()
+        self._payload = self._take_buffer()
         return data
 
-    def _new_payload(self) -> memoryview:
-        return memoryview(bytearray(self._max_write))
+    def _take_buffer(self) -> memoryview:
+        """Room for the longest message; what is in it is anybody's. A new one costs the kernel a fault a page."""
+        return self._spare.pop() if self._spare else memoryview(bytearray(_OUT_HEADER.size + self._max_write))
+
+    def _give_back(self, part: memoryview) -> None:
+        """Nobody needs what is in this buffer any more."""
+        assert isinstance(part.obj, bytearray)
+        if len(part.obj) == _OUT_HEADER.size + self._max_write and len(self._spare) < _SPARE_BUFFERS:
+            self._spare.append(memoryview(part.obj))
 
     # --- answers ----------------------------------------------------------------------------------
 
-    def _answer(self, unique: int, error: int, data: Buffer = b"") -> None:
+    def _answer_read(self, unique: int, answer: memoryview, count: int) -> None:
+        """Hand over the answer to a READ, which begins with room for its header."""
+        _OUT_HEADER.pack_into(answer, 0, _OUT_HEADER.size + count, 0, unique)
+        self._send(answer[: _OUT_HEADER.size + count])
+        self._give_back(answer)
+
+    def _answer(self, unique: int, error: int = 0, data: Buffer = b"") -> None:
         self._send(_OUT_HEADER.pack(_OUT_HEADER.size + len(data), -error, unique), data)
 
     def _send(self, *parts: Buffer) -> None:

@@ -309,11 +309,11 @@ class Filesystem(pyfuse3.Operations):
 
     # READ, WRITE and FSYNC take the short path (`device.py`).
 
-    def begin_read(self, fh: int, offset: int, size: int, /) -> tuple[bytearray, PendingRead | None]:
+    def begin_read(self, fh: int, offset: int, buffer: memoryview, /) -> tuple[int, PendingRead | None]:
         """`Image.begin_read`. Raises FUSEError."""
         image = self._images[fh]
         try:
-            return image.begin_read(offset, size)
+            return image.begin_read(offset, buffer)
         except Exception as error:
             raise fuse_error(error, f"{image.name}: read") from error
 
