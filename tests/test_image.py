@@ -10,7 +10,7 @@ import pytest
 import trio
 
 from builder import IMAGE, LAYOUTS, create, load, read_files
-from fakes import SECTOR, MemoryStore
+from fakes import SECTOR, MemoryStore, read_as_mounted
 from fvdfs.alloc.store import open_path
 from fvdfs.errors import ReadOnlyImage
 from fvdfs.header import MAX_DISK_SIZE, CreateOptions, Header, with_fields
@@ -140,3 +140,14 @@ async def test_a_read_of_several_places_that_fails_is_an_error_of_the_system(tmp
     store.pread = fails  # type: ignore[method-assign]
     with pytest.raises(OSError, match="a bad sector"):
         await image.read(0, 64 * 4096)
+
+
+async def test_past_the_end_of_a_base_that_has_shrunk_are_zeros(tmp_path: Path) -> None:
+    """Whatever the buffer held before."""
+    create(tmp_path / "base.fvd", 40 * 4096, CreateOptions())
+    overlay = CreateOptions(base_img="base.fvd", base_img_fmt="fvd")
+    create(tmp_path / "disk.fvd", 64 * 4096, overlay, base_length=64 * 4096)
+    stores = {name: MemoryStore(content, name) for name, content in read_files(tmp_path).items()}
+    image = await load(stores, "disk.fvd")
+    for first in (30, 39, 40, 50):
+        assert await read_as_mounted(image, first * 4096 + 10, 8000) == bytes(8000)
