@@ -40,7 +40,7 @@ from typing import NoReturn
 import trio
 
 from fvdfs import journal
-from fvdfs.alloc.store import OUT_OF_SPACE, FlushError, Store, pwrite_pages
+from fvdfs.alloc.store import OUT_OF_SPACE, Done, FlushError, Store, pwrite_pages
 from fvdfs.alloc.table import Table
 from fvdfs.cow.bitmap import Bitmap
 from fvdfs.header import HEADER_SIZE, PAGE, SECTOR, Header, changed_sectors, round_up, with_fields
@@ -79,6 +79,7 @@ class Committer:
         self._pending_blocks: list[journal.Range] = []
         self._pending_chunks: set[int] = set()
         self._data_written = False
+        self._writes = 0
         self._journal_next = 0  # sector
         self._lock = trio.Lock()
         self._begun = 0
@@ -89,6 +90,7 @@ class Committer:
     def data_written(self) -> None:
         """Data was stored; a commit has to flush it."""
         self._data_written = True
+        self._writes += 1
 
     def blocks_stored(self, first: int, end: int) -> None:
         """A write stored these blocks, and a crash would not show them yet."""
@@ -140,6 +142,23 @@ class Committer:
                 self._done = this
             finally:
                 self._lock.release()
+
+    def commit_soon(self, done: Done) -> bool:
+        """A commit without a task, where all that it takes is a flush of the data that has begun already.
+
+        `done` is called, perhaps before this returns, and told whether all that was reported is durable. Where it is
+        not, and where this says False, `commit` has to be awaited.
+        """
+        if self.failed is not None or self.uncommitted or self._lock.locked():
+            return False
+        writes = self._writes
+
+        def ended(well: bool) -> None:
+            if well and self._writes == writes:
+                self._data_written = False
+            done(well)
+
+        return self._data.flush_soon(ended)
 
     async def checkpoint(self) -> None:
         """A commit that leaves nothing in the journal. Raises OSError."""

@@ -615,6 +615,10 @@ class Image:
 
     # --- durability, size, end ------------------------------------------------------------------
 
+    def flush_soon(self, done: Done) -> bool:
+        """`flush` without a task, where that can be; as `Committer.commit_soon`."""
+        return self.base_writer is None and self.committer.commit_soon(done)
+
     async def flush(self) -> None:
         """When this returns, every write that was answered before survives a power cut. Raises OSError."""
         if not self.writable:

@@ -43,8 +43,8 @@ def soon(call: Callable[[], Awaitable[object]], done: Done) -> bool:
     return True
 
 
-async def write_as_mounted(image: Image, offset: int, data: bytes) -> None:
-    """A write as a mount does it: without a task where that is possible."""
+async def _as_mounted(begin: Callable[[Done], bool], finish: Callable[[], Awaitable[None]]) -> None:
+    """Do what a mount does: begin without a task where that is possible, and have a task do the rest."""
     ended = trio.Event()
     well = False
 
@@ -53,32 +53,31 @@ async def write_as_mounted(image: Image, offset: int, data: bytes) -> None:
         well = whole
         ended.set()
 
-    if image.write_soon(offset, memoryview(bytearray(data)), done):
+    if begin(done):
         await ended.wait()
     if not well:
-        await image.write(offset, data)
+        await finish()
+
+
+async def write_as_mounted(image: Image, offset: int, data: bytes) -> None:
+    await _as_mounted(
+        functools.partial(image.write_soon, offset, memoryview(bytearray(data))),
+        functools.partial(image.write, offset, data),
+    )
 
 
 async def read_as_mounted(image: Image, offset: int, length: int) -> bytearray:
-    """A read as a mount does it: into a buffer that was used before, without a task where that is possible."""
+    """Into a buffer that was used before."""
     buffer = bytearray(b"\xa5") * length
     count, rest = image.begin_read(offset, memoryview(buffer))
     assert buffer[count:] == b"\xa5" * (length - count)
-    if rest is None:
-        return buffer[:count]
-    ended = trio.Event()
-    well = False
-
-    def done(whole: bool) -> None:
-        nonlocal well
-        well = whole
-        ended.set()
-
-    if rest.soon(done):
-        await ended.wait()
-    if not well:
-        await rest.finish()
+    if rest is not None:
+        await _as_mounted(rest.soon, rest.finish)
     return buffer[:count]
+
+
+async def flush_as_mounted(image: Image) -> None:
+    await _as_mounted(image.flush_soon, image.flush)
 
 
 class MemoryStore(Stepwise):
@@ -174,6 +173,9 @@ class MemoryStore(Stepwise):
 
     async def is_hole(self, offset: int, length: int) -> bool:
         return not self.fixed_size and not any(self.data[offset : offset + length])
+
+    def flush_soon(self, done: Done) -> bool:
+        return soon(self.flush, done)
 
     async def flush(self) -> None:
         await self._wait("flush")
@@ -404,6 +406,7 @@ class FaultStore(Stepwise):
     def __init__(self, inner: Store, plan: FaultPlan) -> None:
         self.inner = inner
         self.plan = plan
+        self._lost: OSError | None = None
 
     @property
     def name(self) -> str:
@@ -462,7 +465,19 @@ class FaultStore(Stepwise):
     async def is_hole(self, offset: int, length: int) -> bool:
         return await self.inner.is_hole(offset, length)
 
+    def flush_soon(self, done: Done) -> bool:
+        return soon(self._flush_ahead, done)
+
+    async def _flush_ahead(self) -> None:
+        try:
+            await self.flush()
+        except OSError as error:
+            self._lost = error
+            raise
+
     async def flush(self) -> None:
+        if self._lost is not None:
+            raise self._lost
         self._check("flush")
         await self.inner.flush()
 

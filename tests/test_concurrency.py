@@ -32,7 +32,7 @@ from trio.testing import wait_all_tasks_blocked
 import reference
 from builder import LAYOUTS, Layout, load, read_files
 from conftest import MIB, Mount, fvdfs, mounted, must, wait_for_end, wait_until
-from fakes import SECTOR, MemoryStore
+from fakes import SECTOR, MemoryStore, flush_as_mounted
 from fvdfs.chain import Policy
 from fvdfs.cow.prefetch import Prefetcher
 from fvdfs.cow.scheduler import Scheduler
@@ -174,7 +174,7 @@ async def others(bench: Bench, rounds: int) -> None:
         bench.legal[at // SECTOR].add(MUST)
         assert await bench.image.read(at, SECTOR) == data
         if number % 4 == 0:
-            await bench.image.flush()
+            await flush_as_mounted(bench.image)
 
 
 async def cancel_once(built: dict[str, bytes], operation: Operation, nth: int) -> bool:

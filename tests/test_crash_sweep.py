@@ -28,6 +28,7 @@ from fakes import (
     FaultStore,
     MemoryStore,
     Resize,
+    flush_as_mounted,
     write_as_mounted,
 )
 from fvdfs.alloc.store import Store
@@ -76,8 +77,9 @@ class Workload:
 
     async def flush(self) -> None:
         start = self.clock.tick()
+        flush = flush_as_mounted if start % 2 else Image.flush
         try:
-            await self.image.flush()
+            await flush(self.image)
         except OSError as error:
             self.errors.append(error)
         else:

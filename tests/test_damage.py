@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 
 import reference
-from conftest import MIB, Mount, mounted, must, wait_until
+from conftest import MIB, Mount, loop_device, mounted, must, wait_until
 from fvdfs.header import HEADER_SIZE, Header
 
 CHUNK = 64 << 10
@@ -257,6 +257,38 @@ def test_a_full_disk_stops_no_other_image(folder: Path, tmp_path: Path) -> None:
                     assert os.pwrite(disk, b"%d" % at * MIB, at * MIB) == MIB
                 os.fsync(disk)
             assert mount.raw("bad").read_bytes() == b"".join(b"%d" % at * MIB for at in range(4))
+    finally:
+        subprocess.run(["umount", small], check=True)
+
+
+@pytest.mark.parametrize("flushed_before", [0, 5])
+def test_a_flush_that_the_device_fails(folder: Path, tmp_path: Path, flushed_before: int) -> None:
+    """Also where it began with the write, as it does after some that were flushed one by one."""
+    small = tmp_path / "small"
+    small.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16M", "none", small], check=True)
+    try:
+        backing = small / "backing"
+        backing.touch()
+        os.truncate(backing, 16 * MIB)
+        with loop_device(backing) as device, with_a_good_one(folder, "-o", "writeback=off") as mount:
+            must("create", device, "8M")
+            (folder / "bad.fvd").symlink_to(device)
+            with opened(mount.raw("bad")) as disk:
+                for _ in range(flushed_before):
+                    os.pwrite(disk, b"old" * 4096, 0)
+                    os.fsync(disk)
+                subprocess.run(["fallocate", "-p", "-o", "4M", "-l", "3M", backing], check=True)
+                used = backing.stat().st_blocks * 512
+                subprocess.run(["mount", "-o", f"remount,size={used}", small], check=True)
+                os.pwrite(disk, b"new" * 4096, 5 * MIB)
+                with pytest.raises(OSError) as caught:
+                    os.fsync(disk)
+                assert caught.value.errno == errno.EIO
+                assert mount.status("bad")["failed"]
+                with pytest.raises(OSError):
+                    os.pwrite(disk, b"new" * 4096, 0)
+            os.unlink(folder / "bad.fvd")
     finally:
         subprocess.run(["umount", small], check=True)
 

@@ -11,9 +11,10 @@ import trio
 
 from builder import IMAGE, LAYOUTS, create, load, read_files
 from fakes import SECTOR, MemoryStore, read_as_mounted
-from fvdfs.alloc.store import open_path
+from fvdfs.alloc.store import Buffer, Done, open_path
 from fvdfs.errors import ReadOnlyImage
 from fvdfs.header import MAX_DISK_SIZE, CreateOptions, Header, with_fields
+from fvdfs.image import Image
 from fvdfs.journal import BITMAP_MAGIC
 
 
@@ -151,3 +152,75 @@ async def test_past_the_end_of_a_base_that_has_shrunk_are_zeros(tmp_path: Path) 
     image = await load(stores, "disk.fvd")
     for first in (30, 39, 40, 50):
         assert await read_as_mounted(image, first * 4096 + 10, 8000) == bytes(8000)
+
+
+class HeldFlush(MemoryStore):
+    """A flush that has begun with the write ends when the test says so."""
+
+    def __init__(self, data: Buffer, name: str) -> None:
+        super().__init__(data, name)
+        self.waiting: list[Done] = []
+
+    def flush_soon(self, done: Done) -> bool:
+        self.waiting.append(done)
+        return True
+
+
+async def image_with_held_flush(tmp_path: Path) -> tuple[Image, HeldFlush]:
+    """Its first sector is committed."""
+    next(layout for layout in LAYOUTS if layout.name == "cow-512").build(tmp_path)
+    stores: dict[str, MemoryStore] = {name: HeldFlush(content, name) for name, content in read_files(tmp_path).items()}
+    image = await load(stores)
+    await image.begin_writing()
+    await image.write(0, b"a" * SECTOR)
+    await image.flush()
+    store = stores[IMAGE]
+    assert isinstance(store, HeldFlush)
+    return image, store
+
+
+async def test_a_flush_without_a_task_covers_what_was_written_before_it(tmp_path: Path) -> None:
+    image, store = await image_with_held_flush(tmp_path)
+    told: list[bool] = []
+    await image.write(0, b"b" * SECTOR)
+    assert image.flush_soon(told.append)
+    assert image.committer.dirty
+    store.waiting.pop()(True)
+    assert told == [True]
+    assert not image.committer.dirty
+
+    await image.write(0, b"c" * SECTOR)
+    assert image.flush_soon(told.append)
+    await image.write(0, b"d" * SECTOR)
+    store.waiting.pop()(True)
+    assert told == [True, True]
+    assert image.committer.dirty, "the last write is not covered"
+
+    assert image.flush_soon(told.append)
+    store.waiting.pop()(False)
+    assert told == [True, True, False]
+    assert image.committer.dirty
+    flushes = store.calls["flush"]
+    await image.flush()
+    assert store.calls["flush"] == flushes + 1
+    await image.close()
+
+
+async def test_what_is_more_than_a_flush_needs_a_task(tmp_path: Path) -> None:
+    image, store = await image_with_held_flush(tmp_path)
+    told: list[bool] = []
+    await image.write(40 * SECTOR, b"b" * SECTOR)  # a block that is not local yet
+    assert image.committer.uncommitted
+    assert not image.flush_soon(told.append)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(image.flush)
+        while image.committer.uncommitted:
+            await trio.lowlevel.checkpoint()
+        assert not image.flush_soon(told.append), "a commit is under way"
+    image.base_writer = image
+    assert not image.flush_soon(told.append), "the base is written"
+    image.base_writer = None
+    image.committer.failed = "broken"
+    assert not image.flush_soon(told.append)
+    assert not store.waiting
+    assert not told

@@ -641,10 +641,13 @@ async def test_killed_under_reads(folder: Path, data: bytes) -> None:
             for seed in range(6):
                 nursery.start_soon(read, seed)
             for _ in range(4):
-                pid, at_least = store.pid, [n + 2 for n in reads]
+                pid = store.pid
                 os.kill(pid, signal.SIGKILL)
                 with trio.fail_after(10):
-                    while store.pid == pid or any(n < least for n, least in zip(reads, at_least, strict=True)):
+                    while store.pid == pid:
+                        await content(store, 0, 10)
+                    at_least = [n + 2 for n in reads]  # so that each has begun a read on the new one
+                    while any(n < least for n, least in zip(reads, at_least, strict=True)):
                         await content(store, 0, 10)
                 assert gone(pid)
             stop = True

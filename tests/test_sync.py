@@ -170,7 +170,7 @@ def test_flush_commits_at_a_flush_and_not_before(folder: Path, tmp_path: Path) -
 
 @pytest.mark.parametrize("io_uring", ["on", "off"])
 def test_a_flush_reaches_the_device(folder: Path, tmp_path: Path, io_uring: str) -> None:
-    """Twice for blocks that were in the base: for the data, and for what names it."""
+    """Twice for blocks that were in the base: for the data, and for what names it. Once for those that are local."""
     (folder / "base.raw").write_bytes(BASE)
     backing = tmp_path / "device"
     backing.touch()
@@ -185,6 +185,11 @@ def test_a_flush_reaches_the_device(folder: Path, tmp_path: Path, io_uring: str)
                 before = int(flushes.read_text().split()[15])
                 os.fsync(disk)
                 assert int(flushes.read_text().split()[15]) >= before + 2
+            for number in range(5):
+                before = int(flushes.read_text().split()[15])
+                os.pwrite(disk, b"newer", number * 64 << 10)
+                os.fsync(disk)
+                assert int(flushes.read_text().split()[15]) > before
 
 
 def test_what_sync_may_be(folder: Path) -> None:

@@ -202,10 +202,22 @@ class Flushes:
         self.errors: list[int] = []
         real = uring.Ring.begin
 
-        def begin(ring: uring.Ring, calls: Sequence[uring.Call], done: Callable[[list[int]], None]) -> None:
-            self.begun += sum(call[0] == uring.FSYNC for call in calls)
-            error = self.errors.pop() if calls[0][0] == uring.FSYNC and self.errors else 0
-            real(ring, calls, lambda results: done([-error] * len(results) if error else results))
+        def begin(
+            ring: uring.Ring,
+            calls: Sequence[uring.Call],
+            done: Callable[[list[int]], None],
+            first_done: Callable[[int], None] | None = None,
+        ) -> None:
+            at = [number for number, call in enumerate(calls) if call[0] == uring.FSYNC]
+            self.begun += len(at)
+            error = self.errors.pop() if at and self.errors else 0
+
+            def ended(results: list[int]) -> None:
+                for number in at if error else ():
+                    results[number] = -error
+                done(results)
+
+            real(ring, calls, ended, first_done)
 
         monkeypatch.setattr(uring.Ring, "begin", begin)
 
@@ -280,6 +292,7 @@ async def test_a_flush_that_failed_ahead_is_told_of(
 ) -> None:
     """The kernel tells of an error once: flushes that are asked for afterwards would find all well."""
     flushes = Flushes(monkeypatch)
+    told = Told[bool]()
     async with uring.use_ring():
         await write_and_flush(file, EXPECTED)
         flushes.errors = [errno.EIO]
@@ -292,6 +305,10 @@ async def test_a_flush_that_failed_ahead_is_told_of(
             with pytest.raises(OSError) as caught:
                 await file.flush()
             assert caught.value.errno == errno.EIO
+            begun = flushes.begun
+            await write_soon(file)
+            assert flushes.begun == begun + (not later), "one that ends well"
+            assert not file.flush_soon(told.tell)
         with pytest.raises(FlushError):
             await file.log(b"record", 4096, flush_first=False)
 
@@ -302,7 +319,7 @@ async def test_an_error_that_a_flush_ahead_took_from_one_under_way(
     flushes = Flushes(monkeypatch)
     async with uring.use_ring():
         await write_and_flush(file, EXPECTED)
-        file._flush_is_asked_for = lambda: None  # type: ignore[method-assign]  # nothing is learnt
+        asked = file._flush_is_asked_for
 
         async def flush() -> None:
             with pytest.raises(OSError) as caught:
@@ -311,11 +328,123 @@ async def test_an_error_that_a_flush_ahead_took_from_one_under_way(
 
         async with trio.open_nursery() as nursery:
             nursery.start_soon(flush)
+            file._flush_is_asked_for = lambda: None  # type: ignore[method-assign]  # nothing is learnt
             await trio.lowlevel.checkpoint()
-            ring = uring.ring()
-            assert ring is not None
+            file._flush_is_asked_for = asked  # type: ignore[method-assign]
             flushes.errors = [errno.EIO]
-            file._flush_ahead(ring)
+            await write_soon(file)
+            assert flushes.errors == []
+
+
+class HeldFlushes(Flushes):
+    """Those that begin with a write are told of when `release` says so."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        super().__init__(monkeypatch)
+        self.held = Told[Callable[[], None]]()
+        begin = uring.Ring.begin
+
+        def hold(
+            ring: uring.Ring,
+            calls: Sequence[uring.Call],
+            done: Callable[[list[int]], None],
+            first_done: Callable[[int], None] | None = None,
+        ) -> None:
+            if first_done is not None:
+                begin(ring, calls, lambda results: self.held.tell(lambda: done(results)), first_done)
+            else:
+                begin(ring, calls, done)
+
+        monkeypatch.setattr(uring.Ring, "begin", hold)
+
+    async def release(self) -> None:
+        await self.held.wait(1)
+        self.held.pop()()
+        assert not self.held
+
+
+async def test_a_flush_without_a_task(file: HostFile, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where it began with the write before."""
+    flushes = HeldFlushes(monkeypatch)
+    told = Told[bool]()
+    async with uring.use_ring():
+        assert not file.flush_soon(told.tell)
+        await write_and_flush(file, EXPECTED)
+        assert not file.flush_soon(told.tell), "nothing was written since"
+        begun = flushes.begun
+        await write_soon(file)
+        assert file.flush_soon(told.tell)
+        await trio.sleep(0.01)
+        assert told == [], "not before it is"
+        await flushes.release()
+        assert told == [True]
+        await write_soon(file)
+        await flushes.release()
+        assert file.flush_soon(told.tell)
+        assert told == [True, True], "it has ended already"
+        assert flushes.begun == begun + 2
+        await write_soon(file)
+        assert file.flush_soon(told.tell)
+        await write_soon(file, 512)
+        assert not file.flush_soon(told.tell), "that write came later"
+        await flushes.release()
+        assert told == [True, True, True], "the first one is stable"
+        await file.flush()
+        assert flushes.begun == begun + 4
+
+
+async def test_a_flush_ahead_need_not_cover_what_ended_before_its_own_write(
+    file: HostFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may have begun in between."""
+    told = Told[bool]()
+    held = Told[Callable[[], None]]()
+    async with uring.use_ring():
+        await write_and_flush(file, EXPECTED)
+        begin = uring.Ring.begin
+
+        def hold(
+            ring: uring.Ring,
+            calls: Sequence[uring.Call],
+            done: Callable[[list[int]], None],
+            first_done: Callable[[int], None],
+        ) -> None:
+            def tell(results: list[int]) -> None:
+                first_done(results[0])
+                done(results)
+
+            begin(ring, calls, lambda results: held.tell(lambda: tell(results)))
+
+        with monkeypatch.context() as patch:
+            patch.setattr(uring.Ring, "begin", hold)
+            assert file.pwrite_soon(memoryview(bytearray(512)), 0, told.tell)
+            await held.wait(1)
+        await file.pwrite(b"new", 512)
+        held.pop()()
+        assert told == [True]
+        assert not file.flush_soon(told.tell)
+
+
+@pytest.mark.parametrize("error", [errno.EIO, errno.ECANCELED])
+async def test_a_flush_without_a_task_that_fails(file: HostFile, monkeypatch: pytest.MonkeyPatch, error: int) -> None:
+    flushes = HeldFlushes(monkeypatch)
+    told = Told[bool]()
+    async with uring.use_ring():
+        await write_and_flush(file, EXPECTED)
+        flushes.errors = [error]
+        await write_soon(file)
+        begun = flushes.begun
+        assert file.flush_soon(told.tell)
+        assert file.flush_soon(told.tell)
+        await flushes.release()
+        assert told == [False, False]
+        assert not file.flush_soon(told.tell)
+        if error == errno.ECANCELED:
+            await file.flush()
+            assert flushes.begun == begun + 1, "it had not begun"
+        else:
+            with pytest.raises(FlushError):
+                await file.flush()
 
 
 async def test_a_full_ring_is_not_used() -> None:

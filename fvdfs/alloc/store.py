@@ -97,6 +97,12 @@ class Store(Protocol):
     async def is_hole(self, offset: int, length: int) -> bool:
         """Whether the range is known to take no space, and so to read as zeros. Raises OSError."""
 
+    def flush_soon(self, done: Done) -> bool:
+        """Call `done` once all that was written is stable, where a flush that makes it so has begun already.
+
+        That may be before this returns. Otherwise as `pread_soon`; `flush` raises the error, if there was one.
+        """
+
     async def flush(self) -> None:
         """Make all that was written stable. Raises OSError; what was not yet stable may then be lost."""
 
@@ -149,12 +155,19 @@ def fallocate(fd: int, mode: int, offset: int, length: int) -> bool:
 
 
 class _FlushAhead:
-    """A flush that has begun before it was asked for."""
+    """A flush that begins with the write before it, before it was asked for."""
 
     def __init__(self) -> None:
         self.ended = trio.Event()
-        self.covers_all = True
-        """Whether nothing was written after it began."""
+        self.covers_all = False
+        """Whether that write is the only one, and nothing was written since."""
+        self.waiting: list[Done] = []
+
+    def end(self, well: bool) -> None:
+        self.covers_all &= well
+        self.ended.set()
+        for done in self.waiting:
+            done(well)
 
 
 class HostFile:
@@ -290,13 +303,15 @@ class HostFile:
         if ring is None or size > LARGE:
             return False
 
-        def ended(results: list[int]) -> None:
+        def written(result: int) -> None:
             self._was_written()
-            done(results[0] == size)
-            if self._single >= EXPECTED and self._ahead is None:
-                self._flush_ahead(ring)
+            done(result == size)
 
-        ring.begin(((uring.WRITE, self._fd, data, offset),), ended)
+        write = (uring.WRITE, self._fd, data, offset)
+        if self._single >= EXPECTED and self._ahead is None:
+            self._write_and_flush(ring, write, written)
+        else:
+            ring.begin((write,), lambda results: written(results[0]))
         return True
 
     async def pwrite(self, data: Buffer, offset: int) -> None:
@@ -354,18 +369,39 @@ class HostFile:
         if self._ahead is not None:
             self._ahead.covers_all = False
 
-    def _flush_ahead(self, ring: uring.Ring) -> None:
-        """Begin a flush that will be asked for in a moment."""
+    def _write_and_flush(self, ring: uring.Ring, write: uring.Call, written: Callable[[int], None]) -> None:
+        """Write, and begin a flush at once that will be asked for in a moment."""
         self._ahead = ahead = _FlushAhead()
 
-        def ended(results: list[int]) -> None:
-            if results[0] == -errno.ECANCELED:  # it did not begin
-                ahead.covers_all = False
-            elif results[0] < 0:
-                self._lost = -results[0]
-            ahead.ended.set()
+        def first_ended(result: int) -> None:
+            written(result)
+            ahead.covers_all = self._unflushed == 1
 
-        ring.begin(((uring.FSYNC, self._fd, None, 0),), ended)
+        def ended(results: list[int]) -> None:
+            error = min(results[1], 0)
+            if error not in (0, -errno.ECANCELED):  # -ECANCELED: it did not begin
+                self._lost = -error
+            ahead.end(not error)
+
+        ring.begin((write, (uring.FSYNC, self._fd, None, 0)), ended, first_ended)
+
+    def flush_soon(self, done: Done) -> bool:
+        ahead = self._ahead
+        if ahead is None or not ahead.covers_all or self._lost:
+            return False
+        self._flush_is_asked_for()
+        if ahead.ended.is_set():
+            self._ahead = None
+            done(True)
+            return True
+
+        def ended(well: bool) -> None:
+            if self._ahead is ahead:
+                self._ahead = None
+            done(well)
+
+        ahead.waiting.append(ended)
+        return True
 
     def _flush_is_asked_for(self) -> None:
         self._single = self._single + 1 if self._unflushed == 1 else 0
@@ -511,6 +547,9 @@ class Stepwise:
         return False
 
     def pwrite_soon(self, data: memoryview, offset: int, done: Done) -> bool:
+        return False
+
+    def flush_soon(self, done: Done) -> bool:
         return False
 
     async def log(self: Store, data: Buffer, offset: int, *, flush_first: bool) -> None:

@@ -73,7 +73,9 @@ class Ring:
             os.close(self._fd)
             raise
         # The calls themselves are kept since the kernel uses their buffers.
-        self._under_way: dict[int, tuple[Sequence[Call], list[int], Callable[[list[int]], None]]] = {}
+        self._under_way: dict[
+            int, tuple[Sequence[Call], list[int], Callable[[list[int]], None], Callable[[int], None] | None]
+        ] = {}
         self._last_id = 0
         self._unsent = 0  # calls in the ring that the kernel has not been told of
         self._gathering = False
@@ -111,11 +113,16 @@ class Ring:
         """Whether calls may be made now."""
         return len(self._under_way) * LONGEST < CALLS
 
-    def begin(self, calls: Sequence[Call], done: Callable[[list[int]], None]) -> None:
+    def begin(
+        self,
+        calls: Sequence[Call],
+        done: Callable[[list[int]], None],
+        first_done: Callable[[int], None] | None = None,
+    ) -> None:
         """Do the calls, each after the one before has wholly succeeded.
 
         `done` is told their results later: how many bytes, or a negative errno; those after a failed or short one are
-        -ECANCELED. All of them are where the kernel could not take them.
+        -ECANCELED. All of them are where the kernel could not take them. `first_done` is told of the first before.
         """
         words = self._words
         self._last_id += 1
@@ -128,7 +135,7 @@ class Ring:
             _SQE.pack_into(self._sqes, place, opcode & 0xFF, how, 0, fd, offset, address, length, flags, self._last_id)
             tail = tail + 1 & 0xFFFFFFFF
         words[self._sq_tail] = tail
-        self._under_way[self._last_id] = calls, [], done
+        self._under_way[self._last_id] = calls, [], done, first_done
         self._unsent += len(calls)
         if not self._gathering or self._unsent >= GATHERED:
             self.send()
@@ -180,8 +187,10 @@ class Ring:
             self._tell(user_data, result)
 
     def _tell(self, user_data: int, result: int) -> None:
-        calls, results, done = self._under_way[user_data]
+        calls, results, done, first_done = self._under_way[user_data]
         results.append(result)
+        if first_done is not None and len(results) == 1:
+            first_done(result)
         if len(results) == len(calls):
             del self._under_way[user_data]
             done(results)

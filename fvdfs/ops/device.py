@@ -95,6 +95,12 @@ class Requests(Protocol):
     def set_mtime(self, inode: int, mtime_ns: int, /) -> pyfuse3.EntryAttributes | None:
         """Set the time of change, if that is no more than to remember it; the attributes then."""
 
+    def make_stable_soon(self, fh: int, done: Done, /) -> bool:
+        """Have what was written survive a power cut, where that is on its way already; `done` may be called at once.
+
+        Else, or where this says False, `make_stable` has to.
+        """
+
     async def make_stable(self, fh: int, /) -> None:
         """Have what was written survive a power cut."""
 
@@ -232,8 +238,7 @@ class Device:
         elif opcode == FUSE_SETATTR and self._set_times(unique):
             pass
         elif opcode == FUSE_FSYNC:
-            call = functools.partial(self._requests.make_stable, fh)
-            self._start(unique, call, functools.partial(self._answer, unique))
+            self._begin_fsync(unique, fh)
         elif opcode != FUSE_INTERRUPT:  # nothing here can be interrupted
             self._to_libfuse.send_nowait((self._head + self._payload[: max(0, length - len(self._head))])[:length])
 
@@ -315,6 +320,23 @@ class Device:
         if begun:
             self._begun += 1
         else:
+            finish()
+
+    def _begin_fsync(self, unique: int, fh: int) -> None:
+        def finish() -> None:
+            call = functools.partial(self._requests.make_stable, fh)
+            self._start(unique, call, functools.partial(self._answer, unique))
+
+        def done(well: bool) -> None:
+            self._end()
+            if well:
+                self._answer(unique)
+            else:
+                finish()
+
+        self._begun += 1
+        if not self._requests.make_stable_soon(fh, done):
+            self._begun -= 1
             finish()
 
     def _set_times(self, unique: int) -> bool:

@@ -352,6 +352,10 @@ class Filesystem(pyfuse3.Operations):
             return None
         return self._file_attributes(inode, self.folder.entry(inode).attributes)
 
+    def make_stable_soon(self, fh: int, done: Done, /) -> bool:
+        """`Image.flush_soon`."""
+        return self._sync is not Sync.NONE and self._images[fh].flush_soon(done)
+
     async def make_stable(self, fh: int, /) -> None:
         """`Image.flush`. Raises FUSEError."""
         if self._sync is Sync.NONE:

@@ -60,6 +60,7 @@ class CountingStore:
         self.log = functools.partial(log_by_steps, self)
         self.pread_soon = inner.pread_soon
         self.pwrite_soon = inner.pwrite_soon
+        self.flush_soon = inner.flush_soon
 
     def pread_nowait(self, buffer: memoryview, offset: int) -> bool:
         done = self.inner.pread_nowait(buffer, offset)
