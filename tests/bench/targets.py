@@ -47,6 +47,8 @@ class Target:
     """A program; where it is not installed, the target is left out."""
     guests: bool = False
     """Whether guests are booted on it, which takes long."""
+    empty: bool = False
+    """Whether it holds nothing, so that only writing to it tells something."""
 
     @contextmanager
     def served(self, folder: Path, base: Path) -> Iterator[Served]:
@@ -86,6 +88,13 @@ def _raw(work: Path, base: Path) -> Iterator[Served]:
     yield Served(disk)
 
 
+def _sparse(work: Path, base: Path) -> Iterator[Served]:
+    disk = work / "disk.raw"
+    disk.touch()
+    os.truncate(disk, SIZE)
+    yield Served(disk)
+
+
 def _daemon(image_format: str, *, cow: bool = False) -> Serve:
     def serve(work: Path, base: Path) -> Iterator[Served]:
         disk, export = work / "disk", work / "export"
@@ -119,6 +128,7 @@ _COW = ("-b", "BASE", "-F", "raw")
 _DAEMON = "qemu-storage-daemon"
 TARGETS = {
     "raw file": Target(_raw, guests=True),
+    "sparse raw file": Target(_sparse, empty=True),
     "fvdfs cow": Target(_fvdfs(*_COW), cow=True, guests=True),
     "fvdfs cow on device": Target(_fvdfs(*_COW, device=True), cow=True),
     "fvdfs compact cow": Target(_fvdfs(*_COW, "--compact", "--block-size", "64K"), cow=True),
