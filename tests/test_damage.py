@@ -9,18 +9,23 @@ from __future__ import annotations
 import errno
 import fcntl
 import json
+import mmap
 import os
 import struct
 import subprocess
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
+import trio
+import trio.testing
 
 import reference
 from conftest import MIB, Mount, loop_device, mounted, must, wait_until
 from fvdfs.header import HEADER_SIZE, Header
+from fvdfs.ops.complaints import LINES, PERIOD, Complaints
 
 CHUNK = 64 << 10
 EXT4_SHUTDOWN = 0x8004587D  # EXT4_IOC_SHUTDOWN; its argument 2: without writing out the journal
@@ -291,6 +296,45 @@ def test_a_flush_that_the_device_fails(folder: Path, tmp_path: Path, flushed_bef
             os.unlink(folder / "bad.fvd")
     finally:
         subprocess.run(["umount", small], check=True)
+
+
+def test_what_fails_again_and_again_does_not_fill_the_log(folder: Path) -> None:
+    with mounted(folder, "-o", "writeback=off") as mount:
+        set_entry(compact_image(folder, mount), 2, 1000)
+        with opened(mount.raw("bad"), os.O_RDONLY | os.O_DIRECT) as disk, mmap.mmap(-1, 4096) as page:
+            for _ in range(LINES + 40):
+                with pytest.raises(OSError) as caught:
+                    os.preadv(disk, [page], 2 * CHUNK)
+                assert caught.value.errno == errno.EIO
+        assert lines(mount, "bad.fvd: read: ") == LINES
+    assert lines(mount, "bad.fvd: read: Input/output error: 40 times more") == 1
+
+
+@pytest.mark.parametrize("periods", [1, 2])
+def test_what_is_left_out_of_the_log_is_summed_up(caplog: pytest.LogCaptureFixture, periods: int) -> None:
+    complaints = Complaints()
+
+    async def main() -> None:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(complaints.sum_up)
+            for _ in range(periods):
+                for number in range(LINES + 5):
+                    complaints.say(f"read: at {number}", "read")
+                    complaints.say(f"write: at {number}", "write")
+                complaints.say("open: damaged", "open: damaged")
+                await trio.sleep(PERIOD + 1)
+            await trio.sleep(10 * PERIOD)
+            nursery.cancel_scope.cancel()
+
+    trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0))
+    said = Counter(record.getMessage().split(" at")[0] for record in caplog.records)
+    assert said == {
+        "read:": LINES * periods,
+        "write:": LINES * periods,
+        "open: damaged": periods,
+        "read: 5 times more": periods,
+        "write: 5 times more": periods,
+    }
 
 
 def test_a_header_that_is_spoilt_while_the_image_is_open(folder: Path) -> None:

@@ -14,7 +14,7 @@ import logging
 import os
 import stat
 from collections.abc import Callable, Coroutine, Sequence
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import pyfuse3
 import trio
@@ -25,6 +25,7 @@ from fvdfs.alloc.store import Buffer, Done
 from fvdfs.errors import FvdError, ImageBusy, ReadOnlyImage, Refused
 from fvdfs.image import Image, PendingRead
 from fvdfs.map import image_map
+from fvdfs.ops.complaints import Complaints
 from fvdfs.ops.inodes import ROOT_INODE, Attributes, Entry, Folder
 
 log = logging.getLogger(__name__)
@@ -38,34 +39,17 @@ COMMIT_INTERVAL = 5.0  # seconds after which a write is committed that nobody fl
 _ANSWERS = frozenset({errno.ENOENT, errno.EPERM, errno.EROFS, errno.ESTALE})
 
 
-def fuse_error(error: BaseException, what: str) -> FUSEError:
-    """The answer to a request that failed, after saying in the log what only the log can say."""
-    if isinstance(error, FUSEError):
-        return error
-    if isinstance(error, OSError) and error.errno:
-        if error.errno not in _ANSWERS:
-            log.error("%s: %s", what, error)
-        return FUSEError(error.errno)
-    if isinstance(error, FvdError):
-        log.error("%s", error)
-        if isinstance(error, ImageBusy):
-            return FUSEError(errno.EBUSY)
-        if isinstance(error, ReadOnlyImage):
-            return FUSEError(errno.EROFS)
-        return FUSEError(errno.EACCES if isinstance(error, Refused) else errno.EIO)
-    log.error("%s: unforeseen error", what, exc_info=error)
-    return FUSEError(errno.EIO)
-
-
-def handler(function: Callable[P, Coroutine[Any, Any, T]]) -> Callable[P, Coroutine[Any, Any, T]]:
+def handler(
+    function: Callable[Concatenate[Filesystem, P], Coroutine[Any, Any, T]],
+) -> Callable[Concatenate[Filesystem, P], Coroutine[Any, Any, T]]:
     """Give a handler the translation of errors."""
 
     @functools.wraps(function)
-    async def wrapped(*args: P.args, **kwargs: P.kwargs) -> T:
+    async def wrapped(self: Filesystem, /, *args: P.args, **kwargs: P.kwargs) -> T:
         try:
-            return await function(*args, **kwargs)
+            return await function(self, *args, **kwargs)
         except Exception as error:
-            raise fuse_error(error, function.__name__) from error
+            raise self.fuse_error(error, function.__name__) from error
 
     return wrapped
 
@@ -95,6 +79,25 @@ class Filesystem(pyfuse3.Operations):
         self._listings: dict[int, list[Entry]] = {}
         self._next_handle = 1
         self._written = trio.Event()
+        self.complaints = Complaints()
+
+    def fuse_error(self, error: BaseException, what: str) -> FUSEError:
+        """The answer to a request that failed, after saying in the log what only the log can say."""
+        if isinstance(error, FUSEError):
+            return error
+        if isinstance(error, OSError) and error.errno:
+            if error.errno not in _ANSWERS:
+                self.complaints.say(f"{what}: {error}", f"{what}: {os.strerror(error.errno)}")
+            return FUSEError(error.errno)
+        if isinstance(error, FvdError):
+            self.complaints.say(str(error), str(error))
+            if isinstance(error, ImageBusy):
+                return FUSEError(errno.EBUSY)
+            if isinstance(error, ReadOnlyImage):
+                return FUSEError(errno.EROFS)
+            return FUSEError(errno.EACCES if isinstance(error, Refused) else errno.EIO)
+        self.complaints.say(f"{what}: unforeseen error", f"{what}: {type(error).__name__}", trace=error)
+        return FUSEError(errno.EIO)
 
     async def commit_regularly(self) -> None:
         """Commit what nobody flushes, so that a crash loses no more than the last seconds. Runs for ever."""
@@ -315,14 +318,14 @@ class Filesystem(pyfuse3.Operations):
         try:
             return image.begin_read(offset, buffer)
         except Exception as error:
-            raise fuse_error(error, f"{image.name}: read") from error
+            raise self.fuse_error(error, f"{image.name}: read") from error
 
     async def finish_read(self, fh: int, rest: PendingRead, /) -> None:
         """What `begin_read` has left over. Raises FUSEError."""
         try:
             await rest.finish()
         except Exception as error:
-            raise fuse_error(error, f"{self._images[fh].name}: read") from error
+            raise self.fuse_error(error, f"{self._images[fh].name}: read") from error
 
     def write_soon(self, fh: int, offset: int, data: memoryview, done: Done, /) -> bool:
         """`Image.write_soon`. Raises FUSEError."""
@@ -330,7 +333,7 @@ class Filesystem(pyfuse3.Operations):
         try:
             begun = self._sync is not Sync.ALWAYS and image.write_soon(offset, data, done)
         except Exception as error:
-            raise fuse_error(error, f"{image.name}: write") from error
+            raise self.fuse_error(error, f"{image.name}: write") from error
         if begun:
             self._written.set()
         return begun
@@ -343,7 +346,7 @@ class Filesystem(pyfuse3.Operations):
             if self._sync is Sync.ALWAYS:
                 await image.flush()
         except Exception as error:
-            raise fuse_error(error, f"{image.name}: write") from error
+            raise self.fuse_error(error, f"{image.name}: write") from error
         self._written.set()
 
     def set_mtime(self, inode: int, mtime_ns: int, /) -> EntryAttributes | None:
@@ -364,7 +367,7 @@ class Filesystem(pyfuse3.Operations):
         try:
             await image.flush()
         except Exception as error:
-            raise fuse_error(error, f"{image.name}: fsync") from error
+            raise self.fuse_error(error, f"{image.name}: fsync") from error
 
     @handler
     async def flush(self, fh: FileHandleT) -> None:

@@ -99,6 +99,7 @@ async def _serve(options: MountOptions, filesystem: Filesystem, device: Device, 
             filesystem.folder.spawn = lambda work: nursery.start_soon(_guard, work)
             nursery.start_soon(_stop_on_signal, options.mountpoint, filesystem)
             nursery.start_soon(filesystem.commit_regularly)
+            nursery.start_soon(filesystem.complaints.sum_up)
             nursery.start_soon(_announce, options.mountpoint, filesystem, ready)
             async with use_ring() if options.io_uring else contextlib.nullcontext():
                 await device.serve(pyfuse3.main)
