@@ -154,7 +154,7 @@ def draw(results: Results, workloads: Sequence[str], file: Path) -> None:
     axes.yaxis.set_major_formatter("{x:g}x")
     axes.set_xticks([at + 0.4 - width / 2 for at in range(len(shown))], shown, rotation=20, ha="right")
     axes.set_ylabel("of the best peer; higher is better")
-    axes.legend(ncols=len(names), loc="upper center", frameon=False)
+    figure.legend(ncols=len(names), loc="outside upper center", frameon=False)
     figure.savefig(file)
 
 
