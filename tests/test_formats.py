@@ -18,7 +18,7 @@ from fvdfs.alloc.formats import (
     Node,
     Reader,
     Reference,
-    blockdev,
+    blockdevs,
     detect,
     join,
     parse_location,
@@ -470,7 +470,7 @@ def test_qemu_follows_no_name_by_itself() -> None:
         return Node(file_format, parse_location("x"), fd, False, backing, data_file)
 
     top = node("qcow2", 5, backing=node("qed", 6, backing=node("raw", 7)), data_file=node("raw", 8))
-    options = blockdev(top, writable=True, node_name="disk")
+    nodes = blockdevs(top, writable=True, node_name="disk")
 
     def file(fd: int, read_only: bool) -> dict[str, object]:
         return {
@@ -480,13 +480,15 @@ def test_qemu_follows_no_name_by_itself() -> None:
             "discard": "unmap",
         }
 
-    def image(file_format: str, fd: int, read_only: bool, **rest: object) -> dict[str, object]:
+    def image(file_format: str, fd: int, read_only: bool) -> dict[str, object]:
         common = {"read-only": read_only, "discard": "unmap"}
-        return {"driver": file_format, "file": file(fd, read_only), **common, **rest}
+        return {"driver": file_format, "file": file(fd, read_only), **common}
 
-    backing = image("qed", 6, True, backing=image("raw", 7, True))
     data_file = image("raw", 8, False)
-    expected = image("qcow2", 5, False, backing=backing)
-    assert options == {**expected, "data-file": data_file, "node-name": "disk"}
+    assert nodes == [
+        {**image("raw", 7, True), "node-name": "backing0"},
+        {**image("qed", 6, True), "backing": "backing0", "node-name": "backing1"},
+        {**image("qcow2", 5, False), "backing": "backing1", "data-file": data_file, "node-name": "disk"},
+    ]
     for file_format in ("qcow2", "qcow", "qed", "vmdk"):
-        assert blockdev(node(file_format, 3), writable=False, node_name="disk")["backing"] is None
+        assert blockdevs(node(file_format, 3), writable=False, node_name="disk")[0]["backing"] is None

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -24,7 +24,7 @@ import trio
 from fvdfs.alloc import qsd
 from fvdfs.alloc.formats import Location, within
 from fvdfs.alloc.qsd import Daemon, QsdStore
-from fvdfs.alloc.store import Store
+from fvdfs.alloc.store import HostFile, Store
 from fvdfs.errors import FormatError, FvdError, ImageBusy, ImageError, Refused, UnsupportedFeature, UsageError
 
 MIB = 1 << 20
@@ -70,6 +70,16 @@ async def opened(
     try:
         await store.start()
         yield store
+    finally:
+        await store.aclose()
+
+
+async def refused(store: QsdStore, error: type[FvdError], why: str = "") -> str:
+    """It cannot be opened; what it says."""
+    try:
+        with pytest.raises(error, match=why) as caught:
+            await store.start()
+        return str(caught.value)
     finally:
         await store.aclose()
 
@@ -293,11 +303,7 @@ async def test_names_that_lead_out_are_seen_before_qemu_sees_them(folder: Path, 
     else:
         qemu_img("create", "-f", "qcow2", "-o", f"data_file={secret}", folder / "disk", "1M")
     store = named(folder, "disk", "qcow2")
-    try:
-        with pytest.raises(Refused, match=f"leads to {secret}"):
-            await store.start()
-    finally:
-        await store.aclose()
+    await refused(store, Refused, f"leads to {secret}")
 
 
 async def test_names_that_appear_after_the_look(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -306,11 +312,7 @@ async def test_names_that_appear_after_the_look(folder: Path, tmp_path: Path, mo
     qemu_img("create", "-f", "qcow2", "-o", f"data_file={secret}", folder / "disk", "1M")
     monkeypatch.setattr(qsd, "references", lambda *_: [])
     store = named(folder, "disk", "qcow2")
-    try:
-        with pytest.raises(Refused, match=f"QEMU open {secret}"):
-            await store.start()
-    finally:
-        await store.aclose()
+    await refused(store, Refused, f"QEMU open {secret}")
 
 
 async def test_backing_file_that_appears_after_the_look(
@@ -349,9 +351,7 @@ async def test_loop_of_backing_files(folder: Path) -> None:
     qemu_img("create", "-f", "qcow2", "-b", "a", "-F", "qcow2", folder / "b")
     qemu_img("rebase", "-u", "-f", "qcow2", "-b", "b", "-F", "qcow2", folder / "a")
     store = named(folder, "a", "qcow2")
-    with pytest.raises(FormatError, match="backing=a: the chain is a loop"):
-        await store.start()
-    await store.aclose()
+    await refused(store, FormatError, "backing=a: the chain is a loop")
 
 
 async def test_long_chain(folder: Path) -> None:
@@ -359,17 +359,13 @@ async def test_long_chain(folder: Path) -> None:
     for n in range(1, 40):
         qemu_img("create", "-f", "qcow2", "-u", "-b", str(n - 1), "-F", "qcow2", folder / str(n), "1M")
     store = named(folder, "39", "qcow2")
-    with pytest.raises(FormatError, match="more than 32 backing files"):
-        await store.start()
-    await store.aclose()
+    await refused(store, FormatError, "more than 32 backing files")
 
 
 async def test_other_format_than_stated(folder: Path) -> None:
     qemu_img("create", "-f", "vdi", folder / "disk", "1M")
     store = named(folder, "disk", "qcow2")
-    with pytest.raises(FormatError, match="this is no qcow2 image, it looks like vdi"):
-        await store.start()
-    await store.aclose()
+    await refused(store, FormatError, "this is no qcow2 image, it looks like vdi")
 
 
 async def test_unstated_format_is_raw(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -384,9 +380,7 @@ async def test_image_in_use_by_qemu(folder: Path) -> None:
     qemu_img("create", "-f", "qcow2", folder / "disk", "1M")
     async with opened(folder, "disk", "qcow2", writable=True):
         other = named(folder, "disk", "qcow2")
-        with pytest.raises(ImageBusy, match=f"{folder}/disk: another program"):
-            await other.start()
-        await other.aclose()
+        await refused(other, ImageBusy, f"{folder}/disk: another program")
 
 
 async def test_broken_image(folder: Path) -> None:
@@ -395,10 +389,7 @@ async def test_broken_image(folder: Path) -> None:
     header[40:48] = b"\xff" * 8  # where the L1 table is
     (folder / "disk").write_bytes(header)
     store = named(folder, "disk", "qcow2")
-    with pytest.raises(ImageError, match=r"disk: QEMU cannot open it: [^/\n]*L1 table") as caught:
-        await store.start()
-    assert "\n" not in str(caught.value)
-    await store.aclose()
+    assert "\n" not in await refused(store, ImageError, r"disk: QEMU cannot open it: [^/\n]*L1 table")
 
 
 # ---- Missing programs ----
@@ -408,9 +399,7 @@ async def test_missing_program(folder: Path, monkeypatch: pytest.MonkeyPatch) ->
     qemu_img("create", "-f", "qcow2", folder / "disk", "1M")
     store = named(folder, "disk", "qcow2")
     monkeypatch.setenv("PATH", "/nonexistent")
-    with pytest.raises(UsageError, match=r"qemu-storage-daemon is needed .* apt install qemu-system-common"):
-        await store.start()
-    await store.aclose()
+    await refused(store, UsageError, r"qemu-storage-daemon is needed .* apt install qemu-system-common")
 
 
 async def test_missing_driver(folder: Path) -> None:
@@ -483,6 +472,21 @@ async def test_base_on_an_nbd_server(folder: Path, data: bytes, free_port: int, 
             store.lock(False)
 
 
+@pytest.mark.parametrize("kind", ["tcp", "unix"])
+async def test_backing_file_on_an_nbd_server(folder: Path, data: bytes, free_port: int, kind: str) -> None:
+    """Of a local image; where it is stands in that image's header."""
+    path = folder / "socket"
+    url = f"nbd://127.0.0.1:{free_port}" if kind == "tcp" else f"nbd+unix:///?socket={path}"
+    where = ["--port", str(free_port)] if kind == "tcp" else ["--unix", str(path)]
+    with nbdkit("--readonly", *where, "file", folder / "data.raw"):
+        await reachable(*((socket.AF_INET, ("127.0.0.1", free_port)) if kind == "tcp" else (socket.AF_UNIX, str(path))))
+        qemu_img("create", "-f", "qcow2", "-b", url, "-F", "raw", folder / "middle")
+        qemu_img("create", "-f", "qcow2", "-b", "middle", "-F", "qcow2", folder / "disk")
+        async with opened(folder, "disk", "qcow2", url, writable=True) as store:
+            await store.pwrite(b"new", 1000)
+            assert await content(store) == data[:1000] + b"new" + data[1003:]
+
+
 async def test_data_on_an_nbd_server_that_is_away_for_a_moment(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = folder / "socket"
     arguments = ["--unix", str(path), "file", str(folder / "disk")]
@@ -515,6 +519,7 @@ async def test_data_on_an_nbd_server_that_is_away_for_a_moment(folder: Path, mon
                 second.close()
                 path.unlink()
                 second.enter_context(nbdkit(*arguments))
+                await reachable(socket.AF_UNIX, str(path))  # QEMU finds it by itself
                 with pytest.raises(OSError, match="may be lost"):  # by the server
                     await store.flush()
                 await store.pwrite(b"two", 5000)
@@ -527,11 +532,58 @@ async def test_data_on_an_nbd_server_that_is_away_for_a_moment(folder: Path, mon
     assert (folder / "disk").read_bytes()[5000:5003] == b"two"
 
 
+async def test_what_a_server_may_have_lost_is_told_though_it_is_back(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """QEMU may have found it by then, and it takes a flush of what it knows nothing of."""
+    path = folder / "socket"
+    arguments = ["--unix", str(path), "file", str(folder / "disk")]
+    (folder / "disk").write_bytes(bytes(MIB))
+
+    async def flush_well(daemon: Daemon) -> bool:
+        return True
+
+    monkeypatch.setattr(QsdStore, "_flush_last", staticmethod(flush_well))
+    with contextlib.ExitStack() as first:
+        first.enter_context(nbdkit(*arguments))
+        await reachable(socket.AF_UNIX, str(path))
+        async with opened(folder, f"nbd+unix:///?socket={path}", "raw", "nbd+unix:///", writable=True) as store:
+            await store.pwrite(b"lost", 1000)
+            first.close()
+            path.unlink()
+            with nbdkit(*arguments):
+                await reachable(socket.AF_UNIX, str(path))
+                await content(store, MIB // 2, 10)
+                with pytest.raises(OSError, match="may be lost"):
+                    await store.flush()
+                await store.flush()
+
+
+async def test_a_flush_of_a_local_file_that_failed_is_told_of(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though its base is on a server, which may be what failed, and though the next flush ends well."""
+    path = folder / "socket"
+    (folder / "base").write_bytes(bytes(MIB))
+    url = f"nbd+unix:///?socket={path}"
+    with nbdkit("--readonly", "--unix", str(path), "file", str(folder / "base")):
+        await reachable(socket.AF_UNIX, str(path))
+        qemu_img("create", "-f", "qcow2", "-b", url, "-F", "raw", folder / "disk")
+        async with opened(folder, "disk", "qcow2", "nbd+unix:///", writable=True) as store:
+            await store.pwrite(b"lost", 1000)
+            flush = HostFile.flush
+
+            async def fail_once(file: HostFile) -> None:
+                monkeypatch.setattr(HostFile, "flush", flush)
+                raise OSError(errno.EIO, "the disk has lost a page")
+
+            monkeypatch.setattr(HostFile, "flush", fail_once)
+            with pytest.raises(OSError, match="may be lost"):
+                await store.flush()
+            await store.flush()
+
+
 async def test_nbd_server_that_is_not_there(folder: Path, free_port: int) -> None:
     store = named(folder, f"nbd://127.0.0.1:{free_port}", "raw", "nbd://")
-    with pytest.raises(FvdError):
-        await store.start()
-    await store.aclose()
+    await refused(store, FvdError, "refused")
 
 
 async def test_server_that_does_not_answer(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -541,9 +593,7 @@ async def test_server_that_does_not_answer(folder: Path, monkeypatch: pytest.Mon
         listener.listen()
         name = f"nbd+unix:///?socket={folder}/socket"
         store = named(folder, name, "raw", "nbd+unix:///")
-        with pytest.raises(ImageError, match="no answer within"):
-            await store.start()
-        await store.aclose()
+        await refused(store, ImageError, "no answer within")
         store = named(folder, name, "raw", "nbd+unix:///")
         with trio.move_on_after(0.2) as scope:
             await store.start()
@@ -601,9 +651,7 @@ async def test_base_on_the_web(folder: Path, data: bytes, web: str) -> None:
     async with opened(folder, f"{web}/data.raw", "raw", web) as store:
         assert await content(store) == data
     store = named(folder, f"{web}/nothing", "raw", web)
-    with pytest.raises(ImageError, match="/nothing: QEMU cannot open it: CURL"):
-        await store.start()
-    await store.aclose()
+    await refused(store, ImageError, "/nothing: QEMU cannot open it: CURL")
 
 
 async def test_qcow2_on_the_web_with_what_it_refers_to(folder: Path, data: bytes, web: str) -> None:
@@ -616,9 +664,7 @@ async def test_qcow2_on_the_web_with_what_it_refers_to(folder: Path, data: bytes
         (f"{web}/good", "good", "backing=http.*data.raw is not allowed"),
     ]:
         other = named(folder, f"{web}/{name}", "qcow2", prefix)
-        with pytest.raises(Refused, match=reason):
-            await other.start()
-        await other.aclose()
+        await refused(other, Refused, reason)
 
 
 # ---- Daemons that die ----
@@ -702,7 +748,7 @@ async def test_restart_that_fails(folder: Path, data: bytes, monkeypatch: pytest
         starts = 0
         start = Daemon.start
 
-        async def count(self: Daemon, options: dict[str, object], *, writable: bool) -> None:
+        async def count(self: Daemon, options: Sequence[dict[str, object]], *, writable: bool) -> None:
             nonlocal starts
             starts += 1
             await start(self, options, writable=writable)

@@ -619,26 +619,35 @@ class Node:
     data_file: Node | None = None
 
 
-def blockdev(node: Node, *, writable: bool, node_name: str) -> Options:
-    """The `BlockdevOptions` of an image; backing files are read only whatever `writable` says."""
-    result = _blockdev(node, writable)
-    result["node-name"] = node_name
-    return result
+def blockdevs(node: Node, *, writable: bool, node_name: str) -> list[Options]:
+    """The `BlockdevOptions` of an image, after those of its backing files, which are read only in any case.
+
+    These are nodes of their own: QEMU would take what stands inside another for a change of what the image names.
+    """
+    found: list[Options] = []
+    top = _blockdev(node, writable, found)
+    top["node-name"] = node_name
+    return [*found, top]
 
 
 _WITH_BACKING = ("qcow2", "qcow", "qed", "vmdk")
 
 
-def _blockdev(node: Node, writable: bool) -> Options:
+def _blockdev(node: Node, writable: bool, found: list[Options]) -> Options:
+    """One node; those that it refers to go to `found`."""
     common: Options = {"read-only": not writable, "discard": "unmap"}
     file: Options = dict(node.location.protocol)
     if node.fd >= 0:
         file = {"driver": "host_device" if node.is_device else "file", "filename": f"/proc/self/fd/{node.fd}"}
     result: Options = {"driver": node.format, "file": {**file, **common}, **common}
     if node.format in _WITH_BACKING:
-        result["backing"] = None if node.backing is None else _blockdev(node.backing, False)
+        result["backing"] = None
+        if node.backing is not None:
+            backing = _blockdev(node.backing, False, found)
+            result["backing"] = backing["node-name"] = f"backing{len(found)}"
+            found.append(backing)
     if node.format == "luks":
         result["key-secret"] = SECRET_ID
     if node.data_file is not None:
-        result["data-file"] = _blockdev(node.data_file, writable)
+        result["data-file"] = _blockdev(node.data_file, writable, found)
     return result

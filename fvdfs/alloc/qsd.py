@@ -52,7 +52,7 @@ from fvdfs.alloc.formats import (
     Options,
     Reader,
     Reference,
-    blockdev,
+    blockdevs,
     detect,
     join,
     parse_location,
@@ -156,6 +156,8 @@ class Daemon:
         """Operations under way."""
         self.gone = False
         """Whether another one has taken its place."""
+        self.flush_failed = False
+        """Whether a flush has failed: what that lost, the next one does not tell of."""
         self._descriptors = descriptors
         self._process: subprocess.Popen[bytes] | None = None
         self._export: _Export | None = None
@@ -193,8 +195,8 @@ class Daemon:
         own = [line.removeprefix(PROGRAM + ": ") for line in lines if line.startswith(PROGRAM + ": ")]
         return [f"exit code {code}", *lines, *own][-1]
 
-    async def start(self, options: Options, *, writable: bool) -> None:
-        """Run it with these `BlockdevOptions`, whose node-name is `disk`. Only from the main thread.
+    async def start(self, options: Sequence[Options], *, writable: bool) -> None:
+        """Run it with these `BlockdevOptions`; the node-name of the last is `disk`. Only from the main thread.
 
         Raises UsageError where a program or a driver is missing, ImageBusy, ImageError, OSError.
         """
@@ -214,7 +216,7 @@ class Daemon:
                 raise ImageError(self.name, f"QEMU cannot open it: {text}") from None
             raise
 
-    def _launch(self, options: Options, writable: bool) -> None:
+    def _launch(self, options: Sequence[Options], writable: bool) -> None:
         self._folder = tempfile.mkdtemp(prefix="fvdfs-")
         disk = os.path.join(self._folder, "disk")
         Path(disk).touch(0o600)
@@ -227,13 +229,15 @@ class Daemon:
             "growable": writable,
             "allow-other": "off",
         }
-        self._arguments = [json.dumps(options), json.dumps(export)]
-        blockdev, export_argument = self._arguments
+        nodes = [json.dumps(node) for node in options]
+        self._arguments = [*nodes, json.dumps(export)]
         command = [PROGRAM]
         if self._secret_file:
             secret = {"qom-type": "secret", "id": SECRET_ID, "file": self._secret_file}
             command += ["--object", json.dumps(secret)]
-        command += ["--blockdev", blockdev, "--export", export_argument]
+        for node in nodes:
+            command += ["--blockdev", node]
+        command += ["--export", self._arguments[-1]]
         command += ["--pidfile", os.path.join(self._folder, "pid")]
         self._process = subprocess.Popen(
             [*_WITH_PARENT, str(os.getpid()), *command],
@@ -402,8 +406,9 @@ class QsdStore(Stepwise):
         """
         self._access = access
         self._opened: list[_Opened] = []
+        self._writes_to_server = False
         self._daemon: Daemon | None = None
-        self._options: Options = {}
+        self._options: list[Options] = []
         self._local_only = False
         self._starting = trio.Lock()
         self._growing = trio.Lock()
@@ -446,6 +451,7 @@ class QsdStore(Stepwise):
             self._access.check_url(image, field, location)
             if any(location.url == other.location.url for other in self._opened):
                 raise FormatError(image, f"{field}={name}: the chain is a loop")
+            self._writes_to_server |= writable
             opened = _Opened(location, file_format, location.name, stated, -1, None)
         else:
             handle, path = self._access.open_file(image, field, location.path)
@@ -493,7 +499,7 @@ class QsdStore(Stepwise):
             return []
         daemon = Daemon(opened.path, [])
         node = Node(RAW, opened.location)
-        await daemon.start(blockdev(node, writable=False, node_name="disk"), writable=False)
+        await daemon.start(blockdevs(node, writable=False, node_name="disk"), writable=False)
         try:
             return await trio.to_thread.run_sync(self._read_references, opened, daemon.export)
         finally:
@@ -519,7 +525,7 @@ class QsdStore(Stepwise):
         """
         assert self._daemon is None
         node = await self._node(self._top, self.writable, 0)
-        self._options = blockdev(node, writable=self.writable, node_name="disk")
+        self._options = blockdevs(node, writable=self.writable, node_name="disk")
         self._local_only = all(opened.file is not None for opened in self._opened)
         # A hole in a device may hold anything.
         self._holes = not any(opened.location.is_device or self._is_device(opened) for opened in self._opened)
@@ -610,7 +616,8 @@ class QsdStore(Stepwise):
         lost, self._stable = self._changes > self._stable, self._changes
         unreachable = dead.alive and not self._local_only
         with trio.CancelScope(shield=True):
-            if lost and dead.alive:
+            # A server that was away may have lost what it had answered, and takes a flush now as if it had not.
+            if lost and dead.alive and not dead.flush_failed and not self._writes_to_server:
                 lost = not await self._flush_last(dead)
             # While operations are under way they hold the export, and the last one closes it.
             await trio.to_thread.run_sync(dead.kill if dead.users else dead.stop)
@@ -686,9 +693,16 @@ class QsdStore(Stepwise):
         return await self._call(lambda daemon: daemon.export.is_hole(offset, length))
 
     async def flush(self) -> None:
+        async def flush(daemon: Daemon) -> None:
+            try:
+                await daemon.export.flush()
+            except OSError:
+                daemon.flush_failed = True
+                raise
+
         told, upto = self._told, self._changes
         if self._losses == told:
-            await self._call(lambda daemon: daemon.export.flush())
+            await self._call(flush)
         if self._losses > told:
             self._told = self._losses
             raise OSError(errno.EIO, f"{self.name}: {PROGRAM} died; what was written and not flushed may be lost")

@@ -21,7 +21,7 @@ from fvdfs.alloc.formats import (
     Node,
     Options,
     Reader,
-    blockdev,
+    blockdevs,
     detect,
     is_local,
     join,
@@ -187,7 +187,7 @@ def check_location(name: str, location: Location) -> None:
     assert again.protocol == location.protocol
     assert within(location.url, location.url)
     assert not any("\0" in text for text in _strings(location.protocol))
-    options = blockdev(Node(location.format or "raw", location), writable=False, node_name="disk")
+    (options,) = blockdevs(Node(location.format or "raw", location), writable=False, node_name="disk")
     assert json.loads(json.dumps(options)) == options
     file = cast(Options, options["file"])
     assert file["driver"] in ("nbd", "http", "https", "ftp", "ftps", "ssh", "iscsi", "nfs", "rbd")
