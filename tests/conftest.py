@@ -130,6 +130,21 @@ def loop_device(file: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
+def small_disk(point: Path, size: str) -> Iterator[Callable[[str], None]]:
+    """A file system in memory; the call gives it another size."""
+    point.mkdir()
+
+    def mount(options: str) -> None:
+        subprocess.run(["mount", "-t", "tmpfs", "-o", options, "none", point], check=True)
+
+    mount(f"size={size}")
+    try:
+        yield lambda size: mount(f"remount,size={size}")
+    finally:
+        subprocess.run(["umount", "-l", point], check=True)
+
+
+@contextlib.contextmanager
 def mounted(folder: Path, *options: str) -> Iterator[Mount]:
     """The folder, mounted beside itself; unmounted at the end whatever happens."""
     point = folder.parent / f"{folder.name}.mnt"

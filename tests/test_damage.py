@@ -23,7 +23,7 @@ import trio
 import trio.testing
 
 import reference
-from conftest import MIB, Mount, loop_device, mounted, must, wait_until
+from conftest import MIB, Mount, loop_device, mounted, must, small_disk, wait_until
 from fvdfs.header import HEADER_SIZE, Header
 from fvdfs.ops.complaints import LINES, PERIOD, Complaints
 
@@ -245,34 +245,28 @@ def test_a_disk_that_is_pulled_away_does_not_end_the_mount(folder: Path, tmp_pat
 
 def test_a_full_disk_stops_no_other_image(folder: Path, tmp_path: Path) -> None:
     small = tmp_path / "small"
-    small.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", small], check=True)
-    try:
-        with with_a_good_one(folder, "-o", f"writeback=off,base_path={small}") as mount:
-            must("create", folder / "bad.fvd", "4M", "--data-file", small / "data")
-            with opened(mount.raw("bad")) as disk:
-                with pytest.raises(OSError) as caught:
-                    for at in range(4):
-                        os.pwrite(disk, b"%d" % at * MIB, at * MIB)
-                assert caught.value.errno == errno.ENOSPC
-                os.fsync(disk)
-                assert mount.status("bad")["failed"] == "", "a full disk is no damage"
-                subprocess.run(["mount", "-o", "remount,size=8m", small], check=True)
+    options = ("-o", f"writeback=off,base_path={small}")
+    with small_disk(small, "1M") as set_size, with_a_good_one(folder, *options) as mount:
+        must("create", folder / "bad.fvd", "4M", "--data-file", small / "data")
+        with opened(mount.raw("bad")) as disk:
+            with pytest.raises(OSError) as caught:
                 for at in range(4):
-                    assert os.pwrite(disk, b"%d" % at * MIB, at * MIB) == MIB
-                os.fsync(disk)
-            assert mount.raw("bad").read_bytes() == b"".join(b"%d" % at * MIB for at in range(4))
-    finally:
-        subprocess.run(["umount", small], check=True)
+                    os.pwrite(disk, b"%d" % at * MIB, at * MIB)
+            assert caught.value.errno == errno.ENOSPC
+            os.fsync(disk)
+            assert mount.status("bad")["failed"] == "", "a full disk is no damage"
+            set_size("8M")
+            for at in range(4):
+                assert os.pwrite(disk, b"%d" % at * MIB, at * MIB) == MIB
+            os.fsync(disk)
+        assert mount.raw("bad").read_bytes() == b"".join(b"%d" % at * MIB for at in range(4))
 
 
 @pytest.mark.parametrize("flushed_before", [0, 5])
 def test_a_flush_that_the_device_fails(folder: Path, tmp_path: Path, flushed_before: int) -> None:
     """Also where it began with the write, as it does after some that were flushed one by one."""
     small = tmp_path / "small"
-    small.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16M", "none", small], check=True)
-    try:
+    with small_disk(small, "16M") as set_size:
         backing = small / "backing"
         backing.touch()
         os.truncate(backing, 16 * MIB)
@@ -284,8 +278,7 @@ def test_a_flush_that_the_device_fails(folder: Path, tmp_path: Path, flushed_bef
                     os.pwrite(disk, b"old" * 4096, 0)
                     os.fsync(disk)
                 subprocess.run(["fallocate", "-p", "-o", "4M", "-l", "3M", backing], check=True)
-                used = backing.stat().st_blocks * 512
-                subprocess.run(["mount", "-o", f"remount,size={used}", small], check=True)
+                set_size(str(backing.stat().st_blocks * 512))
                 os.pwrite(disk, b"new" * 4096, 5 * MIB)
                 with pytest.raises(OSError) as caught:
                     os.fsync(disk)
@@ -294,8 +287,6 @@ def test_a_flush_that_the_device_fails(folder: Path, tmp_path: Path, flushed_bef
                 with pytest.raises(OSError):
                     os.pwrite(disk, b"new" * 4096, 0)
             os.unlink(folder / "bad.fvd")
-    finally:
-        subprocess.run(["umount", small], check=True)
 
 
 def test_what_fails_again_and_again_does_not_fill_the_log(folder: Path) -> None:

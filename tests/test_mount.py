@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 
 import reference
-from conftest import MIB, Mount, fvdfs, loop_device, mounted, must, wait_for_end, wait_for_log
+from conftest import MIB, Mount, fvdfs, loop_device, mounted, must, small_disk, wait_for_end, wait_for_log
 from fvdfs.header import HEADER_SIZE, Header, with_fields
 from fvdfs.ops.filesystem import COMMIT_INTERVAL
 
@@ -596,9 +596,7 @@ def test_what_nobody_flushes_is_committed_after_some_seconds(folder: Path) -> No
 def test_an_error_of_the_storage_reaches_the_writer(folder: Path, tmp_path: Path) -> None:
     """A full file system: ENOSPC to the one who writes, and writing works again when there is space."""
     small = tmp_path / "small"
-    small.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "none", small], check=True)
-    try:
+    with small_disk(small, "2M") as set_size:
         must("create", folder / "a.fvd", "8M", "--compact", "--chunk-size", "64K", "--data-file", small / "data")
         with mounted(folder, "-o", f"writeback=off,base_path={small}") as mount:
             with open(mount.raw("a"), "r+b", buffering=0) as file:
@@ -606,12 +604,10 @@ def test_an_error_of_the_storage_reaches_the_writer(folder: Path, tmp_path: Path
                     for at in range(0, 8 * MIB, MIB):
                         os.pwrite(file.fileno(), b"x" * MIB, at)
                 assert caught.value.errno == errno.ENOSPC
-                subprocess.run(["mount", "-o", "remount,size=20m", small], check=True)
+                set_size("20M")
                 for at in range(0, 8 * MIB, MIB):
                     assert os.pwrite(file.fileno(), b"y" * MIB, at) == MIB
                 os.fsync(file.fileno())
             mount.remount()
             assert mount.raw("a").read_bytes() == b"y" * 8 * MIB
             wait_for_log(mount, "No space left on device")
-    finally:
-        subprocess.run(["umount", small], check=True)

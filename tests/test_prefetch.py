@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 import reference
-from conftest import MIB, Mount, fvdfs, mounted, must, wait_until
+from conftest import MIB, Mount, fvdfs, mounted, must, small_disk, wait_until
 from fvdfs.header import HEADER_SIZE, Header, with_fields
 
 SIZE = 24 * MIB
@@ -231,9 +231,7 @@ def test_killed_while_prefetching(folder: Path, base: Path) -> None:
 def test_no_space(folder: Path, base: Path, tmp_path: Path) -> None:
     """Prefetching waits for space, and the guest's reads go on."""
     small = tmp_path / "small"
-    small.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=12M", "none", small], check=True)
-    try:
+    with small_disk(small, "12M"):
         ballast = small / "ballast"
         ballast.write_bytes(bytes(4 * MIB))
         options = ["--base", str(base), "--base-format", "raw", "--journal-size", "64K"]
@@ -248,8 +246,6 @@ def test_no_space(folder: Path, base: Path, tmp_path: Path) -> None:
             (small / "more").unlink()
             wait_until(lambda: is_done(mount))
             assert read_direct(mount.raw("disk"), 0, 8 * MIB) == CONTENT[: 8 * MIB]
-    finally:
-        subprocess.run(["umount", "-l", small], check=True)
 
 
 # --- profiles -------------------------------------------------------------------------------------

@@ -194,32 +194,41 @@ async def test_what_the_kernel_does_not_take_is_told_so_and_done_otherwise(
         assert buffer == CONTENT[4096:4608], "the ring is in order"
 
 
+Done = Callable[[list[int]], None]
+FirstDone = Callable[[int], None] | None
+
+
+def change_begin(
+    patch: pytest.MonkeyPatch, change: Callable[[Sequence[uring.Call], Done, FirstDone], tuple[Done, FirstDone]]
+) -> None:
+    """From now on, what `Ring.begin` tells the results to is what `change` makes of it."""
+    begin = uring.Ring.begin
+
+    def changed(ring: uring.Ring, calls: Sequence[uring.Call], done: Done, first_done: FirstDone = None) -> None:
+        begin(ring, calls, *change(calls, done, first_done))
+
+    patch.setattr(uring.Ring, "begin", changed)
+
+
 class Flushes:
     """The flushes that a ring begins, which fail with the errors given, if any."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.begun = 0
         self.errors: list[int] = []
-        real = uring.Ring.begin
+        change_begin(monkeypatch, self._count)
 
-        def begin(
-            ring: uring.Ring,
-            calls: Sequence[uring.Call],
-            done: Callable[[list[int]], None],
-            first_done: Callable[[int], None] | None = None,
-        ) -> None:
-            at = [number for number, call in enumerate(calls) if call[0] == uring.FSYNC]
-            self.begun += len(at)
-            error = self.errors.pop() if at and self.errors else 0
+    def _count(self, calls: Sequence[uring.Call], done: Done, first_done: FirstDone) -> tuple[Done, FirstDone]:
+        at = [number for number, call in enumerate(calls) if call[0] == uring.FSYNC]
+        self.begun += len(at)
+        error = self.errors.pop() if at and self.errors else 0
 
-            def ended(results: list[int]) -> None:
-                for number in at if error else ():
-                    results[number] = -error
-                done(results)
+        def ended(results: list[int]) -> None:
+            for number in at if error else ():
+                results[number] = -error
+            done(results)
 
-            real(ring, calls, ended, first_done)
-
-        monkeypatch.setattr(uring.Ring, "begin", begin)
+        return ended, first_done
 
 
 async def write_soon(file: HostFile, offset: int = 0) -> None:
@@ -342,20 +351,12 @@ class HeldFlushes(Flushes):
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         super().__init__(monkeypatch)
         self.held = Told[Callable[[], None]]()
-        begin = uring.Ring.begin
+        change_begin(monkeypatch, self._hold)
 
-        def hold(
-            ring: uring.Ring,
-            calls: Sequence[uring.Call],
-            done: Callable[[list[int]], None],
-            first_done: Callable[[int], None] | None = None,
-        ) -> None:
-            if first_done is not None:
-                begin(ring, calls, lambda results: self.held.tell(lambda: done(results)), first_done)
-            else:
-                begin(ring, calls, done)
-
-        monkeypatch.setattr(uring.Ring, "begin", hold)
+    def _hold(self, calls: Sequence[uring.Call], done: Done, first_done: FirstDone) -> tuple[Done, FirstDone]:
+        if first_done is None:
+            return done, None
+        return lambda results: self.held.tell(lambda: done(results)), first_done
 
     async def release(self) -> None:
         await self.held.wait(1)
@@ -401,22 +402,17 @@ async def test_a_flush_ahead_need_not_cover_what_ended_before_its_own_write(
     held = Told[Callable[[], None]]()
     async with uring.use_ring():
         await write_and_flush(file, EXPECTED)
-        begin = uring.Ring.begin
 
-        def hold(
-            ring: uring.Ring,
-            calls: Sequence[uring.Call],
-            done: Callable[[list[int]], None],
-            first_done: Callable[[int], None],
-        ) -> None:
+        def hold(calls: Sequence[uring.Call], done: Done, first_done: FirstDone) -> tuple[Done, FirstDone]:
             def tell(results: list[int]) -> None:
+                assert first_done is not None
                 first_done(results[0])
                 done(results)
 
-            begin(ring, calls, lambda results: held.tell(lambda: tell(results)))
+            return lambda results: held.tell(lambda: tell(results)), None
 
         with monkeypatch.context() as patch:
-            patch.setattr(uring.Ring, "begin", hold)
+            change_begin(patch, hold)
             assert file.pwrite_soon(memoryview(bytearray(512)), 0, told.tell)
             await held.wait(1)
         await file.pwrite(b"new", 512)
