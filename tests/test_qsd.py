@@ -450,26 +450,39 @@ async def reachable(family: socket.AddressFamily, address: str | tuple[str, int]
             await trio.sleep(0.01)
 
 
+@contextlib.asynccontextmanager
+async def nbd_server(where: Path | int, *arguments: str | Path) -> AsyncIterator[None]:
+    """nbdkit on a socket, or on a port of this machine, once it answers."""
+    if isinstance(where, int):
+        with nbdkit("--port", str(where), "--ip-addr", "127.0.0.1", *arguments):
+            await reachable(socket.AF_INET, ("127.0.0.1", where))
+            yield
+    else:
+        with nbdkit("--unix", where, *arguments):
+            await reachable(socket.AF_UNIX, str(where))
+            yield
+
+
 @pytest.mark.parametrize("kind", ["tcp", "unix", "json"])
 async def test_base_on_an_nbd_server(folder: Path, data: bytes, free_port: int, kind: str) -> None:
     path = folder / "socket"
-    where = ["--port", str(free_port), "--ip-addr", "127.0.0.1"] if kind == "tcp" else ["--unix", str(path)]
     server = {"type": "unix", "path": str(path)}
     names = {
         "tcp": f"nbd://127.0.0.1:{free_port}/any",
         "unix": f"nbd+unix:///any?socket={path}",
         "json": "json:" + json.dumps({"driver": "raw", "file": {"driver": "nbd", "server": server}}),
     }
-    with nbdkit("--readonly", *where, "file", folder / "data.raw"):
-        await reachable(*((socket.AF_INET, ("127.0.0.1", free_port)) if kind == "tcp" else (socket.AF_UNIX, str(path))))
-        async with opened(folder, names[kind], "raw", f"nbd://127.0.0.1:{free_port}", "nbd+unix:///") as store:
-            assert await store.size() == SIZE
-            assert await content(store) == data
-            assert store.fixed_size
-            assert store.usage() == 0
-            assert not await store.is_hole(0, MIB)  # a device's holes may hold anything
-            assert isinstance(store.identity, str)
-            store.lock(False)
+    async with (
+        nbd_server(free_port if kind == "tcp" else path, "--readonly", "file", folder / "data.raw"),
+        opened(folder, names[kind], "raw", f"nbd://127.0.0.1:{free_port}", "nbd+unix:///") as store,
+    ):
+        assert await store.size() == SIZE
+        assert await content(store) == data
+        assert store.fixed_size
+        assert store.usage() == 0
+        assert not await store.is_hole(0, MIB)  # a device's holes may hold anything
+        assert isinstance(store.identity, str)
+        store.lock(False)
 
 
 @pytest.mark.parametrize("kind", ["tcp", "unix"])
@@ -477,9 +490,7 @@ async def test_backing_file_on_an_nbd_server(folder: Path, data: bytes, free_por
     """Of a local image; where it is stands in that image's header."""
     path = folder / "socket"
     url = f"nbd://127.0.0.1:{free_port}" if kind == "tcp" else f"nbd+unix:///?socket={path}"
-    where = ["--port", str(free_port)] if kind == "tcp" else ["--unix", str(path)]
-    with nbdkit("--readonly", *where, "file", folder / "data.raw"):
-        await reachable(*((socket.AF_INET, ("127.0.0.1", free_port)) if kind == "tcp" else (socket.AF_UNIX, str(path))))
+    async with nbd_server(free_port if kind == "tcp" else path, "--readonly", "file", folder / "data.raw"):
         qemu_img("create", "-f", "qcow2", "-b", url, "-F", "raw", folder / "middle")
         qemu_img("create", "-f", "qcow2", "-b", "middle", "-F", "qcow2", folder / "disk")
         async with opened(folder, "disk", "qcow2", url, writable=True) as store:
@@ -537,22 +548,19 @@ async def test_what_a_server_may_have_lost_is_told_though_it_is_back(
 ) -> None:
     """QEMU may have found it by then, and it takes a flush of what it knows nothing of."""
     path = folder / "socket"
-    arguments = ["--unix", str(path), "file", str(folder / "disk")]
     (folder / "disk").write_bytes(bytes(MIB))
 
     async def flush_well(daemon: Daemon) -> bool:
         return True
 
     monkeypatch.setattr(QsdStore, "_flush_last", staticmethod(flush_well))
-    with contextlib.ExitStack() as first:
-        first.enter_context(nbdkit(*arguments))
-        await reachable(socket.AF_UNIX, str(path))
+    async with contextlib.AsyncExitStack() as first:
+        await first.enter_async_context(nbd_server(path, "file", folder / "disk"))
         async with opened(folder, f"nbd+unix:///?socket={path}", "raw", "nbd+unix:///", writable=True) as store:
             await store.pwrite(b"lost", 1000)
-            first.close()
+            await first.aclose()
             path.unlink()
-            with nbdkit(*arguments):
-                await reachable(socket.AF_UNIX, str(path))
+            async with nbd_server(path, "file", folder / "disk"):
                 await content(store, MIB // 2, 10)
                 with pytest.raises(OSError, match="may be lost"):
                     await store.flush()
@@ -564,8 +572,7 @@ async def test_a_flush_of_a_local_file_that_failed_is_told_of(folder: Path, monk
     path = folder / "socket"
     (folder / "base").write_bytes(bytes(MIB))
     url = f"nbd+unix:///?socket={path}"
-    with nbdkit("--readonly", "--unix", str(path), "file", str(folder / "base")):
-        await reachable(socket.AF_UNIX, str(path))
+    async with nbd_server(path, "--readonly", "file", folder / "base"):
         qemu_img("create", "-f", "qcow2", "-b", url, "-F", "raw", folder / "disk")
         async with opened(folder, "disk", "qcow2", "nbd+unix:///", writable=True) as store:
             await store.pwrite(b"lost", 1000)

@@ -390,17 +390,16 @@ class HostFile:
         if ahead is None or not ahead.covers_all or self._lost:
             return False
         self._flush_is_asked_for()
-        if ahead.ended.is_set():
-            self._ahead = None
-            done(True)
-            return True
 
         def ended(well: bool) -> None:
             if self._ahead is ahead:
                 self._ahead = None
             done(well)
 
-        ahead.waiting.append(ended)
+        if ahead.ended.is_set():
+            ended(True)
+        else:
+            ahead.waiting.append(ended)
         return True
 
     def _flush_is_asked_for(self) -> None:

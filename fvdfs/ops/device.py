@@ -279,21 +279,8 @@ class Device:
             self._answer_read(unique, answer, count)
             return
 
-        def finish() -> None:
-            call = functools.partial(self._requests.finish_read, fh, rest)
-            self._start(unique, call, functools.partial(self._answer_read, unique, answer, count))
-
-        def done(whole: bool) -> None:
-            self._end()
-            if whole:
-                self._answer_read(unique, answer, count)
-            else:
-                finish()
-
-        if rest.soon(done):
-            self._begun += 1
-        else:
-            finish()
+        finish = functools.partial(self._requests.finish_read, fh, rest)
+        self._begin(unique, rest.soon, finish, functools.partial(self._answer_read, unique, answer, count))
 
     def _begin_write(self, unique: int, fh: int, offset: int, size: int) -> None:
         data = self._take(size)
@@ -302,42 +289,33 @@ class Device:
             self._answer(unique, 0, _WRITTEN.pack(size))
             self._give_back(data)
 
-        def finish() -> None:
-            self._start(unique, functools.partial(self._requests.write_all, fh, offset, data), answer)
+        soon = functools.partial(self._requests.write_soon, fh, offset, data)
+        self._begin(unique, soon, functools.partial(self._requests.write_all, fh, offset, data), answer)
+
+    def _begin_fsync(self, unique: int, fh: int) -> None:
+        soon = functools.partial(self._requests.make_stable_soon, fh)
+        finish = functools.partial(self._requests.make_stable, fh)
+        self._begin(unique, soon, finish, functools.partial(self._answer, unique))
+
+    def _begin(self, unique: int, soon: Callable[[Done], bool], finish: _Call, answer: Callable[[], None]) -> None:
+        """Have `soon` do it without a task, and answer; where it cannot, or not all goes well, a task does `finish`."""
 
         def done(well: bool) -> None:
             self._end()
             if well:
                 answer()
             else:
-                finish()
-
-        try:
-            begun = self._requests.write_soon(fh, offset, data, done)
-        except pyfuse3.FUSEError as error:
-            self._answer(unique, error.errno)
-            return
-        if begun:
-            self._begun += 1
-        else:
-            finish()
-
-    def _begin_fsync(self, unique: int, fh: int) -> None:
-        def finish() -> None:
-            call = functools.partial(self._requests.make_stable, fh)
-            self._start(unique, call, functools.partial(self._answer, unique))
-
-        def done(well: bool) -> None:
-            self._end()
-            if well:
-                self._answer(unique)
-            else:
-                finish()
+                self._start(unique, finish, answer)
 
         self._begun += 1
-        if not self._requests.make_stable_soon(fh, done):
-            self._begun -= 1
-            finish()
+        try:
+            begun = soon(done)
+        except pyfuse3.FUSEError as error:
+            self._end()
+            self._answer(unique, error.errno)
+            return
+        if not begun:
+            done(False)
 
     def _set_times(self, unique: int) -> bool:
         """Answer a SETATTR of the time of change alone, which the kernel sends before FSYNC; False for another."""
