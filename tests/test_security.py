@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shutil
 import socket
 import stat
@@ -15,13 +16,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
-from conftest import FVDFS, MIB, Finished, fvdfs, mounted, must
+from conftest import FVDFS, MIB, Finished, Mount, fvdfs, mounted, must
 from fvdfs.header import HEADER_SIZE, Header, with_fields
 
 NOBODY = 65534
@@ -88,6 +89,7 @@ def mounted_as(uid: int, folder: Path, *options: str) -> Iterator[Path]:
         assert done.code == 0, done.err
 
 
+PID = "import os, sys; print(os.getxattr(sys.argv[1], 'user.fvdfs.pid').decode())"
 READ = "import sys; print(len(open(sys.argv[1], 'rb').read(4096)))"
 WRITE = "import os, sys; f = os.open(sys.argv[1], os.O_RDWR); os.pwrite(f, b'x' * 4096, 0); os.fsync(f)"
 
@@ -139,22 +141,93 @@ def test_permissions_of_a_disk_are_those_of_its_image(shared: Path) -> None:
             assert message in done.err
         assert python_as(NOBODY, setxattr, mount.raw("all")).code == 0
         assert mount.raw("open").stat().st_size == MIB
-        # Nothing can be made, removed or renamed there by anybody.
-        for call in (
-            lambda: os.unlink(mount.raw("open")),
-            lambda: os.rename(mount.raw("open"), mount.raw("new")),
-            lambda: os.open(mount.point / "new.raw", os.O_CREAT | os.O_WRONLY),
-            lambda: os.mkdir(mount.point / "new"),
-            lambda: os.symlink("/etc/passwd", mount.point / "new.raw"),
-        ):
-            with pytest.raises(OSError) as caught:
-                call()
-            assert caught.value.errno in (errno.ENOSYS, errno.EPERM, errno.EACCES)
         flags = Path("/proc/mounts").read_text()
         (line,) = [line for line in flags.splitlines() if f" {mount.point} " in line]
         assert "nosuid" in line
         assert "nodev" in line
     assert (folder / "open.fvd").exists()
+
+
+CHANGES_OF_THE_FOLDER: dict[str, tuple[Callable[[Path, Path], object], int]] = {
+    "create": (lambda raw, new: os.open(new, os.O_CREAT | os.O_WRONLY), errno.EPERM),
+    "O_TMPFILE": (lambda raw, new: os.open(new.parent, os.O_TMPFILE | os.O_WRONLY), errno.EOPNOTSUPP),
+    "mknod": (lambda raw, new: os.mknod(new), errno.EPERM),
+    "mkfifo": (lambda raw, new: os.mkfifo(new), errno.EPERM),
+    "mkdir": (lambda raw, new: os.mkdir(new), errno.EPERM),
+    "symlink": (lambda raw, new: os.symlink("/etc/passwd", new), errno.EPERM),
+    "link": (lambda raw, new: os.link(raw, new), errno.EPERM),
+    "unlink": (lambda raw, new: os.unlink(raw), errno.EPERM),
+    "rmdir": (lambda raw, new: os.rmdir(raw), errno.ENOTDIR),
+    "rename": (lambda raw, new: os.rename(raw, new), errno.EPERM),
+    "long name": (lambda raw, new: os.open(new.with_name("n" * 300), os.O_CREAT | os.O_WRONLY), errno.ENAMETOOLONG),
+    "chmod of the folder": (lambda raw, new: os.chmod(new.parent, 0o700), errno.EPERM),
+}
+
+
+@pytest.mark.parametrize("read_only", [False, True])
+def test_nothing_can_be_made_removed_or_renamed_in_a_mount(folder: Path, read_only: bool) -> None:
+    """The answers are those of a file system that does not do it, not of a kernel that does not know the call."""
+    must("create", folder / "a.fvd", "1M")
+    with mounted(folder, *(["--read-only"] if read_only else [])) as mount:
+        for what, (call, expected) in CHANGES_OF_THE_FOLDER.items():
+            with pytest.raises(OSError) as caught:
+                call(mount.raw("a"), mount.raw("new"))
+            code = errno.EROFS if read_only and expected != errno.ENAMETOOLONG else expected
+            assert caught.value.errno == code, f"{what}: {caught.value}"
+        assert os.listdir(mount.point) == ["a.raw"]
+        assert "ERROR" not in mount.log
+    assert os.listdir(folder) == ["a.fvd"]
+
+
+def resident(pid: int) -> int:
+    """KiB of memory that a process holds."""
+    return int(re.search(r"VmRSS:\s*(\d+)", Path(f"/proc/{pid}/status").read_text())[1])  # type: ignore[index]
+
+
+def ask_for_names(mount: Mount, make: Callable[[int], str], count: int) -> set[int]:
+    """Look for that many names, none of which is there; the error codes."""
+    codes = set()
+    for number in range(count):
+        try:
+            os.stat(mount.point / make(number))
+        except OSError as error:
+            codes.add(error.errno or 0)
+    return codes
+
+
+@pytest.mark.parametrize(
+    ("make", "code"),
+    [
+        (lambda number: f"{number:0900}.raw", errno.ENAMETOOLONG),
+        (lambda number: f"{number:0900}", errno.ENAMETOOLONG),
+        (lambda number: f"{number:0251}.raw", errno.ENOENT),
+    ],
+)
+def test_names_that_are_not_there_fill_neither_log_nor_memory(
+    folder: Path, make: Callable[[int], str], code: int
+) -> None:
+    must("create", folder / "a.fvd", "1M")
+    with mounted(folder) as mount:
+        ask_for_names(mount, make, 1000)
+        before, lines = resident(mount.pid), mount.log
+        assert ask_for_names(mount, lambda number: make(number + 1000), 3000) == {code}
+        assert mount.log == lines
+        assert resident(mount.pid) - before < 1500
+
+
+def test_a_folder_that_cannot_be_looked_into_is_said_a_few_times(users: Path) -> None:
+    with mounted_as(NOBODY, users) as point:
+        log = users.parent / "log"
+        mount = Mount(users, point, log, pid=int(python_as(NOBODY, PID, point).out))
+        ask = "import os, sys\nfor n in range(2000): os.path.exists(f'{sys.argv[1]}/{n}.raw')"
+        os.chmod(users, 0)
+        try:
+            assert python_as(NOBODY, ask, point).code == 0
+            size = len(mount.log)
+            assert 0 < size < 3000
+        finally:
+            os.chmod(users, 0o755)
+        assert python_as(NOBODY, READ, point / "a.raw").out == "4096\n"
 
 
 def test_set_uid_bits_do_not_show(folder: Path) -> None:

@@ -14,6 +14,7 @@ log = logging.getLogger(__name__)
 
 LINES = 10  # of a kind in one period
 PERIOD = 60.0  # seconds
+LONGEST = 1000  # characters of a line: names can have thousands
 
 
 class Complaints:
@@ -28,7 +29,7 @@ class Complaints:
         self._counts[kind] += 1
         self._some.set()
         if self._counts[kind] <= LINES:
-            log.error("%s", line, exc_info=trace)
+            log.error("%s", line[:LONGEST], exc_info=trace)
 
     async def sum_up(self) -> None:
         """At the end of a period, and when cancelled, say how many were left out. Runs for ever."""

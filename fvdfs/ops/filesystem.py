@@ -36,7 +36,19 @@ T = TypeVar("T")
 ATTRIBUTE_TIMEOUT = 3600.0  # seconds; the kernel itself drops what its own writes change
 COMMIT_INTERVAL = 5.0  # seconds after which a write is committed that nobody flushed
 # Errors that are plain answers, not worth a line in the log.
-_ANSWERS = frozenset({errno.ENOENT, errno.EPERM, errno.EROFS, errno.ESTALE})
+_ANSWERS = frozenset({errno.ENOENT, errno.EPERM, errno.EROFS, errno.ESTALE, errno.ENAMETOOLONG})
+# What nobody can do in a mount, and the answer. pyfuse3's own is ENOSYS; it stays where the kernel takes that for
+# "do not ask": poll, fsyncdir, access (it checks permissions itself), readlink (there are no links).
+NEVER_DONE = {
+    "create": errno.EPERM,
+    "mknod": errno.EPERM,
+    "mkdir": errno.EPERM,
+    "symlink": errno.EPERM,
+    "link": errno.EPERM,
+    "unlink": errno.EPERM,
+    "rmdir": errno.EPERM,
+    "rename": errno.EPERM,
+}
 
 
 def handler(
@@ -380,3 +392,14 @@ class Filesystem(pyfuse3.Operations):
         entry, _ = self._handles.pop(fh)
         del self._images[fh]
         await self.folder.close(entry)
+
+
+def _refusal(code: int) -> Callable[..., Coroutine[Any, Any, None]]:
+    async def refuse(*_: object) -> None:
+        raise FUSEError(code)
+
+    return refuse
+
+
+for _name, _code in NEVER_DONE.items():
+    setattr(Filesystem, _name, _refusal(_code))

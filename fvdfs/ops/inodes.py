@@ -38,6 +38,8 @@ log = logging.getLogger(__name__)
 ROOT_INODE = 1
 IMAGE_SUFFIX = b".fvd"
 RAW_SUFFIX = b".raw"
+NAME_MAX = 255  # bytes; FUSE itself hands over longer names
+_COMMAND_SHOWN = 20  # characters of what somebody wrote to an attribute
 
 BUSY_PATIENCE = 1.0  # seconds
 BUSY_RETRY = 0.05
@@ -142,7 +144,9 @@ class Folder:
     # --- looking --------------------------------------------------------------------------------
 
     async def lookup(self, name: bytes) -> Entry | None:
-        """The image that appears as `name` now, or None."""
+        """The image that appears as `name` now, or None. Raises OSError where nobody can say."""
+        if len(name) > NAME_MAX:
+            raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
         file_name = image_name(name)
         if file_name is None:
             return None
@@ -195,15 +199,28 @@ class Folder:
         found: dict[bytes, _Seen | OSError | ImageError] = {}
         for name in names:
             path = os.path.join(self.path, name)
-            seen = self._look(path, known.get(path))
+            try:
+                seen = self._look(path, known.get(path))
+            except OSError as error:
+                seen = error
             if seen is not None:
                 found[path] = seen
         return found
 
     def _look(self, path: bytes, known: Entry | None) -> _Seen | OSError | ImageError | None:
-        """What the file is now; an error where it is no usable image; None where there is none."""
+        """What the file is now; an error where it is no usable image; None where there is none.
+
+        Raises OSError where it is the folder that cannot be looked into: then any name would do, and is not remembered.
+        """
         try:
             status = os.stat(path)
+        except OSError as error:
+            try:
+                os.lstat(path)
+            except FileNotFoundError:
+                return None
+            return None if isinstance(error, FileNotFoundError) else error
+        try:
             if known is not None and (
                 signature(status) == signature(known.status) or (known.busy and same_file(status, known.status))
             ):
@@ -344,6 +361,8 @@ class Folder:
         Raises OSError: EINVAL for another command, or one that makes no sense now; ImageError.
         """
         entry = self.entry(inode)
+        if command not in ("start", "pause", "stop"):
+            raise OSError(errno.EINVAL, f"prefetch: start, pause or stop, not {command[:_COMMAND_SHOWN]!r}")
         if command == "start":
             await self._start_prefetch(entry)
             return
@@ -355,8 +374,6 @@ class Folder:
                 prefetcher.pause()
             elif command == "stop":
                 await prefetcher.stop()
-            else:
-                raise OSError(errno.EINVAL, f"prefetch: start, pause or stop, not {command!r}")
 
     async def _start_prefetch(self, entry: Entry) -> None:
         await self.open(entry.inode, write=True)
