@@ -17,6 +17,10 @@ most here, so it is amended:
 - max_background, the number of read-ahead and writeback requests that may be under way, 12 otherwise.
 
 A kernel that does not offer a flag is not answered with it.
+
+Direct I/O (O_DIRECT) that does not begin and end at a sector is answered with EINVAL, as file systems on disks do:
+by that a program, QEMU for one, finds out in which pieces a disk can be read and written. That it could be done counts
+as no answer: QEMU then takes 4096, and a disk of an odd number of sectors for one that it cannot write.
 """
 
 from __future__ import annotations
@@ -39,6 +43,7 @@ import trio
 from fvdfs.alloc import uring
 from fvdfs.alloc.store import Buffer, Done
 from fvdfs.errors import UsageError
+from fvdfs.header import SECTOR
 from fvdfs.image import PendingRead
 
 FUSE_SETATTR = 4
@@ -59,10 +64,12 @@ _IN_HEADER = struct.Struct("=IIQQIIIHH")  # len opcode unique nodeid uid gid pid
 _INIT_IN = struct.Struct("=IIII")  # major minor max_readahead flags
 _INIT_OUT = struct.Struct("=IIIIHHI")  # major minor max_readahead flags max_background congestion_threshold max_write
 _OUT_HEADER = struct.Struct("=IiQ")  # len error unique
-# READ and WRITE without its data, header and all: opcode unique fh offset size. FSYNC has its fh there, too.
-_TRANSFER = struct.Struct("=4xIQ8x16xQQI20x")
+# READ and WRITE without its data, header and all: opcode unique fh offset size, its own flags, flags of the open file.
+# FSYNC has its fh there, too.
+_TRANSFER = struct.Struct("=4xIQ8x16xQQII8xI4x")
 # SETATTR: nodeid, valid, mtime and its nanoseconds.
 _SETATTR = struct.Struct("=16xQ16xI36xQ8x4xI24x")
+_FUSE_WRITE_CACHE = 1 << 0  # written by the kernel, for whoever changed the page
 _FATTR_FH = 1 << 6
 _FATTR_TIMES = 1 << 5 | 1 << 10  # of the last change of content, and of attributes
 # The answer: timeout s and ns; ino size blocks atime mtime ctime, their ns, mode nlink uid gid rdev blksize.
@@ -230,11 +237,17 @@ class Device:
                     return  # what a thread will be busy with for long had better begin
 
     def _dispatch(self, length: int) -> None:
-        opcode, unique, fh, offset, size = _TRANSFER.unpack_from(self._head)
+        opcode, unique, fh, offset, size, own_flags, flags = _TRANSFER.unpack_from(self._head)
         if opcode == FUSE_READ:
-            self._begin_read(unique, fh, offset, size)
+            if flags & os.O_DIRECT and (offset | size) % SECTOR:
+                self._answer(unique, errno.EINVAL)
+            else:
+                self._begin_read(unique, fh, offset, size)
         elif opcode == FUSE_WRITE:
-            self._begin_write(unique, fh, offset, size)
+            if flags & os.O_DIRECT and (offset | size) % SECTOR and not own_flags & _FUSE_WRITE_CACHE:
+                self._answer(unique, errno.EINVAL)
+            else:
+                self._begin_write(unique, fh, offset, size)
         elif opcode == FUSE_SETATTR and self._set_times(unique):
             pass
         elif opcode == FUSE_FSYNC:
