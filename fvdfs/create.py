@@ -34,10 +34,13 @@ from fvdfs.header import (
     CreateOptions,
     Header,
     Region,
+    ceil_div,
     new_header,
     round_up,
     with_fields,
 )
+
+_ZEROS = bytes(1 << 20)
 
 
 @dataclass(frozen=True, slots=True)
@@ -310,18 +313,37 @@ def _make_other(image: str, path: str | None, file_format: str, size: int) -> No
 
 
 def _mark_holes(bitmap: Bitmap, header: Header, path: str, unit: int) -> None:
-    """Set the bits of aligned runs of zeros in the base, `unit` bytes each, rounded up to whole blocks."""
+    """Set the bits of aligned runs of zeros in the base, `unit` bytes each, rounded up to whole blocks.
+
+    Holes are zeros that need not be read.
+    """
     unit = round_up(unit, header.block_size)
-    blocks = unit // header.block_size
     store = open_path(path, writable=False)
     try:
-        buffer = bytearray(unit)
-        view = memoryview(buffer)
-        zeros = bytes(unit)
-        for first in range(0, header.blocks, blocks):
-            count = min(unit, header.base_size - first * header.block_size)
-            filled = store.pread_now(view[:count], first * header.block_size)
-            if view[:filled] == zeros[:filled]:
-                bitmap.set_local(first, min(first + blocks, header.blocks))
+        at, size = 0, header.base_size
+        while at < size:
+            data = store.next_data_now(at, size)
+            stop = size if data == size else data // unit * unit
+            if at < stop:
+                bitmap.set_local(at // header.block_size, ceil_div(stop, header.block_size))
+                at = stop
+                continue
+            stop = min(at + unit, size)
+            if _is_zero(store, data, stop):
+                bitmap.set_local(at // header.block_size, ceil_div(stop, header.block_size))
+            at = stop
     finally:
         store.close()
+
+
+def _is_zero(store: HostFile, start: int, stop: int) -> bool:
+    buffer = bytearray(min(len(_ZEROS), stop - start))
+    with memoryview(buffer) as view:
+        while start < stop:
+            count = store.pread_now(view[: stop - start], start)
+            if not count:
+                return True
+            if not _ZEROS.startswith(view[:count]):
+                return False
+            start = store.next_data_now(start + count, stop)
+    return True

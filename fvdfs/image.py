@@ -460,8 +460,11 @@ class Image:
                     continue
                 if self.zeroes is Zeroes.PUNCH:
                     await self.data.zero(where, run_stop - run_start)
-                elif not await self.data.is_hole(where, run_stop - run_start):
-                    await self.data.pwrite(bytes(run_stop - run_start), where)
+                    continue
+                end = where + run_stop - run_start
+                data = await self.data.next_data(where, end)
+                if data < end:
+                    await self.data.pwrite(bytes(end - data), data)
         finally:
             self.committer.data_written()
 
@@ -573,9 +576,51 @@ class Image:
                 found.append((run_start, run_stop, "base"))
                 continue
             for piece_start, piece_stop, where in self.storage.runs(run_start, run_stop):
-                hole = where is None or await self.data.is_hole(where, piece_stop - piece_start)
+                end = piece_stop - piece_start + (where or 0)
+                hole = where is None or await self.data.next_data(where, end) == end
                 found.append((piece_start, piece_stop, "hole" if hole else "local"))
         return found
+
+    async def next_data(self, start: int, stop: int) -> int:
+        """The first byte of [start, stop) of the disk that may be no zero, as `Store.next_data`. Raises OSError."""
+        known: dict[Store, tuple[int, int]] = {}  # from where to where a store holds nothing
+
+        async def skip(store: Store, begin: int, at: int) -> int:
+            """How many bytes from `begin` on, byte `at` of the disk, are nowhere."""
+            first, data = known.get(store, (0, -1))
+            if not first <= begin <= data:
+                data = await store.next_data(begin, begin + stop - at)
+                known[store] = (begin, data)
+            return data - begin
+
+        layers = [self._layer_runs(start, stop)]
+        while layers:
+            run = next(layers[-1], None)
+            if run is None:
+                layers.pop()
+                continue
+            image, begin, end, local = run
+            base = image.base
+            if local:
+                for piece_start, piece_stop, where in image.storage.runs(begin, end):
+                    if where is not None:
+                        data = piece_start + await skip(image.data, where, piece_start)
+                        if data < piece_stop:
+                            return data
+            elif isinstance(base, Image):
+                if begin < base.size:
+                    layers.append(base._layer_runs(begin, min(end, base.size)))
+            else:
+                data = begin if base is None else begin + await skip(base, begin, begin)
+                if data < end:
+                    return data
+        return stop
+
+    def _layer_runs(self, start: int, stop: int) -> Iterator[tuple[Image, int, int, bool]]:
+        bitmap = self.bitmap
+        runs = read_runs(self._geometry, bitmap, start, stop) if bitmap is not None else ((start, stop, True),)
+        for run_start, run_stop, local in runs:
+            yield self, run_start, run_stop, local
 
     # --- profiles -----------------------------------------------------------------------------------
 

@@ -171,8 +171,12 @@ class MemoryStore(Stepwise):
         await self._wait("pwrite")
         self._write(bytes(length), offset)
 
-    async def is_hole(self, offset: int, length: int) -> bool:
-        return not self.fixed_size and not any(self.data[offset : offset + length])
+    async def next_data(self, start: int, stop: int) -> int:
+        if self.fixed_size:
+            return start
+        data = self.data[start:stop]
+        zeros = len(data) - len(data.lstrip(b"\0"))
+        return start + zeros if zeros < len(data) else stop
 
     def flush_soon(self, done: Done) -> bool:
         return soon(self.flush, done)
@@ -462,8 +466,8 @@ class FaultStore(Stepwise):
             raise
         await self.inner.zero(offset, length)
 
-    async def is_hole(self, offset: int, length: int) -> bool:
-        return await self.inner.is_hole(offset, length)
+    async def next_data(self, start: int, stop: int) -> int:
+        return await self.inner.next_data(start, stop)
 
     def flush_soon(self, done: Done) -> bool:
         return soon(self._flush_ahead, done)

@@ -281,9 +281,9 @@ class SimulatedFile(Stepwise):
     async def zero(self, offset: int, length: int) -> None:
         await self.pwrite(bytes(length), offset)
 
-    async def is_hole(self, offset: int, length: int) -> bool:
+    async def next_data(self, start: int, stop: int) -> int:
         await trio.lowlevel.checkpoint()
-        return False
+        return start
 
     async def flush(self) -> None:
         await trio.lowlevel.checkpoint()

@@ -1290,8 +1290,8 @@ class Device(MemoryStore):
         assert offset + len(data) <= len(self.data)
         super()._write(data, offset)
 
-    async def is_hole(self, offset: int, length: int) -> bool:
-        return False
+    async def next_data(self, start: int, stop: int) -> int:
+        return start
 
 
 def on_device(good: Good, room: int) -> dict[str, MemoryStore]:

@@ -183,6 +183,19 @@ def test_detected_holes_are_local_and_take_no_space(folder: Path) -> None:
     assert (folder / "a.fvd").stat().st_blocks * 512 < 200_000
 
 
+def test_holes_of_a_base_are_not_read(folder: Path) -> None:
+    """Of one this large, to read them would take hours."""
+    with open(folder / "base.raw", "wb") as base:
+        base.truncate(4 << 40)
+        base.seek(3 << 40)
+        base.write(b"x")
+    must("create", folder / "a.fvd", "-b", "base.raw", "--block-size", "64K", "--detect-holes", "2G", timeout=120)
+    facts = json.loads(must("info", folder / "a.fvd", "--json"))
+    assert facts["base_blocks"] - facts["local_blocks"] == (2 << 30) // 65536
+    facts = json.loads(must("map", folder / "a.fvd", "--json"))
+    assert sum(cell[1] for cell in facts["cells"]) == 2 << 30
+
+
 def test_info_shows_the_chain_and_what_is_local(folder: Path) -> None:
     (folder / "base.raw").write_bytes(b"b" * MIB)
     must("create", folder / "mid.fvd", "-b", "base.raw")

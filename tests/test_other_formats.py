@@ -264,6 +264,48 @@ def test_convert_refuses_in_one_line(folder: Path, content: bytes, words: list[s
     assert not (folder / "a.fvd").exists()
 
 
+LARGE = 4 << 40  # bytes: to read all of that would take hours
+
+
+@pytest.fixture
+def large_base(folder: Path) -> list[int]:
+    """A raw base that is nearly all holes; where its 4 KiB of data begin."""
+    places = [0, 1 << 40, (3 << 40) + 5 * 4096, LARGE - 4096]
+    with open(folder / "base.raw", "wb") as base:
+        base.truncate(LARGE)
+        for number, place in enumerate(places, 1):
+            base.seek(place)
+            base.write(bytes([number]) * 4096)
+    return places
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("disk.raw", []),
+        ("disk.qcow2", []),
+        ("disk.fvd", []),
+        ("disk.fvd", ["--compact", "--chunk-size", "1M"]),
+        ("disk.fvd", ["-b", "zeros.raw", "--block-size", "1M"]),
+    ],
+)
+def test_convert_reads_no_holes(
+    folder: Path, large_base: list[int], tmp_path: Path, name: str, options: list[str]
+) -> None:
+    """On the way there, and on the way back, whoever keeps the holes."""
+    with open(folder / "zeros.raw", "wb") as zeros:
+        zeros.truncate(LARGE)
+    must("convert", folder / "base.raw", folder / name, *options, timeout=120)
+    words = ["-f", "qcow2"] if name.endswith("qcow2") else []
+    must("convert", folder / name, tmp_path / "back.raw", *words, timeout=120)
+    with open(tmp_path / "back.raw", "rb") as back:
+        for number, place in enumerate(large_base, 1):
+            back.seek(place)
+            assert back.read(4096) == bytes([number]) * 4096
+    assert (tmp_path / "back.raw").stat().st_size == LARGE
+    assert (tmp_path / "back.raw").stat().st_blocks * 512 <= 4 * 128 << 10
+
+
 @pytest.mark.slow
 def test_an_encrypted_base(folder: Path, content: bytes, tmp_path: Path) -> None:
     key = tmp_path / "key"

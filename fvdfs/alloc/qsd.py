@@ -687,10 +687,10 @@ class QsdStore(Stepwise):
 
         await self._call(zero, changes=True)
 
-    async def is_hole(self, offset: int, length: int) -> bool:
+    async def next_data(self, start: int, stop: int) -> int:
         if not self._holes:
-            return False
-        return await self._call(lambda daemon: daemon.export.is_hole(offset, length))
+            return start
+        return await self._call(lambda daemon: daemon.export.next_data(start, stop))
 
     async def flush(self) -> None:
         async def flush(daemon: Daemon) -> None:

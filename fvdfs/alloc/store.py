@@ -94,8 +94,11 @@ class Store(Protocol):
     async def zero(self, offset: int, length: int) -> None:
         """Have the range read as zeros, giving back its space where that can be. Raises OSError."""
 
-    async def is_hole(self, offset: int, length: int) -> bool:
-        """Whether the range is known to take no space, and so to read as zeros. Raises OSError."""
+    async def next_data(self, start: int, stop: int) -> int:
+        """The first byte of [start, stop) that may be no zero: what is before it is known to take no space.
+
+        `stop` where that is so of the whole range. Raises OSError.
+        """
 
     def flush_soon(self, done: Done) -> bool:
         """Call `done` once all that was written is stable, where a flush that makes it so has begun already.
@@ -351,17 +354,18 @@ class HostFile:
             self.pwrite_now(memoryview(_ZEROS)[:count], offset)
             offset += count
 
-    async def is_hole(self, offset: int, length: int) -> bool:
-        return await self._reader.run(lambda: self._is_hole(offset, length))
+    async def next_data(self, start: int, stop: int) -> int:
+        return await self._reader.run(lambda: self.next_data_now(start, stop))
 
-    def _is_hole(self, offset: int, length: int) -> bool:
+    def next_data_now(self, start: int, stop: int) -> int:
+        """`next_data` for callers that are in a thread already."""
         if self.fixed_size:
-            return False
+            return start
         try:
-            return os.lseek(self._fd, offset, os.SEEK_DATA) >= offset + length
+            return min(stop, os.lseek(self._fd, start, os.SEEK_DATA))
         except OSError as error:
             if error.errno == errno.ENXIO:
-                return True
+                return stop
             raise
 
     def _was_written(self) -> None:

@@ -133,21 +133,19 @@ class Filled:
 
     def __init__(self, store: Store, start: int, stop: int) -> None:
         self._store = store
-        self._todo = [(start, stop)]
+        self._at = start
+        self._stop = stop
 
     def __aiter__(self) -> Filled:
         return self
 
     async def __anext__(self) -> Range:
-        while self._todo:
-            start, stop = self._todo.pop()
-            if start >= stop or await self._store.is_hole(start, stop - start):
-                continue
-            if stop - start <= PIECE:
-                return start, stop
-            middle = (start + stop) // 2 // PAGE * PAGE
-            self._todo += [(middle, stop), (start, middle)]
-        raise StopAsyncIteration
+        if self._at < self._stop:
+            self._at = await self._store.next_data(self._at, self._stop)
+        if self._at >= self._stop:
+            raise StopAsyncIteration
+        start, self._at = self._at, min((self._at + PIECE) // PAGE * PAGE, self._stop)
+        return start, self._at
 
 
 async def _load(layer: Layer, found: Examined, region: Region | None) -> bytes | None:
@@ -580,7 +578,7 @@ async def _look_for_leaks(data: Store, header: Header, scan: TableScan, findings
 async def _takes_no_space(data: Store, start: int, stop: int) -> bool:
     """Whether a range is a hole, but for pages that it shares with others."""
     start, stop = round_up(start, PAGE), stop // PAGE * PAGE
-    return start >= stop or await data.is_hole(start, stop - start)
+    return start >= stop or await data.next_data(start, stop) == stop
 
 
 async def _look_behind(data: Store, header: Header, scan: TableScan | None, found: Examined) -> None:

@@ -101,7 +101,7 @@ def zero_runs(start: int, data: memoryview) -> Iterator[tuple[int, int, bool]]:
     run_zero: bool | None = None
     while at < stop:
         end = min(stop, at // ZERO_UNIT * ZERO_UNIT + ZERO_UNIT)
-        zero = data[at - start : end - start] == _ZEROS[: end - at]
+        zero = _ZEROS.startswith(data[at - start : end - start])  # to compare views is a hundred times slower
         if zero is not run_zero:
             if run_zero is not None:
                 yield run_start, at, run_zero

@@ -351,7 +351,7 @@ class Prefetcher:
         if base is None or isinstance(base, Image):
             return False
         try:
-            return await base.is_hole(start, stop - start)
+            return await base.next_data(start, stop) == stop
         except OSError as error:
             raise _Failure(start, stop, "looking for holes in the base", error) from error
 

@@ -52,7 +52,7 @@ class CountingStore:
         self.server = inner.server
         self.zero = inner.zero
         self.write_out = inner.write_out
-        self.is_hole = inner.is_hole
+        self.next_data = inner.next_data
         self.size = inner.size
         self.resize = inner.resize
         self.usage = inner.usage
