@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import logging
 import os
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 from fvdfs import journal
 from fvdfs.alloc.chunked import ChunkedStorage
@@ -100,6 +101,26 @@ class Layer:
     header: Header
     raw_header: bytes
 
+    def usage(self) -> int:
+        """Bytes that the image really takes."""
+        header = self.header
+        if not self.data.fixed_size:
+            return self.meta.usage() + (self.data.usage() if self.data is not self.meta else 0)
+        data = header.virtual_disk_size
+        region = header.table_region
+        if region is not None:
+            table = bytearray(region.size)
+            self.meta.pread_now(memoryview(table), region.offset)
+            entries = decode_entries(memoryview(table)[: header.chunks * TABLE_ENTRY_SIZE])
+            data = (len(entries) - entries.count(UNALLOCATED)) * header.chunk_size
+        return data + (header.metadata_size if self.data is self.meta else self.meta.usage())
+
+    def close(self) -> None:
+        """Close its files. Blocks."""
+        self.meta.close()
+        if self.data is not self.meta:
+            self.data.close()
+
 
 @dataclass(slots=True)
 class Chain:
@@ -121,20 +142,6 @@ class Chain:
         for store in self.stores():
             await store.aclose()
 
-    def usage(self) -> int:
-        """Bytes that the top image really takes."""
-        top = self.layers[0]
-        if not top.data.fixed_size:
-            return top.meta.usage() + (top.data.usage() if top.data is not top.meta else 0)
-        data = top.header.virtual_disk_size
-        region = top.header.table_region
-        if region is not None:
-            table = bytearray(region.size)
-            top.meta.pread_now(memoryview(table), region.offset)
-            entries = decode_entries(memoryview(table)[: top.header.chunks * TABLE_ENTRY_SIZE])
-            data = (len(entries) - entries.count(UNALLOCATED)) * top.header.chunk_size
-        return data + (top.header.metadata_size if top.data is top.meta else top.meta.usage())
-
 
 def open_chain(path: str, policy: Policy, *, top_only: bool = False) -> Chain:
     """Open the files of the image at `path`, and read and check their headers. Blocks.
@@ -142,41 +149,95 @@ def open_chain(path: str, policy: Policy, *, top_only: bool = False) -> Chain:
     With `top_only` the image's own file alone, for a look at its header. Raises ImageError with one
     line that names image, field and value; OSError only for `path` itself.
     """
-    layers: list[Layer] = []
-    opened: list[HostStore] = []
+    chain = Chain([], None, policy)
     try:
-        store = _open_top(path, policy)
-        while True:
-            opened.append(store)
-            if any(store.identity == other.meta.identity for other in layers):
-                names = " on ".join([layer.path for layer in layers] + [path])
-                last = layers[-1]
-                raise FormatError(last.path, f"base_img={last.header.base_img}: the chain is a loop: {names}")
-            writable = policy.writable and not layers
-            layer = _open_layer(path, store, policy, writable=writable, with_data=not top_only)
-            if layer.data is not layer.meta:
-                opened.append(layer.data)
-            layers.append(layer)
-            header = layer.header
-            if not header.has_base or top_only:
-                return Chain(layers, None, policy)
-            file_format = header.base_img_fmt
-            through = writable and _writes_base(layer, policy)
-            if file_format != FVD_FORMAT:
-                base = open_named(path, "base_img", header.base_img, file_format, policy, writable=through)
-                opened.append(base)
-                if isinstance(base, HostFile):
-                    _look_at_format(layer, base)
-                return Chain(layers, base, policy)
-            below = open_named(path, "base_img", header.base_img, "", policy, writable=False)
-            if not isinstance(below, HostFile):
-                raise UnsupportedFeature(path, f"base_img={header.base_img}: an FVD image must be a file of this host")
-            store = below
-            path = _resolve(path, header.base_img)
+        for part in _descend(path, policy, top_only=top_only):
+            if isinstance(part, Layer):
+                chain.layers.append(part)
+            else:
+                chain.base = part
     except BaseException:
-        for each in opened:
-            each.close()
+        for store in chain.stores():
+            store.close()
         raise
+    return chain
+
+
+Judged = dict[tuple[tuple[int, int], str], Exception | None]
+"""What is wrong with an image, or None: by its file, and by the folder that its names start at."""
+
+
+def look_at_chain(path: str, policy: Policy, judged: Judged) -> tuple[int, int]:
+    """Size and usage, in bytes, of the image at `path`, which can be opened with all that it stands on. Blocks.
+
+    One layer is open at a time. What was found is kept in `judged`, so that looks that belong together look at each
+    file once, however many images stand on it. Raises as `open_chain`.
+    """
+    found = None
+    error: Exception | None = None
+    passed = []
+    try:
+        for part in _descend(path, replace(policy, writable=False)):
+            if not isinstance(part, Layer):
+                part.close()
+                break
+            try:
+                found = found or (part.header.virtual_disk_size, part.usage())
+                key = part.meta.identity, os.path.dirname(part.path)
+            finally:
+                part.close()
+            if key in judged:
+                error = judged[key]
+                break
+            passed.append(key)
+    except (ImageError, OSError) as caught:
+        error = caught
+    judged.update(dict.fromkeys(passed, error))
+    if error is not None:
+        raise error.with_traceback(None)
+    assert found is not None
+    return found
+
+
+def _descend(path: str, policy: Policy, *, top_only: bool = False) -> Iterator[Layer | HostStore]:
+    """The layers of an image from the top, then the base under the last, if any; who gets one has to close it."""
+    above: dict[tuple[int, int], str] = {}
+    last: Layer | None = None
+    store = _open_top(path, policy)
+    while True:
+        writable = policy.writable and last is None
+        try:
+            if store.identity in above:
+                assert last is not None
+                names = " on ".join([*above.values(), path])
+                raise FormatError(last.path, f"base_img={last.header.base_img}: the chain is a loop: {names}")
+            above[store.identity] = path
+            last = _open_layer(path, store, policy, writable=writable, with_data=not top_only)
+        except BaseException:
+            store.close()
+            raise
+        yield last
+        header = last.header
+        if not header.has_base or top_only:
+            return
+        file_format = header.base_img_fmt
+        through = writable and _writes_base(last, policy)
+        if file_format != FVD_FORMAT:
+            base = open_named(path, "base_img", header.base_img, file_format, policy, writable=through)
+            try:
+                if isinstance(base, HostFile):
+                    _look_at_format(last, base)
+            except BaseException:
+                base.close()
+                raise
+            yield base
+            return
+        below = open_named(path, "base_img", header.base_img, "", policy, writable=False)
+        if not isinstance(below, HostFile):
+            below.close()
+            raise UnsupportedFeature(path, f"base_img={header.base_img}: an FVD image must be a file of this host")
+        store = below
+        path = _resolve(path, header.base_img)
 
 
 def _writes_base(layer: Layer, policy: Policy) -> bool:

@@ -28,7 +28,7 @@ def describe(path: str) -> dict[str, Any]:
         problems.append(str(error))
         chain = open_chain(path, Policy(writable=False), top_only=True)
     header = chain.layers[0].header
-    usage = chain.usage()
+    usage = chain.layers[0].usage()
     base_chain = _names(chain)
     if not problems:
         try:

@@ -7,19 +7,23 @@ import fcntl
 import mmap
 import os
 import random
+import shutil
 import signal
 import struct
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import reference
 from conftest import MIB, Mount, fvdfs, loop_device, mounted, must, small_disk, wait_for_end, wait_for_log
+from fvdfs import chain
+from fvdfs.errors import ImageError
 from fvdfs.header import HEADER_SIZE, Header, with_fields
 from fvdfs.ops.filesystem import COMMIT_INTERVAL
 
@@ -530,6 +534,56 @@ def test_two_hundred_images_are_ready_soon_and_small(folder: Path) -> None:
     print(f"200 images: ready after {ready:.2f} s, {peak / 1024:.0f} MiB at the peak")
     assert peak < 150_000
     assert ready < 20  # seconds; far off what is promised, so that a slow machine does not fail
+
+
+def chain_of(folder: Path, numbers: Sequence[int]) -> None:
+    """Images that stand on one another, the last of them on a raw base."""
+    (folder / "base.raw").write_bytes(b"base" * 256)
+    below = numbers[-1]
+    must("create", folder / f"i{below}.fvd", "1M", "-b", "base.raw", "-F", "raw")
+    for number in reversed(numbers[:-1]):
+        shutil.copy(folder / f"i{numbers[-1]}.fvd", folder / f"i{number}.fvd")
+        change_header(folder / f"i{number}.fvd", base_img=f"i{below}.fvd", base_img_fmt="fvd")
+        below = number
+
+
+@pytest.mark.parametrize("numbers", [range(100, 140), range(139, 99, -1)])
+def test_a_scan_looks_at_each_image_of_a_chain_once_or_twice(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, numbers: Sequence[int]
+) -> None:
+    """As itself, and as a base; and never holds a chain open, which may be longer than the limit of descriptors."""
+    chain_of(folder, numbers)
+    looks, descriptors = [], []
+
+    def open_layer(path: str, *rest: Any, **options: Any) -> chain.Layer:
+        looks.append(path)
+        descriptors.append(len(os.listdir("/proc/self/fd")))
+        return original(path, *rest, **options)
+
+    original = chain._open_layer
+    monkeypatch.setattr(chain, "_open_layer", open_layer)
+    before = len(os.listdir("/proc/self/fd"))
+    judged: chain.Judged = {}
+    for image in sorted(folder.glob("*.fvd")):
+        assert chain.look_at_chain(str(image), chain.Policy(), judged)[0] == MIB
+    assert max(descriptors) <= before + 3
+    assert len(looks) <= 2 * len(numbers)
+    (folder / "base.raw").unlink()
+    for image in sorted(folder.glob("*.fvd")):
+        with pytest.raises(ImageError, match=r"i[0-9]+\.fvd: base_img=base\.raw"):
+            chain.look_at_chain(str(image), chain.Policy(), judged={})
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_chain_of_four_hundred_is_ready_soon(folder: Path) -> None:
+    chain_of(folder, range(400))
+    started = time.monotonic()
+    with mounted(folder) as mount:
+        ready = time.monotonic() - started
+        assert len(names(mount)) == 400
+        assert read_at(mount.raw("i0"), 0, 8) == b"basebase"
+    print(f"a chain of 400: ready after {ready:.2f} s")
+    assert ready < 10  # seconds; a fraction of one here, 18 when each image was compared with all below it
 
 
 def test_a_large_disk_opens_at_once(folder: Path) -> None:

@@ -26,7 +26,7 @@ from typing import Any
 import trio
 
 from fvdfs.alloc.chunked import Spawn
-from fvdfs.chain import Policy, load_chain, lock_for_writing, open_chain
+from fvdfs.chain import Judged, Policy, load_chain, lock_for_writing, look_at_chain, open_chain
 from fvdfs.cow.prefetch import Prefetcher, status
 from fvdfs.cow.profile import Extent
 from fvdfs.cow.scheduler import Scheduler
@@ -152,7 +152,7 @@ class Folder:
             return None
         path = os.path.join(self.path, file_name)
         known = self._entries.get(path)
-        seen = await trio.to_thread.run_sync(self._look, path, known)
+        seen = await trio.to_thread.run_sync(self._look, path, known, {})
         return self._update(path, seen)
 
     async def scan(self) -> list[Entry]:
@@ -197,17 +197,18 @@ class Folder:
     def _look_at_all(self, known: dict[bytes, Entry]) -> dict[bytes, _Seen | OSError | ImageError]:
         names = sorted(name for name in os.listdir(self.path) if name.endswith(IMAGE_SUFFIX) and name != IMAGE_SUFFIX)
         found: dict[bytes, _Seen | OSError | ImageError] = {}
+        judged: Judged = {}
         for name in names:
             path = os.path.join(self.path, name)
             try:
-                seen = self._look(path, known.get(path))
+                seen = self._look(path, known.get(path), judged)
             except OSError as error:
                 seen = error
             if seen is not None:
                 found[path] = seen
         return found
 
-    def _look(self, path: bytes, known: Entry | None) -> _Seen | OSError | ImageError | None:
+    def _look(self, path: bytes, known: Entry | None, judged: Judged) -> _Seen | OSError | ImageError | None:
         """What the file is now; an error where it is no usable image; None where there is none.
 
         Raises OSError where it is the folder that cannot be looked into: then any name would do, and is not remembered.
@@ -227,12 +228,7 @@ class Folder:
                 return _Seen(status, 0, 0, known=True)
             if not stat.S_ISREG(status.st_mode) and not stat.S_ISBLK(status.st_mode):
                 return None
-            chain = open_chain(os.fsdecode(path), self.policy)
-            try:
-                return _Seen(status, chain.layers[0].header.virtual_disk_size, chain.usage())
-            finally:
-                for store in chain.stores():
-                    store.close()
+            return _Seen(status, *look_at_chain(os.fsdecode(path), self.policy, judged))
         except FileNotFoundError:
             return None
         except (OSError, ImageError) as error:
