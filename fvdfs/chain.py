@@ -305,13 +305,13 @@ def _open_layer(path: str, meta: HostFile, policy: Policy, *, writable: bool, wi
 
 def _look_at_size(layer: Layer, size: int) -> None:
     header = layer.header
-    if size < header.base_img_size - SECTOR + 1:
+    if size < header.base_size - SECTOR + 1:
         log.warning(
             "%s: base_img=%s is %d bytes long, base_img_size says %d: what is missing reads as zeros",
             layer.path,
             header.base_img,
             size,
-            header.base_img_size,
+            header.base_size,
         )
 
 

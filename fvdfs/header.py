@@ -219,8 +219,11 @@ class Header:
 
     @property
     def base_size(self) -> int:
-        """Bytes of the virtual disk that the base image can provide."""
-        return self.base_img_size if self.has_base else 0
+        """Bytes of the virtual disk that the base image can provide.
+
+        base_img_size may be more: the original leaves it as it is when it makes a disk smaller (format.md, section 2).
+        """
+        return min(self.base_img_size, self.virtual_disk_size) if self.has_base else 0
 
     @property
     def compact(self) -> bool:
@@ -233,7 +236,7 @@ class Header:
     @property
     def blocks(self) -> int:
         """Blocks that the bitmap covers."""
-        return ceil_div(self.base_img_size, self.block_size) if self.has_base else 0
+        return ceil_div(self.base_size, self.block_size) if self.has_base else 0
 
     @property
     def chunks(self) -> int:
@@ -246,9 +249,14 @@ class Header:
         return self.has_base or self.compact
 
     @property
+    def metadata_end(self) -> int:
+        """Where metadata ends: at the last sector boundary up to metadata_size (format.md, section 2)."""
+        return self.metadata_size // SECTOR * SECTOR
+
+    @property
     def data_offset(self) -> int:
         """Where data starts, in bytes, in the file that holds it."""
-        return 0 if self.data_file else self.metadata_size
+        return 0 if self.data_file else self.metadata_end
 
     @property
     def bitmap_region(self) -> Region | None:
@@ -285,7 +293,7 @@ class Header:
         if not 0 < entries <= MAX_PROFILE_SIZE // PROFILE_ENTRY_SIZE or not 0 < unit <= MAX_PROFILE_UNIT:
             return None
         region = Region("profile", offset, round_up(entries * PROFILE_ENTRY_SIZE, PAGE))
-        if offset % PAGE or offset < HEADER_SPACE or region.end > self.metadata_size:
+        if offset % PAGE or offset < HEADER_SPACE or region.end > self.metadata_end:
             return None
         if any(region.offset < other.end and other.offset < region.end for other in self.regions()):
             return None
@@ -296,13 +304,13 @@ class Header:
         """Where a profile may be put: what no other region uses, before the data."""
         end = max((region.end for region in self.regions()), default=HEADER_SPACE)
         offset = round_up(max(end, HEADER_SPACE), PAGE)
-        return Region("profile", offset, min(max(0, self.metadata_size - offset), MAX_PROFILE_SIZE) // PAGE * PAGE)
+        return Region("profile", offset, min(max(0, self.metadata_end - offset), MAX_PROFILE_SIZE) // PAGE * PAGE)
 
     @property
     def table_capacity(self) -> int:
         """Entries that table and journal have room for (format.md, sections 1 and 2)."""
         assert self.compact
-        ends = [region.offset for region in self.regions()] + [self.metadata_size]
+        ends = [region.offset for region in self.regions()] + [self.metadata_end]
         if self.profile_region is not None:
             ends.append(self.profile_region.offset)
         ends = [end for end in ends if end > self.table_offset]
@@ -328,11 +336,11 @@ class Header:
                 raise bad(field, f"must be a multiple of {unit}")
 
         want_size("virtual_disk_size", 0, MAX_DISK_SIZE, SECTOR)
-        want_size("metadata_size", 0, MAX_DISK_SIZE, SECTOR)
+        want_size("metadata_size", 0, MAX_DISK_SIZE)
         if not self.base_img and not self.all_data_in_fvd_img:
             raise bad("all_data_in_fvd_img", "the image says that it needs a base image, but base_img is empty")
         if self.has_base:
-            want_size("base_img_size", 0, self.virtual_disk_size, SECTOR)
+            want_size("base_img_size", 0, MAX_DISK_SIZE, SECTOR)
             want_size("block_size", SECTOR, (1 << 31) - SECTOR, SECTOR)
             want_size("bitmap_size", ceil_div(self.blocks, 8), MAX_DISK_SIZE)
         if self.compact:
@@ -353,7 +361,7 @@ class Header:
             if region.end > file_size:
                 raise bad(field, f"the {region.name} ends at {region.end}, the file at {file_size}")
             last = region
-        if not self.data_file and self.metadata_size < last.end:
+        if not self.data_file and self.metadata_end < last.end:
             raise bad("metadata_size", f"data would overlap the {last.name}, which ends at {last.end}")
 
 

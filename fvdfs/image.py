@@ -180,6 +180,8 @@ class Image:
         self._quiet: trio.Event | None = None  # set when no write is under way; while it exists, none begins
         self._quiet_over = trio.Event()
         self._resizing = trio.Lock()
+        self._journal_cleared = False
+        """Whether it holds no records from before this opening."""
 
     def run_in_background(self, spawn: Spawn | None) -> None:
         """What is better done before it is needed, or later, may be run by `spawn`."""
@@ -716,9 +718,15 @@ class Image:
 
     async def _grow_to(self, size: int) -> None:
         await self.storage.grow(size)
-        # What is new is zeros on disk, and entries from before an earlier cut are gone, before they count.
+        # What is new is zeros on disk, and bits and entries from before an earlier cut are gone, before they count.
+        if self.bitmap is not None:
+            self.bitmap.shrink(self.header.blocks)
         self.committer.data_written()
         await self.committer.checkpoint()
+        if not self._journal_cleared:  # the original cuts a disk and leaves records of what was cut off
+            await self.committer.clear_journal()
+            self._journal_cleared = True
+        await self._cut_base_range(self.header.virtual_disk_size)
         await self.committer.change_header(virtual_disk_size=size)
 
     async def _shrink(self, size: int) -> None:
@@ -737,6 +745,7 @@ class Image:
         await self._settle()
         # From here on bits and entries go backwards: old records must not come back.
         await self.committer.clear_journal()
+        self._journal_cleared = True
         header = self.header
         await self._shrink_header(size)
         self.size = size
@@ -747,20 +756,25 @@ class Image:
         await self.committer.checkpoint()
 
     async def _shrink_header(self, size: int) -> None:
-        """Cut the base's range, then the disk: the fields are in different sectors, and the first must never
-        reach past the second. Raises OSError; the header is then as it was, or the image has failed.
+        """Cut the base's range, then the disk: the fields are in different sectors, and no later growth must find
+        the first past the second. Raises OSError; the header is then as it was, or the image has failed.
         """
         header = self.header
-        if header.base_img_size > size:
-            region = with_fields(header, base_img_size=size).bitmap_region
-            bitmap_size = region.size if region is not None else header.bitmap_size
-            await self.committer.change_header(base_img_size=size, bitmap_size=bitmap_size)
+        await self._cut_base_range(size)
         try:
             await self.committer.change_header(virtual_disk_size=size)
         except OSError:
             if self.header.base_img_size != header.base_img_size and self.committer.failed is None:
                 await self.committer.restore_header(base_img_size=header.base_img_size, bitmap_size=header.bitmap_size)
             raise
+
+    async def _cut_base_range(self, size: int) -> None:
+        """Have the base provide nothing past this byte, whatever becomes of the disk's size. Raises OSError."""
+        header = self.header
+        if header.base_img_size > size:
+            region = with_fields(header, base_img_size=size).bitmap_region
+            bitmap_size = region.size if region is not None else header.bitmap_size
+            await self.committer.change_header(base_img_size=size, bitmap_size=bitmap_size)
 
     async def _settle(self) -> None:
         """Bitmap and table on disk are as in memory, and the header says that they may change."""

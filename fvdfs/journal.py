@@ -149,7 +149,8 @@ def _blocks_of(record: BitmapRecord, header: Header, bitmap: Bitmap | None, bloc
         return "a bitmap record, but the image has no bitmap"
     start = record.first_sector * SECTOR
     stop = start + record.sectors * SECTOR
-    if start < 0 or stop > header.virtual_disk_size:
+    # The original cuts a disk and leaves old records of what was cut off.
+    if start < 0 or stop > max(header.virtual_disk_size, header.base_img_size):
         return (
             f"a bitmap record of {record.sectors} sectors from {record.first_sector} on a disk of "
             f"{header.virtual_disk_size // SECTOR}"

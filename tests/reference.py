@@ -74,8 +74,12 @@ class Header:
         compact = self.compact_image and self.chunk_size > 0
         self.chunks = up(self.virtual_disk_size, self.chunk_size) if compact else 0  # section 5
         self.table_size = up(4 * self.chunks, PAGE) * PAGE
+        # Section 2: only the smaller counts. The bitmap keeps the size that it had.
+        self.base_size = min(self.base_img_size, self.virtual_disk_size)
         has_blocks = self.base_img_size > 0 and self.block_size > 0
-        self.blocks = up(self.base_img_size, self.block_size) if has_blocks else 0  # section 3
+        self.blocks = up(self.base_size, self.block_size) if has_blocks else 0  # section 3
+        self.bitmap_blocks = up(self.base_img_size, self.block_size) if has_blocks else 0
+        self.data_at = self.metadata_size // SECTOR * SECTOR  # section 2
 
     def __getattr__(self, name: str) -> int:
         return self._numbers[name]
@@ -104,9 +108,9 @@ class Image:
         ]
         self.owner = {number: chunk for chunk, number in enumerate(self.table) if number != MISSING}
         self.journal = self._region("journal", header.journal_size)
-        # Section 1: data is at metadata_size, or at 0 of the data file.
+        # Section 1: data is behind the metadata, or at 0 of the data file.
         data_file = header.text["data_file"]
-        self.data_start = 0 if data_file else header.metadata_size
+        self.data_start = 0 if data_file else header.data_at
         storage = (path.parent / data_file if data_file else path).resolve(strict=True)
         self.base: BinaryIO | Image | None = None
         if not header.all_data_in_fvd_img:
@@ -178,9 +182,9 @@ class Image:
         header = self.header
         if not header.bitmap_size:
             raise ValueError("bitmap record without a bitmap")
-        if first < 0 or (first + count) * SECTOR > header.virtual_disk_size:
+        if first < 0 or (first + count) * SECTOR > max(header.virtual_disk_size, header.base_img_size):
             raise ValueError(f"bitmap record out of range: {count} sectors from {first}")
-        start, end = first * SECTOR, min((first + count) * SECTOR, header.base_img_size)
+        start, end = first * SECTOR, min((first + count) * SECTOR, header.base_size)
         if start >= end:
             return  # section 7: wholly past the base is normal
         for block in range(start // header.block_size, up(end, header.block_size)):
@@ -247,7 +251,7 @@ class Image:
     def read(self, start: int, length: int) -> bytes:
         """`length` bytes of the virtual disk from `start`; zeros past its end."""
         end, out = min(start + length, self.header.virtual_disk_size), []
-        limit, size = self.header.base_img_size, self.header.block_size
+        limit, size = self.header.base_size, self.header.block_size
         while start < end:
             if self.base is None or start >= limit:
                 stop, own = end, True
@@ -319,10 +323,9 @@ def _check_header(h: Header) -> Iterator[str]:
         may_be_negative = ("start_delay", "throttle_time")
         good |= {n: getattr(h, n) >= 0 for n in OF_BASE if not n.endswith(may_be_negative)}
         good["copy_on_read"] = h.copy_on_read in (0, 1)
-        good["base_img_size"] &= h.base_img_size <= h.virtual_disk_size
         good["base_img_size"] &= h.base_img_size % SECTOR == 0
         good["block_size"] = h.block_size > 0 and h.block_size % SECTOR == 0
-        good["bitmap_size"] = h.bitmap_size == up(up(h.blocks, 8), PAGE) * PAGE
+        good["bitmap_size"] = h.bitmap_size == up(up(h.bitmap_blocks, 8), PAGE) * PAGE
         good["bytes_per_prefetch"] = h.bytes_per_prefetch > 0
         good["bytes_per_prefetch"] &= h.bytes_per_prefetch % max(h.block_size, 1) == 0
         good["num_prefetch_slots"] = h.num_prefetch_slots > 0
@@ -355,14 +358,19 @@ def _check_layout(h: Header, length: int) -> Iterator[str]:
     ]
     regions = [region for region in regions if region[2] > 0]
     data = 1 << 62 if h.chunks else h.virtual_disk_size  # a compact image's storage may grow
-    regions.append(("data", h.metadata_size, 0 if h.text["data_file"] else data))
+    regions.append(("data", h.data_at, 0 if h.text["data_file"] else data))
+    plain = not h.chunks and not h.text["base_img"]  # section 2: what was asked for in vain is not rounded
     if regions != sorted(regions, key=lambda region: region[1]):
         yield "the regions are not in order"
     if h.prefetch_profile_entries > 0:  # anywhere between or after the others
         size = up(12 * h.prefetch_profile_entries, PAGE) * PAGE
         regions.append(("prefetch profile", h.prefetch_profile_offset, size))
     regions.sort(key=lambda region: region[1])
-    yield from (f"the {name} is not on a page boundary" for name, at, _ in regions if at % PAGE)
+    yield from (
+        f"the {name} is not on a page boundary"
+        for name, at, _ in regions
+        if at % PAGE and not (plain and name == "data")
+    )
     for (name, at, size), (following, limit, _) in pairwise(regions):
         if at + size > limit:
             yield f"the {name} overlaps the {following}"
@@ -380,7 +388,7 @@ def _check_contents(image: Image, writer: str) -> Iterator[str]:
     if any(entry != MISSING for entry in image.disk_table[h.chunks :]):
         yield "the table's tail is not 0xFF"  # likewise
     whole, bits = (1 << 8 * len(image.bitmap)) - 1, int.from_bytes(image.bitmap, "little")
-    if bits >> h.blocks and bits != whole:  # section 3: only prefetching sets it, and all of it
+    if bits >> h.bitmap_blocks and bits != whole:  # section 3: only prefetching sets it, and all of it
         yield "the bitmap's tail is neither zero nor, with all the rest, ones"
     if h.all_data_in_fvd_img and ~bits & whole >> (whole.bit_length() - h.blocks):
         yield "all_data_in_fvd_img is 1, but a bit is 0"  # section 7, prefetching
@@ -402,7 +410,7 @@ def _check_contents(image: Image, writer: str) -> Iterator[str]:
     if image.base is None or not h.chunks:
         return
     for block in filter(image.bit, range(h.blocks)):
-        start, end = block * h.block_size, min((block + 1) * h.block_size, h.base_img_size)
+        start, end = block * h.block_size, min((block + 1) * h.block_size, h.base_size)
         for chunk in range(start // h.chunk_size, up(end, h.chunk_size)):
             if image.table[chunk] != MISSING:
                 continue

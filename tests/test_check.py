@@ -198,8 +198,8 @@ fields("command without end", "plain", Kind.HEADER_STRING, mended=False)(add_sto
 fields("bytes behind a string", COW, Kind.HEADER_FILL, HARMLESS)(base_img=b"base.raw\0old")
 fields("size of the disk negative", COW, Kind.HEADER_FIELD, mended=False)(virtual_disk_size=-512)
 fields("size of the disk odd", COMPACT, Kind.HEADER_FIELD, mended=False)(virtual_disk_size=100_001)
-fields("size of metadata odd", COMPACT, Kind.HEADER_FIELD, mended=False)(metadata_size=100_001)
-fields("size of the base", COW, Kind.HEADER_FIELD, mended=False)(base_img_size=1 << 40)
+fields("size of metadata negative", COMPACT, Kind.HEADER_FIELD, mended=False)(metadata_size=-512)
+fields("size of the base negative", COW, Kind.HEADER_FIELD, mended=False)(base_img_size=-512)
 fields("size of the base odd", COW, Kind.HEADER_FIELD, mended=False)(base_img_size=1000)
 fields("no block size", COW, Kind.HEADER_FIELD, mended=False)(block_size=0)
 fields("no chunk size", COMPACT, Kind.HEADER_FIELD, mended=False)(chunk_size=0)
@@ -216,7 +216,7 @@ fields("flag copy_on_read", COW, Kind.HEADER_FLAG, HARMLESS)(copy_on_read=-1)
 fields("flag clean_shutdown", COW, Kind.HEADER_FLAG, HARMLESS)(clean_shutdown=0x100)
 fields("flag compact_image", COMPACT, Kind.HEADER_FLAG, HARMLESS)(compact_image=2)
 fields("bitmap_size too small", COW, Kind.HEADER_BITMAP_SIZE)(bitmap_size=0)
-fields("bitmap_size too large", BOTH, Kind.HEADER_BITMAP_SIZE)(bitmap_size=8192)
+fields("bitmap_size too large", BOTH, Kind.HEADER_BITMAP_SIZE, HARMLESS)(bitmap_size=8192)
 fields("compact_image lost", BOTH, Kind.HEADER_COMPACT, mended=False)(compact_image=0)
 fields("alpha", COW, Kind.HEADER_ODD, HARMLESS, mended=False)(prefetch_perf_calc_alpha=101)
 fields("bytes_per_prefetch", COW, Kind.HEADER_ODD, HARMLESS, mended=False)(bytes_per_prefetch=512)
@@ -236,6 +236,19 @@ fields("profile past the end", COW, Kind.PROFILE, HARMLESS)(prefetch_profile_off
 @damage("header cut", COW, Kind.HEADER_CUT, place="header", mended=False)
 def _(good: Good) -> None:
     good.truncate(4000)
+
+
+@damage("size of metadata odd", COMPACT, Kind.HEADER_ODD, HARMLESS, place="metadata_size", mended=False)
+def _(good: Good) -> None:
+    good.put(metadata_size=good.header.metadata_size + 100)
+
+
+@damage("size of the base past the disk", COW, Kind.HEADER_ODD, HARMLESS, place="base_img_size", mended=False)
+def _(good: Good) -> bytes:
+    size = good.header.virtual_disk_size // 2 // 512 * 512
+    good.put(virtual_disk_size=size)
+    good.truncate(good.header.metadata_size + size)
+    return good.read()
 
 
 @damage("padding", COW, Kind.HEADER_PADDING, HARMLESS, place="header", mended=False)

@@ -68,9 +68,12 @@ def test_create_writes_the_header_of_the_original(entry: dict[str, Any], folder:
             assert ours.text[name] == expected.text[name], name
         elif name == "metadata_size" and entry["base_size"] is not None:
             assert ours.metadata_size == expected.metadata_size + DEFAULT_PROFILE_ROOM
+        elif name == "metadata_size":
+            assert ours.metadata_size == -(-expected.metadata_size // 4096) * 4096
         elif name not in LATER:
             assert getattr(ours, name) == getattr(expected, name), name
-    if not entry["crashed"] and not entry["booted"] and entry["base_size"] is None:
+    odd = expected.metadata_size % 4096  # such images are no longer made
+    if not entry["crashed"] and not entry["booted"] and entry["base_size"] is None and not odd:
         with open(image, "rb") as one, open(theirs, "rb") as other:
             assert one.read(HEADER_SIZE) == other.read(HEADER_SIZE)
     assert reference.check(image, "fvdfs") == []

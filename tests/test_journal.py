@@ -439,6 +439,7 @@ def layout(header: Header) -> reference.Image:
     """The image of the reference reader with this layout: nothing local, nothing allocated."""
     other = reference.Header.__new__(reference.Header)
     other.blocks, other.chunks = header.blocks, header.chunks
+    other.base_size = header.base_size
     other._numbers = {
         "virtual_disk_size": header.virtual_disk_size,
         "base_img_size": header.base_img_size,

@@ -297,6 +297,8 @@ def report_bitmap_tail(header: Header, data: bytes, findings: Findings) -> None:
     bits = bitarray(endian="little")
     bits.frombytes(data)
     count = bits.count(1, header.blocks)
+    if header.base_img_size > header.virtual_disk_size:
+        return  # they were blocks of a disk that was larger
     if count and not bits.all():
         findings.add(
             Kind.BITMAP_TAIL,

@@ -170,7 +170,7 @@ def _table_with_room(check: HeaderCheck, file_size: int) -> Region | None:
     if table is None:
         return None
     ends = [region.offset for region in check.regions.values()]
-    ends += [check.header.metadata_size, file_size]
+    ends += [check.header.metadata_end, file_size]
     room = min((end for end in ends if end > table.offset), default=table.end) - table.offset
     room = min(room, MAX_REGION) // PAGE * PAGE
     return Region(table.name, table.offset, max(table.size, room))
@@ -370,9 +370,10 @@ async def _look_at_unneeded_bitmap(layer: Layer, found: Examined) -> None:
     header = found.header
     if not header.base_img or not header.all_data_in_fvd_img or not found.check.layout_known:
         return
-    if header.block_size < SECTOR or not 0 < header.base_img_size <= header.virtual_disk_size:
+    base_size = min(header.base_img_size, header.virtual_disk_size)
+    if header.block_size < SECTOR or base_size <= 0:
         return
-    blocks = ceil_div(header.base_img_size, header.block_size)
+    blocks = ceil_div(base_size, header.block_size)
     region = Region("bitmap", header.bitmap_offset, bitmap_bytes(blocks))
     others = found.check.regions.values()
     overlaps = any(region.offset < other.end and other.offset < region.end for other in others)
@@ -408,7 +409,7 @@ async def _look_at_base(layer: Layer, found: Examined) -> None:
             await _look_at_format(base, header, found.findings)
         known = found.check is not None and "base_img_size" not in found.check.doubtful
         size = found.base_size
-        if known and size is not None and size < header.base_img_size - SECTOR + 1:
+        if known and size is not None and size < header.base_size - SECTOR + 1:
             _report_short_base(header, bitmap, size, found.findings)
 
 
@@ -428,7 +429,7 @@ async def _look_at_format(base: Store, header: Header, findings: Findings) -> No
 
 def _report_short_base(header: Header, bitmap: Bitmap | None, size: int, findings: Findings) -> None:
     if bitmap is None:
-        lost: tuple[Range, ...] = ((size, header.base_img_size),)
+        lost: tuple[Range, ...] = ((size, header.base_size),)
     else:
         lost = bounded(base_ranges(header, bitmap, size))
     findings.add(

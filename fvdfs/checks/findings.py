@@ -46,7 +46,7 @@ class Kind(enum.StrEnum):
     HEADER_FILL = "header-fill"  # bytes behind the end of a string (harmless)
     HEADER_FIELD = "header-field"  # a value that `Header.check` refuses
     HEADER_FLAG = "header-flag"  # a flag that is neither 0 nor 1 (harmless)
-    HEADER_BITMAP_SIZE = "header-bitmap-size"  # not the size that the blocks need
+    HEADER_BITMAP_SIZE = "header-bitmap-size"  # not the size that the blocks need (harmless where it is more)
     HEADER_COMPACT = "header-compact"  # fields of a compact image in one that is not
     HEADER_ODD = "header-odd"  # a value that makes no sense, but costs nothing (harmless)
     HEADER_PADDING = "header-padding"  # bytes behind the fields (harmless)

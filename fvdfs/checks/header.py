@@ -179,7 +179,10 @@ def _faults(header: Header) -> Iterator[_Fault]:
         if getattr(header, flag) not in (0, 1):
             yield _Fault(flag, "must be 0 or 1; it is taken as 1", 1, Severity.HARMLESS, Kind.HEADER_FLAG)
     yield from _size_fault(header, "virtual_disk_size", 0, MAX_DISK_SIZE, SECTOR)
-    yield from _size_fault(header, "metadata_size", 0, MAX_DISK_SIZE, SECTOR)
+    yield from _size_fault(header, "metadata_size", 0, MAX_DISK_SIZE)
+    if header.metadata_size % SECTOR and header.has_metadata:
+        why = f"is no multiple of {SECTOR}, which is usual only without a bitmap and a table; data starts below it"
+        yield _Fault("metadata_size", why, severity=Severity.HARMLESS, kind=Kind.HEADER_ODD)
     if header.has_base:
         yield from _base_faults(header)
     if header.base_img:
@@ -218,15 +221,22 @@ def _disk_size(header: Header) -> int:
 
 def _base_faults(header: Header) -> Iterator[_Fault]:
     faults = [
-        *_size_fault(header, "base_img_size", 0, _disk_size(header), SECTOR),
+        *_size_fault(header, "base_img_size", 0, MAX_DISK_SIZE, SECTOR),
         *_size_fault(header, "block_size", SECTOR, (1 << 31) - SECTOR, SECTOR),
     ]
     yield from faults
-    if not faults:
-        right = round_up(ceil_div(header.blocks, 8), PAGE)
-        if header.bitmap_size != right:
-            why = f"must be {right} for {header.blocks} blocks"
-            yield _Fault("bitmap_size", why, right, kind=Kind.HEADER_BITMAP_SIZE)
+    if faults:
+        return
+    if header.base_img_size > _disk_size(header):
+        why = "what is past the end of the disk means nothing, as where the original has made the disk smaller"
+        yield _Fault("base_img_size", why, severity=Severity.HARMLESS, kind=Kind.HEADER_ODD)
+    blocks = ceil_div(header.base_img_size, header.block_size)
+    right = round_up(ceil_div(blocks, 8), PAGE)
+    if not ceil_div(header.blocks, 8) <= header.bitmap_size <= MAX_DISK_SIZE:
+        yield _Fault("bitmap_size", f"must be {right} for {blocks} blocks", right, kind=Kind.HEADER_BITMAP_SIZE)
+    elif header.bitmap_size != right:
+        why = f"{right} are usual for {blocks} blocks"
+        yield _Fault("bitmap_size", why, right, Severity.HARMLESS, Kind.HEADER_BITMAP_SIZE)
 
 
 def _no_base_faults(header: Header) -> Iterator[_Fault]:
@@ -300,7 +310,7 @@ def _misplaced(
             yield (region.name,), _Fault(field, why, kind=Kind.REGION_CUT)
         elif region.end > last.end:
             last = region
-    if not header.data_file and "metadata_size" not in doubtful and header.metadata_size < last.end:
+    if not header.data_file and "metadata_size" not in doubtful and header.metadata_end < last.end:
         why = f"data would overlap the {last.name}, which ends at {last.end}"
         yield (last.name,), _Fault("metadata_size", why, kind=Kind.REGION_MISPLACED)
 
@@ -315,7 +325,7 @@ def _only_move(header: Header, regions: list[Region], file_size: int) -> tuple[s
     moves = []
     for number, region in enumerate(regions):
         start = round_up(regions[number - 1].end, PAGE) if number else HEADER_SPACE
-        stop = regions[number + 1].offset if number + 1 < len(regions) else header.metadata_size
+        stop = regions[number + 1].offset if number + 1 < len(regions) else header.metadata_end
         if start + round_up(region.size, PAGE) == stop:
             field = f"{region.name}_offset"
             if start != region.offset and _passes(with_fields(header, **{field: start}), file_size):
@@ -340,7 +350,7 @@ def _check_profile(
     others = [Region("header", 0, HEADER_SPACE), *regions]
     if not header.data_file and not doubtful & {"metadata_size", "virtual_disk_size"}:
         size = MAX_DISK_SIZE if header.compact else header.virtual_disk_size
-        others.append(Region("data", header.metadata_size, size))
+        others.append(Region("data", header.data_offset, size))
     why = ""
     if profile.size < 0:
         why = f"prefetch_profile_entries={header.prefetch_profile_entries} must not be negative"

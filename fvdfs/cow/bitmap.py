@@ -111,14 +111,15 @@ class Bitmap:
         self._fresh[start:stop] = 1
 
     def shrink(self, blocks: int) -> None:
-        """The base's range has become smaller: bits past its end are gone."""
+        """The base's range has become smaller: bits past its end are gone, those that meant nothing before too."""
         assert blocks <= self.blocks
-        self._fresh[blocks : self.blocks] = 0
+        first = self._fresh.find(1, blocks)
+        if first >= 0:
+            last = self._fresh.find(1, blocks, right=True)
+            self._dirty.update(range(first // BLOCKS_PER_PAGE, last // BLOCKS_PER_PAGE + 1))
+        self._fresh[blocks:] = 0
         for page, stale in self._stale.items():
-            first, end = _within(page, blocks, self.blocks)
-            if first < end:
-                stale[first:end] = 0
-        self._dirty.update(range(blocks // BLOCKS_PER_PAGE, ceil_div(self.blocks, BLOCKS_PER_PAGE)))
+            stale[max(0, blocks - page * BLOCKS_PER_PAGE) :] = 0
         self.blocks = blocks
 
     def mark_committed(self, start: int, stop: int) -> None:

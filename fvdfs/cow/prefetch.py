@@ -404,7 +404,7 @@ class ProfileOrder:
 def status(image: Image, prefetcher: Prefetcher | None) -> dict[str, Any]:
     """What a user wants to know of an open image, ready for JSON; sizes in bytes, rates in bytes a second."""
     block_size, _ = image.base_range()
-    base_size = local = image.header.base_img_size
+    base_size = local = min(image.header.base_img_size, image.size)
     if image.bitmap is not None:
         local = min(image.bitmap.count_local() * block_size, base_size)
     rate = prefetcher.rate if prefetcher is not None else 0.0
