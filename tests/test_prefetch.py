@@ -165,6 +165,25 @@ def test_pause_go_on_and_stop(folder: Path, server: list[str]) -> None:
         assert raw.read_bytes()[:SIZE] == CONTENT
 
 
+def test_unmounted_while_reads_are_under_way(folder: Path, base: Path) -> None:
+    """What is under way ends first; then the mount is gone, and so is its process."""
+    socket = folder / "nbd.sock"
+    command = ["nbdkit", "-f", "-r", "-U", str(socket), "--filter=delay", "file", str(base), "rdelay=1"]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    try:
+        wait_until(socket.exists)
+        must("create", folder / "disk.fvd", "32M", "--base", f"nbd+unix:///?socket={socket}", "--base-format", "raw")
+        with mounted(folder, "-o", "allow_url=nbd+unix:///") as mount:
+            must("prefetch", "start", mount.raw("disk"))
+            wait_until(lambda: mount.status("disk")["prefetched"] > 0)
+            mount.umount()
+            assert "unmounted" in mount.log
+        assert json.loads(must("info", folder / "disk.fvd", "--json"))["clean_shutdown"] == 1
+    finally:
+        process.kill()
+        process.wait()
+
+
 def test_the_cap_of_the_mount(folder: Path, base: Path) -> None:
     """A cap is a bound on what comes in a time, and so can be tested without a measure of speed."""
     for name in ("one", "two"):

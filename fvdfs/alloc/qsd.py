@@ -207,7 +207,7 @@ class Daemon:
             with trio.fail_after(START_TIMEOUT):
                 self._launch(options, writable)
                 await self._wait_until_ready()
-                await trio.to_thread.run_sync(self._attach, abandon_on_cancel=True)
+                await trio.to_thread.run_sync(self._attach, writable, abandon_on_cancel=True)
         except BaseException as error:
             with trio.CancelScope(shield=True):
                 await trio.to_thread.run_sync(self.stop)
@@ -282,19 +282,14 @@ class Daemon:
                 raise _failure(self.name, self.last_words)
             await trio.sleep(_POLL_INTERVAL)
 
-    def _attach(self) -> None:
+    def _attach(self, writable: bool) -> None:
         """Open the export, and take mount and folder away."""
         disk = os.path.join(self._folder, "disk")
-        # What is only read is read past the page cache: the kernel's read-ahead would fetch what nobody wants.
+        # What is only read is read past the page cache: the kernel would fetch what nobody wants, 128 KiB at a time.
+        # Root could open it for writing as well, whatever its mode says: what it is for is known, and not tried.
         # (Writing so through QEMU 7.2's export garbles the first bytes of a buffer that does not begin on a page.)
-        for flags in (os.O_RDWR, os.O_RDONLY | os.O_DIRECT):
-            try:
-                fd = os.open(disk, flags | os.O_CLOEXEC)
-                break
-            except OSError as error:
-                if error.errno not in (errno.EACCES, errno.EROFS) or flags != os.O_RDWR:
-                    raise
-        export = _Export(fd, self.name, flags == os.O_RDWR)
+        fd = os.open(disk, (os.O_RDWR if writable else os.O_RDONLY | os.O_DIRECT) | os.O_CLOEXEC)
+        export = _Export(fd, self.name, writable)
         try:
             if os.fstat(fd).st_dev == os.stat(self._folder).st_dev:
                 raise ImageError(self.name, "QEMU exports nothing")

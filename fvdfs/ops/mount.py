@@ -94,20 +94,21 @@ def _escape(value: str) -> str:
 
 
 async def _serve(options: MountOptions, filesystem: Filesystem, device: Device, ready: Callable[[], None]) -> None:
-    try:
-        async with trio.open_nursery() as nursery:
-            filesystem.folder.spawn = lambda work: nursery.start_soon(_guard, work)
-            nursery.start_soon(_stop_on_signal, options.mountpoint, filesystem)
-            nursery.start_soon(filesystem.commit_regularly)
-            nursery.start_soon(filesystem.complaints.sum_up)
-            nursery.start_soon(_announce, options.mountpoint, filesystem, ready)
-            async with use_ring() if options.io_uring else contextlib.nullcontext():
+    # The ring outlives all who may wait for what is under way in it: that cannot be cancelled.
+    async with use_ring() if options.io_uring else contextlib.nullcontext():
+        try:
+            async with trio.open_nursery() as nursery:
+                filesystem.folder.spawn = lambda work: nursery.start_soon(_guard, work)
+                nursery.start_soon(_stop_on_signal, options.mountpoint, filesystem)
+                nursery.start_soon(filesystem.commit_regularly)
+                nursery.start_soon(filesystem.complaints.sum_up)
+                nursery.start_soon(_announce, options.mountpoint, filesystem, ready)
                 await device.serve(pyfuse3.main)
-            nursery.cancel_scope.cancel()
-    finally:
-        with trio.CancelScope(shield=True):
-            await filesystem.folder.close_all()
-        log.info("%s: unmounted", options.mountpoint)
+                nursery.cancel_scope.cancel()
+        finally:
+            with trio.CancelScope(shield=True):
+                await filesystem.folder.close_all()
+            log.info("%s: unmounted", options.mountpoint)
 
 
 async def _guard(work: Callable[[], Awaitable[None]]) -> None:
