@@ -10,7 +10,8 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from urllib.parse import parse_qs, urlsplit
 
 from fvdfs import journal
 from fvdfs.alloc.chunked import ChunkedStorage
@@ -26,6 +27,7 @@ from fvdfs.cow.writethrough import MODES
 from fvdfs.errors import FormatError, ImageBusy, ImageError, Refused, UnsupportedFeature
 from fvdfs.header import HEADER_SIZE, HEADER_SPACE, SECTOR, TABLE_ENTRY_SIZE, Header, Region, round_up
 from fvdfs.image import Image, Zeroes
+from fvdfs.paths import Walker
 
 log = logging.getLogger(__name__)
 
@@ -57,15 +59,17 @@ class Policy:
     """Prefixes of URLs that names inside images may be; an empty one allows any."""
     secret_file: str = ""
     """The file with the passphrase of encrypted bases and data files."""
+    walker: Walker = field(default_factory=Walker, compare=False)
+    """Who follows paths, and knows where they must not lead."""
 
     def open_file(self, image: str, field: str, name: str) -> tuple[int, str]:
         """An O_PATH handle of the file that `name` in the image at path `image` leads to, and its path.
 
-        The caller closes the handle. Raises Refused, ImageError.
+        The caller closes the handle. Raises Refused, ImageError, NoAnswer.
         """
         path = _resolve(image, name)
         try:
-            handle = os.open(path, os.O_PATH | os.O_CLOEXEC)
+            handle = self.walker.open(path)
         except OSError as error:
             raise ImageError(image, f"{field}={name}: {path}: {error.strerror}") from error
         try:
@@ -79,6 +83,11 @@ class Policy:
         """Raise Refused unless the URL is allowed."""
         if not any(prefix == "" or within(location.url, prefix) for prefix in self.allowed_urls):
             raise Refused(image, f"{field}={location.name}: allow it with -o allow_url={location.url}")
+        for socket in parse_qs(urlsplit(location.url).query).get("socket", ()):
+            try:
+                self.walker.check(socket)
+            except OSError as error:
+                raise Refused(image, f"{field}={location.name}: {socket}: {error.strerror}") from error
 
     def _check_file(self, image: str, field: str, value: str, real_path: str) -> None:
         for root in self.roots:
@@ -147,7 +156,7 @@ def open_chain(path: str, policy: Policy, *, top_only: bool = False) -> Chain:
     """Open the files of the image at `path`, and read and check their headers. Blocks.
 
     With `top_only` the image's own file alone, for a look at its header. Raises ImageError with one
-    line that names image, field and value; OSError only for `path` itself.
+    line that names image, field and value; OSError only for `path` itself; NoAnswer.
     """
     chain = Chain([], None, policy)
     try:
@@ -256,7 +265,7 @@ def _writes_base(layer: Layer, policy: Policy) -> bool:
 
 
 def _open_top(path: str, policy: Policy) -> HostFile:
-    handle = os.open(path, os.O_PATH | os.O_CLOEXEC)
+    handle = policy.walker.open(path)
     try:
         return open_as_permitted(handle, path, writable=policy.writable)
     finally:

@@ -148,7 +148,7 @@ class Filesystem(pyfuse3.Operations):
         return entry
 
     async def _folder_attributes(self) -> EntryAttributes:
-        status = await trio.to_thread.run_sync(os.stat, self.folder.path)
+        status = await self.folder.status_of_folder()
         entry = EntryAttributes()
         entry.st_ino = InodeT(ROOT_INODE)
         entry.entry_timeout = 0
@@ -233,7 +233,7 @@ class Filesystem(pyfuse3.Operations):
 
     @handler
     async def statfs(self, ctx: pyfuse3.RequestContext) -> pyfuse3.StatvfsData:
-        status = await trio.to_thread.run_sync(os.statvfs, self.folder.path)
+        status = await self.folder.space()
         result = pyfuse3.StatvfsData()
         for name in ("f_bsize", "f_frsize", "f_blocks", "f_bfree", "f_bavail", "f_files", "f_ffree", "f_favail"):
             setattr(result, name, getattr(status, name))

@@ -2,7 +2,9 @@
 
 `DIR/NAME.fvd` appears as `NAME.raw` if it holds an FVD image that can be opened. Nothing watches the
 folder: each lookup and listing looks at the files as they are then, in a thread, and reads a header
-only where a file has changed since. Looking needs no lock; opening does (`chain.py`).
+only where a file has changed since. Looking needs no lock; opening does (`chain.py`). A look that takes
+too long is answered by what was known before (`looks.py`); an opening waits, as that of any file on a
+share that hangs, and only those who use the same image wait with it.
 
 An image is loaded at its first open and given up at its last close; it becomes writable when the
 first who wants to write opens it. `Entry.lock` is held across these changes. An inode number stands
@@ -14,24 +16,27 @@ No pyfuse3 here: this is what the handlers in `filesystem.py` translate to.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import functools
 import logging
 import os
 import stat
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import trio
 
 from fvdfs.alloc.chunked import Spawn
-from fvdfs.chain import Judged, Policy, load_chain, lock_for_writing, look_at_chain, open_chain
+from fvdfs.chain import Chain, Judged, Policy, load_chain, lock_for_writing, look_at_chain, open_chain
 from fvdfs.cow.prefetch import Prefetcher, status
 from fvdfs.cow.profile import Extent
 from fvdfs.cow.scheduler import Scheduler
-from fvdfs.errors import ImageBusy, ImageError, NotFvd
+from fvdfs.errors import FvdError, ImageBusy, ImageError, NotFvd
 from fvdfs.image import Image
+from fvdfs.ops.looks import THREADS, Look, Looks
+from fvdfs.paths import PATIENCE, LeadsBack, NoAnswer
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +48,10 @@ _COMMAND_SHOWN = 20  # characters of what somebody wrote to an attribute
 
 BUSY_PATIENCE = 1.0  # seconds
 BUSY_RETRY = 0.05
+DISK_PATIENCE = 30.0
+"""Seconds for the first look at an image while its thread is at a disk of this host: it may have to spin up."""
+
+T = TypeVar("T")
 
 Signature = tuple[int, int, int, int, int]
 
@@ -123,6 +132,16 @@ def image_name(name: bytes) -> bytes | None:
     return name[: -len(RAW_SUFFIX)] + IMAGE_SUFFIX
 
 
+def _late(path: bytes) -> OSError:
+    return OSError(
+        errno.EIO, f"{os.fsdecode(path)}: no answer within {PATIENCE:g} s; only what was known before is shown"
+    )
+
+
+def _reason(error: OSError | FvdError) -> str:
+    return error.strerror or str(error) if isinstance(error, OSError) else str(error)
+
+
 class Folder:
     """The images of one folder. All methods run in the event loop; what waits for a disk is async."""
 
@@ -138,6 +157,8 @@ class Folder:
         self._inodes: dict[int, Entry] = {}
         self._next_inode = ROOT_INODE + 1
         self._complaints: dict[bytes, str] = {}
+        self._looks = Looks()
+        self._last_answers: dict[str, Any] = {}
         self.spawn: Spawn | None = None
         """Runs what open images want done in the background."""
 
@@ -151,19 +172,56 @@ class Folder:
         if file_name is None:
             return None
         path = os.path.join(self.path, file_name)
-        known = self._entries.get(path)
-        seen = await trio.to_thread.run_sync(self._look, path, known, {})
-        return self._update(path, seen)
+        look = self._begin_look(path, {})
+        await self._looks.wait([look])
+        if path not in self._entries and not look.ended.is_set() and not self.policy.walker.is_at_share(look.thread):
+            await self._looks.wait([look], DISK_PATIENCE)
+        if look.ended.is_set():
+            return look.result
+        return self._as_known(path)
 
     async def scan(self) -> list[Entry]:
-        """All images that appear now, by name."""
-        found = await trio.to_thread.run_sync(self._look_at_all, dict(self._entries))
-        for path in [path for path in self._entries if path not in found]:
+        """All images that appear now, by name. Raises OSError."""
+        before = set(self._entries)
+        listing: Look[list[bytes]] = self._looks.begin(self.path, self._image_paths)
+        await self._looks.wait([listing])
+        if not listing.ended.is_set():
+            if not before:
+                raise _late(self.path)
+            self._complain(self.path, _late(self.path))
+            return [self._entries[path] for path in sorted(self._entries)]
+        paths = listing.result
+        self._complaints.pop(self.path, None)
+        there = set(paths)
+        for path in before - there:
             self._update(path, None)
-        for path in [path for path in self._complaints if path not in found]:
+        for path in [path for path in self._complaints if path not in there]:
             del self._complaints[path]
-        entries = [self._update(path, seen) for path, seen in found.items()]
-        return [entry for entry in entries if entry is not None]
+        judged: Judged = {}
+        looks = [self._begin_look(path, judged, threads=1) for path in paths]
+        await self._looks.wait(looks)
+        found = [self._found(path, look) for path, look in zip(paths, looks, strict=True)]
+        return [entry for entry in found if entry is not None]
+
+    def _begin_look(self, path: bytes, judged: Judged, *, threads: int = THREADS) -> Look[Entry | None]:
+        look = functools.partial(self._look, path, judged)
+        return self._looks.begin(path, look, functools.partial(self._update, path), threads=threads)
+
+    def _found(self, path: bytes, look: Look[Entry | None]) -> Entry | None:
+        """For a listing: what a look has found, or what is known while it goes on."""
+        try:
+            return look.result if look.ended.is_set() else self._as_known(path)
+        except OSError as error:
+            self._complain(path, error)
+            return None
+
+    def _as_known(self, path: bytes) -> Entry:
+        """The image as it was, where nobody answers what it is now. Raises OSError where nothing is known."""
+        known = self._entries.get(path)
+        if known is None:
+            raise _late(path)
+        self._complain(path, _late(path))
+        return known
 
     def entry(self, inode: int) -> Entry:
         """The entry with this inode number. Raises OSError(ESTALE) where it is gone."""
@@ -175,12 +233,43 @@ class Folder:
     async def getattr(self, inode: int) -> Attributes:
         """The attributes of an image, as its file is now; of a removed one, as it was."""
         entry = self.entry(inode)
+        look: Look[os.stat_result] = self._looks.begin(inode, functools.partial(self._stat, entry.path))
+        await self._looks.wait([look])
         try:
-            entry.status = await trio.to_thread.run_sync(os.stat, entry.path)
+            if look.ended.is_set():
+                entry.status = look.result
         except FileNotFoundError:
             if entry.image is None:
                 raise
+        except NoAnswer:
+            pass  # as it was
         return entry.attributes
+
+    async def status_of_folder(self) -> os.stat_result:
+        """What the folder itself is, or was when it last answered. Raises OSError."""
+        return await self._of_folder("status", functools.partial(self._stat, self.path))
+
+    async def space(self) -> os.statvfs_result:
+        """What its file system says of itself, or has last said. Raises OSError."""
+        return await self._of_folder("space", self._space)
+
+    async def _of_folder(self, key: str, call: Callable[[], T]) -> T:
+        look: Look[T] = self._looks.begin(key, call)
+        await self._looks.wait([look])
+        with contextlib.suppress(NoAnswer):
+            if look.ended.is_set():
+                self._last_answers[key] = look.result
+        if key not in self._last_answers:
+            raise _late(self.path)
+        return cast(T, self._last_answers[key])
+
+    def _stat(self, path: bytes) -> os.stat_result:
+        with self.policy.walker.looking():
+            return self.policy.walker.stat(path)
+
+    def _space(self) -> os.statvfs_result:
+        with self.policy.walker.looking():
+            return self.policy.walker.statvfs(self.path)
 
     def set_mtime(self, inode: int, mtime_ns: int) -> bool:
         """Remember the time of change of an image that is open for writing; False where it is not.
@@ -194,27 +283,29 @@ class Folder:
         entry.mtime_ns = mtime_ns
         return True
 
-    def _look_at_all(self, known: dict[bytes, Entry]) -> dict[bytes, _Seen | OSError | ImageError]:
-        names = sorted(name for name in os.listdir(self.path) if name.endswith(IMAGE_SUFFIX) and name != IMAGE_SUFFIX)
-        found: dict[bytes, _Seen | OSError | ImageError] = {}
-        judged: Judged = {}
-        for name in names:
-            path = os.path.join(self.path, name)
-            try:
-                seen = self._look(path, known.get(path), judged)
-            except OSError as error:
-                seen = error
-            if seen is not None:
-                found[path] = seen
-        return found
+    def _image_paths(self) -> list[bytes]:
+        with self.policy.walker.looking():
+            names = self.policy.walker.names(self.path)
+        return [
+            os.path.join(self.path, name)
+            for name in sorted(names)
+            if name.endswith(IMAGE_SUFFIX) and name != IMAGE_SUFFIX
+        ]
 
-    def _look(self, path: bytes, known: Entry | None, judged: Judged) -> _Seen | OSError | ImageError | None:
+    def _look(self, path: bytes, judged: Judged) -> _Seen | OSError | FvdError | None:
         """What the file is now; an error where it is no usable image; None where there is none.
 
         Raises OSError where it is the folder that cannot be looked into: then any name would do, and is not remembered.
         """
+        with self.policy.walker.looking():
+            return self._look_now(path, judged)
+
+    def _look_now(self, path: bytes, judged: Judged) -> _Seen | OSError | FvdError | None:
+        known = self._entries.get(path)
         try:
-            status = os.stat(path)
+            status = self.policy.walker.stat(path)
+        except (LeadsBack, NoAnswer) as error:
+            return error
         except OSError as error:
             try:
                 os.lstat(path)
@@ -231,12 +322,14 @@ class Folder:
             return _Seen(status, *look_at_chain(os.fsdecode(path), self.policy, judged))
         except FileNotFoundError:
             return None
-        except (OSError, ImageError) as error:
+        except (OSError, ImageError, NoAnswer) as error:
             return error
 
-    def _update(self, path: bytes, seen: _Seen | OSError | ImageError | None) -> Entry | None:
-        """Bring what is known of a path in line with what was just seen."""
+    def _update(self, path: bytes, seen: _Seen | OSError | FvdError | None) -> Entry | None:
+        """Bring what is known of a path in line with what was just seen. Raises OSError where nobody answers."""
         known = self._entries.get(path)
+        if isinstance(seen, NoAnswer):
+            return self._as_known(path)
         if not isinstance(seen, _Seen):
             if seen is not None:
                 self._complain(path, seen)
@@ -264,14 +357,14 @@ class Folder:
         self._inodes[entry.inode] = entry
         return entry
 
-    def _complain(self, path: bytes, error: OSError | ImageError) -> None:
-        """Say once why a file does not appear."""
+    def _complain(self, path: bytes, error: OSError | FvdError) -> None:
+        """Say once why a file does not appear, or appears as it was."""
         text = str(error)
         if self._complaints.get(path) == text:
             return
         self._complaints[path] = text
         level = logging.INFO if isinstance(error, NotFvd) else logging.ERROR
-        log.log(level, "%s", text if isinstance(error, ImageError) else f"{os.fsdecode(path)}: {error.strerror}")
+        log.log(level, "%s", text if isinstance(error, ImageError) else f"{os.fsdecode(path)}: {_reason(error)}")
 
     # --- lookup counts --------------------------------------------------------------------------
 
@@ -410,8 +503,7 @@ class Folder:
         return found | status(entry.image, entry.prefetcher)
 
     async def _load(self, entry: Entry) -> Image:
-        status = await trio.to_thread.run_sync(os.stat, entry.path)
-        chain = await trio.to_thread.run_sync(open_chain, os.fsdecode(entry.path), self.policy)
+        status, chain = await trio.to_thread.run_sync(self._open_chain, entry.path)
         image = await load_chain(chain)
         entry.status = status
         if image.size != entry.size:
@@ -420,6 +512,11 @@ class Folder:
         image.run_in_background(self.spawn)
         entry.busy = True
         return image
+
+    def _open_chain(self, path: bytes) -> tuple[os.stat_result, Chain]:
+        with self.policy.walker.looking():
+            status = self.policy.walker.stat(path)
+            return status, open_chain(os.fsdecode(path), self.policy)
 
     async def close(self, entry: Entry) -> None:
         """Undo one `open`; the last one gives up the image. Raises OSError of what had to be written."""

@@ -21,6 +21,7 @@ from fvdfs.errors import UsageError
 from fvdfs.ops.device import Device, fuse_descriptors
 from fvdfs.ops.filesystem import Filesystem, Sync
 from fvdfs.ops.inodes import Folder
+from fvdfs.paths import PATIENCE, LeadsBack, mount_points, within
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +54,8 @@ def serve(options: MountOptions, ready: Callable[[], None]) -> None:
 
     `ready` is called once requests are answered. Raises UsageError where it cannot be mounted.
     """
+    point = os.path.realpath(options.mountpoint)
+    _look_before_mounting(options, point)
     scheduler = Scheduler(
         jobs=options.prefetch_jobs, max_rate=options.prefetch_max, pressure=DiskPressure(options.folder)
     )
@@ -78,6 +81,7 @@ def serve(options: MountOptions, ready: Callable[[], None]) -> None:
     gc.freeze()
     gc.set_threshold(*GC_THRESHOLDS)
     try:
+        _forbid_ways_back(options, point)
         device = Device(filesystem, descriptors)
         try:
             trio.run(_serve, options, filesystem, device, ready)
@@ -85,6 +89,32 @@ def serve(options: MountOptions, ready: Callable[[], None]) -> None:
             device.close()
     finally:
         pyfuse3.close()
+
+
+def _look_before_mounting(options: MountOptions, point: str) -> None:
+    """Raise UsageError where the mount would hide what it needs."""
+    policy = options.policy
+    what = {"the folder of images": options.folder, "secret": policy.secret_file}
+    what |= {f"base_path={root}": root for root in policy.roots if root != options.folder}
+    if os.path.isabs(policy.grow_command):
+        what["grow_command"] = policy.grow_command
+    for name, path in what.items():
+        if path and within(os.path.realpath(path), point):
+            raise UsageError(f"{options.mountpoint}: {name} would be hidden by the mount; choose another MOUNTPOINT")
+
+
+def _forbid_ways_back(options: MountOptions, point: str) -> None:
+    """Have nobody follow a path into the mount that was just made, or what stands on it. Raises UsageError."""
+    policy = options.policy
+    policy.walker.own_device = [mount.device for mount in mount_points() if mount.path == point][-1]
+    for path in (options.folder, policy.secret_file, policy.grow_command):
+        if os.path.isabs(path):
+            try:
+                policy.walker.check(path)
+            except LeadsBack as error:
+                raise UsageError(f"{path}: {error.strerror}") from error
+            except OSError:
+                continue  # whoever needs it will say so
 
 
 def _escape(value: str) -> str:
@@ -102,7 +132,7 @@ async def _serve(options: MountOptions, filesystem: Filesystem, device: Device, 
                 nursery.start_soon(_stop_on_signal, options.mountpoint, filesystem)
                 nursery.start_soon(filesystem.commit_regularly)
                 nursery.start_soon(filesystem.complaints.sum_up)
-                nursery.start_soon(_announce, options.mountpoint, filesystem, ready)
+                nursery.start_soon(_announce, filesystem, ready)
                 await device.serve(pyfuse3.main)
                 nursery.cancel_scope.cancel()
         finally:
@@ -119,11 +149,14 @@ async def _guard(work: Callable[[], Awaitable[None]]) -> None:
         log.exception("a task in the background has ended by an error")
 
 
-async def _announce(mountpoint: str, filesystem: Filesystem, ready: Callable[[], None]) -> None:
+async def _announce(filesystem: Filesystem, ready: Callable[[], None]) -> None:
     """Say that the mount is ready, once the kernel and we have agreed on how to talk."""
-    await filesystem.folder.scan()
-    device = await trio.to_thread.run_sync(lambda: os.stat(mountpoint).st_dev)
-    _raise_limits(device)
+    with trio.move_on_after(PATIENCE):
+        try:
+            await filesystem.folder.scan()
+        except OSError as error:
+            log.error("%s: %s", os.fsdecode(filesystem.folder.path), error.strerror)
+    _raise_limits(filesystem.folder.policy.walker.own_device)
     ready()
 
 
