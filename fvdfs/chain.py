@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from urllib.parse import parse_qs, urlsplit
 
+import trio
+
 from fvdfs import journal
 from fvdfs.alloc.chunked import ChunkedStorage
 from fvdfs.alloc.flat import FlatStorage
@@ -61,6 +63,8 @@ class Policy:
     """The file with the passphrase of encrypted bases and data files."""
     walker: Walker = field(default_factory=Walker, compare=False)
     """Who follows paths, and knows where they must not lead."""
+    qemu_locks: bool = True
+    """Whether QEMU's image locks are taken and respected, beside our own."""
 
     def open_file(self, image: str, field: str, name: str) -> tuple[int, str]:
         """An O_PATH handle of the file that `name` in the image at path `image` leads to, and its path.
@@ -129,6 +133,13 @@ class Layer:
         self.meta.close()
         if self.data is not self.meta:
             self.data.close()
+
+    def check_unchanged(self) -> None:
+        """Once it is locked: raise ImageBusy where its header was changed since it was read."""
+        raw = bytearray(len(self.raw_header))
+        self.meta.pread_now(memoryview(raw), 0)
+        if raw != self.raw_header:
+            raise ImageBusy(self.path, "it was changed while it was opened; try again")
 
 
 @dataclass(slots=True)
@@ -267,9 +278,15 @@ def _writes_base(layer: Layer, policy: Policy) -> bool:
 def _open_top(path: str, policy: Policy) -> HostFile:
     handle = policy.walker.open(path)
     try:
-        return open_as_permitted(handle, path, writable=policy.writable)
+        return _open_handle(handle, path, policy, writable=policy.writable)
     finally:
         os.close(handle)
+
+
+def _open_handle(handle: int, path: str, policy: Policy, *, writable: bool) -> HostFile:
+    file = open_as_permitted(handle, path, writable=writable)
+    file.file_lock.with_qemu = policy.qemu_locks
+    return file
 
 
 def _resolve(image_path: str, name: str) -> str:
@@ -285,7 +302,7 @@ def open_named(image: str, field: str, name: str, file_format: str, policy: Poli
         return QsdStore(image, field, name, file_format, policy, writable=writable)
     handle, path = policy.open_file(image, field, name)
     try:
-        return open_as_permitted(handle, path, writable=writable)
+        return _open_handle(handle, path, policy, writable=writable)
     except (OSError, ImageError) as error:
         reason = error.strerror if isinstance(error, OSError) else error.reason
         raise ImageError(image, f"{field}={name}: {path}: {reason}") from error
@@ -348,7 +365,7 @@ async def load_chain(chain: Chain) -> Image:
         for store in chain.stores():
             if isinstance(store, QsdStore):
                 await store.start()
-            store.lock(exclusive=False)
+        await trio.to_thread.run_sync(_lock_for_reading, chain)
         if chain.base is not None:
             _look_at_size(chain.layers[-1], await chain.base.size())
         base: Image | Store | None = chain.base
@@ -361,6 +378,13 @@ async def load_chain(chain: Chain) -> Image:
         raise
     assert isinstance(base, Image)
     return base
+
+
+def _lock_for_reading(chain: Chain) -> None:
+    for store in chain.stores():
+        store.lock(exclusive=False)
+    for layer in chain.layers:
+        layer.check_unchanged()
 
 
 async def load_image(
@@ -448,7 +472,7 @@ async def _replay(name: str, header: Header, meta: Store, bitmap: Bitmap | None,
     return bool(skipped)
 
 
-def lock_for_writing(image: Image) -> None:
+async def lock_for_writing(image: Image) -> None:
     """Turn the locks on the image's own files into exclusive ones, or none of them.
 
     Raises ImageBusy, or ImageError where the files are not open for writing.
@@ -458,6 +482,10 @@ def lock_for_writing(image: Image) -> None:
         assert image.base is not None
         assert not isinstance(image.base, Image)
         stores.append(image.base)
+    await trio.to_thread.run_sync(_lock_for_writing, image.name, stores)
+
+
+def _lock_for_writing(name: str, stores: list[Store]) -> None:
     locked: list[HostStore] = []
     try:
         for store in stores:
@@ -470,8 +498,8 @@ def lock_for_writing(image: Image) -> None:
     except (ImageError, OSError) as error:
         for store in locked:
             store.lock(exclusive=False)
-        if isinstance(error, ImageBusy):
-            raise ImageBusy(image.name, error.reason) from error
+        if isinstance(error, ImageBusy) and error.image != name:
+            raise ImageBusy(name, str(error)) from error
         raise
 
 
@@ -480,7 +508,7 @@ async def open_image(path: str, policy: Policy, *, write: bool = False) -> Image
     image = await load_chain(open_chain(path, policy))
     if write:
         try:
-            lock_for_writing(image)
+            await lock_for_writing(image)
             await image.begin_writing(accept_unclean=policy.accept_unclean)
         except BaseException:
             await image.close()

@@ -39,6 +39,7 @@ MOUNT_OPTIONS = {
     "sync": "sync=none|flush|always  when a write is made durable: some seconds later, at a flush (default), at once",
     "io_uring": "io_uring=on|off  have the kernel wait for the disk where it can, instead of threads (default: on)",
     "writeback": "writeback=on|off  let the kernel gather writes (default: on)",
+    "locking": "locking=on|off  take QEMU's image locks, and respect them, beside fvdfs's own (default: on)",
     "allow_other": "allow_other  like --allow-other",
     "ro": "ro  like --read-only",
     "rw": "rw  the default",
@@ -358,6 +359,7 @@ def _mount(arguments: argparse.Namespace) -> int:
     choices = {
         "io_uring": ("on", "off"),
         "writeback": ("on", "off"),
+        "locking": ("on", "off"),
         "detect_zeroes": ("off", "on", "punch"),
         "sync": ("flush", "none", "always"),
     }
@@ -394,6 +396,7 @@ def _mount(arguments: argparse.Namespace) -> int:
                     accept_unclean="accept_unclean" in options,
                     grow_command=options.get("grow_command", "none"),
                     base_writable="allow_base_write" in options,
+                    qemu_locks=options.get("locking", "on") == "on",
                     zeroes=Zeroes(options.get("detect_zeroes", "off")),
                 ),
                 allow_other=arguments.allow_other or "allow_other" in options,

@@ -320,6 +320,7 @@ def _mark_holes(bitmap: Bitmap, header: Header, path: str, unit: int) -> None:
     unit = round_up(unit, header.block_size)
     store = open_path(path, writable=False)
     try:
+        store.lock(exclusive=False)
         at, size = 0, header.base_size
         while at < size:
             data = store.next_data_now(at, size)

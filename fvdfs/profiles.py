@@ -62,6 +62,7 @@ def record_profile(path: str) -> None:
         if not layer.meta.writable:
             raise UsageError(f"{path}: no permission to write to it")
         layer.meta.lock(exclusive=True)
+        layer.check_unchanged()
         raw = layer.raw_header[: round_up(HEADER_SIZE, SECTOR)]
         committer = Committer(header, raw, layer.meta, layer.meta, None, None)
         trio.run(lambda: committer.change_header(generate_prefetch_profile=1))

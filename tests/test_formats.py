@@ -476,6 +476,7 @@ def test_qemu_follows_no_name_by_itself() -> None:
         return {
             "driver": "file",
             "filename": f"/proc/self/fd/{fd}",
+            "locking": "off",
             "read-only": read_only,
             "discard": "unmap",
         }

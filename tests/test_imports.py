@@ -29,7 +29,8 @@ IMPURE = ("trio", "pyfuse3", "os", "time", "io", "socket", "fvdfs.alloc.store")
 LOW = {
     "fvdfs.errors": set[str](),
     "fvdfs.cow.locks": set[str](),
-    "fvdfs.alloc.store": {"fvdfs.alloc.uring", "fvdfs.alloc.worker", "fvdfs.errors"},
+    "fvdfs.alloc.filelock": {"fvdfs.errors"},
+    "fvdfs.alloc.store": {"fvdfs.alloc.filelock", "fvdfs.alloc.uring", "fvdfs.alloc.worker", "fvdfs.errors"},
 }
 
 

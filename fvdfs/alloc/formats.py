@@ -8,7 +8,7 @@ Everything here decides, nothing opens anything. Three questions are answered:
 * `references`: what else would QEMU open for this image? Names inside an image are an attacker's
   words, so they are found here, before QEMU sees the image, by a reader that trusts no offset and no
   length, and each is judged as any name is. A format whose references cannot be seen is not opened.
-* `blockdev`: the words for QEMU. Every file is one that is open already, named by its descriptor; the
+* `blockdev`: the words for QEMU. Every file is one that is open already, named by its descriptor, and locked; the
   backing file and the data file are always given, be it as "none", so QEMU follows no name by itself.
 
 Sizes and offsets are in bytes. Errors are `ImageError`s whose image is the name that was given.
@@ -638,7 +638,9 @@ def _blockdev(node: Node, writable: bool, found: list[Options]) -> Options:
     common: Options = {"read-only": not writable, "discard": "unmap"}
     file: Options = dict(node.location.protocol)
     if node.fd >= 0:
-        file = {"driver": "host_device" if node.is_device else "file", "filename": f"/proc/self/fd/{node.fd}"}
+        driver = "host_device" if node.is_device else "file"
+        # Who opened it holds QEMU's locks; another opening's would exclude it.
+        file = {"driver": driver, "filename": f"/proc/self/fd/{node.fd}", "locking": "off"}
     result: Options = {"driver": node.format, "file": {**file, **common}, **common}
     if node.format in _WITH_BACKING:
         result["backing"] = None

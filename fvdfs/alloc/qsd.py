@@ -6,8 +6,13 @@ happens later, nothing is left to clean up. The daemon ends with this process, b
 kernel sends when the thread that started it ends; so `start` belongs into the main thread.
 
 What QEMU opens is judged before (see `formats`): every file is looked up once, judged where it really
-is, and handed to the daemon as a descriptor. When the daemon stands, its open files are compared with
-those that it was given, in case that the image was changed in between.
+is, locked, and handed to the daemon as a descriptor. When the daemon stands, its open files are compared
+with those that it was given, in case that the image was changed in between.
+
+The locks (`filelock.py`) are ours; the daemon is told to take none. It would exclude us, let others write
+what is below a qcow2 image, and leave all unlocked between its death and its next start. It inherits the
+locked descriptors, so that nothing is unlocked while it lives, whatever becomes of us. What it may write
+is locked for writing from the start.
 
 A daemon that dies is started again by the first operation that notices; others wait for it, and each
 is done once more. What the dead one had written and not flushed may be lost: the next flush says so,
@@ -68,7 +73,7 @@ from fvdfs.alloc.store import (
     fallocate,
     open_as_permitted,
 )
-from fvdfs.errors import FormatError, FvdError, ImageBusy, ImageError, Refused, UnsupportedFeature, UsageError
+from fvdfs.errors import FormatError, FvdError, ImageError, Refused, UnsupportedFeature, UsageError
 
 log = logging.getLogger(__name__)
 
@@ -112,6 +117,10 @@ class Access(Protocol):
     def secret_file(self) -> str:
         """Absolute path of the file with the passphrase of encrypted images; empty: there is none."""
 
+    @property
+    def qemu_locks(self) -> bool:
+        """Whether QEMU's image locks are taken and respected."""
+
 
 def _missing(program: str) -> UsageError:
     package = _PACKAGES[program]
@@ -124,8 +133,6 @@ def _failure(name: str, line: str) -> FvdError:
         return UsageError(f"{name}: QEMU lacks the driver for this: apt install {_BLOCK_PACKAGE} ({line})")
     if "'fuse'" in line:
         return UsageError(f"{name}: {PROGRAM} is built without FUSE exports ({line})")
-    if '"write" lock' in line or "Failed to get" in line:
-        return ImageBusy(name, f"another program, perhaps a virtual machine, is using it ({line})")
     return ImageError(name, f"QEMU cannot open it: {line}")
 
 
@@ -146,8 +153,14 @@ class _Export(HostFile):
 class Daemon:
     """One running qemu-storage-daemon, and the file that it exports."""
 
-    def __init__(self, name: str, descriptors: Sequence[tuple[int, str]], secret_file: str = "") -> None:
-        """For messages, `name`; the descriptors that it gets, with a name for each; where a passphrase is, if any."""
+    def __init__(
+        self, name: str, descriptors: Sequence[tuple[int, str]], secret_file: str = "", locked: Sequence[int] = ()
+    ) -> None:
+        """For messages, `name`; the descriptors that it gets, with a name for each; where a passphrase is, if any;
+
+        descriptors whose locks shall last as long as it does.
+        """
+        self._locked = locked
         self._secret_file = secret_file
         self.name = name
         self.size = 0
@@ -198,7 +211,7 @@ class Daemon:
     async def start(self, options: Sequence[Options], *, writable: bool) -> None:
         """Run it with these `BlockdevOptions`; the node-name of the last is `disk`. Only from the main thread.
 
-        Raises UsageError where a program or a driver is missing, ImageBusy, ImageError, OSError.
+        Raises UsageError where a program or a driver is missing, ImageError, OSError.
         """
         for program in _PACKAGES:
             if shutil.which(program) is None:
@@ -244,7 +257,7 @@ class Daemon:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
-            pass_fds=[fd for fd, _ in self._descriptors],
+            pass_fds=[*(fd for fd, _ in self._descriptors), *self._locked],
             cwd="/",
             start_new_session=True,  # the terminal's signals are not for it
         )
@@ -456,6 +469,7 @@ class QsdStore(Stepwise):
                 os.close(handle)
                 reason = error.strerror if isinstance(error, OSError) else error.reason
                 raise ImageError(image, f"{field}={name}: {reason}") from error
+            file.file_lock.with_qemu = self._access.qemu_locks
             opened = _Opened(location, file_format, path, stated, handle, file)
             if any(other.file is not None and other.file.identity == file.identity for other in self._opened):
                 os.close(handle)
@@ -503,6 +517,8 @@ class QsdStore(Stepwise):
 
     @staticmethod
     def _read_references(opened: _Opened, file: HostFile) -> list[Reference]:
+        if opened.file is not None:
+            opened.file.lock(opened.file.writable)
         read = _reader(file)
         try:
             guess = detect(read(0, PROBE_SIZE))
@@ -515,8 +531,8 @@ class QsdStore(Stepwise):
     async def start(self) -> None:
         """Judge what the image refers to, and start the daemon. Only from the main thread.
 
-        Raises ImageError (Refused, ImageBusy among them), UsageError where a program or a driver is
-        missing, OSError. `aclose` must follow in any case.
+        Locks all files, until they are closed: the daemon does not. Raises ImageError (Refused, ImageBusy
+        among them), UsageError where a program or a driver is missing, OSError. `aclose` must follow in any case.
         """
         assert self._daemon is None
         node = await self._node(self._top, self.writable, 0)
@@ -534,7 +550,8 @@ class QsdStore(Stepwise):
                 if not secret:
                     raise ImageError(opened.path, "is encrypted: name the file with its passphrase: secret=FILE")
         descriptors = [(opened.handle, opened.path) for opened in self._opened if opened.handle >= 0]
-        daemon = Daemon(self.name, descriptors, secret)
+        locked = [opened.file.descriptor for opened in self._opened if opened.file is not None]
+        daemon = Daemon(self.name, descriptors, secret, locked)
         await daemon.start(self._options, writable=self.writable)
         try:
             if self._local_only:  # network libraries open files of their own, for a moment
@@ -590,6 +607,10 @@ class QsdStore(Stepwise):
                 raise OSError(errno.EIO, self._failure)
             if not dead.gone:
                 await self._bury(dead)
+            if dead.alive:  # and its last writes may come after those of the next one
+                self._failed_starts += 1
+                self._failure = f"{self.name}: {PROGRAM} (process {dead.pid}) does not end"
+                raise OSError(errno.EIO, self._failure)
             deadline = trio.current_time() + (0 if self._local_only else SERVER_TIMEOUT)
             while True:
                 try:
@@ -739,17 +760,7 @@ class QsdStore(Stepwise):
         return f"{parts.scheme}://{parts.netloc or socket}"
 
     def lock(self, exclusive: bool) -> None:
-        """Lock as `HostFile.lock` does: files that are written, exclusively if so asked, others for reading."""
-        done: list[HostFile] = []
-        try:
-            for opened in self._opened:
-                if opened.file is not None:
-                    opened.file.lock(exclusive and opened.file.writable)
-                    done.append(opened.file)
-        except BaseException:
-            for file in done:
-                file.lock(False)
-            raise
+        """Nothing: `start` has locked all files, exclusively those that the daemon may write from then on."""
 
     def claim_device(self) -> None:
         """`HostFile.claim_device` for what is written."""

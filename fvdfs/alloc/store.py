@@ -14,21 +14,17 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import fcntl
-import logging
 import os
 import stat
-import struct
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Protocol
 
 import trio
 
 from fvdfs.alloc import uring
+from fvdfs.alloc.filelock import FileLock
 from fvdfs.alloc.worker import Worker
 from fvdfs.errors import ImageBusy, ImageError
-
-log = logging.getLogger(__name__)
 
 OUT_OF_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """Errors that end when there is space again."""
@@ -130,12 +126,6 @@ class Store(Protocol):
 
 MAX_FILE_SIZE = (1 << 63) - 1  # an offset of a file has 63 bits
 
-# All locks of fvdfs are on this one byte, far behind any data, so that they meet no other program's
-# (QEMU locks bytes 100.. and 200.. of the images that it opens).
-_LOCK_BYTE = 0x7FFF_4656_4400_0000
-_OFD_SETLK = getattr(fcntl, "F_OFD_SETLK", 37)
-
-
 FALLOC_FL_KEEP_SIZE = 0x01
 FALLOC_FL_PUNCH_HOLE = 0x02
 FALLOC_FL_ZERO_RANGE = 0x10
@@ -184,6 +174,7 @@ class HostFile:
         mode = os.fstat(fd).st_mode
         self.fixed_size = stat.S_ISBLK(mode)
         self._claim = -1
+        self.file_lock = FileLock(fd, name)
         self._misses = 0  # of the last reads, so to speak: those that the page cache did not have
         self._untried = 0
         self._unflushed = 0  # writes since a flush was asked for
@@ -194,6 +185,11 @@ class HostFile:
         self._writer = Worker("write")
         self._reader = Worker("read", threads=READERS, batch=READ_BATCH)
         self._waiter = Worker("flush", threads=WAITERS, batch=1)
+
+    @property
+    def descriptor(self) -> int:
+        """What it is open as."""
+        return self._fd
 
     @property
     def identity(self) -> tuple[int, int]:
@@ -219,28 +215,9 @@ class HostFile:
             raise ImageBusy(self.name, "the device is in use (mounted, or held by another program)") from None
 
     def lock(self, exclusive: bool) -> None:
-        """Take an open-file-description lock, or turn the held one into this kind.
-
-        Raises ImageBusy where another open file holds one that excludes it.
-        """
-        kind = fcntl.F_WRLCK if exclusive else fcntl.F_RDLCK
-        request = struct.pack("hhqqi4x", kind, os.SEEK_SET, _LOCK_BYTE, 1, 0)
-        try:
-            fcntl.fcntl(self._fd, _OFD_SETLK, request)
-        except OSError as error:
-            if error.errno in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL):
-                log.warning(
-                    "%s: its file system has no locks (%s): nothing guards it against other writers",
-                    self.name,
-                    error.strerror,
-                )
-                return
-            if error.errno not in (errno.EACCES, errno.EAGAIN):
-                raise
-            use = "in use" if exclusive else "open for writing"
-            raise ImageBusy(
-                self.name, f"{use} by another mount or process, or by an image based on it; close it there first"
-            ) from None
+        """`FileLock.take`: our own lock and QEMU's. May wait for a server. Raises ImageBusy, OSError."""
+        assert self._fd >= 0
+        self.file_lock.take(exclusive)
 
     def pread_nowait(self, buffer: memoryview, offset: int) -> bool:
         if offset + len(buffer) > MAX_FILE_SIZE or self._is_cold():

@@ -405,7 +405,7 @@ class Folder:
             try:
                 if write and not entry.image.writable:
                     if self.policy.writable:
-                        lock_for_writing(entry.image)
+                        await lock_for_writing(entry.image)
                         await entry.image.begin_writing(accept_unclean=self.policy.accept_unclean)
                         await self._begin_background(entry, entry.image)
                     else:

@@ -88,7 +88,7 @@ async def fvdfs(path: Path, count: int) -> tuple[int, int]:
     own = CountingStore(layer.meta)
     base = CountingStore(chain.base) if chain.base else None
     image: Image = await load_image(layer.path, layer.header, layer.raw_header, own, own, base)
-    lock_for_writing(image)
+    await lock_for_writing(image)
     await image.begin_writing()
     data = os.urandom(PIECE)
     for number, offset in enumerate(offsets(count), 1):

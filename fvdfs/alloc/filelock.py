@@ -1,0 +1,142 @@
+"""Who else has a file open: locks that keep out other mounts and processes of fvdfs, and QEMU.
+
+All are locks of the open file description (OFD): they end when it is closed, by whatever end of the process, and two
+openings in one process exclude each other like any two. There are two kinds, taken one after the other:
+
+* fvdfs's own, on one byte far behind any data: shared for who reads, exclusive for who writes.
+* QEMU's image locks (`raw_apply_lock_bytes` and `raw_check_lock_bytes` in its block/file-posix.c), all of them shared.
+  Byte 100 + N is locked by whoever uses permission N, byte 200 + N by whoever does not share it. After locking, each
+  looks whether somebody refuses what it uses, or uses what it refuses, by asking for an exclusive lock without taking
+  it. A reader here does as a backing file of QEMU's: it reads what must not change, and lets nobody write or resize;
+  many readers of one file get on with each other, and with QEMU's. A writer uses these two permissions as well.
+
+fvdfs's own come first, so that between two of fvdfs the error says what is true; with QEMU's alone they would exclude
+each other the same way. What fails leaves the locks as they were.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import logging
+import os
+import struct
+
+from fvdfs.errors import ImageBusy
+
+log = logging.getLogger(__name__)
+
+_OWN = 0x7FFF_4656_4400_0000
+_USED = 100
+_NOT_SHARED = 200
+_CONSISTENT_READ, _WRITE, _RESIZE = 0, 1, 3  # QEMU's BLK_PERM_*, as bits
+
+_OFD_GETLK = getattr(fcntl, "F_OFD_GETLK", 36)
+_OFD_SETLK = getattr(fcntl, "F_OFD_SETLK", 37)
+_LOCK = struct.Struct("hhqqi4x")  # struct flock
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
+_HELD = (errno.EACCES, errno.EAGAIN)
+
+# On these, a lock forbids writing to the bytes that it covers, to its own holder too; QEMU's cover the header.
+_MANDATORY = (0x517B, 0xFE53_4D42, 0xFF53_4D42)  # SMB, SMB2, CIFS
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def _used(exclusive: bool) -> tuple[int, ...]:
+    return (_CONSISTENT_READ, _WRITE, _RESIZE) if exclusive else (_CONSISTENT_READ,)
+
+
+_REFUSED = (_WRITE, _RESIZE)
+
+
+class FileLock:
+    """The locks of one open file. Calls may wait where locks are those of a server."""
+
+    def __init__(self, fd: int, name: str) -> None:
+        """`fd` stays the caller's, and has to be open for reading, for exclusive locks also for writing."""
+        self._fd = fd
+        self._name = name
+        self._own = fcntl.F_UNLCK
+        self._qemu: frozenset[int] = frozenset()
+        self.with_qemu = True
+        """Whether QEMU's locks are taken and respected."""
+
+    def take(self, exclusive: bool) -> None:
+        """Take the locks for reading, or for writing, or turn those that are held into this kind.
+
+        Raises ImageBusy where another open file holds one that excludes it, OSError.
+        """
+        before = self._own
+        try:
+            if not self._take_own(exclusive):
+                return
+            if self.with_qemu and _type_of_file_system(self._fd) not in _MANDATORY:
+                self._take_qemu(exclusive)
+        except BaseException:
+            if self._own != before:
+                self._set(before, _OWN)
+                self._own = before
+            raise
+
+    def _take_own(self, exclusive: bool) -> bool:
+        """False where the file system has no locks."""
+        kind = fcntl.F_WRLCK if exclusive else fcntl.F_RDLCK
+        try:
+            self._set(kind, _OWN)
+        except OSError as error:
+            if error.errno in _NO_LOCKS:
+                log.warning(
+                    "%s: its file system has no locks (%s): nothing guards it against other writers",
+                    self._name,
+                    error.strerror,
+                )
+                return False
+            if error.errno not in _HELD:
+                raise
+            use = "in use" if exclusive else "open for writing"
+            raise ImageBusy(
+                self._name, f"{use} by another mount or process, or by an image based on it; close it there first"
+            ) from None
+        self._own = kind
+        return True
+
+    def _take_qemu(self, exclusive: bool) -> None:
+        used = _used(exclusive)
+        wanted = frozenset([_USED + n for n in used] + [_NOT_SHARED + n for n in _REFUSED])
+        new = wanted - self._qemu
+        taken: list[int] = []
+        try:
+            for at in sorted(new):
+                self._set(fcntl.F_RDLCK, at)
+                taken.append(at)
+            if new and any(map(self._is_held, [_NOT_SHARED + n for n in used] + [_USED + n for n in _REFUSED])):
+                raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+        except OSError as error:
+            for at in taken:
+                self._set(fcntl.F_UNLCK, at)
+            if error.errno not in _HELD:
+                raise
+            use = "in use" if exclusive else "open for writing"
+            raise ImageBusy(
+                self._name,
+                f"{use} by QEMU, qemu-storage-daemon or another program with QEMU's image locks; close it there first",
+            ) from None
+        for at in self._qemu - wanted:
+            self._set(fcntl.F_UNLCK, at)
+        self._qemu = wanted
+
+    def _set(self, kind: int, at: int) -> None:
+        fcntl.fcntl(self._fd, _OFD_SETLK, _LOCK.pack(kind, os.SEEK_SET, at, 1, 0))
+
+    def _is_held(self, at: int) -> bool:
+        """Whether any other open file has locked this byte."""
+        answer = fcntl.fcntl(self._fd, _OFD_GETLK, _LOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, at, 1, 0))
+        return bool(_LOCK.unpack(answer)[0] != fcntl.F_UNLCK)
+
+
+def _type_of_file_system(fd: int) -> int:
+    """`f_type` of fstatfs(2), which Python leaves out; 0 where it is not known."""
+    buffer = (ctypes.c_long * 64)()
+    return 0 if _libc.fstatfs(fd, buffer) else buffer[0] & 0xFFFF_FFFF
