@@ -18,7 +18,7 @@ import trio
 from fvdfs import journal
 from fvdfs.alloc.chunked import ChunkedStorage
 from fvdfs.alloc.flat import FlatStorage
-from fvdfs.alloc.formats import FORMATS, PROBE_SIZE, Location, detect, is_local, within
+from fvdfs.alloc.formats import FORMATS, PROBE_SIZE, RAW, Location, detect, is_local, within
 from fvdfs.alloc.growth import grow_command
 from fvdfs.alloc.qsd import QsdStore
 from fvdfs.alloc.store import HostFile, Store, open_as_permitted, pread_exactly
@@ -26,14 +26,14 @@ from fvdfs.alloc.table import UNALLOCATED, Table, TooDamaged, decode_entries
 from fvdfs.commit import Committer
 from fvdfs.cow.bitmap import Bitmap, bitmap_bytes
 from fvdfs.cow.writethrough import MODES
-from fvdfs.errors import FormatError, ImageBusy, ImageError, Refused, UnsupportedFeature
+from fvdfs.errors import FormatError, ImageBusy, ImageError, Refused, UnstatedFormat, UnsupportedFeature
 from fvdfs.header import HEADER_SIZE, HEADER_SPACE, SECTOR, TABLE_ENTRY_SIZE, Header, Region, round_up
 from fvdfs.image import Image, Zeroes
 from fvdfs.paths import Walker
 
 log = logging.getLogger(__name__)
 
-RAW_FORMATS = ("", "raw")
+RAW_FORMATS = ("", RAW)
 FVD_FORMAT = "fvd"
 MAX_REGION = 1 << 30  # bytes; what is held in memory, or read at a replay
 _PIECE = 1 << 20  # bytes of metadata that are read at a time
@@ -65,6 +65,8 @@ class Policy:
     """Who follows paths, and knows where they must not lead."""
     qemu_locks: bool = True
     """Whether QEMU's image locks are taken and respected, beside our own."""
+    base_formats: tuple[str, ...] = ()
+    """What a base may be of which nobody says it, and that does not look raw: what it looks like, or `raw`."""
 
     def open_file(self, image: str, field: str, name: str) -> tuple[int, str]:
         """An O_PATH handle of the file that `name` in the image at path `image` leads to, and its path.
@@ -93,6 +95,24 @@ class Policy:
             except OSError as error:
                 raise Refused(image, f"{field}={location.name}: {socket}: {error.strerror}") from error
 
+    def unstated_format(self, image: str, field: str, name: str, looks_like: str) -> str:
+        """The format of a base that looks like another one than raw, and of which nobody says what it is.
+
+        A guest may have written these bytes into a raw disk, or the original may have made an image over such a
+        base, since it cannot store a format (format.md, section 2). Raises UnstatedFormat.
+        """
+        if looks_like in self.base_formats:
+            return looks_like
+        if RAW in self.base_formats:
+            return RAW
+        if field == "base_img":
+            how = f"fvdfs amend {image} --base-format {looks_like} (or raw), or mount with -o base_format={looks_like}"
+        else:
+            how = f"qemu-img rebase -u -b {name} -F {looks_like} {image}, or mount with -o base_format={looks_like}"
+        raise UnstatedFormat(
+            image, f"{field}={name} looks like {looks_like}, but no format is stated; say what it is: {how}", looks_like
+        )
+
     def _check_file(self, image: str, field: str, value: str, real_path: str) -> None:
         for root in self.roots:
             if root == "/" or real_path == root or real_path.startswith(root.rstrip("/") + "/"):
@@ -113,6 +133,8 @@ class Layer:
     data: HostStore
     header: Header
     raw_header: bytes
+    base_format: str = ""
+    """What the base is, as far as somebody has looked: the header need not say it."""
 
     def usage(self) -> int:
         """Bytes that the image really takes."""
@@ -240,17 +262,11 @@ def _descend(path: str, policy: Policy, *, top_only: bool = False) -> Iterator[L
         header = last.header
         if not header.has_base or top_only:
             return
-        file_format = header.base_img_fmt
+        last.base_format = header.base_img_fmt or unstated_base_format(path, header, policy)
         through = writable and _writes_base(last, policy)
-        if file_format != FVD_FORMAT:
-            base = open_named(path, "base_img", header.base_img, file_format, policy, writable=through)
-            try:
-                if isinstance(base, HostFile):
-                    _look_at_format(last, base)
-            except BaseException:
-                base.close()
-                raise
-            yield base
+        if last.base_format != FVD_FORMAT:
+            stated = last.base_format if header.base_img_fmt or last.base_format != RAW else ""
+            yield open_named(path, "base_img", header.base_img, stated, policy, writable=through)
             return
         below = open_named(path, "base_img", header.base_img, "", policy, writable=False)
         if not isinstance(below, HostFile):
@@ -269,7 +285,7 @@ def _writes_base(layer: Layer, policy: Policy) -> bool:
     if not policy.base_writable:
         log.warning("%s: %s, but the base stays as it is: allow it with -o allow_base_write", layer.path, wish)
         return False
-    if header.base_img_fmt == FVD_FORMAT:
+    if layer.base_format == FVD_FORMAT:
         log.warning("%s: %s, but the base is an FVD image: it stays as it is", layer.path, wish)
         return False
     return True
@@ -341,18 +357,27 @@ def _look_at_size(layer: Layer, size: int) -> None:
         )
 
 
-def _look_at_format(layer: Layer, base: HostFile) -> None:
-    header = layer.header
+def unstated_base_format(path: str, header: Header, policy: Policy) -> str:
+    """What the base of the image at `path` is, where its header does not say it. Blocks.
+
+    Of what is not a file of this host, `QsdStore.start` finds out. Raises UnstatedFormat, and as `open_named`.
+    """
+    if not is_local(header.base_img):
+        return RAW
+    base = open_named(path, "base_img", header.base_img, "", policy, writable=False)
+    try:
+        assert isinstance(base, HostFile)
+        looks_like = format_of(base)
+    finally:
+        base.close()
+    return policy.unstated_format(path, "base_img", header.base_img, looks_like) if looks_like else RAW
+
+
+def format_of(file: HostFile) -> str | None:
+    """The format that its first bytes show; None where they show none. Blocks. Raises OSError."""
     first = bytearray(PROBE_SIZE)
-    base.pread_now(memoryview(first), 0)
-    guess = detect(bytes(first))
-    if not header.base_img_fmt and guess:
-        log.warning(
-            "%s: base_img=%s looks like %s, but base_img_fmt is empty, which means raw: it is read as raw",
-            layer.path,
-            header.base_img,
-            guess,
-        )
+    file.pread_now(memoryview(first), 0)
+    return detect(bytes(first))
 
 
 async def load_chain(chain: Chain) -> Image:

@@ -19,12 +19,12 @@ import trio
 
 from fvdfs.alloc.qsd import QsdStore
 from fvdfs.alloc.store import HostFile, open_path
-from fvdfs.chain import FVD_FORMAT, HostStore, Policy, open_named
+from fvdfs.chain import FVD_FORMAT, HostStore, Policy, open_named, unstated_base_format
 from fvdfs.checks.examine import Absent, Examined, Layer, examine, is_store, read
 from fvdfs.checks.findings import Finding, Findings, Kind, Severity
 from fvdfs.checks.header import check_header
 from fvdfs.checks.mend import mend
-from fvdfs.errors import FvdError, ImageBusy, ImageError, Refused, UsageError, printable
+from fvdfs.errors import FvdError, ImageBusy, ImageError, Refused, UnstatedFormat, UsageError, printable
 from fvdfs.header import HEADER_SPACE, Header
 
 SHOWN = 20  # findings of a kind, in text
@@ -119,7 +119,7 @@ def _describe(layers: list[Layer], examined: list[Examined]) -> list[dict[str, A
         chain.append({"image": layer.path, "format": FVD_FORMAT, "size": size})
     base, last = layers[-1].base, examined[-1]
     if is_store(base) and last.base_size is not None:
-        chain.append({"image": base.name, "format": last.header.base_img_fmt or "raw", "size": last.base_size})
+        chain.append({"image": base.name, "format": layers[-1].base_format, "size": last.base_size})
     return chain
 
 
@@ -165,7 +165,7 @@ class _Opening:
                 return layers
             below = await self._open_base(layer, header)
             layer.base = below
-            if header.base_img_fmt != FVD_FORMAT or isinstance(below, Absent):
+            if layer.base_format != FVD_FORMAT or isinstance(below, Absent):
                 return layers
             path = os.path.join(os.path.dirname(path), header.base_img)
             meta = below
@@ -203,8 +203,9 @@ class _Opening:
 
     async def _open_base(self, layer: Layer, header: Header) -> HostStore | Absent:
         name, file_format = header.base_img, header.base_img_fmt
-        is_fvd = file_format == FVD_FORMAT
         try:
+            layer.base_format = file_format or unstated_base_format(layer.path, header, self._policy)
+            is_fvd = layer.base_format == FVD_FORMAT
             store = open_named(
                 layer.path, "base_img", name, "" if is_fvd else file_format, self._policy, writable=False
             )
@@ -228,6 +229,8 @@ class _Opening:
         """What the failure to open a file says about the image that names it."""
         text = error.reason if isinstance(error, ImageError) else str(error)
         cause = error if isinstance(error, OSError) else error.__cause__
+        if isinstance(error, UnstatedFormat):
+            return Absent(Kind.BASE_FORMAT, Severity.CORRUPTION, text, "cannot be mended before that is settled")
         if isinstance(error, Refused):
             return Absent(unchecked, Severity.HARMLESS, "a URL is not followed: what is there was not looked at")
         if isinstance(error, UsageError) or (isinstance(cause, OSError) and cause.errno not in _NOT_THERE):

@@ -27,6 +27,7 @@ UNITS = {"": 1, "B": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40, 
 MOUNT_OPTIONS = {
     "base_path": "base_path=DIR[:DIR...]  folders outside DIR that bases and data files may lie in (/: anywhere)",
     "allow_url": "allow_url=PREFIX  URLs that bases and data files may be (may be given more than once)",
+    "base_format": "base_format=FMT[:FMT...]  what bases are that look like it where no image says it; or raw",
     "secret": "secret=FILE  the passphrase of encrypted bases and data files",
     "accept_unclean": "accept_unclean  write to an image that crashed without a journal",
     "grow_command": "grow_command=none|stored|PROGRAM  what makes a full device larger (default: none)",
@@ -108,6 +109,14 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("--repair", action="store_true", help="mend what can be; without it nothing is written")
     check.add_argument("--json", action="store_true")
     check.add_argument("--secret", default="", metavar="FILE", help="the passphrase of an encrypted base or data file")
+
+    amend = commands.add_parser("amend", help="change what an image says of its base")
+    amend.set_defaults(run=_amend)
+    amend.add_argument("image", metavar="IMAGE")
+    amend.add_argument(
+        "-F", "--base-format", required=True, metavar="FMT", help="what the base is: raw, fvd, qcow2 ..."
+    )
+    amend.add_argument("--secret", default="", metavar="FILE", help="the passphrase of an encrypted base")
 
     convert = commands.add_parser("convert", help="make an image with the content of another one, in any format")
     convert.set_defaults(run=_convert)
@@ -261,6 +270,13 @@ def _check(arguments: argparse.Namespace) -> int:
     return report.exit_code
 
 
+def _amend(arguments: argparse.Namespace) -> int:
+    from fvdfs.amend import amend
+
+    amend(arguments.image, base_format=arguments.base_format, secret_file=arguments.secret)
+    return 0
+
+
 def _convert(arguments: argparse.Namespace) -> int:
     import trio
 
@@ -366,6 +382,12 @@ def _mount(arguments: argparse.Namespace) -> int:
     for option, values in choices.items():
         if options.get(option, values[0]) not in values:
             raise UsageError(f"-o {option}={options[option]}: must be {' or '.join(values)}")
+    from fvdfs.alloc.formats import BASE_FORMATS
+
+    base_formats = tuple(options["base_format"].split(":")) if "base_format" in options else ()
+    for name in base_formats:
+        if name not in BASE_FORMATS:
+            raise UsageError(f"-o base_format={name}: is not known; known are {', '.join(BASE_FORMATS)}")
     log_file = os.path.abspath(arguments.log_file) if arguments.log_file else None
     try:
         prefetch_max = parse_size(options["prefetch_max"]) if "prefetch_max" in options else 0
@@ -395,6 +417,7 @@ def _mount(arguments: argparse.Namespace) -> int:
                     secret_file=os.path.abspath(options["secret"]) if options.get("secret") else "",
                     accept_unclean="accept_unclean" in options,
                     grow_command=options.get("grow_command", "none"),
+                    base_formats=base_formats,
                     base_writable="allow_base_write" in options,
                     qemu_locks=options.get("locking", "on") == "on",
                     zeroes=Zeroes(options.get("detect_zeroes", "off")),

@@ -17,14 +17,14 @@ from dataclasses import dataclass
 
 import trio
 
-from fvdfs.alloc.formats import PROBE_SIZE, detect, is_local
+from fvdfs.alloc.formats import RAW, is_local
 from fvdfs.alloc.qsd import QsdStore
 from fvdfs.alloc.store import HostFile, open_path
 from fvdfs.alloc.table import new_table
-from fvdfs.chain import FVD_FORMAT, MAX_REGION, RAW_FORMATS, Policy, open_chain
+from fvdfs.chain import FVD_FORMAT, MAX_REGION, RAW_FORMATS, Policy, format_of, open_chain
 from fvdfs.cow.bitmap import Bitmap, bitmap_bytes
 from fvdfs.cow.profile import Extent, encode
-from fvdfs.errors import ImageError, UsageError
+from fvdfs.errors import ImageError, UnstatedFormat, UsageError
 from fvdfs.header import (
     DEFAULT_PROFILE_ROOM,
     HEADER_SIZE,
@@ -50,7 +50,6 @@ class BaseImage:
     path: str | None
     """None: a URL, or a format whose files are not looked at here."""
     length: int
-    looks_like: str | None
 
 
 def inspect_base(image: str, name: str, base_format: str, secret_file: str = "") -> BaseImage:
@@ -62,19 +61,20 @@ def inspect_base(image: str, name: str, base_format: str, secret_file: str = "")
     try:
         if not is_local(name) or base_format not in (*RAW_FORMATS, FVD_FORMAT):
             secret = os.path.abspath(secret_file) if secret_file else ""
-            return BaseImage(None, trio.run(_length_of_other, image, name, base_format, secret), None)
+            return BaseImage(None, trio.run(_length_of_other, image, name, base_format, secret))
         if base_format == FVD_FORMAT:
             chain = open_chain(path, Policy(writable=False))
             try:
-                return BaseImage(path, chain.layers[0].header.virtual_disk_size, None)
+                return BaseImage(path, chain.layers[0].header.virtual_disk_size)
             finally:
                 for store in chain.stores():
                     store.close()
         store = open_path(path, writable=False)
         try:
-            first = bytearray(PROBE_SIZE)
-            store.pread_now(memoryview(first), 0)
-            return BaseImage(path, store.size_now(), None if base_format else detect(bytes(first)))
+            looks_like = format_of(store)
+            if looks_like and not base_format:
+                raise _unstated(name, looks_like)
+            return BaseImage(path, store.size_now())
         finally:
             store.close()
     except OSError as error:
@@ -82,8 +82,16 @@ def inspect_base(image: str, name: str, base_format: str, secret_file: str = "")
         if not os.path.isabs(name) and os.path.exists(name):
             hint = "; a name is relative to the folder of the new image, not to where you are"
         raise UsageError(f"--base {name}: {path}: {error.strerror}{hint}") from error
+    except UnstatedFormat as error:
+        if error.image != image:  # an image further down
+            raise UsageError(f"--base {name}: {error}") from error
+        raise _unstated(name, error.looks_like) from error
     except ImageError as error:
         raise UsageError(f"--base {name}: {error}") from error
+
+
+def _unstated(name: str, looks_like: str) -> UsageError:
+    return UsageError(f"--base {name}: looks like {looks_like}; say what it is: --base-format {looks_like}, or raw")
 
 
 def create_image(
@@ -111,14 +119,11 @@ def create_image(
             raise UsageError("say how large the disk shall be: fvdfs create IMAGE SIZE (or give --base)")
         virtual_size = base.length
     virtual_size = round_up(virtual_size, SECTOR)
-    if base and base.looks_like:
-        remarks.append(
-            f"the base looks like {base.looks_like}, but is taken as raw; if that is wrong, "
-            f"create the image anew with --base-format {base.looks_like}"
-        )
     other_data = bool(options.data_file) and (
         options.data_file_fmt not in RAW_FORMATS or not is_local(options.data_file)
     )
+    if options.update_base and not options.base_img_fmt:
+        options = dataclasses.replace(options, base_img_fmt=RAW)  # a guest is going to write its first bytes
     if base is not None and not options.profile_room:
         options = dataclasses.replace(options, profile_room=DEFAULT_PROFILE_ROOM)
     header = new_header(virtual_size, base.length if base else None, options)

@@ -51,6 +51,14 @@ class UnsupportedFeature(ImageError):
     """The image asks for something that this version does not do."""
 
 
+class UnstatedFormat(ImageError):
+    """Nobody says what a base is that looks like another format than raw; the text says how to."""
+
+    def __init__(self, image: str, reason: str, looks_like: str) -> None:
+        super().__init__(image, reason)
+        self.looks_like = looks_like
+
+
 class Refused(ImageError):
     """The image points somewhere the user did not allow; the text names the option that would."""
 

@@ -74,7 +74,7 @@ def _names(chain: Chain) -> list[dict[str, str]]:
                 {
                     "name": header.base_img,
                     "path": os.path.join(os.path.dirname(layer.path), header.base_img),
-                    "format": header.base_img_fmt or "raw",
+                    "format": header.base_img_fmt or layer.base_format or "not stated",
                 }
             )
     return names

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import os
 
-import trio
-
+from fvdfs.amend import change_header, opened_to_amend
 from fvdfs.chain import Policy, open_chain
-from fvdfs.commit import Committer
 from fvdfs.cow.profile import Extent, decode, from_text
 from fvdfs.errors import NotFvd, UsageError
-from fvdfs.header import HEADER_SIZE, PROFILE_ENTRY_SIZE, SECTOR, round_up
+from fvdfs.header import PROFILE_ENTRY_SIZE
 
 MAX_TEXT = 64 << 20  # bytes
 
@@ -52,19 +50,10 @@ def record_profile(path: str) -> None:
 
     Raises UsageError where it has no base or no room for one, ImageBusy, ImageError, OSError.
     """
-    layer = open_chain(path, Policy(), top_only=True).layers[0]
-    header = layer.header
-    try:
+    with opened_to_amend(path) as layer:
+        header = layer.header
         if not header.has_base:
             raise UsageError(f"{path}: has no base, and so nothing to prefetch")
         if header.profile_room.size < PROFILE_ENTRY_SIZE:
             raise UsageError(f"{path}: was made without room for a profile; make a new image with fvdfs create")
-        if not layer.meta.writable:
-            raise UsageError(f"{path}: no permission to write to it")
-        layer.meta.lock(exclusive=True)
-        layer.check_unchanged()
-        raw = layer.raw_header[: round_up(HEADER_SIZE, SECTOR)]
-        committer = Committer(header, raw, layer.meta, layer.meta, None, None)
-        trio.run(lambda: committer.change_header(generate_prefetch_profile=1))
-    finally:
-        layer.meta.close()
+        change_header(layer, generate_prefetch_profile=1)

@@ -660,10 +660,16 @@ def _(good: Good) -> bytes:
     return good.read()
 
 
-@damage("base looks like qcow2", COW, Kind.BASE_FORMAT, HARMLESS, place="base_img_fmt", mended=False)
+@damage("base looks like qcow2", COW, Kind.BASE_FORMAT, place="base_img", mended=False)
 def _(good: Good) -> bytes:
     good.put(base_img_fmt="")
     good.write(0, b"QFI\xfb\0\0\0\x03", "base.raw")
+    return good.read()
+
+
+@damage("data file looks like qcow2", DATA_FILE, Kind.DATA_FORMAT, HARMLESS, place="data_file_fmt", mended=False)
+def _(good: Good) -> bytes:
+    good.write(0, b"QFI\xfb\0\0\0\x03", "disk.data")
     return good.read()
 
 

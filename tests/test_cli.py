@@ -159,16 +159,6 @@ def test_what_cannot_be_is_one_line(folder: Path, extra: list[str], message: str
     assert sorted(path.name for path in folder.iterdir()) == ["base.raw"]
 
 
-def test_a_base_that_looks_like_another_format_is_remarked_on(folder: Path) -> None:
-    subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", folder / "base", "1M"], check=True)
-    done = fvdfs("create", folder / "a.fvd", "-b", "base")
-    assert done.code == 0
-    assert "looks like qcow2" in done.err
-    with mounted(folder) as mount:
-        assert mount.raw("a").read_bytes()[:4] == b"QFI\xfb"
-        assert "looks like qcow2, but base_img_fmt is empty" in mount.log
-
-
 def test_detected_holes_are_local_and_take_no_space(folder: Path) -> None:
     chance = random.Random(4)
     content = bytearray(chance.randbytes(2 * MIB + 512))

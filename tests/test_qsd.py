@@ -25,7 +25,17 @@ from fvdfs.alloc import qsd
 from fvdfs.alloc.formats import Location, within
 from fvdfs.alloc.qsd import Daemon, QsdStore
 from fvdfs.alloc.store import HostFile, Store
-from fvdfs.errors import FormatError, FvdError, ImageBusy, ImageError, Refused, UnsupportedFeature, UsageError
+from fvdfs.chain import Policy
+from fvdfs.errors import (
+    FormatError,
+    FvdError,
+    ImageBusy,
+    ImageError,
+    Refused,
+    UnstatedFormat,
+    UnsupportedFeature,
+    UsageError,
+)
 
 MIB = 1 << 20
 SIZE = 8 * MIB
@@ -36,6 +46,7 @@ class Inside:
 
     secret_file = ""
     qemu_locks = True
+    base_formats: tuple[str, ...] = ()
 
     def __init__(self, folder: Path, *prefixes: str) -> None:
         self.folder = folder
@@ -52,6 +63,9 @@ class Inside:
             os.close(handle)
             raise Refused(image, f"{field}={path} leads to {real}")
         return handle, path
+
+    def unstated_format(self, image: str, field: str, name: str, looks_like: str) -> str:
+        return Policy(base_formats=self.base_formats).unstated_format(image, field, name, looks_like)
 
     def check_url(self, image: str, field: str, location: Location) -> None:
         if not any(within(location.url, prefix) for prefix in self.prefixes):
@@ -369,12 +383,16 @@ async def test_other_format_than_stated(folder: Path) -> None:
     await refused(store, FormatError, "this is no qcow2 image, it looks like vdi")
 
 
-async def test_unstated_format_is_raw(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_format_that_nobody_states_is_not_guessed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     qemu_img("create", "-f", "vdi", folder / "inner", "1M")
     qemu_img("create", "-f", "qcow", "-b", "inner", "-F", "vdi", folder / "disk", "1M")  # it notes no format
-    async with opened(folder, "disk", "qcow") as store:
-        assert (await content(store, 0, 3)) == b"<<<"
-    assert re.search("inner: looks like vdi, but no format is stated: it is read as raw", caplog.text)
+    await refused(named(folder, "disk", "qcow"), UnstatedFormat, "disk: backing=inner looks like vdi, but no format")
+    for formats, first in ((("raw",), b"<<<"), (("raw", "vdi"), bytes(3)), (("vdi",), bytes(3))):
+        monkeypatch.setattr(Inside, "base_formats", formats)
+        async with opened(folder, "disk", "qcow") as store:
+            assert (await content(store, 0, 3)) == first
+    monkeypatch.setattr(Inside, "base_formats", ("qcow2",))
+    await refused(named(folder, "disk", "qcow"), UnstatedFormat, "looks like vdi")
 
 
 async def test_an_image_is_written_by_one_store(folder: Path) -> None:

@@ -599,6 +599,9 @@ FORMATS: dict[str, Callable[[str, Reader, int], list[Reference]]] = {
     "parallels": _parallels,
     "luks": _luks,
 }
+
+BASE_FORMATS = ("fvd", *sorted(FORMATS))
+"""What a base can be."""
 """The formats that are opened, with what finds their references."""
 
 

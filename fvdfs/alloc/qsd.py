@@ -49,6 +49,7 @@ from urllib.parse import parse_qs, urlsplit
 import trio
 
 from fvdfs.alloc.formats import (
+    FORMATS,
     PROBE_SIZE,
     RAW,
     SECRET_ID,
@@ -109,6 +110,9 @@ class Access(Protocol):
         Relative paths start at the image's folder. Raises Refused, or ImageError with one line that
         names image, field and value. The caller closes the handle.
         """
+
+    def unstated_format(self, image: str, field: str, name: str, looks_like: str) -> str:
+        """What a base or backing file is of which nobody says it, and that does not look raw. Raises UnstatedFormat."""
 
     def check_url(self, image: str, field: str, location: Location) -> None:
         """Raise Refused unless this URL may be opened."""
@@ -391,6 +395,8 @@ class Daemon:
 class _Opened:
     """A name that was judged."""
 
+    image: str
+    field: str
     location: Location
     format: str
     path: str
@@ -434,10 +440,14 @@ class QsdStore(Stepwise):
         self._own = [] if top.file is None else [top.file]
         self.name = top.path
         self.writable = writable and (top.file is None or top.file.writable)
-        self.fixed_size = top.format == RAW and (top.location.is_device or self._is_device(top))
+        self.fixed_size = self._is_raw_device
         self._holes = True
 
     # ---- What QEMU is to open ----
+
+    @property
+    def _is_raw_device(self) -> bool:
+        return self._top.format == RAW and (self._top.location.is_device or self._is_device(self._top))
 
     @staticmethod
     def _is_device(opened: _Opened) -> bool:
@@ -460,7 +470,7 @@ class QsdStore(Stepwise):
             if any(location.url == other.location.url for other in self._opened):
                 raise FormatError(image, f"{field}={name}: the chain is a loop")
             self._writes_to_server |= writable
-            opened = _Opened(location, file_format, location.name, stated, -1, None)
+            opened = _Opened(image, field, location, file_format, location.name, stated, -1, None)
         else:
             handle, path = self._access.open_file(image, field, location.path)
             try:
@@ -470,7 +480,7 @@ class QsdStore(Stepwise):
                 reason = error.strerror if isinstance(error, OSError) else error.reason
                 raise ImageError(image, f"{field}={name}: {reason}") from error
             file.file_lock.with_qemu = self._access.qemu_locks
-            opened = _Opened(location, file_format, path, stated, handle, file)
+            opened = _Opened(image, field, location, file_format, path, stated, handle, file)
             if any(other.file is not None and other.file.identity == file.identity for other in self._opened):
                 os.close(handle)
                 file.close()
@@ -504,7 +514,7 @@ class QsdStore(Stepwise):
     async def _references(self, opened: _Opened) -> list[Reference]:
         if opened.file is not None:
             return await trio.to_thread.run_sync(self._read_references, opened, opened.file)
-        if opened.format == RAW:
+        if opened.format == RAW and opened.stated:
             return []
         daemon = Daemon(opened.path, [])
         node = Node(RAW, opened.location)
@@ -515,18 +525,30 @@ class QsdStore(Stepwise):
             with trio.CancelScope(shield=True):
                 await trio.to_thread.run_sync(daemon.stop)
 
-    @staticmethod
-    def _read_references(opened: _Opened, file: HostFile) -> list[Reference]:
+    def _read_references(self, opened: _Opened, file: HostFile) -> list[Reference]:
         if opened.file is not None:
             opened.file.lock(opened.file.writable)
         read = _reader(file)
         try:
-            guess = detect(read(0, PROBE_SIZE))
-            if guess and not opened.stated:
-                log.warning("%s: looks like %s, but no format is stated: it is read as raw", opened.path, guess)
+            if not opened.stated:
+                self._state_format(opened, detect(read(0, PROBE_SIZE)))
             return references(opened.format, opened.path, read, file.size_now())
         except OSError as error:
             raise ImageError(opened.path, f"cannot be read: {error.strerror}") from error
+
+    def _state_format(self, opened: _Opened, looks_like: str | None) -> None:
+        """Settle what it is, of which nobody says it. Raises UnstatedFormat, UnsupportedFeature."""
+        opened.stated = True
+        if looks_like is None:
+            return
+        if opened.field == "data_file":  # a guest writes its first bytes: they say nothing
+            log.warning("%s: looks like %s, but no format is stated: it is read as raw", opened.path, looks_like)
+            return
+        opened.format = self._access.unstated_format(opened.image, opened.field, opened.location.name, looks_like)
+        if opened.format not in (RAW, *FORMATS):
+            raise UnsupportedFeature(
+                opened.image, f"{opened.field}={opened.path}: a {opened.format} image must be a file"
+            )
 
     async def start(self) -> None:
         """Judge what the image refers to, and start the daemon. Only from the main thread.
@@ -536,6 +558,7 @@ class QsdStore(Stepwise):
         """
         assert self._daemon is None
         node = await self._node(self._top, self.writable, 0)
+        self.fixed_size = self._is_raw_device
         self._options = blockdevs(node, writable=self.writable, node_name="disk")
         self._local_only = all(opened.file is not None for opened in self._opened)
         # A hole in a device may hold anything.

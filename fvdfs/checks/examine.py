@@ -54,6 +54,7 @@ class Absent:
     kind: Kind
     severity: Severity
     text: str
+    hint: str = "cannot be mended: some blocks are nowhere else"
 
 
 @dataclass(slots=True)
@@ -66,6 +67,8 @@ class Layer:
     """None: nobody knows which file it is."""
     base: Layer | Store | Absent | None = None
     is_base: bool = False
+    base_format: str = ""
+    """What the base is, as far as somebody has looked: the header need not say it."""
 
 
 def is_store(store: Layer | Store | Absent | None) -> TypeGuard[Store]:
@@ -228,6 +231,10 @@ async def _look_at_data_file(layer: Layer, found: Examined) -> None:
     elif is_store(data) and (header.data_file or "metadata_size" not in found.check.doubtful):
         with found.attempt(data.name):
             found.storage = max(0, await data.size() - header.data_offset)
+            guess = detect(await read(data, 0, PROBE_SIZE)) if header.data_file and not header.data_file_fmt else None
+            if guess:
+                text = f"empty means raw, but {header.data_file} looks like {guess}; a guest may have written that"
+                found.findings.add(Kind.DATA_FORMAT, Severity.HARMLESS, "data_file_fmt", text, value="")
 
 
 # --- the journal ---
@@ -398,7 +405,7 @@ async def _look_at_base(layer: Layer, found: Examined) -> None:
             base.text,
             value=header.base_img,
             remedy="sets all_data_in_fvd_img to 1, since every block is in the image" if whole else "",
-            hint="cannot be mended: some blocks are nowhere else" if corrupt else "",
+            hint=base.hint if corrupt else "",
         )
         return
     with found.attempt(header.base_img):
@@ -406,7 +413,6 @@ async def _look_at_base(layer: Layer, found: Examined) -> None:
             found.base_size = await _size_of(base)
         else:
             found.base_size = await base.size()
-            await _look_at_format(base, header, found.findings)
         known = found.check is not None and "base_img_size" not in found.check.doubtful
         size = found.base_size
         if known and size is not None and size < header.base_size - SECTOR + 1:
@@ -418,13 +424,6 @@ async def _size_of(base: Layer) -> int | None:
     if check is None or not check.layout_known:
         return None
     return check.header.virtual_disk_size
-
-
-async def _look_at_format(base: Store, header: Header, findings: Findings) -> None:
-    guess = detect(await read(base, 0, PROBE_SIZE)) if not header.base_img_fmt else None
-    if guess:
-        text = f"empty means raw, but {header.base_img} looks like {guess}"
-        findings.add(Kind.BASE_FORMAT, Severity.HARMLESS, "base_img_fmt", text, value="")
 
 
 def _report_short_base(header: Header, bitmap: Bitmap | None, size: int, findings: Findings) -> None:

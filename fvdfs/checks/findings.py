@@ -75,7 +75,8 @@ class Kind(enum.StrEnum):
     BASE_UNUSABLE = "base-unusable"  # the base is there, but no such thing
     BASE_UNCHECKED = "base-unchecked"  # the base was not looked at (harmless)
     BASE_SHORT = "base-short"  # the base has become shorter (harmless where all that is missing is local)
-    BASE_FORMAT = "base-format"  # the base looks like another format (harmless)
+    BASE_FORMAT = "base-format"  # nobody says what the base is, which looks like another format than raw
+    DATA_FORMAT = "data-format"  # the data file looks like another format than raw (harmless)
     CHAIN_LOOP = "chain-loop"  # an image that stands on itself
     SAME_FILE = "same-file"  # one file in two places
 

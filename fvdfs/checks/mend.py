@@ -36,7 +36,12 @@ from fvdfs.header import HEADER_SIZE, PAGE, Header, Region, changed_sectors, wit
 _OF_TABLE = {Kind.TABLE_BIT_31, Kind.CHUNK_BEYOND_STORAGE, Kind.CHUNK_SHARED, Kind.BIT_WITHOUT_CHUNK}
 _OF_JOURNAL = {Kind.REPLAY_PENDING, Kind.JOURNAL_UNAPPLIED, Kind.JOURNAL_RECORD}
 _OF_SPACE = {Kind.CHUNK_LEAKED, Kind.STORAGE_TAIL}
-_OF_BASE = {Kind.BASE_MISSING, Kind.BASE_UNUSABLE, Kind.CHAIN_LOOP}  # mendable where every block is local
+_OF_BASE = {
+    Kind.BASE_MISSING,
+    Kind.BASE_UNUSABLE,
+    Kind.BASE_FORMAT,
+    Kind.CHAIN_LOOP,
+}  # mendable where every block is local
 
 
 async def mend(layer: Layer, found: Examined) -> None:

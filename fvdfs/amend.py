@@ -1,0 +1,61 @@
+"""`fvdfs amend`: change what the header of an image that nobody uses says. Blocks.
+
+The fields that are changed together lie in one sector, which is written whole or not at all; it is stable before the
+command ends.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import trio
+
+from fvdfs.alloc.formats import BASE_FORMATS
+from fvdfs.chain import Layer, Policy, open_chain
+from fvdfs.commit import Committer
+from fvdfs.create import inspect_base
+from fvdfs.errors import UsageError
+from fvdfs.header import HEADER_SIZE, SECTOR, round_up
+
+
+@contextlib.contextmanager
+def opened_to_amend(path: str) -> Iterator[Layer]:
+    """The image alone, locked against everybody else. Raises UsageError, ImageBusy, ImageError, OSError."""
+    layer = open_chain(path, Policy(), top_only=True).layers[0]
+    try:
+        if not layer.meta.writable:
+            raise UsageError(f"{path}: no permission to write to it")
+        layer.meta.lock(exclusive=True)
+        layer.check_unchanged()
+        layer.meta.claim_device()
+        yield layer
+    finally:
+        layer.meta.close()
+
+
+def change_header(layer: Layer, **changes: int | str) -> None:
+    """Change fields of the header, and make that stable. Raises OSError."""
+    raw = layer.raw_header[: round_up(HEADER_SIZE, SECTOR)]
+    committer = Committer(layer.header, raw, layer.meta, layer.meta, None, None)
+
+    async def change() -> None:
+        await committer.change_header(**changes)
+
+    trio.run(change)
+
+
+def amend(path: str, *, base_format: str, secret_file: str = "") -> None:
+    """Have the image say of which format its base is.
+
+    Raises UsageError where it has no base, or the base is not of this format; ImageBusy, ImageError, OSError.
+    """
+    with opened_to_amend(path) as layer:
+        header = layer.header
+        if base_format not in BASE_FORMATS:
+            raise UsageError(f"--base-format {base_format}: is not known; known are {', '.join(BASE_FORMATS)}")
+        if not header.base_img:
+            raise UsageError(f"{path}: has no base image")
+        if header.has_base:
+            inspect_base(path, header.base_img, base_format, secret_file)
+        change_header(layer, base_img_fmt=base_format)
