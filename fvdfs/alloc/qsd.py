@@ -774,6 +774,16 @@ class QsdStore(Stepwise):
         """What tells two names of one image from two images: of the top file, or the URL."""
         return self._top.location.url if self._top.file is None else self._top.file.identity
 
+    def statuses(self) -> list[os.stat_result] | None:
+        """As `HostFile.statuses`, of all its files; None where a part of it is on a server."""
+        found: list[os.stat_result] = []
+        for opened in self._opened:
+            statuses = opened.file.statuses() if opened.file is not None else None
+            if statuses is None:
+                return None
+            found += statuses
+        return found
+
     @property
     def server(self) -> str:
         if self._top.file is not None:

@@ -197,6 +197,10 @@ class HostFile:
         status = os.fstat(self._fd)
         return (-1, status.st_rdev) if self.fixed_size else (status.st_dev, status.st_ino)
 
+    def statuses(self) -> list[os.stat_result] | None:
+        """What tells whether somebody has written to it; None for a device, whose node does not know. Blocks."""
+        return None if self.fixed_size else [os.fstat(self._fd)]
+
     @property
     def server(self) -> str:
         status = os.fstat(self._fd)

@@ -52,6 +52,7 @@ FUSE_WRITE = 16
 FUSE_FSYNC = 20
 FUSE_INIT = 26
 FUSE_INTERRUPT = 36
+FUSE_NOTIFY_INVAL_INODE = 2
 FUSE_HANDLE_KILLPRIV_V2 = 1 << 28
 MAX_BACKGROUND = 64
 CONGESTION_THRESHOLD = 48
@@ -75,6 +76,7 @@ _FATTR_TIMES = 1 << 5 | 1 << 10  # of the last change of content, and of attribu
 # The answer: timeout s and ns; ino size blocks atime mtime ctime, their ns, mode nlink uid gid rdev blksize.
 _ATTRIBUTES = struct.Struct("=QI4xQQQqqqIIIIIIIII4x")
 _WRITTEN = struct.Struct("=I4x")  # size
+_INVALIDATE = struct.Struct("=Qqq")  # inode offset length; 0: all
 _PER_TURN = 32  # requests that are received before other tasks get their turn
 _IDLE_TASKS = 16
 _SMALL = 64 << 10  # bytes; a smaller write is copied out of the buffer that it was received in
@@ -174,6 +176,21 @@ class Device:
         os.dup2(self._kernel, self._libfuses, inheritable=False)
         os.close(self._kernel)
         self._socket.close()
+
+    async def forget_pages(self, inode: int) -> None:
+        """Have the kernel drop what it has cached of a file that nobody has open.
+
+        To drop it as part of the opening would not do: who opens it next could be faster.
+        """
+        message = _OUT_HEADER.pack(_OUT_HEADER.size + _INVALIDATE.size, FUSE_NOTIFY_INVAL_INODE, 0)
+        await trio.to_thread.run_sync(self._notify, message + _INVALIDATE.pack(inode, 0, 0))
+
+    def _notify(self, message: bytes) -> None:
+        try:
+            os.write(self._kernel, message)
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.ENODEV):  # it has nothing of it, or the mount is gone
+                raise
 
     async def serve(self, main: _Call) -> None:
         """Answer what the kernel asks while `main`, pyfuse3's loop, does its part; then finish what is under way."""

@@ -204,7 +204,7 @@ class Filesystem(pyfuse3.Operations):
         except FileNotFoundError:
             if entry.image is None:
                 raise  # else: removed while open; nobody will look at it again
-        return self._file_attributes(inode, await self.folder.getattr(inode))
+        return self._file_attributes(inode, await self.folder.getattr(inode, changed_by_us=True))
 
     async def _set_file_attributes(self, entry: Entry, attr: EntryAttributes, fields: pyfuse3.SetattrFields) -> None:
         path = entry.path

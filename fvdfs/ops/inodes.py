@@ -7,9 +7,13 @@ too long is answered by what was known before (`looks.py`); an opening waits, as
 share that hangs, and only those who use the same image wait with it.
 
 An image is loaded at its first open and given up at its last close; it becomes writable when the
-first who wants to write opens it. `Entry.lock` is held across these changes. An inode number stands
-for one state of a file that the kernel may keep in its cache: a file that was replaced, or whose
-disk was resized behind our back, gets a new one.
+first who wants to write opens it. `Entry.lock` is held across these changes.
+
+An inode number stands for what the kernel believes of a disk. With its write-back cache it asks nobody
+for size and times of an inode that it knows, so an image that was replaced, or that somebody else has
+changed, gets a new number at the next look. Pages are another matter, since a disk also changes with
+its data file and its base: at each load all files are compared with how they were at the load before
+(`freshness.py`), and the kernel has to forget its pages unless they are the same.
 
 No pyfuse3 here: this is what the handlers in `filesystem.py` translate to.
 """
@@ -22,7 +26,7 @@ import functools
 import logging
 import os
 import stat
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
@@ -35,6 +39,7 @@ from fvdfs.cow.profile import Extent
 from fvdfs.cow.scheduler import Scheduler
 from fvdfs.errors import FvdError, ImageBusy, ImageError, NotFvd
 from fvdfs.image import Image
+from fvdfs.ops.freshness import State, same_file, signature, state_of
 from fvdfs.ops.looks import THREADS, Look, Looks
 from fvdfs.paths import PATIENCE, LeadsBack, NoAnswer
 
@@ -52,18 +57,6 @@ DISK_PATIENCE = 30.0
 """Seconds for the first look at an image while its thread is at a disk of this host: it may have to spin up."""
 
 T = TypeVar("T")
-
-Signature = tuple[int, int, int, int, int]
-
-
-def signature(status: os.stat_result) -> Signature:
-    """What changes when a file is replaced or written to."""
-    return status.st_dev, status.st_ino, status.st_rdev, status.st_mtime_ns, status.st_size
-
-
-def same_file(one: os.stat_result, other: os.stat_result) -> bool:
-    """Whether both are of one file, changed or not."""
-    return signature(one)[:3] == signature(other)[:3]
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,8 +90,10 @@ class Entry:
         self.status = seen.status
         self.mtime_ns: int | None = None
         """The time of change that the kernel has told, while the image is open; the file gets it when it is closed."""
-        self.cached_as: Signature | None = None
-        """How the file was when the kernel last may have cached its content."""
+        self.opened = False
+        """Whether it ever was open, so that the kernel may have pages of it."""
+        self.cached: State | None = None
+        """How the files were when the image was loaded last; None: nobody can tell."""
 
     @property
     def attributes(self) -> Attributes:
@@ -161,6 +156,8 @@ class Folder:
         self._last_answers: dict[str, Any] = {}
         self.spawn: Spawn | None = None
         """Runs what open images want done in the background."""
+        self.forget_pages: Callable[[int], Awaitable[None]] | None = None
+        """Has the kernel drop its pages of an inode that nobody has open."""
 
     # --- looking --------------------------------------------------------------------------------
 
@@ -230,19 +227,24 @@ class Folder:
         except KeyError:
             raise OSError(errno.ESTALE, f"inode {inode} is gone") from None
 
-    async def getattr(self, inode: int) -> Attributes:
+    async def getattr(self, inode: int, *, changed_by_us: bool = False) -> Attributes:
         """The attributes of an image, as its file is now; of a removed one, as it was."""
         entry = self.entry(inode)
         look: Look[os.stat_result] = self._looks.begin(inode, functools.partial(self._stat, entry.path))
         await self._looks.wait([look])
         try:
-            if look.ended.is_set():
-                entry.status = look.result
+            if not look.ended.is_set():
+                return entry.attributes  # as it was
+            status = look.result
         except FileNotFoundError:
             if entry.image is None:
                 raise
+            return entry.attributes
         except NoAnswer:
-            pass  # as it was
+            return entry.attributes
+        # What somebody else has changed stays news for the next look, which gives it a new number.
+        if changed_by_us or entry.busy or signature(status) == signature(entry.status):
+            entry.status = status
         return entry.attributes
 
     async def status_of_folder(self) -> os.stat_result:
@@ -302,6 +304,7 @@ class Folder:
 
     def _look_now(self, path: bytes, judged: Judged) -> _Seen | OSError | FvdError | None:
         known = self._entries.get(path)
+        busy = known is not None and known.busy
         try:
             status = self.policy.walker.stat(path)
         except (LeadsBack, NoAnswer) as error:
@@ -313,8 +316,10 @@ class Folder:
                 return None
             return None if isinstance(error, FileNotFoundError) else error
         try:
+            # Who writes to a device does not change its node.
             if known is not None and (
-                signature(status) == signature(known.status) or (known.busy and same_file(status, known.status))
+                (busy and same_file(status, known.status))
+                or (signature(status) == signature(known.status) and not stat.S_ISBLK(status.st_mode))
             ):
                 return _Seen(status, 0, 0, known=True)
             if not stat.S_ISREG(status.st_mode) and not stat.S_ISBLK(status.st_mode):
@@ -341,13 +346,12 @@ class Folder:
             return None  # vanished while we looked
         self._complaints.pop(path, None)
         if known is not None:
-            if seen.known:
-                known.status = seen.status
+            if seen.known or (known.busy and same_file(seen.status, known.status)):
+                if known.busy:  # else: what was seen may be older than what its closing has left
+                    known.status = seen.status
                 return known
-            if same_file(seen.status, known.status) and (known.busy or known.size == seen.size):
-                known.status = seen.status
-                if not known.busy:
-                    known.usage = seen.usage
+            if signature(seen.status) == signature(known.status) and known.size == seen.size:
+                known.usage = seen.usage
                 return known
             del self._entries[path]
             self._drop_if_unused(known)
@@ -399,10 +403,12 @@ class Folder:
     async def _open(self, inode: int, *, write: bool) -> tuple[Entry, bool]:
         entry = self.entry(inode)
         async with entry.lock:
-            fresh = entry.image is None
-            if entry.image is None:
-                entry.image = await self._load(entry)
+            state, keep = None, True
+            if fresh := entry.image is None:
+                entry.image, state = await self._load(entry)
             try:
+                if fresh:
+                    keep = await self._have_pages_right(entry, state)
                 if write and not entry.image.writable:
                     if self.policy.writable:
                         await lock_for_writing(entry.image)
@@ -415,8 +421,17 @@ class Folder:
                     await self._unload(entry)
                 raise
             entry.opens += 1
-            keep = not fresh or entry.cached_as == signature(entry.status)
             return entry, keep
+
+    async def _have_pages_right(self, entry: Entry, state: State | None) -> bool:
+        """Whether what the kernel has of an image that was just loaded is right, if only because it has dropped it."""
+        right = not entry.opened or (entry.cached is not None and entry.cached.is_still(state))
+        entry.opened, entry.cached = True, None
+        if not right and self.forget_pages is not None:
+            await self.forget_pages(entry.inode)
+            right = True
+        entry.cached = state
+        return right
 
     async def _begin_background(self, entry: Entry, image: Image) -> None:
         """What an image that has become writable wants done beside the requests."""
@@ -502,16 +517,24 @@ class Folder:
             return found | entry.last_status | {"virtual_size": entry.size, "state": state}
         return found | status(entry.image, entry.prefetcher)
 
-    async def _load(self, entry: Entry) -> Image:
+    async def _load(self, entry: Entry) -> tuple[Image, State | None]:
         status, chain = await trio.to_thread.run_sync(self._open_chain, entry.path)
         image = await load_chain(chain)
-        entry.status = status
-        if image.size != entry.size:
+        try:
+            state = await trio.to_thread.run_sync(state_of, chain.stores())
+            if state is not None and state.signatures[0] != signature(status):
+                raise ImageBusy(os.fsdecode(entry.path), "was changed while it was being opened")
+            if image.size != entry.size:
+                if self._entries.get(entry.path) is entry:  # have the next look make a new one
+                    del self._entries[entry.path]
+                raise OSError(errno.ESTALE, f"{os.fsdecode(entry.path)}: the disk has been resized elsewhere")
+        except BaseException:
             await image.close()
-            raise OSError(errno.ESTALE, f"{os.fsdecode(entry.path)}: the disk has been resized elsewhere")
+            raise
+        entry.status = status
         image.run_in_background(self.spawn)
         entry.busy = True
-        return image
+        return image, state
 
     def _open_chain(self, path: bytes) -> tuple[os.stat_result, Chain]:
         with self.policy.walker.looking():
@@ -546,9 +569,8 @@ class Folder:
                 if mtime_ns is not None:
                     os.utime(entry.path, ns=(entry.status.st_atime_ns, mtime_ns))
                     entry.status = os.stat(entry.path)
-                entry.cached_as = signature(entry.status)
             except OSError:
-                entry.cached_as = None
+                entry.cached = None
             entry.busy = False
 
     def open_entries(self) -> list[Entry]:

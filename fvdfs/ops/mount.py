@@ -124,6 +124,7 @@ def _escape(value: str) -> str:
 
 
 async def _serve(options: MountOptions, filesystem: Filesystem, device: Device, ready: Callable[[], None]) -> None:
+    filesystem.folder.forget_pages = device.forget_pages
     # The ring outlives all who may wait for what is under way in it: that cannot be cancelled.
     async with use_ring() if options.io_uring else contextlib.nullcontext():
         try:
