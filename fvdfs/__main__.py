@@ -1,5 +1,11 @@
-"""`python -m fvdfs`: the same as the program `fvdfs`."""
+"""The program, also as `python -m fvdfs`. Ctrl-C before it has begun ends it in silence."""
+
+import signal
+
+if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 from fvdfs.cli import entry
 
-entry()
+if __name__ == "__main__":
+    entry()

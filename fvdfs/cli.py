@@ -6,22 +6,17 @@ Exit codes: 0 done; 1 an image cannot be used, or the system refused; 2 the comm
 from __future__ import annotations
 
 import argparse
-import contextlib
 import functools
 import json
 import logging
-import logging.handlers
 import os
-import select
 import signal
-import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
-from fvdfs import __version__
-from fvdfs.errors import FvdError, UsageError, printable
+from fvdfs import __version__, daemon, mounts
+from fvdfs.errors import FvdError, UsageError
 from fvdfs.header import CreateOptions
-from fvdfs.xattrs import PID
 
 UNITS = {"": 1, "B": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40, "P": 1 << 50}
 MOUNT_OPTIONS = {
@@ -68,11 +63,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return run(arguments)
     except FvdError as error:
-        print(f"fvdfs: {error}", file=sys.stderr)
+        daemon.complain(str(error))
         return error.exit_code
     except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
-        print(f"fvdfs: {where}{error.strerror or error}", file=sys.stderr)
+        daemon.complain(mounts.explained(error))
         return 1
     except KeyboardInterrupt:
         return 130
@@ -254,7 +248,7 @@ def _info(arguments: argparse.Namespace) -> int:
     from fvdfs.info import describe, render
 
     terminal = logging.StreamHandler()
-    terminal.setFormatter(LogFormatter("fvdfs: %(message)s"))
+    terminal.setFormatter(daemon.LogFormatter("fvdfs: %(message)s"))
     logging.basicConfig(handlers=[terminal])
     facts = describe(arguments.image)
     print(json.dumps(facts, indent=2) if arguments.json else render(facts))
@@ -307,6 +301,7 @@ def _status(arguments: argparse.Namespace) -> int:
     from fvdfs.control import print_status, status, watch_status
 
     mountpoint = os.path.abspath(arguments.mountpoint)
+    mounts.refuse_dead(mountpoint)
     if arguments.watch:
         watch_status(mountpoint)
     elif arguments.json:
@@ -367,6 +362,8 @@ def _mount(arguments: argparse.Namespace) -> int:
     options = parse_mount_options(arguments.options)
     folder = os.path.realpath(arguments.folder)
     mountpoint = os.path.abspath(arguments.mountpoint)
+    mounts.refuse_dead(folder)
+    mounts.refuse_mounted(mountpoint)
     for path in (folder, mountpoint):
         if not os.path.isdir(path):
             raise UsageError(f"{path}: is not a directory; make it first")
@@ -399,7 +396,7 @@ def _mount(arguments: argparse.Namespace) -> int:
     ):
         raise UsageError(f"-o prefetch_jobs={prefetch_jobs}: must be a number from 1 to 1024")
 
-    def serve(ready: Callable[[], None]) -> None:
+    def serve(ready: Callable[[], None], reopen_log: daemon.ReopenLog) -> None:
         from fvdfs.chain import Policy
         from fvdfs.cow.scheduler import DEFAULT_JOBS
         from fvdfs.image import Zeroes
@@ -433,13 +430,11 @@ def _mount(arguments: argparse.Namespace) -> int:
                 record_profiles="record_profile" in options,
             ),
             ready,
+            reopen_log,
         )
 
-    if arguments.foreground:
-        _set_up_log(log_file, foreground=True)
-        serve(lambda: None)
-        return 0
-    return _in_background(serve, log_file)
+    go = daemon.in_foreground if arguments.foreground else daemon.in_background
+    return go(serve, log_file)
 
 
 def _roots(folder: str, base_path: str) -> tuple[str, ...]:
@@ -452,114 +447,16 @@ def _roots(folder: str, base_path: str) -> tuple[str, ...]:
     return tuple(roots)
 
 
-class LogFormatter(logging.Formatter):
-    """One line a message, whatever the names in it are; the traceback of a defect follows as it is."""
-
-    def formatMessage(self, record: logging.LogRecord) -> str:
-        return printable(super().formatMessage(record))
-
-
-def _set_up_log(log_file: str | None, *, foreground: bool) -> None:
-    root = logging.getLogger()
-    root.setLevel(logging.INFO)
-    if log_file:
-        try:
-            file_handler = logging.FileHandler(log_file)
-        except OSError as error:
-            raise UsageError(f"--log-file {log_file}: {error.strerror}") from error
-        file_handler.setFormatter(LogFormatter("%(asctime)s %(levelname)s %(message)s"))
-        root.addHandler(file_handler)
-    elif not foreground and os.path.exists("/dev/log"):
-        with contextlib.suppress(OSError):
-            syslog = logging.handlers.SysLogHandler("/dev/log", logging.handlers.SysLogHandler.LOG_DAEMON)
-            syslog.setFormatter(LogFormatter(f"fvdfs[{os.getpid()}]: %(levelname)s %(message)s"))
-            root.addHandler(syslog)
-    if foreground or not log_file:
-        terminal = logging.StreamHandler()
-        terminal.setLevel(logging.INFO if foreground else logging.WARNING)
-        terminal.setFormatter(LogFormatter("fvdfs: %(message)s"))
-        root.addHandler(terminal)
-
-
-def _in_background(serve: Callable[[Callable[[], None]], None], log_file: str | None) -> int:
-    """Serve in a process of its own; return when it is ready, or has failed.
-
-    Until it is ready its messages go to the terminal as well.
-    """
-    read_end, write_end = os.pipe()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    child = os.fork()
-    if child:
-        os.close(write_end)
-        with os.fdopen(read_end, "rb") as pipe:
-            if pipe.read():
-                return 0
-        _, status = os.waitpid(child, 0)
-        return os.waitstatus_to_exitcode(status) or 1
-    os.close(read_end)
-    code = 1
-    try:
-        os.setsid()
-        with open(os.devnull, "r+b") as null:
-            os.dup2(null.fileno(), 0)
-            os.dup2(null.fileno(), 1)
-        os.chdir("/")
-        _set_up_log(log_file, foreground=False)
-
-        def ready() -> None:
-            with open(os.devnull, "r+b") as null:
-                os.dup2(null.fileno(), 2)
-            os.write(write_end, b"1")
-            os.close(write_end)
-
-        serve(ready)
-        code = 0
-    except FvdError as error:
-        print(f"fvdfs: {error}", file=sys.stderr, flush=True)
-        code = error.exit_code
-    except BaseException:
-        logging.getLogger(__name__).critical("the mount has ended by an error", exc_info=True)
-    finally:
-        logging.shutdown()
-        os._exit(code)
-
-
 def _umount(arguments: argparse.Namespace) -> int:
-    mountpoint = os.path.abspath(arguments.mountpoint)
-    with _daemon(mountpoint) as ended:
-        command = ["umount", mountpoint] if os.geteuid() == 0 else ["fusermount3", "-u", mountpoint]
-        try:
-            result = subprocess.run(command, capture_output=True, text=True, check=False)
-        except FileNotFoundError:
-            raise UsageError(f"{command[0]} is missing: install the package fuse3") from None
-        if result.returncode:
-            print(f"fvdfs: {result.stderr.strip()}", file=sys.stderr)
-            return 1
-        ended()
-    return 0
+    from fvdfs.unmount import unmount
 
-
-@contextlib.contextmanager
-def _daemon(mountpoint: str) -> Iterator[Callable[[], None]]:
-    """What waits for the end of the process that serves a mount; nothing where it is dead or not ours."""
-    try:
-        pid = int(os.getxattr(mountpoint, PID))
-        descriptor = os.pidfd_open(pid)
-    except (OSError, ValueError):
-        yield lambda: None
-        return
-    try:
-
-        def wait() -> None:
-            select.select([descriptor], [], [])  # readable when the process has ended
-
-        yield wait
-    finally:
-        os.close(descriptor)
+    return unmount(os.path.abspath(arguments.mountpoint))
 
 
 def entry() -> None:
     """The program `fvdfs`."""
+    daemon.prepare()
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.exit(main())

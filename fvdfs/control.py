@@ -25,6 +25,7 @@ from fvdfs.chain import Policy, open_image
 from fvdfs.errors import UsageError
 from fvdfs.info import human_size
 from fvdfs.map import BAR_CELLS, image_map, merged, totals
+from fvdfs.mounts import DEAD, refuse_dead
 from fvdfs.xattrs import MAP, PID, PREFETCH, STATUS
 
 INTERVAL = 0.5  # seconds between two looks
@@ -41,6 +42,8 @@ def _explained(path: str) -> Iterator[None]:
             raise UsageError(f"{path}: is not a raw file of an fvdfs mount") from None
         if error.errno == errno.ENOENT:
             raise UsageError(f"{path}: there is no such file") from None
+        if error.errno in DEAD:
+            refuse_dead(path)
         raise
 
 

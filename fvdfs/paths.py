@@ -79,8 +79,10 @@ def kind(handle: int, name: bytes = b"") -> Kind:
 
 @dataclass(frozen=True, slots=True)
 class MountPoint:
-    """A line of /proc/self/mountinfo, as far as it matters here."""
+    """A line of mountinfo, as far as it matters here."""
 
+    number: int
+    parent: int
     device: int
     path: str
     fs_type: str
@@ -88,18 +90,26 @@ class MountPoint:
     options: str
     """Those of the file system."""
 
+    @property
+    def is_ours(self) -> bool:
+        """Whether fvdfs serves it."""
+        return self.fs_type == "fuse.fvdfs"
 
-def mount_points() -> list[MountPoint]:
-    """All that this process can see; the last of those on one path is the one that shows."""
+
+def mount_points(process: str = "self") -> list[MountPoint]:
+    """All that a process can see; the last of those on one path is the one that shows. Raises OSError."""
     found = []
-    with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as file:
+    with open(f"/proc/{process}/mountinfo", encoding="utf-8", errors="surrogateescape", newline="\n") as file:
         for line in file:
             before, _, after = line.rstrip("\n").partition(" - ")
             fields, rest = before.split(" "), after.split(" ")
             major, minor = fields[2].split(":")
             device = os.makedev(int(major), int(minor))
             source, options = [*rest, "", ""][1:3]
-            found.append(MountPoint(device, _plain(fields[4]), rest[0], _plain(source), _plain(options)))
+            number, parent = int(fields[0]), int(fields[1])
+            found.append(
+                MountPoint(number, parent, device, _plain(fields[4]), rest[0], _plain(source), _plain(options))
+            )
     return found
 
 
@@ -284,7 +294,7 @@ class Walker:
         for point in mount_points():
             if point.device != device:
                 continue
-            if point.fs_type == "fuse.fvdfs":
+            if point.is_ours:
                 return f"leads into {point.path}, a mount of fvdfs: name the image itself, with the format fvd"
             below += _layers(point)
         for path in dict.fromkeys(below):

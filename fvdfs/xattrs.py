@@ -4,6 +4,8 @@ from __future__ import annotations
 
 PID = "user.fvdfs.pid"
 """Of the mount point: the process that serves it."""
+DAEMON = "user.fvdfs.daemon"
+"""Of the mount point and each file, not listed: how to see that the process has ended, as JSON (`unmount.py`)."""
 STATUS = "user.fvdfs.status"
 """Of a raw file: all that is known of it, as JSON."""
 PREFETCH = "user.fvdfs.prefetch"

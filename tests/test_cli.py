@@ -15,7 +15,8 @@ import pytest
 
 import reference
 from conftest import MIB, fvdfs, mounted, must
-from fvdfs.cli import LogFormatter, parse_size
+from fvdfs.cli import parse_size
+from fvdfs.daemon import LogFormatter
 from fvdfs.errors import ImageError
 from fvdfs.header import DEFAULT_PROFILE_ROOM, HEADER_SIZE, CreateOptions, new_header
 from test_reference import GOLDEN, MANIFEST, extract

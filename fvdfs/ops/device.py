@@ -171,15 +171,26 @@ class Device:
             nursery.cancel_scope.cancel()
         return self._socket.recv(_LARGEST)
 
-    def close(self) -> None:
-        """Give libfuse its descriptor back, so that it can unmount."""
-        os.dup2(self._kernel, self._libfuses, inheritable=False)
+    def close(self, *, unmount: bool = True) -> None:
+        """End the connection to the kernel. libfuse gets its descriptor back, so that it can unmount.
+
+        Without `unmount` it gets one that looks as if the mount were gone: it unmounts by name alone, and something
+        else may have the name.
+        """
+        if unmount:
+            os.dup2(self._kernel, self._libfuses, inheritable=False)
+        else:
+            reader, writer = os.pipe()
+            os.dup2(writer, self._libfuses, inheritable=False)
+            os.close(writer)
+            os.close(reader)  # with nobody who reads, poll() says POLLERR
         os.close(self._kernel)
         self._socket.close()
 
     async def forget_pages(self, inode: int) -> None:
-        """Have the kernel drop what it has cached of a file that nobody has open.
+        """Have the kernel drop what it has cached of a file, after handing over what was written to it.
 
+        It needs no name of the file, and no mount that the file can be reached by; requests must go on being served.
         To drop it as part of the opening would not do: who opens it next could be faster.
         """
         message = _OUT_HEADER.pack(_OUT_HEADER.size + _INVALIDATE.size, FUSE_NOTIFY_INVAL_INODE, 0)

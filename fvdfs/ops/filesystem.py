@@ -91,6 +91,8 @@ class Filesystem(pyfuse3.Operations):
         self._listings: dict[int, list[Entry]] = {}
         self._next_handle = 1
         self._written = trio.Event()
+        self.daemon = b"{}"
+        """What the mount says of the process that serves it (`xattrs.DAEMON`)."""
         self.complaints = Complaints()
 
     def fuse_error(self, error: BaseException, what: str) -> FUSEError:
@@ -245,6 +247,8 @@ class Filesystem(pyfuse3.Operations):
     @handler
     async def getxattr(self, inode: InodeT, name: bytes, ctx: pyfuse3.RequestContext) -> bytes:
         wanted = name.decode(errors="replace")
+        if wanted == xattrs.DAEMON:
+            return self.daemon
         if inode == ROOT_INODE:
             if wanted == xattrs.PID:
                 return str(os.getpid()).encode()

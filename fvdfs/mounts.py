@@ -1,0 +1,316 @@
+"""Mount points: what is mounted where, by whom it is used, and when the last of it is gone.
+
+Nothing here looks *into* a mount: it might be dead, or hang. The kernel's list says what there is
+(/proc/self/mountinfo), and by the number of its device who else has it: bind mounts, other mount namespaces, open
+files. What this process may not see, it does not tell.
+
+A daemon holds a lock on the directory that its mount covers, from before it mounts until every image is closed. It is
+what others wait for who cannot see its process, in another PID namespace, say.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import os
+import select
+import shlex
+import signal
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from fvdfs import xattrs
+from fvdfs.errors import UsageError, printable
+from fvdfs.paths import MountPoint, mount_points
+
+DEAD = (errno.ENOTCONN, errno.ECONNABORTED)
+"""What everything fails with on a mount whose daemon has ended."""
+SHOWN = 5
+"""Users of a mount that are named in a message."""
+LOCK_PATIENCE = 3.0  # seconds
+LOOK_PATIENCE = 3.0
+_UMOUNT_NOFOLLOW = 8
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def place(path: str) -> str:
+    """The path as mountinfo has it. What is mounted at its end is not looked at."""
+    folder, name = os.path.split(os.path.abspath(path))
+    return os.path.join(os.path.realpath(folder), name)
+
+
+def mount_at(path: str) -> MountPoint | None:
+    """What is mounted at exactly this path, links followed; the uppermost of several."""
+    try:
+        found = mount_points()
+    except OSError:
+        return None
+    there = place(path)
+    at = {mount.path: mount for mount in found}
+    return at.get(there) or at.get(os.path.realpath(there))
+
+
+def umount(mount: MountPoint) -> None:
+    """The system call; umount(8) would ask the mount first, and wait for one that hangs. Raises OSError."""
+    if _libc.umount2(os.fsencode(mount.path), _UMOUNT_NOFOLLOW):
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number), mount.path)
+
+
+def refuse_dead(path: str) -> None:
+    """Raise UsageError where the path leads to a mount of fvdfs that is dead, or into one."""
+    at = place(path)
+    while (mount := mount_at(at)) is None and at != "/":
+        at = os.path.dirname(at)
+    if mount is not None and mount.is_ours and is_dead(mount.path):
+        raise UsageError(
+            f"{mount.path}: the fvdfs that served this mount has ended; clear it away with: "
+            f"fvdfs umount {shlex.quote(mount.path)}"
+        )
+
+
+def explained(error: OSError) -> str:
+    """An error of the system as a line for a person."""
+    name = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else ""
+    if name and error.errno in DEAD:
+        try:
+            refuse_dead(name)
+        except UsageError as explanation:
+            return str(explanation)
+    return printable(f"{name}: " * bool(name) + (error.strerror or str(error)))
+
+
+def is_dead(point: str) -> bool:
+    """Whether the daemon of the mount there has ended. One that does not answer has not."""
+    return ask(point)[0] in DEAD
+
+
+def ask(point: str) -> tuple[int, bytes]:
+    """What a mount says of its daemon, and the error number where it does not; EAGAIN where there is no answer.
+
+    A process of its own asks: it can be killed where a thread would wait for ever, and keep the mount busy.
+    """
+    read_end, write_end = os.pipe()
+    child = os.fork()
+    if not child:
+        try:
+            signal.set_wakeup_fd(-1)
+            os.write(write_end, b"0 " + os.getxattr(point, xattrs.DAEMON))
+        except OSError as error:
+            os.write(write_end, b"%d " % (error.errno or 0))
+        finally:
+            os._exit(0)
+    os.close(write_end)
+    answer = b""
+    try:
+        if select.select([read_end], [], [], LOOK_PATIENCE)[0]:
+            answer = os.read(read_end, 65536)
+    finally:
+        os.close(read_end)
+        os.kill(child, signal.SIGKILL)
+    deadline = time.monotonic() + LOOK_PATIENCE
+    while not os.waitpid(child, os.WNOHANG)[0] and time.monotonic() < deadline:
+        time.sleep(0.001)
+    number, _, value = answer.partition(b" ")
+    return (int(number), value) if number else (errno.EAGAIN, b"")
+
+
+def refuse_mounted(mountpoint: str) -> None:
+    """Raise UsageError where fvdfs is mounted already."""
+    mount = mount_at(mountpoint)
+    if mount is not None and mount.is_ours:
+        refuse_dead(mountpoint)
+        raise UsageError(f"{mountpoint}: fvdfs is mounted there already; unmount it first: fvdfs umount {mountpoint}")
+
+
+# --- the lock -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """The directory that a mount covers, held by its daemon."""
+
+    descriptor: int
+    locked: bool
+
+    def identity(self) -> list[int]:
+        """What others know the directory by."""
+        status = os.fstat(self.descriptor)
+        return [status.st_dev, status.st_ino]
+
+    def release(self) -> None:
+        """Every image is closed."""
+        os.close(self.descriptor)
+
+
+def claim(mountpoint: str) -> Claim | None:
+    """Lock the directory, before mounting on it; None where it cannot be opened.
+
+    Raises UsageError where fvdfs is mounted there, also by somebody who was just a little earlier.
+    """
+    deadline = time.monotonic() + LOCK_PATIENCE
+    while True:
+        refuse_mounted(mountpoint)
+        try:
+            descriptor = os.open(mountpoint, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NONBLOCK)
+        except OSError:
+            return None
+        locked = lock(descriptor, fcntl.LOCK_EX)
+        try:
+            refuse_mounted(mountpoint)
+        except BaseException:
+            os.close(descriptor)
+            raise
+        if locked or time.monotonic() > deadline:
+            return Claim(descriptor, bool(locked))
+        os.close(descriptor)
+        time.sleep(0.02)  # somebody is mounting there, or has unmounted and still closes images
+
+
+def lock(descriptor: int, kind: int) -> bool | None:
+    """Lock without waiting; None where there are no locks."""
+    try:
+        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return None
+    return True
+
+
+def is_unlocked(mountpoint: str, identity: list[int]) -> bool:
+    """Whether the directory that was covered shows again, and its daemon is done with it."""
+    found = _look_at_lock(mountpoint)
+    return found is not None and found[0] == identity and found[1] is True
+
+
+def is_locked(mountpoint: str) -> bool:
+    """Whether somebody holds the directory as a daemon does."""
+    found = _look_at_lock(mountpoint)
+    return found is not None and found[1] is False
+
+
+def _look_at_lock(mountpoint: str) -> tuple[list[int], bool | None] | None:
+    """Which directory this is, and whether nobody has locked it; None where it cannot be opened."""
+    try:
+        descriptor = os.open(mountpoint, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError:
+        return None
+    try:
+        status = os.fstat(descriptor)
+        return [status.st_dev, status.st_ino], lock(descriptor, fcntl.LOCK_SH)
+    finally:
+        os.close(descriptor)
+
+
+# --- who uses a mount ---------------------------------------------------------------------------
+
+
+def connection(device: int) -> int | None:
+    """What tells the kernel's connection to a daemon from a later one with the same number; None: not to be seen."""
+    try:
+        return os.stat(f"/sys/class/bdi/{os.major(device)}:{os.minor(device)}").st_ino
+    except OSError:
+        return None
+
+
+def users(mount: MountPoint) -> list[str]:
+    """Who keeps the mount: what a person would look for. Only what this process may see."""
+    here = [other.path for other in _mounts_or_none("self") if other.device == mount.device]
+    found = [f"{point} (mounted)" for point in here] + _loop_devices(mount)
+    own = _namespace("self")
+    namespaces = {own}
+    for process in _processes():
+        files = list(_open_files(process, mount))
+        if files:
+            found.append(f"process {process} ({_command(process)}) has {files[0]} open")
+        namespace = _namespace(process)
+        if namespace in namespaces:
+            continue
+        namespaces.add(namespace)
+        there = (other.path for other in _mounts_or_none(process) if other.device == mount.device)
+        points = [point for point in there if point not in here]  # others have a copy of what is mounted here
+        if points:
+            found.append(f"process {process} ({_command(process)}) has {points[0]} in its mount namespace")
+    return found
+
+
+def busy_with(mount: MountPoint) -> list[str]:
+    """Who keeps this mount point from being unmounted."""
+    below = [f"{other.path} (mounted)" for other in _mounts_or_none("self") if other.parent == mount.number]
+    files = [
+        f"process {process} ({_command(process)}) has {name} open"
+        for process in _processes()
+        for name in list(_open_files(process, mount))[:1]
+    ]
+    return [*below, *_loop_devices(mount), *files]
+
+
+def listed(found: list[str]) -> str:
+    """Some users, in a line."""
+    more = len(found) - SHOWN
+    return ", ".join(found[:SHOWN]) + (f" and {more} more" if more > 0 else "")
+
+
+def _processes() -> list[str]:
+    return sorted((name for name in os.listdir("/proc") if name.isdigit()), key=int)
+
+
+def _namespace(process: str) -> str | None:
+    try:
+        return os.readlink(f"/proc/{process}/ns/mnt")
+    except OSError:
+        return None
+
+
+def _mounts_or_none(process: str) -> list[MountPoint]:
+    try:
+        return mount_points(process)
+    except OSError:
+        return []
+
+
+def _command(process: str) -> str:
+    try:
+        with open(f"/proc/{process}/comm", encoding="utf-8", errors="replace") as file:
+            return file.read().strip()
+    except OSError:
+        return "?"
+
+
+def _open_files(process: str, mount: MountPoint) -> Iterator[str]:
+    """The files of the mount that a process has open, or where it stands."""
+    inside = mount.path.rstrip("/") + "/"
+    try:
+        for name in os.listdir(f"/proc/{process}/fd"):
+            with open(f"/proc/{process}/fdinfo/{name}", encoding="ascii") as file:
+                if f"mnt_id:\t{mount.number}\n" in file.read():
+                    yield os.readlink(f"/proc/{process}/fd/{name}")
+        for link in ("cwd", "root"):
+            target = os.readlink(f"/proc/{process}/{link}")
+            if f"{target}/".startswith(inside):
+                yield target
+        with open(f"/proc/{process}/maps", encoding="utf-8", errors="surrogateescape") as file:
+            device = f" {os.major(mount.device):02x}:{os.minor(mount.device):02x} "
+            for line in file:
+                if device in line:
+                    yield line.split(maxsplit=5)[5].rstrip("\n")
+    except OSError:
+        return  # it has ended, or is not ours to look at
+
+
+def _loop_devices(mount: MountPoint) -> list[str]:
+    """Loop devices over files of the mount: no process has these open."""
+    inside = mount.path.rstrip("/") + "/"
+    found = []
+    for name in sorted(os.listdir("/sys/block")) if os.path.isdir("/sys/block") else ():
+        try:
+            with open(f"/sys/block/{name}/loop/backing_file", encoding="utf-8", errors="surrogateescape") as file:
+                backing = file.read().rstrip("\n")
+        except OSError:
+            continue
+        if backing.startswith(inside):
+            found.append(f"/dev/{name} is over {backing}")
+    return found

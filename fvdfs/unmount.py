@@ -1,0 +1,147 @@
+"""Unmounting, and waiting until every image is closed: what `fvdfs umount` does. Blocks.
+
+The mount point is gone at once; the daemon then closes the images, and ends. Its process is watched where it can be
+seen, else the lock that it holds on the directory which the mount covered. Neither happens as long as somebody
+has the mount elsewhere, and that may be for ever: then it is said who, and that the images are still open.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import select
+import subprocess
+import sys
+import time
+
+from fvdfs import mounts
+from fvdfs.errors import UsageError
+from fvdfs.paths import MountPoint
+
+STILL_OPEN = 3
+"""The exit code where the mount point is free, but somebody else keeps the mount."""
+PATIENCE = 1.0  # seconds, until somebody who has the mount elsewhere is taken to keep it
+PATIENCE_CLOSING = 3.0  # seconds, until it is said that images are still being closed
+LOOK = 0.02  # seconds between two looks
+
+
+def unmount(mountpoint: str) -> int:
+    """Unmount, and wait until every image is closed. The exit code: 0, 1 where it is refused, `STILL_OPEN`.
+
+    Raises UsageError where fvdfs is not mounted there.
+    """
+    mount = mounts.mount_at(mountpoint)
+    if mount is None or not mount.is_ours:
+        raise UsageError(f"{mountpoint}: fvdfs is not mounted there")
+    daemon = _Daemon(mount)
+    try:
+        reason = _unmount_now(mount)
+        if reason:
+            print(f"fvdfs: {mountpoint}: {reason}", file=sys.stderr)
+            return 1
+        return daemon.wait()
+    finally:
+        daemon.close()
+
+
+def _unmount_now(mount: MountPoint) -> str:
+    """Unmount; the reason where it is refused."""
+    if os.geteuid() == 0:
+        try:
+            mounts.umount(mount)
+        except OSError as error:
+            if error.errno != errno.EBUSY:
+                return error.strerror or str(error)
+        else:
+            return ""
+    else:
+        command = ["fusermount3", "-u", mount.path]
+        try:
+            result = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+        except FileNotFoundError:
+            raise UsageError(f"{command[0]} is missing: install the package fuse3") from None
+        if not result.returncode:
+            return ""
+        if "busy" not in result.stderr:
+            return " ".join(result.stderr.split())
+    found = mounts.busy_with(mount)
+    return "is busy" + (f": {mounts.listed(found)}" if found else "")
+
+
+class _Daemon:
+    """The process that serves a mount."""
+
+    def __init__(self, mount: MountPoint) -> None:
+        """Ask the mount. One that does not answer is taken for one whose process cannot be seen."""
+        self._mount = mount
+        self._connection = mounts.connection(mount.device)
+        self._process: int | None = None
+        self._lock: list[int] | None = None
+        error, answer = mounts.ask(mount.path)
+        self._dead = error in mounts.DEAD
+        identity = json.loads(answer) if answer else {}
+        if identity.get("pid_namespace") == _own_namespace():
+            try:
+                self._process = os.pidfd_open(int(identity["pid"]))
+            except ProcessLookupError:
+                self._dead = True
+            except (OSError, ValueError):
+                pass
+        if isinstance(identity.get("locks"), list):
+            self._lock = identity["locks"]
+
+    def close(self) -> None:
+        if self._process is not None:
+            os.close(self._process)
+
+    def wait(self) -> int:
+        """Wait until every image is closed, now that the mount point is free. The exit code."""
+        begun = time.monotonic()
+        said = False
+        while not self._has_ended():
+            waited = time.monotonic() - begun
+            if waited > PATIENCE and self._is_kept():
+                found = mounts.users(self._mount)
+                by = (
+                    f" by {mounts.listed(found)}"
+                    if found
+                    else ", by a mount namespace or a process not to be seen here"
+                )
+                print(
+                    f"fvdfs: {self._mount.path}: unmounted here, but still in use{by}: its images stay open until "
+                    "that ends",
+                    file=sys.stderr,
+                )
+                return STILL_OPEN
+            if waited > PATIENCE_CLOSING and self._process is None and self._lock is None:
+                print(
+                    f"fvdfs: {self._mount.path}: unmounted; whether its images are closed cannot be seen from here",
+                    file=sys.stderr,
+                )
+                return STILL_OPEN
+            if waited > PATIENCE_CLOSING and not said:
+                print(f"fvdfs: {self._mount.path}: unmounted; its images are being closed", file=sys.stderr)
+                said = True
+        return 0
+
+    def _has_ended(self) -> bool:
+        """Whether every image is closed; looks for a moment."""
+        if self._dead and not mounts.is_locked(self._mount.path):
+            return True
+        if self._process is not None:
+            return bool(select.select([self._process], [], [], LOOK)[0])
+        if self._lock is not None and mounts.is_unlocked(self._mount.path, self._lock):
+            return True
+        time.sleep(LOOK)
+        return False
+
+    def _is_kept(self) -> bool:
+        """Whether the kernel still has the mount, somewhere."""
+        if self._connection is not None:
+            return mounts.connection(self._mount.device) == self._connection
+        return bool(mounts.users(self._mount))
+
+
+def _own_namespace() -> str:
+    return os.readlink("/proc/self/ns/pid")
