@@ -485,6 +485,18 @@ class Image:
         assert base is not None
         return base.server
 
+    @property
+    def is_remote(self) -> bool:
+        """Whether a read may have to ask another machine, as things are."""
+        layer: Image | Store | None = self
+        while isinstance(layer, Image):
+            if layer.data.is_remote:
+                return True
+            if layer.bitmap is None or layer.bitmap.next_missing(0) is None:
+                return False
+            layer = layer.base
+        return layer is not None and layer.is_remote
+
     def missing(self, start: int, length: int) -> tuple[int, int]:
         """The first bytes [start, stop), whole blocks and at most about `length`, that are only in the base.
 

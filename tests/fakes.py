@@ -99,6 +99,7 @@ class MemoryStore(Stepwise):
         self.writable = writable
         self.fixed_size = fixed_size
         self.server = "memory"
+        self.is_remote = False
         self.slow = slow
         self.pauses = pauses
         self.calls: Counter[str] = Counter()
@@ -427,6 +428,10 @@ class FaultStore(Stepwise):
     @property
     def server(self) -> str:
         return self.inner.server
+
+    @property
+    def is_remote(self) -> bool:
+        return self.inner.is_remote
 
     def _check(self, kind: str) -> None:
         if self.plan.fails(kind):

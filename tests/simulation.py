@@ -232,6 +232,7 @@ class SimulatedFile(Stepwise):
         self.writable = writable
         self.fixed_size = False
         self.server = f"simulated {id(server)}"
+        self.is_remote = server is not None
         self.fails: Callable[[int, int], bool] = lambda start, stop: False
         """Whether a request for these bytes fails."""
         self.attempts: list[tuple[float, int, int]] = []

@@ -38,8 +38,11 @@ _LOCK = struct.Struct("hhqqi4x")  # struct flock
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 _HELD = (errno.EACCES, errno.EAGAIN)
 
+_SMB = (0x517B, 0xFE53_4D42, 0xFF53_4D42)
+# Of file systems whose files are on another machine: NFS, Ceph, AFS, 9P, GFS2, OCFS2, Coda, Lustre.
+_REMOTE = (*_SMB, 0x6969, 0xC36_400, 0x5346_414F, 0x0102_1997, 0x0116_1970, 0x7461_636F, 0x7375_7245, 0x0BD0_0BD0)
 # On these, a lock forbids writing to the bytes that it covers, to its own holder too; QEMU's cover the header.
-_MANDATORY = (0x517B, 0xFE53_4D42, 0xFF53_4D42)  # SMB, SMB2, CIFS
+_MANDATORY = _SMB
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -62,6 +65,8 @@ class FileLock:
         self._qemu: frozenset[int] = frozenset()
         self.with_qemu = True
         """Whether QEMU's locks are taken and respected."""
+        self.is_remote = False
+        """Whether the file is on another machine; known once it is locked."""
 
     def take(self, exclusive: bool) -> None:
         """Take the locks for reading, or for writing, or turn those that are held into this kind.
@@ -69,10 +74,12 @@ class FileLock:
         Raises ImageBusy where another open file holds one that excludes it, OSError.
         """
         before = self._own
+        kind = _type_of_file_system(self._fd)
+        self.is_remote = kind in _REMOTE
         try:
             if not self._take_own(exclusive):
                 return
-            if self.with_qemu and _type_of_file_system(self._fd) not in _MANDATORY:
+            if self.with_qemu and kind not in _MANDATORY:
                 self._take_qemu(exclusive)
         except BaseException:
             if self._own != before:

@@ -785,6 +785,10 @@ class QsdStore(Stepwise):
         return found
 
     @property
+    def is_remote(self) -> bool:
+        return any(opened.file is None or opened.file.is_remote for opened in self._opened)
+
+    @property
     def server(self) -> str:
         if self._top.file is not None:
             return self._top.file.server

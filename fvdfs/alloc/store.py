@@ -64,6 +64,10 @@ class Store(Protocol):
     def server(self) -> str:
         """What it shares its throughput with: the disk that it is on, or the server."""
 
+    @property
+    def is_remote(self) -> bool:
+        """Whether reading it asks another machine."""
+
     def pread_nowait(self, buffer: memoryview, offset: int) -> bool:
         """Fill the whole buffer if that needs no waiting, else say False (the buffer may then hold parts)."""
 
@@ -206,6 +210,10 @@ class HostFile:
         status = os.fstat(self._fd)
         device = status.st_rdev if self.fixed_size else status.st_dev
         return f"disk {os.major(device)}:{os.minor(device)}"
+
+    @property
+    def is_remote(self) -> bool:
+        return self.file_lock.is_remote
 
     def claim_device(self) -> None:
         """Keep everybody else who asks for it from using the device. Raises ImageBusy, OSError."""

@@ -27,6 +27,7 @@ from fvdfs.image import Image, PendingRead
 from fvdfs.map import image_map
 from fvdfs.ops.complaints import Complaints
 from fvdfs.ops.inodes import ROOT_INODE, Attributes, Entry, Folder
+from fvdfs.ops.kernel_limits import KernelLimits
 
 log = logging.getLogger(__name__)
 
@@ -94,6 +95,7 @@ class Filesystem(pyfuse3.Operations):
         self.daemon = b"{}"
         """What the mount says of the process that serves it (`xattrs.DAEMON`)."""
         self.complaints = Complaints()
+        self.limits = KernelLimits()
 
     def fuse_error(self, error: BaseException, what: str) -> FUSEError:
         """The answer to a request that failed, after saying in the log what only the log can say."""
@@ -324,6 +326,7 @@ class Filesystem(pyfuse3.Operations):
         handle = self._new_handle()
         self._handles[handle] = entry, write
         self._images[handle] = entry.image
+        self.limits.before_open(is_remote=entry.image.is_remote)
         return FileInfo(fh=FileHandleT(handle), keep_cache=keep_cache)
 
     # READ, WRITE and FSYNC take the short path (`device.py`).

@@ -32,8 +32,6 @@ from fvdfs.paths import PATIENCE, LeadsBack, MountPoint, mount_points, within
 
 log = logging.getLogger(__name__)
 
-READ_AHEAD_KIB = 4096
-MAX_DIRTY_PERCENT = 40  # of what the kernel lets wait to be written, which is little else, so that writers wait for us
 DRAIN_PATIENCE = 60.0  # seconds for each file
 GC_THRESHOLDS = (20_000, 50, 100)  # a request leaves little to be collected; the default looks every 700 objects
 
@@ -200,19 +198,8 @@ async def _announce(filesystem: Filesystem, ready: Callable[[], None]) -> None:
             await filesystem.folder.scan()
         except OSError as error:
             log.error("%s: %s", os.fsdecode(filesystem.folder.path), error.strerror)
-    _raise_limits(filesystem.folder.policy.walker.own_device)
+    filesystem.limits.raise_all(filesystem.folder.policy.walker.own_device)
     ready()
-
-
-def _raise_limits(device: int) -> None:
-    """Let the kernel read ahead, and gather writes, as far as pays with a file system that answers in user space."""
-    folder = f"/sys/class/bdi/{os.major(device)}:{os.minor(device)}"
-    for name, value in (("read_ahead_kb", READ_AHEAD_KIB), ("max_ratio", MAX_DIRTY_PERCENT)):
-        try:
-            with open(f"{folder}/{name}", "w", encoding="ascii") as file:
-                file.write(str(value))
-        except OSError as error:
-            log.info("%s/%s stays as it is (%s): long transfers will be slower", folder, name, error.strerror)
 
 
 async def _obey_signals(

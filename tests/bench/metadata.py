@@ -50,6 +50,7 @@ class CountingStore:
         self.writable = inner.writable
         self.fixed_size = inner.fixed_size
         self.server = inner.server
+        self.is_remote = inner.is_remote
         self.zero = inner.zero
         self.write_out = inner.write_out
         self.next_data = inner.next_data
