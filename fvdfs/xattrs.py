@@ -1,4 +1,4 @@
-"""The extended attributes by which a mount is seen and steered: their names, for both sides."""
+"""The extended attributes of a mount: those by which it is seen and steered, for both sides, and the host's own."""
 
 from __future__ import annotations
 
@@ -20,3 +20,5 @@ PARTS = {
     "user.fvdfs.image": "image",
 }
 """Of a raw file: single entries of its status."""
+ACLS = ("system.posix_acl_access", "system.posix_acl_default")
+"""Of the mount point and of a raw file: those of the folder and of the image."""

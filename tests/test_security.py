@@ -148,6 +148,115 @@ def test_permissions_of_a_disk_are_those_of_its_image(shared: Path) -> None:
     assert (folder / "open.fvd").exists()
 
 
+GROUP = 60  # of images, not of nobody and the other
+PEOPLE = ((NOBODY, NOBODY), (NOBODY, GROUP), (OTHER, OTHER), (OTHER, GROUP), (OTHER, 61))
+ACLS = {
+    "no ACL": [],
+    "a named user, but not the group": ["-m", "u:65534:rw,g::---,m::rw"],
+    "a named user shut out, though others may": ["-m", "u:65534:---,g::r,o::r"],
+    "a named group": ["-m", "g:61:rw,g::---,o::---"],
+    "a mask that cuts all": ["-m", "u:65534:rw,g:61:rw,m::r"],
+    "the mask is nothing": ["-m", "u:65534:rw,g::rw,m::---,o::r"],
+    "only named": ["-m", "u:65533:r,g::---,o::---"],
+}
+
+
+def rights(path: Path) -> list[str]:
+    """What each of several people may do with a file."""
+    ask = "import os, sys\nfor mode in (os.O_RDONLY, os.O_RDWR): os.close(os.open(sys.argv[1], mode)); print(mode)"
+    command = [sys.executable, "-I", "-S", "-c", ask, str(path)]
+    found = []
+    for uid, gid in PEOPLE:
+        drop = ["setpriv", f"--reuid={uid}", f"--regid={gid}", "--clear-groups"]
+        found.append(subprocess.run([*drop, *command], capture_output=True, text=True, check=False).stdout)
+    return found
+
+
+def acl(path: Path) -> str:
+    return subprocess.run(
+        ["getfacl", "--omit-header", "--absolute-names", "--numeric", path], check=True, capture_output=True, text=True
+    ).stdout
+
+
+def test_an_acl_of_an_image_is_that_of_its_disk(shared: Path) -> None:
+    """Where there is one, the group's bits are the mask: by them alone the group could do what the ACL denies."""
+    folder = shared / "images"
+    folder.mkdir()
+    must("create", folder / "a.fvd", "1M")
+    images = [folder / f"{number}.fvd" for number in range(len(ACLS))]
+    for image, options in zip(images, ACLS.values(), strict=True):
+        shutil.copy(folder / "a.fvd", image)
+        os.chown(image, 0, GROUP)
+        os.chmod(image, 0o640)
+        if options:
+            subprocess.run(["setfacl", *options, image], check=True)
+    with mounted(folder, "--allow-other") as mount:
+        for number, (image, what) in enumerate(zip(images, ACLS, strict=True)):
+            raw = mount.raw(str(number))
+            assert rights(raw) == rights(image), what
+            assert acl(raw) == acl(image), what
+            assert raw.stat().st_mode == image.stat().st_mode, what
+        # Changes through the mount reach the image, changes of the image the mount, as long as it is open, too.
+        raw, image = mount.raw("0"), images[0]
+        with open(raw, "rb"):
+            for change in (
+                lambda: subprocess.run(["setfacl", "-m", "u:65534:rw,g::---", raw], check=True),
+                lambda: os.chmod(raw, 0o600),
+                lambda: os.chmod(raw, 0o660),
+                lambda: subprocess.run(["setfacl", "-x", "u:65534", raw], check=True),
+                lambda: subprocess.run(["setfacl", "-m", "u:65533:r", image], check=True),
+                lambda: subprocess.run(["setfacl", "-b", raw], check=True),
+                lambda: os.chmod(image, 0o604),
+            ):
+                change()
+                assert rights(raw) == rights(image)
+                assert acl(raw) == acl(image)
+        done = run_as(NOBODY, "setfacl", "-m", "u:65534:rwx", mount.raw("1"))
+        assert "Operation not permitted" in done.err
+        assert acl(mount.raw("1")) == acl(images[1])
+        assert "ERROR" not in mount.log
+
+
+def test_an_acl_of_the_folder_is_that_of_the_mount(shared: Path) -> None:
+    folder = shared / "images"
+    folder.mkdir()
+    must("create", folder / "a.fvd", "1M")
+    os.chmod(folder / "a.fvd", 0o644)
+    os.chown(folder, 0, GROUP)
+    with mounted(folder, "--allow-other") as mount:
+        for options in (
+            ["-m", "u:65534:---"],
+            ["-m", "u:65534:rx,g::---,o::---"],
+            ["-m", "d:u:65534:rw"],
+            ["-k"],
+            ["-b"],
+        ):
+            subprocess.run(["setfacl", *options, folder], check=True)
+            assert rights(mount.raw("a")) == rights(folder / "a.fvd")
+            assert acl(mount.point) == acl(folder)
+        done = subprocess.run(["setfacl", "-m", "u:65534:rw", mount.point], capture_output=True, text=True, check=False)
+        assert "Operation not permitted" in done.stderr
+
+
+def test_a_file_system_without_acls_has_permissions(shared: Path) -> None:
+    folder = shared / "images"
+    folder.mkdir()
+    subprocess.run(["mount", "-t", "ramfs", "-o", "mode=755", "none", folder], check=True)
+    try:
+        must("create", folder / "a.fvd", "1M")
+        os.chown(folder / "a.fvd", 0, GROUP)
+        os.chmod(folder / "a.fvd", 0o640)
+        with mounted(folder, "--allow-other") as mount:
+            assert rights(mount.raw("a")) == rights(folder / "a.fvd") == ["", "0\n", "", "0\n", ""]
+            done = subprocess.run(
+                ["setfacl", "-m", "u:1:r", mount.raw("a")], capture_output=True, text=True, check=False
+            )
+            assert "Operation not supported" in done.stderr
+            assert "ERROR" not in mount.log
+    finally:
+        subprocess.run(["umount", "-l", folder], check=True)
+
+
 CHANGES_OF_THE_FOLDER: dict[str, tuple[Callable[[Path, Path], object], int]] = {
     "create": (lambda raw, new: os.open(new, os.O_CREAT | os.O_WRONLY), errno.EPERM),
     "O_TMPFILE": (lambda raw, new: os.open(new.parent, os.O_TMPFILE | os.O_WRONLY), errno.EOPNOTSUPP),

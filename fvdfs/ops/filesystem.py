@@ -37,7 +37,7 @@ T = TypeVar("T")
 ATTRIBUTE_TIMEOUT = 3600.0  # seconds; the kernel itself drops what its own writes change
 COMMIT_INTERVAL = 5.0  # seconds after which a write is committed that nobody flushed
 # Errors that are plain answers, not worth a line in the log.
-_ANSWERS = frozenset({errno.ENOENT, errno.EPERM, errno.EROFS, errno.ESTALE, errno.ENAMETOOLONG})
+_ANSWERS = frozenset({errno.ENOENT, errno.EPERM, errno.EROFS, errno.ESTALE, errno.ENAMETOOLONG, errno.ENODATA})
 # What nobody can do in a mount, and the answer. pyfuse3's own is ENOSYS; it stays where the kernel takes that for
 # "do not ask": poll, fsyncdir, access (it checks permissions itself), readlink (there are no links).
 NEVER_DONE = {
@@ -80,6 +80,9 @@ class Sync(enum.Enum):
 
 class Filesystem(pyfuse3.Operations):
     """A folder of images as a folder of raw files."""
+
+    enable_acl = True
+    """The kernel judges by the ACL, which it asks for where there are permissions for a group: those are its mask."""
 
     def __init__(self, folder: Folder, *, writeback: bool, shrink: bool, sync: Sync = Sync.FLUSH) -> None:
         super().__init__()
@@ -251,6 +254,8 @@ class Filesystem(pyfuse3.Operations):
         wanted = name.decode(errors="replace")
         if wanted == xattrs.DAEMON:
             return self.daemon
+        if wanted in xattrs.ACLS:
+            return await self._get_acl(inode, wanted)
         if inode == ROOT_INODE:
             if wanted == xattrs.PID:
                 return str(os.getpid()).encode()
@@ -264,6 +269,15 @@ class Filesystem(pyfuse3.Operations):
             return str(part).encode(errors="surrogateescape")
         raise FUSEError(pyfuse3.ENOATTR)
 
+    async def _get_acl(self, inode: int, name: str) -> bytes:
+        """An access control list of the host's, by which the kernel judges who may do what."""
+        try:
+            return await trio.to_thread.run_sync(os.getxattr, self.folder.path_of(inode), name)
+        except OSError as error:
+            if error.errno == errno.EOPNOTSUPP:  # which the kernel would not take for "there is none"
+                raise FUSEError(pyfuse3.ENOATTR) from None
+            raise
+
     async def _map(self, inode: int) -> bytes:
         entry, _ = await self.folder.open(inode, write=False)
         try:
@@ -275,13 +289,39 @@ class Filesystem(pyfuse3.Operations):
     @handler
     async def listxattr(self, inode: InodeT, ctx: pyfuse3.RequestContext) -> Sequence[bytes]:
         names = [xattrs.PID] if inode == ROOT_INODE else [xattrs.STATUS, *xattrs.PARTS]
-        return [name.encode() for name in names]
+        try:
+            hosts = await trio.to_thread.run_sync(os.listxattr, self.folder.path_of(inode))
+        except OSError:
+            hosts = []  # a file system without them, or an image that was removed while it is open
+        return [name.encode() for name in [*names, *(name for name in xattrs.ACLS if name in hosts)]]
 
     @handler
     async def setxattr(self, inode: InodeT, name: bytes, value: bytes, ctx: pyfuse3.RequestContext) -> None:
-        if inode == ROOT_INODE or name != xattrs.PREFETCH.encode():
+        wanted = name.decode(errors="replace")
+        if wanted in xattrs.ACLS:
+            await self._change_acl(inode, lambda path: os.setxattr(path, wanted, value))
+        elif inode == ROOT_INODE or wanted != xattrs.PREFETCH:
             raise FUSEError(errno.EOPNOTSUPP)
-        await self.folder.control_prefetch(inode, value.decode(errors="replace").strip())
+        else:
+            await self.folder.control_prefetch(inode, value.decode(errors="replace").strip())
+
+    @handler
+    async def removexattr(self, inode: InodeT, name: bytes, ctx: pyfuse3.RequestContext) -> None:
+        wanted = name.decode(errors="replace")
+        if wanted not in xattrs.ACLS:
+            raise FUSEError(errno.EOPNOTSUPP)
+        await self._change_acl(inode, lambda path: os.removexattr(path, wanted))
+
+    async def _change_acl(self, inode: int, change: Callable[[bytes], None]) -> None:
+        """The kernel has made sure that it is the owner, or root, who asks."""
+        if inode == ROOT_INODE:
+            raise FUSEError(errno.EPERM)
+        try:
+            await trio.to_thread.run_sync(change, self.folder.path_of(inode))
+        except OSError as error:
+            if error.errno in (errno.EOPNOTSUPP, errno.EINVAL):  # nothing that the log should know
+                raise FUSEError(error.errno) from None
+            raise
 
     # --- the folder -----------------------------------------------------------------------------
 

@@ -227,6 +227,10 @@ class Folder:
         except KeyError:
             raise OSError(errno.ESTALE, f"inode {inode} is gone") from None
 
+    def path_of(self, inode: int) -> bytes:
+        """The path of the folder, or of an image. Raises OSError(ESTALE) where it is gone."""
+        return self.path if inode == ROOT_INODE else self.entry(inode).path
+
     async def getattr(self, inode: int, *, changed_by_us: bool = False) -> Attributes:
         """The attributes of an image, as its file is now; of a removed one, as it was."""
         entry = self.entry(inode)
