@@ -7,6 +7,7 @@ where it really is; then that very file is opened.
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 from collections.abc import Iterator
@@ -26,7 +27,7 @@ from fvdfs.alloc.table import UNALLOCATED, Table, TooDamaged, decode_entries
 from fvdfs.commit import Committer
 from fvdfs.cow.bitmap import Bitmap, bitmap_bytes
 from fvdfs.cow.writethrough import MODES
-from fvdfs.errors import FormatError, ImageBusy, ImageError, Refused, UnstatedFormat, UnsupportedFeature
+from fvdfs.errors import FormatError, ImageBusy, ImageError, NotPermitted, Refused, UnstatedFormat, UnsupportedFeature
 from fvdfs.header import HEADER_SIZE, HEADER_SPACE, SECTOR, TABLE_ENTRY_SIZE, Header, Region, round_up
 from fvdfs.image import Image, Zeroes
 from fvdfs.paths import Walker
@@ -500,7 +501,7 @@ async def _replay(name: str, header: Header, meta: Store, bitmap: Bitmap | None,
 async def lock_for_writing(image: Image) -> None:
     """Turn the locks on the image's own files into exclusive ones, or none of them.
 
-    Raises ImageBusy, or ImageError where the files are not open for writing.
+    Raises ImageBusy, or NotPermitted where the files are not open for writing.
     """
     stores: list[Store] = [image.meta] if image.data is image.meta else [image.meta, image.data]
     if image.base_may_be_written:
@@ -515,7 +516,9 @@ def _lock_for_writing(name: str, stores: list[Store]) -> None:
     try:
         for store in stores:
             if not store.writable:
-                raise ImageError(store.name, "no permission to write to it")
+                denied = (isinstance(store, HostStore) and store.denied) or errno.EACCES
+                reason = f"no permission to write to it ({os.strerror(denied)})"
+                raise NotPermitted(store.name, reason, denied)
             if isinstance(store, HostStore):
                 store.lock(exclusive=True)
                 locked.append(store)

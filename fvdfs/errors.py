@@ -69,3 +69,11 @@ class ImageBusy(ImageError):
 
 class ReadOnlyImage(ImageError):
     """The image, or its state, does not permit writing."""
+
+
+class NotPermitted(ImageError):
+    """The host does not let us write to a file of the image; `errno` is its answer."""
+
+    def __init__(self, image: str, reason: str, errno: int) -> None:
+        super().__init__(image, reason)
+        self.errno = errno

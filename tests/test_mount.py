@@ -320,6 +320,96 @@ def test_a_read_only_mount_writes_nothing(folder: Path) -> None:
             os.truncate(mount.raw("a"), 2 * MIB)
 
 
+def error_of(call: Callable[[], object]) -> int:
+    """The errno that the call raises, or 0."""
+    try:
+        call()
+    except OSError as error:
+        return error.errno or -1
+    return 0
+
+
+@contextmanager
+def read_only_medium(path: Path, kind: str) -> Iterator[Path]:
+    """A place where writing is refused, with what stood in the folder `path`; the place."""
+    if kind == "bind mount":
+        subprocess.run(["mount", "--bind", path, path], check=True)
+        subprocess.run(["mount", "-o", "remount,bind,ro", path], check=True)
+        try:
+            yield path
+        finally:
+            subprocess.run(["umount", "-l", path], check=True)
+    elif kind == "file system":
+        backing = path.with_suffix(".img")
+        subprocess.run(["mkfs.ext4", "-q", "-F", "-d", path, backing, "32M"], check=True)
+        subprocess.run(["mount", "-o", "loop,ro", backing, path], check=True)
+        try:
+            yield path
+        finally:
+            subprocess.run(["umount", "-l", path], check=True)
+    else:
+        flag = {"immutable": "i", "append only": "a"}[kind]
+        files = list(path.iterdir())
+        subprocess.run(["chattr", f"+{flag}", *files], check=True)
+        try:
+            yield path
+        finally:
+            subprocess.run(["chattr", f"-{flag}", *files], check=True)
+
+
+@pytest.mark.parametrize("where", ["image", "data file"])
+@pytest.mark.parametrize("kind", ["bind mount", "file system", "immutable", "append only"])
+def test_what_the_host_does_not_let_be_written_gives_its_error(
+    folder: Path, tmp_path: Path, kind: str, where: str
+) -> None:
+    """So that programs fall back to reading where they do so for a file."""
+    place = tmp_path / "place"
+    place.mkdir()
+    if where == "image":
+        must("create", place / "a.fvd", "4M")
+        os.symlink(place / "a.fvd", folder / "a.fvd")
+    else:
+        must("create", folder / "a.fvd", "4M", "--data-file", place / "a.data")
+    with (
+        read_only_medium(place, kind),
+        mounted(folder, "-o", f"base_path={place}") as mount,
+    ):
+        raw, file = mount.raw("a"), place / ("a.fvd" if where == "image" else "a.data")
+        expected = error_of(lambda: os.open(file, os.O_RDWR))
+        assert expected in (errno.EROFS, errno.EPERM)
+        assert error_of(lambda: os.open(raw, os.O_RDWR)) == expected
+        assert error_of(lambda: os.open(raw, os.O_WRONLY | os.O_TRUNC)) == expected
+        assert error_of(lambda: os.truncate(raw, 8 * MIB)) == expected
+        with open(raw, "rb") as reader:
+            assert len(reader.read(4096)) == 4096
+            assert error_of(lambda: os.open(raw, os.O_RDWR)) == expected
+        if where == "image":
+            assert error_of(lambda: os.chmod(raw, 0o600)) == error_of(lambda: os.chmod(file, 0o600)) == expected
+        if expected == errno.EROFS:
+            with loop_device(raw) as device:
+                read_only = Path(f"/sys/block/{device.name}/ro").read_text()
+                assert read_only == "1\n"
+                assert len(device.read_bytes()) == 4 * MIB
+    assert "no permission to write to it" in mount.log
+
+
+def test_a_disk_on_a_read_only_device_cannot_be_opened_for_writing(folder: Path, tmp_path: Path) -> None:
+    backing = tmp_path / "backing"
+    must("create", backing, "4M")
+    device = Path(
+        subprocess.run(
+            ["losetup", "-r", "-f", "--show", backing], check=True, capture_output=True, text=True
+        ).stdout.strip()
+    )
+    try:
+        os.symlink(device, folder / "a.fvd")
+        with mounted(folder) as mount:
+            assert error_of(lambda: os.open(mount.raw("a"), os.O_RDWR)) == errno.EROFS
+            assert read_at(mount.raw("a"), 0, 4096) == bytes(4096)
+    finally:
+        subprocess.run(["losetup", "-d", device], check=True)
+
+
 def test_a_crash_without_a_journal_can_be_read_and_written_only_on_demand(folder: Path) -> None:
     (folder / "base.raw").write_bytes(b"base" * 1024)
     must("create", folder / "a.fvd", "-b", "base.raw", "--journal-size", "none")

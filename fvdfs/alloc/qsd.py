@@ -440,6 +440,7 @@ class QsdStore(Stepwise):
         self._own = [] if top.file is None else [top.file]
         self.name = top.path
         self.writable = writable and (top.file is None or top.file.writable)
+        self.denied = top.file.denied if top.file is not None else 0
         self.fixed_size = self._is_raw_device
         self._holes = True
 

@@ -14,8 +14,10 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import fcntl
 import os
 import stat
+import struct
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Protocol
 
@@ -26,6 +28,9 @@ from fvdfs.alloc.filelock import FileLock
 from fvdfs.alloc.worker import Worker
 from fvdfs.errors import ImageBusy, ImageError
 
+# Answers to opening for writing where reading may do: permissions, an immutable file, a medium that cannot be written
+# (a device as well), a file that is swapped to or runs.
+_DENIALS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ETXTBSY)
 OUT_OF_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """Errors that end when there is space again."""
 
@@ -130,6 +135,7 @@ class Store(Protocol):
 
 MAX_FILE_SIZE = (1 << 63) - 1  # an offset of a file has 63 bits
 
+_BLKROGET = 0x125E  # <linux/fs.h>
 FALLOC_FL_KEEP_SIZE = 0x01
 FALLOC_FL_PUNCH_HOLE = 0x02
 FALLOC_FL_ZERO_RANGE = 0x10
@@ -175,6 +181,8 @@ class HostFile:
         self._fd = fd
         self.name = name
         self.writable = writable
+        self.denied = 0
+        """The errno with which the host refused to open it for writing, where that was tried."""
         mode = os.fstat(fd).st_mode
         self.fixed_size = stat.S_ISBLK(mode)
         self._claim = -1
@@ -491,18 +499,31 @@ def open_host_file(handle: int, name: str, *, writable: bool) -> HostFile:
     if not stat.S_ISREG(mode) and not stat.S_ISBLK(mode):
         raise ImageError(name, "neither a regular file nor a block device")
     flags = os.O_CLOEXEC | (os.O_RDWR if writable else os.O_RDONLY)
-    return HostFile(os.open(f"/proc/self/fd/{handle}", flags), name, writable)
+    fd = os.open(f"/proc/self/fd/{handle}", flags)
+    if writable and stat.S_ISBLK(mode) and _is_read_only(fd):
+        os.close(fd)
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+    return HostFile(fd, name, writable)
+
+
+def _is_read_only(device: int) -> bool:
+    """Whether it is a device that can be opened for writing, but whose writes fail."""
+    return bool(struct.unpack("i", fcntl.ioctl(device, _BLKROGET, bytes(4)))[0])
 
 
 def open_as_permitted(handle: int, name: str, *, writable: bool) -> HostFile:
     """`open_host_file` for writing if that is wanted and permitted, else for reading."""
+    denied = 0
     if writable:
         try:
             return open_host_file(handle, name, writable=True)
         except OSError as error:
-            if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+            if error.errno not in _DENIALS:
                 raise
-    return open_host_file(handle, name, writable=False)
+            denied = error.errno
+    file = open_host_file(handle, name, writable=False)
+    file.denied = denied
+    return file
 
 
 def open_path(path: str, *, writable: bool) -> HostFile:
