@@ -190,9 +190,24 @@ class Walker:
             found = kind(handle, name)
             if name and found.device == kind(handle).device and not stat.S_ISLNK(found.mode):
                 return os.stat(name, dir_fd=handle, follow_symlinks=False)
+        with self._file(path) as handle:
+            return os.fstat(handle)
+
+    def attribute(self, path: bytes, name: str) -> bytes:
+        """os.getxattr, likewise. Raises as `stat`."""
+        with self._file(path) as handle:
+            return os.getxattr(f"/proc/self/fd/{handle}", name)
+
+    def attributes(self, path: bytes) -> list[str]:
+        """os.listxattr, likewise. Raises as `stat`."""
+        with self._file(path) as handle:
+            return os.listxattr(f"/proc/self/fd/{handle}")
+
+    @contextlib.contextmanager
+    def _file(self, path: bytes) -> Iterator[int]:
         handle = self.open(path)
         try:
-            return os.fstat(handle)
+            yield handle
         finally:
             os.close(handle)
 

@@ -257,7 +257,7 @@ class Filesystem(pyfuse3.Operations):
         if wanted == xattrs.DAEMON:
             return self.daemon
         if wanted in xattrs.ACLS:
-            return await self._get_acl(inode, wanted)
+            return await self.folder.acl(inode, wanted)
         if inode == ROOT_INODE:
             if wanted == xattrs.PID:
                 return str(os.getpid()).encode()
@@ -271,15 +271,6 @@ class Filesystem(pyfuse3.Operations):
             return str(part).encode(errors="surrogateescape")
         raise FUSEError(pyfuse3.ENOATTR)
 
-    async def _get_acl(self, inode: int, name: str) -> bytes:
-        """An access control list of the host's, by which the kernel judges who may do what."""
-        try:
-            return await trio.to_thread.run_sync(os.getxattr, self.folder.path_of(inode), name)
-        except OSError as error:
-            if error.errno == errno.EOPNOTSUPP:  # which the kernel would not take for "there is none"
-                raise FUSEError(pyfuse3.ENOATTR) from None
-            raise
-
     async def _map(self, inode: int) -> bytes:
         entry, _ = await self.folder.open(inode, write=False)
         try:
@@ -291,10 +282,7 @@ class Filesystem(pyfuse3.Operations):
     @handler
     async def listxattr(self, inode: InodeT, ctx: pyfuse3.RequestContext) -> Sequence[bytes]:
         names = [xattrs.PID] if inode == ROOT_INODE else [xattrs.STATUS, *xattrs.PARTS]
-        try:
-            hosts = await trio.to_thread.run_sync(os.listxattr, self.folder.path_of(inode))
-        except OSError:
-            hosts = []  # a file system without them, or an image that was removed while it is open
+        hosts = await self.folder.attributes_of_host(inode)
         return [name.encode() for name in [*names, *(name for name in xattrs.ACLS if name in hosts)]]
 
     @handler

@@ -231,6 +231,39 @@ class Folder:
         """The path of the folder, or of an image. Raises OSError(ESTALE) where it is gone."""
         return self.path if inode == ROOT_INODE else self.entry(inode).path
 
+    async def acl(self, inode: int, name: str) -> bytes:
+        """The host's ACL of that name, of the folder or an image.
+
+        Raises OSError: ENODATA where there is none, EIO where no answer comes: then nobody may do what it may forbid.
+        """
+        path = self.path_of(inode)
+        try:
+            return await self._ask((inode, name), path, functools.partial(self.policy.walker.attribute, path, name))
+        except OSError as error:
+            if error.errno == errno.EOPNOTSUPP:  # which the kernel would not take for "there is none"
+                raise OSError(errno.ENODATA, os.strerror(errno.ENODATA)) from None
+            raise
+
+    async def attributes_of_host(self, inode: int) -> list[str]:
+        """The names of the extended attributes of the folder or an image, as the host has them; empty if not known."""
+        path = self.path_of(inode)
+        try:
+            return await self._ask((inode, ""), path, functools.partial(self.policy.walker.attributes, path))
+        except OSError:
+            return []
+
+    async def _ask(self, key: tuple[int, str], path: bytes, call: Callable[[], T]) -> T:
+        def ask() -> T:
+            with self.policy.walker.looking():
+                return call()
+
+        look: Look[T] = self._looks.begin(key, ask)
+        await self._looks.wait([look])
+        with contextlib.suppress(NoAnswer):
+            if look.ended.is_set():
+                return look.result
+        raise _late(path)
+
     async def getattr(self, inode: int, *, changed_by_us: bool = False) -> Attributes:
         """The attributes of an image, as its file is now; of a removed one, as it was."""
         entry = self.entry(inode)
