@@ -22,12 +22,21 @@ from fvdfs.alloc.flat import FlatStorage
 from fvdfs.alloc.formats import FORMATS, PROBE_SIZE, RAW, Location, detect, is_local, within
 from fvdfs.alloc.growth import grow_command
 from fvdfs.alloc.qsd import QsdStore
-from fvdfs.alloc.store import HostFile, Store, open_as_permitted, pread_exactly
+from fvdfs.alloc.store import HostFile, Store, open_as_permitted, open_path, pread_exactly
 from fvdfs.alloc.table import UNALLOCATED, Table, TooDamaged, decode_entries
 from fvdfs.commit import Committer
 from fvdfs.cow.bitmap import Bitmap, bitmap_bytes
 from fvdfs.cow.writethrough import MODES
-from fvdfs.errors import FormatError, ImageBusy, ImageError, NotPermitted, Refused, UnstatedFormat, UnsupportedFeature
+from fvdfs.errors import (
+    FormatError,
+    ImageBusy,
+    ImageError,
+    NotPermitted,
+    Refused,
+    UnstatedFormat,
+    UnsupportedFeature,
+    UsageError,
+)
 from fvdfs.header import HEADER_SIZE, HEADER_SPACE, SECTOR, TABLE_ENTRY_SIZE, Header, Region, round_up
 from fvdfs.image import Image, Zeroes
 from fvdfs.paths import Walker
@@ -68,6 +77,12 @@ class Policy:
     """Whether QEMU's image locks are taken and respected, beside our own."""
     base_formats: tuple[str, ...] = ()
     """What a base may be of which nobody says it, and that does not look raw: what it looks like, or `raw`."""
+    unnamed: tuple[tuple[str, str], ...] = ()
+    """Files that do not have their names yet: the path that each is to have, and where it lies now."""
+
+    def place(self, path: str) -> str:
+        """Where the file of this path lies now."""
+        return dict(self.unnamed).get(path, path)
 
     def open_file(self, image: str, field: str, name: str) -> tuple[int, str]:
         """An O_PATH handle of the file that `name` in the image at path `image` leads to, and its path.
@@ -76,7 +91,7 @@ class Policy:
         """
         path = _resolve(image, name)
         try:
-            handle = self.walker.open(path)
+            handle = self.walker.open(self.place(path))
         except OSError as error:
             raise ImageError(image, f"{field}={name}: {path}: {error.strerror}") from error
         try:
@@ -120,7 +135,7 @@ class Policy:
                 return
         raise Refused(
             image,
-            f"{field}={value} leads to {real_path}, outside the mounted folder; "
+            f"{field}={value} leads to {real_path}, outside the folder of the images; "
             f"allow it with -o base_path={os.path.dirname(real_path)}",
         )
 
@@ -293,7 +308,7 @@ def _writes_base(layer: Layer, policy: Policy) -> bool:
 
 
 def _open_top(path: str, policy: Policy) -> HostFile:
-    handle = policy.walker.open(path)
+    handle = policy.walker.open(policy.place(path))
     try:
         return _open_handle(handle, path, policy, writable=policy.writable)
     finally:
@@ -304,6 +319,24 @@ def _open_handle(handle: int, path: str, policy: Policy, *, writable: bool) -> H
     file = open_as_permitted(handle, path, writable=writable)
     file.file_lock.with_qemu = policy.qemu_locks
     return file
+
+
+def unstated_format(path: str) -> tuple[str, str | None]:
+    """The format of a file of which nobody has said one, and, of a raw one, what it looks like.
+
+    What a disk holds is its guest's word and never decides: FVD is what the name says, all else is raw. Raises
+    UsageError for a name of an FVD image that is none, ImageError, OSError.
+    """
+    store = open_path(path, writable=False)
+    try:
+        guess = format_of(store)
+    finally:
+        store.close()
+    if not path.endswith(".fvd"):
+        return RAW, guess
+    if guess != FVD_FORMAT:
+        raise UsageError(f"{path}: is not an FVD image; if it is one of another format, or raw, say which")
+    return FVD_FORMAT, None
 
 
 def _resolve(image_path: str, name: str) -> str:

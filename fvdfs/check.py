@@ -17,6 +17,7 @@ from typing import Any
 
 import trio
 
+from fvdfs.alloc.formats import is_local
 from fvdfs.alloc.qsd import QsdStore
 from fvdfs.alloc.store import HostFile, open_path
 from fvdfs.chain import FVD_FORMAT, HostStore, Policy, open_named, unstated_base_format
@@ -56,22 +57,25 @@ class Report:
         return 3 if self.left[Severity.LEAK] else 0
 
 
-def check_image(path: str, *, repair: bool = False, secret_file: str = "") -> Report:
+def check_image(path: str, *, repair: bool = False, secret_file: str = "", roots: tuple[str, ...] = ()) -> Report:
     """Check the image at `path`, and with `repair` mend what can be. Blocks; only from the main thread.
 
-    Raises NotFvd where it is no image, ImageBusy where it is in use, ImageError where it cannot be
-    opened.
+    `roots`: real paths of folders, beside the image's, in which a data file lies that may be written to.
+
+    Raises NotFvd where it is no image, ImageBusy where it is in use, Refused where a repair would write to a
+    file that the image must not name, ImageError where it cannot be opened.
     """
     try:
-        return trio.run(_check_image, path, repair, os.path.abspath(secret_file) if secret_file else "")
+        roots = (os.path.realpath(os.path.dirname(path) or "."), *roots)
+        return trio.run(_check_image, path, repair, os.path.abspath(secret_file) if secret_file else "", roots)
     except MemoryError:
         raise ImageError(path, "its metadata is larger than the memory that there is for it") from None
 
 
-async def _check_image(path: str, repair: bool, secret_file: str) -> Report:
+async def _check_image(path: str, repair: bool, secret_file: str, roots: tuple[str, ...]) -> Report:
     async with AsyncExitStack() as stack:
         errors: list[str] = []
-        opening = _Opening(Policy(writable=repair, secret_file=secret_file), stack, errors)
+        opening = _Opening(Policy(writable=repair, secret_file=secret_file), roots, stack, errors)
         try:
             layers = await opening.open(path)
         except OSError as error:
@@ -133,9 +137,13 @@ class _NotWritable(ImageError):
 class _Opening:
     """Opens and locks an image, and all that it stands on, as far as that is there."""
 
-    def __init__(self, policy: Policy, stack: AsyncExitStack, errors: list[str]) -> None:
-        """What is opened is closed by the stack. `errors`: takes what says nothing about the image."""
+    def __init__(self, policy: Policy, roots: tuple[str, ...], stack: AsyncExitStack, errors: list[str]) -> None:
+        """What is opened is closed by the stack. `errors`: takes what says nothing about the image.
+
+        Reading follows names anywhere; what is written lies in the `roots`.
+        """
         self._policy = policy
+        self._own_policy = replace(policy, roots=roots) if policy.writable else policy
         self._stack = stack
         self._errors = errors
         self._seen: dict[object, str] = {}
@@ -186,10 +194,9 @@ class _Opening:
     async def _open_data(self, layer: Layer, header: Header) -> HostStore | Absent:
         name, file_format = header.data_file, header.data_file_fmt
         own = not layer.is_base
+        policy = self._own_policy if own else self._policy
         try:
-            store = open_named(
-                layer.path, "data_file", name, file_format, self._policy, writable=own and self._policy.writable
-            )
+            store = open_named(layer.path, "data_file", name, file_format, policy, writable=own and policy.writable)
             if store.identity in self._seen:
                 other = self._seen[store.identity]
                 await store.aclose()
@@ -197,6 +204,10 @@ class _Opening:
             await self._take(store, "data file", own=own)
         except (ImageBusy, _NotWritable):
             raise
+        except Refused as error:
+            if own and self._policy.writable and is_local(name):
+                raise
+            return self._absent(error, file_format, Kind.DATA_MISSING, Kind.DATA_UNUSABLE, Kind.DATA_UNCHECKED)
         except (FvdError, OSError) as error:
             return self._absent(error, file_format, Kind.DATA_MISSING, Kind.DATA_UNUSABLE, Kind.DATA_UNCHECKED)
         return store

@@ -86,12 +86,13 @@ def _parser() -> argparse.ArgumentParser:
     create.add_argument(
         "--profile", default="", metavar="FILE|IMAGE", help="fetch first what this profile, or this image's, says"
     )
-    create.add_argument("--secret", default="", metavar="FILE", help="the passphrase of an encrypted base")
+    _add_secret(create)
 
     info = commands.add_parser("info", help="show what an image is")
     info.set_defaults(run=_info)
     info.add_argument("image", metavar="IMAGE")
     info.add_argument("--json", action="store_true")
+    _add_secret(info)
 
     check = commands.add_parser(
         "check",
@@ -102,7 +103,8 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("image", metavar="IMAGE")
     check.add_argument("--repair", action="store_true", help="mend what can be; without it nothing is written")
     check.add_argument("--json", action="store_true")
-    check.add_argument("--secret", default="", metavar="FILE", help="the passphrase of an encrypted base or data file")
+    _add_names(check, "base_path=DIR: where a data file may lie that --repair writes to, beside the image's folder")
+    _add_secret(check)
 
     amend = commands.add_parser("amend", help="change what an image says of its base")
     amend.set_defaults(run=_amend)
@@ -116,8 +118,10 @@ def _parser() -> argparse.ArgumentParser:
     convert.set_defaults(run=_convert)
     convert.add_argument("source", metavar="SRC")
     convert.add_argument("target", metavar="DST")
-    convert.add_argument("-f", "--source-format", default="", metavar="FMT", help="default: by its first bytes")
+    convert.add_argument("-f", "--source-format", default="", metavar="FMT", help="default: raw, for NAME.fvd fvd")
     convert.add_argument("-O", "--target-format", default="", metavar="FMT", help="default: by its name, else raw")
+    _add_names(convert, "base_path=DIR, allow_url=PREFIX: where names in the source may lead, beside its folder")
+    _add_secret(convert)
     _add_layout(convert)
 
     mount = commands.add_parser(
@@ -162,11 +166,29 @@ def _parser() -> argparse.ArgumentParser:
     map_.add_argument("image", metavar="IMAGE|RAW", help="an image, or a raw file in a mount")
     map_.add_argument("--json", action="store_true")
     map_.add_argument("--png", metavar="FILE", help="draw a picture")
+    _add_secret(map_)
 
     umount = commands.add_parser("umount", help="unmount, and wait until every image is closed")
     umount.set_defaults(run=_umount)
     umount.add_argument("mountpoint", metavar="MOUNTPOINT")
     return parser
+
+
+def _add_names(command: argparse.ArgumentParser, text: str) -> None:
+    command.add_argument("-o", dest="options", action="append", default=[], metavar="OPTIONS", help=text)
+
+
+def _named(arguments: argparse.Namespace, *known: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The folders and URLs that a command's -o options allow. Raises UsageError."""
+    options = parse_mount_options(arguments.options)
+    for option in options:
+        if option not in known:
+            raise UsageError(f"-o {option}: is for mount; here there are: {', '.join(known)}")
+    return _roots("", options.get("base_path", ""))[1:], tuple(options.get("allow_url", "").split())
+
+
+def _add_secret(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--secret", default="", metavar="FILE", help="the passphrase of encrypted images")
 
 
 def _add_layout(command: argparse.ArgumentParser) -> None:
@@ -225,6 +247,17 @@ def _layout_options(arguments: argparse.Namespace) -> CreateOptions:
     )
 
 
+def _absolute(path: str) -> str:
+    return os.path.abspath(path) if path else ""
+
+
+def _set_up_terminal() -> None:
+    """Remarks of a command that ends by itself go to the terminal, a line each."""
+    terminal = logging.StreamHandler()
+    terminal.setFormatter(daemon.LogFormatter("fvdfs: %(message)s"))
+    logging.basicConfig(handlers=[terminal])
+
+
 def _create(arguments: argparse.Namespace) -> int:
     from fvdfs.create import create_image
     from fvdfs.profiles import read_profile
@@ -238,6 +271,7 @@ def _create(arguments: argparse.Namespace) -> int:
         force=arguments.force,
         secret_file=arguments.secret,
         profile=read_profile(arguments.profile) if arguments.profile else (),
+        read=[name for name in (arguments.profile, arguments.secret) if name],
     )
     for remark in remarks:
         print(f"fvdfs: {remark}", file=sys.stderr)
@@ -247,10 +281,8 @@ def _create(arguments: argparse.Namespace) -> int:
 def _info(arguments: argparse.Namespace) -> int:
     from fvdfs.info import describe, render
 
-    terminal = logging.StreamHandler()
-    terminal.setFormatter(daemon.LogFormatter("fvdfs: %(message)s"))
-    logging.basicConfig(handlers=[terminal])
-    facts = describe(arguments.image)
+    _set_up_terminal()
+    facts = describe(arguments.image, secret_file=_absolute(arguments.secret))
     print(json.dumps(facts, indent=2) if arguments.json else render(facts))
     return 0
 
@@ -258,8 +290,9 @@ def _info(arguments: argparse.Namespace) -> int:
 def _check(arguments: argparse.Namespace) -> int:
     from fvdfs.check import check_image, describe, render
 
-    logging.basicConfig(format="fvdfs: %(message)s")
-    report = check_image(arguments.image, repair=arguments.repair, secret_file=arguments.secret)
+    _set_up_terminal()
+    roots, _ = _named(arguments, "base_path")
+    report = check_image(arguments.image, repair=arguments.repair, secret_file=arguments.secret, roots=roots)
     print(json.dumps(describe(report), indent=2) if arguments.json else render(report))
     return report.exit_code
 
@@ -274,9 +307,12 @@ def _amend(arguments: argparse.Namespace) -> int:
 def _convert(arguments: argparse.Namespace) -> int:
     import trio
 
-    from fvdfs.convert import convert
+    from fvdfs.convert import Permission, convert
     from fvdfs.progress import progress_bar
 
+    _set_up_terminal()
+    roots, urls = _named(arguments, "base_path", "allow_url")
+    permission = Permission(roots, urls, secret_file=_absolute(arguments.secret))
     with progress_bar() as progress:
         work = functools.partial(
             convert,
@@ -286,6 +322,7 @@ def _convert(arguments: argparse.Namespace) -> int:
             target_format=arguments.target_format,
             options=_layout_options(arguments),
             force=arguments.force,
+            permission=permission,
             progress=progress,
         )
         remarks = trio.run(work)
@@ -332,9 +369,10 @@ def _profile(arguments: argparse.Namespace) -> int:
 def _map(arguments: argparse.Namespace) -> int:
     from fvdfs.control import draw_map, print_map, read_map
 
-    found = read_map(arguments.image)
+    _set_up_terminal()
+    found = read_map(arguments.image, secret_file=_absolute(arguments.secret))
     if arguments.png:
-        draw_map(found, arguments.png)
+        draw_map(found, arguments.png, arguments.image)
     if arguments.json:
         print(json.dumps(found))
     elif not arguments.png:

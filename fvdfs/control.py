@@ -26,10 +26,12 @@ from fvdfs.errors import UsageError
 from fvdfs.info import human_size
 from fvdfs.map import BAR_CELLS, image_map, merged, totals
 from fvdfs.mounts import DEAD, refuse_dead
+from fvdfs.newfiles import NewFiles
 from fvdfs.xattrs import MAP, PID, PREFETCH, STATUS
 
 INTERVAL = 0.5  # seconds between two looks
 COLOURS = {"local": (46, 139, 87), "base": (70, 110, 180), "hole": (225, 225, 225)}
+_PNG = b"\x89PNG\r\n\x1a\n"
 _NOT_OURS = (errno.ENODATA, errno.EOPNOTSUPP, errno.ENOTSUP)
 
 
@@ -143,7 +145,7 @@ def control_prefetch(command: str, raw: str) -> None:
 # --- map ----------------------------------------------------------------------------------------
 
 
-def read_map(path: str) -> dict[str, Any]:
+def read_map(path: str, *, secret_file: str = "") -> dict[str, Any]:
     """The map of an image, or of a raw file in a mount. Raises UsageError, ImageError, OSError."""
     if path.endswith(".raw"):
         with _explained(path):
@@ -151,7 +153,7 @@ def read_map(path: str) -> dict[str, Any]:
             return found
 
     async def read() -> dict[str, Any]:
-        image = await open_image(path, Policy(writable=False))
+        image = await open_image(path, Policy(writable=False, secret_file=secret_file))
         try:
             return await image_map(image)
         finally:
@@ -175,8 +177,11 @@ def print_map(found: dict[str, Any]) -> None:
         console.print(f"{signs[state]} {state:<6}{size / whole:6.1%}  {human_size(size)}")
 
 
-def draw_map(found: dict[str, Any], path: str) -> None:
-    """The map as a picture (PNG), a square for each cell, in rows. Raises UsageError where Pillow is missing."""
+def draw_map(found: dict[str, Any], path: str, image: str) -> None:
+    """The map of an image as a picture (PNG), a square for each cell, in rows.
+
+    Nothing is overwritten but an older picture. Raises UsageError, also where Pillow is missing, ImageBusy, OSError.
+    """
     try:
         from PIL import Image, ImageDraw
     except ImportError:
@@ -191,4 +196,17 @@ def draw_map(found: dict[str, Any], path: str) -> None:
         colours = [COLOURS[state] for state in found["states"]]
         mix = [sum(c * colour[i] for c, colour in zip(counts, colours, strict=True)) // whole for i in range(3)]
         draw.rectangle((x, y, x + square - 2, y + square - 2), fill=(mix[0], mix[1], mix[2]))
-    picture.save(path, "PNG")
+    with NewFiles(force=_is_picture(path)) as files:
+        files.protect_file(image)
+        with open(files.add(path).place, "wb") as file:
+            picture.save(file, "PNG")
+        files.publish()
+
+
+def _is_picture(path: str) -> bool:
+    """Whether a file is there that a picture may replace: one, or an empty one."""
+    try:
+        with open(path, "rb") as file:
+            return os.path.isfile(path) and file.read(len(_PNG)) in (_PNG, b"")
+    except OSError:
+        return False

@@ -7,21 +7,24 @@ nowhere nothing is read.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
-import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import trio
 
-from fvdfs.alloc.formats import detect
-from fvdfs.alloc.store import Buffer, HostFile, Store, open_path
-from fvdfs.chain import FVD_FORMAT, Policy, open_image, open_other
-from fvdfs.create import create_image
-from fvdfs.errors import ImageError, UsageError
+from fvdfs.alloc.formats import PROBE_SIZE, detect, is_local, parse_location
+from fvdfs.alloc.qsd import QsdStore
+from fvdfs.alloc.store import Buffer, Store, open_path
+from fvdfs.chain import FVD_FORMAT, HostStore, Policy, open_image, open_other, unstated_format
+from fvdfs.create import make_image, qemu_create
+from fvdfs.errors import ImageError, UsageError, leading
 from fvdfs.header import SECTOR, CreateOptions, round_up
-from fvdfs.image import Image
+from fvdfs.image import Image, Zeroes
+from fvdfs.newfiles import NewFile, NewFiles, host_files, permissions
 
 PIECE = 1 << 20  # bytes
 UNIT = 64 << 10  # bytes; what is compared, and written or not
@@ -56,37 +59,29 @@ class Side(Protocol):
 class StoreSide:
     """A store as a side: a raw file, or another format behind one."""
 
-    def __init__(self, store: Store, size: int) -> None:
-        self._store = store
+    def __init__(self, store: Store, size: int, *, keep_open: bool = False) -> None:
+        """`keep_open`: the store is somebody else's to close."""
+        self.store = store
         self.size = size
+        self._keep_open = keep_open
 
     async def read(self, offset: int, length: int) -> Buffer:
         buffer = bytearray(length)
-        await self._store.pread(memoryview(buffer), offset)
+        await self.store.pread(memoryview(buffer), offset)
         return buffer
 
     async def next_data(self, start: int, stop: int) -> int:
-        return await self._store.next_data(start, stop)
+        return await self.store.next_data(start, stop)
 
     async def write(self, offset: int, data: Buffer) -> None:
-        await self._store.pwrite(data, offset)
+        await self.store.pwrite(data, offset)
 
     async def flush(self) -> None:
-        await self._store.flush()
+        await self.store.flush()
 
     async def close(self) -> None:
-        await self._store.aclose()
-
-
-def format_of_file(path: str) -> str:
-    """The format that a file's first bytes show; raw where they show none. Raises OSError."""
-    store = open_path(path, writable=False)
-    try:
-        first = bytearray(SECTOR)
-        store.pread_now(memoryview(first), 0)
-        return detect(bytes(first)) or "raw"
-    finally:
-        store.close()
+        if not self._keep_open:
+            await self.store.aclose()
 
 
 def format_of_name(path: str) -> str:
@@ -100,49 +95,121 @@ def exists(path: str) -> bool:
     return os.path.exists(path)
 
 
-async def open_source(name: str, file_format: str) -> Side:
-    """Open what is to be converted. Raises ImageError, OSError."""
+@dataclass(frozen=True, slots=True)
+class Permission:
+    """Where the names inside of images may lead, beside the folder of the image; and to its secrets."""
+
+    roots: tuple[str, ...] = ()
+    allowed_urls: tuple[str, ...] = ()
+    secret_file: str = ""
+
+    def policy(self, *names: str) -> Policy:
+        """What an image that the user named may do, as in a mount of its folder; and what he named beside it."""
+        roots, urls = list(self.roots), list(self.allowed_urls)
+        for name in names:
+            location = parse_location(name)
+            if exists(name) or location.path is not None:
+                path = name if exists(name) else str(location.path)
+                roots += [os.path.realpath(os.path.dirname(path) or "."), os.path.realpath(path)]
+            else:
+                urls.append(location.url)
+        return Policy(roots=tuple(roots), allowed_urls=tuple(urls), secret_file=self.secret_file)
+
+
+async def open_source(name: str, file_format: str, permission: Permission) -> tuple[Side, list[str]]:
+    """Open what is to be converted, and lock it for reading; remarks for the user.
+
+    Raises UsageError, ImageError, OSError.
+    """
+    remarks: list[str] = []
+    looks_like: str | None = None
+    if not file_format and exists(name):
+        file_format, looks_like = unstated_format(name)
     if file_format == FVD_FORMAT:
-        return await open_image(name, Policy(writable=False, allowed_urls=("",)))
-    if file_format == "raw" and exists(name):
-        store: Store = open_path(name, writable=False)
+        policy = replace(permission.policy(name), writable=False)
+        return await open_image(name, policy), remarks
+    if file_format in ("", "raw") and exists(name):
+        store: HostStore = open_path(name, writable=False)
     else:
-        store = await open_other(name, file_format, Policy(allowed_urls=("",)), writable=False)
-    return StoreSide(store, round_up(await store.size(), SECTOR))
+        stated = file_format or parse_location(name).format
+        store = await open_other(name, stated or "raw", permission.policy(name), writable=False)
+    try:
+        await trio.to_thread.run_sync(store.lock, False)
+        if isinstance(store, QsdStore) and not stated:
+            first = bytearray(PROBE_SIZE)
+            await store.pread(memoryview(first), 0)
+            looks_like = detect(bytes(first))
+        if looks_like:
+            remarks.append(f"{name} looks like {looks_like}, but is read as raw; if that is wrong: -f {looks_like}")
+        return StoreSide(store, round_up(await store.size(), SECTOR)), remarks
+    except BaseException:
+        with trio.CancelScope(shield=True):
+            await store.aclose()
+        raise
+
+
+def stores_of(side: Side) -> list[Store]:
+    """All that it stands on."""
+    if isinstance(side, StoreSide):
+        return [side.store]
+    found: list[Store] = []
+    image: Image | Store | None = side if isinstance(side, Image) else None
+    while isinstance(image, Image):
+        found += [image.meta, image.data]
+        image = image.base
+    return found if image is None else [*found, image]
 
 
 async def open_target(
-    path: str, file_format: str, size: int, options: CreateOptions, *, force: bool
+    files: NewFiles, path: str, file_format: str, size: int, options: CreateOptions, permission: Permission
 ) -> tuple[Side, list[str]]:
     """Make a new image of `size` bytes and open it; remarks for the user. Raises UsageError, ImageError, OSError."""
+    if not is_local(path):
+        raise UsageError(f"{path}: a new image must be a file or a device of this host")
     if file_format == FVD_FORMAT:
-        make = functools.partial(create_image, path, size, options, force=force)
+        make = functools.partial(make_image, files, path, size, options, secret_file=permission.secret_file)
         remarks = await trio.to_thread.run_sync(make)
-        return await open_image(path, Policy(allowed_urls=("",)), write=True), remarks
+        named = [os.path.join(os.path.dirname(path), options.base_img)] if is_local(options.base_img) else []
+        named += [options.base_img] if not is_local(options.base_img) else []
+        policy = permission.policy(path, *(named if options.base_img else []))
+        roots = policy.roots + tuple(os.path.dirname(file.final) for file in files.files)
+        policy = replace(policy, roots=roots, unnamed=files.unnamed, zeroes=Zeroes.ON)
+        for file in files.files:
+            await trio.to_thread.run_sync(file.let_go)
+        return await open_image(path, policy, write=True), remarks
     if options != CreateOptions():
         raise UsageError(f"{path}: options of FVD images do not go with the format {file_format}")
-    if exists(path) and not force:
-        raise UsageError(f"{path} exists already; choose another name, or --force to overwrite it")
-    if file_format == "raw":
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
-        os.ftruncate(descriptor, size)
-        return StoreSide(HostFile(descriptor, path, writable=True), size), []
-    if file_format not in QEMU_TARGETS:
+    if file_format not in ("raw", *QEMU_TARGETS):
         known = ", ".join(("raw", FVD_FORMAT, *QEMU_TARGETS))
         raise UsageError(f"--target-format {file_format}: can make {known}")
-    command = ["qemu-img", "create", "-q", "-f", file_format, "--", path, str(size)]
-    try:
-        done = await trio.run_process(command, capture_stdout=True, stderr=subprocess.STDOUT, check=False)
-    except FileNotFoundError:
-        raise UsageError("qemu-img is missing: install the package qemu-utils") from None
-    if done.returncode:
-        raise UsageError(done.stdout.decode(errors="replace").strip())
-    return StoreSide(await open_other(path, file_format, Policy(), writable=True), size), []
+    if exists(path) and not files.force:
+        raise UsageError(f"{path} exists already; choose another name, or --force to overwrite it")
+    file = await trio.to_thread.run_sync(files.add, path)
+    if file_format == "raw":
+        await trio.to_thread.run_sync(_make_raw, file, size)
+        return StoreSide(file.store, size, keep_open=True), []
+    await trio.to_thread.run_sync(file.let_go)
+    await trio.to_thread.run_sync(qemu_create, file, file_format, size)
+    name = os.path.join(os.path.dirname(path), os.path.basename(path))
+    policy = Policy(unnamed=((name, file.place),))
+    return StoreSide(await open_other(name, file_format, policy, writable=True), size), []
 
 
-async def copy(source: Side, target: Side, progress: Progress) -> None:
-    """Make the target's content the source's; the target is new, and at least as large. Raises OSError."""
-    over_base = isinstance(target, Image) and target.bitmap is not None
+def _make_raw(file: NewFile, size: int) -> None:
+    if not file.is_device:
+        os.ftruncate(file.store.fileno(), size)
+        return
+    have = file.store.size_now()
+    if have < size:
+        raise UsageError(f"{file.path}: the device has {have} bytes, {size} are needed")
+    file.store.zero_now(0, size)
+
+
+async def copy(source: Side, target: Side, progress: Progress, *, over_base: bool) -> None:
+    """Make the target's content the source's; the target is new, and at least as large.
+
+    `over_base`: whether a new target holds anything else than zeros. Raises ImageError, OSError.
+    """
     sides = (source, target) if over_base else (source,)
     size = source.size
     looking = trio.Lock()
@@ -171,9 +238,15 @@ async def copy(source: Side, target: Side, progress: Progress) -> None:
                 await target.write(start + begin, memoryview(data)[begin:end])
             await trio.lowlevel.checkpoint()
 
-    async with trio.open_nursery() as nursery:
-        for _ in range(WORKERS):
-            nursery.start_soon(work)
+    error: BaseException | None = None
+    try:
+        async with trio.open_nursery() as nursery:
+            for _ in range(WORKERS):
+                nursery.start_soon(work)
+    except BaseExceptionGroup as group:
+        error = leading(group)
+    if error is not None:
+        raise error
     await target.flush()
 
 
@@ -202,30 +275,113 @@ async def convert(
     target_format: str = "",
     options: CreateOptions | None = None,
     force: bool = False,
+    permission: Permission | None = None,
     progress: Progress = lambda done, total: None,
 ) -> list[str]:
     """Make `target_name` an image with the content of `source_name`; remarks for the user.
 
-    Formats that are not given are taken from the source's first bytes and the target's name. Raises
-    UsageError, ImageError, OSError; a target that could not be completed is left incomplete.
+    The source's format is raw where none is given, unless its name is that of an FVD image (`unstated_format`); the
+    target's is that of its name. Raises UsageError, ImageError, OSError; what was at the target's name is then still
+    there, but on a device, which holds no image then.
     """
-    if not source_format:
-        source_format = format_of_file(source_name) if exists(source_name) else "raw"
-    source = await open_source(source_name, source_format)
+    permission = permission or Permission()
+    source, remarks = await open_source(source_name, source_format, permission)
     try:
-        target, remarks = await open_target(
-            target_name,
-            target_format or format_of_name(target_name),
-            source.size,
-            options or CreateOptions(),
-            force=force,
-        )
-        try:
-            await copy(source, target, progress)
-        finally:
-            with trio.CancelScope(shield=True):
+        stores = stores_of(source)
+        held = [file for store in stores for file in host_files(store)]
+        with NewFiles(force=force, mode=permissions(held)) as files:
+            files.protect(stores)
+            if permission.secret_file:
+                files.protect_file(permission.secret_file)
+            target_format = target_format or format_of_name(target_name)
+            target, more = await open_target(
+                files, target_name, target_format, source.size, options or CreateOptions(), permission
+            )
+            remarks += more
+            header = b""
+            try:
+                if isinstance(target, Image) and files.files[-1].is_device:
+                    header = await _withhold_header(target)
+                over_base = isinstance(target, Image) and target.bitmap is not None
+                await copy(_Named(source, source_name), _Named(target, target_name), progress, over_base=over_base)
+            except BaseException:
+                with trio.CancelScope(shield=True):
+                    await _give_up(target)
+                raise
+            with trio.CancelScope(shield=True), _named(target_name):
                 await target.close()
+            if header:
+                await trio.to_thread.run_sync(_restore_header, target_name, header)
+            await trio.to_thread.run_sync(files.publish)
     finally:
         with trio.CancelScope(shield=True):
             await source.close()
     return remarks
+
+
+async def _withhold_header(image: Image) -> bytes:
+    """Have an image on a device be none while it is filled; what makes it one again. Raises OSError."""
+    first = bytearray(SECTOR)
+    await image.meta.pread(memoryview(first), 0)
+    await image.meta.pwrite(bytes(SECTOR), 0)
+    await image.meta.flush()
+    return bytes(first)
+
+
+def _restore_header(path: str, first: bytes) -> None:
+    store = open_path(path, writable=True)
+    try:
+        os.fsync(store.fileno())
+        store.pwrite_now(first, 0)
+        os.fsync(store.fileno())
+    finally:
+        store.close()
+
+
+async def _give_up(target: Side) -> None:
+    """Close what nobody is going to see."""
+    if isinstance(target, Image):
+        target.writable = False  # nothing is committed
+    with contextlib.suppress(OSError):
+        await target.close()
+
+
+@contextlib.contextmanager
+def _named(name: str) -> Iterator[None]:
+    """Errors of the system tell which file they are about."""
+    try:
+        yield
+    except OSError as error:
+        text = error.strerror or str(error)
+        if error.filename or name in text:
+            raise
+        raise OSError(error.errno, f"{name}: {text}") from error
+
+
+class _Named:
+    """A side whose errors tell its name."""
+
+    def __init__(self, side: Side, name: str) -> None:
+        self._side = side
+        self._name = name
+        self.size = side.size
+
+    async def read(self, offset: int, length: int) -> Buffer:
+        with _named(self._name):
+            return await self._side.read(offset, length)
+
+    async def next_data(self, start: int, stop: int) -> int:
+        with _named(self._name):
+            return await self._side.next_data(start, stop)
+
+    async def write(self, offset: int, data: Buffer) -> None:
+        with _named(self._name):
+            await self._side.write(offset, data)
+
+    async def flush(self) -> None:
+        with _named(self._name):
+            await self._side.flush()
+
+    async def close(self) -> None:
+        with _named(self._name):
+            await self._side.close()

@@ -19,9 +19,9 @@ import trio
 
 from fvdfs.alloc.formats import RAW, is_local
 from fvdfs.alloc.qsd import QsdStore
-from fvdfs.alloc.store import HostFile, open_path
+from fvdfs.alloc.store import HostFile, Store, open_path
 from fvdfs.alloc.table import new_table
-from fvdfs.chain import FVD_FORMAT, MAX_REGION, RAW_FORMATS, Policy, format_of, open_chain
+from fvdfs.chain import FVD_FORMAT, MAX_REGION, RAW_FORMATS, Policy, open_chain, unstated_format
 from fvdfs.cow.bitmap import Bitmap, bitmap_bytes
 from fvdfs.cow.profile import Extent, encode
 from fvdfs.errors import ImageError, UnstatedFormat, UsageError
@@ -39,6 +39,7 @@ from fvdfs.header import (
     round_up,
     with_fields,
 )
+from fvdfs.newfiles import NewFile, NewFiles, host_files
 
 _ZEROS = bytes(1 << 20)
 
@@ -50,6 +51,10 @@ class BaseImage:
     path: str | None
     """None: a URL, or a format whose files are not looked at here."""
     length: int
+    format: str
+    """What it is."""
+    files: list[tuple[tuple[int, int], str]]
+    """What must not be overwritten: identity and name of each file of this host that it is made of."""
 
 
 def inspect_base(image: str, name: str, base_format: str, secret_file: str = "") -> BaseImage:
@@ -61,20 +66,22 @@ def inspect_base(image: str, name: str, base_format: str, secret_file: str = "")
     try:
         if not is_local(name) or base_format not in (*RAW_FORMATS, FVD_FORMAT):
             secret = os.path.abspath(secret_file) if secret_file else ""
-            return BaseImage(None, trio.run(_length_of_other, image, name, base_format, secret))
+            return trio.run(_inspect_other, image, name, base_format, secret)
+        if not base_format:
+            base_format, looks_like = unstated_format(path)
+            if looks_like:
+                raise _unstated(name, looks_like)
         if base_format == FVD_FORMAT:
             chain = open_chain(path, Policy(writable=False))
             try:
-                return BaseImage(path, chain.layers[0].header.virtual_disk_size)
+                size = chain.layers[0].header.virtual_disk_size
+                return BaseImage(path, size, base_format, _identities(chain.stores()))
             finally:
                 for store in chain.stores():
                     store.close()
         store = open_path(path, writable=False)
         try:
-            looks_like = format_of(store)
-            if looks_like and not base_format:
-                raise _unstated(name, looks_like)
-            return BaseImage(path, store.size_now())
+            return BaseImage(path, store.size_now(), base_format, _identities([store]))
         finally:
             store.close()
     except OSError as error:
@@ -94,6 +101,10 @@ def _unstated(name: str, looks_like: str) -> UsageError:
     return UsageError(f"--base {name}: looks like {looks_like}; say what it is: --base-format {looks_like}, or raw")
 
 
+def _identities(stores: Sequence[Store]) -> list[tuple[tuple[int, int], str]]:
+    return [(file.identity, file.name) for store in stores for file in host_files(store)]
+
+
 def create_image(
     path: str,
     virtual_size: int | None,
@@ -102,18 +113,42 @@ def create_image(
     force: bool = False,
     secret_file: str = "",
     profile: Sequence[Extent] = (),
+    read: Sequence[str] = (),
 ) -> list[str]:
     """Make an image; remarks for the user. `virtual_size` in bytes, None: the base's; rounded up to a sector.
 
-    `profile`: what is to be fetched first from the base once the image is opened.
+    `profile`: what is to be fetched first from the base once the image is opened. `read`: files that must not
+    be overwritten, beside those of the base.
 
-    Raises UsageError for what cannot be, OSError where the disk refuses. A file that exists, or a
+    Raises UsageError for what cannot be, ImageBusy, OSError where the disk refuses. A file that exists, or a
     device that does not look empty, is overwritten only with `force`.
     """
+    with NewFiles(force=force) as files:
+        for name in read:
+            files.protect_file(name)
+        remarks = make_image(files, path, virtual_size, options, secret_file=secret_file, profile=profile)
+        files.publish()
+        return remarks
+
+
+def make_image(
+    files: NewFiles,
+    path: str,
+    virtual_size: int | None,
+    options: CreateOptions,
+    *,
+    secret_file: str = "",
+    profile: Sequence[Extent] = (),
+) -> list[str]:
+    """`create_image`, but for the names of the files, which the caller publishes. On a device it is done at once."""
     remarks = []
     base = None
     if options.base_img:
         base = inspect_base(path, options.base_img, options.base_img_fmt, secret_file)
+        if base.format == FVD_FORMAT:
+            options = dataclasses.replace(options, base_img_fmt=FVD_FORMAT)
+        for identity, name in base.files:
+            files.protect_identity(identity, name)
     if virtual_size is None:
         if base is None:
             raise UsageError("say how large the disk shall be: fvdfs create IMAGE SIZE (or give --base)")
@@ -169,22 +204,17 @@ def create_image(
     parts = [(0, raw), *_metadata(header, bitmap)]
     if profile_data:
         parts.append((header.prefetch_profile_offset, profile_data))
+    zeros = [(r.offset, r.size) for r in metadata]
+    size = header.metadata_size
     if not options.data_file:
-        zeros = [(r.offset, r.size) for r in metadata] + [(header.metadata_size + at, size) for at, size in holes]
-        _make(path, header.metadata_size + _data_size(header), zeros, parts, force)
-        return remarks
-    new = data_path is not None and not os.path.exists(data_path)
-    if other_data:
-        _make_other(path, data_path, options.data_file_fmt, header.virtual_disk_size)
+        zeros += [(header.metadata_size + at, size) for at, size in holes]
+        size += _data_size(header)
+    elif other_data:
+        _make_other(files, data_path, options.data_file_fmt, header.virtual_disk_size)
     else:
         assert data_path is not None
-        _make(data_path, _data_size(header), holes, [], force)
-    try:
-        _make(path, header.metadata_size, [(r.offset, r.size) for r in metadata], parts, force)
-    except BaseException:
-        if new and data_path is not None:
-            os.unlink(data_path)
-        raise
+        _fill(files.add(data_path), _data_size(header), holes, [], files.force)
+    _fill(files.add(path), size, zeros, parts, files.force)
     return remarks
 
 
@@ -242,48 +272,35 @@ def _refuse_overlap(path: str, data_path: str | None, base: BaseImage | None) ->
         raise UsageError(f"{' and '.join(real)} must be different files")
 
 
-def _make(
-    path: str, size: int, zeros: Sequence[tuple[int, int]], parts: Sequence[tuple[int, bytes]], force: bool
+def _fill(
+    file: NewFile, size: int, zeros: Sequence[tuple[int, int]], parts: Sequence[tuple[int, bytes]], force: bool
 ) -> None:
-    """Make a sparse file of this size, or take a device; it holds the parts, and zeros in these ranges.
+    """Give the file its size, sparse, or take a device; it holds the parts, and zeros in these ranges.
 
-    A file that could not be completed is removed again.
+    The first part is what makes it an image: of a device it is written when all else is stable.
     """
-    device = _is_device(path)
-    flags = os.O_RDWR | os.O_CLOEXEC | (0 if device else os.O_CREAT | (0 if force else os.O_EXCL))
+    store = file.store
     try:
-        fd = os.open(path, flags, 0o666)
-    except FileExistsError:
-        raise UsageError(f"{path} exists already; choose another name, or --force to overwrite it") from None
+        if not file.is_device:
+            os.ftruncate(store.fileno(), size)
+            for offset, data in parts:
+                store.pwrite_now(data, offset)
+            return
+        _look_at_device(store, size, force)
+        for offset, length in zeros:
+            store.zero_now(offset, length)
+        for part in (parts[1:], parts[:1]):
+            os.fsync(store.fileno())
+            for offset, data in part:
+                store.pwrite_now(data, offset)
+        os.fsync(store.fileno())
     except OSError as error:
-        raise UsageError(f"{path}: {error.strerror}") from error
-    store = HostFile(fd, path, writable=True)
-    try:
-        store.lock(exclusive=True)
-        if device:
-            _take_device(store, size, force)
-            for offset, length in zeros:
-                store.zero_now(offset, length)
-        else:
-            if not stat.S_ISREG(os.fstat(fd).st_mode):
-                raise UsageError(f"{path}: neither a regular file nor a block device")
-            os.ftruncate(fd, 0)
-            os.ftruncate(fd, size)
-        for offset, data in parts:
-            store.pwrite_now(data, offset)
-        os.fsync(fd)
-    except OSError as error:
-        if not force and not device:
-            os.unlink(path)
         if error.errno in (errno.EFBIG, errno.ENOSPC, errno.EDQUOT):
-            raise UsageError(f"{path}: no room for a file of {size} bytes: {error.strerror}") from error
-        raise
-    finally:
-        store.close()
+            raise UsageError(f"{file.path}: no room for a file of {size} bytes: {error.strerror}") from error
+        raise OSError(error.errno, f"{file.path}: {error.strerror}") from error
 
 
-def _take_device(store: HostFile, size: int, force: bool) -> None:
-    store.claim_device()
+def _look_at_device(store: HostFile, size: int, force: bool) -> None:
     have = store.size_now()
     if have < size:
         raise UsageError(f"{store.name}: the device has {have} bytes, {size} are needed")
@@ -293,28 +310,37 @@ def _take_device(store: HostFile, size: int, force: bool) -> None:
         raise UsageError(f"{store.name}: the device does not look empty; --force to overwrite it")
 
 
-async def _length_of_other(image: str, name: str, file_format: str, secret_file: str) -> int:
-    """Bytes of a base that QEMU opens. Raises ImageError, UsageError, OSError."""
+async def _inspect_other(image: str, name: str, file_format: str, secret_file: str) -> BaseImage:
+    """A base that QEMU opens. Raises ImageError, UsageError, OSError."""
     policy = Policy(allowed_urls=("",), secret_file=secret_file)
     store = QsdStore(image, "base_img", name, file_format, policy, writable=False)
     try:
         await store.start()
-        return await store.size()
+        return BaseImage(None, await store.size(), file_format, _identities([store]))
     finally:
         await store.aclose()
 
 
-def _make_other(image: str, path: str | None, file_format: str, size: int) -> None:
-    """Make a data file of another format; one that exists, or lies elsewhere, has to be empty and large enough."""
-    if path is None or os.path.exists(path):
+def _make_other(files: NewFiles, path: str | None, file_format: str, size: int) -> None:
+    """Make a data file of another format, which must not exist yet."""
+    if path is None or os.path.lexists(path):
         raise UsageError(f"--data-file: {path or 'a URL'} must not exist yet; it is made together with the image")
-    command = ["qemu-img", "create", "-q", "-f", file_format, "--", path, str(size)]
     try:
-        subprocess.run(command, check=True, capture_output=True, text=True)
+        qemu_create(files.add(path), file_format, size)
+    except UsageError as error:
+        raise UsageError(f"--data-file: {error}") from None
+
+
+def qemu_create(file: NewFile, file_format: str, size: int) -> None:
+    """Make a new file an image of a format of QEMU's. Raises UsageError."""
+    command = ["qemu-img", "create", "-q", "-f", file_format, "--", file.place, str(size)]
+    try:
+        subprocess.run(command, check=True, capture_output=True)
     except FileNotFoundError:
         raise UsageError("qemu-img is missing: install the package qemu-utils") from None
     except subprocess.CalledProcessError as error:
-        raise UsageError(f"--data-file: {error.stderr.strip()}") from None
+        said: str = os.fsdecode(error.stderr).strip().replace(file.place, file.path)
+        raise UsageError(said or f"qemu-img ended with exit code {error.returncode}") from None
 
 
 def _mark_holes(bitmap: Bitmap, header: Header, path: str, unit: int) -> None:

@@ -15,6 +15,19 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode("ascii") for c in text)
 
 
+def leading(error: BaseException) -> BaseException:
+    """The one error that a group comes to: an interrupt before a defect, that before what is anybody's fault."""
+    if not isinstance(error, BaseExceptionGroup):
+        return error
+    return min((leading(each) for each in error.exceptions), key=_rank)
+
+
+def _rank(error: BaseException) -> int:
+    if not isinstance(error, Exception):
+        return 0
+    return 2 if isinstance(error, FvdError | OSError) else 1
+
+
 class FvdError(Exception):
     """Base of fvdfs's own errors; its text is one line for a person."""
 

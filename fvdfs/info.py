@@ -14,7 +14,7 @@ from fvdfs.header import Header
 from fvdfs.image import Image
 
 
-def describe(path: str) -> dict[str, Any]:
+def describe(path: str, *, secret_file: str = "") -> dict[str, Any]:
     """Everything that is known of the image at `path`, ready for JSON: header fields, and what they mean.
 
     Raises ImageError where it is no image. What only hides a part, as a missing base, or an image in
@@ -22,11 +22,12 @@ def describe(path: str) -> dict[str, Any]:
     """
     problems: list[str] = []
     image: Image | None = None
+    policy = Policy(writable=False, secret_file=secret_file)
     try:
-        chain = open_chain(path, Policy(writable=False))
+        chain = open_chain(path, policy)
     except FvdError as error:
         problems.append(str(error))
-        chain = open_chain(path, Policy(writable=False), top_only=True)
+        chain = open_chain(path, policy, top_only=True)
     header = chain.layers[0].header
     usage = chain.layers[0].usage()
     base_chain = _names(chain)
@@ -35,6 +36,8 @@ def describe(path: str) -> dict[str, Any]:
             image = trio.run(load_chain, chain)
         except ImageBusy as error:
             problems.append(f"{error.reason}; until then only the header can be shown")
+        except (FvdError, OSError) as error:
+            problems.append(str(error))
     else:
         for store in chain.stores():
             store.close()

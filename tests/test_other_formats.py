@@ -200,9 +200,9 @@ def test_a_base_that_leads_astray_is_refused(folder: Path, content: bytes) -> No
         "json": ('json:{"driver":"file","filename":"/etc/shadow"}', "", "base_path=/etc"),
         "fifo": ("fifo", "", "neither a regular file nor a block device"),
         "qcow2-fifo": ("fifo", "qcow2", "neither a regular file nor a block device"),
-        "device": ("/dev/loop-control", "", "outside the mounted folder"),
+        "device": ("/dev/loop-control", "", "outside the folder of the images"),
         "itself": ("itself.fvd", "fvd", "the chain is a loop"),
-        "proc": ("/proc/self/mem", "", "outside the mounted folder"),
+        "proc": ("/proc/self/mem", "", "outside the folder of the images"),
     }
     for name, (base, file_format, _) in astray.items():
         must("create", folder / f"{name}.fvd", "-b", "base.raw")
@@ -229,10 +229,10 @@ def test_convert_from_everything_to_everything(folder: Path, content: bytes, tmp
     raw = folder / "base.raw"
     must("convert", raw, folder / "compact.fvd", "--compact", "--chunk-size", "64K")
     must("convert", folder / "compact.fvd", folder / "b.qcow2")
-    must("convert", folder / "b.qcow2", folder / "plain.fvd")
+    must("convert", "-f", "qcow2", folder / "b.qcow2", folder / "plain.fvd")
     must("convert", folder / "plain.fvd", folder / "c.vdi")
-    must("convert", folder / "c.vdi", folder / "back.raw")
-    must("convert", folder / "b.qcow2", folder / "cow.fvd", "-b", "base.raw", "--block-size", "64K")
+    must("convert", "-f", "vdi", folder / "c.vdi", folder / "back.raw")
+    must("convert", "-f", "qcow2", folder / "b.qcow2", folder / "cow.fvd", "-b", "base.raw", "--block-size", "64K")
     assert (folder / "back.raw").read_bytes() == content
     assert content_of(folder / "b.qcow2", "qcow2", tmp_path) == content
     for name in ("compact", "plain", "cow"):

@@ -572,7 +572,10 @@ class QsdStore(Stepwise):
             if opened.format == "luks":
                 secret = self._access.secret_file
                 if not secret:
-                    raise ImageError(opened.path, "is encrypted: name the file with its passphrase: secret=FILE")
+                    raise ImageError(
+                        opened.path,
+                        "is encrypted: name the file with its passphrase: --secret FILE, or -o secret=FILE for a mount",
+                    )
         descriptors = [(opened.handle, opened.path) for opened in self._opened if opened.handle >= 0]
         locked = [opened.file.descriptor for opened in self._opened if opened.file is not None]
         daemon = Daemon(self.name, descriptors, secret, locked)
@@ -788,6 +791,11 @@ class QsdStore(Stepwise):
     @property
     def is_remote(self) -> bool:
         return any(opened.file is None or opened.file.is_remote for opened in self._opened)
+
+    @property
+    def host_files(self) -> list[HostFile]:
+        """The files and devices of this host that it is made of, what it refers to among them."""
+        return [opened.file for opened in self._opened if opened.file is not None]
 
     @property
     def server(self) -> str:

@@ -198,6 +198,10 @@ class HostFile:
         self._reader = Worker("read", threads=READERS, batch=READ_BATCH)
         self._waiter = Worker("flush", threads=WAITERS, batch=1)
 
+    def fileno(self) -> int:
+        """The descriptor, for who names the file or says who may use it; its bytes go through the other calls."""
+        return self._fd
+
     @property
     def descriptor(self) -> int:
         """What it is open as."""

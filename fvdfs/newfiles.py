@@ -1,0 +1,373 @@
+"""New files that take their names when they are whole, and the files that must not be overwritten.
+
+Whatever a command makes is made here. A new file is written in the folder where it is to be, under a name
+that no mount shows, and is renamed when all of it is on stable storage; until then what had its name before
+is untouched. Where the command fails, is interrupted or ended by a signal, nothing is left but what was
+there; after a SIGKILL or a power cut, perhaps a file `.NAME.*.part`.
+
+A device cannot be renamed. It is taken as it is, and who fills it sees to it that it is no image before all
+of it is one.
+
+What stands under the name already is overwritten only where the user said so, and never while anybody has it
+open (the locks of `HostFile.lock` are held on it until it is replaced), nor where the command reads it, be it
+by another name, through a loop device, or as a part of a device. All calls block.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import os
+import secrets
+import signal
+import stat
+import threading
+from collections.abc import Iterable
+from types import FrameType, TracebackType
+
+from fvdfs.alloc.qsd import QsdStore
+from fvdfs.alloc.store import HostFile, Store, open_host_file
+from fvdfs.errors import UsageError
+
+Identity = tuple[int, int]
+"""As of `HostFile.identity`."""
+
+_ACL = "system.posix_acl_access"
+_RENAME_NOREPLACE = 1
+_AT_FDCWD = -100
+_MAX_NAME = 200  # bytes of a name that are repeated in the temporary one
+_DEVICE = -1
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+class NewFile:
+    """One of them."""
+
+    def __init__(self, path: str, final: str, place: str, store: HostFile, old: HostFile | None) -> None:
+        self.path = path
+        """As the user named it."""
+        self.final = final
+        """The same, behind all links."""
+        self.place = place
+        """Where it lies until it has its name."""
+        self.store = store
+        """It, open for writing."""
+        self.old = old
+        """What is there now, locked; None: nothing."""
+        self.is_device = store.fixed_size
+
+    def let_go(self) -> None:
+        """Let somebody else open a device that was taken; who closes it then syncs it as well."""
+        if self.is_device:
+            self.store.close()
+
+    def close(self) -> None:
+        self.store.close()
+        if self.old is not None:
+            self.old.close()
+
+
+class NewFiles:
+    """The files that one command makes, which take their names together. A context manager.
+
+    `force`: files that exist may be replaced. `mode`: the permissions that new ones may have at most; those
+    that replace one have its owner and permissions.
+    """
+
+    def __init__(self, *, force: bool, mode: int = 0o666) -> None:
+        self.force = force
+        self._mode = mode & ~_umask()
+        self.files: list[NewFile] = []
+        """In the order in which they were added."""
+        self._read: dict[Identity, str] = {}
+        self._under_read: dict[Identity, str] = {}
+        self._handlers: dict[int, signal.Handlers] = {}
+
+    def __enter__(self) -> NewFiles:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGHUP):
+                if signal.getsignal(number) is signal.SIG_DFL:
+                    signal.signal(number, self._end)
+                    self._handlers[number] = signal.SIG_DFL
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.discard()
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+
+    def _end(self, number: int, _frame: FrameType | None) -> None:
+        for file in self.files:
+            _remove(file)
+        signal.signal(number, signal.SIG_DFL)
+        signal.raise_signal(number)
+
+    @property
+    def unnamed(self) -> tuple[tuple[str, str], ...]:
+        """The files that do not have their names yet, as of `Policy`."""
+        return tuple((file.path, file.place) for file in self.files)
+
+    def protect(self, stores: Iterable[Store]) -> None:
+        """These are read: they must not be written, nor what they stand on."""
+        for store in stores:
+            for file in host_files(store):
+                self.protect_identity(file.identity, file.name)
+
+    def protect_file(self, path: str) -> None:
+        """Likewise; a file that is not there needs no protection."""
+        with contextlib.suppress(OSError):
+            self.protect_identity(_identity(os.stat(path)), path)
+
+    def protect_identity(self, identity: Identity, name: str) -> None:
+        """Likewise, of a file that is closed again."""
+        self._read.setdefault(identity, name)
+        for part in _under(identity):
+            self._under_read.setdefault(part, name)
+
+    def add(self, path: str) -> NewFile:
+        """A new, empty file that is going to be `path`; or the device of this name, as it is.
+
+        Raises UsageError where that must not be, ImageBusy, OSError.
+        """
+        final = os.path.realpath(path)
+        if not path or path.endswith("/"):
+            raise UsageError(f"{path or repr(path)}: is not a name of a file")
+        try:
+            old = self._old(path, final)
+            if old is not None and old.fixed_size:
+                file = NewFile(path, final, path, old, None)
+            else:
+                file = self._make(path, final, old)
+        except OSError as error:
+            if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EISDIR):
+                raise UsageError(f"{path}: {error.strerror}") from error
+            raise OSError(error.errno, f"{path}: {error.strerror}") from error
+        self.files.append(file)
+        return file
+
+    def _old(self, path: str, final: str) -> HostFile | None:
+        """What is there, open, locked, and not to be protected."""
+        try:
+            handle = os.open(final, os.O_PATH | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return None
+        try:
+            status = os.fstat(handle)
+            if not stat.S_ISREG(status.st_mode) and not stat.S_ISBLK(status.st_mode):
+                raise UsageError(f"{path}: neither a regular file nor a block device")
+            if not stat.S_ISBLK(status.st_mode) and not self.force:
+                raise UsageError(f"{path} exists already; choose another name, or --force to overwrite it")
+            self._check(path, _identity(status))
+            old = open_host_file(handle, path, writable=True)
+        finally:
+            os.close(handle)
+        try:
+            old.lock(exclusive=True)
+            old.claim_device()
+        except BaseException:
+            old.close()
+            raise
+        return old
+
+    def _check(self, path: str, identity: Identity) -> None:
+        """Raise UsageError for what is read."""
+        for file in self.files:
+            if identity == (file.store if file.old is None else file.old).identity:
+                raise UsageError(f"{path} and {file.path} must be different files")
+        names = [self._under_read[identity]] if identity in self._under_read else []
+        for part in _under(identity)[1:]:  # two parts of one device are two devices, two views of one file are not
+            if part in self._read or part[0] != _DEVICE:
+                names += [self._under_read[part]] if part in self._under_read else []
+        if names:
+            also = "" if names[0] == path else f" {names[0]}, which"
+            raise UsageError(f"{path}: this would overwrite{also or ' what'} is read; choose another name")
+
+    def _make(self, path: str, final: str, old: HostFile | None) -> NewFile:
+        folder, name = os.path.split(final)
+        short = os.fsdecode(os.fsencode(name)[:_MAX_NAME])
+        place = os.path.join(folder, f".{short}.{secrets.token_hex(4)}.part")
+        try:
+            descriptor = os.open(place, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            return NewFile(path, final, place, HostFile(descriptor, path, writable=True), old)
+        except BaseException:
+            if old is not None:
+                old.close()
+            raise
+
+    def publish(self) -> None:
+        """Make them stable, and give them their names, the last of them last.
+
+        Raises UsageError where somebody else has taken a name meanwhile, OSError; what is not renamed then
+        is still to be discarded.
+        """
+        new = [file for file in self.files if not file.is_device]
+        fresh = [file for file in new if file.old is None]
+        for file in new:
+            _attributes(file, self._mode)
+            os.fsync(file.store.fileno())
+        folders = sorted({os.path.dirname(file.final) for file in new})
+        for file in new:
+            if file.old is not None and not _is_still(file.final, file.old):
+                raise UsageError(f"{file.path}: was replaced by somebody else meanwhile")
+        if len(new) > 1 and new[-1].old is not None:
+            os.unlink(new[-1].final)  # half of the old and half of the new would be neither
+            new[-1].old.close()
+            new[-1].old = None
+        try:
+            for file in new:
+                _rename(file)
+                self.files.remove(file)
+                file.close()
+        except BaseException:
+            for file in fresh:
+                if file not in self.files:
+                    with contextlib.suppress(OSError):
+                        os.unlink(file.final)
+            raise
+        for folder in folders:
+            _sync_folder(folder)
+
+    def discard(self) -> None:
+        """Leave nothing of what has no name yet."""
+        for file in self.files:
+            _remove(file)
+            file.close()
+        self.files.clear()
+
+
+def host_files(store: Store) -> list[HostFile]:
+    """The files and devices of this host behind a store."""
+    if isinstance(store, QsdStore):
+        return store.host_files
+    return [store] if isinstance(store, HostFile) else []
+
+
+def permissions(files: Iterable[HostFile]) -> int:
+    """The permissions that a copy of what these hold may have, where the owner is another one."""
+    mode = 0o666
+    for file in files:
+        status = os.fstat(file.fileno())
+        bits = status.st_mode & 0o666
+        if status.st_gid != os.getegid() or _acl(file.fileno()):  # its group's rights are not for ours
+            bits = bits & 0o606 | (bits & 0o006) << 3
+        mode &= bits | 0o600
+    return mode
+
+
+def _umask() -> int:
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
+
+
+def _attributes(file: NewFile, mode: int) -> None:
+    """Give a new file the permissions of what it replaces, or those of a new file."""
+    descriptor = file.store.fileno()
+    if file.old is None:
+        os.fchmod(descriptor, mode)
+        return
+    old = os.fstat(file.old.fileno())
+    mode = stat.S_IMODE(old.st_mode) & 0o777
+    acl = _acl(file.old.fileno())
+    try:
+        if (old.st_uid, old.st_gid) != (os.geteuid(), os.getegid()):
+            os.fchown(descriptor, old.st_uid, old.st_gid)
+        os.fchmod(descriptor, mode)
+        if acl:
+            os.setxattr(descriptor, _ACL, acl)
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.EINVAL, errno.EOPNOTSUPP):
+            raise
+        # Owner or group stay ours, or the list is lost: no more than everybody had.
+        os.fchmod(descriptor, mode & 0o606 & ~_umask() | 0o600)
+
+
+def _acl(descriptor: int) -> bytes:
+    try:
+        return os.getxattr(descriptor, _ACL)
+    except OSError:
+        return b""
+
+
+def _is_still(path: str, old: HostFile) -> bool:
+    try:
+        return _identity(os.stat(path)) == old.identity
+    except FileNotFoundError:
+        return False
+
+
+def _rename(file: NewFile) -> None:
+    source, target = os.fsencode(file.place), os.fsencode(file.final)
+    if file.old is None:
+        if _libc.renameat2(_AT_FDCWD, source, _AT_FDCWD, target, _RENAME_NOREPLACE) == 0:
+            return
+        code = ctypes.get_errno()
+        if code == errno.EEXIST:
+            raise UsageError(f"{file.path} exists already; somebody else has made it meanwhile")
+        if code not in (errno.EINVAL, errno.ENOSYS):  # EINVAL: the file system does not know it
+            raise OSError(code, f"{file.path}: {os.strerror(code)}")
+    os.rename(source, target)
+
+
+def _remove(file: NewFile) -> None:
+    if not file.is_device:
+        with contextlib.suppress(OSError):
+            os.unlink(file.place)
+
+
+def _sync_folder(path: str) -> None:
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except PermissionError:  # may be written to, and not be read
+        return
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # the file system has no such call
+            raise
+    finally:
+        os.close(descriptor)
+
+
+# --- what stands on what ------------------------------------------------------------------------
+
+
+def _identity(status: os.stat_result) -> tuple[int, int]:
+    return (_DEVICE, status.st_rdev) if stat.S_ISBLK(status.st_mode) else (status.st_dev, status.st_ino)
+
+
+def _under(identity: Identity) -> list[Identity]:
+    """The file or device, and all that a device stands on: its disk, its parts, the file of a loop device."""
+    found = [identity]
+    for one in found:
+        if one[0] != _DEVICE:
+            continue
+        folder = os.path.realpath(f"/sys/dev/block/{os.major(one[1])}:{os.minor(one[1])}")
+        parts = [os.path.join(folder, "slaves", name) for name in _names(os.path.join(folder, "slaves"))]
+        if os.path.exists(os.path.join(folder, "partition")):
+            parts.append(os.path.dirname(folder))
+        for part in parts:
+            major, _, minor = _line(os.path.join(part, "dev")).partition(":")
+            if minor.isdigit():
+                found.append((_DEVICE, os.makedev(int(major), int(minor))))
+        backing = _line(os.path.join(folder, "loop", "backing_file"))
+        if backing:
+            with contextlib.suppress(OSError):
+                found.append(_identity(os.stat(backing)))
+    return found
+
+
+def _names(folder: str) -> list[str]:
+    try:
+        return os.listdir(folder)
+    except OSError:
+        return []
+
+
+def _line(path: str) -> str:
+    try:
+        with open(path, encoding="utf-8", errors="surrogateescape") as file:
+            return file.read().rstrip("\n")
+    except OSError:
+        return ""
