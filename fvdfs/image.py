@@ -863,6 +863,14 @@ class Image:
         """Commit everything, leave clean headers, and give up all files. Raises OSError of the commit."""
         with trio.CancelScope(shield=True):
             try:
+                await self.end_writing()
+            finally:
+                await _close_chain(self)
+
+    async def end_writing(self) -> None:
+        """Commit everything, and leave clean headers; nothing is written any more. Raises OSError of the commit."""
+        with trio.CancelScope(shield=True):
+            try:
                 if self.fetcher is not None:
                     await self.fetcher.close()
                     await self.finish()
@@ -874,7 +882,6 @@ class Image:
                     await self.committer.close()
             finally:
                 self.writable = False
-                await _close_chain(self)
 
 
 async def _close_chain(image: Image | Store | None) -> None:

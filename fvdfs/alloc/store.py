@@ -213,9 +213,27 @@ class HostFile:
         status = os.fstat(self._fd)
         return (-1, status.st_rdev) if self.fixed_size else (status.st_dev, status.st_ino)
 
+    def status(self) -> os.stat_result:
+        """What stat(2) says of it. Blocks."""
+        return os.fstat(self._fd)
+
     def statuses(self) -> list[os.stat_result] | None:
         """What tells whether somebody has written to it; None for a device, whose node does not know. Blocks."""
-        return None if self.fixed_size else [os.fstat(self._fd)]
+        return None if self.fixed_size else [self.status()]
+
+    async def keep_mtime(self, mtime_ns: int) -> None:
+        """Have it tell this as the time of its last change, or a later one where it is not ours. Raises OSError."""
+        await self._waiter.run(lambda: self._keep_mtime(mtime_ns))
+
+    def _keep_mtime(self, mtime_ns: int) -> None:
+        status = self.status()
+        if status.st_mtime_ns == mtime_ns:
+            return
+        try:
+            os.utime(self._fd, ns=(status.st_atime_ns, mtime_ns))
+        except PermissionError:
+            if status.st_mtime_ns < mtime_ns:
+                os.utime(self._fd)  # the present is what anybody may set who may write
 
     @property
     def server(self) -> str:

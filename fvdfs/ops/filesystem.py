@@ -88,6 +88,7 @@ class Filesystem(pyfuse3.Operations):
         super().__init__()
         self.folder = folder
         self.enable_writeback_cache = writeback and sync is not Sync.ALWAYS
+        folder.kernel_keeps_times = self.enable_writeback_cache
         self._sync = sync
         self._shrink = shrink
         self._images: dict[int, Image] = {}
@@ -153,7 +154,7 @@ class Filesystem(pyfuse3.Operations):
         entry.st_blocks = -(-attributes.usage // 512)
         entry.st_atime_ns = status.st_atime_ns
         entry.st_mtime_ns = attributes.mtime_ns
-        entry.st_ctime_ns = status.st_ctime_ns
+        entry.st_ctime_ns = attributes.ctime_ns
         return entry
 
     async def _folder_attributes(self) -> EntryAttributes:
@@ -207,7 +208,7 @@ class Filesystem(pyfuse3.Operations):
             raise FUSEError(errno.EPERM)
         entry = self.folder.entry(inode)
         if fields.update_size:
-            await self._truncate(inode, attr.st_size)
+            await self._truncate(inode, attr.st_size, by_descriptor=fh is not None)
         try:
             await self._set_file_attributes(entry, attr, fields)
         except FileNotFoundError:
@@ -230,13 +231,19 @@ class Filesystem(pyfuse3.Operations):
                 attr.st_mtime_ns if fields.update_mtime else status.st_mtime_ns,
             )
             await trio.to_thread.run_sync(functools.partial(os.utime, path, ns=times))
-            entry.mtime_ns = None
+            if fields.update_mtime:
+                self.folder.told_mtime(entry, attr.st_mtime_ns)
 
-    async def _truncate(self, inode: int, size: int) -> None:
+    async def _truncate(self, inode: int, size: int, *, by_descriptor: bool) -> None:
         entry, _ = await self.folder.open(inode, write=True)
         try:
             assert entry.image is not None
+            before = entry.image.size
             await entry.image.resize(size, shrink=self._shrink)
+            if (
+                by_descriptor or entry.image.size != before
+            ):  # truncate(2), unlike ftruncate(2), to the same size is none
+                self.folder.written(entry)
         finally:
             await self.folder.close(entry)
 
@@ -350,6 +357,7 @@ class Filesystem(pyfuse3.Operations):
             assert entry.image is not None
             if flags & os.O_TRUNC:
                 await entry.image.resize(0, shrink=self._shrink)
+                self.folder.written(entry)
         except BaseException:
             await self.folder.close(entry)
             raise
@@ -384,19 +392,25 @@ class Filesystem(pyfuse3.Operations):
         except Exception as error:
             raise self.fuse_error(error, f"{image.name}: write") from error
         if begun:
-            self._written.set()
+            self._note_write(fh)
         return begun
+
+    def _note_write(self, fh: int) -> None:
+        self._written.set()
+        self.folder.written(self._handles[fh][0])
 
     async def write_all(self, fh: int, offset: int, data: Buffer, /) -> None:
         """`Image.write`. Raises FUSEError."""
         image = self._images[fh]
         try:
             await image.write(offset, data)
+            self._note_write(fh)
             if self._sync is Sync.ALWAYS:
                 await image.flush()
+                await self.folder.store_mtime(self._handles[fh][0])
         except Exception as error:
+            self._handles[fh][0].cached = None  # the kernel may have kept what could not be written
             raise self.fuse_error(error, f"{image.name}: write") from error
-        self._written.set()
 
     def set_mtime(self, inode: int, mtime_ns: int, /) -> EntryAttributes | None:
         """`Folder.set_mtime`, where the kernel is trusted with the time of change."""
@@ -406,7 +420,7 @@ class Filesystem(pyfuse3.Operations):
 
     def make_stable_soon(self, fh: int, done: Done, /) -> bool:
         """`Image.flush_soon`."""
-        return self._sync is not Sync.NONE and self._images[fh].flush_soon(done)
+        return self._sync is not Sync.NONE and not self._handles[fh][0].lags and self._images[fh].flush_soon(done)
 
     async def make_stable(self, fh: int, /) -> None:
         """`Image.flush`. Raises FUSEError."""
@@ -415,6 +429,7 @@ class Filesystem(pyfuse3.Operations):
         image = self._images[fh]
         try:
             await image.flush()
+            await self.folder.store_mtime(self._handles[fh][0])
         except Exception as error:
             raise self.fuse_error(error, f"{image.name}: fsync") from error
 
@@ -423,6 +438,7 @@ class Filesystem(pyfuse3.Operations):
         entry, write = self._handles[fh]
         if write and entry.image is not None and self._sync is not Sync.NONE:
             await entry.image.flush()
+            await self.folder.store_mtime(entry)
 
     @handler
     async def release(self, fh: FileHandleT) -> None:

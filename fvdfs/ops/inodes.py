@@ -15,6 +15,12 @@ changed, gets a new number at the next look. Pages are another matter, since a d
 its data file and its base: at each load all files are compared with how they were at the load before
 (`freshness.py`), and the kernel has to forget its pages unless they are the same.
 
+The time of change of a disk is that of its image file, but not everything that changes the one changes the other:
+data may be in another file, and copies from the base, the journal and the header are nothing that a reader sees.
+So it is kept here while the image is open (`Entry.mtime_ns`), and the file gets it at the end. Where the host's file
+system does not set a later one at each write itself, the file gets it soon after a write, and before a flush is
+answered, so that a backup after a crash does not take the disk for unchanged.
+
 No pyfuse3 here: this is what the handlers in `filesystem.py` translate to.
 """
 
@@ -26,6 +32,7 @@ import functools
 import logging
 import os
 import stat
+import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
@@ -33,6 +40,7 @@ from typing import Any, TypeVar, cast
 import trio
 
 from fvdfs.alloc.chunked import Spawn
+from fvdfs.alloc.store import HostFile
 from fvdfs.chain import Chain, Judged, Policy, load_chain, lock_for_writing, look_at_chain, open_chain
 from fvdfs.cow.prefetch import Prefetcher, status
 from fvdfs.cow.profile import Extent
@@ -53,6 +61,7 @@ _COMMAND_SHOWN = 20  # characters of what somebody wrote to an attribute
 
 BUSY_PATIENCE = 1.0  # seconds
 BUSY_RETRY = 0.05
+TIMES_INTERVAL = 0.05  # seconds between two times of change that a file is told, if no flush comes
 DISK_PATIENCE = 30.0
 """Seconds for the first look at an image while its thread is at a disk of this host: it may have to spin up."""
 
@@ -67,6 +76,7 @@ class Attributes:
     usage: int
     status: os.stat_result
     mtime_ns: int
+    ctime_ns: int
 
 
 class Entry:
@@ -88,8 +98,24 @@ class Entry:
         self.last_status: dict[str, Any] = {}
         """What of the status is still true now that the image is closed."""
         self.status = seen.status
-        self.mtime_ns: int | None = None
-        """The time of change that the kernel has told, while the image is open; the file gets it when it is closed."""
+        self.file: HostFile | None = None
+        """The image file, while the image is open."""
+        self.mtime_ns = 0
+        """The time of change of the disk, while the image is open."""
+        self.written_ns = 0
+        """When the disk was written last."""
+        self.told = False
+        """Whether somebody has set the time of change since the image was opened: the kernel, or a user."""
+        self.untold = False
+        """Whether the disk was written since then."""
+        self.apart = False
+        """Whether what is written to the disk goes to another place than the image file."""
+        self.lags = False
+        """Whether the file's time of change tells nothing of the last write."""
+        self.storing = trio.Lock()
+        """Held while the file's time of change is set."""
+        self.stored_soon = False
+        """Whether a task is about to do that."""
         self.opened = False
         """Whether it ever was open, so that the kernel may have pages of it."""
         self.cached: State | None = None
@@ -98,10 +124,16 @@ class Entry:
     @property
     def attributes(self) -> Attributes:
         """What is known without looking at the file again."""
-        mtime_ns = self.status.st_mtime_ns if self.mtime_ns is None else self.mtime_ns
-        if self.image is not None:
-            return Attributes(self.image.size, self.image.usage(), self.status, mtime_ns)
-        return Attributes(self.size, self.usage, self.status, mtime_ns)
+        mtime_ns = self.changed_ns if self.busy else self.status.st_mtime_ns
+        ctime_ns = max(self.status.st_ctime_ns, self.written_ns)
+        image = self.image
+        size, usage = (self.size, self.usage) if image is None else (image.size, image.usage())
+        return Attributes(size, usage, self.status, mtime_ns, ctime_ns)
+
+    @property
+    def changed_ns(self) -> int:
+        """When the disk was changed last, while the image is open."""
+        return self.written_ns if self.untold and not self.told else self.mtime_ns
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,6 +190,8 @@ class Folder:
         """Runs what open images want done in the background."""
         self.forget_pages: Callable[[int], Awaitable[None]] | None = None
         """Has the kernel drop its pages of an inode that nobody has open."""
+        self.kernel_keeps_times = False
+        """Whether the kernel tells the time of change that a write makes."""
 
     # --- looking --------------------------------------------------------------------------------
 
@@ -319,8 +353,52 @@ class Folder:
         entry = self._inodes.get(inode)
         if entry is None or entry.image is None or not entry.image.writable:
             return False
-        entry.mtime_ns = mtime_ns
+        self.told_mtime(entry, mtime_ns)
         return True
+
+    def told_mtime(self, entry: Entry, mtime_ns: int) -> None:
+        """Somebody has set the time of change of a disk."""
+        entry.mtime_ns = mtime_ns
+        entry.told, entry.untold = True, False
+        self._store_mtime_soon(entry)
+
+    def written(self, entry: Entry) -> None:
+        """A disk that is open was changed."""
+        entry.written_ns = time.time_ns()
+        entry.untold = True
+        if not self.kernel_keeps_times:
+            entry.mtime_ns = entry.written_ns
+        if not entry.lags:
+            self._store_mtime_soon(entry)
+
+    def _store_mtime_soon(self, entry: Entry) -> None:
+        if not entry.apart or entry.image is None or self.spawn is None:
+            return
+        entry.lags = True
+        if not entry.stored_soon:
+            entry.stored_soon = True
+            self.spawn(functools.partial(self._store_mtimes, entry))
+
+    async def _store_mtimes(self, entry: Entry) -> None:
+        try:
+            while entry.lags:
+                await self.store_mtime(entry)
+                await trio.sleep(TIMES_INTERVAL)
+        finally:
+            entry.stored_soon = False
+
+    async def store_mtime(self, entry: Entry) -> None:
+        """Have the image file tell when the disk was changed, where it does not yet."""
+        async with entry.storing:
+            if entry.lags and entry.file is not None:
+                entry.lags = False
+                await self._keep_mtime(entry.file, entry.written_ns if entry.untold else entry.mtime_ns)
+
+    async def _keep_mtime(self, file: HostFile, mtime_ns: int) -> None:
+        try:
+            await file.keep_mtime(mtime_ns)
+        except OSError as error:
+            log.warning("%s: its time of change cannot be set: %s", file.name, error.strerror)
 
     def _image_paths(self) -> list[bytes]:
         with self.policy.walker.looking():
@@ -569,6 +647,10 @@ class Folder:
             await image.close()
             raise
         entry.status = status
+        entry.file = chain.layers[0].meta
+        entry.apart = image.data is not image.meta or image.meta.fixed_size
+        entry.mtime_ns = status.st_mtime_ns
+        entry.told = entry.untold = entry.lags = False
         image.run_in_background(self.spawn)
         entry.busy = True
         return image, state
@@ -596,19 +678,28 @@ class Folder:
         image, entry.image = entry.image, None
         entry.size = image.size
         entry.usage = image.usage()
-        try:
-            with trio.CancelScope(shield=True):
-                await image.close()
-        finally:
-            mtime_ns, entry.mtime_ns = entry.mtime_ns, None
+        with trio.CancelScope(shield=True):
             try:
-                entry.status = os.stat(entry.path)
-                if mtime_ns is not None:
-                    os.utime(entry.path, ns=(entry.status.st_atime_ns, mtime_ns))
-                    entry.status = os.stat(entry.path)
-            except OSError:
-                entry.cached = None
-            entry.busy = False
+                await self._end_writing(entry, image)
+            except BaseException:
+                entry.cached = None  # the kernel may have what could not be written
+                raise
+            finally:
+                await image.close()
+                entry.busy = False
+
+    async def _end_writing(self, entry: Entry, image: Image) -> None:
+        was_writable = image.writable
+        try:
+            await image.end_writing()
+        finally:
+            async with entry.storing:
+                assert entry.file is not None
+                file, entry.file = entry.file, None
+                entry.lags = False
+                if was_writable:
+                    await self._keep_mtime(file, entry.changed_ns)
+                entry.status = await trio.to_thread.run_sync(file.status)
 
     def open_entries(self) -> list[Entry]:
         """The entries whose image is open."""
