@@ -10,7 +10,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from urllib.parse import parse_qs, urlsplit
 
@@ -48,6 +48,8 @@ FVD_FORMAT = "fvd"
 MAX_REGION = 1 << 30  # bytes; what is held in memory, or read at a replay
 _PIECE = 1 << 20  # bytes of metadata that are read at a time
 _REPORTED_RECORDS = 10
+ASKING_TIME = 1.0  # seconds that an image may take to become one that is only read
+ASKING_INTERVAL = 0.02
 
 HostStore = HostFile | QsdStore
 """A store that was found by a name."""
@@ -173,11 +175,18 @@ class Layer:
             self.data.close()
 
     def check_unchanged(self) -> None:
-        """Once it is locked: raise ImageBusy where its header was changed since it was read."""
+        """Once it is locked: raise ImageBusy where its header was changed since it was read.
+
+        Only that it was closed, or not, is taken over.
+        """
         raw = bytearray(len(self.raw_header))
         self.meta.pread_now(memoryview(raw), 0)
-        if raw != self.raw_header:
+        if raw == self.raw_header:
+            return
+        header = Header.decode(bytes(raw), self.path)
+        if replace(header, clean_shutdown=self.header.clean_shutdown) != self.header:
             raise ImageBusy(self.path, "it was changed while it was opened; try again")
+        self.header, self.raw_header = header, bytes(raw)
 
 
 @dataclass(slots=True)
@@ -424,7 +433,7 @@ async def load_chain(chain: Chain) -> Image:
         for store in chain.stores():
             if isinstance(store, QsdStore):
                 await store.start()
-        await trio.to_thread.run_sync(_lock_for_reading, chain)
+        await lock_for_reading(chain.stores(), chain.layers)
         if chain.base is not None:
             _look_at_size(chain.layers[-1], await chain.base.size())
         base: Image | Store | None = chain.base
@@ -439,11 +448,43 @@ async def load_chain(chain: Chain) -> Image:
     return base
 
 
-def _lock_for_reading(chain: Chain) -> None:
-    for store in chain.stores():
+async def lock_for_reading(stores: Sequence[HostStore], layers: Sequence[Layer] = ()) -> None:
+    """Lock all for reading, and see that what was read of these layers is still so.
+
+    Who has one of them open for writing, but only to keep copies, lets us in. Raises ImageBusy, OSError.
+    """
+    deadline = trio.current_time() + ASKING_TIME
+    while True:
+        try:
+            await trio.to_thread.run_sync(_lock_for_reading_now, stores, layers)
+            return
+        except ImageBusy:
+            if trio.current_time() > deadline or not await trio.to_thread.run_sync(_ask, stores):
+                raise
+        await trio.sleep(ASKING_INTERVAL)
+
+
+def _lock_for_reading_now(stores: Sequence[HostStore], layers: Sequence[Layer]) -> None:
+    for store in stores:
         store.lock(exclusive=False)
-    for layer in chain.layers:
+    for layer in layers:
         layer.check_unchanged()
+
+
+def _ask(stores: Sequence[HostStore]) -> bool:
+    """Let who keeps us out know; False where there are no such locks."""
+    try:
+        for store in stores:
+            if isinstance(store, HostFile):
+                store.file_lock.ask()
+    except OSError:
+        return False
+    return True
+
+
+def is_asked_for(image: Image) -> bool:
+    """Whether somebody wants to read what `lock_for_writing` has locked. May wait for a server. Raises OSError."""
+    return any(isinstance(store, HostFile) and store.file_lock.is_asked_for() for store in _written(image))
 
 
 async def load_image(
@@ -536,12 +577,23 @@ async def lock_for_writing(image: Image) -> None:
 
     Raises ImageBusy, or NotPermitted where the files are not open for writing.
     """
+    await trio.to_thread.run_sync(_lock_for_writing, image.name, _written(image))
+
+
+async def unlock_for_writing(image: Image) -> None:
+    """Undo `lock_for_writing`: be a reader again. Raises OSError."""
+    stores = [store for store in _written(image) if isinstance(store, HostStore)]
+    await trio.to_thread.run_sync(lambda: [store.lock(exclusive=False) for store in stores])
+
+
+def _written(image: Image) -> list[Store]:
+    """What an image that is open for writing may write to."""
     stores: list[Store] = [image.meta] if image.data is image.meta else [image.meta, image.data]
     if image.base_may_be_written:
         assert image.base is not None
         assert not isinstance(image.base, Image)
         stores.append(image.base)
-    await trio.to_thread.run_sync(_lock_for_writing, image.name, stores)
+    return stores
 
 
 def _lock_for_writing(name: str, stores: list[Store]) -> None:

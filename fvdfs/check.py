@@ -20,7 +20,7 @@ import trio
 from fvdfs.alloc.formats import is_local
 from fvdfs.alloc.qsd import QsdStore
 from fvdfs.alloc.store import HostFile, open_path
-from fvdfs.chain import FVD_FORMAT, HostStore, Policy, open_named, unstated_base_format
+from fvdfs.chain import FVD_FORMAT, HostStore, Policy, lock_for_reading, open_named, unstated_base_format
 from fvdfs.checks.examine import Absent, Examined, Layer, examine, is_store, read
 from fvdfs.checks.findings import Finding, Findings, Kind, Severity
 from fvdfs.checks.header import check_header
@@ -186,9 +186,11 @@ class _Opening:
         repair = own and self._policy.writable
         if repair and not store.writable:
             raise _NotWritable(store.name, "no permission to write to it")
-        store.lock(exclusive=repair)
         if repair:
+            store.lock(exclusive=True)
             store.claim_device()
+        else:
+            await lock_for_reading([store])
         self._seen[store.identity] = f"the {what} {store.name}"
 
     async def _open_data(self, layer: Layer, header: Header) -> HostStore | Absent:

@@ -818,6 +818,21 @@ class Image:
         if header.copy_on_read:
             self.start_fetching(copy_on_read=True)
 
+    async def stop_writing(self) -> None:
+        """Undo `begin_writing`: make all stable, leave clean headers, and be read from then on. Nobody may write now.
+
+        Raises OSError; the image has failed, or can be tried again.
+        """
+        fetcher, self.fetcher = self.fetcher, None
+        if fetcher is not None:
+            await fetcher.close()
+        if self.base_writer is not None:
+            await self.base_writer.close()
+            self.base_writer = None
+        await self._write_profile()
+        await self.committer.close()
+        self.writable = False
+
     async def _begin_base_writing(self, *, crashed: bool) -> None:
         """Have writes reach the base as well, where the image asks for it and the mount allows it."""
         mode = self.header.write_updates_base_img
@@ -868,7 +883,7 @@ class Image:
                 await _close_chain(self)
 
     async def end_writing(self) -> None:
-        """Commit everything, and leave clean headers; nothing is written any more. Raises OSError of the commit."""
+        """Commit everything, and leave clean headers; nothing is written again. Raises OSError of the commit."""
         with trio.CancelScope(shield=True):
             try:
                 if self.fetcher is not None:
@@ -876,10 +891,7 @@ class Image:
                     await self.finish()
                 await self.storage.settle()
                 if self.writable and self.committer.failed is None:
-                    if self.base_writer is not None:
-                        await self.base_writer.close()
-                    await self._write_profile()
-                    await self.committer.close()
+                    await self.stop_writing()
             finally:
                 self.writable = False
 

@@ -45,7 +45,9 @@ def test_a_golden_image_reads_as_its_manifest_says(entry: dict[str, Any], folder
     with mounted(folder) as mount:
         assert raw_sha256(mount.raw("disk")) == expected
         mount.umount()
-        assert contents(folder) == before, "reading has written"
+        header = reference.Header(folder / "disk.fvd")
+        if not header.copy_on_read and header.prefetch_start_delay <= 0:
+            assert contents(folder) == before, "reading has written"
         mount.mount()
         # A write of what is there already: opens it for writing, with replay where it crashed.
         with open(mount.raw("disk"), "r+b") as disk:

@@ -85,11 +85,11 @@ def test_what_was_read_once_is_local(folder: Path, base: Path) -> None:
         assert read_direct(mount.raw("disk"), 0, 4 * MIB) == CONTENT[: 4 * MIB]
 
 
-def test_an_image_that_is_only_read_is_not_changed(folder: Path, base: Path) -> None:
+def test_a_mount_that_only_reads_changes_nothing(folder: Path, base: Path) -> None:
     options = ["--base", "base.raw", "--base-format", "raw", "--copy-on-read", "--prefetch-delay", "1"]
     must("create", folder / "disk.fvd", "32M", *options)
     before = (folder / "disk.fvd").read_bytes()
-    with mounted(folder) as mount, open(mount.raw("disk"), "rb") as disk:
+    with mounted(folder, "--read-only") as mount, open(mount.raw("disk"), "rb") as disk:
         assert disk.read(4 * MIB) == CONTENT[: 4 * MIB]
         assert mount.status("disk")["state"] == "off"
     assert (folder / "disk.fvd").read_bytes() == before

@@ -10,6 +10,9 @@ openings in one process exclude each other like any two. There are two kinds, ta
   it. A reader here does as a backing file of QEMU's: it reads what must not change, and lets nobody write or resize;
   many readers of one file get on with each other, and with QEMU's. A writer uses these two permissions as well.
 
+Who writes only to keep copies of what others read from a base need not keep anybody out: who wants in says so on a
+third byte (`ask`), and the other looks there now and then (`is_asked_for`) and becomes a reader.
+
 fvdfs's own come first, so that between two of fvdfs the error says what is true; with QEMU's alone they would exclude
 each other the same way. What fails leaves the locks as they were.
 """
@@ -28,6 +31,7 @@ from fvdfs.errors import ImageBusy
 log = logging.getLogger(__name__)
 
 _OWN = 0x7FFF_4656_4400_0000
+_ASKING = _OWN + 1
 _USED = 100
 _NOT_SHARED = 200
 _CONSISTENT_READ, _WRITE, _RESIZE = 0, 1, 3  # QEMU's BLK_PERM_*, as bits
@@ -62,6 +66,7 @@ class FileLock:
         self._fd = fd
         self._name = name
         self._own = fcntl.F_UNLCK
+        self._asks = False
         self._qemu: frozenset[int] = frozenset()
         self.with_qemu = True
         """Whether QEMU's locks are taken and respected."""
@@ -87,6 +92,15 @@ class FileLock:
                 self._own = before
             raise
 
+    def ask(self) -> None:
+        """Let those who keep us out know that we want in, until we are. Raises OSError."""
+        self._set(fcntl.F_RDLCK, _ASKING)
+        self._asks = True
+
+    def is_asked_for(self) -> bool:
+        """Whether another open file wants in. Raises OSError."""
+        return self._is_held(_ASKING)
+
     def _take_own(self, exclusive: bool) -> bool:
         """False where the file system has no locks."""
         kind = fcntl.F_WRLCK if exclusive else fcntl.F_RDLCK
@@ -107,6 +121,9 @@ class FileLock:
                 self._name, f"{use} by another mount or process, or by an image based on it; close it there first"
             ) from None
         self._own = kind
+        if self._asks:
+            self._set(fcntl.F_UNLCK, _ASKING)
+            self._asks = False
         return True
 
     def _take_qemu(self, exclusive: bool) -> None:

@@ -279,7 +279,7 @@ class Filesystem(pyfuse3.Operations):
         raise FUSEError(pyfuse3.ENOATTR)
 
     async def _map(self, inode: int) -> bytes:
-        entry, _ = await self.folder.open(inode, write=False)
+        entry, _ = await self.folder.open(inode, write=False, keep_copies=False)
         try:
             assert entry.image is not None
             return json.dumps(await image_map(entry.image)).encode()

@@ -7,7 +7,10 @@ too long is answered by what was known before (`looks.py`); an opening waits, as
 share that hangs, and only those who use the same image wait with it.
 
 An image is loaded at its first open and given up at its last close; it becomes writable when the
-first who wants to write opens it. `Entry.lock` is held across these changes.
+first who wants to write opens it. So does one that is only read, but wants to keep what is read of its
+base, or to fetch it ahead: as long as nobody else has it open, and only until somebody asks for it
+(`filelock.py`); then it is read like any other, and tries again later. `Entry.lock` is held across
+these changes.
 
 An inode number stands for what the kernel believes of a disk. With its write-back cache it asks nobody
 for size and times of an inode that it knows, so an image that was replaced, or that somebody else has
@@ -41,7 +44,17 @@ import trio
 
 from fvdfs.alloc.chunked import Spawn
 from fvdfs.alloc.store import HostFile
-from fvdfs.chain import Chain, Judged, Policy, load_chain, lock_for_writing, look_at_chain, open_chain
+from fvdfs.chain import (
+    Chain,
+    Judged,
+    Policy,
+    is_asked_for,
+    load_chain,
+    lock_for_writing,
+    look_at_chain,
+    open_chain,
+    unlock_for_writing,
+)
 from fvdfs.cow.prefetch import Prefetcher, status
 from fvdfs.cow.profile import Extent
 from fvdfs.cow.scheduler import Scheduler
@@ -62,6 +75,8 @@ _COMMAND_SHOWN = 20  # characters of what somebody wrote to an attribute
 BUSY_PATIENCE = 1.0  # seconds
 BUSY_RETRY = 0.05
 TIMES_INTERVAL = 0.05  # seconds between two times of change that a file is told, if no flush comes
+ASKED_INTERVAL = 0.1  # seconds between looks whether somebody else wants to open an image that keeps copies
+KEEP_RETRY = 5.0  # seconds before a busy image is tried again
 DISK_PATIENCE = 30.0
 """Seconds for the first look at an image while its thread is at a disk of this host: it may have to spin up."""
 
@@ -92,6 +107,9 @@ class Entry:
         self.busy = False
         """Whether the image is open, or still being closed: the file changes, and is what we think it is."""
         self.opens = 0
+        self.for_writing = False
+        """Whether somebody has opened it for writing, and not only to read it."""
+        self.unloaded = trio.Event()
         self.lookups = 0
         self.size = seen.size
         self.usage = seen.usage
@@ -500,8 +518,10 @@ class Folder:
 
     # --- opening and closing --------------------------------------------------------------------
 
-    async def open(self, inode: int, *, write: bool) -> tuple[Entry, bool]:
+    async def open(self, inode: int, *, write: bool, keep_copies: bool = True) -> tuple[Entry, bool]:
         """Open the image; the entry, and whether the kernel may keep what it has cached of it.
+
+        With `keep_copies`, what is read of the base is kept where the image wants that, also without `write`.
 
         Another mount that has just closed the image may still be at it, so a busy one is tried
         again for a moment. Raises ImageError, OSError.
@@ -509,13 +529,13 @@ class Folder:
         deadline = trio.current_time() + BUSY_PATIENCE
         while True:
             try:
-                return await self._open(inode, write=write)
+                return await self._open(inode, write=write, keep_copies=keep_copies)
             except ImageBusy:
                 if trio.current_time() > deadline:
                     raise
             await trio.sleep(BUSY_RETRY)
 
-    async def _open(self, inode: int, *, write: bool) -> tuple[Entry, bool]:
+    async def _open(self, inode: int, *, write: bool, keep_copies: bool) -> tuple[Entry, bool]:
         entry = self.entry(inode)
         async with entry.lock:
             state, keep = None, True
@@ -524,19 +544,94 @@ class Folder:
             try:
                 if fresh:
                     keep = await self._have_pages_right(entry, state)
-                if write and not entry.image.writable:
-                    if self.policy.writable:
-                        await lock_for_writing(entry.image)
-                        await entry.image.begin_writing(accept_unclean=self.policy.accept_unclean)
-                        await self._begin_background(entry, entry.image)
-                    else:
+                if write:
+                    if not self.policy.writable:
                         raise OSError(errno.EROFS, "mounted read-only")
+                    if not entry.image.writable:
+                        await self._begin_writing(entry, entry.image)
+                    entry.for_writing = True
+                elif keep_copies and fresh and self._wants_to_keep(entry.image):
+                    await self._keep(entry, entry.image)
             except BaseException:
                 if not entry.opens:
                     await self._unload(entry)
                 raise
             entry.opens += 1
             return entry, keep
+
+    async def _begin_writing(self, entry: Entry, image: Image) -> None:
+        """Raises ImageBusy, ImageError, OSError."""
+        await lock_for_writing(image)
+        await image.begin_writing(accept_unclean=self.policy.accept_unclean)
+        await self._begin_background(entry, image)
+
+    def _wants_to_keep(self, image: Image) -> bool:
+        """Whether an image that is only read has something to write all the same."""
+        header = image.header
+        return (
+            self.policy.writable
+            and self.spawn is not None
+            and image.bitmap is not None
+            and (
+                bool(header.copy_on_read)
+                or header.prefetch_start_delay > 0
+                or (header.profile_directed_prefetch_start_delay >= 0 and header.prefetch_profile_entries > 0)
+                or self._wants_profile(image)
+            )
+        )
+
+    def _wants_profile(self, image: Image) -> bool:
+        header = image.header
+        return bool(header.generate_prefetch_profile) or (self._record_profiles and not header.prefetch_profile_entries)
+
+    async def _keep(self, entry: Entry, image: Image) -> None:
+        """Keep what is read of the base, as long as nobody else wants to open the image."""
+        if await self._try_to_keep(entry, image) and self.spawn is not None:
+            self.spawn(functools.partial(self._keep_until_asked, entry, image))
+
+    async def _try_to_keep(self, entry: Entry, image: Image) -> bool:
+        """Have what is read be kept, if nobody else has the image open; False where that will never be."""
+        try:
+            await self._begin_writing(entry, image)
+        except ImageBusy:
+            pass
+        except (ImageError, OSError) as error:
+            log.info("%s: what is read of the base is not kept: %s", image.name, error)
+            with contextlib.suppress(OSError):
+                await unlock_for_writing(image)
+            return False
+        return True
+
+    async def _keep_until_asked(self, entry: Entry, image: Image) -> None:
+        """Let others open an image that is only read here, and keep what is read of its base while they have it not."""
+        going_on = True
+        while going_on:
+            with trio.move_on_after(ASKED_INTERVAL if image.writable else KEEP_RETRY):
+                await entry.unloaded.wait()
+                return
+            async with entry.lock:
+                if entry.image is not image or entry.for_writing:
+                    return
+                if not image.writable:
+                    going_on = await self._try_to_keep(entry, image)
+                elif await trio.to_thread.run_sync(is_asked_for, image):
+                    going_on = await self._stop_keeping(entry, image)
+
+    async def _stop_keeping(self, entry: Entry, image: Image) -> bool:
+        """Only read it; whether that is so."""
+        if entry.prefetcher is not None:
+            await entry.prefetcher.stop()
+            entry.prefetcher = None
+        try:
+            with trio.CancelScope(shield=True):
+                await image.stop_writing()
+                assert entry.file is not None
+                await self._keep_mtime(entry.file, entry.changed_ns)
+                await unlock_for_writing(image)
+        except OSError as error:
+            log.error("%s: nobody else can open it: %s", image.name, error)
+            return False
+        return True
 
     async def _have_pages_right(self, entry: Entry, state: State | None) -> bool:
         """Whether what the kernel has of an image that was just loaded is right, if only because it has dropped it."""
@@ -555,7 +650,7 @@ class Folder:
             return
         if image.fetcher is not None:
             image.fetcher.observer = self.scheduler.link(image.base_server)
-        if header.generate_prefetch_profile or (self._record_profiles and not header.prefetch_profile_entries):
+        if image.recorder is None and self._wants_profile(image):
             image.record_profile()
         profile: list[Extent] = []
         if header.profile_directed_prefetch_start_delay >= 0:
@@ -653,6 +748,8 @@ class Folder:
         entry.told = entry.untold = entry.lags = False
         image.run_in_background(self.spawn)
         entry.busy = True
+        entry.for_writing = False
+        entry.unloaded = trio.Event()
         return image, state
 
     def _open_chain(self, path: bytes) -> tuple[os.stat_result, Chain]:
@@ -670,6 +767,7 @@ class Folder:
 
     async def _unload(self, entry: Entry) -> None:
         assert entry.image is not None
+        entry.unloaded.set()
         if entry.prefetcher is not None:
             await entry.prefetcher.stop()
             entry.prefetcher = None
