@@ -40,7 +40,9 @@ _AT_SYMLINK_NOFOLLOW = 0x100
 _AT_EMPTY_PATH = 0x1000
 _AT_STATX_DONT_SYNC = 0x4000
 _STATX_TYPE_AND_MODE = 3
+_STATX_BTIME = 0x800
 _STATX = struct.Struct("=28xH98xIIII112x")  # mode; device of the device, of the file system
+_STATX_BORN = struct.Struct("=I76xqI164x")  # what is known; seconds and nanoseconds
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -75,6 +77,16 @@ def kind(handle: int, name: bytes = b"") -> Kind:
         raise OSError(code, os.strerror(code))
     mode, *numbers = _STATX.unpack(buffer.raw)
     return Kind(mode, os.makedev(numbers[2], numbers[3]), os.makedev(numbers[0], numbers[1]))
+
+
+def born(handle: int) -> int:
+    """When the file that the handle is of was made, in ns; 0 where that is not known. Raises OSError."""
+    buffer = ctypes.create_string_buffer(_STATX_BORN.size)
+    if _libc.statx(handle, b"", _AT_EMPTY_PATH, _STATX_BTIME, buffer):
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code))
+    known, seconds, ns = _STATX_BORN.unpack(buffer.raw)
+    return seconds * 10**9 + ns if known & _STATX_BTIME else 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,6 +204,11 @@ class Walker:
                 return os.stat(name, dir_fd=handle, follow_symlinks=False)
         with self._file(path) as handle:
             return os.fstat(handle)
+
+    def born(self, path: bytes) -> int:
+        """`born`, likewise. Raises as `stat`."""
+        with self._file(path) as handle:
+            return born(handle)
 
     def attribute(self, path: bytes, name: str) -> bytes:
         """os.getxattr, likewise. Raises as `stat`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import fcntl
 import mmap
@@ -191,6 +192,92 @@ def test_a_disk_is_cut_or_grown_by_truncate(folder: Path) -> None:
         mount.remount()
         assert mount.raw("a").read_bytes() == b"as cp does".ljust(512, b"\0")
     assert reference.check(folder / "a.fvd", "fvdfs") == []
+
+
+class FileHandle:
+    """What an NFS server remembers of a file."""
+
+    def __init__(self, path: Path) -> None:
+        self._handle = ctypes.create_string_buffer(8 + 128)
+        struct.pack_into("I", self._handle, 0, 128)
+        mount_id = ctypes.c_int()
+        code = LIBC.name_to_handle_at(-100, os.fsencode(path), self._handle, ctypes.byref(mount_id), 0)
+        assert code == 0, os.strerror(ctypes.get_errno())
+
+    def open(self, point: Path, flags: int = os.O_RDONLY) -> int:
+        """A descriptor, as `open_by_handle_at` gives it once the kernel has forgotten what it can."""
+        root = os.open(point, os.O_RDONLY)
+        try:
+            Path("/proc/sys/vm/drop_caches").write_text("2")
+            descriptor: int = LIBC.open_by_handle_at(root, self._handle, flags)
+            if descriptor < 0:
+                code = ctypes.get_errno()
+                raise OSError(code, os.strerror(code))
+            return descriptor
+        finally:
+            os.close(root)
+
+    def read(self, point: Path, length: int) -> bytes:
+        descriptor = self.open(point)
+        try:
+            return os.pread(descriptor, length, 0)
+        finally:
+            os.close(descriptor)
+
+
+LIBC = ctypes.CDLL(None, use_errno=True)
+
+
+def test_file_handles_lead_to_their_disk_or_nowhere(folder: Path) -> None:
+    for name in "abc":
+        must("create", folder / f"{name}.fvd", "1M")
+    with mounted(folder) as mount:
+        for name in "abc":
+            write_at(mount.raw(name), 0, name.encode() * 512)
+        numbers = {name: mount.raw(name).stat().st_ino for name in "abc"}
+        handles = {name: FileHandle(mount.raw(name)) for name in "abc"}
+
+        def all_lead_there() -> None:
+            for name in "cab":
+                assert handles[name].read(mount.point, 4) == name.encode() * 4
+                assert mount.raw(name).stat().st_ino == numbers[name]
+
+        all_lead_there()
+        mount.remount()
+        all_lead_there()
+        descriptor = handles["a"].open(mount.point, os.O_RDWR)
+        os.pwrite(descriptor, b"aaaab", 0)
+        os.fsync(descriptor)
+        os.close(descriptor)
+        os.utime(folder / "b.fvd", (5_000_000, 6_000_000))
+        assert handles["b"].read(mount.point, 4) == b"bbbb"
+        assert mount.raw("b").stat().st_mtime == 6_000_000
+        all_lead_there()
+        # Removed, replaced, renamed: another disk is never shown.
+        (folder / "a.fvd").unlink()
+        must("create", folder / "a.fvd", "1M")
+        os.rename(folder / "b.fvd", folder / "d.fvd")
+        (folder / "c.fvd").unlink()
+        for _ in range(2):
+            for handle in handles.values():
+                assert error_of(lambda handle=handle: handle.open(mount.point)) == errno.ESTALE  # type: ignore[misc]
+            mount.remount()
+        os.close(FileHandle(mount.point).open(mount.point))
+        assert names(mount) == ["a.raw", "d.raw"]
+
+
+def test_a_disk_that_changed_under_the_kernel_gets_another_number_until_it_is_forgotten(folder: Path) -> None:
+    must("create", folder / "a.fvd", "1M")
+    with mounted(folder) as mount:
+        handle = FileHandle(mount.raw("a"))
+        with open(mount.raw("a"), "rb") as held:
+            first = os.fstat(held.fileno()).st_ino
+        with open(os.open(mount.raw("a"), os.O_PATH), closefd=True) as held:
+            os.utime(folder / "a.fvd", (5_000_000, 6_000_000))
+            assert mount.raw("a").stat().st_ino != first == os.fstat(held.fileno()).st_ino
+        Path("/proc/sys/vm/drop_caches").write_text("2")
+        assert handle.read(mount.point, 4) == bytes(4)
+        assert mount.raw("a").stat().st_ino == first
 
 
 # --- caching ------------------------------------------------------------------------------------

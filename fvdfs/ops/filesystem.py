@@ -177,12 +177,13 @@ class Filesystem(pyfuse3.Operations):
 
     @handler
     async def lookup(self, parent_inode: InodeT, name: FileNameT, ctx: pyfuse3.RequestContext) -> EntryAttributes:
-        if name in (b".", b".."):
+        if name == b".." or (name == b"." and parent_inode == ROOT_INODE):
             return await self._folder_attributes()
-        entry = await self.folder.lookup(name)
+        # "." is what the kernel asks for where it has a file handle, and no inode for it any more.
+        entry = await (self.folder.find(parent_inode) if name == b"." else self.folder.lookup(name))
         if entry is None:
             raise FUSEError(errno.ENOENT)
-        entry.lookups += 1
+        entry = self.folder.tell(entry)
         return self._file_attributes(entry.inode, entry.attributes)
 
     async def forget(self, inode_list: Sequence[tuple[InodeT, int]]) -> None:
@@ -333,11 +334,12 @@ class Filesystem(pyfuse3.Operations):
 
     async def readdir(self, fh: FileHandleT, start_id: int, token: pyfuse3.ReaddirToken) -> None:
         listing = self._listings[fh]
-        for number, entry in enumerate(listing[start_id:], start_id + 1):
+        for number, listed in enumerate(listing[start_id:], start_id + 1):
+            entry = self.folder.tell(listed)
             attributes = self._file_attributes(entry.inode, entry.attributes)
             if not pyfuse3.readdir_reply(token, FileNameT(entry.name), attributes, number):
+                self.folder.forget(entry.inode, 1)
                 break
-            entry.lookups += 1
 
     async def releasedir(self, fh: FileHandleT) -> None:
         del self._listings[fh]

@@ -14,9 +14,13 @@ these changes.
 
 An inode number stands for what the kernel believes of a disk. With its write-back cache it asks nobody
 for size and times of an inode that it knows, so an image that was replaced, or that somebody else has
-changed, gets a new number at the next look. Pages are another matter, since a disk also changes with
-its data file and its base: at each load all files are compared with how they were at the load before
-(`freshness.py`), and the kernel has to forget its pages unless they are the same.
+changed, gets another number at the next look, unless the kernel has forgotten the last one. A file handle
+(of an NFS server, say) is a number, too, and has to lead to the same disk when the kernel has forgotten
+it, and after another mount: so numbers are made of what stays the same as long as a file is the same
+(`inode_number`), and the first is taken that the kernel does not use for another state. Pages are
+another matter, since a disk also changes with its data file and its base: at each load all files are
+compared with how they were at the load before (`freshness.py`), and the kernel has to forget its pages
+unless they are the same.
 
 The time of change of a disk is that of its image file, but not everything that changes the one changes the other:
 data may be in another file, and copies from the base, the journal and the header are nothing that a reader sees.
@@ -32,6 +36,8 @@ from __future__ import annotations
 import contextlib
 import errno
 import functools
+import hashlib
+import itertools
 import logging
 import os
 import stat
@@ -70,6 +76,8 @@ ROOT_INODE = 1
 IMAGE_SUFFIX = b".fvd"
 RAW_SUFFIX = b".raw"
 NAME_MAX = 255  # bytes; FUSE itself hands over longer names
+_INODE_BYTES = 6
+_ATTEMPTS = 8  # numbers of an image that a file handle may have
 _COMMAND_SHOWN = 20  # characters of what somebody wrote to an attribute
 
 BUSY_PATIENCE = 1.0  # seconds
@@ -99,6 +107,7 @@ class Entry:
 
     def __init__(self, inode: int, path: bytes, seen: _Seen) -> None:
         self.inode = inode
+        self.born = seen.born
         self.path = path
         self.name = raw_name(os.path.basename(path))
         self.lock = trio.Lock()
@@ -161,6 +170,8 @@ class _Seen:
     status: os.stat_result
     size: int
     usage: int
+    born: int = 0
+    """When the file was made, in ns; 0 where nobody can say."""
     known: bool = False
     """The file is as it was, or open: what is known of it stands, and size and usage here mean nothing."""
 
@@ -175,6 +186,12 @@ def image_name(name: bytes) -> bytes | None:
     if not name.endswith(RAW_SUFFIX) or len(name) == len(RAW_SUFFIX):
         return None
     return name[: -len(RAW_SUFFIX)] + IMAGE_SUFFIX
+
+
+def inode_number(name: bytes, status: os.stat_result, born: int, attempt: int) -> int:
+    """One of the numbers of an image, from its name in the mount and what stays the same as long as it is that file."""
+    digest = hashlib.blake2b(b"%d %d %d %s" % (attempt, status.st_ino, born, name), digest_size=_INODE_BYTES)
+    return ROOT_INODE + 1 + int.from_bytes(digest.digest(), "little")
 
 
 def _late(path: bytes) -> OSError:
@@ -200,7 +217,6 @@ class Folder:
         self._record_profiles = record_profiles
         self._entries: dict[bytes, Entry] = {}
         self._inodes: dict[int, Entry] = {}
-        self._next_inode = ROOT_INODE + 1
         self._complaints: dict[bytes, str] = {}
         self._looks = Looks()
         self._last_answers: dict[str, Any] = {}
@@ -457,7 +473,8 @@ class Folder:
                 return _Seen(status, 0, 0, known=True)
             if not stat.S_ISREG(status.st_mode) and not stat.S_ISBLK(status.st_mode):
                 return None
-            return _Seen(status, *look_at_chain(os.fsdecode(path), self.policy, judged))
+            size, usage = look_at_chain(os.fsdecode(path), self.policy, judged)
+            return _Seen(status, size, usage, self.policy.walker.born(path))
         except FileNotFoundError:
             return None
         except (OSError, ImageError, NoAnswer) as error:
@@ -488,8 +505,9 @@ class Folder:
                 return known
             del self._entries[path]
             self._drop_if_unused(known)
-        entry = Entry(self._next_inode, path, seen)
-        self._next_inode += 1
+        name = raw_name(os.path.basename(path))
+        numbers = (inode_number(name, seen.status, seen.born, attempt) for attempt in itertools.count())
+        entry = Entry(next(number for number in numbers if number not in self._inodes), path, seen)
         self._entries[path] = entry
         self._inodes[entry.inode] = entry
         return entry
@@ -505,6 +523,34 @@ class Folder:
 
     # --- lookup counts --------------------------------------------------------------------------
 
+    def tell(self, entry: Entry) -> Entry:
+        """Count that the kernel is told of an image; the one to tell of, where its number is another one's by now."""
+        entry = self._inodes.setdefault(entry.inode, entry)
+        entry.lookups += 1
+        return entry
+
+    async def find(self, inode: int) -> Entry:
+        """The image that a file handle with this number is of, as it is now. Raises OSError: ESTALE if it is gone."""
+        if inode not in self._inodes:
+            await self.scan()
+        entry = self._inodes.get(inode) or self._with_number(inode)
+        if entry is not None:
+            entry = await self.lookup(entry.name)
+        if entry is None or entry.inode != inode:
+            raise OSError(errno.ESTALE, f"inode {inode} is gone")
+        return entry
+
+    def _with_number(self, inode: int) -> Entry | None:
+        """The image that could have this number, which it gets, unless the kernel uses another one for it."""
+        for entry in self._entries.values():
+            numbers = (inode_number(entry.name, entry.status, entry.born, attempt) for attempt in range(_ATTEMPTS))
+            if inode in numbers and entry.lookups <= 0 and not entry.opens and not entry.lock.locked():
+                del self._inodes[entry.inode]
+                entry.inode = inode
+                self._inodes[inode] = entry
+                return entry
+        return None
+
     def forget(self, inode: int, count: int) -> None:
         """The kernel has dropped `count` of its references to the inode."""
         entry = self._inodes.get(inode)
@@ -513,8 +559,9 @@ class Folder:
             self._drop_if_unused(entry)
 
     def _drop_if_unused(self, entry: Entry) -> None:
-        if entry.lookups <= 0 and not entry.opens and self._entries.get(entry.path) is not entry:
-            self._inodes.pop(entry.inode, None)
+        unused = entry.lookups <= 0 and not entry.opens and self._entries.get(entry.path) is not entry
+        if unused and self._inodes.get(entry.inode) is entry:
+            del self._inodes[entry.inode]
 
     # --- opening and closing --------------------------------------------------------------------
 
