@@ -79,7 +79,8 @@ class Committer:
         self._pending_blocks: list[journal.Range] = []
         self._pending_chunks: set[int] = set()
         self._data_written = False
-        self._writes = 0
+        self.writes = 0
+        """How many there were, of the data."""
         self._journal_next = 0  # sector
         self._lock = trio.Lock()
         self._begun = 0
@@ -90,7 +91,7 @@ class Committer:
     def data_written(self) -> None:
         """Data was stored; a commit has to flush it."""
         self._data_written = True
-        self._writes += 1
+        self.writes += 1
 
     def blocks_stored(self, first: int, end: int) -> None:
         """A write stored these blocks, and a crash would not show them yet."""
@@ -151,10 +152,10 @@ class Committer:
         """
         if self.failed is not None or self.uncommitted or self._lock.locked():
             return False
-        writes = self._writes
+        writes = self.writes
 
         def ended(well: bool) -> None:
-            if well and self._writes == writes:
+            if well and self.writes == writes:
                 self._data_written = False
             done(well)
 

@@ -26,7 +26,7 @@ import trio
 
 from fvdfs.alloc.chunked import ChunkedStorage, Spawn
 from fvdfs.alloc.flat import FlatStorage
-from fvdfs.alloc.store import Buffer, Done, Store, together
+from fvdfs.alloc.store import Buffer, Done, HostFile, Store, together
 from fvdfs.alloc.table import Table
 from fvdfs.commit import Committer
 from fvdfs.cow.bitmap import Bitmap
@@ -195,6 +195,21 @@ class Image:
         if self.table is not None and self.table.damaged:
             return self.table.damage
         return self.committer.failed or ""
+
+    @property
+    def in_use(self) -> bool:
+        """Whether requests are under way."""
+        return bool(self._pending_reads) or self._writers > 0
+
+    @property
+    def needs_share(self) -> bool:
+        """Whether something that it stands on may not answer for ever, unlike a disk of this host."""
+        image: Image | Store | None = self
+        while isinstance(image, Image):
+            if _may_hang(image.meta) or _may_hang(image.data):
+                return True
+            image = image.base
+        return image is not None and _may_hang(image)
 
     @property
     def header(self) -> Header:
@@ -894,6 +909,10 @@ class Image:
                     await self.stop_writing()
             finally:
                 self.writable = False
+
+
+def _may_hang(store: Store) -> bool:
+    return not isinstance(store, HostFile) or store.may_hang
 
 
 async def _close_chain(image: Image | Store | None) -> None:

@@ -79,7 +79,7 @@ class FileLock:
         Raises ImageBusy where another open file holds one that excludes it, OSError.
         """
         before = self._own
-        kind = _type_of_file_system(self._fd)
+        kind = type_of_file_system(self._fd)
         self.is_remote = kind in _REMOTE
         try:
             if not self._take_own(exclusive):
@@ -160,7 +160,7 @@ class FileLock:
         return bool(_LOCK.unpack(answer)[0] != fcntl.F_UNLCK)
 
 
-def _type_of_file_system(fd: int) -> int:
+def type_of_file_system(fd: int) -> int:
     """`f_type` of fstatfs(2), which Python leaves out; 0 where it is not known."""
     buffer = (ctypes.c_long * 64)()
     return 0 if _libc.fstatfs(fd, buffer) else buffer[0] & 0xFFFF_FFFF

@@ -17,14 +17,13 @@ import errno
 import fcntl
 import os
 import stat
-import struct
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Protocol
 
 import trio
 
 from fvdfs.alloc import uring
-from fvdfs.alloc.filelock import FileLock
+from fvdfs.alloc.filelock import FileLock, type_of_file_system
 from fvdfs.alloc.worker import Worker
 from fvdfs.errors import ImageBusy, ImageError
 
@@ -142,6 +141,8 @@ FALLOC_FL_ZERO_RANGE = 0x10
 SYNC_FILE_RANGE_WRITE = 0x02  # send what is not on its way yet
 SYNC_FILE_RANGE_ALL = 0x07  # wait for what is on its way, send the rest, wait for that
 _ZEROS = bytes(1 << 20)
+# Those on no device of their own; statfs(2): btrfs, tmpfs, ramfs, overlayfs, zfs, bcachefs.
+_LOCAL_FILE_SYSTEMS = frozenset({0x9123683E, 0x01021994, 0x858458F6, 0x794C7630, 0x2FC12FC1, 0xCA451A4E})
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -183,8 +184,15 @@ class HostFile:
         self.writable = writable
         self.denied = 0
         """The errno with which the host refused to open it for writing, where that was tried."""
-        mode = os.fstat(fd).st_mode
-        self.fixed_size = stat.S_ISBLK(mode)
+        status = os.fstat(fd)
+        self.fixed_size = stat.S_ISBLK(status.st_mode)
+        device = status.st_rdev if self.fixed_size else status.st_dev
+        self.identity = (-1, device) if self.fixed_size else (device, status.st_ino)
+        """What tells two names of one file or device from two files."""
+        self.server = f"disk {os.major(device)}:{os.minor(device)}"
+        self.may_hang = not self.fixed_size and _may_hang(fd, device)
+        """Whether a server, or a program, answers for the file: then any call may wait for it, for ever."""
+        self._usage = status.st_blocks * 512
         self._claim = -1
         self.file_lock = FileLock(fd, name)
         self._misses = 0  # of the last reads, so to speak: those that the page cache did not have
@@ -206,12 +214,6 @@ class HostFile:
     def descriptor(self) -> int:
         """What it is open as."""
         return self._fd
-
-    @property
-    def identity(self) -> tuple[int, int]:
-        """What tells two names of one file or device from two files."""
-        status = os.fstat(self._fd)
-        return (-1, status.st_rdev) if self.fixed_size else (status.st_dev, status.st_ino)
 
     def status(self) -> os.stat_result:
         """What stat(2) says of it. Blocks."""
@@ -236,12 +238,6 @@ class HostFile:
                 os.utime(self._fd)  # the present is what anybody may set who may write
 
     @property
-    def server(self) -> str:
-        status = os.fstat(self._fd)
-        device = status.st_rdev if self.fixed_size else status.st_dev
-        return f"disk {os.major(device)}:{os.minor(device)}"
-
-    @property
     def is_remote(self) -> bool:
         return self.file_lock.is_remote
 
@@ -262,7 +258,7 @@ class HostFile:
         self.file_lock.take(exclusive)
 
     def pread_nowait(self, buffer: memoryview, offset: int) -> bool:
-        if offset + len(buffer) > MAX_FILE_SIZE or self._is_cold():
+        if self.may_hang or offset + len(buffer) > MAX_FILE_SIZE or self._is_cold():
             return False
         try:
             if os.preadv(self._fd, [buffer], offset, os.RWF_NOWAIT) == len(buffer):
@@ -293,7 +289,7 @@ class HostFile:
         ring, size = self._ring(buffer, offset), len(buffer)
         if ring is None:
             return False
-        how = uring.READ_ASIDE if size > LARGE else uring.READ
+        how = uring.READ_ASIDE if self.may_hang or size > LARGE else uring.READ
         ring.begin(((how, self._fd, buffer, offset),), lambda results: done(results[0] == size))
         return True
 
@@ -303,7 +299,7 @@ class HostFile:
 
     async def pread(self, buffer: memoryview, offset: int) -> int:
         ring = self._ring(buffer, offset)
-        how = uring.READ_ASIDE if len(buffer) > LARGE else uring.READ
+        how = uring.READ_ASIDE if self.may_hang or len(buffer) > LARGE else uring.READ
         if ring is not None and await ring.do((how, self._fd, buffer, offset)) == [len(buffer)]:
             return len(buffer)
         return await self._reader.run(lambda: self.pread_now(buffer, offset))
@@ -322,7 +318,7 @@ class HostFile:
 
     def pwrite_soon(self, data: memoryview, offset: int, done: Done) -> bool:
         ring, size = self._ring(data, offset), len(data)
-        if ring is None or size > LARGE:
+        if ring is None or self.may_hang or size > LARGE:
             return False
 
         def written(result: int) -> None:
@@ -462,7 +458,7 @@ class HostFile:
         flush = (uring.FSYNC, self._fd, None, 0)
         write = (uring.WRITE, self._fd, memoryview(bytearray(data)), offset)
         calls = (flush, write, flush) if flush_first else (write, flush)
-        ring = uring.ring()
+        ring = uring.ring() if not self.may_hang else None
         results = await ring.do(*calls) if ring is not None else None
         if results is None:
             await log_by_steps(self, data, offset, flush_first=flush_first)
@@ -479,10 +475,12 @@ class HostFile:
         return await self._reader.run(self.size_now)
 
     def size_now(self) -> int:
-        """The size; does not wait for more than the inode."""
+        """`size` for callers that are in a thread already."""
         if self.fixed_size:
             return os.lseek(self._fd, 0, os.SEEK_END)
-        return os.fstat(self._fd).st_size
+        status = os.fstat(self._fd)
+        self._usage = status.st_blocks * 512
+        return status.st_size
 
     async def resize(self, size: int) -> None:
         if size > MAX_FILE_SIZE:
@@ -496,10 +494,15 @@ class HostFile:
         self._was_written()
 
     def usage(self) -> int:
-        return self.size_now() if self.fixed_size else os.fstat(self._fd).st_blocks * 512
+        if not self.may_hang:  # else: as it was when somebody last asked
+            size = self.size_now()
+            return size if self.fixed_size else self._usage
+        return self._usage
 
     async def aclose(self) -> None:
-        self.close()
+        # A server is told that the file is closed, a disk that one is gone which was removed.
+        with trio.CancelScope(shield=True):
+            await trio.to_thread.run_sync(self.close)
 
     def close(self) -> None:
         """`aclose` for callers that are in a thread already."""
@@ -509,6 +512,10 @@ class HostFile:
             if fd >= 0:
                 os.close(fd)
         self._fd = self._claim = -1
+
+
+def _may_hang(fd: int, device: int) -> bool:
+    return not os.major(device) and type_of_file_system(fd) not in _LOCAL_FILE_SYSTEMS
 
 
 def open_host_file(handle: int, name: str, *, writable: bool) -> HostFile:

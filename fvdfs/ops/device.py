@@ -14,7 +14,8 @@ most here, so it is amended:
 - FUSE_HANDLE_KILLPRIV_V2. Without it the kernel asks for the extended attribute security.capability
   before *every* write, one more request each time. With it the file system promises to drop set-uid
   bits and capabilities on writing itself; ours has none to drop (`filesystem.py` never shows them).
-- max_background, the number of read-ahead and writeback requests that may be under way, 12 otherwise.
+- max_background, the number of read-ahead and writeback requests that may be under way, 12 otherwise. Those of an image
+  whose base hangs count, so there are far more than a disk needs; read-ahead stops at a smaller number by itself.
 
 A kernel that does not offer a flag is not answered with it.
 
@@ -54,7 +55,7 @@ FUSE_INIT = 26
 FUSE_INTERRUPT = 36
 FUSE_NOTIFY_INVAL_INODE = 2
 FUSE_HANDLE_KILLPRIV_V2 = 1 << 28
-MAX_BACKGROUND = 64
+MAX_BACKGROUND = 256
 CONGESTION_THRESHOLD = 48
 
 LINGER = 50_000
@@ -146,6 +147,8 @@ class Device:
         self._idle: list[trio.lowlevel.Task] = []
         self._idle_limit = _IDLE_TASKS
         self._answered = 0  # when, ns
+        self.ending = trio.Event()
+        """Set when the mount is gone, or is to go."""
         self._started = False  # whether a task has got work in this turn
         self._begun = 0  # requests that go on without a task
         self._ended: trio.Event | None = None
@@ -187,6 +190,11 @@ class Device:
         os.close(self._kernel)
         self._socket.close()
 
+    def terminate(self) -> None:
+        """Have `serve` end."""
+        self.ending.set()
+        pyfuse3.terminate()
+
     async def forget_pages(self, inode: int) -> None:
         """Have the kernel drop what it has cached of a file, after handing over what was written to it.
 
@@ -194,7 +202,8 @@ class Device:
         To drop it as part of the opening would not do: who opens it next could be faster.
         """
         message = _OUT_HEADER.pack(_OUT_HEADER.size + _INVALIDATE.size, FUSE_NOTIFY_INVAL_INODE, 0)
-        await trio.to_thread.run_sync(self._notify, message + _INVALIDATE.pack(inode, 0, 0))
+        message += _INVALIDATE.pack(inode, 0, 0)
+        await trio.to_thread.run_sync(self._notify, message, abandon_on_cancel=True)
 
     def _notify(self, message: bytes) -> None:
         try:
@@ -231,7 +240,7 @@ class Device:
                 self._take_turn(LINGER if soon else 0)
             except OSError as error:
                 if error.errno == errno.ENODEV:  # unmounted
-                    pyfuse3.terminate()
+                    self.terminate()
                     return
                 if error.errno not in (errno.ENOENT, errno.EINTR):  # a request was taken back
                     raise

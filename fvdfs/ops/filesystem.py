@@ -96,6 +96,7 @@ class Filesystem(pyfuse3.Operations):
         self._listings: dict[int, list[Entry]] = {}
         self._next_handle = 1
         self._written = trio.Event()
+        self._committing: set[Image] = set()
         self.daemon = b"{}"
         """What the mount says of the process that serves it (`xattrs.DAEMON`)."""
         self.complaints = Complaints()
@@ -123,17 +124,24 @@ class Filesystem(pyfuse3.Operations):
 
     async def commit_regularly(self) -> None:
         """Commit what nobody flushes, so that a crash loses no more than the last seconds. Runs for ever."""
-        while True:
-            await self._written.wait()
-            await trio.sleep(COMMIT_INTERVAL)
-            self._written = trio.Event()
-            for entry in self.folder.open_entries():
-                image = entry.image
-                if image is not None and image.committer.uncommitted:
-                    try:
-                        await image.flush()
-                    except OSError as error:
-                        log.error("%s: commit: %s", image.name, error)
+        async with trio.open_nursery() as nursery:
+            while True:
+                await self._written.wait()
+                await trio.sleep(COMMIT_INTERVAL)
+                self._written = trio.Event()
+                for entry in self.folder.open_entries():
+                    image = entry.image
+                    if image is not None and image.committer.uncommitted and image not in self._committing:
+                        nursery.start_soon(self._commit, image)  # none waits for another one's disk
+
+    async def _commit(self, image: Image) -> None:
+        self._committing.add(image)
+        try:
+            await image.flush()
+        except OSError as error:
+            log.error("%s: commit: %s", image.name, error)
+        finally:
+            self._committing.remove(image)
 
     # --- attributes -----------------------------------------------------------------------------
 

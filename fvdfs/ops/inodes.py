@@ -112,6 +112,8 @@ class Entry:
         self.name = raw_name(os.path.basename(path))
         self.lock = trio.Lock()
         self.image: Image | None = None
+        self.closing: Image | None = None
+        """The image while it is being closed."""
         self.prefetcher: Prefetcher | None = None
         self.busy = False
         """Whether the image is open, or still being closed: the file changes, and is what we think it is."""
@@ -821,6 +823,7 @@ class Folder:
         now = status(entry.image, None)
         entry.last_status = {key: now[key] for key in ("base_size", "local_bytes", "local_share", "failed")}
         image, entry.image = entry.image, None
+        entry.closing = image
         entry.size = image.size
         entry.usage = image.usage()
         with trio.CancelScope(shield=True):
@@ -831,6 +834,7 @@ class Folder:
                 raise
             finally:
                 await image.close()
+                entry.closing = None
                 entry.busy = False
 
     async def _end_writing(self, entry: Entry, image: Image) -> None:
@@ -850,12 +854,26 @@ class Folder:
         """The entries whose image is open."""
         return [entry for entry in self._inodes.values() if entry.image is not None]
 
+    def unclosed(self) -> list[tuple[Entry, Image]]:
+        """The images that are open or being closed."""
+        images = [(entry, entry.image or entry.closing) for entry in self._inodes.values()]
+        return [(entry, image) for entry, image in images if image is not None]
+
     async def close_all(self) -> None:
-        """Give up every image, whoever still has it open; errors go to the log."""
-        for entry in self.open_entries():
-            async with entry.lock:
-                if entry.image is None:
-                    continue
+        """Give up every image, whoever still has it open, side by side; errors go to the log."""
+        async with trio.open_nursery() as nursery:
+            for entry in self.open_entries():
+                nursery.start_soon(self._close_at_end, entry)
+
+    async def _close_at_end(self, entry: Entry) -> None:
+        # What was written must not wait for a base that does not answer, as the closing does.
+        with contextlib.suppress(OSError):
+            if entry.image is not None:
+                await entry.image.flush()
+        while entry.image is not None and entry.image.in_use:  # noqa: ASYNC110  who ends a request has more to do than to tell
+            await trio.sleep(BUSY_RETRY)
+        async with entry.lock:
+            if entry.image is not None:
                 entry.opens = 0
                 try:
                     await self._unload(entry)

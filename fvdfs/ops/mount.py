@@ -8,13 +8,16 @@ is asked for by inode number, and nothing is unmounted by a name that leads else
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import json
 import logging
 import os
 import signal
+import subprocess
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from typing import NoReturn
 
 import pyfuse3
 import trio
@@ -25,14 +28,23 @@ from fvdfs.chain import Policy
 from fvdfs.cow.pressure import DiskPressure
 from fvdfs.cow.scheduler import DEFAULT_JOBS, Scheduler
 from fvdfs.errors import UsageError
+from fvdfs.image import Image
 from fvdfs.ops.device import Device, fuse_descriptors
 from fvdfs.ops.filesystem import Filesystem, Sync
-from fvdfs.ops.inodes import Folder
+from fvdfs.ops.inodes import Entry, Folder
 from fvdfs.paths import PATIENCE, LeadsBack, MountPoint, mount_points, within
 
 log = logging.getLogger(__name__)
 
-DRAIN_PATIENCE = 60.0  # seconds for each file
+DRAIN_PATIENCE = 20.0  # seconds without a write of an image that the kernel still has something of
+DRAINS = 16  # side by side
+MAX_REQUESTS = 1 << 20
+GRACE = 2.0  # seconds in which everything has ended normally
+END_PATIENCE = 10.0
+"""Seconds without progress after which the process ends although images are not closed: only bases on shares are waited
+for, and what was written is safe."""
+SAVE_PATIENCE = 120.0
+"""The same while there is data to be saved, or a disk to be waited for."""
 GC_THRESHOLDS = (20_000, 50, 100)  # a request leaves little to be collected; the default looks every 700 objects
 
 
@@ -91,14 +103,22 @@ def serve(options: MountOptions, ready: Callable[[], None], reopen_log: ReopenLo
         raise UsageError(
             f"{options.mountpoint}: cannot mount: {error}; is /dev/fuse there (package fuse3), and may you use it?"
         ) from error
-    mount = mounts.mount_at(options.mountpoint)
+    # Not by a look at the mount point: nothing is answered yet.
+    mount = next((mount for mount in reversed(mount_points()) if mount.path == point), None)
     gc.freeze()
     gc.set_threshold(*GC_THRESHOLDS)
     try:
         _forbid_ways_back(options, mount)
         device = Device(filesystem, descriptors)
+
+        def give_up() -> None:
+            device.close(unmount=_is_still(mount))
+            pyfuse3.close()
+            if claim is not None:
+                claim.release()
+
         try:
-            trio.run(_serve, options, filesystem, device, mount, ready, reopen_log)
+            trio.run(_serve, options, filesystem, device, mount, ready, reopen_log, give_up)
         finally:
             device.close(unmount=_is_still(mount))
     finally:
@@ -164,10 +184,13 @@ async def _serve(
     mount: MountPoint | None,
     ready: Callable[[], None],
     reopen_log: ReopenLog,
+    give_up: Callable[[], None],
 ) -> None:
     filesystem.folder.forget_pages = device.forget_pages
     # The ring outlives all who may wait for what is under way in it: that cannot be cancelled.
-    async with use_ring() if options.io_uring else contextlib.nullcontext():
+    trio.to_thread.current_default_thread_limiter().total_tokens = MAX_REQUESTS  # each image has limits of its own
+    async with trio.open_nursery() as last, use_ring() if options.io_uring else contextlib.nullcontext():
+        last.start_soon(_end_in_time, filesystem, device, give_up)
         try:
             async with trio.open_nursery() as nursery:
                 filesystem.folder.spawn = lambda work: nursery.start_soon(_guard, work)
@@ -175,12 +198,42 @@ async def _serve(
                 nursery.start_soon(filesystem.commit_regularly)
                 nursery.start_soon(filesystem.complaints.sum_up)
                 nursery.start_soon(_announce, filesystem, ready)
-                await device.serve(pyfuse3.main)
+                # One task each: requests for an image whose base hangs must not be all that there may be.
+                await device.serve(functools.partial(pyfuse3.main, max_tasks=MAX_REQUESTS))
                 nursery.cancel_scope.cancel()
         finally:
             with trio.CancelScope(shield=True):
                 await filesystem.folder.close_all()
             log.info("%s: unmounted", options.mountpoint)
+        last.cancel_scope.cancel()
+
+
+async def _end_in_time(filesystem: Filesystem, device: Device, give_up: Callable[[], None]) -> None:
+    """See to it that the process ends though something hangs that cannot be cancelled: a call to a share."""
+    await device.ending.wait()
+    await trio.sleep(GRACE)
+    folder = filesystem.folder
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(folder.close_all)
+        left, since = folder.unclosed(), trio.current_time()
+        while True:
+            await trio.sleep(GRACE)
+            if folder.unclosed() != left:
+                left, since = folder.unclosed(), trio.current_time()
+            hopeless = all(image.needs_share and not image.committer.dirty for _, image in left)
+            if trio.current_time() - since > (END_PATIENCE if hopeless else SAVE_PATIENCE):
+                _end_at_once([image for _, image in left], give_up)
+
+
+def _end_at_once(left: list[Image], give_up: Callable[[], None]) -> NoReturn:
+    """End the process, with threads in it that cannot end."""
+    for image in left:
+        risk = "what was written last may be lost" if image.committer.dirty else "nothing that was written is lost"
+        log.error("%s: cannot be closed, since something that it needs does not answer; %s", image.name, risk)
+    with contextlib.suppress(Exception):
+        give_up()
+    logging.shutdown()
+    os._exit(1 if left else 0)
 
 
 async def _guard(work: Callable[[], Awaitable[None]]) -> None:
@@ -215,7 +268,7 @@ async def _obey_signals(
                     continue
                 log.info("%s: signal %s", mountpoint, signal.Signals(number).name)
                 await _drain_kernel_cache(mountpoint, filesystem, device, mount)
-                pyfuse3.terminate()
+                device.terminate()
                 return
             daemon.noted.append(await anext(signals))
 
@@ -223,31 +276,55 @@ async def _obey_signals(
 async def _drain_kernel_cache(
     mountpoint: str, filesystem: Filesystem, device: Device, mount: MountPoint | None
 ) -> None:
-    """Have the kernel hand over what it has accepted from writers but not yet sent to us.
+    """Have the kernel hand over what it has accepted from writers but not yet sent to us, of all images side by side.
 
-    fsync does it in long pieces, where a path leads there still; what is left, inode by inode, in pages.
+    fsync does it in long pieces, where a path leads there still; what is left, inode by inode, in pages. It is done by
+    another process: a thread of ours that waits for our own answers could not end if we are killed meanwhile.
     """
     reachable = await trio.to_thread.run_sync(_is_still, mount)
-    for entry in filesystem.folder.open_entries():
-        name = os.fsdecode(entry.path)
+    limiter = trio.CapacityLimiter(DRAINS)
+
+    async def drain(entry: Entry, image: Image) -> None:
+        path = os.path.join(os.fsencode(mountpoint), entry.name)
         if reachable:
-            path = os.path.join(os.fsencode(mountpoint), entry.name)
-            with trio.move_on_after(DRAIN_PATIENCE), contextlib.suppress(OSError):
-                if await trio.to_thread.run_sync(_fsync_path, path, entry.inode, abandon_on_cancel=True):
-                    continue
+            with contextlib.suppress(OSError):  # there is no such program: it is done in pages
+                await trio.to_thread.run_sync(_run_sync_program, path, abandon_on_cancel=True)
         try:
             await device.forget_pages(entry.inode)
         except OSError as error:
-            log.error("%s: what the kernel still had may be lost: %s", name, error)
+            log.error("%s: what the kernel still had may be lost: %s", image.name, error)
+
+    async def drain_in_time(entry: Entry, image: Image) -> None:
+        async with limiter:
+            if not await _while_written(functools.partial(drain, entry, image), image):
+                log.error("%s: what the kernel still had may be lost: nothing can be written", image.name)
+
+    async with trio.open_nursery() as nursery:
+        for entry in filesystem.folder.open_entries():
+            if entry.image is not None and entry.image.writable:
+                nursery.start_soon(drain_in_time, entry, entry.image)
 
 
-def _fsync_path(path: bytes, inode: int) -> bool:
-    """Flush the file, if it is the one with this number."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
-    try:
-        if os.fstat(descriptor).st_ino != inode:
-            return False
-        os.fsync(descriptor)
-        return True
-    finally:
-        os.close(descriptor)
+async def _while_written(work: Callable[[], Awaitable[None]], image: Image) -> bool:
+    """Do the work; False where it was given up since no write reaches the image any more."""
+    async with trio.open_nursery() as nursery:
+        ended = trio.Event()
+
+        async def run() -> None:
+            await work()
+            ended.set()
+
+        nursery.start_soon(run)
+        writes = -1
+        while image.committer.writes != writes:
+            writes = image.committer.writes
+            with trio.move_on_after(DRAIN_PATIENCE):
+                await ended.wait()
+            if ended.is_set():
+                return True
+        nursery.cancel_scope.cancel()
+    return False
+
+
+def _run_sync_program(path: bytes) -> None:
+    subprocess.run(["sync", path], stdin=subprocess.DEVNULL, capture_output=True, check=False)
