@@ -151,6 +151,7 @@ class Device:
         """Set when the mount is gone, or is to go."""
         self._started = False  # whether a task has got work in this turn
         self._begun = 0  # requests that go on without a task
+        self._unanswered: set[int] = set()  # those that are under way at all
         self._ended: trio.Event | None = None
         self._to_libfuse, self._for_libfuse = trio.open_memory_channel[bytearray](math.inf)
 
@@ -189,6 +190,14 @@ class Device:
             os.close(reader)  # with nobody who reads, poll() says POLLERR
         os.close(self._kernel)
         self._socket.close()
+
+    def refuse_rest(self) -> None:
+        """Answer what is under way with EIO, though it may go on.
+
+        Whoever writes to the kernel's end, as `forget_pages` does, may be waiting for just that, and keep it open.
+        """
+        for unique in self._unanswered:
+            self._answer(unique, errno.EIO)
 
     def terminate(self) -> None:
         """Have `serve` end."""
@@ -316,6 +325,8 @@ class Device:
             self._answer(unique, error.errno)
         else:
             answer()
+        finally:
+            self._unanswered.discard(unique)
 
     def _begin_read(self, unique: int, fh: int, offset: int, size: int) -> None:
         pooled = _SMALL < size <= self._max_write
@@ -353,15 +364,18 @@ class Device:
         def done(well: bool) -> None:
             self._end()
             if well:
+                self._unanswered.discard(unique)
                 answer()
             else:
                 self._start(unique, finish, answer)
 
         self._begun += 1
+        self._unanswered.add(unique)
         try:
             begun = soon(done)
         except pyfuse3.FUSEError as error:
             self._end()
+            self._unanswered.discard(unique)
             self._answer(unique, error.errno)
             return
         if not begun:

@@ -854,6 +854,10 @@ class Folder:
         """The entries whose image is open."""
         return [entry for entry in self._inodes.values() if entry.image is not None]
 
+    def shows(self, entry: Entry) -> bool:
+        """Whether a path in the mount leads to this entry, and not to another one of the same name."""
+        return self._entries.get(entry.path) is entry
+
     def unclosed(self) -> list[tuple[Entry, Image]]:
         """The images that are open or being closed."""
         images = [(entry, entry.image or entry.closing) for entry in self._inodes.values()]

@@ -112,6 +112,7 @@ def serve(options: MountOptions, ready: Callable[[], None], reopen_log: ReopenLo
         device = Device(filesystem, descriptors)
 
         def give_up() -> None:
+            device.refuse_rest()
             device.close(unmount=_is_still(mount))
             pyfuse3.close()
             if claim is not None:
@@ -286,9 +287,10 @@ async def _drain_kernel_cache(
 
     async def drain(entry: Entry, image: Image) -> None:
         path = os.path.join(os.fsencode(mountpoint), entry.name)
-        if reachable:
-            with contextlib.suppress(OSError):  # there is no such program: it is done in pages
-                await trio.to_thread.run_sync(_run_sync_program, path, abandon_on_cancel=True)
+        if reachable and filesystem.folder.shows(entry):
+            with contextlib.suppress(OSError):  # there is no such program
+                if await trio.to_thread.run_sync(_run_sync_program, path, abandon_on_cancel=True):
+                    return
         try:
             await device.forget_pages(entry.inode)
         except OSError as error:
@@ -326,5 +328,6 @@ async def _while_written(work: Callable[[], Awaitable[None]], image: Image) -> b
     return False
 
 
-def _run_sync_program(path: bytes) -> None:
-    subprocess.run(["sync", path], stdin=subprocess.DEVNULL, capture_output=True, check=False)
+def _run_sync_program(path: bytes) -> bool:
+    done = subprocess.run(["sync", path], stdin=subprocess.DEVNULL, capture_output=True, check=False)
+    return done.returncode == 0
