@@ -368,7 +368,7 @@ def test_a_file_system_without_locks_is_one_warning(
 def test_where_a_lock_would_forbid_writing_the_header_there_is_only_our_own(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(filelock, "_type_of_file_system", lambda fd: 0xFF534D42)
+    monkeypatch.setattr(filelock, "type_of_file_system", lambda fd: 0xFF534D42)
     with opened(path) as file:
         file.lock(True)
         assert locks_of(path) == [("WRITE", OWN)]
@@ -376,8 +376,8 @@ def test_where_a_lock_would_forbid_writing_the_header_there_is_only_our_own(
 
 def test_the_type_of_a_file_system() -> None:
     with open("/proc/self/stat", "rb") as file:
-        assert filelock._type_of_file_system(file.fileno()) == 0x9FA0
-    assert filelock._type_of_file_system(-1) == 0
+        assert filelock.type_of_file_system(file.fileno()) == 0x9FA0
+    assert filelock.type_of_file_system(-1) == 0
 
 
 async def test_an_image_that_changes_while_it_is_opened(folder: Path) -> None:

@@ -17,6 +17,7 @@ import errno
 import fcntl
 import os
 import stat
+import struct
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Protocol
 
