@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import json
+import logging
 import mmap
 import os
 import struct
@@ -326,6 +327,35 @@ def test_what_is_left_out_of_the_log_is_summed_up(caplog: pytest.LogCaptureFixtu
         "read: 5 times more": periods,
         "write: 5 times more": periods,
     }
+
+
+def test_lines_that_anybody_writes_are_counted_by_what_they_say_and_of_whom(caplog: pytest.LogCaptureFixture) -> None:
+    """Also from threads, which wake the one who sums up."""
+    complaints = Complaints()
+    log = logging.getLogger("fvdfs.somewhere")
+
+    def write() -> None:
+        for number in range(LINES + 5):
+            for name in ("a", "b"):
+                log.warning("%s: %d bytes are missing", name, number)
+
+    async def main() -> None:
+        with complaints.filtering():
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(complaints.sum_up)
+                await trio.testing.wait_all_tasks_blocked()
+                await trio.to_thread.run_sync(write)
+                await trio.sleep(PERIOD + 1)
+                log.warning("%s: %d bytes are missing", "a", 1)
+                nursery.cancel_scope.cancel()
+
+    trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0.05))
+    said = Counter(record.getMessage() for record in caplog.records)
+    for name in ("a", "b"):
+        assert said[f"{name}: 0 bytes are missing: 5 times more"] == 1
+        assert sum(text.startswith(f"{name}: ") and "more" not in text for text in said.elements()) == LINES + (
+            name == "a"
+        )
 
 
 def test_a_header_that_is_spoilt_while_the_image_is_open(folder: Path) -> None:

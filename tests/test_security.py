@@ -24,6 +24,7 @@ import pytest
 
 from conftest import FVDFS, MIB, Finished, Mount, fvdfs, mounted, must
 from fvdfs.header import HEADER_SIZE, Header, with_fields
+from fvdfs.ops.complaints import LINES
 
 NOBODY = 65534
 OTHER = 65533  # a user who is neither root nor the one who mounts
@@ -322,6 +323,49 @@ def test_names_that_are_not_there_fill_neither_log_nor_memory(
         assert ask_for_names(mount, lambda number: make(number + 1000), 3000) == {code}
         assert mount.log == lines
         assert resident(mount.pid) - before < 4000
+
+
+HOSTILE = {
+    "open what is only complained of": "os.close(os.open(p, os.O_RDONLY))",
+    "open the folder": "kept.append(os.open(os.path.dirname(p), os.O_RDONLY)); n % 500 or close()",
+    "nonsense to prefetching": "os.setxattr(p, 'user.fvdfs.prefetch', bytes(60000))",
+    "prefetching": "os.setxattr(p, 'user.fvdfs.prefetch', b'start')",
+    "attributes of any name": "os.setxattr(p, f'user.{n:0200}', bytes(60000))",
+    "attributes that are not there": "os.getxattr(p, f'user.{n:0200}')",
+    "sizes": "os.truncate(p, 1 << 62)",
+    "an ACL that is none": "os.setxattr(p, 'system.posix_acl_access', bytes(60000))",
+    "names": "os.rename(p, p + str(n))",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", HOSTILE)
+def test_nothing_that_a_user_does_fills_log_or_memory(shared: Path, what: str) -> None:
+    folder = shared / "images"
+    folder.mkdir()
+    (folder / "base").write_bytes(b"b" * MIB)
+    must("create", folder / "a.fvd", "--base", "base", "--base-format", "raw")
+    os.truncate(folder / "base", MIB // 2)  # which is said at each opening
+    os.chmod(folder / "a.fvd", 0o666)
+    code = (
+        "import os, sys\n"
+        "p, start, count = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])\n"
+        "kept = []\n"
+        "def close():\n"
+        "    while kept: os.close(kept.pop())\n"
+        "for n in range(start, start + count):\n"
+        f"    try: {HOSTILE[what]}\n"
+        "    except OSError: pass\n"
+    )
+    with mounted(folder, "--allow-other") as mount:
+        assert python_as(NOBODY, code, mount.raw("a"), "0", "300").code == 0
+        before, lines = resident(mount.pid), mount.log.count("\n")
+        assert python_as(NOBODY, code, mount.raw("a"), "300", "1000").code == 0
+        assert mount.log.count("\n") - lines <= 2 * LINES
+        assert len(mount.log) < 20_000
+        assert resident(mount.pid) - before < 4000
+        assert mount.raw("a").stat().st_size == MIB
+    assert len(mount.log) < 20_000
 
 
 def test_a_folder_that_cannot_be_looked_into_is_said_a_few_times(users: Path) -> None:

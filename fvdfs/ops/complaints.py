@@ -1,12 +1,17 @@
 """What the log says of requests that fail: enough to see what is wrong, and not a line for each.
 
-A guest on a failing disk asks again and again, thousands of times a second, and would fill the host's disk.
+A guest on a failing disk asks again and again, thousands of times a second, and would fill the host's disk. So would
+a user who opens and closes a disk for ever of which there is something to say each time. So what requests complain of
+is counted by its kind, and so is every other line of the log, whoever writes it, in whichever thread (`filtering`):
+by what it says, and of whom.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections import Counter
+import threading
+from collections.abc import Hashable, Iterator
 
 import trio
 
@@ -15,24 +20,73 @@ log = logging.getLogger(__name__)
 LINES = 10  # of a kind in one period
 PERIOD = 60.0  # seconds
 LONGEST = 1000  # characters of a line: names can have thousands
+MOST_KINDS = 10_000  # in one period; there are a few for each image
+
+_OTHERS = "messages of other kinds"
+
+
+class _Kind:
+    """Of lines: how many there were, and what to call them."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.count = 0
 
 
 class Complaints:
     """Lines for the log, each of a kind."""
 
     def __init__(self) -> None:
-        self._counts: Counter[str] = Counter()
+        self._kinds: dict[Hashable, _Kind] = {}
+        self._lock = threading.Lock()
         self._some = trio.Event()
+        self._loop: tuple[int, trio.lowlevel.TrioToken] | None = None
 
     def say(self, line: str, kind: str, *, trace: BaseException | None = None) -> None:
         """Log the line, unless there were so many of its kind."""
-        self._counts[kind] += 1
-        self._some.set()
-        if self._counts[kind] <= LINES:
-            log.error("%s", line[:LONGEST], exc_info=trace)
+        if self._admit(kind, kind):
+            log.error("%s", line[:LONGEST], exc_info=trace, extra={"admitted": True})
+
+    @contextlib.contextmanager
+    def filtering(self) -> Iterator[None]:
+        """Count all that is logged meanwhile, too."""
+        handlers = list(logging.getLogger().handlers)
+        for handler in handlers:
+            handler.addFilter(self.filter)
+        try:
+            yield
+        finally:
+            for handler in handlers:
+                handler.removeFilter(self.filter)
+            self._tell()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether to log it; asked by each handler."""
+        admitted: bool | None = record.__dict__.get("admitted")
+        if admitted is None:
+            whom = str(record.args[0]) if isinstance(record.args, tuple) and record.args else ""
+            admitted = record.__dict__["admitted"] = self._admit((record.msg, whom), record.getMessage())
+        return admitted
+
+    def _admit(self, key: Hashable, name: str) -> bool:
+        with self._lock:
+            kind = self._kinds.get(key)
+            if kind is None:
+                if len(self._kinds) >= MOST_KINDS:
+                    key = name = _OTHERS
+                kind = self._kinds.setdefault(key, _Kind(name[:LONGEST]))
+            kind.count += 1
+            admitted = kind.count <= LINES
+        if self._loop is None or self._loop[0] == threading.get_ident():
+            self._some.set()
+        else:
+            with contextlib.suppress(trio.RunFinishedError):
+                self._loop[1].run_sync_soon(lambda: self._some.set())
+        return admitted
 
     async def sum_up(self) -> None:
         """At the end of a period, and when cancelled, say how many were left out. Runs for ever."""
+        self._loop = threading.get_ident(), trio.lowlevel.current_trio_token()
         try:
             while True:
                 await self._some.wait()
@@ -40,10 +94,12 @@ class Complaints:
                 self._some = trio.Event()
                 self._tell()
         finally:
+            self._loop = None
             self._tell()
 
     def _tell(self) -> None:
-        for kind, count in self._counts.items():
-            if count > LINES:
-                log.error("%s: %d times more", kind, count - LINES)
-        self._counts.clear()
+        with self._lock:
+            kinds, self._kinds = self._kinds, {}
+        for kind in kinds.values():
+            if kind.count > LINES:
+                log.error("%s: %d times more", kind.name, kind.count - LINES, extra={"admitted": True})

@@ -94,6 +94,7 @@ class Filesystem(pyfuse3.Operations):
         self._images: dict[int, Image] = {}
         self._handles: dict[int, tuple[Entry, bool]] = {}
         self._listings: dict[int, list[Entry]] = {}
+        self._last_listing: list[Entry] = []
         self._next_handle = 1
         self._written = trio.Event()
         self._committing: set[Image] = set()
@@ -336,6 +337,9 @@ class Filesystem(pyfuse3.Operations):
         if inode != ROOT_INODE:
             raise FUSEError(errno.ENOTDIR)
         listing = await self.folder.scan()
+        if listing == self._last_listing:
+            listing = self._last_listing  # held once, however many have the folder open
+        self._last_listing = listing
         handle = self._new_handle()
         self._listings[handle] = listing
         return FileHandleT(handle)

@@ -119,7 +119,8 @@ def serve(options: MountOptions, ready: Callable[[], None], reopen_log: ReopenLo
                 claim.release()
 
         try:
-            trio.run(_serve, options, filesystem, device, mount, ready, reopen_log, give_up)
+            with filesystem.complaints.filtering():
+                trio.run(_serve, options, filesystem, device, mount, ready, reopen_log, give_up)
         finally:
             device.close(unmount=_is_still(mount))
     finally:
