@@ -173,6 +173,8 @@ class Image:
         self._spawn: Spawn | None = None
         header = committer.header
         self.size = header.virtual_disk_size
+        self.end = self.size
+        """Where the disk ends for who has it open: where a write past its end has ended, within the last sector."""
         self._geometry = Geometry(header.block_size, header.base_size)
         self._locks = RangeLock()
         self._pending_reads: set[PendingRead] = set()
@@ -232,7 +234,7 @@ class Image:
         Says how many bytes it will hold, fewer than it could only at the end of the disk, and what is still to be
         done. Raises OSError.
         """
-        stop = min(offset + len(view), self.size)
+        stop = min(offset + len(view), self.end)
         if offset >= stop:
             return 0, None
         if self.recorder is not None:
@@ -307,8 +309,14 @@ class Image:
                 await self._reach(stop)
         if self.recorder is not None:
             self.recorder.touched(offset, stop, written=True)
-        with self._writing():
-            await self._write(offset, stop, data)
+        try:
+            with self._writing():
+                await self._write(offset, stop, data)
+        except BaseException:
+            if stop > self.end:
+                self.end = self.size  # it has grown
+            raise
+        self.end = max(self.end, stop)
         if self.committer.overfull:
             await self.committer.commit()
 
@@ -362,6 +370,8 @@ class Image:
                 self._locks.release(claim)
             return False
         self._writers += 1
+        if stop > self.end:
+            self.end = stop
         if self.recorder is not None:
             self.recorder.touched(offset, stop, written=True)
         return True
@@ -718,6 +728,7 @@ class Image:
                 if not shrink:
                     raise OSError(errno.EPERM, f"{self.name}: the disk can be cut only where -o shrink is given")
                 await self._shrink(size)
+            self.end = self.size
 
     async def _reach(self, stop: int) -> None:
         """Grow the disk so that it holds bytes up to `stop`, unless somebody has done it meanwhile."""

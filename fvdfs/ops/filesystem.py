@@ -250,9 +250,8 @@ class Filesystem(pyfuse3.Operations):
             assert entry.image is not None
             before = entry.image.size
             await entry.image.resize(size, shrink=self._shrink)
-            if (
-                by_descriptor or entry.image.size != before
-            ):  # truncate(2), unlike ftruncate(2), to the same size is none
+            entry.misjudged = False  # the answer tells the size
+            if by_descriptor or entry.image.size != before:  # truncate(2) to the same size changes nothing
                 self.folder.written(entry)
         finally:
             await self.folder.close(entry)
@@ -371,6 +370,7 @@ class Filesystem(pyfuse3.Operations):
             assert entry.image is not None
             if flags & os.O_TRUNC:
                 await entry.image.resize(0, shrink=self._shrink)
+                entry.misjudged = False
                 self.folder.written(entry)
         except BaseException:
             await self.folder.close(entry)
@@ -416,6 +416,7 @@ class Filesystem(pyfuse3.Operations):
     async def write_all(self, fh: int, offset: int, data: Buffer, /) -> None:
         """`Image.write`. Raises FUSEError."""
         image = self._images[fh]
+        beyond = offset + len(data) > image.end
         try:
             await image.write(offset, data)
             self._note_write(fh)
@@ -423,7 +424,10 @@ class Filesystem(pyfuse3.Operations):
                 await image.flush()
                 await self.folder.store_mtime(self._handles[fh][0])
         except Exception as error:
-            self._handles[fh][0].cached = None  # the kernel may have kept what could not be written
+            # The kernel may have kept what could not be written, and believe that the disk is longer by it.
+            entry = self._handles[fh][0]
+            entry.cached = None
+            entry.misjudged |= beyond
             raise self.fuse_error(error, f"{image.name}: write") from error
 
     def set_mtime(self, inode: int, mtime_ns: int, /) -> EntryAttributes | None:

@@ -14,13 +14,16 @@ these changes.
 
 An inode number stands for what the kernel believes of a disk. With its write-back cache it asks nobody
 for size and times of an inode that it knows, so an image that was replaced, or that somebody else has
-changed, gets another number at the next look, unless the kernel has forgotten the last one. A file handle
-(of an NFS server, say) is a number, too, and has to lead to the same disk when the kernel has forgotten
-it, and after another mount: so numbers are made of what stays the same as long as a file is the same
-(`inode_number`), and the first is taken that the kernel does not use for another state. Pages are
-another matter, since a disk also changes with its data file and its base: at each load all files are
-compared with how they were at the load before (`freshness.py`), and the kernel has to forget its pages
-unless they are the same.
+changed, gets another number at the next look, unless the kernel has forgotten the last one; so does one
+that was closed after a write that ended within a sector past its end, or that the kernel had accepted
+there and that could not be done. A file handle (of an NFS server, say) is a number, too, and has to lead to
+the same disk when the kernel has forgotten it, and after another mount: so numbers are made of what stays
+the same as long as a file is the same (`inode_number`), and the first is taken that the kernel does not
+use for another state.
+
+Pages are another matter, since a disk also changes with its data file and its base: at each load all
+files are compared with how they were at the load before (`freshness.py`), and the kernel has to forget
+its pages unless they are the same.
 
 The time of change of a disk is that of its image file, but not everything that changes the one changes the other:
 data may be in another file, and copies from the base, the journal and the header are nothing that a reader sees.
@@ -127,6 +130,8 @@ class Entry:
         self.last_status: dict[str, Any] = {}
         """What of the status is still true now that the image is closed."""
         self.status = seen.status
+        self.misjudged = False
+        """Whether the kernel may believe in a size or a time of it that is wrong, and cannot be told."""
         self.file: HostFile | None = None
         """The image file, while the image is open."""
         self.mtime_ns = 0
@@ -156,8 +161,13 @@ class Entry:
         mtime_ns = self.changed_ns if self.busy else self.status.st_mtime_ns
         ctime_ns = max(self.status.st_ctime_ns, self.written_ns)
         image = self.image
-        size, usage = (self.size, self.usage) if image is None else (image.size, image.usage())
+        size, usage = (self.size, self.usage) if image is None else (image.end, image.usage())
         return Attributes(size, usage, self.status, mtime_ns, ctime_ns)
+
+    @property
+    def is_misjudged(self) -> bool:
+        """`misjudged`, or so once it is closed."""
+        return self.misjudged or (self.image is not None and self.image.end != self.image.size)
 
     @property
     def changed_ns(self) -> int:
@@ -239,6 +249,7 @@ class Folder:
         if file_name is None:
             return None
         path = os.path.join(self.path, file_name)
+        await self._until_judged(path)
         look = self._begin_look(path, {})
         await self._looks.wait([look])
         if path not in self._entries and not look.ended.is_set() and not self.policy.walker.is_at_share(look.thread):
@@ -265,10 +276,20 @@ class Folder:
         for path in [path for path in self._complaints if path not in there]:
             del self._complaints[path]
         judged: Judged = {}
+        for path in paths:
+            await self._until_judged(path)
         looks = [self._begin_look(path, judged, threads=1) for path in paths]
         await self._looks.wait(looks)
         found = [self._found(path, look) for path, look in zip(paths, looks, strict=True)]
         return [entry for entry in found if entry is not None]
+
+    async def _until_judged(self, path: bytes) -> None:
+        """Where an image is being closed that will get another inode number by that, wait for it, but not for ever."""
+        known = self._entries.get(path)
+        if known is not None and known.lock.locked() and known.is_misjudged:
+            with trio.move_on_after(PATIENCE):
+                async with known.lock:
+                    pass
 
     def _begin_look(self, path: bytes, judged: Judged, *, threads: int = THREADS) -> Look[Entry | None]:
         look = functools.partial(self._look, path, judged)
@@ -505,6 +526,7 @@ class Folder:
             if signature(seen.status) == signature(known.status) and known.size == seen.size:
                 known.usage = seen.usage
                 return known
+            known.misjudged = True
             del self._entries[path]
             self._drop_if_unused(known)
         name = raw_name(os.path.basename(path))
@@ -790,6 +812,11 @@ class Folder:
         except BaseException:
             await image.close()
             raise
+        current = self._entries.get(entry.path)
+        if current is None or not current.busy:  # one that was opened by its old number is the one to be seen
+            self._entries[entry.path] = entry
+            if current is not None and current is not entry:
+                self._drop_if_unused(current)
         entry.status = status
         entry.file = chain.layers[0].meta
         entry.apart = image.data is not image.meta or image.meta.fixed_size
@@ -822,6 +849,7 @@ class Folder:
             entry.prefetcher = None
         now = status(entry.image, None)
         entry.last_status = {key: now[key] for key in ("base_size", "local_bytes", "local_share", "failed")}
+        entry.misjudged = entry.is_misjudged
         image, entry.image = entry.image, None
         entry.closing = image
         entry.size = image.size
@@ -836,6 +864,8 @@ class Folder:
                 await image.close()
                 entry.closing = None
                 entry.busy = False
+                if entry.misjudged and self._entries.get(entry.path) is entry:
+                    del self._entries[entry.path]  # the next look makes a new one
 
     async def _end_writing(self, entry: Entry, image: Image) -> None:
         was_writable = image.writable
