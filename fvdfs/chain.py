@@ -39,6 +39,7 @@ from fvdfs.errors import (
 )
 from fvdfs.header import HEADER_SIZE, HEADER_SPACE, SECTOR, TABLE_ENTRY_SIZE, Header, Region, round_up
 from fvdfs.image import Image, Zeroes
+from fvdfs.mountoptions import hint
 from fvdfs.paths import Walker
 
 log = logging.getLogger(__name__)
@@ -106,7 +107,7 @@ class Policy:
     def check_url(self, image: str, field: str, location: Location) -> None:
         """Raise Refused unless the URL is allowed."""
         if not any(prefix == "" or within(location.url, prefix) for prefix in self.allowed_urls):
-            raise Refused(image, f"{field}={location.name}: allow it with -o allow_url={location.url}")
+            raise Refused(image, f"{field}={location.name}: allow it with -o {hint('allow_url', location.url)}")
         for socket in parse_qs(urlsplit(location.url).query).get("socket", ()):
             try:
                 self.walker.check(socket)
@@ -138,7 +139,7 @@ class Policy:
         raise Refused(
             image,
             f"{field}={value} leads to {real_path}, outside the folder of the images; "
-            f"allow it with -o base_path={os.path.dirname(real_path)}",
+            f"allow it with -o {hint('base_path', os.path.dirname(real_path))}",
         )
 
 

@@ -7,39 +7,23 @@ from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import json
 import logging
 import os
+import re
 import signal
+import stat
 import sys
 from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 from fvdfs import __version__, daemon, mounts
-from fvdfs.errors import FvdError, UsageError
+from fvdfs.errors import FvdError, UsageError, printable
 from fvdfs.header import CreateOptions
+from fvdfs.mountoptions import MOUNT_OPTIONS, folders, listed, parse_mount_options, passphrase_file, program
 
 UNITS = {"": 1, "B": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40, "P": 1 << 50}
-MOUNT_OPTIONS = {
-    "base_path": "base_path=DIR[:DIR...]  folders outside DIR that bases and data files may lie in (/: anywhere)",
-    "allow_url": "allow_url=PREFIX  URLs that bases and data files may be (may be given more than once)",
-    "base_format": "base_format=FMT[:FMT...]  what bases are that look like it where no image says it; or raw",
-    "secret": "secret=FILE  the passphrase of encrypted bases and data files",
-    "accept_unclean": "accept_unclean  write to an image that crashed without a journal",
-    "grow_command": "grow_command=none|stored|PROGRAM  what makes a full device larger (default: none)",
-    "detect_zeroes": "detect_zeroes=off|on|punch  do not store zeros where zeros are read; punch: free their space too",
-    "allow_base_write": "allow_base_write  let images that ask for it (create --update-base) write to their base",
-    "prefetch_max": "prefetch_max=BYTES  a second that prefetching may read, for all images together (default: no cap)",
-    "prefetch_jobs": "prefetch_jobs=N  reads that prefetching may have under way, for all images together (default: 4)",
-    "record_profile": "record_profile  record what is read first from images that have no profile yet",
-    "shrink": "shrink  permit truncating a disk to a smaller size",
-    "sync": "sync=none|flush|always  when a write is made durable: some seconds later, at a flush (default), at once",
-    "io_uring": "io_uring=on|off  have the kernel wait for the disk where it can, instead of threads (default: on)",
-    "writeback": "writeback=on|off  let the kernel gather writes (default: on)",
-    "locking": "locking=on|off  take QEMU's image locks, and respect them, beside fvdfs's own (default: on)",
-    "allow_other": "allow_other  like --allow-other",
-    "ro": "ro  like --read-only",
-    "rw": "rw  the default",
-}
 
 
 def parse_size(text: str) -> int:
@@ -49,18 +33,52 @@ def parse_size(text: str) -> int:
         number, unit = text[:-1], text[-1].upper()
     if unit not in UNITS or not number.isdigit() or not number.isascii():
         raise argparse.ArgumentTypeError(f"{text!r} is no size; write 512, 64K, 10M, 20G or 2T")
-    return int(number) * UNITS[unit]
+    size = int(number[:_DIGITS]) * UNITS[unit]
+    if len(number) > _DIGITS or size >= 1 << 63:
+        raise argparse.ArgumentTypeError(f"{text[:_DIGITS]!r} is more than any file can hold")
+    return size
+
+
+_DIGITS = 100
+_EMPTY_VALUE = re.compile("--[a-z-]+=")
+
+
+def _unit(text: str) -> int:
+    size = parse_size(text)
+    if not size:
+        raise argparse.ArgumentTypeError("must be more than 0")
+    return size
 
 
 def _journal_size(text: str) -> int:
     return 0 if text == "none" else parse_size(text)
 
 
+def _delay(text: str) -> int:
+    if not (text.isascii() and text.isdigit() and len(text) <= _DIGITS and 1 <= int(text) < 1 << 31):
+        raise argparse.ArgumentTypeError(f"{text!r}: must be a number of seconds from 1 to {(1 << 31) - 1}")
+    return int(text)
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"fvdfs: {printable(message)}; see {self.prog} --help\n")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; its exit code."""
-    arguments = _parser().parse_args(argv)
+    words = sys.argv[1:] if argv is None else list(argv)
+    parser = _parser()
+    for before, word in itertools.pairwise(["", *words]):
+        if (not word and before != "-o") or _EMPTY_VALUE.fullmatch(word):
+            parser.error(f"{word.rstrip('=') or before or 'a name'}: what is given is empty")
+    arguments = parser.parse_args(words)
     run: Callable[[argparse.Namespace], int] = arguments.run
     try:
+        if getattr(arguments, "secret", ""):
+            passphrase_file("--secret ", arguments.secret)
         return run(arguments)
     except FvdError as error:
         daemon.complain(str(error))
@@ -73,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="fvdfs", description="Mount Fast Virtual Disk images as flat raw files.")
+    parser = _Parser(prog="fvdfs", description="Mount Fast Virtual Disk images as flat raw files.")
     parser.add_argument("--version", action="version", version=f"fvdfs {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
@@ -84,7 +102,10 @@ def _parser() -> argparse.ArgumentParser:
     _add_layout(create)
 
     create.add_argument(
-        "--profile", default="", metavar="FILE|IMAGE", help="fetch first what this profile, or this image's, says"
+        "--profile",
+        default="",
+        metavar="FILE|IMAGE",
+        help="fetch first what this profile, or this image's, says",
     )
     _add_secret(create)
 
@@ -184,7 +205,7 @@ def _named(arguments: argparse.Namespace, *known: str) -> tuple[tuple[str, ...],
     for option in options:
         if option not in known:
             raise UsageError(f"-o {option}: is for mount; here there are: {', '.join(known)}")
-    return _roots("", options.get("base_path", ""))[1:], tuple(options.get("allow_url", "").split())
+    return folders(options), listed(options, "allow_url")
 
 
 def _add_secret(command: argparse.ArgumentParser) -> None:
@@ -195,26 +216,33 @@ def _add_layout(command: argparse.ArgumentParser) -> None:
     """The options that say how a new image is laid out."""
     command.add_argument("-b", "--base", default="", metavar="FILE", help="base image, relative to the new image")
     command.add_argument("-F", "--base-format", default="", metavar="FMT", help="raw (default) or fvd")
-    command.add_argument("--block-size", type=parse_size, default=0, metavar="N", help="unit of copy-on-write")
+    command.add_argument("--block-size", type=_unit, default=0, metavar="N", help="unit of copy-on-write")
     command.add_argument("--compact", action="store_true", help="let the image allocate its own storage, in chunks")
-    command.add_argument("--chunk-size", type=parse_size, default=0, metavar="N", help="default: 1M")
-    command.add_argument("--grow-unit", type=parse_size, default=0, metavar="N", help="default: 100M")
+    command.add_argument("--chunk-size", type=_unit, default=0, metavar="N", help="default: 1M")
+    command.add_argument("--grow-unit", type=_unit, default=0, metavar="N", help="default: 100M")
     command.add_argument("--journal-size", type=_journal_size, metavar="N|none", help="default: 16M")
     command.add_argument("--data-file", default="", metavar="FILE", help="keep the data in a file of its own")
     command.add_argument("--data-format", default="", metavar="FMT", help="raw (default)")
     command.add_argument("--copy-on-read", action="store_true", help="keep what is read from the base")
     command.add_argument(
-        "--prefetch-delay", type=int, default=-1, metavar="SECONDS", help="copy the whole base, so long after opening"
+        "--prefetch-delay",
+        type=_delay,
+        default=-1,
+        metavar="SECONDS",
+        help="copy the whole base, so long after opening",
     )
     command.add_argument(
         "--detect-holes",
-        type=parse_size,
+        type=_unit,
         default=0,
         metavar="N",
         help="take zero runs of N bytes in the base as local",
     )
     command.add_argument(
-        "--grow-command", default="", metavar="CMD", help="what makes the device larger; builtin:lvextend for a volume"
+        "--grow-command",
+        default="",
+        metavar="CMD",
+        help="what makes the device larger; builtin:lvextend for a volume",
     )
     command.add_argument(
         "--update-base",
@@ -264,6 +292,12 @@ def _create(arguments: argparse.Namespace) -> int:
 
     if arguments.profile and not arguments.base:
         raise UsageError("--profile needs a base image: give --base")
+    if arguments.secret and not arguments.base:
+        raise UsageError("--secret needs a base image: give --base")
+    _refuse_what_never_appears(arguments.image)
+    data_file = os.path.join(os.path.dirname(arguments.image), arguments.data_file)
+    if arguments.grow_command and not _is_device(data_file if arguments.data_file else arguments.image):
+        raise UsageError("--grow-command makes a device larger: neither IMAGE nor --data-file is one")
     remarks = create_image(
         arguments.image,
         arguments.size,
@@ -276,6 +310,17 @@ def _create(arguments: argparse.Namespace) -> int:
     for remark in remarks:
         print(f"fvdfs: {remark}", file=sys.stderr)
     return 0
+
+
+def _is_device(path: str) -> bool:
+    return os.path.exists(path) and stat.S_ISBLK(os.stat(path).st_mode)
+
+
+def _refuse_what_never_appears(image: str) -> None:
+    """Raise UsageError where a new file would have a name that no mount shows."""
+    name = os.path.basename(image)
+    if not _is_device(image) and (not name.endswith(".fvd") or name == ".fvd"):
+        raise UsageError(f"{image}: a mount shows files NAME.fvd only; add .fvd to the name, or rename the image later")
 
 
 def _info(arguments: argparse.Namespace) -> int:
@@ -383,19 +428,6 @@ def _map(arguments: argparse.Namespace) -> int:
 # --- mount and umount ---------------------------------------------------------------------------
 
 
-def parse_mount_options(texts: Sequence[str]) -> dict[str, str]:
-    """The options of all -o arguments; values of allow_url on a line each. Raises UsageError for an unknown one."""
-    result: dict[str, str] = {}
-    for option in ",".join(texts).split(","):
-        if not option:
-            continue
-        name, _, value = option.partition("=")
-        if name not in MOUNT_OPTIONS:
-            raise UsageError(f"-o {name}: unknown; there are: {', '.join(MOUNT_OPTIONS)}")
-        result[name] = f"{result[name]}\n{value}" if name == "allow_url" and name in result else value
-    return result
-
-
 def _mount(arguments: argparse.Namespace) -> int:
     options = parse_mount_options(arguments.options)
     folder = os.path.realpath(arguments.folder)
@@ -407,27 +439,26 @@ def _mount(arguments: argparse.Namespace) -> int:
             raise UsageError(f"{path}: is not a directory; make it first")
     if folder == os.path.realpath(mountpoint):
         raise UsageError(f"{mountpoint}: the images would be hidden by their own mount; choose another MOUNTPOINT")
-    choices = {
-        "io_uring": ("on", "off"),
-        "writeback": ("on", "off"),
-        "locking": ("on", "off"),
-        "detect_zeroes": ("off", "on", "punch"),
-        "sync": ("flush", "none", "always"),
-    }
-    for option, values in choices.items():
-        if options.get(option, values[0]) not in values:
-            raise UsageError(f"-o {option}={options[option]}: must be {' or '.join(values)}")
     from fvdfs.alloc.formats import BASE_FORMATS
 
-    base_formats = tuple(options["base_format"].split(":")) if "base_format" in options else ()
+    base_formats = listed(options, "base_format")
     for name in base_formats:
         if name not in BASE_FORMATS:
             raise UsageError(f"-o base_format={name}: is not known; known are {', '.join(BASE_FORMATS)}")
+    if arguments.read_only and "rw" in options:
+        raise UsageError("--read-only and -o rw: choose one")
+    if arguments.debug and not arguments.foreground:
+        raise UsageError("--debug needs -f: the requests are shown on the terminal")
+    roots = (folder, *folders(options))
+    secret = passphrase_file("-o secret=", options["secret"]) if "secret" in options else ""
+    grow_command = program(options.get("grow_command", "none"))
     log_file = os.path.abspath(arguments.log_file) if arguments.log_file else None
     try:
         prefetch_max = parse_size(options["prefetch_max"]) if "prefetch_max" in options else 0
     except argparse.ArgumentTypeError as error:
         raise UsageError(f"-o prefetch_max: {error}") from None
+    if "prefetch_max" in options and not prefetch_max:
+        raise UsageError("-o prefetch_max=0: leave it out for no cap; fvdfs prefetch pauses and stops a disk's")
     prefetch_jobs = options.get("prefetch_jobs")
     if prefetch_jobs is not None and not (
         prefetch_jobs.isascii() and prefetch_jobs.isdigit() and 1 <= int(prefetch_jobs) <= 1024
@@ -446,12 +477,12 @@ def _mount(arguments: argparse.Namespace) -> int:
                 folder=folder,
                 mountpoint=mountpoint,
                 policy=Policy(
-                    roots=_roots(folder, options.get("base_path", "")),
+                    roots=roots,
                     writable=not (arguments.read_only or "ro" in options),
-                    allowed_urls=tuple(options.get("allow_url", "").split()),
-                    secret_file=os.path.abspath(options["secret"]) if options.get("secret") else "",
+                    allowed_urls=listed(options, "allow_url"),
+                    secret_file=secret,
                     accept_unclean="accept_unclean" in options,
-                    grow_command=options.get("grow_command", "none"),
+                    grow_command=grow_command,
                     base_formats=base_formats,
                     base_writable="allow_base_write" in options,
                     qemu_locks=options.get("locking", "on") == "on",
@@ -473,16 +504,6 @@ def _mount(arguments: argparse.Namespace) -> int:
 
     go = daemon.in_foreground if arguments.foreground else daemon.in_background
     return go(serve, log_file)
-
-
-def _roots(folder: str, base_path: str) -> tuple[str, ...]:
-    roots = [folder]
-    for path in base_path.split(":"):
-        if path:
-            if not os.path.isabs(path):
-                raise UsageError(f"-o base_path={path}: must be an absolute path")
-            roots.append(os.path.realpath(path))
-    return tuple(roots)
 
 
 def _umount(arguments: argparse.Namespace) -> int:

@@ -140,6 +140,8 @@ def control_prefetch(command: str, raw: str) -> None:
             if error.errno == errno.EROFS:
                 raise UsageError(f"{raw}: cannot be written: see the log of the mount") from None
             raise
+        if command == "start" and json.loads(os.getxattr(raw, STATUS)).get("base_size") == 0:
+            raise UsageError(f"{raw}: has no base, and so nothing to prefetch")
 
 
 # --- map ----------------------------------------------------------------------------------------

@@ -39,6 +39,7 @@ from fvdfs.header import (
     round_up,
     with_fields,
 )
+from fvdfs.mountoptions import hint
 from fvdfs.newfiles import NewFile, NewFiles, host_files
 
 _ZEROS = bytes(1 << 20)
@@ -230,7 +231,7 @@ def _leads_outside(image: str, name: str, target: str | None) -> str | None:
     real = os.path.realpath(target)
     if os.path.commonpath([folder, real]) == folder:
         return None
-    return f"{name} lies outside {folder}: a mount of it needs -o base_path={os.path.dirname(real)}"
+    return f"{name} lies outside {folder}: a mount of it needs -o {hint('base_path', os.path.dirname(real))}"
 
 
 def _data_size(header: Header) -> int:

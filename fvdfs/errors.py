@@ -7,6 +7,8 @@ broken invariant of fvdfs itself is an `AssertionError`.
 
 from __future__ import annotations
 
+import errno
+
 
 def printable(text: str) -> str:
     """Text as one line that does nothing to a terminal or a log: names in images are any bytes."""
@@ -26,6 +28,16 @@ def _rank(error: BaseException) -> int:
     if not isinstance(error, Exception):
         return 0
     return 2 if isinstance(error, FvdError | OSError) else 1
+
+
+def shortage(error: BaseException) -> int:
+    """The error number where it is the host, or this process, that lacks something, and not the image; else 0."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, OSError) and seen.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
+            return seen.errno
+        seen = seen.__cause__
+    return 0
 
 
 class FvdError(Exception):

@@ -425,6 +425,7 @@ def new_header(virtual_size: int, base_length: int | None, options: CreateOption
             (options.prefetch_delay > 0, "--prefetch-delay"),
             (options.detect_holes, "--detect-holes"),
             (options.update_base, "--update-base"),
+            (options.base_img_fmt, "--base-format"),
         ):
             if wrong:
                 raise UsageError(f"{option} needs a base image: give --base")
@@ -432,6 +433,13 @@ def new_header(virtual_size: int, base_length: int | None, options: CreateOption
         raise UsageError("--detect-holes does not go with --compact: choose one")
     if not options.compact and (options.chunk_size or options.grow_unit):
         raise UsageError("--chunk-size and --grow-unit need --compact")
+    if options.data_file_fmt and not options.data_file:
+        raise UsageError("--data-format needs a data file: give --data-file")
+    if options.update_base in ("writethrough", "writeback") and options.base_img_fmt == "fvd":
+        raise UsageError(f"--update-base {options.update_base} needs another base: an FVD image is never written to")
+    for size, option in ((options.chunk_size, "--chunk-size"), (options.grow_unit, "--grow-unit")):
+        if size > MAX_DISK_SIZE:
+            raise UsageError(f"{option} {size} is too large: at most {MAX_DISK_SIZE}")
 
     fields: dict[str, int | str] = {
         "virtual_disk_size": virtual_size,

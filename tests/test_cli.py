@@ -41,6 +41,8 @@ def arguments(entry: dict[str, Any]) -> list[str]:
     for name, value in entry["options"].items():
         if name in SWITCHES:
             result.append(SWITCHES[name])
+        elif name == "prefetch_start_delay" and value == -1:
+            pass  # never: the default
         elif name == "journal_size":
             result += ["--journal-size", "none" if str(value) == "-1" else str(value)]
         else:

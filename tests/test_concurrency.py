@@ -354,8 +354,8 @@ def test_images_are_removed_and_replaced_under_load(folder: Path) -> None:
     with mounted(folder) as mount, fio(mount.raw("a"), mount.raw("b")) as load_process:
         wait_until(lambda: is_open(mount, "a") and is_open(mount, "b"))
         for number in range(5):
-            must("create", folder / "new", "1M")
-            os.rename(folder / "new", folder / "a.fvd")
+            must("create", folder.parent / "new.fvd", "1M")
+            os.rename(folder.parent / "new.fvd", folder / "a.fvd")
             assert mount.raw("a").stat().st_size == MIB
             with open(mount.raw("a"), "r+b", buffering=0) as disk:
                 disk.write(b"%d" % number * 512)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import pty
 import resource
@@ -16,6 +17,8 @@ import pytest
 
 import reference
 from conftest import FVDFS, MIB, mounted, must, wait_for_end, wait_for_log, wait_until
+from fvdfs.create import create_image
+from fvdfs.header import CreateOptions
 
 HARMLESS = ["SIGHUP", "SIGPIPE", "SIGUSR1", "SIGUSR2", "SIGALRM", "SIGVTALRM", "SIGPROF", "SIGIO", "SIGPWR", "SIGTTOU"]
 PID = "user.fvdfs.pid"
@@ -338,4 +341,22 @@ def test_a_low_soft_limit_of_descriptors_is_raised(folder: Path, point: Path) ->
     subprocess.run([*FVDFS, "mount", folder, point], check=True, preexec_fn=lambda: limited(20, 4096))
     pid = int(os.getxattr(point, PID))
     assert resource.prlimit(pid, resource.RLIMIT_NOFILE)[0] == 4096
+    must("umount", point)
+
+
+def test_too_few_descriptors_are_called_that(folder: Path, point: Path) -> None:
+    """An image that takes more than there are is not gone, nor broken; the others work."""
+    create_image(str(folder / "deep0.fvd"), MIB, CreateOptions())
+    for number in range(1, 60):
+        options = CreateOptions(base_img=f"deep{number - 1}.fvd", base_img_fmt="fvd")
+        create_image(str(folder / f"deep{number}.fvd"), None, options)
+    log = folder.parent / "log"
+    command = [*FVDFS, "mount", str(folder), str(point), "--log-file", str(log)]
+    subprocess.run(command, check=True, preexec_fn=lambda: limited(50, 50))
+    with pytest.raises(OSError) as caught:
+        open(point / "deep59.raw", "rb")
+    assert caught.value.errno == errno.EMFILE
+    assert (point / "a.raw").read_bytes() == bytes(MIB)
+    assert {"a.raw", "deep0.raw"} <= set(os.listdir(point))
+    assert len([line for line in log.read_text().splitlines() if "Too many open files" in line]) == 1
     must("umount", point)

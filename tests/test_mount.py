@@ -130,8 +130,8 @@ def test_images_come_and_go_without_a_remount(folder: Path) -> None:
         (folder / "a.fvd").unlink()
         assert not mount.raw("a").exists()
         assert names(mount) == ["b.raw"]
-        must("create", folder / "new", "3M")
-        os.rename(folder / "new", folder / "b.fvd")
+        must("create", folder.parent / "new.fvd", "3M")
+        os.rename(folder.parent / "new.fvd", folder / "b.fvd")
         assert mount.raw("b").stat().st_size == 3 * MIB
         assert read_at(mount.raw("b"), 0, 3) == bytes(3), "the cache of a replaced image is still there"
 
@@ -149,7 +149,7 @@ def test_an_image_removed_while_open_stays_usable_until_closed(folder: Path) -> 
 
 
 def test_a_link_to_a_device_that_holds_an_image_appears(folder: Path, tmp_path: Path) -> None:
-    backing = tmp_path / "device.img"
+    backing = tmp_path / "device.fvd"
     must("create", backing, "8M", "--compact", "--chunk-size", "64K", "--journal-size", "64K")
     os.truncate(backing, 16 * MIB)
     with loop_device(backing) as device:
@@ -392,7 +392,7 @@ def test_names_lead_only_where_the_user_allows(folder: Path, tmp_path: Path) -> 
         (line,) = [line for line in mount.log.splitlines() if "/fifo.fvd: base_img=pipe: " in line]
         assert "neither a regular file nor a block device" in line
         assert "url.fvd: base_img=nbd://127.0.0.1:1/: " in mount.log
-    for allowed in (outside, "/", f"/nonexistent:{outside}"):
+    for allowed in (outside, "/", f"{folder}:{outside}"):
         with mounted(folder, "-o", f"base_path={allowed}") as mount:
             assert names(mount) == ["absolute.raw", "data.raw", "dots.raw", "link.raw"]
             assert mount.raw("dots").read_bytes() == b"secret" * 1024

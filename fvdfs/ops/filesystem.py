@@ -22,7 +22,7 @@ from pyfuse3 import EntryAttributes, FileHandleT, FileInfo, FileNameT, FlagT, FU
 
 from fvdfs import xattrs
 from fvdfs.alloc.store import Buffer, Done
-from fvdfs.errors import FvdError, ImageBusy, NotPermitted, ReadOnlyImage, Refused
+from fvdfs.errors import FvdError, ImageBusy, NotPermitted, ReadOnlyImage, Refused, shortage
 from fvdfs.image import Image, PendingRead
 from fvdfs.map import image_map
 from fvdfs.ops.complaints import Complaints
@@ -119,7 +119,7 @@ class Filesystem(pyfuse3.Operations):
                 return FUSEError(errno.EROFS)
             if isinstance(error, NotPermitted):
                 return FUSEError(error.errno)
-            return FUSEError(errno.EACCES if isinstance(error, Refused) else errno.EIO)
+            return FUSEError(errno.EACCES if isinstance(error, Refused) else shortage(error) or errno.EIO)
         self.complaints.say(f"{what}: unforeseen error", f"{what}: {type(error).__name__}", trace=error)
         return FUSEError(errno.EIO)
 

@@ -67,7 +67,7 @@ from fvdfs.chain import (
 from fvdfs.cow.prefetch import Prefetcher, status
 from fvdfs.cow.profile import Extent
 from fvdfs.cow.scheduler import Scheduler
-from fvdfs.errors import FvdError, ImageBusy, ImageError, NotFvd
+from fvdfs.errors import FvdError, ImageBusy, ImageError, NotFvd, shortage
 from fvdfs.image import Image
 from fvdfs.ops.freshness import State, same_file, signature, state_of
 from fvdfs.ops.looks import THREADS, Look, Looks
@@ -303,12 +303,12 @@ class Folder:
             self._complain(path, error)
             return None
 
-    def _as_known(self, path: bytes) -> Entry:
-        """The image as it was, where nobody answers what it is now. Raises OSError where nothing is known."""
+    def _as_known(self, path: bytes, reason: OSError | None = None) -> Entry:
+        """The image as it was, where nobody can say what it is now. Raises the reason where nothing is known."""
         known = self._entries.get(path)
         if known is None:
-            raise _late(path)
-        self._complain(path, _late(path))
+            raise reason or _late(path)
+        self._complain(path, reason or _late(path))
         return known
 
     def entry(self, inode: int) -> Entry:
@@ -509,6 +509,9 @@ class Folder:
         if isinstance(seen, NoAnswer):
             return self._as_known(path)
         if not isinstance(seen, _Seen):
+            lack = shortage(seen) if seen is not None else 0
+            if lack:
+                return self._as_known(path, OSError(lack, f"{os.fsdecode(path)}: {os.strerror(lack)}"))
             if seen is not None:
                 self._complain(path, seen)
             if known is not None:

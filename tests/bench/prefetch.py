@@ -244,8 +244,8 @@ def far_boot(bench: Bench) -> None:
         recorded = lab.new_images(bench.work, [url], *COPY)
         with lab.mounted(recorded, "allow_url=nbd+unix:///,record_profile") as (disk,):
             bench.boot(disk.path)
-        more = {"fvdfs copy-on-read": [], "fvdfs prefetching": ["--prefetch-delay", "0"]}
-        more["fvdfs"] = ["--prefetch-delay", "0", "--profile", str(recorded / "0.fvd")]
+        more = {"fvdfs copy-on-read": [], "fvdfs prefetching": ["--prefetch-delay", "1"]}
+        more["fvdfs"] = ["--prefetch-delay", "1", "--profile", str(recorded / "0.fvd")]
         for who in more:
             for use in (measure, replay):
                 with lab.mounted(lab.new_images(bench.work, [url], *COPY, *more[who])) as (disk,):
