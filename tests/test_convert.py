@@ -323,7 +323,8 @@ def test_names_in_a_source_lead_no_further_than_in_a_mount(folder: Path, tmp_pat
     if file_format == "qcow2":
         qemu_img("create", "-f", "qcow2", "-b", tmp_path / "out" / "secret", "-F", "raw", folder / "image")
     else:
-        fvdfs("create", folder / "image", "-b", tmp_path / "out" / "secret")
+        fvdfs("create", folder / "image.fvd", "-b", tmp_path / "out" / "secret")
+        (folder / "image.fvd").rename(folder / "image")
     error = refuses("convert", "-f", file_format, folder / "image", folder / "a.raw", code=1)
     assert f"allow it with -o base_path={tmp_path / 'out'}" in error
     assert names(folder) == ["image"]
