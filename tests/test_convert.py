@@ -82,10 +82,13 @@ def test_create_does_not_overwrite_its_base_or_its_profile(chain: Path) -> None:
     for layer in LAYERS[:3]:
         refuses("create", chain / layer, "1M", "-b", "top.fvd", "-F", "fvd", "--force")
         refuses("create", chain / "new.fvd", "-b", "top.fvd", "-F", "fvd", "--data-file", layer, "--force")
-    refuses("create", chain / "base.raw", "1M", "-b", "low.qcow2", "-F", "qcow2", "--force")
-    (chain / "profile").write_text("0 4096\n")
-    before["profile"] = b"0 4096\n"
-    refuses("create", chain / "profile", "-b", "top.fvd", "-F", "fvd", "--profile", chain / "profile", "--force")
+    (chain / "link.fvd").symlink_to("base.raw")
+    before["link.fvd"] = before["base.raw"]
+    refuses("create", chain / "link.fvd", "1M", "-b", "low.qcow2", "-F", "qcow2", "--force")
+    profile = chain / "profile.fvd"
+    profile.write_text("0 4096\n")
+    before["profile.fvd"] = b"0 4096\n"
+    refuses("create", profile, "-b", "top.fvd", "-F", "fvd", "--profile", profile, "--force")
     assert {path.name: path.read_bytes() for path in chain.iterdir()} == before
 
 
