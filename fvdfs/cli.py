@@ -257,6 +257,8 @@ def _add_layout(command: argparse.ArgumentParser) -> None:
 
 
 def _layout_options(arguments: argparse.Namespace) -> CreateOptions:
+    if arguments.update_base in ("writethrough", "writeback") and arguments.base_format == "fvd":
+        raise UsageError(f"--update-base {arguments.update_base} needs another base: an FVD image is never written to")
     return CreateOptions(
         base_img=arguments.base,
         base_img_fmt=arguments.base_format,

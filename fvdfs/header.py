@@ -435,8 +435,6 @@ def new_header(virtual_size: int, base_length: int | None, options: CreateOption
         raise UsageError("--chunk-size and --grow-unit need --compact")
     if options.data_file_fmt and not options.data_file:
         raise UsageError("--data-format needs a data file: give --data-file")
-    if options.update_base in ("writethrough", "writeback") and options.base_img_fmt == "fvd":
-        raise UsageError(f"--update-base {options.update_base} needs another base: an FVD image is never written to")
     for size, option in ((options.chunk_size, "--chunk-size"), (options.grow_unit, "--grow-unit")):
         if size > MAX_DISK_SIZE:
             raise UsageError(f"{option} {size} is too large: at most {MAX_DISK_SIZE}")
