@@ -22,7 +22,7 @@ from fvdfs import __version__, daemon, mounts
 from fvdfs.errors import FvdError, UsageError, printable
 from fvdfs.header import CreateOptions
 from fvdfs.mountoptions import MOUNT_OPTIONS, folders, listed, parse_mount_options, passphrase_file, program
-from fvdfs.paths import within
+from fvdfs.paths import real_path, within
 
 UNITS = {"": 1, "B": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40, "P": 1 << 50}
 
@@ -456,7 +456,7 @@ def _mount(arguments: argparse.Namespace) -> int:
     secret = passphrase_file("-o secret=", options["secret"]) if "secret" in options else ""
     grow_command = program(options.get("grow_command", "none"))
     log_file = os.path.abspath(arguments.log_file) if arguments.log_file else None
-    if log_file and within(os.path.realpath(log_file), os.path.realpath(mountpoint)):
+    if log_file and within(real_path(log_file), os.path.realpath(mountpoint)):
         raise UsageError(f"--log-file {log_file}: would be hidden by the mount; choose another one")
     try:
         prefetch_max = parse_size(options["prefetch_max"]) if "prefetch_max" in options else 0

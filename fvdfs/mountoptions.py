@@ -12,6 +12,7 @@ Reading them looks at nothing; `folders`, `passphrase_file` and `program` look w
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import shlex
@@ -19,6 +20,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 
 from fvdfs.errors import UsageError
+from fvdfs.paths import in_time, real_path
 
 MOUNT_OPTIONS = {
     "base_path": "base_path=DIR[:DIR...]  folders outside DIR that bases and data files may lie in (/: anywhere)",
@@ -134,10 +136,10 @@ def folders(options: Mapping[str, str]) -> tuple[str, ...]:
     for path in listed(options, "base_path"):
         if not os.path.isabs(path):
             raise UsageError(f"-o base_path={path}: must be an absolute path")
-        if not os.path.isdir(path):
+        if not in_time(functools.partial(os.path.isdir, path), True):
             reason = "is no directory" if os.path.exists(path) else "there is no such directory"
             raise UsageError(f"-o base_path={path}: {reason}")
-        found.append(os.path.realpath(path))
+        found.append(real_path(path))
     return tuple(found)
 
 

@@ -22,8 +22,9 @@ import struct
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import TypeVar
 
 from fvdfs.errors import FvdError
 
@@ -43,6 +44,8 @@ _STATX_TYPE_AND_MODE = 3
 _STATX_BTIME = 0x800
 _STATX = struct.Struct("=28xH98xIIII112x")  # mode; device of the device, of the file system
 _STATX_BORN = struct.Struct("=I76xqI164x")  # what is known; seconds and nanoseconds
+T = TypeVar("T")
+
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -55,6 +58,7 @@ class LeadsBack(OSError):
 
     def __init__(self, reason: str) -> None:
         super().__init__(errno.ELOOP, reason)
+        self.reason = reason
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,6 +141,31 @@ def _plain(text: str) -> str:
     return plain.decode("utf-8", "surrogateescape")
 
 
+def in_time(call: Callable[[], T], otherwise: T) -> T:
+    """What the call returns, which must not raise; `otherwise` where that takes too long."""
+    found: list[T] = []
+    thread = threading.Thread(target=lambda: found.append(call()), daemon=True)
+    thread.start()
+    thread.join(PATIENCE)
+    return found[0] if found else otherwise
+
+
+def real_path(path: str) -> str:
+    """os.path.realpath; the path as it is where a share on the way does not answer."""
+
+    def follow() -> str:
+        try:
+            handle = os.open(path, os.O_PATH | os.O_CLOEXEC)  # does not ask what is mounted at its end
+        except OSError:
+            return os.path.realpath(path)
+        try:
+            return os.readlink(f"/proc/self/fd/{handle}")
+        finally:
+            os.close(handle)
+
+    return in_time(follow, os.path.abspath(path))
+
+
 def within(path: str, folder: str) -> bool:
     """Whether a path is a folder, or below it; both without links."""
     return path == folder or path.startswith(folder.rstrip("/") + "/")
@@ -151,18 +180,26 @@ class Walker:
         self._judged: dict[int, tuple[float, str]] = {}
         self._folders: dict[bytes, int] = {}
         self._lock = threading.Lock()
+        self._patient: set[int] = set()
         self._inside: dict[int, tuple[int, float]] = {}  # by thread: the device, and since when
 
     # --- threads that wait --------------------------------------------------------------------------
 
     @contextlib.contextmanager
-    def looking(self) -> Iterator[None]:
-        """Whatever this thread does meanwhile may take long: others learn from it where not to go."""
+    def looking(self, *, patient: bool = False) -> Iterator[None]:
+        """Whatever this thread does meanwhile may take long: others learn from it where not to go.
+
+        A patient one waits for a share all the same.
+        """
+        thread = threading.get_ident()
+        if patient:
+            self._patient.add(thread)
         try:
             yield
         finally:
             with self._lock:
-                self._inside.pop(threading.get_ident(), None)
+                self._inside.pop(thread, None)
+                self._patient.discard(thread)
 
     def enter(self, device: int) -> None:
         """This thread is about to ask a device. Raises NoAnswer where another one has waited there for long."""
@@ -170,7 +207,13 @@ class Walker:
         thread = threading.get_ident()
         with self._lock:
             for other, (where, since) in self._inside.items():
-                if other != thread and where == device and now - since > PATIENCE and is_share(device):
+                if (
+                    other != thread
+                    and thread not in self._patient
+                    and where == device
+                    and now - since > PATIENCE
+                    and is_share(device)
+                ):
                     raise NoAnswer(f"{self.place(device)} does not answer")
             self._inside[thread] = device, now
 

@@ -832,7 +832,7 @@ class Folder:
         return image, state
 
     def _open_chain(self, path: bytes) -> tuple[os.stat_result, Chain]:
-        with self.policy.walker.looking():
+        with self.policy.walker.looking(patient=True):
             status = self.policy.walker.stat(path)
             return status, open_chain(os.fsdecode(path), self.policy)
 

@@ -32,7 +32,7 @@ from fvdfs.image import Image
 from fvdfs.ops.device import Device, fuse_descriptors
 from fvdfs.ops.filesystem import Filesystem, Sync
 from fvdfs.ops.inodes import Entry, Folder
-from fvdfs.paths import PATIENCE, LeadsBack, MountPoint, mount_points, within
+from fvdfs.paths import PATIENCE, LeadsBack, MountPoint, NoAnswer, in_time, mount_points, real_path, within
 
 log = logging.getLogger(__name__)
 
@@ -149,12 +149,13 @@ def _is_still(mount: MountPoint | None) -> bool:
 def _look_before_mounting(options: MountOptions, point: str) -> None:
     """Raise UsageError where the mount would hide what it needs."""
     policy = options.policy
-    what = {"the folder of images": options.folder, "secret": policy.secret_file}
+    what = {"the folder of images": options.folder}
     what |= {f"base_path={root}": root for root in policy.roots if root != options.folder}
-    if os.path.isabs(policy.grow_command):
-        what["grow_command"] = policy.grow_command
+    for name, path in (("secret", policy.secret_file), ("grow_command", policy.grow_command)):
+        if os.path.isabs(path):
+            what[name] = real_path(path)
     for name, path in what.items():
-        if path and within(os.path.realpath(path), point):
+        if within(path, point):
             raise UsageError(f"{options.mountpoint}: {name} would be hidden by the mount; choose another MOUNTPOINT")
 
 
@@ -164,13 +165,19 @@ def _forbid_ways_back(options: MountOptions, mount: MountPoint | None) -> None:
     if mount is not None:
         policy.walker.own_device = mount.device
     for path in (options.folder, policy.secret_file, policy.grow_command):
-        if os.path.isabs(path):
-            try:
-                policy.walker.check(path)
-            except LeadsBack as error:
-                raise UsageError(f"{path}: {error.strerror}") from error
-            except OSError:
-                continue  # whoever needs it will say so
+        if os.path.isabs(path) and (reason := in_time(functools.partial(_way_back, policy, path), "")):
+            raise UsageError(f"{path}: {reason}")
+
+
+def _way_back(policy: Policy, path: str) -> str:
+    """Why the path must not be followed; empty where it may be, or cannot: whoever needs it will say so."""
+    try:
+        policy.walker.check(path)
+    except LeadsBack as error:
+        return error.reason
+    except (OSError, NoAnswer):
+        pass
+    return ""
 
 
 def _escape(value: str) -> str:
