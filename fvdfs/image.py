@@ -758,7 +758,7 @@ class Image:
         await self.storage.grow(size)
         # What is new is zeros on disk, and bits and entries from before an earlier cut are gone, before they count.
         if self.bitmap is not None:
-            self.bitmap.shrink(self.header.blocks)
+            self.bitmap.shrink(self.bitmap.blocks)
         self.committer.data_written()
         await self.committer.checkpoint()
         if not self._journal_cleared:  # the original cuts a disk and leaves records of what was cut off
