@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from fvdfs import __version__, daemon, mounts
-from fvdfs.errors import FvdError, UsageError, printable
+from fvdfs.errors import FvdError, UsageError, leading, printable
 from fvdfs.header import CreateOptions
 from fvdfs.mountoptions import MOUNT_OPTIONS, folders, listed, parse_mount_options, passphrase_file, program
 from fvdfs.paths import real_path, within
@@ -70,25 +70,51 @@ class _Parser(argparse.ArgumentParser):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; its exit code."""
-    words = sys.argv[1:] if argv is None else list(argv)
+    try:
+        code = _run(sys.argv[1:] if argv is None else list(argv))
+        sys.stdout.flush()
+        return code
+    except SystemExit as end:  # the parser's
+        return _flushed(int(end.code or 0))
+    except (Exception, KeyboardInterrupt) as error:
+        return _ended_by(error)
+
+
+def _run(words: list[str]) -> int:
     parser = _parser()
     for before, word in itertools.pairwise(["", *words]):
         if (not word and before != "-o") or _EMPTY_VALUE.fullmatch(word):
             parser.error(f"{word.rstrip('=') or before or 'a name'}: what is given is empty")
     arguments = parser.parse_args(words)
     run: Callable[[argparse.Namespace], int] = arguments.run
+    if getattr(arguments, "secret", ""):
+        passphrase_file("--secret ", arguments.secret)
+    return run(arguments)
+
+
+def _flushed(code: int) -> int:
     try:
-        if getattr(arguments, "secret", ""):
-            passphrase_file("--secret ", arguments.secret)
-        return run(arguments)
-    except FvdError as error:
+        sys.stdout.flush()
+    except OSError as error:
+        return _ended_by(error)
+    return code
+
+
+def _ended_by(error: BaseException) -> int:
+    """Say in a line why a command has ended early; its exit code. What is a defect is raised again."""
+    error = leading(error)
+    if isinstance(error, FvdError):
         daemon.complain(str(error))
         return error.exit_code
-    except OSError as error:
-        daemon.complain(mounts.explained(error))
-        return 1
-    except KeyboardInterrupt:
+    if isinstance(error, KeyboardInterrupt):
         return 130
+    if isinstance(error, OSError):
+        daemon.complain(mounts.explained(error))
+    elif isinstance(error, MemoryError):
+        daemon.complain("there is not enough memory for this")
+    else:
+        raise error
+    return 1
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -284,6 +310,7 @@ def _absolute(path: str) -> str:
 
 def _set_up_terminal() -> None:
     """Remarks of a command that ends by itself go to the terminal, a line each."""
+    logging.raiseExceptions = False
     terminal = logging.StreamHandler()
     terminal.setFormatter(daemon.LogFormatter("fvdfs: %(message)s"))
     logging.basicConfig(handlers=[terminal])
@@ -311,7 +338,7 @@ def _create(arguments: argparse.Namespace) -> int:
         read=[name for name in (arguments.profile, arguments.secret) if name],
     )
     for remark in remarks:
-        print(f"fvdfs: {remark}", file=sys.stderr)
+        daemon.complain(remark)
     return 0
 
 
@@ -375,7 +402,7 @@ def _convert(arguments: argparse.Namespace) -> int:
         )
         remarks = trio.run(work)
     for remark in remarks:
-        print(f"fvdfs: {remark}", file=sys.stderr)
+        daemon.complain(remark)
     return 0
 
 
@@ -523,4 +550,4 @@ def entry() -> None:
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    sys.exit(main())
+    sys.exit(daemon.with_streams(main))

@@ -22,7 +22,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fvdfs.chain import Policy, open_image
-from fvdfs.errors import UsageError
+from fvdfs.errors import UsageError, printable
 from fvdfs.info import human_size
 from fvdfs.map import BAR_CELLS, image_map, merged, totals
 from fvdfs.mounts import DEAD, refuse_dead
@@ -49,6 +49,17 @@ def _explained(path: str) -> Iterator[None]:
         raise
 
 
+def _facts(path: str, value: bytes) -> dict[str, Any]:
+    """What an attribute tells. Raises UsageError where somebody else has made it."""
+    try:
+        found = json.loads(value)
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise UsageError(f"{path}: is not a raw file of an fvdfs mount")
+    return found
+
+
 # --- status -------------------------------------------------------------------------------------
 
 
@@ -56,12 +67,13 @@ def status(mountpoint: str) -> dict[str, Any]:
     """The state of every image of a mount, ready for JSON. Raises UsageError where it is no mount, OSError."""
     try:
         pid = int(os.getxattr(mountpoint, PID))
-    except OSError:
+    except (OSError, ValueError):
         raise UsageError(f"{mountpoint}: fvdfs is not mounted there") from None
     images = []
     for name in sorted(os.listdir(mountpoint)):
         try:
-            images.append(json.loads(os.getxattr(os.path.join(mountpoint, name), STATUS)))
+            path = os.path.join(mountpoint, name)
+            images.append(_facts(path, os.getxattr(path, STATUS)))
         except OSError as error:
             if error.errno not in (errno.ENOENT, errno.ESTALE):  # gone meanwhile
                 raise
@@ -74,8 +86,13 @@ def print_status(mountpoint: str) -> None:
     for title in ("disk", "size", "local", "state", "rate", "left", "why"):
         table.add_column(title, overflow="fold")
     for image in status(mountpoint)["images"]:
-        table.add_row(image["name"], human_size(image["virtual_size"]).partition(" (")[0], *_columns(image))
-    Console(width=None if sys.stdout.isatty() else 200).print(table)
+        table.add_row(printable(image["name"]), human_size(image["virtual_size"]).partition(" (")[0], *_columns(image))
+    _console(width=None if sys.stdout.isatty() else 200).print(table)
+
+
+def _console(width: int | None = None) -> Console:
+    """Names are no markup."""
+    return Console(width=width, markup=False, emoji=False, highlight=False)
 
 
 def _columns(image: dict[str, Any]) -> tuple[str, str, str, str, str]:
@@ -96,16 +113,16 @@ def _duration(seconds: int) -> str:
 def watch_status(mountpoint: str) -> None:
     """Show a live bar for each open image, until interrupted or unmounted."""
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         TaskProgressColumn(),
         TextColumn("{task.fields[state]:<8}"),
         TextColumn("{task.fields[rate]:>11}"),
         TextColumn("{task.fields[left]:>8}"),
-        TextColumn("{task.fields[why]}", style="yellow"),
+        TextColumn("{task.fields[why]}", style="yellow", markup=False),
     )
     tasks: dict[str, TaskID] = {}
-    with Progress(*columns, console=Console()) as progress:
+    with Progress(*columns, console=_console()) as progress:
         while True:
             try:
                 images = {image["name"]: image for image in status(mountpoint)["images"] if image["open"]}
@@ -117,7 +134,7 @@ def watch_status(mountpoint: str) -> None:
                 progress.remove_task(tasks.pop(name))
             for name, image in images.items():
                 if name not in tasks:
-                    tasks[name] = progress.add_task(name, state="", rate="", left="", why="")
+                    tasks[name] = progress.add_task(printable(name), state="", rate="", left="", why="")
                 _, state, rate, left, why = _columns(image)
                 total = image["base_size"] or 1
                 done = image["local_bytes"] if image["base_size"] else 1
@@ -151,8 +168,7 @@ def read_map(path: str, *, secret_file: str = "") -> dict[str, Any]:
     """The map of an image, or of a raw file in a mount. Raises UsageError, ImageError, OSError."""
     if path.endswith(".raw"):
         with _explained(path):
-            found: dict[str, Any] = json.loads(os.getxattr(path, MAP))
-            return found
+            return _facts(path, os.getxattr(path, MAP))
 
     async def read() -> dict[str, Any]:
         image = await open_image(path, Policy(writable=False, secret_file=secret_file))
@@ -167,12 +183,16 @@ def read_map(path: str, *, secret_file: str = "") -> dict[str, Any]:
 def print_map(found: dict[str, Any]) -> None:
     """The map as a bar on the terminal, with a legend."""
     bar = Text()
-    signs = {"local": "█", "base": "░", "hole": "·"}
+    signs, mixed_sign = {"local": "█", "base": "░", "hole": "·"}, "▓"
+    try:
+        "█░·▓".encode(sys.stdout.encoding or "ascii")
+    except UnicodeEncodeError:
+        signs, mixed_sign = {"local": "#", "base": "-", "hole": "."}, "+"
     for counts in merged(found, BAR_CELLS):
         state = found["states"][counts.index(max(counts))]
         mixed = state == "local" and counts[found["states"].index("base")] > 0
-        bar.append("▓" if mixed else signs[state], style="rgb({},{},{})".format(*COLOURS[state]))
-    console = Console(highlight=False)
+        bar.append(mixed_sign if mixed else signs[state], style="rgb({},{},{})".format(*COLOURS[state]))
+    console = _console()
     console.print(bar)
     whole = found["virtual_size"] or 1
     for state, size in totals(found).items():

@@ -19,6 +19,7 @@ that nobody reads, a terminal that is gone, is given up, and counted.
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
 import os
 import resource
@@ -28,9 +29,13 @@ import socket
 import sys
 from collections.abc import Callable
 from types import FrameType
+from typing import TYPE_CHECKING, TextIO
 
 from fvdfs import mounts
 from fvdfs.errors import FvdError, UsageError, printable
+
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer
 
 STOP = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT)
 HANGUP = signal.SIGHUP
@@ -61,14 +66,53 @@ def _open_missing_streams() -> None:
         try:
             os.fstat(number)
         except OSError:
-            descriptor = os.open(os.devnull, os.O_RDWR)  # the lowest free number: this one
+            # What a command has to tell is not lost in silence where stdout is closed: to write to it fails.
+            descriptor = os.open(
+                os.devnull, os.O_RDONLY if number == 1 else os.O_RDWR
+            )  # the lowest free number: this one
             if descriptor != number:
                 os.dup2(descriptor, number)
                 os.close(descriptor)
             os.set_inheritable(number, True)
-    for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:
-            setattr(sys, name, os.fdopen(os.dup(number), "w", errors="backslashreplace"))
+
+
+class _Output(io.FileIO):
+    """Standard output, whose errors tell that it is."""
+
+    def write(self, data: ReadableBuffer, /) -> int:
+        try:
+            return super().write(data)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, "standard output") from error
+
+
+class _Complaints(io.FileIO):
+    """Standard error: what cannot be written there can be told nowhere."""
+
+    def write(self, data: ReadableBuffer, /) -> int:
+        try:
+            return super().write(data)
+        except OSError:
+            return memoryview(data).nbytes
+
+
+def with_streams(run: Callable[[], int]) -> int:
+    """Run a command whose output takes any text, whatever the terminal's encoding; its exit code."""
+    sys.stdout = _text_stream(_Output(1, "w", closefd=False), sys.stdout)
+    sys.stderr = _text_stream(_Complaints(2, "w", closefd=False), sys.stderr)
+    code = run()
+    try:
+        sys.stdout.flush()
+    except OSError:  # it was told; the interpreter is going to try again
+        with open(os.devnull, "wb") as null:
+            os.dup2(null.fileno(), 1)
+    return code
+
+
+def _text_stream(raw: io.FileIO, old: TextIO | None) -> io.TextIOWrapper:
+    encoding = old.encoding if old is not None else None
+    is_line = raw.fileno() == 2 or raw.isatty()
+    return io.TextIOWrapper(io.BufferedWriter(raw), encoding, errors="backslashreplace", line_buffering=is_line)
 
 
 def _raise_file_limit() -> None:

@@ -86,7 +86,7 @@ class NewFiles:
 
     def __enter__(self) -> NewFiles:
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGHUP):
+            for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGPIPE):
                 if signal.getsignal(number) is signal.SIG_DFL:
                     signal.signal(number, self._end)
                     self._handlers[number] = signal.SIG_DFL
@@ -189,7 +189,12 @@ class NewFiles:
         place = os.path.join(folder, f".{short}.{secrets.token_hex(4)}.part")
         try:
             descriptor = os.open(place, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-            return NewFile(path, final, place, HostFile(descriptor, path, writable=True), old)
+            try:
+                return NewFile(path, final, place, HostFile(descriptor, path, writable=True), old)
+            except BaseException:
+                os.close(descriptor)
+                os.unlink(place)
+                raise
         except BaseException:
             if old is not None:
                 old.close()
@@ -202,7 +207,6 @@ class NewFiles:
         is still to be discarded.
         """
         new = [file for file in self.files if not file.is_device]
-        fresh = [file for file in new if file.old is None]
         for file in new:
             _attributes(file, self._mode)
             os.fsync(file.store.fileno())
@@ -210,21 +214,31 @@ class NewFiles:
         for file in new:
             if file.old is not None and not _is_still(file.final, file.old):
                 raise UsageError(f"{file.path}: was replaced by somebody else meanwhile")
-        if len(new) > 1 and new[-1].old is not None:
-            os.unlink(new[-1].final)  # half of the old and half of the new would be neither
-            new[-1].old.close()
-            new[-1].old = None
+        aside: list[NewFile] = []
+        named: list[NewFile] = []
         try:
+            if len(new) > 1:  # half of the old and half of the new would be neither
+                for file in reversed(new):
+                    if file.old is not None:
+                        os.rename(file.final, _aside(file))
+                        aside.append(file)
             for file in new:
-                _rename(file)
-                self.files.remove(file)
-                file.close()
+                _rename(file, replace=file.old is not None and file not in aside)
+                named.append(file)
         except BaseException:
-            for file in fresh:
-                if file not in self.files:
+            for file in named:
+                if file.old is None or file in aside:
                     with contextlib.suppress(OSError):
                         os.unlink(file.final)
+            for file in aside:
+                with contextlib.suppress(OSError):
+                    os.rename(_aside(file), file.final)
             raise
+        for file in new:
+            self.files.remove(file)
+            file.close()
+        for file in aside:
+            os.unlink(_aside(file))
         for folder in folders:
             _sync_folder(folder)
 
@@ -297,9 +311,14 @@ def _is_still(path: str, old: HostFile) -> bool:
         return False
 
 
-def _rename(file: NewFile) -> None:
+def _aside(file: NewFile) -> str:
+    """Where what it replaces lies for a moment."""
+    return f"{file.place}.old"
+
+
+def _rename(file: NewFile, *, replace: bool) -> None:
     source, target = os.fsencode(file.place), os.fsencode(file.final)
-    if file.old is None:
+    if not replace:
         if _libc.renameat2(_AT_FDCWD, source, _AT_FDCWD, target, _RENAME_NOREPLACE) == 0:
             return
         code = ctypes.get_errno()
