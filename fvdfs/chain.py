@@ -517,6 +517,7 @@ async def load_image(
             grow_unit=header.storage_grow_unit,
             size=header.virtual_disk_size,
             grow_command=command,
+            window=header.chunk_window,
         )
     else:
         storage = FlatStorage(data, header.data_offset, header.virtual_disk_size, command)

@@ -300,6 +300,16 @@ class Committer:
             self._bitmap = None
             self._done = this
 
+    async def mark_unclean(self) -> None:
+        """Have the header say that the image is in use, and make that stable. Raises OSError."""
+        if self.header.clean:
+            async with self._lock:
+                self._check_failed()
+                if self.header.clean:
+                    with trio.CancelScope(shield=True):
+                        await self._write_header(clean_shutdown=0)
+                        await self._flush(self._meta)
+
     async def change_header(self, **changes: int | str) -> None:
         """Change fields of the header, and make it stable. Raises OSError."""
         async with self._lock:

@@ -42,6 +42,8 @@ DEFAULT_PROFILE_ROOM = 64 << 10
 PROFILE_ENTRY_SIZE = 12
 MAX_PROFILE_SIZE = 1 << 20  # what is longer is not read
 MAX_PROFILE_UNIT = 1 << 30
+CRASH_WINDOW = 64 << 20  # bytes of a device that are zeroed when an image is opened after a crash
+LONGEST_REQUEST = 8 << 20  # bytes that are written at once, but for the blocks around them
 ENTRIES_WITH_BITMAP_RECORD = 121  # table entries in a journal sector beside a bitmap record
 
 
@@ -242,6 +244,13 @@ class Header:
     def chunks(self) -> int:
         """Entries of the chunk table."""
         return ceil_div(self.virtual_disk_size, self.chunk_size) if self.compact else 0
+
+    @property
+    def chunk_window(self) -> int:
+        """How many chunks of a device may be handed out before a commit: what a crash can leave without an entry."""
+        assert self.compact
+        longest = LONGEST_REQUEST + 2 * (self.block_size if self.has_base else 0)
+        return max(CRASH_WINDOW // self.chunk_size, ceil_div(longest, self.chunk_size) + 1)
 
     @property
     def has_metadata(self) -> bool:

@@ -182,6 +182,9 @@ class Image:
         self._quiet: trio.Event | None = None  # set when no write is under way; while it exists, none begins
         self._quiet_over = trio.Event()
         self._resizing = trio.Lock()
+        self._allocating = trio.Lock()
+        self._unsure_chunks = 0
+        """Chunks of a device that were allocated since the last commit, at the most."""
         self._journal_cleared = False
         """Whether it holds no records from before this opening."""
 
@@ -692,10 +695,32 @@ class Image:
             log.error("%s: the prefetch profile could not be kept: %s", self.name, error)
 
     async def _prepare(self, start: int, stop: int) -> None:
-        if not self.storage.prepare_nowait(start, stop):
-            chunks = await self.storage.prepare(start, stop)
-            if chunks:
-                self.committer.chunks_allocated(chunks)
+        if self.storage.prepare_nowait(start, stop):
+            return
+        if self.table is not None:
+            # Whoever opens the image after a crash has to see that there may be data without an entry.
+            await self.committer.mark_unclean()
+        if self.table is not None and self.data.fixed_size:
+            async with self._allocating:
+                await self._keep_in_window(start, stop)
+                self._unsure_chunks += await self._allocate(start, stop)
+        else:
+            await self._allocate(start, stop)
+
+    async def _allocate(self, start: int, stop: int) -> int:
+        chunks = await self.storage.prepare(start, stop)
+        if chunks:
+            self.committer.chunks_allocated(chunks)
+        return len(chunks)
+
+    async def _keep_in_window(self, start: int, stop: int) -> None:
+        """Commit before more chunks would be without a stable entry than are looked at after a crash."""
+        assert isinstance(self.storage, ChunkedStorage)
+        chunk_size = self.header.chunk_size
+        need = (stop - 1) // chunk_size - start // chunk_size + 1
+        if self._unsure_chunks and self._unsure_chunks + need > self.storage.window:
+            await self.committer.commit()
+            self._unsure_chunks = 0
 
     # --- durability, size, end ------------------------------------------------------------------
 
@@ -792,6 +817,11 @@ class Image:
             self.bitmap.shrink(self.header.blocks)
         await self.storage.shrink(size)
         await self.committer.checkpoint()
+        for read in tuple(self._pending_reads):  # of what was cut off, perhaps, whose place may soon be another's
+            if read in self._pending_reads:
+                await read.wait()
+        await self.storage.give_back()
+        self.committer.data_written()
 
     async def _shrink_header(self, size: int) -> None:
         """Cut the base's range, then the disk: the fields are in different sectors, and no later growth must find
@@ -839,6 +869,9 @@ class Image:
                 "it can be read, and written with -o accept_unclean once you have looked at it",
             )
         await self.committer.recover()
+        if not header.clean:
+            await self.storage.clear_behind()
+            self.committer.data_written()
         await self._begin_base_writing(crashed=not header.clean)
         self.writable = True
         if header.copy_on_read:

@@ -123,6 +123,7 @@ class Survivors:
         if strict:
             self.check(cut_short=cut_short, closed=False)
         stores = {name: MemoryStore(content, name, fixed_size=name in self.devices) for name, content in files.items()}
+        unclean = not reference.Header(self.folder / IMAGE).clean_shutdown
 
         async def main() -> bytes:
             image = await load(stores)
@@ -136,7 +137,19 @@ class Survivors:
         self._put({name: store.data for name, store in stores.items()})
         self.check(cut_short=cut_short)
         assert b"".join(reference.read_disk(self.folder / IMAGE)) == found, "opening and closing changes the disk"
+        if unclean or not self.devices:  # else what a former owner has left on the device
+            self.check_behind()
         return found
+
+    def check_behind(self) -> None:
+        """What the next one to write would find in a new chunk."""
+        image = reference.Image(self.folder / IMAGE)
+        if image.table:
+            image.storage.seek(image.data_start + (max(image.owner, default=-1) + 1) * image.header.chunk_size)
+            rest = image.storage.read()
+            usable = len(rest) // image.header.chunk_size * image.header.chunk_size if self.devices else len(rest)
+            assert not any(rest[:usable]), "a crash has left something behind the highest chunk"
+        image.close()
 
 
 @contextmanager

@@ -275,7 +275,9 @@ for _name in ("bitmap", "table", "journal"):
 fields("bitmap over the table", BOTH, Kind.REGION_MISPLACED, place="table_offset")(bitmap_offset=12288)
 fields("table not on a sector", BOTH, Kind.REGION_MISPLACED, also=(Kind.REGION_MISPLACED,))(table_offset=12289)
 fields("two regions misplaced", BOTH, Kind.REGION_MISPLACED, mended=False)(bitmap_offset=0, table_offset=-4096)
-fields("data over the journal", BOTH, Kind.REGION_MISPLACED, mended=False)(metadata_size=8192)
+fields("data over the journal", BOTH, Kind.REGION_MISPLACED, also=(Kind.STORAGE_TAIL,), mended=False)(
+    metadata_size=8192
+)
 
 
 @damage(
@@ -507,7 +509,7 @@ for _layout in (COMPACT, FINE, BOTH, "compact-data-file", "compact-no-journal"):
     FINE,
     Kind.CHUNK_BEYOND_STORAGE,
     place="table entry ",
-    also=(Kind.CHUNK_LEAKED,),
+    also=(Kind.CHUNK_LEAKED, Kind.STORAGE_TAIL),
     left=(Kind.CHUNK_LEAKED,),
     lost=True,
 )
@@ -579,6 +581,12 @@ def _(good: Good) -> bytes:
 @damage("bytes behind the storage", COMPACT, Kind.STORAGE_TAIL, LEAK)
 def _(good: Good) -> None:
     good.write(good.header.metadata_size + 3 * good.header.virtual_disk_size, b"x" * 100_000)
+
+
+@damage("bytes that a crash has left behind the highest chunk", COMPACT, Kind.STORAGE_TAIL, LEAK, place="storage")
+def _(good: Good) -> None:
+    highest = max(entry for entry in good.entries if entry != UNALLOCATED)
+    good.write(good.header.metadata_size + (highest + 1) * 4096 + 100, b"x")
 
 
 @damage("bytes behind the disk", "plain", Kind.STORAGE_TAIL, LEAK, mended=False)

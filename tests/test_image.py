@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import random
 import struct
 from pathlib import Path
 
@@ -10,7 +11,8 @@ import pytest
 import trio
 
 from builder import IMAGE, LAYOUTS, create, load, read_files
-from fakes import SECTOR, MemoryStore, read_as_mounted
+from fakes import SECTOR, CrashStore, MemoryStore, read_as_mounted
+from fvdfs.alloc.chunked import ChunkedStorage
 from fvdfs.alloc.store import Buffer, Done, open_path
 from fvdfs.errors import ReadOnlyImage
 from fvdfs.header import MAX_DISK_SIZE, CreateOptions, Header, with_fields
@@ -224,3 +226,74 @@ async def test_what_is_more_than_a_flush_needs_a_task(tmp_path: Path) -> None:
     assert not image.flush_soon(told.append)
     assert not store.waiting
     assert not told
+
+
+async def device_image(tmp_path: Path, chunks: int) -> tuple[Image, CrashStore]:
+    """A compact image on a device that held something before, open for writing."""
+    path = tmp_path / "disk.fvd"
+    header = create(path, chunks * 4096, CreateOptions(compact=True, chunk_size=4096, grow_unit=4096))
+    content = path.read_bytes()[: header.metadata_size] + b"old!" * (chunks * 1024)
+    store = CrashStore(content, "disk.fvd", fixed_size=True)
+    image = await load({"disk.fvd": store})
+    await image.begin_writing()
+    return image, store
+
+
+async def test_what_a_crash_may_leave_on_a_device_is_bounded(tmp_path: Path) -> None:
+    image, store = await device_image(tmp_path, 64)
+    assert isinstance(image.storage, ChunkedStorage)
+    image.storage.window = 5
+    for chunk in range(60):
+        await image.write(chunk * 4096, b"x" * 4096)
+        left = MemoryStore(store.crash(random.Random(chunk)), "disk.fvd", fixed_size=True)
+        again = await load({"disk.fvd": left})
+        assert again.table is not None
+        assert again.table.highest >= chunk - 5
+        if not again.header.clean:
+            behind = again.header.data_offset + (again.table.highest + 1) * 4096
+            assert isinstance(again.storage, ChunkedStorage)
+            again.storage.window = 5
+            await again.begin_writing()
+            assert left.data[behind : behind + 5 * 4096] == bytes(min(5 * 4096, len(left.data) - behind))
+        await again.close()
+
+
+async def test_what_is_cut_off_on_a_device_reads_as_zeros_when_its_numbers_come_again(tmp_path: Path) -> None:
+    image, store = await device_image(tmp_path, 64)
+    await image.write(0, b"x" * 64 * 4096)
+    await image.resize(10 * 4096, shrink=True)
+    await image.close()
+    start = image.header.data_offset
+    assert bytes(store.data[start : start + 10 * 4096]) == b"x" * 10 * 4096
+    assert not any(store.data[start + 10 * 4096 : start + 64 * 4096])
+
+
+async def test_a_cut_that_failed_does_not_give_back_what_is_in_use_again(tmp_path: Path) -> None:
+    path = tmp_path / "disk.fvd"
+    create(path, 64 * 4096, CreateOptions(compact=True, chunk_size=4096, grow_unit=4096))
+    store = MemoryStore(path.read_bytes(), "disk.fvd")
+    image = await load({"disk.fvd": store})
+    await image.begin_writing()
+    await image.write(0, b"a" * 20 * 4096)
+    await image.flush()
+    checkpoint = image.committer.checkpoint
+    calls = 0
+
+    async def fails() -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            raise OSError(errno.ENOSPC, "no space")
+        await checkpoint()
+
+    image.committer.checkpoint = fails  # type: ignore[method-assign]
+    with pytest.raises(OSError, match="no space"):
+        await image.resize(10 * 4096, shrink=True)
+    image.committer.checkpoint = checkpoint  # type: ignore[method-assign]
+    await image.resize(64 * 4096)
+    await image.write(30 * 4096, b"b" * 15 * 4096)
+    await image.write(50 * 4096, b"c" * 4096)
+    await image.resize(50 * 4096, shrink=True)
+    expected = b"a" * 10 * 4096 + bytes(20 * 4096) + b"b" * 15 * 4096 + bytes(5 * 4096)
+    assert await image.read(0, image.size) == expected
+    await image.close()

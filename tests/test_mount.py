@@ -842,3 +842,29 @@ def test_an_error_of_the_storage_reaches_the_writer(folder: Path, tmp_path: Path
             mount.remount()
             assert mount.raw("a").read_bytes() == b"y" * 8 * MIB
             wait_for_log(mount, "No space left on device")
+
+
+def test_a_cut_gives_back_space(folder: Path) -> None:
+    """Of a compact disk, wherever its chunks lie: check finds no leak, and what was cut off does not come back."""
+    image = folder / "disk.fvd"
+    must("create", image, "32M", "--compact", "--chunk-size", "256K")
+    with mounted(folder, "-o", "shrink") as mount:
+        with open(mount.raw("disk"), "r+b") as disk:
+            for at in (*range(24, 32), *range(8), *range(16, 24)):
+                disk.seek(at * MIB)
+                disk.write(bytes([at + 1]) * MIB)
+        mount.remount()
+        before = image.stat().st_blocks * 512
+        os.truncate(mount.raw("disk"), 12 * MIB)
+        mount.umount()
+        assert before - image.stat().st_blocks * 512 > 15 * MIB
+        assert fvdfs("check", image).code == 0
+        mount.mount()
+        os.truncate(mount.raw("disk"), 32 * MIB)
+        with open(mount.raw("disk"), "r+b") as disk:
+            disk.seek(30 * MIB)
+            disk.write(b"x")
+        expected = b"".join(bytes([at + 1]) * MIB for at in range(8)).ljust(30 * MIB, b"\0") + b"x"
+        assert mount.raw("disk").read_bytes() == expected.ljust(32 * MIB, b"\0")
+        mount.umount()
+    assert fvdfs("check", image).code == 0

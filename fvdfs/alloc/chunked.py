@@ -7,6 +7,12 @@ without an entry. So room is made ready before numbers are handed out:
 - A file is cut at the end of the highest used chunk, once a session, and extended again, sparse.
 - A device is zeroed, some chunks ahead; and where it is too small, made larger by a command.
 
+Whatever else writes to the image later takes what lies there as it is: the original does. So it is made
+to read as zeros also where this session hands out none of it (format.md, section 7): a file is cut, a
+device zeroed, when an image is opened after a crash (`clear_behind`), and when the disk is cut (`give_back`).
+What a crash leaves on a device is bounded, so that not all of it need be zeroed: no more than `window`
+chunks are handed out before a commit has made their entries stable (`image.py` sees to that).
+
 Room is made ready off the write path, by a background task, as soon as little of it is left; only a
 write that overtakes that task waits. Entries appear in the table only when their place is ready;
 `prepare` reports them to its caller, who sees to it that a commit covers them.
@@ -16,7 +22,7 @@ from __future__ import annotations
 
 import errno
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from contextlib import asynccontextmanager
 
 import trio
@@ -47,6 +53,7 @@ class ChunkedStorage:
         grow_unit: int,
         size: int,
         grow_command: GrowCommand,
+        window: int,
     ) -> None:
         self._store = store
         self._table = table
@@ -55,11 +62,14 @@ class ChunkedStorage:
         self._grow_unit = max(grow_unit, chunk_size)
         self._size = size
         self._command = grow_command
+        self.window = window
         self._room: int | None = None
         """Chunks below this number are used, or have a place that reads as zeros; None: nobody has looked."""
         self._growing = trio.Lock()
         self._touching = trio.Lock()
         self._settled = False
+        self._freed: list[int] = []
+        """Numbers that a cut has freed, and whose space is still to be given back."""
         ahead = min(ZERO_AHEAD, self._grow_unit) if store.fixed_size else self._grow_unit
         self._ahead = max(1, ahead // chunk_size)
         self._growing_ahead = False
@@ -227,7 +237,65 @@ class ChunkedStorage:
         self._size = size
 
     async def shrink(self, size: int) -> None:
-        """The disk has become smaller: chunks past its end no longer count; their space is kept."""
-        self._table.shrink(ceil_div(size, self._chunk_size))
+        """The disk has become smaller: chunks past its end no longer count. `give_back` has to follow."""
+        self._freed += self._table.shrink(ceil_div(size, self._chunk_size))
         self._size = size
         self._room = None
+
+    async def give_back(self) -> None:
+        """The table on disk is without them, and nobody reads them: give back the space of chunks that were cut off.
+
+        Raises OSError.
+        The numbers above the highest are going to be handed out again, by whoever writes next: they read as zeros.
+        Others stay unused; in a file they take no space any more, on a device nobody else could use it.
+        """
+        # Some may be in use again, where the cut that freed them could not be completed.
+        freed, self._freed = sorted(set(self._freed) - self._table.named(self._freed)), []
+        if not freed:
+            return
+        async with self._growing:
+            used = self._table.highest + 1
+            async with self._touch():
+                for first, stop in _runs(number for number in freed if number < used):
+                    if not self._store.fixed_size:
+                        await self._store.zero(self._end(first), (stop - first) * self._chunk_size)
+                if self._store.fixed_size:
+                    stop = max(used, freed[-1] + 1)
+                    await self._store.zero(self._end(used), (stop - used) * self._chunk_size)
+                    self._room = stop
+                else:
+                    await self._store.resize(min(self._end(used), await self._store.size()))
+                    self._room = used
+
+    async def clear_behind(self) -> None:
+        """After a crash: what lies behind the highest used chunk reads as zeros, as far as it may have been written.
+
+        Raises OSError.
+        """
+        async with self._growing:
+            used = self._table.highest + 1
+            end = self._end(used)
+            async with self._touch():
+                size = await self._store.size()
+                if not self._store.fixed_size:
+                    if size > end:
+                        await self._store.resize(end)
+                    self._room = used
+                    return
+                stop = min(used + self.window, (size - self._offset) // self._chunk_size)
+                if stop > used:
+                    await self._store.zero(end, (stop - used) * self._chunk_size)
+                self._room = max(stop, used)
+
+
+def _runs(numbers: Iterable[int]) -> Iterator[tuple[int, int]]:
+    """Ascending numbers as runs [first, stop)."""
+    first = stop = -1
+    for number in numbers:
+        if number != stop:
+            if first < stop:
+                yield first, stop
+            first = number
+        stop = number + 1
+    if first < stop:
+        yield first, stop

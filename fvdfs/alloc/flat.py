@@ -53,6 +53,12 @@ class FlatStorage:
             self._ready = True
         return []
 
+    async def clear_behind(self) -> None:
+        """Nothing here is handed out to anybody."""
+
+    async def give_back(self) -> None:
+        """What `shrink` has not given back already: nothing."""
+
     async def settle(self) -> None:
         """Nothing is done in the background."""
 

@@ -107,6 +107,10 @@ class Table:
             found.append("the journal names places past the end of the storage")
         return f"chunk table: {', '.join(found)}" if found else ""
 
+    def named(self, numbers: Iterable[int]) -> set[int]:
+        """Those of these chunks of the storage that an entry names."""
+        return set(numbers).intersection(self._entries[: self.chunks]) if numbers else set()
+
     def allocated(self) -> int:
         """How many chunks have a place in the storage."""
         return self.chunks - self._entries[: self.chunks].count(UNALLOCATED)
@@ -173,16 +177,19 @@ class Table:
         self._dirty.update(range(self.chunks // ENTRIES_PER_PAGE, ceil_div(chunks, ENTRIES_PER_PAGE)))
         self.chunks = chunks
 
-    def shrink(self, chunks: int) -> None:
-        """The disk has shrunk: entries past the end are gone."""
+    def shrink(self, chunks: int) -> list[int]:
+        """The disk has shrunk: entries past the end are gone; the numbers that they had."""
         assert chunks <= self.chunks
+        freed = []
         for chunk in range(chunks, self.chunks):
             if self._entries[chunk] != UNALLOCATED:
+                freed.append(self._entries[chunk])
                 self._entries[chunk] = UNALLOCATED
                 self._dirty.add(chunk // ENTRIES_PER_PAGE)
         self.chunks = chunks
         live = (e for e in self._entries[:chunks] if e != UNALLOCATED)
         self.highest = max(live, default=-1)
+        return freed
 
     def runs(self, first: int, last: int) -> Iterator[tuple[int, int, int]]:
         """Chunks first..last as runs (first, count, number) that lie together in the storage.

@@ -395,14 +395,18 @@ def _report_short_chunk(
     return size
 
 
+def room_ahead(header: Header, scan: TableScan) -> int:
+    """Chunks behind the highest used one that a writer may have made ready; they read as zeros."""
+    return max(ceil_div(header.storage_grow_unit, header.chunk_size), scan.chunks - scan.allocated)
+
+
 def storage_limit(header: Header, scan: TableScan | None) -> int:
     """The bytes of storage that the image uses, or a writer may have made ready for it."""
     if not header.compact:
         limit = header.virtual_disk_size
     else:
         assert scan is not None
-        ahead = max(ceil_div(header.storage_grow_unit, header.chunk_size), scan.chunks - scan.allocated)
-        limit = (scan.end + ahead) * header.chunk_size
+        limit = (scan.end + room_ahead(header, scan)) * header.chunk_size
     profile = profile_region(header)
     if profile is not None and not header.data_file:
         limit = max(limit, profile.end - header.data_offset)

@@ -33,6 +33,7 @@ from fvdfs.checks.contents import (
     report_bitmap_tail,
     report_storage,
     report_table,
+    room_ahead,
     room_in_chunks,
     storage_limit,
 )
@@ -585,6 +586,18 @@ async def _look_behind(data: Store, header: Header, scan: TableScan | None, foun
     """What is behind all that the image uses or has made ready."""
     end = header.data_offset + storage_limit(header, scan)
     size = await data.size()
+    if scan is not None:
+        used = header.data_offset + scan.end * header.chunk_size
+        if not await _is_zero(data, used, min(size, used + room_ahead(header, scan) * header.chunk_size)):
+            found.findings.add(
+                Kind.STORAGE_TAIL,
+                Severity.LEAK,
+                "storage",
+                f"{data.name} has {size - used} bytes behind its highest chunk, and not all of them zeros: a crash has "
+                "left them, and who writes to the image next may show them",
+                remedy="cuts the file at the end of the highest chunk",
+            )
+            return
     if size <= end or await _takes_no_space(data, end, round_up(size, PAGE)):
         return
     found.findings.add(

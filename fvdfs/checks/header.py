@@ -285,7 +285,7 @@ def _compact_faults(header: Header) -> Iterator[_Fault]:
 
 def _regions(header: Header, doubtful: set[str]) -> Iterator[Region]:
     """The regions in use whose size can be computed."""
-    if not doubtful & {"base_img_size", "block_size"} and (region := header.bitmap_region):
+    if not doubtful & {"base_img_size", "block_size", "virtual_disk_size"} and (region := header.bitmap_region):
         yield region
     if not doubtful & {"virtual_disk_size", "chunk_size"} and (region := header.table_region):
         yield region

@@ -9,7 +9,7 @@ that another repair completes (format.md, section 7):
     4. table, flush, bitmap, flush: as a replay of the journal leaves them. Nothing goes backwards here
     5. the journal made empty, flush: from here on no old record can come back (rule 4)
     6. copies of chunks, and new zeros, flush; only then the table that names them, flush; the bitmap
-    7. the space of leaked chunks given back                  flush
+    7. the space of leaked chunks given back, what a crash left behind the highest one cleared, flush
     8. header: `clean_shutdown` = 1                           flush
 
 Data is in place, and flushed, before an entry names it, and each entry by itself is right, old or
@@ -77,7 +77,21 @@ async def mend(layer: Layer, found: Examined) -> None:
         await header.change(all_data_in_fvd_img=1)
     closed = found.header.clean or bool(wanted & {Kind.REPLAY_PENDING, Kind.UNCLEAN})
     if closed and not header.header.clean:
+        if not found.findings.corrupt:
+            await _clear_behind(layer, found)
         await header.change(clean_shutdown=1)
+
+
+async def _clear_behind(layer: Layer, found: Examined) -> None:
+    """Have what a crash may have left behind the highest chunk of a device read as zeros. Raises OSError."""
+    header, scan, data = found.header, found.scan, layer.data
+    if scan is None or not is_store(data) or not data.fixed_size:
+        return  # a file is cut: see `_give_back`
+    start = header.data_offset + scan.end * header.chunk_size
+    stop = min(start + header.chunk_window * header.chunk_size, await data.size())
+    if start < stop:
+        await data.zero(start, stop - start)
+        await data.flush()
 
 
 async def _extend(data: Store, size: int) -> None:
