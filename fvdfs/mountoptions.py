@@ -131,14 +131,13 @@ def _plain(value: str) -> str:
 
 
 def folders(options: Mapping[str, str]) -> tuple[str, ...]:
-    """Real paths of the folders of base_path. Raises UsageError."""
+    """Real paths of the folders, or single files and devices, of base_path. Raises UsageError."""
     found = []
     for path in listed(options, "base_path"):
         if not os.path.isabs(path):
             raise UsageError(f"-o base_path={path}: must be an absolute path")
-        if not in_time(functools.partial(os.path.isdir, path), True):
-            reason = "is no directory" if os.path.exists(path) else "there is no such directory"
-            raise UsageError(f"-o base_path={path}: {reason}")
+        if not in_time(functools.partial(os.path.exists, path), True):
+            raise UsageError(f"-o base_path={path}: there is no such directory")
         found.append(real_path(path))
     return tuple(found)
 
