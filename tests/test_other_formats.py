@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import subprocess
@@ -327,6 +328,17 @@ def test_an_encrypted_base(folder: Path, content: bytes, tmp_path: Path) -> None
         assert "base.luks: is encrypted" in mount.log
     with mounted(folder, "-o", f"secret={key}") as mount:
         assert mount.raw("a").read_bytes() == content
+    for words in (["info", "--json"], ["map"], ["check"]):
+        must(words[0], folder / "a.fvd", *words[1:], "--secret", key)
+    assert json.loads(must("info", folder / "a.fvd", "--json", "--secret", key))["problems"] == []
+    assert "is encrypted" in json.loads(must("info", folder / "a.fvd", "--json"))["problems"][0]
+    for source, options in (("a.fvd", []), ("base.luks", ["-f", "luks"])):
+        done = fvdfs("convert", *options, folder / source, tmp_path / "plain.raw")
+        assert done.code == 1
+        assert "is encrypted: name the file with its passphrase: --secret FILE" in done.err
+        must("convert", *options, folder / source, tmp_path / "plain.raw", "--secret", key)
+        assert (tmp_path / "plain.raw").read_bytes() == content
+        (tmp_path / "plain.raw").unlink()
     key.write_text("wrong")
     with mounted(folder, "-o", f"secret={key}") as mount:
         with pytest.raises(OSError, match="Input/output"):
