@@ -91,6 +91,8 @@ class Survivors:
         self.folder = folder
         self.devices = devices
         self.written: dict[str, bytes] = {}
+        self.has_leftovers = False
+        """Whether somebody else has left something in the storage, as a former owner does on a device."""
 
     def _put(self, files: Files) -> None:
         for name, content in files.items():
@@ -137,7 +139,7 @@ class Survivors:
         self._put({name: store.data for name, store in stores.items()})
         self.check(cut_short=cut_short)
         assert b"".join(reference.read_disk(self.folder / IMAGE)) == found, "opening and closing changes the disk"
-        if unclean or not self.devices:  # else what a former owner has left on the device
+        if unclean or not (self.devices or self.has_leftovers):
             self.check_behind()
         return found
 
@@ -766,6 +768,7 @@ def leftovers(sim_of: Callable[[], Simulation]) -> None:
         end = header.data_offset if header.compact else header.data_offset + header.virtual_disk_size
         left = {**first.files, name: first.files[name].ljust(end, b"\0") + random.Random(name).randbytes(9 * KIB)}
         sim = Simulation(first.subject, left, first.survivors.folder, first.effort, first.counts)
+        sim.survivors.has_leftovers = True
         sim.step(sim.open)
         if not grows_at_once:
             sim.step(sim.write(700, 100), sim.flush)
