@@ -797,6 +797,7 @@ def cut_elsewhere(sim_of: Callable[[], Simulation]) -> None:
     for grows_at_once in (False, True):
         sim = Simulation(first.subject, left, first.survivors.folder, first.effort, first.counts)
         sim.cut_short, sim.strict = True, False
+        sim.survivors.has_leftovers = True
         sim.step(sim.open)
         if not grows_at_once:
             sim.step(sim.write(size - 600, 100), sim.flush, sim.write(3000, 100))
