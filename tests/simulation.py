@@ -52,16 +52,18 @@ T = TypeVar("T")
 
 MIB = 1024 * KIB
 SEED = 1
+HOPS = 2  # programs that a request goes through on its way, and again on the way back
 BASE = "base.raw"
+DATA = b"\xda" * (8 * MIB)
 
 
-def simulate(main: Callable[[], Awaitable[T]]) -> T:
+def simulate(main: Callable[[], Awaitable[T]], seed: int = SEED) -> T:
     """Run it in virtual time."""
     # There is no public way to have trio's order of tasks repeat itself.
     core: Any = trio._core._run
     before = core._ALLOW_DETERMINISTIC_SCHEDULING
     core._ALLOW_DETERMINISTIC_SCHEDULING = True
-    core._r.seed(SEED)
+    core._r.seed(seed)
     try:
         return trio.run(main, clock=MockClock(autojump_threshold=0))
     finally:
@@ -124,8 +126,13 @@ class SimulatedLink:
         cap: float = 0.0,
         burst: float = 2.0,
         overhead: float = 0.0,
+        late: float = 0.0,
+        seed: int = SEED,
     ) -> None:
-        """`fair`: serve all at once, else in order. `cap`: bytes a second; 0: none. `overhead`: seconds a request."""
+        """`fair`: serve all at once, else in order. `cap`: bytes a second; 0: none. `overhead`: seconds a request.
+
+        `late`: on the way there and back each program has to wait for a processor, half of the time, up to so long.
+        """
         self.rate = rate
         self.latency = latency
         self.logs: dict[str, Log] = {}
@@ -134,6 +141,8 @@ class SimulatedLink:
         self._cap = cap
         self._burst = burst
         self._overhead = overhead
+        self._late = late
+        self._rng = random.Random(seed)
         self._tokens = cap * burst
         self._tokens_at = -math.inf
         self._free_at = -math.inf
@@ -144,12 +153,28 @@ class SimulatedLink:
         self._sharing = 0
         self._changed = trio.Event()
 
+    def become(self, *, rate: float | None = None, cap: float | None = None) -> None:
+        """From now on it has another rate, or cap."""
+        self._share_work(0)
+        if rate is not None:
+            self.rate = rate
+        if cap is not None:
+            self._pay(trio.current_time(), 0)
+            self._cap, self._tokens = cap, min(self._tokens, cap * self._burst)
+
+    async def _hop(self) -> None:
+        """Programs on the way wait for a processor."""
+        for _ in range(HOPS if self._late else 0):
+            if self._rng.random() < 0.5:
+                await trio.sleep(self._rng.uniform(0, self._late))
+
     def log(self, who: str) -> Log:
         """What this user got."""
         return self.logs.setdefault(who, Log())
 
     async def transfer(self, size: int, who: str) -> None:
         """Wait until so many bytes are served."""
+        await self._hop()
         asked = trio.current_time()
         if not self.under_way:
             self._busy_since = asked
@@ -162,6 +187,7 @@ class SimulatedLink:
             if not self.under_way:
                 self._busy += trio.current_time() - self._busy_since
         await trio.sleep(self.latency)
+        await self._hop()
 
     def pressure(self) -> float:
         """Seconds in which somebody has waited, in all."""
@@ -217,11 +243,28 @@ class SimulatedLink:
 
 
 class SimulatedDisk(SimulatedLink):
-    """A local disk: a link without a way to it, whose users are seen by the kernel's pressure."""
+    """A local disk: a link without a way to it, whose users are seen by the kernel's pressure.
+
+    Others are those whose name is `rival`.
+    """
+
+    def __init__(self, rate: float, *, fair: bool = False) -> None:
+        super().__init__(rate, fair=fair)
+        self._others = 0.0  # seconds in which somebody has waited while others used it
+        self._looked = 0.0
+        self._served = 0
+
+    def pressure(self) -> float:
+        """As `fvdfs.cow.pressure` tells it."""
+        waited, served = super().pressure(), len(self.log("rival").entries)
+        if served > self._served:
+            self._others += waited - self._looked
+        self._looked, self._served = waited, served
+        return self._others
 
 
 class SimulatedFile(Stepwise):
-    """A store of a size, of which only the first `kept` bytes are really there; others read as zeros."""
+    """A store of a size, of which only the first bytes are really there; others read as some data, or as zeros."""
 
     def __init__(
         self, data: Buffer, size: int, name: str, server: SimulatedLink | None, who: str, *, writable: bool
@@ -235,6 +278,8 @@ class SimulatedFile(Stepwise):
         self.is_remote = server is not None
         self.fails: Callable[[int, int], bool] = lambda start, stop: False
         """Whether a request for these bytes fails."""
+        self.holes: Callable[[int], bool] = lambda start: False
+        """Whether what is read from there on is zeros, which a server has at once."""
         self.attempts: list[tuple[float, int, int]] = []
         """Time, offset and size of the requests that failed."""
         self.max_under_way = 0
@@ -254,7 +299,8 @@ class SimulatedFile(Stepwise):
         self._under_way += 1
         self.max_under_way = max(self.max_under_way, self._under_way)
         try:
-            await self._link.transfer(size, "guest" if size <= 4096 else self._who)
+            hole = not self.writable and self.holes(offset)
+            await self._link.transfer(4096 if hole else size, "guest" if size <= 4096 else self._who)
         finally:
             self._under_way -= 1
 
@@ -264,6 +310,8 @@ class SimulatedFile(Stepwise):
     async def pread(self, buffer: memoryview, offset: int) -> int:
         if self._link is not None and not self.writable:
             await self._take(offset, len(buffer))
+            if not self.holes(offset):
+                buffer[:] = DATA[: len(buffer)]
         else:
             await trio.lowlevel.checkpoint()
         data = self.data[offset : offset + len(buffer)]
@@ -427,6 +475,16 @@ async def rival(
     async with trio.open_nursery() as nursery:
         for _ in range(depth):
             nursery.start_soon(client)
+
+
+async def starve(longest: float, seed: int = SEED) -> None:
+    """Have this program lose its processor again and again, for up to so many seconds, as under endless loops."""
+    clock = trio.lowlevel.current_clock()
+    assert isinstance(clock, MockClock)
+    rng = random.Random(seed)
+    while True:
+        await trio.sleep(rng.expovariate(1 / (2 * longest)))
+        clock.jump(rng.uniform(0, longest))
 
 
 @functools.cache

@@ -20,13 +20,16 @@ from fvdfs.cow.contention import (
     CALM,
     FALLEN,
     FIRST_YIELD,
+    GOOD_REQUEST,
     GUEST_ACTIVE,
     GUEST_PATIENCE,
+    MAX_TRUST,
     MAX_YIELD,
     PAUSE_TO_LOOK,
     PRESSURE_HIGH,
     PRESSURE_LOW,
     SMALLEST_REQUEST,
+    TRICKLE,
     WARM_UP,
     DiskWatch,
     FloorRule,
@@ -114,13 +117,42 @@ def test_accepted_progress_is_normal() -> None:
     assert progress(5, 1, watch).fallen, "it is judged again soon"
 
 
-def test_restarted_progress_is_judged_anew() -> None:
+def test_restarted_progress_is_judged_anew_and_against_what_was_normal() -> None:
     watch = progress(20, 1, progress(100, 10))
     normal = watch.normal
     watch.restart()
-    assert watch.fast == watch.normal == normal
-    watch.add(0, WARM_UP * 0.9)
+    progress(20, WARM_UP * 0.9, watch)
     assert not watch.fallen
+    progress(20, 20, watch)
+    assert watch.fallen
+    assert watch.normal == normal, "as long as it is on trial"
+    progress(100, 5, watch)
+    assert not watch.fallen
+    normal = watch.normal
+    progress(70, 2, watch)
+    assert watch.normal < normal, "it has passed"
+
+
+def test_who_was_suspicious_in_vain_becomes_less_so() -> None:
+    watch = progress(100, 10)
+    levels = []
+    for _ in range(12):
+        normal = watch.normal
+        while not watch.fallen:
+            progress(0, 0.05, watch)
+        levels.append(watch.fast / normal)
+        watch.accept()
+        progress(100, 8, watch)
+    assert levels[-1] < levels[0]
+    assert min(levels) > 0.4
+
+
+def test_work_that_ends_together_counts() -> None:
+    watch = RateWatch()
+    for _ in range(50):
+        watch.add(50, 0)
+        watch.add(50, 1)
+    assert watch.fast == pytest.approx(100)
 
 
 # --- states ---------------------------------------------------------------------------------------
@@ -164,11 +196,12 @@ class LinkUser:
         self.now = 10.0
         self.watch = LinkWatch(self.now)
         self.sizes: list[int] = []
+        self.busy = 0.0
 
     def state(self) -> State:
         return self.watch.manners.state
 
-    def one(self, *, failed: bool = False) -> None:
+    def one(self, *, failed: bool = False, hole: bool = False) -> None:
         """Wait for the turn, and send one."""
         delay = self.watch.delay(self.now)
         assert delay < math.inf
@@ -180,8 +213,10 @@ class LinkUser:
         size = self.watch.size_limit(self.now)
         self.sizes.append(size)
         request = self.watch.started(self.now, size)
-        self.now += self.latency + size / self.rate
-        self.watch.finished(self.now, request, failed=failed)
+        took = self.latency + size / self.rate
+        self.now += took
+        self.busy += took
+        self.watch.finished(self.now, request, failed=failed, hole=hole)
 
     def run(self, seconds: float) -> None:
         end = self.now + seconds
@@ -210,7 +245,7 @@ def test_it_begins_with_probes_one_at_a_time() -> None:
     link.now += link.watch.delay(link.now)
     assert link.watch.delay(link.now) == 0
     request = link.watch.started(link.now, link.watch.size_limit(link.now))
-    assert request.probe
+    assert request.single
     assert link.watch.delay(link.now) == math.inf
     link.now += 0.002
     link.watch.finished(link.now, request)
@@ -218,6 +253,7 @@ def test_it_begins_with_probes_one_at_a_time() -> None:
     link.check()
     assert link.state() is State.RUN
     assert len(link.sizes) >= 2
+    assert len(set(link.sizes)) == 2
     assert max(link.sizes) <= MIB
     assert link.watch.delay(link.now) == 0
 
@@ -242,22 +278,56 @@ def test_a_rival_is_yielded_to() -> None:
     begin = link.now
     while link.state() is State.RUN:
         link.one()
-    assert link.now - begin < 0.6
+    assert link.now - begin < 0.8
     link.check()
     assert link.state() is State.YIELD
-    assert link.watch.delay(link.now) == pytest.approx(FIRST_YIELD)
-    assert not link.watch.rate.fallen
-    begin = link.now
-    while link.now < begin + 20:
+    assert link.watch.manners.until - link.now == pytest.approx(FIRST_YIELD)
+    assert link.watch.delay(link.now) <= FIRST_YIELD
+    begin, link.busy = link.now, 0.0
+    while link.now < begin + 60:
         link.one()
-        link.check()
-        assert link.state() is State.YIELD
-    assert link.watch.delay(link.now) <= MAX_YIELD
+    assert 0.03 < link.busy / 60 < 0.4, "a small part of the time, but never nothing"
+    assert link.watch.manners.until - begin < 60 + MAX_YIELD
+    assert link.watch.beset
     link.rate, link.latency = 50e6, 0.001
     begin = link.now
-    while link.state() is not State.RUN:
+    while link.now < begin + 2 * MAX_YIELD + 2 * CALM:
         link.one()
-    assert link.now - begin < 3
+    link.check()
+    assert link.state() is State.RUN
+    assert not link.watch.beset
+
+
+def test_a_link_that_has_become_slow_is_found_out() -> None:
+    link = quick_link()
+    link.rate /= 4
+    link.run(30)
+    begin, link.busy = link.now, 0.0
+    link.run(10)
+    assert link.busy / (link.now - begin) > 0.8
+
+
+def test_holes_say_nothing_and_hold_nothing_up() -> None:
+    link = quick_link()
+    fast = link.watch.rate.fast
+    for _ in range(100):
+        link.one(hole=True)
+    assert link.watch.rate.fast == fast
+    link.watch.look(link.now)
+    begin, sent = link.now, len(link.sizes)
+    while link.now < begin + 1:
+        link.one(hole=True)
+    assert link.state() is State.CHECK
+    assert len(link.sizes) - sent > 40
+
+
+def test_as_many_at_a_time_as_fill_the_link() -> None:
+    near, far = quick_link(), LinkUser(rate=50e6, latency=0.1)
+    far.check()
+    far.run(5)
+    assert near.watch.limit == 2
+    far.watch.rate.fast = far.rate  # as if more had been under way
+    assert far.watch.limit > 4
 
 
 def test_nobody_yields_twice_where_one_probe_was_late() -> None:
@@ -277,7 +347,7 @@ def test_a_check_waits_for_the_end_of_own_requests() -> None:
     link.watch.manners.suspect(link.now)
     assert link.watch.delay(link.now) == math.inf
     for request in requests:
-        assert not request.probe
+        assert not request.single
         link.watch.finished(link.now + 1, request)
     assert link.watch.delay(link.now + 1) > 0
 
@@ -297,7 +367,7 @@ def test_what_failed_says_nothing() -> None:
 def test_an_urgent_request_is_no_probe() -> None:
     watch = LinkWatch(0)
     request = watch.started(0, 64 * KIB, urgent=True)
-    assert not request.probe
+    assert not request.single
     watch.finished(9, request)
     assert state_of(watch) is State.CHECK
 
@@ -307,15 +377,17 @@ def test_sizes_follow_the_rate() -> None:
     slow = LinkUser(rate=1e6)  # where what a request counts as beside its size weighs
     slow.check()
     slow.run(5)
-    assert fast.watch.size_limit(fast.now) == pytest.approx(5e6, rel=0.2)
-    assert slow.watch.size_limit(slow.now) == pytest.approx(1.3e5, rel=0.3)
+    assert fast.watch.size_limit(fast.now) == pytest.approx(1e6, rel=0.2)
+    assert slow.watch.size_limit(slow.now) == SMALLEST_REQUEST
     slow.watch.guest_started(slow.now)
     assert slow.watch.size_limit(slow.now) == SMALLEST_REQUEST
     fast.watch.guest_started(fast.now)
-    assert fast.watch.size_limit(fast.now) < 1e6
+    assert fast.watch.size_limit(fast.now) < 3e5
     fast.watch.guest_finished(fast.now, 4096)
-    assert fast.watch.size_limit(fast.now + GUEST_ACTIVE / 2) < 1e6
-    assert fast.watch.size_limit(fast.now + GUEST_ACTIVE * 2) > 4e6
+    assert fast.watch.size_limit(fast.now + GUEST_ACTIVE / 2) < 3e5
+    assert fast.watch.size_limit(fast.now + GUEST_ACTIVE * 2) > 8e5
+    fast.watch.lag = 0.01
+    assert fast.watch.size_limit(fast.now + GUEST_ACTIVE * 2) == GOOD_REQUEST, "where processors are short"
 
 
 def test_a_guests_read_goes_first_but_not_for_ever() -> None:
@@ -420,7 +492,9 @@ def test_pressure_that_goes_when_we_pause_is_ours() -> None:
     for _ in range(7):
         trusts.append(disk.until(State.CHECK, 1, limit=100))
         disk.until(State.RUN, 0)
-    assert trusts == pytest.approx([2, 4, 8, 16, 32, 60, 60], abs=0.9), "asked more and more rarely"
+    assert trusts == pytest.approx([2, 4, 8, MAX_TRUST, MAX_TRUST, MAX_TRUST, MAX_TRUST], abs=0.9), (
+        "asked more and more rarely"
+    )
 
 
 def test_pressure_that_stays_is_others() -> None:
@@ -477,12 +551,13 @@ def test_without_pressure_own_writes_tell() -> None:
     assert state_of(watch) is State.RUN, "just found to be ours"
 
 
-def test_with_pressure_slow_writes_of_our_own_are_looked_into_and_it_decides() -> None:
+@pytest.mark.parametrize("share", [0, PRESSURE_LOW + 0.05])
+def test_with_pressure_slow_writes_of_our_own_are_looked_into_where_others_wait_too(share: float) -> None:
     disk = DiskUser()
-    disk.sample(0, 1)
+    disk.sample(share, 1)
     disk.now = copies(disk.watch, disk.now, 100e6, 5)
     disk.now = copies(disk.watch, disk.now, 1e6, 2)
-    assert disk.state() is State.CHECK
+    assert disk.state() is (State.CHECK if share else State.RUN)
     disk.sample(0, 2)
     assert disk.state() is State.RUN
 
@@ -692,8 +767,8 @@ def test_an_idle_link_is_used(kind: Kind, fair: bool) -> None:
             return rate(logs, 0, end) / kind.best, rate(logs, end / 2, end) / kind.best
 
     whole, later = simulate(main)
-    assert later >= 0.93
-    assert whole >= (0.5 if kind is FASTEST else 0.9)
+    assert later >= 0.9
+    assert whole >= (0.5 if kind is FASTEST else 0.88)
 
 
 @ORDERS
@@ -828,7 +903,7 @@ def test_fifty_images_keep_to_the_jobs(jobs: int) -> None:
             return most, rate(logs, 2, 4)
 
     most, got = simulate(main)
-    assert most == jobs
+    assert min(jobs, 2) <= most <= jobs
     assert got > 0.9 * MEDIUM.rate
 
 
@@ -990,11 +1065,17 @@ def test_pause_go_on_and_stop() -> None:
     simulate(main)
 
 
-def test_the_rule_of_the_original_pauses_an_image_that_is_too_slow() -> None:
+@pytest.mark.parametrize("others", [False, True])
+def test_the_rule_of_the_original_counts_where_others_are(others: bool) -> None:
+    """Less than the image's minimum is congestion if somebody else is there, and a slow link if not."""
+
     async def main() -> tuple[float, float, str]:
-        async with machine(SLOW.make()) as mount:
+        link = SLOW.make(fair=True)
+        async with machine(link) as mount:
             image = await mount.open(4 * GIB, prefetch_throttle_time=4000, prefetch_min_read_throughput=10240)
             prefetcher = mount.prefetch(image)
+            if others:
+                mount.start(rival, link, 3, 60, 4)
             states: list[str] = []
             reasons = set()
             while trio.current_time() < 40:
@@ -1002,12 +1083,12 @@ def test_the_rule_of_the_original_pauses_an_image_that_is_too_slow() -> None:
                 reasons.add(prefetcher.reason)
                 await trio.sleep(0.1)
             paused = states.count("paused") / len(states)
-            return paused, mount.link.log("prefetch").rate(0, 40) / SLOW.rate, max(reasons)
+            return paused, link.log("prefetch").rate(0, 40) / SLOW.rate, " ".join(reasons)
 
-    paused, share, reason = simulate(main)
-    assert 0.5 < paused < 0.95
-    assert 0.05 < share < 0.5
-    assert "below the image's minimum" in reason
+    paused, share, reasons = simulate(main)
+    assert ("below the image's minimum" in reasons) == others
+    assert (paused > 0.5) == others
+    assert (share > 0.9) != others
 
 
 def test_a_check_sends_one_probe_at_a_time() -> None:
@@ -1037,4 +1118,4 @@ def test_a_disk_that_is_never_left_alone_gets_a_trickle() -> None:
         if disk.state() is not State.RUN and disk.watch.delay(disk.now) <= 0:
             disk.watch.took(disk.now)
             taken += 1
-    assert 3 <= taken <= 5
+    assert 0.5 <= taken / (10 / TRICKLE) <= 1

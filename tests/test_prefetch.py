@@ -17,6 +17,7 @@ import pytest
 
 import reference
 from conftest import MIB, Mount, fvdfs, mounted, must, small_disk, wait_until
+from fvdfs.cow.pressure import DiskPressure
 from fvdfs.header import HEADER_SIZE, Header, with_fields
 
 SIZE = 24 * MIB
@@ -426,3 +427,43 @@ def test_fields_that_make_no_sense(folder: Path, base: Path) -> None:
                 wait_until(lambda name=name: is_done(mount, name))  # type: ignore[misc]
                 assert read_direct(mount.raw(name), 0, SIZE) == CONTENT
             (folder / f"{name}.fvd").unlink()
+
+
+# --- who uses the disk ----------------------------------------------------------------------------
+
+
+def test_pressure_counts_only_while_others_use_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By counters that are made up here."""
+    now = 0.0
+    stalled = sectors = own = 0
+    files = {"pressure": tmp_path / "pressure", "stat": tmp_path / "stat", "io": tmp_path / "self" / "io"}
+    files["io"].parent.mkdir()
+    monkeypatch.setattr("fvdfs.cow.pressure.time.monotonic", lambda: now)
+    pressure = DiskPressure(str(tmp_path), str(files["pressure"]), str(tmp_path))
+    pressure._stat_file = str(files["stat"])
+
+    def look(stall: int, moved: int, asked: int) -> float:
+        """Milliseconds and bytes more than the last time."""
+        nonlocal now, stalled, sectors, own
+        now, stalled, sectors, own = now + 0.1, stalled + stall * 1000, sectors + moved // 512, own + asked
+        files["pressure"].write_text(f"some avg10=0.00 total={stalled}\n")
+        files["stat"].write_text(f"0 0 {sectors} 0 0 0 0 0 0 {round(now * 1000)} 0\n")
+        files["io"].write_text(f"rchar: 5\nread_bytes: {own}\nwrite_bytes: 0\n")
+        found = pressure()
+        assert found is not None
+        return found
+
+    assert look(90, MIB, 0) == 0
+    assert look(90, MIB, MIB) == 0, "ours"
+    assert look(90, 0, 8 * MIB) == 0, "not yet on the disk"
+    assert look(90, 6 * MIB, 0) == 0, "now it is"
+    assert look(90, 4 * MIB, 0) == pytest.approx(0.09), "more than we asked for"
+    assert look(900, 4 * MIB, 0) == pytest.approx(0.19), "not longer than the disk was busy"
+    assert look(90, 8 << 10, 0) == pytest.approx(0.19), "next to nothing"
+    files["io"].unlink()
+    monkeypatch.setattr(DiskPressure, "_asked_for", lambda self, process: None)
+    files["pressure"].write_text(f"some avg10=0.00 total={stalled + 50_000}\n")
+    assert pressure() == pytest.approx(0.19), "the disk was not busy"
+    files["stat"].write_text("")
+    files["pressure"].write_text(f"some avg10=0.00 total={stalled + 100_000}\n")
+    assert pressure() == pytest.approx(0.24), "where nothing else is known it counts"

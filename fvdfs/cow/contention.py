@@ -3,35 +3,53 @@
 Prefetching may use a resource (the link to a base's server, the local disk) only while nobody else
 wants it, and nobody tells it so. It finds out from its own progress, as MS Manners does (Douceur and
 Bolosky, "Progress-based regulation of low-importance processes", SOSP 1999): while it competes, it is
-slower than it was. Progress alone cannot tell a rival from a link that has become slow, or a rate limit
-that was reached, so a second step decides, in the way of Vegas and LEDBAT (RFC 6817), which compare the
-delay now with that of an idle link:
+slower than it was. But so it is where a cap was reached, a link has become slow, or processors are short,
+and then nobody has anything from its stepping back. What tells them apart is what a lower load of our own
+does, as in the micro-experiments of PCC (Dong et al., NSDI 2015):
 
-    RUN ──── progress falls ────▶ CHECK ──── idle, it is as quick as ever ────▶ RUN, the new progress is normal
-     ▲                             │  ▲
-     │                             │  └─ after 0.25, 0.5, 1, 2, 2 … s ─┐
-     │                     idle, it is slow all the same               │
-     └── quick again ──────        └─────────────────────────────▶ YIELD
+    RUN ──── progress falls ────▶ CHECK ──── alone, a request is no slower ────▶ RUN, the new progress is normal
+     ▲                              │
+     │                              └─ slower ─▶ YIELD
+     └── after 0.75, 1.5, 3, 4, 4 … s: ───────────┘
+         does progress come back?
 
-CHECK lets all own requests end and sends a few probes, one at a time, of data that is needed anyway:
-small ones, which show a queue, and large ones, which show that throughput is shared. If they take about as
-long as on an idle link, the slowness was of our own making: a cap, or our own queue. Then the lower
-progress is normal, and is looked into again after a while. If not, others are at it, and prefetching yields
-to them, but for a check now and then.
+CHECK sends single requests, small and large ones in turns, with gaps. If only we are there, a single request is
+served at least at the rate at which several of ours at a time were just before; behind a bucket of tokens at
+once, since the gap has saved for it. If others are there they take what we leave, and a single one gets a
+smaller part than several did. So both halves of the comparison are of the last second, and neither is a memory of
+better times. What a single request took when nobody was there is remembered as well (the middle one of some), and
+no slower than that is never late. A probe that is late by what programs wait for a processor here (`lag`) is
+not late. It takes three of four of a size to say that others are there. While it lasts, a check costs
+half of the progress or less, so being suspicious is cheap; where it was in vain again and again it takes a deeper fall.
+
+YIELD does not stop: one request at a time, an eighth of the time. So nothing starves where the judgement errs, and
+what others lose is bounded. Then it runs, for a trial: has the progress come back that was normal before, others have
+gone; if not, a CHECK follows. After others were found somewhere, it has to be seen three times that a single
+request is no slower before a lower progress is normal: a rival who is found too seldom costs us little, one
+who is overlooked loses much.
+
+How many requests are under way at a time follows from what single ones take: as many as fill the link and no
+more (`LinkWatch.limit`), for each more makes others wait, and hides that they do.
 
 *Progress* is work a second while a request of ours is under way (`RateWatch`): the average of the last quarter
 of a second against that of the last seconds. It is the same for one image or fifty that share a link, and
 reads that guests wait for count as progress: they are not rivals to be yielded to by a pause, but go
-first at every single request (`LinkWatch.delay`).
+first at every single request (`LinkWatch.delay`). Holes say nothing: a server may find them sooner than data.
+
+Not found are rivals whose load does not grow when ours shrinks, and who therefore lose no throughput, but time: reads
+of a few KiB, one after another, wait for our requests of `LONGEST_REQUEST`. And where processors are short
+and many requests of ours have to be under way, a single slow reader may be taken for noise.
 
 The disk is watched by the kernel's pressure information (the share of time in which some task waits for
-it; `DiskWatch`), and where there is none by the progress of own writes. Pressure is ours if it is gone
-when we pause; then it is not asked again for a while. A disk that others never leave alone still gets a
-request every two seconds, so that the copy ends some day.
+it; `DiskWatch`) while others than us use it (`pressure.py`), and where there is none by the progress of own writes.
+Pressure is ours if it is gone when we pause; then it is not asked again for a while. A disk that others never leave
+alone still gets a few requests a second.
 
 Beside these stands the rule of the original (`FloorRule`; format.md, section 7): throughput is measured in
 rounds, and an image whose average is below a minimum tosses a coin: pause for a random time, or forget the
-average and go on, so that not all who compete pause together.
+average and go on, so that not all who compete pause together. The original takes less than the minimum (5 MiB/s, if
+nothing else was said) for congestion. Here it counts only while others have been found there several times in a row
+(`beset`): below it, the image does not even take an eighth. A link that is slower by nature is used.
 
 Times are seconds, sizes bytes. `now` never goes backwards.
 """
@@ -41,29 +59,50 @@ from __future__ import annotations
 import enum
 import math
 import random
+import statistics
+from collections import deque
 from dataclasses import dataclass
 
 FAST = 0.25  # seconds; the average that shows a change
 SLOW = 5.0  # seconds; the average that it is compared with
-FALLEN = 0.85  # of the slow average: less than this is suspicious
-WARM_UP = 0.5  # seconds of progress before it is judged
-REQUEST_COST = 64 << 10  # a request counts as so many bytes more, so that small ones do not look slow
+FALLEN = 0.87  # of the slow average: less than this is suspicious
+LEAST_FALLEN = 0.5  # the same, where suspicion was in vain again and again
+DOUBT = 0.06  # by so much less each time that it was in vain
+FORGIVEN = 30.0  # seconds of progress in which that is forgotten
+SURE = 0.1  # seconds that it has to be so: the average of the moment is then near what it falls to
+WARM_UP = 0.3  # seconds of progress before it is judged
+REQUEST_COST = 16 << 10  # a request counts as so many bytes more, so that small ones do not look slow
 
-PROBE_SIZE = 64 << 10
-MAX_PROBE = 1 << 20
-PROBE_TIME = 0.03  # seconds that a probe should take on an idle link, at the most
-GAPS = (1.0, 1.2, 0.5, 1.5, 0.7, 1.3)  # of SETTLE, before each probe; uneven: not in step with a rival
-PROBES = len(GAPS)  # every other one large
-SETTLE = 0.05  # seconds between the end of the last own request and the first probe, and between probes
-SLOWER = 1.5  # times as long as on an idle link
-NOISE = 0.0003  # seconds of delay that mean nothing
-FIRST_YIELD = 0.25  # seconds
-MAX_YIELD = 2.0
+PROBE_SIZE = 64 << 10  # the smallest
+MAX_PROBE = 512 << 10
+PROBE_TIME = 0.04  # seconds that a large probe should take
+SMALL = 4  # times smaller are the small ones
+KIND = 4  # probes of each size, if it comes to that
+LATE = 3  # of a size have to be late
+GAPS = (1.5, 1.8, 1.3, 2.0, 1.4, 1.9, 1.6, 1.7)  # times what a probe should take, before it; not in step with a rival
+SETTLE = 0.05  # seconds between the end of the last own request and the first probe; and the longest gap, four times
+SLOWER = 1.15  # times as long as in the crowd of our own
+SLOWER_THAN_IDLE = 1.4  # times as long as a single one when nobody was there
+NOISE = 0.0005  # seconds of delay that mean nothing
+HOPS = 5  # times that a request waits for a processor, at us and at the programs behind us
+REMEMBERED = 9  # times of single requests of a size, of which the middle one counts
+FIRST_YIELD = 0.75  # seconds
+MAX_YIELD = 4.0
+SHARE = 8  # one part in so many of the time has a request of ours under way while others are there
+LONGEST_REST = 2.0  # seconds between such requests
+DOUBTS = 2  # times that a link that is no slower alone is left to others all the same, after they were found there
+LASTING = 3  # times that others have to be found, one after the other, until the original's rule counts
 FIRST_RECHECK = 2.0  # seconds after which it is looked again whether less progress was of our own making
 MAX_RECHECK = 60.0
 CALM = 5.0  # seconds of running after which a yield begins small again
 
-LONGEST_REQUEST = 0.1  # seconds that a request should take on an idle link
+LONGEST_REQUEST = 0.03  # seconds that a request should take on an idle link
+GOOD_REQUEST = 256 << 10  # bytes; where processors are short, larger ones take longer: sockets hold no more
+SHORT_REQUEST = 0.0025  # seconds; a link that is so quick gets larger ones, which cost us less a byte
+LAZY_REQUEST = 0.02  # the same, where there are processors enough
+SHORT_OF_TIME = 0.0005  # seconds of lag from which on processors are short
+FEWEST = 2  # requests at a time: while one is being dealt with here, the other one is on its way
+ENOUGH = 1.7  # times as many at a time as an idle link serves at that rate
 LONGEST_BESIDE_GUEST = 0.004  # the same, while a guest reads from there as well
 GUEST_PATIENCE = 0.02  # seconds that a request waits for guests' reads to end, if they never do
 GUEST_ACTIVE = 1.0  # seconds after a guest's read during which another is expected
@@ -83,20 +122,27 @@ class RateWatch:
 
     def __init__(self, low: float = FALLEN) -> None:
         """`low`: the part of the normal progress below which it has fallen."""
-        self._low = low
+        self._most = self._low = low
         self.fast = 0.0
         self.normal = 0.0
         self._seen = 0.0
+        self._work = 0.0
+        self._on_trial = False
 
     def add(self, work: float, seconds: float) -> None:
         """So much work was done in so many seconds of being at it."""
+        self._work += work
         if seconds <= 0:
-            return
-        rate = work / seconds
+            return  # it counts with what ends next
+        rate, self._work = self._work / seconds, 0.0
         self._seen += seconds
+        self._low += (self._most - self._low) * -math.expm1(-seconds / FORGIVEN)
         # Running means at first, so that the first samples weigh alike.
-        self.fast += (rate - self.fast) * max(1 - math.exp(-seconds / FAST), min(1.0, seconds / self._seen))
-        self.normal += (rate - self.normal) * max(1 - math.exp(-seconds / SLOW), min(1.0, seconds / self._seen))
+        self.fast += (rate - self.fast) * max(-math.expm1(-seconds / FAST), min(1.0, seconds / self._seen))
+        if self._on_trial:
+            self._on_trial = self._seen < WARM_UP or self.fallen
+        else:
+            self.normal += (rate - self.normal) * max(-math.expm1(-seconds / SLOW), min(1.0, seconds / self._seen))
 
     @property
     def fallen(self) -> bool:
@@ -104,14 +150,16 @@ class RateWatch:
         return self._seen >= WARM_UP and self.fast < self._low * self.normal
 
     def accept(self) -> None:
-        """What is now is normal."""
+        """What is now is normal. It takes more to be suspicious again, for a while."""
         self.normal = self.fast
+        self._low = max(min(LEAST_FALLEN, self._most), self._low - DOUBT)
         self._seen = min(self._seen, WARM_UP)
+        self._on_trial = False
 
     def restart(self) -> None:
-        """What is normal stays; the moment begins anew."""
-        self.fast = self.normal
+        """The moment begins anew; what is normal stays, until as much is seen again."""
         self._seen = 0.0
+        self._on_trial = True
 
 
 class Manners:
@@ -150,8 +198,22 @@ class Request:
 
     started: float
     size: int
-    probe: bool
+    single: State | None
+    """The state that had it sent alone, to learn from it."""
     beside_guest: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _Probe:
+    """What a single request has shown."""
+
+    size: int
+    """0: nothing, since a guest read beside it."""
+    seconds: float
+    slow: bool
+    """Slower than when nobody was there."""
+    late: bool
+    """Slower than in a crowd of our own, too."""
 
 
 class LinkWatch:
@@ -160,18 +222,36 @@ class LinkWatch:
     def __init__(self, now: float) -> None:
         self.rate = RateWatch()
         self.manners = Manners()
-        self.manners.suspect(now)  # the first probes show what an idle link is
-        self.idle: dict[int, float] = {}
-        """Size of a probe: seconds that it takes when nobody else is there, as far as is known."""
+        self.lag = 0.0
+        """Seconds that a program waits for a processor here at the moment."""
+        self._idle: dict[int, deque[float]] = {}  # size of a probe: seconds that it took when nobody was there
         self._under_way = 0
         self._guests = 0
         self._guests_since = 0.0
         self._guest_last = -math.inf
         self._busy_since = 0.0
         self._free_at = now
+        self._rest = 0.0
+        self._after_hole: float | None = None  # seconds that it took, where the last answer was one
+        self._plain = 1.0  # the part of progress that is bytes; the rest is what requests count as beside their size
+        self._found = 0
         self._trust = FIRST_RECHECK
         self._recheck_at = math.inf
-        self._probes: list[bool] = []
+        self._doubts = 0
+        self._fallen_at = math.inf
+        self._probes: list[_Probe] = []
+        self.look(now)  # the first probes show what an idle link is
+
+    def look(self, now: float) -> None:
+        """See whether others are there."""
+        self.manners.suspect(now)
+        self._probes.clear()
+        self._fallen_at = math.inf
+
+    @property
+    def beset(self) -> bool:
+        """Whether others are there, and not for a moment only."""
+        return self._found >= LASTING
 
     # --- requests of guests ---
 
@@ -197,91 +277,147 @@ class LinkWatch:
         `turns`: requests that have been admitted, whether or not they are sent already.
         """
         manners = self.manners
-        busy = self._under_way or turns
-        if manners.state is State.YIELD:
-            if now < manners.until:
-                return manners.until - now
-            manners.suspect(now)
-            self._probes.clear()
-        if manners.state is State.CHECK:
+        busy = max(self._under_way, turns)
+        if manners.state is State.YIELD and now >= manners.until:
+            manners.clear(now)  # have they gone? Progress tells.
+            self.rate.restart()
+        if manners.state is not State.RUN:
             if busy:
                 return math.inf
-            return max(0.0, self._free_at + SETTLE * GAPS[len(self._probes)] - now)
+            rest = self._rest if manners.state is State.YIELD else self._gap()
+            return max(0.0, self._free_at + rest - now)
         if self._guests:
             return max(0.0, self._guests_since + GUEST_PATIENCE - now) or (math.inf if busy else 0.0)
-        if busy and now - self._guest_last < GUEST_ACTIVE:
+        if busy >= (1 if now - self._guest_last < GUEST_ACTIVE else self.limit):
             return math.inf
         return 0.0
 
+    @property
+    def limit(self) -> int:
+        """How many requests at a time fill the link: as many as it serves while one goes through it, and some more.
+
+        Each one more makes others wait longer, and hides from us that they do: progress falls less.
+        """
+        size = self._request_size(LONGEST_REQUEST)
+        single = self._idle_time(size)
+        if not self.rate.fast or math.isinf(single):
+            return FEWEST
+        return max(FEWEST, math.ceil(ENOUGH * self.rate.fast * single / (size + REQUEST_COST)))
+
+    def _request_size(self, longest: float) -> int:
+        """Of a request that takes so many seconds at the most, and not less than it has to for our own sake."""
+        rate = self.rate.fast
+        far = self._idle_time(PROBE_SIZE) if self._idle else 0.0  # what is on its way does not keep others waiting
+        longest = max(longest, far / FEWEST)
+        least = SHORT_REQUEST if self.lag > SHORT_OF_TIME else LAZY_REQUEST
+        return max(SMALLEST_REQUEST, int(min(rate * longest, max(GOOD_REQUEST, rate * max(least, far / FEWEST)))))
+
     def size_limit(self, now: float) -> int:
         """The largest size that the next request should have."""
-        if self.manners.state is State.CHECK:
+        if self.manners.state is not State.RUN:
             return self._probe_size()
         longest = LONGEST_BESIDE_GUEST if now - self._guest_last < GUEST_ACTIVE else LONGEST_REQUEST
-        return max(SMALLEST_REQUEST, int(self.rate.fast * longest)) if self.rate.fast else PROBE_SIZE
+        return self._request_size(longest)
 
     def started(self, now: float, size: int, *, urgent: bool = False) -> Request:
         """A request is sent; an `urgent` one without having asked for the delay."""
         if not self._under_way:
             self._busy_since = now
         self._under_way += 1
-        return Request(now, size, self.manners.state is State.CHECK and not urgent, self._guests > 0)
+        state = self.manners.state
+        single = None if urgent or state is State.RUN or self._under_way > 1 else state
+        return Request(now, size, single, self._guests > 0)
 
-    def finished(self, now: float, request: Request, *, failed: bool = False) -> None:
-        """It has been answered; where it failed, it says nothing."""
-        self._progress(now, 0 if failed else request.size + REQUEST_COST)
+    def finished(self, now: float, request: Request, *, failed: bool = False, hole: bool = False) -> None:
+        """It has been answered; where it failed, or brought a hole, which a server may find sooner, it says nothing."""
+        says_nothing = failed or hole
+        self._progress(now, request.size + REQUEST_COST, says_nothing=says_nothing)
         self._under_way -= 1
         if not self._under_way:
             self._free_at = now
-        if failed:
+        self._after_hole = now - request.started if hole else None
+        state = self.manners.state
+        if request.single is State.YIELD and not failed:
+            self._rest = min((SHARE - 1) * (now - request.started), LONGEST_REST)
+        if says_nothing:
             return
-        if request.probe:
-            if self.manners.state is State.CHECK:
-                self._probed(now, request.size, now - request.started, request.beside_guest or self._guests > 0)
-        elif self.manners.state is State.RUN and (self.rate.fallen or now >= self._recheck_at):
-            self.manners.suspect(now)
-            self._probes.clear()
+        if request.single is State.CHECK and state is State.CHECK:
+            self._probed(now, request.size, now - request.started, request.beside_guest or self._guests > 0)
+        elif state is State.RUN:
+            self._plain += (request.size / (request.size + REQUEST_COST) - self._plain) / KIND
+            if not self.rate.fallen:
+                self._fallen_at = math.inf
+            elif self._fallen_at > now:
+                self._fallen_at = now
+            if now - self._fallen_at >= SURE or now >= self._recheck_at:
+                self.look(now)
+            elif now - self.manners.since > CALM:
+                self._found = self._doubts = 0
 
     def _probe_size(self) -> int:
-        """As large as says most, and no larger than what a cap lets pass at once after a pause."""
-        large = PROBE_SIZE
-        room = self.rate.fast * SETTLE if self.rate.fast else math.inf
-        while self.idle and 2 * large <= min(MAX_PROBE, room) and self._idle_time(2 * large) <= PROBE_TIME:
-            large *= 2
-        return large if len(self._probes) % 2 or large not in self.idle else PROBE_SIZE
+        """Large and small in turns, as powers of two, so that there are several to compare."""
+        goal = self.rate.fast * PROBE_TIME if self.rate.fast else PROBE_SIZE * SMALL
+        large = min(max(PROBE_SIZE, 1 << int(goal).bit_length() - 1 if goal >= 1 else 0), MAX_PROBE)
+        return large if len(self._probes) % 2 else max(PROBE_SIZE, large // SMALL)
+
+    def _gap(self) -> float:
+        """Seconds between the last request and the next probe: our own queue is gone, and a cap has saved for it."""
+        if self._after_hole is not None:
+            return self._after_hole
+        if not self._probes or not self.rate.fast:
+            return SETTLE
+        return min(4 * SETTLE, GAPS[len(self._probes) % len(GAPS)] * self._probe_size() / self.rate.fast)
 
     def _idle_time(self, size: int) -> float:
-        """What a probe takes when nobody else is there: at the most, where that size was never tried."""
-        if size in self.idle:
-            return self.idle[size]
-        return min((seconds * max(1, size / known) for known, seconds in self.idle.items()), default=math.inf)
+        """What a single request takes when nobody else is there: at the most, where that size was never tried."""
+        if size in self._idle:
+            return statistics.median(self._idle[size])
+        times = ((statistics.median(seconds), known) for known, seconds in self._idle.items())
+        return min((seconds * max(1, size / known) for seconds, known in times), default=math.inf)
 
     def _probed(self, now: float, size: int, seconds: float, beside_guest: bool) -> None:
         """A probe was answered. Beside a guest's read it can only have been late for that."""
-        known = self._idle_time(size)
-        late = seconds > SLOWER * known + NOISE and not beside_guest
-        if seconds < self.idle.get(size, math.inf) and not late and not beside_guest:
-            self.idle[size] = seconds
-        self._probes.append(late)
-        if len(self._probes) < PROBES:
-            return
-        contended = any(2 * sum(kind) > len(kind) for kind in (self._probes[::2], self._probes[1::2]))
+        crowd = size / (self.rate.fast * self._plain) if self.rate.fast else math.inf
+        idle = self._idle_time(size)
+        slack = NOISE + HOPS * self.lag
+        slow = seconds > SLOWER_THAN_IDLE * idle + slack and not beside_guest
+        late = slow and seconds > SLOWER * crowd + slack
+        self._probes.append(_Probe(0 if beside_guest else size, seconds, slow, late))
+        kinds = [self._probes[first::2] for first in (0, 1)]
+        if any(sum(probe.late for probe in kind) >= LATE for kind in kinds):
+            self._found += 1
+            self._doubts = max(0, self._doubts - 1)
+            self._contended(now, seconds)
+        elif all(sum(not probe.late for probe in kind) > KIND - LATE for kind in kinds):
+            # No slower alone than in a crowd of our own: the link is slower than it was. Or that was measured badly.
+            if self._found and self._doubts < DOUBTS and 2 * sum(probe.slow for probe in self._probes) > KIND:
+                self._doubts += 1
+                self._contended(now, seconds)
+            else:
+                self._nobody(now)
+
+    def _contended(self, now: float, seconds: float) -> None:
         self._probes.clear()
-        if contended:
-            self.manners.contended(now)
-            self.rate.restart()
-            self._trust, self._recheck_at = FIRST_RECHECK, math.inf
-            return
+        self._rest = min((SHARE - 1) * seconds, LONGEST_REST)
+        self._trust, self._recheck_at = FIRST_RECHECK, math.inf
+        self.manners.contended(now)
+
+    def _nobody(self, now: float) -> None:
+        for probe in self._probes:
+            if probe.size:
+                self._idle.setdefault(probe.size, deque(maxlen=REMEMBERED)).append(probe.seconds)
+        self._probes.clear()
         if self.rate.fallen or now >= self._recheck_at:
             if self.rate.fallen:
                 self.rate.accept()
             self._recheck_at = now + self._trust
             self._trust = min(2 * self._trust, MAX_RECHECK)
+        self._found = self._doubts = 0
         self.manners.clear(now)
 
-    def _progress(self, now: float, work: int) -> None:
+    def _progress(self, now: float, work: int, *, says_nothing: bool = False) -> None:
         """So much has come while requests of ours were under way."""
-        if self.manners.state is State.RUN:
+        if self.manners.state is State.RUN and not says_nothing:
             self.rate.add(work, now - self._busy_since)
         self._busy_since = now
 
@@ -292,8 +428,8 @@ DISK_FALLEN = 0.5  # of the normal progress of writes, which vary much
 PRESSURE_WINDOW = 0.4  # seconds
 PAUSE_TO_LOOK = 0.4  # seconds without own requests, to see whose pressure it is
 FIRST_TRUST = 2.0  # seconds that pressure is not asked after it was found to be ours
-MAX_TRUST = 60.0
-TRICKLE = 2.0  # seconds; one request in so many is stored however busy others keep the disk
+MAX_TRUST = 15.0
+TRICKLE = 0.25  # seconds; one request in so many is stored however busy others keep the disk
 
 
 class DiskWatch:
@@ -306,7 +442,14 @@ class DiskWatch:
         self._window: tuple[float, float] | None = None
         self._trust = FIRST_TRUST
         self._trusted_until = -math.inf
+        self._share = 0.0  # of the last window in which others waited
+        self._found = 0
         self._last_turn = math.inf  # none yet
+
+    @property
+    def beset(self) -> bool:
+        """Whether others are there, and not for a moment only."""
+        return self.manners.state is not State.RUN and self._found >= LASTING
 
     def took(self, now: float) -> None:
         """A request has had its turn."""
@@ -328,7 +471,7 @@ class DiskWatch:
         return 0.0 if manners.state is State.RUN else math.inf
 
     def pressure(self, now: float, stalled: float) -> None:
-        """A sample of the kernel's counter: seconds in which some task has waited for a disk, in all."""
+        """A sample: seconds in which somebody has waited for the disk while others than us used it, in all."""
         manners = self.manners
         self._last = (now, stalled)
         if self._window is None:
@@ -343,7 +486,7 @@ class DiskWatch:
             return
         if seconds < (PAUSE_TO_LOOK if manners.state is State.CHECK else PRESSURE_WINDOW):
             return
-        share = (stalled - self._window[1]) / seconds
+        share = self._share = (stalled - self._window[1]) / seconds
         self._window = self._last
         if manners.state is State.RUN:
             if share > PRESSURE_HIGH and now >= self._trusted_until:
@@ -351,6 +494,7 @@ class DiskWatch:
         elif manners.state is State.CHECK:
             if share > PRESSURE_LOW:
                 manners.contended(now)
+                self._found += 1
                 self._trust = FIRST_TRUST
             else:
                 self._found_ours(now)
@@ -360,17 +504,19 @@ class DiskWatch:
         manners = self.manners
         if manners.state is State.RUN:
             self._rate.add(size + REQUEST_COST, seconds)
-            if self._rate.fallen and (now >= self._trusted_until or self._last is not None):
+            if self._rate.fallen and (now >= self._trusted_until if self._last is None else self._share > PRESSURE_LOW):
                 manners.suspect(now)
         elif manners.state is State.CHECK and seconds > 0 and self._last is None:
             if (size + REQUEST_COST) / seconds < DISK_FALLEN * self._rate.normal:
                 manners.contended(now)
+                self._found += 1
                 self._rate.restart()
             else:
                 self._found_ours(now)
 
     def _found_ours(self, now: float) -> None:
         self._rate.accept()
+        self._found = 0
         self._trusted_until = now + self._trust
         self._trust = min(2 * self._trust, MAX_TRUST)
         self.manners.clear(now)

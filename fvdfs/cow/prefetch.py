@@ -23,8 +23,9 @@ from typing import Any
 
 import trio
 
-from fvdfs.cow.contention import FloorRule, Pacer
+from fvdfs.cow.contention import GOOD_REQUEST, FloorRule, Pacer
 from fvdfs.cow.fetching import Fetch, Fetcher
+from fvdfs.cow.planner import zero_runs
 from fvdfs.cow.profile import Extent, plan
 from fvdfs.cow.scheduler import Flow, Link, Scheduler
 from fvdfs.header import DEFAULT_PREFETCH, Header, ceil_div, round_up
@@ -258,7 +259,7 @@ class Prefetcher:
 
     async def _pass(self, flow: Flow, fetcher: Fetcher, order: ProfileOrder | None) -> None:
         """Once from where we are to the end. Raises _Failure."""
-        slots = min(max(self.image.header.num_prefetch_slots, 1), MAX_SLOTS) if order is None else PROFILE_WORKERS
+        slots = self._slots() if order is None else PROFILE_WORKERS
         failures: list[_Failure] = []
         async with trio.open_nursery() as nursery:
             scope = nursery.cancel_scope
@@ -271,13 +272,22 @@ class Prefetcher:
                     failures.append(failure)
                     scope.cancel()
 
-            nursery.start_soon(self._scheduler.watch_disk)
+            nursery.start_soon(self._scheduler.watch)
             async with trio.open_nursery() as workers:
                 for _ in range(slots):
                     workers.start_soon(work)
             scope.cancel()
         if failures:
             raise min(failures, key=lambda failure: failure.start)
+
+    def _slots(self) -> int:
+        """How many pieces may be in memory: as much as the image's slots hold, in pieces of a good size."""
+        slots = min(max(self.image.header.num_prefetch_slots, 1), MAX_SLOTS)
+        return max(slots, min(slots * self._largest() // GOOD_REQUEST, MAX_SLOTS))
+
+    def _largest(self) -> int:
+        size = self.image.header.bytes_per_prefetch
+        return min(size if size > 0 else DEFAULT_PREFETCH, MAX_REQUEST)
 
     async def _copy_next(self, flow: Flow, fetcher: Fetcher, order: ProfileOrder | None) -> bool:
         """Read and store one piece; False where there is none left. Raises _Failure."""
@@ -311,7 +321,8 @@ class Prefetcher:
             now = trio.current_time()
             seconds = self._scheduler.storing.stop(now)
         self._scheduler.disk.written(now, stop - start, seconds)
-        self._rule.wrote(now, stop - start, seconds)
+        if self._scheduler.disk.beset:
+            self._rule.wrote(now, stop - start, seconds)
         self.copied += stored
         self._recent.append((now, stored))
         self._forget_old()
@@ -322,23 +333,22 @@ class Prefetcher:
         now = trio.current_time()
         request = link.watch.started(now, size, urgent=urgent)
         link.reading.start(now)
-        failed = True
+        failed, hole = True, False
         try:
             await fetcher.fill(fetch)
-            failed = False
+            failed, hole = False, is_mostly_zeros(fetch.data)
         except OSError as error:
             raise _Failure(fetch.start, fetch.stop, "reading from the base", error) from error
         finally:
             now = trio.current_time()
-            link.watch.finished(now, request, failed=failed)
+            link.watch.finished(now, request, failed=failed, hole=hole)
             seconds = link.reading.stop(now)
-        if not request.probe:
+        if link.watch.beset:
             self._rule.read(now, size, seconds)
 
     def _next(self, limit: int, fetcher: Fetcher) -> tuple[int, int]:
         """The next piece that is missing and that nobody fetches; empty where there is none."""
-        size = self.image.header.bytes_per_prefetch
-        size = min(size if size > 0 else DEFAULT_PREFETCH, MAX_REQUEST, limit)
+        size = min(self._largest(), limit)
         careful_until, careful_size = self._careful
         if self._at < careful_until:
             size = min(size, careful_size)
@@ -359,6 +369,11 @@ class Prefetcher:
         oldest = trio.current_time() - RATE_WINDOW
         while self._recent and self._recent[0][0] < oldest:
             self._recent.popleft()
+
+
+def is_mostly_zeros(data: memoryview) -> bool:
+    """Whether more than half of it is zeros, going by 64 KiB."""
+    return 2 * sum(stop - start for start, stop, zero in zero_runs(0, data) if zero) > len(data)
 
 
 def next_piece(image: Image, fetcher: Fetcher, start: int, limit: float, size: int) -> tuple[int, int]:

@@ -1,47 +1,104 @@
-"""How much others wait for the disk that images are on, as far as the kernel tells.
+"""How much somebody waits for the disk that images are on while others than us use it, as far as the kernel tells.
 
 /proc/pressure/io counts the time in which some task has waited for I/O, of any kind: a read of a slow
 network file system (or of our own mount) counts as well as one of the disk. So no more is believed than
 the time in which the disk itself was busy (the tenth number in /sys/dev/block/*/stat). Where a disk has
 no such file, as under btrfs or NFS, the pressure alone counts.
+
+Who waits is not told; it may be us, or the kernel that writes for us. So pressure counts only while the
+disk does more than this program and its children have asked for: what has been read or written there, less
+what /proc/PID/io says of us. That counts a write when it is made, so it is a credit for what the disk does
+in the next seconds. A guest's requests are ours, too: they are not stood back for here, but go first.
 """
 
 from __future__ import annotations
 
+import math
 import os
+import time
+from dataclasses import dataclass
 
 PRESSURE_FILE = "/proc/pressure/io"
+PROC = "/proc"
+SECTOR = 512
+CREDIT_TIME = 10.0  # seconds in which what was written is on the disk, or never will be
+IGNORED = 16 << 10  # bytes between two looks that are nobody's: the file system's own
+
+
+@dataclass(frozen=True)
+class _Sample:
+    """Counters, from some time on."""
+
+    at: float
+    stalled: float
+    busy: float | None
+    """Seconds in which the disk was busy."""
+    moved: int
+    """Bytes that it has read or written."""
+    own: int | None
+    """Bytes that we have asked for."""
 
 
 class DiskPressure:
     """Of the disk that a file or folder is on."""
 
-    def __init__(self, path: str | bytes, pressure_file: str = PRESSURE_FILE) -> None:
+    def __init__(self, path: str | bytes, pressure_file: str = PRESSURE_FILE, proc: str = PROC) -> None:
         device = os.stat(path).st_dev
         self._stat_file = f"/sys/dev/block/{os.major(device)}:{os.minor(device)}/stat"
         self._pressure_file = pressure_file
+        self._proc = proc
         self._total = 0.0
-        self._last: tuple[float, float | None] | None = None
+        self._credit = 0.0
+        self._last: _Sample | None = None
 
     def __call__(self) -> float | None:
-        """Seconds in which somebody has waited for it, counted from some time on; None where nobody counts."""
+        """Seconds in which somebody has waited beside others, counted from some time on; None where nobody counts."""
         try:
             with open(self._pressure_file, encoding="ascii") as file:
                 stalled = int(file.readline().rpartition("total=")[2]) / 1e6
         except (OSError, ValueError):
             return None
-        busy = self._busy()
-        if self._last is not None:
-            more = stalled - self._last[0]
-            if busy is not None and self._last[1] is not None:
-                more = min(more, busy - self._last[1])
+        sample = _Sample(time.monotonic(), stalled, *self._disk(), self._own())
+        if self._last is not None and self._others(sample, self._last):
+            more = stalled - self._last.stalled
+            if sample.busy is not None and self._last.busy is not None:
+                more = min(more, sample.busy - self._last.busy)
             self._total += max(0.0, more)
-        self._last = stalled, busy
+        self._last = sample
         return self._total
 
-    def _busy(self) -> float | None:
+    def _others(self, now: _Sample, last: _Sample) -> bool:
+        """Whether the disk has done more than we asked for."""
+        if now.busy is None or now.own is None or last.own is None:
+            return True
+        self._credit = self._credit * math.exp((last.at - now.at) / CREDIT_TIME) + max(0, now.own - last.own)
+        moved = max(0, now.moved - last.moved)
+        ours = min(moved, self._credit)
+        self._credit -= ours
+        return moved - ours > IGNORED
+
+    def _disk(self) -> tuple[float | None, int]:
         try:
             with open(self._stat_file, encoding="ascii") as file:
-                return int(file.read().split()[9]) / 1e3
+                words = file.read().split()
+            return int(words[9]) / 1e3, (int(words[2]) + int(words[6])) * SECTOR
         except (OSError, ValueError, IndexError):
+            return None, 0
+
+    def _own(self) -> int | None:
+        """Of this program, and of the storage daemons that it has started."""
+        own = self._asked_for("self")
+        try:
+            with open(f"{self._proc}/self/task/{os.getpid()}/children", encoding="ascii") as file:
+                children = file.read().split()
+        except OSError:
+            children = []
+        return None if own is None else own + sum(self._asked_for(child) or 0 for child in children)
+
+    def _asked_for(self, process: str) -> int | None:
+        try:
+            with open(f"{self._proc}/{process}/io", encoding="ascii") as file:
+                counters = dict(line.split(": ") for line in file.read().splitlines())
+            return int(counters["read_bytes"]) + int(counters["write_bytes"])
+        except (OSError, ValueError, KeyError):
             return None

@@ -24,6 +24,9 @@ from fvdfs.cow.contention import DiskWatch, LinkWatch, Pacer, State, Stopwatch
 DEFAULT_JOBS = 4
 SLACK = 8 << 20  # bytes that a flow may be behind the others and still catch up
 SAMPLE_INTERVAL = 0.1  # seconds between samples of the disk's pressure
+LAG_INTERVAL = 0.02  # seconds between looks at how long this program waits for a processor
+LAG_WEIGHT = 0.02  # of each of them in the average
+CLOCK_TICK = 0.001  # seconds by which a wait may be longer for no such reason
 
 
 def no_pressure() -> None:
@@ -89,6 +92,7 @@ class Scheduler:
         self._jobs = jobs
         self._running = 0
         self._sampling: trio.Event | None = None
+        self._lag = 0.0
         self._pacer = Pacer(max_rate)
         self._read_pressure = pressure
         self._links: dict[str, Link] = {}
@@ -106,11 +110,11 @@ class Scheduler:
 
     @contextmanager
     def flow(self, link: Link, pacer: Pacer) -> Iterator[Flow]:
-        """Take part in the sharing while the block runs, which also has to run `watch_disk`."""
+        """Take part in the sharing while the block runs, which also has to run `watch`."""
         flow = Flow(link, pacer)
         flow.served = min((other.served for other in self._flows), default=0.0)
         if not link.flows:
-            link.watch.manners.suspect(trio.current_time())  # who knows what has happened there meanwhile
+            link.watch.look(trio.current_time())  # who knows what has happened there meanwhile
         if not self._flows:
             self.disk = DiskWatch()
         self._flows.add(flow)
@@ -121,21 +125,33 @@ class Scheduler:
             self._flows.remove(flow)
             link.flows -= 1
 
-    async def watch_disk(self) -> None:
-        """Sample the disk's pressure, if nobody else does; until cancelled, or there is nothing to sample."""
+    async def watch(self) -> None:
+        """Sample the disk's pressure and our own delays, if nobody else does; until cancelled."""
         while self._sampling is not None:
             await self._sampling.wait()
         self._sampling = ended = trio.Event()
         try:
-            while (stalled := self._read_pressure()) is not None:
-                before = self.disk.manners.state
-                self.disk.pressure(trio.current_time(), stalled)
-                if self.disk.manners.state is not before:
-                    self._dispatch()
-                await trio.sleep(SAMPLE_INTERVAL)
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._watch_lag)
+                while (stalled := self._read_pressure()) is not None:
+                    before = self.disk.manners.state
+                    self.disk.pressure(trio.current_time(), stalled)
+                    if self.disk.manners.state is not before:
+                        self._dispatch()
+                    await trio.sleep(SAMPLE_INTERVAL)
         finally:
             self._sampling = None
             ended.set()
+
+    async def _watch_lag(self) -> None:
+        """How much later than due this program runs; so does what is behind the answers that are timed."""
+        while True:
+            due = trio.current_time() + LAG_INTERVAL
+            await trio.sleep_until(due)
+            late = max(0.0, trio.current_time() - due - CLOCK_TICK)
+            self._lag += (late - self._lag) * LAG_WEIGHT
+            for link in self._links.values():
+                link.watch.lag = self._lag
 
     @asynccontextmanager
     async def turn(self, flow: Flow, *, urgent: bool = False) -> AsyncIterator[int]:

@@ -138,13 +138,18 @@ class Server:
 
 
 @contextmanager
-def serve(*plugin: str | Path, link: Link = (0, 0), filters: Sequence[str] = ()) -> Iterator[Server]:
-    """Serve a plugin's disk over a link; read-only unless a filter keeps what is written to itself."""
+def serve(
+    *plugin: str | Path, link: Link = (0, 0), filters: Sequence[str] = (), burst: float = 0.1
+) -> Iterator[Server]:
+    """Serve a plugin's disk over a link; read-only unless a filter keeps what is written to itself.
+
+    `burst`: the seconds that the link's cap saves for. nbdkit's own is 2.
+    """
     with tempfile.TemporaryDirectory(prefix="base-") as name:
         chosen, settings = ["log"], [*map(str, plugin), f"logfile={name}/log"]
         if link[0]:
             chosen.append("rate")
-            settings += [f"rate={link[0] * 8}", "burstiness=0.1"]
+            settings += [f"rate={link[0] * 8}", f"burstiness={burst:g}"]
         if link[1]:
             chosen.append("delay")
             settings.append(f"rdelay={link[1]}ms")
