@@ -27,6 +27,7 @@ import select
 import signal
 import socket
 import sys
+import threading
 from collections.abc import Callable
 from types import FrameType
 from typing import TYPE_CHECKING, TextIO
@@ -37,6 +38,7 @@ from fvdfs.errors import FvdError, UsageError, printable
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
 
+LOG_PATIENCE = 0.1  # seconds for a line in a file that is on no disk of this host
 STOP = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT)
 HANGUP = signal.SIGHUP
 _FAULTS = frozenset(
@@ -196,7 +198,30 @@ class LogFile(_Lines):
     def __init__(self, path: str) -> None:
         """Raises OSError."""
         self._path = path
+        self._writer: threading.Thread | None = None
         super().__init__(self._open())
+        self._device = os.fstat(self._descriptor).st_dev
+
+    def _write(self, data: bytes) -> None:
+        if os.major(self._device):
+            super()._write(data)
+            return
+        # A share that hangs is waited for once, and by a thread.
+        if self._writer is not None and self._writer.is_alive():
+            raise BlockingIOError
+        errors: list[OSError] = []
+
+        def write() -> None:
+            try:
+                os.write(self._descriptor, data)
+            except OSError as error:
+                errors.append(error)
+
+        self._writer = threading.Thread(target=write, daemon=True)
+        self._writer.start()
+        self._writer.join(LOG_PATIENCE)
+        if errors:
+            raise errors[0]
 
     def _open(self) -> int:
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOCTTY | os.O_NONBLOCK | os.O_CLOEXEC
@@ -213,6 +238,7 @@ class LogFile(_Lines):
             return
         with self.lock or contextlib.nullcontext():
             old, self._descriptor = self._descriptor, descriptor
+            self._device = os.fstat(descriptor).st_dev
         os.close(old)
 
 

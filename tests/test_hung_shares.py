@@ -213,6 +213,36 @@ def test_an_image_on_a_share_that_hangs_keeps_no_other_from_being_committed(fold
                 os.close(descriptor)
 
 
+def test_a_log_file_on_a_share_that_hangs(folder: Path, share: Share) -> None:
+    """Lines are lost, and counted; nobody waits for them."""
+    must("create", folder / "other.fvd", "1M")
+    point = folder.parent / "images.mnt"
+    point.mkdir()
+    log = share.path / "log"
+    must("mount", folder, point, "--log-file", log)
+    try:
+        (folder / "bad.fvd").write_bytes(b"FVD" + bytes(4096))
+        run("stat", point / "bad.raw")
+        wait_until(lambda: "bad.fvd" in log.read_text())
+        share.stop()
+        for number in range(5):
+            (folder / f"bad{number}.fvd").write_bytes(b"FVD" + bytes(4096))
+        assert run("ls", point).stdout == b"other.raw\n"
+        assert len(run("cat", point / "other.raw").stdout) == MIB
+        share.go_on()
+
+        def goes_on() -> bool:
+            (folder / f"late{os.urandom(4).hex()}.fvd").write_bytes(b"FVD" + bytes(4096))
+            run("ls", point)
+            return "late" in log.read_text()
+
+        wait_until(goes_on)
+        assert "could not be written" in log.read_text()
+    finally:
+        share.go_on()
+        must("umount", point)
+
+
 @pytest.mark.slow
 def test_the_folder_itself_on_a_share_that_hangs(tmp_path: Path, share: Share) -> None:
     (share.path / "images").mkdir()

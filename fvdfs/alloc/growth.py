@@ -34,7 +34,7 @@ class GrowCommand:
     async def grow(self, size: int, device: str) -> None:
         """Add at least `size` bytes to the device. Raises OSError(ENOSPC) where that failed."""
         # A link in the mounted folder stands for the device as the operator named it.
-        device = _named(device)
+        device = await trio.to_thread.run_sync(_named, device)
         if not self.words:
             raise OSError(errno.ENOSPC, f"{self.image}: {device} is full; {self.hint}")
         if self.words == (LVEXTEND,):

@@ -217,12 +217,15 @@ class Daemon:
 
         Raises UsageError where a program or a driver is missing, ImageError, OSError.
         """
-        for program in _PACKAGES:
-            if shutil.which(program) is None:
+        # A folder of PATH may be on a share that hangs; so the event loop, which has to start the process, gets a path.
+        paths = await trio.to_thread.run_sync(lambda: {program: shutil.which(program) for program in _PACKAGES})
+        for program, path in paths.items():
+            if path is None:
                 raise _missing(program)
         try:
             with trio.fail_after(START_TIMEOUT):
-                self._launch(options, writable)
+                await trio.to_thread.run_sync(self._make_folder)
+                self._launch(options, writable, str(paths[_WITH_PARENT[0]]))
                 await self._wait_until_ready()
                 await trio.to_thread.run_sync(self._attach, writable, abandon_on_cancel=True)
         except BaseException as error:
@@ -233,10 +236,12 @@ class Daemon:
                 raise ImageError(self.name, f"QEMU cannot open it: {text}") from None
             raise
 
-    def _launch(self, options: Sequence[Options], writable: bool) -> None:
+    def _make_folder(self) -> None:
         self._folder = tempfile.mkdtemp(prefix="fvdfs-")
+        Path(self._folder, "disk").touch(0o600)
+
+    def _launch(self, options: Sequence[Options], writable: bool, setpriv: str) -> None:
         disk = os.path.join(self._folder, "disk")
-        Path(disk).touch(0o600)
         export = {
             "type": "fuse",
             "id": "export",
@@ -257,7 +262,7 @@ class Daemon:
         command += ["--export", self._arguments[-1]]
         command += ["--pidfile", os.path.join(self._folder, "pid")]
         self._process = subprocess.Popen(
-            [*_WITH_PARENT, str(os.getpid()), *command],
+            [setpriv, *_WITH_PARENT[1:], str(os.getpid()), *command],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
@@ -583,7 +588,7 @@ class QsdStore(Stepwise):
         try:
             if self._local_only:  # network libraries open files of their own, for a moment
                 files = [opened.file for opened in self._opened if opened.file is not None]
-                daemon.check_open_files({file.identity for file in files})
+                await trio.to_thread.run_sync(daemon.check_open_files, {file.identity for file in files})
         except BaseException:
             with trio.CancelScope(shield=True):
                 await trio.to_thread.run_sync(daemon.stop)

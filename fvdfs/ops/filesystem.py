@@ -227,20 +227,20 @@ class Filesystem(pyfuse3.Operations):
         return self._file_attributes(inode, await self.folder.getattr(inode, changed_by_us=True))
 
     async def _set_file_attributes(self, entry: Entry, attr: EntryAttributes, fields: pyfuse3.SetattrFields) -> None:
-        path = entry.path
+        path, in_thread = entry.path, functools.partial(trio.to_thread.run_sync, limiter=entry.limiter)
         if fields.update_mode:
-            await trio.to_thread.run_sync(os.chmod, path, attr.st_mode & 0o777)
+            await in_thread(os.chmod, path, attr.st_mode & 0o777)
         if fields.update_uid or fields.update_gid:
             uid = attr.st_uid if fields.update_uid else -1
             gid = attr.st_gid if fields.update_gid else -1
-            await trio.to_thread.run_sync(os.chown, path, uid, gid)
+            await in_thread(os.chown, path, uid, gid)
         if fields.update_atime or fields.update_mtime:
-            status = await trio.to_thread.run_sync(os.stat, path)
+            status = await in_thread(os.stat, path)
             times = (
                 attr.st_atime_ns if fields.update_atime else status.st_atime_ns,
                 attr.st_mtime_ns if fields.update_mtime else status.st_mtime_ns,
             )
-            await trio.to_thread.run_sync(functools.partial(os.utime, path, ns=times))
+            await in_thread(functools.partial(os.utime, path, ns=times))
             if fields.update_mtime:
                 self.folder.told_mtime(entry, attr.st_mtime_ns)
 

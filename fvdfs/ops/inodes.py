@@ -85,6 +85,7 @@ _COMMAND_SHOWN = 20  # characters of what somebody wrote to an attribute
 
 BUSY_PATIENCE = 1.0  # seconds
 BUSY_RETRY = 0.05
+CHANGERS = 2
 TIMES_INTERVAL = 0.05  # seconds between two times of change that a file is told, if no flush comes
 ASKED_INTERVAL = 0.1  # seconds between looks whether somebody else wants to open an image that keeps copies
 KEEP_RETRY = 5.0  # seconds before a busy image is tried again
@@ -114,6 +115,8 @@ class Entry:
         self.path = path
         self.name = raw_name(os.path.basename(path))
         self.lock = trio.Lock()
+        self.limiter = trio.CapacityLimiter(CHANGERS)
+        """Of the threads that change its attributes."""
         self.image: Image | None = None
         self.closing: Image | None = None
         """The image while it is being closed."""
