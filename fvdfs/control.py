@@ -148,7 +148,8 @@ def watch_status(mountpoint: str) -> None:
 def control_prefetch(command: str, raw: str) -> None:
     """Start, pause or stop prefetching the image behind a raw file. Raises UsageError, OSError."""
     with _explained(raw):
-        os.getxattr(raw, STATUS)  # another file system might take the attribute, and think nothing of it
+        # Another file system might take the attribute, and think nothing of it.
+        _facts(raw, os.getxattr(raw, STATUS))
         try:
             os.setxattr(raw, PREFETCH, command.encode())
         except OSError as error:
@@ -157,7 +158,7 @@ def control_prefetch(command: str, raw: str) -> None:
             if error.errno == errno.EROFS:
                 raise UsageError(f"{raw}: cannot be written: see the log of the mount") from None
             raise
-        if command == "start" and json.loads(os.getxattr(raw, STATUS)).get("base_size") == 0:
+        if command == "start" and _facts(raw, os.getxattr(raw, STATUS)).get("base_size") == 0:
             raise UsageError(f"{raw}: has no base, and so nothing to prefetch")
 
 

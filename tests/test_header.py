@@ -577,7 +577,9 @@ def test_damaged_header_is_refused_or_harmless(
         assert header.chunk_size % 512 == 0
         assert header.chunks * header.chunk_size >= header.virtual_disk_size
         used.append((header.table_offset, 4 * ceil_div(header.virtual_disk_size, header.chunk_size)))
-        full = with_fields(header, virtual_disk_size=header.table_capacity * header.chunk_size)
+        # A disk that was cut below its base has the base's range cut as well before it grows.
+        cut = with_fields(header, base_img_size=header.base_size) if header.has_base else header
+        full = with_fields(cut, virtual_disk_size=header.table_capacity * header.chunk_size)
         if header.virtual_disk_size < full.virtual_disk_size <= MAX_DISK_SIZE:
             full.check("disk.fvd", MAX_DISK_SIZE)
     if len(used) > 1 and header.journal_size:

@@ -167,9 +167,11 @@ def fuzz_bitmap(data: bytes) -> bool:
             taken = []
         elif kind == 5 and not taken:
             bitmap.shrink(first)
-            gone = mask(first, blocks)
-            dirty |= set(range(first // BLOCKS_PER_PAGE, ceil_div(blocks, BLOCKS_PER_PAGE)))
-            fresh, stale, blocks = fresh & ~gone, stale & ~gone, first
+            gone = fresh >> first << first  # bits past the end of the blocks, too
+            if gone:
+                lowest, highest = (gone & -gone).bit_length() - 1, gone.bit_length() - 1
+                dirty |= set(range(lowest // BLOCKS_PER_PAGE, highest // BLOCKS_PER_PAGE + 1))
+            fresh, stale, blocks = fresh ^ gone, stale & mask(0, first), first
         elif kind == 6:
             runs = list(bitmap.runs(first, stop)) if stop - first < 4096 else []
             for start, end, local in runs:
@@ -401,7 +403,7 @@ def fuzz_journal(data: bytes) -> bool:
 
 def _reference_image(header: Header, bits: bytearray, entries: list[int]) -> reference.Image:
     other = reference.Header.__new__(reference.Header)
-    other.blocks, other.chunks = header.blocks, header.chunks
+    other.blocks, other.chunks, other.base_size = header.blocks, header.chunks, header.base_size
     other._numbers = {
         "virtual_disk_size": header.virtual_disk_size,
         "base_img_size": header.base_img_size,
