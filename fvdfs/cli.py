@@ -242,7 +242,9 @@ def _add_secret(command: argparse.ArgumentParser) -> None:
 def _add_layout(command: argparse.ArgumentParser) -> None:
     """The options that say how a new image is laid out."""
     command.add_argument("-b", "--base", default="", metavar="FILE", help="base image, relative to the new image")
-    command.add_argument("-F", "--base-format", default="", metavar="FMT", help="raw (default) or fvd")
+    command.add_argument(
+        "-F", "--base-format", default="", metavar="FMT", help="raw, fvd, qcow2 or another one of QEMU's"
+    )
     command.add_argument("--block-size", type=_unit, default=0, metavar="N", help="unit of copy-on-write")
     command.add_argument("--compact", action="store_true", help="let the image allocate its own storage, in chunks")
     command.add_argument("--chunk-size", type=_unit, default=0, metavar="N", help="default: 1M")
@@ -493,7 +495,7 @@ def _mount(arguments: argparse.Namespace) -> int:
         raise UsageError("-o prefetch_max=0: leave it out for no cap; fvdfs prefetch pauses and stops a disk's")
     prefetch_jobs = options.get("prefetch_jobs")
     if prefetch_jobs is not None and not (
-        prefetch_jobs.isascii() and prefetch_jobs.isdigit() and 1 <= int(prefetch_jobs) <= 1024
+        re.fullmatch("[0-9]{1,4}", prefetch_jobs) and 1 <= int(prefetch_jobs) <= 1024
     ):
         raise UsageError(f"-o prefetch_jobs={prefetch_jobs}: must be a number from 1 to 1024")
 

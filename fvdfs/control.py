@@ -219,7 +219,10 @@ def draw_map(found: dict[str, Any], path: str, image: str) -> None:
         colours = [COLOURS[state] for state in found["states"]]
         mix = [sum(c * colour[i] for c, colour in zip(counts, colours, strict=True)) // whole for i in range(3)]
         draw.rectangle((x, y, x + square - 2, y + square - 2), fill=(mix[0], mix[1], mix[2]))
-    with NewFiles(force=_is_picture(path)) as files:
+    again = _is_picture(path)
+    if os.path.exists(path) and not again:
+        raise UsageError(f"{path} exists already, and is no picture (NAME.png); choose another name")
+    with NewFiles(force=again) as files:
         files.protect_file(image)
         with open(files.add(path).place, "wb") as file:
             picture.save(file, "PNG")
@@ -227,9 +230,11 @@ def draw_map(found: dict[str, Any], path: str, image: str) -> None:
 
 
 def _is_picture(path: str) -> bool:
-    """Whether a file is there that a picture may replace: one, or an empty one."""
+    """Whether a file is there that a picture may replace. Its first bytes alone may be a guest's."""
     try:
+        if not path.lower().endswith(".png") or not os.path.isfile(path):
+            return False
         with open(path, "rb") as file:
-            return os.path.isfile(path) and file.read(len(_PNG)) in (_PNG, b"")
+            return file.read(len(_PNG)) == _PNG
     except OSError:
         return False

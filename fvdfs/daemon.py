@@ -19,6 +19,7 @@ that nobody reads, a terminal that is gone, is given up, and counted.
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import logging
 import os
@@ -26,6 +27,7 @@ import resource
 import select
 import signal
 import socket
+import stat
 import sys
 import threading
 from collections.abc import Callable
@@ -38,6 +40,7 @@ from fvdfs.errors import FvdError, UsageError, printable
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
 
+_LOOKED_AT = 4096  # bytes of a file that is to be a log
 LOG_PATIENCE = 0.1  # seconds for a line in a file that is on no disk of this host
 STOP = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT)
 HANGUP = signal.SIGHUP
@@ -225,7 +228,13 @@ class LogFile(_Lines):
 
     def _open(self) -> int:
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOCTTY | os.O_NONBLOCK | os.O_CLOEXEC
-        return os.open(self._path, flags, 0o666)
+        descriptor = os.open(self._path, flags, 0o666)
+        try:
+            _refuse_disk(descriptor)
+        except BaseException:
+            os.close(descriptor)
+            raise
+        return descriptor
 
     def reopen(self, check: Callable[[str], None]) -> None:
         """Go on in the file that has the name now, unless `check` raises OSError or FvdError for it. Blocks."""
@@ -240,6 +249,17 @@ class LogFile(_Lines):
             old, self._descriptor = self._descriptor, descriptor
             self._device = os.fstat(descriptor).st_dev
         os.close(old)
+
+
+def _refuse_disk(descriptor: int) -> None:
+    """Raise OSError where it is a device, or a file that holds what no log does: it may be a disk."""
+    mode = os.fstat(descriptor).st_mode
+    first = b""
+    if stat.S_ISREG(mode):
+        with contextlib.suppress(PermissionError), open(f"/proc/self/fd/{descriptor}", "rb") as file:
+            first = file.read(_LOOKED_AT)
+    if stat.S_ISBLK(mode) or b"\0" in first:
+        raise OSError(errno.EINVAL, "is no log, but perhaps a disk; choose another file")
 
 
 class _Syslog(logging.Handler):

@@ -38,6 +38,20 @@ _RENAME_NOREPLACE = 1
 _AT_FDCWD = -100
 _MAX_NAME = 200  # bytes of a name that are repeated in the temporary one
 _DEVICE = -1
+_ENDING = (
+    signal.SIGTERM,
+    signal.SIGHUP,
+    signal.SIGPIPE,
+    signal.SIGQUIT,
+    signal.SIGUSR1,
+    signal.SIGUSR2,
+    signal.SIGALRM,
+    signal.SIGVTALRM,
+    signal.SIGPROF,
+    signal.SIGXCPU,
+)
+"""Signals that end a process that does not care for them. (Python turns SIGINT into KeyboardInterrupt.)"""
+_ANYBODYS = 0o666
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -72,11 +86,13 @@ class NewFiles:
     """The files that one command makes, which take their names together. A context manager.
 
     `force`: files that exist may be replaced. `mode`: the permissions that new ones may have at most; those
-    that replace one have its owner and permissions.
+    that replace one have its owner and permissions. With fewer than all, as of a copy (`permissions`), what the
+    folder gives to its group, or by a list, is not given either.
     """
 
-    def __init__(self, *, force: bool, mode: int = 0o666) -> None:
+    def __init__(self, *, force: bool, mode: int = _ANYBODYS) -> None:
         self.force = force
+        self._is_copy = mode != _ANYBODYS
         self._mode = mode & ~_umask()
         self.files: list[NewFile] = []
         """In the order in which they were added."""
@@ -86,7 +102,7 @@ class NewFiles:
 
     def __enter__(self) -> NewFiles:
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGPIPE):
+            for number in _ENDING:
                 if signal.getsignal(number) is signal.SIG_DFL:
                     signal.signal(number, self._end)
                     self._handlers[number] = signal.SIG_DFL
@@ -208,7 +224,7 @@ class NewFiles:
         """
         new = [file for file in self.files if not file.is_device]
         for file in new:
-            _attributes(file, self._mode)
+            _attributes(file, self._mode, is_copy=self._is_copy)
             os.fsync(file.store.fileno())
         folders = sorted({os.path.dirname(file.final) for file in new})
         for file in new:
@@ -275,17 +291,23 @@ def _umask() -> int:
     return mask
 
 
-def _attributes(file: NewFile, mode: int) -> None:
+def _attributes(file: NewFile, mode: int, *, is_copy: bool) -> None:
     """Give a new file the permissions of what it replaces, or those of a new file."""
     descriptor = file.store.fileno()
+    new = os.fstat(descriptor)
     if file.old is None:
+        if is_copy:
+            _remove_acl(descriptor)
+            if new.st_gid != os.getegid():  # the folder's group
+                mode = mode & 0o606 | (mode & 0o006) << 3
         os.fchmod(descriptor, mode)
         return
+    _remove_acl(descriptor)
     old = os.fstat(file.old.fileno())
     mode = stat.S_IMODE(old.st_mode) & 0o777
     acl = _acl(file.old.fileno())
     try:
-        if (old.st_uid, old.st_gid) != (os.geteuid(), os.getegid()):
+        if (old.st_uid, old.st_gid) != (new.st_uid, new.st_gid):
             os.fchown(descriptor, old.st_uid, old.st_gid)
         os.fchmod(descriptor, mode)
         if acl:
@@ -302,6 +324,12 @@ def _acl(descriptor: int) -> bytes:
         return os.getxattr(descriptor, _ACL)
     except OSError:
         return b""
+
+
+def _remove_acl(descriptor: int) -> None:
+    """The list that the folder gives to new files."""
+    if _acl(descriptor):
+        os.removexattr(descriptor, _ACL)
 
 
 def _is_still(path: str, old: HostFile) -> bool:

@@ -124,6 +124,41 @@ def test_a_picture_overwrites_nothing_but_a_picture(chain: Path) -> None:
     assert (chain / "base.raw").read_bytes() == CONTENT
 
 
+def test_a_picture_overwrites_no_disk(chain: Path) -> None:
+    disk = chain / "data.raw"
+    content = b"\x89PNG\r\n\x1a\n" + bytes(MIB - 8)  # a guest may have written that
+    disk.write_bytes(content)
+    assert "exists already" in refuses("map", chain / "top.fvd", "--png", disk)
+    with loop_device(disk) as device:
+        assert "exists already" in refuses("map", chain / "top.fvd", "--png", device)
+    assert disk.read_bytes() == content
+
+
+def test_a_copy_gives_nobody_more_than_its_source(tmp_path: Path) -> None:
+    source = tmp_path / "source.raw"
+    source.write_bytes(CONTENT)
+    source.chmod(0o640)
+    theirs, listed = tmp_path / "theirs", tmp_path / "listed"
+    theirs.mkdir()
+    os.chown(theirs, -1, 60)
+    theirs.chmod(0o2755)
+    listed.mkdir()
+    subprocess.run(["setfacl", "-d", "-m", "u:games:rwx", listed], check=True)
+    for folder in (theirs, listed):
+        old = folder / "old.raw"
+        old.write_bytes(b"old")
+        subprocess.run(["setfacl", "-b", old], check=True)
+        os.chown(old, -1, 0)
+        old.chmod(0o660)
+        must("convert", source, folder / "new.raw")
+        must("convert", source, old, "--force")
+        ours = (folder / "new.raw").stat().st_gid == os.getegid()
+        assert stat.S_IMODE((folder / "new.raw").stat().st_mode) == (0o640 if ours else 0o600)
+        assert (stat.S_IMODE(old.stat().st_mode), old.stat().st_gid) == (0o660, 0)
+        for made in (folder / "new.raw", old):
+            assert "system.posix_acl_access" not in os.listxattr(made)
+
+
 # --- whole, or not at all -----------------------------------------------------------------------
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 import reference
-from conftest import FVDFS, MIB, mounted, must, wait_for_end, wait_for_log, wait_until
+from conftest import FVDFS, MIB, fvdfs, mounted, must, wait_for_end, wait_for_log, wait_until
 from fvdfs.create import create_image
 from fvdfs.header import CreateOptions
 
@@ -124,6 +124,22 @@ def test_sighup_opens_the_log_file_anew(folder: Path) -> None:
         os.listdir(mount.point)
         wait_until(lambda: "third.fvd" in old.read_text())
         mount.log_file.rmdir()
+
+
+def test_a_disk_is_no_log(folder: Path, point: Path) -> None:
+    disk = folder / "base.raw"
+    disk.write_bytes(bytes(MIB))
+    before = [path.read_bytes() for path in (folder / "a.fvd", disk)]
+    for path in (folder / "a.fvd", disk):
+        done = fvdfs("mount", folder, point, "--log-file", path)
+        assert (done.code, "is no log" in done.err) == (2, True)
+        assert not os.path.ismount(point)
+    with mounted(folder) as mount:
+        mount.log_file.rename(folder.parent / "log.1")
+        mount.log_file.symlink_to(disk)
+        os.kill(mount.pid, signal.SIGHUP)
+        wait_until(lambda: "is no log" in (folder.parent / "log.1").read_text())
+    assert [path.read_bytes() for path in (folder / "a.fvd", disk)] == before
 
 
 def test_sighup_does_not_lead_the_log_into_the_mount(folder: Path) -> None:
