@@ -481,7 +481,7 @@ def test_what_the_host_does_not_let_be_written_gives_its_error(
 
 
 def test_a_disk_on_a_read_only_device_cannot_be_opened_for_writing(folder: Path, tmp_path: Path) -> None:
-    backing = tmp_path / "backing"
+    backing = tmp_path / "backing.fvd"
     must("create", backing, "4M")
     device = Path(
         subprocess.run(
