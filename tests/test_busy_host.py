@@ -76,13 +76,13 @@ def rate(logs: list[Log], begin: float, end: float) -> float:
     return sum(log.rate(begin, end) for log in logs)
 
 
-def dd(host: Host, seconds: float) -> float:
-    """What a reader with read-ahead gets there."""
+def dd(host: Host, seconds: float, depth: int = 2, size: int = 128 * KIB) -> float:
+    """What a reader gets there alone; by default one with read-ahead."""
 
     async def main() -> float:
         link = host.link()
         async with machine(link) as mount:
-            mount.start(lambda: rival(link, 0, seconds, 2, size=128 * KIB))
+            mount.start(lambda: rival(link, 0, seconds, depth, size=size))
             await trio.sleep(seconds)
             return link.log("rival").rate(0, seconds)
 
@@ -136,11 +136,18 @@ def test_a_rate_that_changes_for_good_is_ours(part: float) -> None:
     ("depth", "size"), [(1, MIB), (16, MIB), (4, 256 * KIB)], ids=["one", "sixteen", "four small ones"]
 )
 def test_a_rival_gets_the_link(depth: int, size: int) -> None:
-    down, kept, lost = [], [], []
-    chosen = hosts(16)
-    for host in chosen:
+    """It loses little, be it that prefetching makes way, or that there was room for both.
 
-        async def main(host: Host = host) -> tuple[float, float, float]:
+    Left out is what cannot be found out: a few requests at a time over a link that serves one in less time than
+    programs wait for a processor on the way. Then neither progress nor single requests tell of them.
+    """
+    well = []
+    lost = []
+    for host in hosts(20):
+        if depth < 16 and MIB / host.cap < 2 * TICK:
+            continue
+
+        async def main(host: Host = host) -> tuple[float, float]:
             link = host.link()
             async with machine(link) as mount:
                 mount.start(lambda: starve(TICK, host.seed))
@@ -150,16 +157,14 @@ def test_a_rival_gets_the_link(depth: int, size: int) -> None:
                 before = rate(logs, CAME - 2, CAME)
                 steps = (step / 10 for step in range(30))
                 gone = next((at for at in steps if rate(logs, CAME + at, CAME + at + 1) < 0.3 * before), math.inf)
-                share = rate(logs, CAME + 1, LEFT) / before
-                return gone, share, link.log("rival").rate(CAME + 1, LEFT)
+                return gone, link.log("rival").rate(CAME + 1, LEFT)
 
-        gone, share, got = simulate(main, host.seed)
-        down.append(gone)
-        kept.append(share)
-        lost.append(1 - got / host.cap)
-    print(sorted(down), sorted(kept), sorted(lost))  # shown where it fails
-    assert sum(gone <= 1 for gone in down) >= len(chosen) - 2
-    assert sorted(kept)[len(kept) // 2] < 0.3
+        gone, got = simulate(main, host.seed)
+        lost.append(1 - got / min(host.cap, dd(host, 4, depth, size)))
+        well.append(gone <= 1 or lost[-1] < 0.2)
+    print(sorted(lost))  # shown where it fails
+    assert sum(well) >= len(well) - 2
+    assert sum(lost) / len(lost) < 0.2
 
 
 def test_holes_are_no_measure_for_data() -> None:

@@ -17,10 +17,11 @@ CHECK sends single requests, small and large ones in turns, with gaps. If only w
 served at least at the rate at which several of ours at a time were just before; behind a bucket of tokens at
 once, since the gap has saved for it. If others are there they take what we leave, and a single one gets a
 smaller part than several did. So both halves of the comparison are of the last second, and neither is a memory of
-better times. What a single request took when nobody was there is remembered as well (the middle one of some), and
-no slower than that is never late. A probe that is late by what programs wait for a processor here (`lag`) is
-not late. It takes three of four of a size to say that others are there. While it lasts, a check costs
-half of the progress or less, so being suspicious is cheap; where it was in vain again and again it takes a deeper fall.
+better times. What a single request took when nobody was there is remembered as well (the middle one of some): no
+slower than that is never late, and what it took beside being served is not held against it. Nor is what programs
+wait for a processor here (`lag`). It takes three late ones of four of a size to say that others are there. A check
+costs half of the progress or less while it lasts, so being suspicious is cheap; where it was in vain again and again
+it takes a deeper fall.
 
 YIELD does not stop: one request at a time, an eighth of the time. So nothing starves where the judgement errs, and
 what others lose is bounded. Then it runs, for a trial: has the progress come back that was normal before, others have
@@ -37,8 +38,8 @@ reads that guests wait for count as progress: they are not rivals to be yielded 
 first at every single request (`LinkWatch.delay`). Holes say nothing: a server may find them sooner than data.
 
 Not found are rivals whose load does not grow when ours shrinks, and who therefore lose no throughput, but time: reads
-of a few KiB, one after another, wait for our requests of `LONGEST_REQUEST`. And where processors are short
-and many requests of ours have to be under way, a single slow reader may be taken for noise.
+of a few KiB, one after another, wait for our requests of `LONGEST_REQUEST`. Nor is a single reader found on a link
+that serves a request in less time than programs wait for a processor on the way: it is lost in the noise.
 
 The disk is watched by the kernel's pressure information (the share of time in which some task waits for
 it; `DiskWatch`) while others than us use it (`pressure.py`), and where there is none by the progress of own writes.
@@ -65,9 +66,9 @@ from dataclasses import dataclass
 
 FAST = 0.25  # seconds; the average that shows a change
 SLOW = 5.0  # seconds; the average that it is compared with
-FALLEN = 0.87  # of the slow average: less than this is suspicious
+FALLEN = 0.9  # of the slow average: less than this is suspicious
 LEAST_FALLEN = 0.5  # the same, where suspicion was in vain again and again
-DOUBT = 0.06  # by so much less each time that it was in vain
+DOUBT = 0.04  # by so much less each time that it was in vain
 FORGIVEN = 30.0  # seconds of progress in which that is forgotten
 SURE = 0.1  # seconds that it has to be so: the average of the moment is then near what it falls to
 WARM_UP = 0.3  # seconds of progress before it is judged
@@ -377,11 +378,14 @@ class LinkWatch:
 
     def _probed(self, now: float, size: int, seconds: float, beside_guest: bool) -> None:
         """A probe was answered. Beside a guest's read it can only have been late for that."""
-        crowd = size / (self.rate.fast * self._plain) if self.rate.fast else math.inf
         idle = self._idle_time(size)
+        crowd = math.inf
+        if self.rate.fast:
+            apart = idle - size / (self.rate.normal * self._plain)  # what a request takes beside being served
+            crowd = SLOWER * size / (self.rate.fast * self._plain) + (max(0.0, apart) if idle < math.inf else 0.0)
         slack = NOISE + HOPS * self.lag
         slow = seconds > SLOWER_THAN_IDLE * idle + slack and not beside_guest
-        late = slow and seconds > SLOWER * crowd + slack
+        late = slow and seconds > crowd + slack
         self._probes.append(_Probe(0 if beside_guest else size, seconds, slow, late))
         kinds = [self._probes[first::2] for first in (0, 1)]
         if any(sum(probe.late for probe in kind) >= LATE for kind in kinds):

@@ -13,9 +13,12 @@ changes under them:
   prefetching has 80 % again when it has gone. The rivals take turns: a reader of 128 KiB after 128 KiB (`dd`), and one
   with 16 requests of 1 MiB under way (`qemu-img bench`).
 
+A rival who loses less than a fifth of what it gets alone has room beside prefetching, which then need not make
+way: where processors are short, a single reader cannot take the whole of a quick link.
+
 Caps save for 0.1 and for 2 seconds (nbdkit's default) in turns. All figures come from the server's log. A cap of 0
-is no cap. Goals: in 19 of 20 runs of all cells a share of 0.9, and in 19 of 20 of each kind of rival down within 1 s.
-The exit code is 1 where one is missed. Needs root, nbdkit, qemu-utils and qemu-system-common.
+is no cap. Goals: in 19 of 20 runs of all cells a share of 0.9, and in 19 of 20 of each kind of rival down within
+1 s, or room. The exit code is 1 where one is missed. Needs root, nbdkit, qemu-utils and qemu-system-common.
 """
 
 from __future__ import annotations
@@ -44,6 +47,7 @@ BURSTS = (0.1, 2.0)  # seconds
 RIVALS = ("one at a time", "sixteen at a time")
 ENOUGH = 0.9
 DOWN = 0.3
+ROOM = 0.2
 BACK = 0.8
 OFTEN = 0.95
 WARM = 4.0  # seconds before a rival comes, beside the seconds of a burst
@@ -108,7 +112,7 @@ def alone(work: Path, link: lab.Link, burst: float, images: int, seconds: float,
         return from_first(where.reads(), seconds)
 
 
-def beside(work: Path, link: lab.Link, burst: float, images: int, kind: str) -> Figures:
+def beside(work: Path, link: lab.Link, burst: float, images: int, kind: str) -> dict[str, float]:
     """Prefetching that a rival comes to, and that it leaves."""
     names = [f"vm{number}" for number in range(images)]
     before = WARM + burst
@@ -126,10 +130,10 @@ def beside(work: Path, link: lab.Link, burst: float, images: int, kind: str) -> 
     came = load[0].began
     normal = statistics.median(lab.rate(fetched, came - at - 1, came - at) for at in (0, 0.5, 1, 1.5, 2))
     return {
-        "down": [first_second(fetched, came, 0, DOWN * normal)],
-        "keeps": [lab.rate(fetched, came + 1, gone) / normal],
-        "rival gets": [lab.rate(load, came + 1, gone)],
-        "back": [first_second(fetched, gone, BACK * normal)],
+        "down": first_second(fetched, came, 0, DOWN * normal),
+        "keeps": lab.rate(fetched, came + 1, gone) / normal,
+        "rival gets": lab.rate(load, came + 1, gone),
+        "back": first_second(fetched, gone, BACK * normal),
     }
 
 
@@ -200,11 +204,12 @@ def measure(
         add(cell, "share", got["fvdfs"] / got["dd"])
     if arguments.only != "alone":
         whole = alone(work, link, burst, images, PRESENT, kind)
-        for what, values in beside(work, link, burst, images, kind).items():
-            if what == "rival gets":
-                add(cell, f"{kind}: lost", 1 - values[0] / whole)
-            else:
-                add(cell, f"{kind}: {what}", values[0])
+        found = beside(work, link, burst, images, kind)
+        lost = 1 - found.pop("rival gets") / whole
+        add(cell, f"{kind}: lost", lost)
+        add(cell, f"{kind}: made way", float(found["down"] <= 1 or lost < ROOM))
+        for what, value in found.items():
+            add(cell, f"{kind}: {what}", value)
 
 
 def summary(figures: dict[str, Figures]) -> bool:
@@ -221,8 +226,8 @@ def summary(figures: dict[str, Figures]) -> bool:
         goal, met = "", 0
         if what == "share":
             goal, met = f">= {ENOUGH}", sum(value >= ENOUGH for value in values)
-        elif what.endswith(": down"):
-            goal, met = "<= 1 s", sum(value <= 1 for value in values)
+        elif what.endswith(": made way"):
+            goal, met = "1", sum(value == 1 for value in values)
         well = met >= OFTEN * len(values)
         missed |= bool(goal) and not well
         verdict = f"{met} of {len(values)} | {'ok' if well else '**missed**'}" if goal else " | "
