@@ -16,7 +16,7 @@ from urllib.parse import parse_qs, urlsplit
 
 import trio
 
-from fvdfs import journal
+from fvdfs import journal, paths
 from fvdfs.alloc.chunked import ChunkedStorage
 from fvdfs.alloc.flat import FlatStorage
 from fvdfs.alloc.formats import FORMATS, PROBE_SIZE, RAW, Location, detect, is_local, within
@@ -133,9 +133,8 @@ class Policy:
         )
 
     def _check_file(self, image: str, field: str, value: str, real_path: str) -> None:
-        for root in self.roots:
-            if root == "/" or real_path == root or real_path.startswith(root.rstrip("/") + "/"):
-                return
+        if any(paths.within(real_path, root) for root in self.roots):
+            return
         raise Refused(
             image,
             f"{field}={value} leads to {real_path}, outside the folder of the images; "
