@@ -55,7 +55,7 @@ def amend(path: str, *, base_format: str, secret_file: str = "") -> None:
         if base_format not in BASE_FORMATS:
             raise UsageError(f"--base-format {base_format}: is not known; known are {', '.join(BASE_FORMATS)}")
         if not header.base_img:
-            raise UsageError(f"{path}: has no base image")
+            raise UsageError(f"{path}: has no base image, and so nothing to amend; fvdfs info shows what an image is")
         if header.has_base:
             inspect_base(path, header.base_img, base_format, secret_file)
         change_header(layer, base_img_fmt=base_format)

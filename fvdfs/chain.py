@@ -19,7 +19,7 @@ import trio
 from fvdfs import journal, paths
 from fvdfs.alloc.chunked import ChunkedStorage
 from fvdfs.alloc.flat import FlatStorage
-from fvdfs.alloc.formats import FORMATS, PROBE_SIZE, RAW, Location, detect, is_local, within
+from fvdfs.alloc.formats import BASE_FORMATS, FORMATS, PROBE_SIZE, RAW, Location, detect, is_local, within
 from fvdfs.alloc.growth import grow_command
 from fvdfs.alloc.qsd import QsdStore
 from fvdfs.alloc.store import HostFile, Store, open_as_permitted, open_path, pread_exactly
@@ -96,7 +96,8 @@ class Policy:
         try:
             handle = self.walker.open(self.place(path))
         except OSError as error:
-            raise ImageError(image, f"{field}={name}: {path}: {error.strerror}") from error
+            where = "" if path == image else f"{field}={name}: {path}: "
+            raise ImageError(image, f"{where}{error.strerror}") from error
         try:
             self._check_file(image, field, name, os.readlink(f"/proc/self/fd/{handle}"))
         except BaseException:
@@ -356,7 +357,7 @@ def open_named(image: str, field: str, name: str, file_format: str, policy: Poli
     """Open what a field of an image names, if the policy allows; another format than raw is yet to be started."""
     if file_format not in RAW_FORMATS or not is_local(name):
         if file_format and file_format not in FORMATS:
-            known = ", ".join(sorted(FORMATS))
+            known = ", ".join(BASE_FORMATS)
             raise UnsupportedFeature(image, f"{field}_fmt={file_format}: is not known; known are {known}")
         return QsdStore(image, field, name, file_format, policy, writable=writable)
     handle, path = policy.open_file(image, field, name)

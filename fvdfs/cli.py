@@ -179,13 +179,13 @@ def _parser() -> argparse.ArgumentParser:
         epilog="options for -o, separated by commas:\n  " + "\n  ".join(MOUNT_OPTIONS.values()),
     )
     mount.set_defaults(run=_mount)
-    mount.add_argument("folder", metavar="DIR")
-    mount.add_argument("mountpoint", metavar="MOUNTPOINT")
-    mount.add_argument("-o", dest="options", action="append", default=[], metavar="OPTIONS")
-    mount.add_argument("-f", "--foreground", action="store_true")
-    mount.add_argument("--read-only", action="store_true")
+    mount.add_argument("folder", metavar="DIR", help="the folder of images NAME.fvd")
+    mount.add_argument("mountpoint", metavar="MOUNTPOINT", help="an empty directory, where they appear as NAME.raw")
+    mount.add_argument("-o", dest="options", action="append", default=[], metavar="OPTIONS", help="see below")
+    mount.add_argument("-f", "--foreground", action="store_true", help="serve in this process, and log to the terminal")
+    mount.add_argument("--read-only", action="store_true", help="write to no image, not even what is read")
     mount.add_argument("--allow-other", action="store_true", help="let other users reach the mount")
-    mount.add_argument("--log-file", metavar="F")
+    mount.add_argument("--log-file", metavar="FILE", help="log there; SIGHUP reopens it (default: the system's log)")
     mount.add_argument("--debug", action="store_true", help="log every request (with -f)")
 
     status = commands.add_parser(
@@ -326,7 +326,8 @@ def _create(arguments: argparse.Namespace) -> int:
         raise UsageError("--profile needs a base image: give --base")
     if arguments.secret and not arguments.base:
         raise UsageError("--secret needs a base image: give --base")
-    _refuse_what_never_appears(arguments.image)
+    if hint := _never_appears(arguments.image):
+        raise UsageError(hint)
     data_file = os.path.join(os.path.dirname(arguments.image), arguments.data_file)
     if arguments.grow_command and not _is_device(data_file if arguments.data_file else arguments.image):
         raise UsageError("--grow-command makes a device larger: neither IMAGE nor --data-file is one")
@@ -348,11 +349,12 @@ def _is_device(path: str) -> bool:
     return os.path.exists(path) and stat.S_ISBLK(os.stat(path).st_mode)
 
 
-def _refuse_what_never_appears(image: str) -> None:
-    """Raise UsageError where a new file would have a name that no mount shows."""
+def _never_appears(image: str) -> str:
+    """What to do where a new file has a name that no mount shows; empty where a mount does."""
     name = os.path.basename(image)
-    if not _is_device(image) and (not name.endswith(".fvd") or name == ".fvd"):
-        raise UsageError(f"{image}: a mount shows files NAME.fvd only; add .fvd to the name, or rename the image later")
+    if _is_device(image) or (name.endswith(".fvd") and name != ".fvd"):
+        return ""
+    return f"{image}: a mount shows files NAME.fvd only; add .fvd to the name, or rename the image later"
 
 
 def _info(arguments: argparse.Namespace) -> int:
@@ -403,6 +405,8 @@ def _convert(arguments: argparse.Namespace) -> int:
             progress=progress,
         )
         remarks = trio.run(work)
+    if arguments.target_format == "fvd" and (hint := _never_appears(arguments.target)):
+        remarks.append(hint)
     for remark in remarks:
         daemon.complain(remark)
     return 0
@@ -468,7 +472,7 @@ def _mount(arguments: argparse.Namespace) -> int:
     mounts.refuse_mounted(mountpoint)
     for path in (folder, mountpoint):
         if not os.path.isdir(path):
-            raise UsageError(f"{path}: is not a directory; make it first")
+            raise UsageError(f"{path}: is not a directory; " + _instead_of(path))
     if folder == os.path.realpath(mountpoint):
         raise UsageError(f"{mountpoint}: the images would be hidden by their own mount; choose another MOUNTPOINT")
     from fvdfs.alloc.formats import BASE_FORMATS
@@ -538,6 +542,13 @@ def _mount(arguments: argparse.Namespace) -> int:
 
     go = daemon.in_foreground if arguments.foreground else daemon.in_background
     return go(serve, log_file)
+
+
+def _instead_of(path: str) -> str:
+    """What to do about a path that is no directory."""
+    if not os.path.lexists(path):
+        return "make it first"
+    return f"give the folder of the images: {os.path.dirname(path)}" if path.endswith(".fvd") else "choose another one"
 
 
 def _umount(arguments: argparse.Namespace) -> int:

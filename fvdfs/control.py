@@ -22,7 +22,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fvdfs.chain import Policy, open_image
-from fvdfs.errors import UsageError, printable
+from fvdfs.errors import UsageError, named, printable
 from fvdfs.info import human_size
 from fvdfs.map import BAR_CELLS, image_map, merged, totals
 from fvdfs.mounts import DEAD, refuse_dead
@@ -224,7 +224,7 @@ def draw_map(found: dict[str, Any], path: str, image: str) -> None:
         raise UsageError(f"{path} exists already, and is no picture (NAME.png); choose another name")
     with NewFiles(force=again) as files:
         files.protect_file(image)
-        with open(files.add(path).place, "wb") as file:
+        with named(path), open(files.add(path).place, "wb") as file:
             picture.save(file, "PNG")
         files.publish()
 

@@ -10,18 +10,18 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Protocol
 
 import trio
 
-from fvdfs.alloc.formats import PROBE_SIZE, detect, is_local, parse_location
+from fvdfs.alloc.formats import BASE_FORMATS, PROBE_SIZE, detect, is_local, parse_location
 from fvdfs.alloc.qsd import QsdStore
 from fvdfs.alloc.store import Buffer, Store, open_path
 from fvdfs.chain import FVD_FORMAT, HostStore, Policy, open_image, open_other, unstated_format
 from fvdfs.create import make_image, qemu_create
-from fvdfs.errors import ImageError, UsageError, leading
+from fvdfs.errors import ImageError, UsageError, leading, named
 from fvdfs.header import SECTOR, CreateOptions, round_up
 from fvdfs.image import Image, Zeroes
 from fvdfs.newfiles import NewFile, NewFiles, host_files, permissions
@@ -285,7 +285,12 @@ async def convert(
     there, but on a device, which holds no image then.
     """
     permission = permission or Permission()
-    source, remarks = await open_source(source_name, source_format, permission)
+    if source_format and source_format not in BASE_FORMATS:
+        raise UsageError(f"--source-format {source_format}: is not known; known are {', '.join(BASE_FORMATS)}")
+    with named(source_name):
+        source, remarks = await open_source(source_name, source_format, permission)
+    if not source.size:
+        remarks.append(f"{source_name}: is empty")
     try:
         stores = stores_of(source)
         held = [file for store in stores for file in host_files(store)]
@@ -308,7 +313,7 @@ async def convert(
                 with trio.CancelScope(shield=True):
                     await _give_up(target)
                 raise
-            with trio.CancelScope(shield=True), _named(target_name):
+            with trio.CancelScope(shield=True), named(target_name):
                 await target.close()
             if header:
                 await trio.to_thread.run_sync(_restore_header, target_name, header)
@@ -346,18 +351,6 @@ async def _give_up(target: Side) -> None:
         await target.close()
 
 
-@contextlib.contextmanager
-def _named(name: str) -> Iterator[None]:
-    """Errors of the system tell which file they are about."""
-    try:
-        yield
-    except OSError as error:
-        text = error.strerror or str(error)
-        if error.filename or name in text:
-            raise
-        raise OSError(error.errno, f"{name}: {text}") from error
-
-
 class _Named:
     """A side whose errors tell its name."""
 
@@ -367,21 +360,21 @@ class _Named:
         self.size = side.size
 
     async def read(self, offset: int, length: int) -> Buffer:
-        with _named(self._name):
+        with named(self._name):
             return await self._side.read(offset, length)
 
     async def next_data(self, start: int, stop: int) -> int:
-        with _named(self._name):
+        with named(self._name):
             return await self._side.next_data(start, stop)
 
     async def write(self, offset: int, data: Buffer) -> None:
-        with _named(self._name):
+        with named(self._name):
             await self._side.write(offset, data)
 
     async def flush(self) -> None:
-        with _named(self._name):
+        with named(self._name):
             await self._side.flush()
 
     async def close(self) -> None:
-        with _named(self._name):
+        with named(self._name):
             await self._side.close()

@@ -154,6 +154,8 @@ def make_image(
         if base is None:
             raise UsageError("say how large the disk shall be: fvdfs create IMAGE SIZE (or give --base)")
         virtual_size = base.length
+    elif virtual_size % SECTOR:
+        remarks.append(f"{path}: the disk gets {round_up(virtual_size, SECTOR)} bytes, in whole sectors")
     virtual_size = round_up(virtual_size, SECTOR)
     other_data = bool(options.data_file) and (
         options.data_file_fmt not in RAW_FORMATS or not is_local(options.data_file)
@@ -324,8 +326,10 @@ async def _inspect_other(image: str, name: str, file_format: str, secret_file: s
 
 def _make_other(files: NewFiles, path: str | None, file_format: str, size: int) -> None:
     """Make a data file of another format, which must not exist yet."""
-    if path is None or os.path.lexists(path):
-        raise UsageError(f"--data-file: {path or 'a URL'} must not exist yet; it is made together with the image")
+    if path is None:
+        raise UsageError("--data-file: what is made together with the image must be a file or a device of this host")
+    if os.path.lexists(path):
+        raise UsageError(f"--data-file {path} exists already; choose another name, or remove it")
     try:
         qemu_create(files.add(path), file_format, size)
     except UsageError as error:

@@ -7,7 +7,9 @@ broken invariant of fvdfs itself is an `AssertionError`.
 
 from __future__ import annotations
 
+import contextlib
 import errno
+from collections.abc import Iterator
 
 
 def printable(text: str) -> str:
@@ -28,6 +30,18 @@ def _rank(error: BaseException) -> int:
     if not isinstance(error, Exception):
         return 0
     return 2 if isinstance(error, FvdError | OSError) else 1
+
+
+@contextlib.contextmanager
+def named(name: str) -> Iterator[None]:
+    """Errors of the system tell which file they are about."""
+    try:
+        yield
+    except OSError as error:
+        text = error.strerror or str(error)
+        if error.filename or name in text:
+            raise
+        raise OSError(error.errno, f"{name}: {text}") from error
 
 
 def shortage(error: BaseException) -> int:

@@ -423,7 +423,7 @@ def new_header(virtual_size: int, base_length: int | None, options: CreateOption
     that the format has no room for.
     """
     if virtual_size % SECTOR or virtual_size <= 0:
-        raise UsageError(f"the size of the disk, {virtual_size}, must be a positive multiple of {SECTOR}")
+        raise UsageError(f"the size of the disk, {virtual_size}, must be a multiple of {SECTOR}, and more than 0")
     if virtual_size > MAX_DISK_SIZE:
         raise UsageError(f"the size of the disk, {virtual_size}, must be at most {MAX_DISK_SIZE}")
     has_base = base_length is not None

@@ -17,6 +17,7 @@ import os
 import re
 import shlex
 import shutil
+import stat
 from collections.abc import Mapping, Sequence
 
 from fvdfs.errors import UsageError
@@ -144,10 +145,13 @@ def folders(options: Mapping[str, str]) -> tuple[str, ...]:
 
 def passphrase_file(option: str, path: str) -> str:
     """The absolute path of a file with a passphrase. Raises UsageError where it cannot be read."""
-    if os.path.isdir(path):
-        raise UsageError(f"{option}{path}: is a directory; name the file with the passphrase")
     try:
-        os.close(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC))
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                raise UsageError(f"{option}{path}: is no regular file; name the file with the passphrase")
+        finally:
+            os.close(descriptor)
     except OSError as error:
         raise UsageError(f"{option}{path}: {error.strerror}") from error
     return os.path.abspath(path)

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import select
+import signal
 import subprocess
 import sys
 import time
@@ -24,6 +25,16 @@ RAW_DISK_LAYOUTS = {
     "cow": ["--base", "base.raw"],
     "compact-cow": ["--base", "base.raw", "--compact", "--block-size", "64K", "--chunk-size", "1M"],
 }
+
+
+ENDING = (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+"""Signals that are ignored in what a shell starts in the background, or with nohup; tests send them."""
+
+
+def pytest_configure() -> None:
+    for number in ENDING:
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
 
 @dataclass

@@ -144,7 +144,7 @@ def test_force_does_not_take_an_image_in_use(folder: Path) -> None:
         (["1M", "--chunk-size", "4K"], "need --compact"),
         (["1M", "-b", "base.raw", "--compact", "--detect-holes", "4K"], "does not go with --compact"),
         ([], "say how large"),
-        (["0"], "must be a positive multiple"),
+        (["0"], "must be a multiple of 512, and more than 0"),
         (["1M", "-b", "missing"], "No such file"),
         (["1M", "-b", "base.raw", "-F", "qcow99"], "format qcow99 is not known"),
         (["1M", "-b", "x" * 1024], "File name too long"),

@@ -387,7 +387,7 @@ def references(file_format: str, name: str, read: Reader, size: int) -> list[Ref
         raise UnsupportedFeature(name, f"format {file_format}: {_REFUSED[file_format]}")
     look = FORMATS.get(file_format)
     if look is None:
-        known = ", ".join(sorted(FORMATS))
+        known = ", ".join(BASE_FORMATS)
         raise UnsupportedFeature(name, f"format {file_format or '(none)'} is not known; known are {known}")
     try:
         return look(name, read, size)

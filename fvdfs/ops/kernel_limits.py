@@ -8,13 +8,14 @@ A long read through the page cache gets faster with what is read ahead. But a pa
 mmap(2) has the kernel read all of it, around the page, each time, until a hundred faults have shown that it is in vain.
 Where the disk is on this host that costs little.
 
-Measured over NBD, 30 pages spread over a file of 400 MiB by mmap, and dd of 100 to 300 MiB, on two busy cores:
+Measured over NBD, 30 pages spread over a file of 400 MiB by mmap (in brackets: computed), and dd of 100 to 300 MiB,
+on two busy cores:
 
     read-ahead   30 pages   dd, server 5 ms away   1 ms       0 ms
        128 KiB    3.8 MiB                30 MB/s               86 MB/s
        256 KiB    7.5 MiB                57 MB/s   124 MB/s   80 to 110 MB/s
-       512 KiB     15 MiB                91 MB/s   144 MB/s   83 to 148 MB/s
-         1 MiB     30 MiB               124 MB/s   120 MB/s      156 MB/s
+       512 KiB     15 MiB                91 MB/s   144 MB/s   64 to 148 MB/s
+         1 MiB    (30 MiB)              124 MB/s   120 MB/s      156 MB/s
          4 MiB    106 MiB               243 MB/s   152 MB/s   86 to 169 MB/s
 """
 
