@@ -20,9 +20,9 @@ from typing import NoReturn
 
 from fvdfs import __version__, daemon, mounts
 from fvdfs.errors import FvdError, UsageError, leading, printable
-from fvdfs.header import CreateOptions
+from fvdfs.format.header import CreateOptions
 from fvdfs.mountoptions import MOUNT_OPTIONS, folders, listed, parse_mount_options, passphrase_file, program
-from fvdfs.paths import real_path, within
+from fvdfs.store.paths import real_path, within
 
 UNITS = {"": 1, "B": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40, "P": 1 << 50}
 
@@ -319,8 +319,8 @@ def _set_up_terminal() -> None:
 
 
 def _create(arguments: argparse.Namespace) -> int:
-    from fvdfs.create import create_image
-    from fvdfs.profiles import read_profile
+    from fvdfs.commands.create import create_image
+    from fvdfs.commands.profiles import read_profile
 
     if arguments.profile and not arguments.base:
         raise UsageError("--profile needs a base image: give --base")
@@ -358,7 +358,7 @@ def _never_appears(image: str) -> str:
 
 
 def _info(arguments: argparse.Namespace) -> int:
-    from fvdfs.info import describe, render
+    from fvdfs.commands.info import describe, render
 
     _set_up_terminal()
     facts = describe(arguments.image, secret_file=_absolute(arguments.secret))
@@ -367,7 +367,7 @@ def _info(arguments: argparse.Namespace) -> int:
 
 
 def _check(arguments: argparse.Namespace) -> int:
-    from fvdfs.check import check_image, describe, render
+    from fvdfs.check.check import check_image, describe, render
 
     _set_up_terminal()
     roots, _ = _named(arguments, "base_path")
@@ -377,7 +377,7 @@ def _check(arguments: argparse.Namespace) -> int:
 
 
 def _amend(arguments: argparse.Namespace) -> int:
-    from fvdfs.amend import amend
+    from fvdfs.commands.amend import amend
 
     amend(arguments.image, base_format=arguments.base_format, secret_file=arguments.secret)
     return 0
@@ -386,8 +386,8 @@ def _amend(arguments: argparse.Namespace) -> int:
 def _convert(arguments: argparse.Namespace) -> int:
     import trio
 
-    from fvdfs.convert import Permission, convert
-    from fvdfs.progress import progress_bar
+    from fvdfs.commands.convert import Permission, convert
+    from fvdfs.commands.progress import progress_bar
 
     _set_up_terminal()
     roots, urls = _named(arguments, "base_path", "allow_url")
@@ -416,7 +416,7 @@ def _convert(arguments: argparse.Namespace) -> int:
 
 
 def _status(arguments: argparse.Namespace) -> int:
-    from fvdfs.control import print_status, status, watch_status
+    from fvdfs.commands.control import print_status, status, watch_status
 
     mountpoint = os.path.abspath(arguments.mountpoint)
     mounts.refuse_dead(mountpoint)
@@ -430,15 +430,15 @@ def _status(arguments: argparse.Namespace) -> int:
 
 
 def _prefetch(arguments: argparse.Namespace) -> int:
-    from fvdfs.control import control_prefetch
+    from fvdfs.commands.control import control_prefetch
 
     control_prefetch(arguments.command, arguments.raw)
     return 0
 
 
 def _profile(arguments: argparse.Namespace) -> int:
-    from fvdfs.cow.profile import to_text
-    from fvdfs.profiles import read_profile, record_profile
+    from fvdfs.commands.profiles import read_profile, record_profile
+    from fvdfs.format.profile import to_text
 
     if arguments.command == "record":
         record_profile(arguments.image)
@@ -448,7 +448,7 @@ def _profile(arguments: argparse.Namespace) -> int:
 
 
 def _map(arguments: argparse.Namespace) -> int:
-    from fvdfs.control import draw_map, print_map, read_map
+    from fvdfs.commands.control import draw_map, print_map, read_map
 
     _set_up_terminal()
     found = read_map(arguments.image, secret_file=_absolute(arguments.secret))
@@ -475,7 +475,7 @@ def _mount(arguments: argparse.Namespace) -> int:
             raise UsageError(f"{path}: is not a directory; " + _instead_of(path))
     if folder == os.path.realpath(mountpoint):
         raise UsageError(f"{mountpoint}: the images would be hidden by their own mount; choose another MOUNTPOINT")
-    from fvdfs.alloc.formats import BASE_FORMATS
+    from fvdfs.store.formats import BASE_FORMATS
 
     base_formats = listed(options, "base_format")
     for name in base_formats:
@@ -504,11 +504,11 @@ def _mount(arguments: argparse.Namespace) -> int:
         raise UsageError(f"-o prefetch_jobs={prefetch_jobs}: must be a number from 1 to 1024")
 
     def serve(ready: Callable[[], None], reopen_log: daemon.ReopenLog) -> None:
-        from fvdfs.chain import Policy
-        from fvdfs.cow.scheduler import DEFAULT_JOBS
-        from fvdfs.image import Zeroes
+        from fvdfs.image.chain import Policy
+        from fvdfs.image.image import Zeroes
         from fvdfs.ops.filesystem import Sync
         from fvdfs.ops.mount import MountOptions, serve
+        from fvdfs.prefetch.scheduler import DEFAULT_JOBS
 
         serve(
             MountOptions(
@@ -552,7 +552,7 @@ def _instead_of(path: str) -> str:
 
 
 def _umount(arguments: argparse.Namespace) -> int:
-    from fvdfs.unmount import unmount
+    from fvdfs.commands.unmount import unmount
 
     return unmount(os.path.abspath(arguments.mountpoint))
 

@@ -21,7 +21,7 @@ import stat
 from collections.abc import Mapping, Sequence
 
 from fvdfs.errors import UsageError
-from fvdfs.paths import in_time, real_path
+from fvdfs.store.paths import in_time, real_path
 
 MOUNT_OPTIONS = {
     "base_path": "base_path=DIR[:DIR...]  folders outside DIR that bases and data files may lie in (/: anywhere)",

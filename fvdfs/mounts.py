@@ -23,7 +23,7 @@ from dataclasses import dataclass
 
 from fvdfs import xattrs
 from fvdfs.errors import UsageError, printable
-from fvdfs.paths import MountPoint, mount_points
+from fvdfs.store.paths import MountPoint, mount_points
 
 DEAD = (errno.ENOTCONN, errno.ECONNABORTED)
 """What everything fails with on a mount whose daemon has ended."""

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import trio
 
-from fvdfs.alloc.store import Store
-from fvdfs.chain import Policy, load_image, open_image
-from fvdfs.header import HEADER_SPACE, CreateOptions, Header, new_header, with_fields
-from fvdfs.image import Image
+from fvdfs.format.header import HEADER_SPACE, CreateOptions, Header, new_header, with_fields
+from fvdfs.image.chain import Policy, load_image, open_image
+from fvdfs.image.image import Image
+from fvdfs.store.host import Store
 
 KIB = 1024
 IMAGE = "disk.fvd"

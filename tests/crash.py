@@ -57,11 +57,11 @@ from fakes import (
     write_as_mounted,
 )
 from fvdfs.alloc.growth import GrowCommand
-from fvdfs.alloc.store import Store
-from fvdfs.cow.prefetch import Prefetcher
-from fvdfs.cow.scheduler import Scheduler
-from fvdfs.header import CreateOptions, Header
-from fvdfs.image import Image, Zeroes
+from fvdfs.format.header import CreateOptions, Header
+from fvdfs.image.image import Image, Zeroes
+from fvdfs.prefetch.prefetcher import Prefetcher
+from fvdfs.prefetch.scheduler import Scheduler
+from fvdfs.store.host import Store
 
 NEVER = 1 << 60
 BASE = "base.raw"

@@ -28,7 +28,14 @@ from typing import Any
 
 from crash import SCENARIOS, SUBJECTS, Counts, Effort, Simulation, quiet
 
-MODULES = ("fvdfs.alloc.store", "fvdfs.commit", "fvdfs.image", "fvdfs.alloc.chunked", "fvdfs.alloc.flat", "fvdfs.chain")
+MODULES = (
+    "fvdfs.store.host",
+    "fvdfs.image.commit",
+    "fvdfs.image.image",
+    "fvdfs.alloc.chunked",
+    "fvdfs.alloc.flat",
+    "fvdfs.image.chain",
+)
 FLUSHES = {"flush", "_flush"}
 OF_STORE = {"log_by_steps", "Stepwise.log"}  # what else that module has is not simulated
 REPORTS = {"mark_committed", "pages_written", "data_written", "blocks_stored", "chunks_allocated"}
@@ -168,7 +175,7 @@ def mutants() -> Iterator[Mutant]:
             if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                 continue
             function = prefix + node.name
-            if module_name == "fvdfs.alloc.store" and function not in OF_STORE:
+            if module_name == "fvdfs.store.host" and function not in OF_STORE:
                 continue
             for change in _changes(node):
                 name = f"{module_name.removeprefix('fvdfs.')}: {function.rpartition('.')[2]}: {change}"

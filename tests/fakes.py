@@ -1,6 +1,6 @@
 """Stores in memory, for tests: plain ones, ones that a power cut hits, ones whose calls fail.
 
-All implement the `Store` protocol of `fvdfs.alloc.store`:
+All implement the `Store` protocol of `fvdfs.store.host`:
 
     MemoryStore   a bytearray; with `slow`, no call is done without waiting; with `fixed_size`, a device
     CrashStore    remembers what is not flushed, and says what a power cut may leave of it
@@ -21,8 +21,8 @@ from dataclasses import dataclass, field
 
 import trio
 
-from fvdfs.alloc.store import Buffer, Done, Stepwise, Store
-from fvdfs.image import Image
+from fvdfs.image.image import Image
+from fvdfs.store.host import Buffer, Done, Stepwise, Store
 
 SECTOR = 512  # a disk writes this much whole or not at all
 READ_ONLY = "a store that is not writable was asked to change"

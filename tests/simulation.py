@@ -41,12 +41,12 @@ import trio._core._run
 from trio.testing import MockClock
 
 from builder import IMAGE, KIB, create, load
-from fvdfs.alloc.store import Buffer, Stepwise
-from fvdfs.cow.contention import Manners, State
-from fvdfs.cow.prefetch import Prefetcher
-from fvdfs.cow.scheduler import DEFAULT_JOBS, Link, Scheduler
-from fvdfs.header import CreateOptions, with_fields
-from fvdfs.image import Image
+from fvdfs.format.header import CreateOptions, with_fields
+from fvdfs.image.image import Image
+from fvdfs.prefetch.contention import Manners, State
+from fvdfs.prefetch.prefetcher import Prefetcher
+from fvdfs.prefetch.scheduler import DEFAULT_JOBS, Link, Scheduler
+from fvdfs.store.host import Buffer, Stepwise
 
 T = TypeVar("T")
 
@@ -255,7 +255,7 @@ class SimulatedDisk(SimulatedLink):
         self._served = 0
 
     def pressure(self) -> float:
-        """As `fvdfs.cow.pressure` tells it."""
+        """As `fvdfs.prefetch.pressure` tells it."""
         waited, served = super().pressure(), len(self.log("rival").entries)
         if served > self._served:
             self._others += waited - self._looked

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from conftest import MIB, Finished, fvdfs, mounted, must, wait_for_log
-from fvdfs.header import HEADER_SIZE, Header, with_fields
+from fvdfs.format.header import HEADER_SIZE, Header, with_fields
 from test_other_formats import nbd_server
 
 SIZE = 2 * MIB

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, rule
 
 from fvdfs.cow.bitmap import BLOCKS_PER_PAGE, Bitmap, bitmap_bytes
-from fvdfs.header import PAGE
+from fvdfs.format.header import PAGE
 
 Pages = list[tuple[int, bytes]]
 

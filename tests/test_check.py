@@ -30,16 +30,15 @@ import reference
 from builder import IMAGE, LAYOUTS, Layout, create, load, read_files
 from conftest import MIB, fvdfs, mounted, must
 from fakes import CALLS, Clock, CrashStore, FaultPlan, FaultStore, MemoryStore
-from fvdfs.alloc.store import Buffer, Store
-from fvdfs.chain import Policy, open_image
-from fvdfs.check import Report, check_layers, describe, render
-from fvdfs.checks import contents, examine, findings
-from fvdfs.checks.examine import Absent, Layer
-from fvdfs.checks.findings import Findings, Kind, Severity, bounded, span
-from fvdfs.checks.header import check_header
+from fvdfs.check.check import Report, check_layers, contents, describe, examine, findings, render
+from fvdfs.check.examine import Absent, Layer
+from fvdfs.check.findings import Findings, Kind, Severity, bounded, span
+from fvdfs.check.header import check_header
 from fvdfs.cli import main
 from fvdfs.errors import FormatError, NotFvd, printable
-from fvdfs.header import HEADER_SPACE, CreateOptions, Header, with_fields
+from fvdfs.format.header import HEADER_SPACE, CreateOptions, Header, with_fields
+from fvdfs.image.chain import Policy, open_image
+from fvdfs.store.host import Buffer, Store
 from test_crash_sweep import small
 from test_reference import MANIFEST, bits, extract, raw_entries
 

@@ -33,11 +33,11 @@ import reference
 from builder import LAYOUTS, Layout, load, read_files
 from conftest import MIB, Mount, fvdfs, mounted, must, wait_for_end, wait_until
 from fakes import SECTOR, MemoryStore, flush_as_mounted
-from fvdfs.chain import Policy
-from fvdfs.cow.prefetch import Prefetcher
-from fvdfs.cow.scheduler import Scheduler
-from fvdfs.image import Image
+from fvdfs.image.chain import Policy
+from fvdfs.image.image import Image
 from fvdfs.ops.inodes import Folder
+from fvdfs.prefetch.prefetcher import Prefetcher
+from fvdfs.prefetch.scheduler import Scheduler
 from guest import build_initrd, find_kernel, find_program
 
 # --- cancelled in the process --------------------------------------------------------------------

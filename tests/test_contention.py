@@ -1,6 +1,6 @@
 """Prefetching steps back when others want the link or the disk, and shares fairly: rules, then simulations.
 
-The rules of `fvdfs.cow.contention` are tried with times made up here. The simulations (`simulation.py`)
+The rules of `fvdfs.prefetch.contention` are tried with times made up here. The simulations (`simulation.py`)
 run prefetchers and their scheduler for seconds of virtual time, and look at who got how much.
 """
 
@@ -16,7 +16,7 @@ import pytest
 import trio
 
 from builder import KIB
-from fvdfs.cow.contention import (
+from fvdfs.prefetch.contention import (
     CALM,
     FALLEN,
     FIRST_YIELD,
@@ -39,8 +39,8 @@ from fvdfs.cow.contention import (
     RateWatch,
     State,
 )
-from fvdfs.cow.prefetch import Prefetcher
-from fvdfs.cow.prefetch import State as Doing
+from fvdfs.prefetch.prefetcher import Prefetcher
+from fvdfs.prefetch.prefetcher import State as Doing
 from simulation import (
     MIB,
     Guest,

@@ -164,7 +164,7 @@ def test_a_copy_gives_nobody_more_than_its_source(tmp_path: Path) -> None:
 
 PROGRAM = """
 import os, sys
-import fvdfs.convert as c, fvdfs.cli
+import fvdfs.commands.convert as c, fvdfs.cli
 read = c.StoreSide.read
 async def slow(self, offset, length):
     if offset:

@@ -18,7 +18,7 @@ import reference
 from builder import IMAGE, LAYOUTS, Layout, load, read_files
 from crash import EFFORT, SCENARIOS, SUBJECTS, Effort, Subject, applies, simulate, states, tiny
 from fakes import SECTOR, Clock, CrashStore
-from fvdfs.alloc.store import HostFile, Store
+from fvdfs.store.host import HostFile, Store
 
 
 @pytest.mark.parametrize("subject", SUBJECTS, ids=lambda subject: subject.name)

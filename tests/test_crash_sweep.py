@@ -31,9 +31,9 @@ from fakes import (
     flush_as_mounted,
     write_as_mounted,
 )
-from fvdfs.alloc.store import Store
 from fvdfs.errors import FvdError
-from fvdfs.image import Image
+from fvdfs.image.image import Image
+from fvdfs.store.host import Store
 
 SEEDS = 1  # power cuts at each moment; `crash.py` makes more of them, of smaller images
 NEVER = 1 << 60

@@ -25,7 +25,7 @@ import trio.testing
 
 import reference
 from conftest import MIB, Mount, loop_device, mounted, must, small_disk, wait_until
-from fvdfs.header import HEADER_SIZE, Header
+from fvdfs.format.header import HEADER_SIZE, Header
 from fvdfs.ops.complaints import LINES, PERIOD, Complaints
 
 CHUNK = 64 << 10

@@ -14,12 +14,12 @@ from trio.testing import wait_all_tasks_blocked
 
 from builder import KIB, create, load
 from fakes import MemoryStore
-from fvdfs.cow.prefetch import Prefetcher
-from fvdfs.cow.profile import Recorder, decode, encode, from_text, plan, to_text
-from fvdfs.cow.scheduler import Scheduler
 from fvdfs.errors import UsageError
-from fvdfs.header import CreateOptions
-from fvdfs.image import Image
+from fvdfs.format.header import CreateOptions
+from fvdfs.format.profile import Recorder, decode, encode, from_text, plan, to_text
+from fvdfs.image.image import Image
+from fvdfs.prefetch.prefetcher import Prefetcher
+from fvdfs.prefetch.scheduler import Scheduler
 
 BLOCK = 64 * KIB
 SIZE = 16 * BLOCK + 3 * KIB

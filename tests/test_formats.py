@@ -11,7 +11,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from fvdfs.alloc.formats import (
+from fvdfs.errors import FormatError, FvdError, ImageError, UnsupportedFeature
+from fvdfs.store.formats import (
     FORMATS,
     MAX_READ,
     PROBE_SIZE,
@@ -25,7 +26,6 @@ from fvdfs.alloc.formats import (
     references,
     within,
 )
-from fvdfs.errors import FormatError, FvdError, ImageError, UnsupportedFeature
 
 MADE_BY_QEMU = ("qcow2", "qcow", "qed", "vmdk", "vdi", "vhdx", "vpc", "parallels")
 

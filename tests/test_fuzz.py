@@ -20,11 +20,12 @@ from hypothesis import strategies as st
 from crash import quiet
 from fuzz import corpus
 from fuzz.targets import MAX_LENGTH, TARGETS, seeds
-from fvdfs.alloc import formats, store
 from fvdfs.alloc.table import Table
 from fvdfs.cow.bitmap import Bitmap
-from fvdfs.header import Header
-from fvdfs.image import Image
+from fvdfs.format.header import Header
+from fvdfs.image.image import Image
+from fvdfs.store import formats
+from fvdfs.store import host as store
 
 RUN = Path(__file__).parent / "fuzz" / "run.py"
 all_targets = pytest.mark.parametrize("target", TARGETS)
@@ -136,7 +137,7 @@ async def _all_at_once(source: store.Store, size: int, offset: int) -> bytearray
         ("open", Image, "flush", _nothing),
         ("formats", formats, "_quoted", _unquoted),
         ("formats", formats, "_text", _any_text),
-        ("open", "fvdfs.chain", "pread_exactly", _all_at_once),
+        ("open", "fvdfs.image.chain", "pread_exactly", _all_at_once),
     ],
     ids=lambda value: getattr(value, "__name__", str(value)),
 )

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fvdfs.errors import FormatError, FvdError, NotFvd, UsageError
-from fvdfs.header import (
+from fvdfs.format.header import (
     HEADER_SIZE,
     HEADER_SPACE,
     MAGIC,

@@ -18,7 +18,7 @@ import pytest
 
 from conftest import MIB, Mount, fvdfs, mounted, must, wait_for_end, wait_for_log, wait_until
 from fvdfs.ops.looks import MOST_THREADS
-from fvdfs.paths import mount_points
+from fvdfs.store.paths import mount_points
 
 DATA = random.Random(9).randbytes(MIB)
 LIMIT = 30  # seconds; far more than anything takes that does not hang

@@ -14,23 +14,23 @@ PACKAGE = ROOT / "fvdfs"
 
 PURE = {
     "fvdfs.errors",
-    "fvdfs.header",
-    "fvdfs.journal",
+    "fvdfs.format.header",
+    "fvdfs.format.journal",
     "fvdfs.cow.bitmap",
     "fvdfs.cow.planner",
     "fvdfs.alloc.table",
-    "fvdfs.alloc.formats",
-    "fvdfs.checks.findings",
-    "fvdfs.checks.header",
-    "fvdfs.checks.contents",
+    "fvdfs.store.formats",
+    "fvdfs.check.findings",
+    "fvdfs.check.header",
+    "fvdfs.check.contents",
 }
-IMPURE = ("trio", "pyfuse3", "os", "time", "io", "socket", "fvdfs.alloc.store")
+IMPURE = ("trio", "pyfuse3", "os", "time", "io", "socket", "fvdfs.store.host")
 # What these may import of fvdfs, where that is less than everything below them.
 LOW = {
     "fvdfs.errors": set[str](),
     "fvdfs.cow.locks": set[str](),
-    "fvdfs.alloc.filelock": {"fvdfs.errors"},
-    "fvdfs.alloc.store": {"fvdfs.alloc.filelock", "fvdfs.alloc.uring", "fvdfs.alloc.worker", "fvdfs.errors"},
+    "fvdfs.store.filelock": {"fvdfs.errors"},
+    "fvdfs.store.host": {"fvdfs.store.filelock", "fvdfs.store.uring", "fvdfs.store.worker", "fvdfs.errors"},
 }
 
 
@@ -87,11 +87,11 @@ def modules_imported(module: str) -> set[str]:
         ("import os.path as p, trio", ["os.path", "trio"]),
         ("from os import path", ["os.path"]),
         ("def f():\n    from trio import Event, run", ["trio.Event", "trio.run"]),
-        ("if x:\n    from fvdfs.alloc import store", ["fvdfs.alloc.store"]),
+        ("if x:\n    from fvdfs.alloc import store", ["fvdfs.store.host"]),
         ("from . import locks", ["fvdfs.cow.locks"]),
         ("from .locks import RangeLock", ["fvdfs.cow.locks.RangeLock"]),
-        ("from ..alloc import store", ["fvdfs.alloc.store"]),
-        ("from ..alloc.store import Store", ["fvdfs.alloc.store.Store"]),
+        ("from ..alloc import store", ["fvdfs.store.host"]),
+        ("from ..alloc.store import Store", ["fvdfs.store.host.Store"]),
     ],
 )
 def test_imports_are_found(source: str, names: list[str]) -> None:

@@ -14,8 +14,18 @@ from hypothesis import strategies as st
 import reference
 from fvdfs.alloc.table import UNALLOCATED, Table, decode_entries, new_table
 from fvdfs.cow.bitmap import Bitmap, bitmap_bytes
-from fvdfs.header import SECTOR, Header, ceil_div, with_fields
-from fvdfs.journal import BITMAP_MAGIC, TABLE_MAGIC, BitmapRecord, Skipped, TableRecord, encode, merge, parse, replay
+from fvdfs.format.header import SECTOR, Header, ceil_div, with_fields
+from fvdfs.format.journal import (
+    BITMAP_MAGIC,
+    TABLE_MAGIC,
+    BitmapRecord,
+    Skipped,
+    TableRecord,
+    encode,
+    merge,
+    parse,
+    replay,
+)
 from test_reference import bits, entries, raw_entries
 
 ROOM = 700  # chunks that the storage has room for

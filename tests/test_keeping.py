@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from conftest import MIB, Mount, fvdfs, mounted, must, wait_until
-from fvdfs.header import HEADER_SIZE, Header
+from fvdfs.format.header import HEADER_SIZE, Header
 
 SIZE = 8 * MIB
 BLOCK = 64 << 10

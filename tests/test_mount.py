@@ -23,9 +23,9 @@ import pytest
 
 import reference
 from conftest import MIB, Mount, fvdfs, loop_device, mounted, must, small_disk, wait_for_end, wait_for_log
-from fvdfs import chain
 from fvdfs.errors import ImageError
-from fvdfs.header import HEADER_SIZE, Header, with_fields
+from fvdfs.format.header import HEADER_SIZE, Header, with_fields
+from fvdfs.image.image import chain
 from fvdfs.ops.filesystem import COMMIT_INTERVAL
 
 

@@ -15,7 +15,7 @@ import pytest
 
 import reference
 from conftest import MIB, fvdfs, mounted, must, wait_for_end
-from fvdfs.header import HEADER_SIZE, Header, with_fields
+from fvdfs.format.header import HEADER_SIZE, Header, with_fields
 
 
 def write_at(path: Path, offset: int, data: bytes) -> None:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from fvdfs.cow.bitmap import Bitmap
 from fvdfs.cow.planner import ZERO_UNIT, Geometry, WritePlan, plan_write, read_runs, zero_runs
-from fvdfs.header import PAGE
+from fvdfs.format.header import PAGE
 
 
 @dataclass

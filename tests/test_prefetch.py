@@ -17,8 +17,8 @@ import pytest
 
 import reference
 from conftest import MIB, Mount, fvdfs, mounted, must, small_disk, wait_until
-from fvdfs.cow.pressure import DiskPressure
-from fvdfs.header import HEADER_SIZE, Header, with_fields
+from fvdfs.format.header import HEADER_SIZE, Header, with_fields
+from fvdfs.prefetch.pressure import DiskPressure
 
 SIZE = 24 * MIB
 CONTENT = random.Random(7).randbytes(SIZE)
@@ -438,7 +438,7 @@ def test_pressure_counts_only_while_others_use_the_disk(tmp_path: Path, monkeypa
     stalled = sectors = own = 0
     files = {"pressure": tmp_path / "pressure", "stat": tmp_path / "stat", "io": tmp_path / "self" / "io"}
     files["io"].parent.mkdir()
-    monkeypatch.setattr("fvdfs.cow.pressure.time.monotonic", lambda: now)
+    monkeypatch.setattr("fvdfs.prefetch.pressure.time.monotonic", lambda: now)
     pressure = DiskPressure(str(tmp_path), str(files["pressure"]), str(tmp_path))
     pressure._stat_file = str(files["stat"])
 

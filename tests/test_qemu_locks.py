@@ -15,10 +15,10 @@ from pathlib import Path
 import pytest
 
 from conftest import MIB, fvdfs, loop_device, mounted, must, wait_until
-from fvdfs.alloc import filelock
-from fvdfs.alloc.store import HostFile, open_path
-from fvdfs.chain import Policy, load_chain, open_chain, open_image
 from fvdfs.errors import ImageBusy
+from fvdfs.image.chain import Policy, load_chain, open_chain, open_image
+from fvdfs.store import filelock
+from fvdfs.store.host import HostFile, open_path
 
 REFUSED_BY_US = "by QEMU, qemu-storage-daemon or another program with QEMU's image locks; close it there first"
 OWN = f"{0x7FFF_4656_4400_0000}-{0x7FFF_4656_4400_0000}"

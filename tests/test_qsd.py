@@ -21,11 +21,6 @@ import pytest
 import trio
 
 from conftest import wait_until
-from fvdfs.alloc import qsd
-from fvdfs.alloc.formats import Location, within
-from fvdfs.alloc.qsd import Daemon, QsdStore
-from fvdfs.alloc.store import HostFile, Store
-from fvdfs.chain import Policy
 from fvdfs.errors import (
     FormatError,
     FvdError,
@@ -36,6 +31,11 @@ from fvdfs.errors import (
     UnsupportedFeature,
     UsageError,
 )
+from fvdfs.image.chain import Policy
+from fvdfs.store import qsd
+from fvdfs.store.formats import Location, within
+from fvdfs.store.host import HostFile, Store
+from fvdfs.store.qsd import Daemon, QsdStore
 
 MIB = 1 << 20
 SIZE = 8 * MIB

@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 
 from conftest import MIB, Mount, mounted, must, wait_until
-from fvdfs.alloc import filelock
-from fvdfs.alloc.store import open_path
-from fvdfs.chain import Policy, open_image
+from fvdfs.image.chain import Policy, open_image
+from fvdfs.store import filelock
+from fvdfs.store.host import open_path
 
 SIZE = 400 * MIB
 PAGES = 30

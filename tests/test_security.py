@@ -23,7 +23,7 @@ from pathlib import Path
 import pytest
 
 from conftest import FVDFS, MIB, Finished, Mount, fvdfs, mounted, must
-from fvdfs.header import HEADER_SIZE, Header, with_fields
+from fvdfs.format.header import HEADER_SIZE, Header, with_fields
 from fvdfs.ops.complaints import LINES
 
 NOBODY = 65534

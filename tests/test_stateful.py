@@ -42,10 +42,10 @@ from fakes import (
     read_as_mounted,
     write_as_mounted,
 )
-from fvdfs.alloc.store import HostFile, Store
-from fvdfs.cow.prefetch import Prefetcher
-from fvdfs.cow.scheduler import Scheduler
-from fvdfs.image import Image
+from fvdfs.image.image import Image
+from fvdfs.prefetch.prefetcher import Prefetcher
+from fvdfs.prefetch.scheduler import Scheduler
+from fvdfs.store.host import HostFile, Store
 
 T = TypeVar("T")
 

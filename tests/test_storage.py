@@ -17,7 +17,7 @@ import pytest
 
 import reference
 from conftest import MIB, fvdfs, mounted, must, wait_for_log
-from fvdfs.alloc.store import open_path
+from fvdfs.store.host import open_path
 from guest import boot, build_initrd
 from guest import run as run_program
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fvdfs.alloc.table import ENTRIES_PER_PAGE, NOT_JOURNALED, UNALLOCATED, Table, decode_entries, new_table
-from fvdfs.header import MAX_CHUNKS, PAGE
+from fvdfs.format.header import MAX_CHUNKS, PAGE
 
 ROOM = 1000  # chunks that the storage has room for, where it does not matter
 

@@ -15,7 +15,7 @@ import pytest
 import trio
 
 from conftest import MIB, Mount, loop_device, mounted, must, wait_until
-from fvdfs.alloc.store import HostFile
+from fvdfs.store.host import HostFile
 
 OLD = 1_577_836_800 * 10**9 + 123_456_789
 CLOCK_TICK = 20_000_000  # ns that a file system's clock may be behind

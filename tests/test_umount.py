@@ -15,7 +15,7 @@ import pytest
 
 import reference
 from conftest import FVDFS, MIB, Finished, fvdfs, mounted, must, wait_for_end, wait_until
-from fvdfs.unmount import STILL_OPEN
+from fvdfs.commands.unmount import STILL_OPEN
 
 PID = "user.fvdfs.pid"
 

@@ -12,8 +12,8 @@ import pytest
 import trio
 from trio.testing import wait_all_tasks_blocked
 
-from fvdfs.alloc import uring
-from fvdfs.alloc.store import COLD, EXPECTED, LARGE, FlushError, HostFile, open_path
+from fvdfs.store import uring
+from fvdfs.store.host import COLD, EXPECTED, LARGE, FlushError, HostFile, open_path
 
 T = TypeVar("T")
 

@@ -17,8 +17,8 @@ from pathlib import Path
 import pytest
 
 from conftest import MIB, Mount, fvdfs, loop_device, must, wait_for_end, wait_for_log
-from fvdfs.header import HEADER_SIZE, Header, with_fields
-from fvdfs.paths import mount_points
+from fvdfs.format.header import HEADER_SIZE, Header, with_fields
+from fvdfs.store.paths import mount_points
 
 
 def abort(point: Path) -> None:

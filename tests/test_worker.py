@@ -8,7 +8,7 @@ import time
 import pytest
 import trio
 
-from fvdfs.alloc.worker import Worker
+from fvdfs.store.worker import Worker
 
 
 def threads(name: str) -> int:

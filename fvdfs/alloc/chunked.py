@@ -28,9 +28,9 @@ from contextlib import asynccontextmanager
 import trio
 
 from fvdfs.alloc.growth import GrowCommand
-from fvdfs.alloc.store import OUT_OF_SPACE, Store
 from fvdfs.alloc.table import UNALLOCATED, Table
-from fvdfs.header import MAX_CHUNKS, ceil_div
+from fvdfs.format.header import MAX_CHUNKS, ceil_div
+from fvdfs.store.host import OUT_OF_SPACE, Store
 
 log = logging.getLogger(__name__)
 

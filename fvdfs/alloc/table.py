@@ -23,7 +23,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from bitarray import bitarray
 
-from fvdfs.header import MAX_CHUNKS, PAGE, TABLE_ENTRY_SIZE, ceil_div, round_up
+from fvdfs.format.header import MAX_CHUNKS, PAGE, TABLE_ENTRY_SIZE, ceil_div, round_up
 
 UNALLOCATED = 0xFFFFFFFF
 NOT_JOURNALED = 0x80000000

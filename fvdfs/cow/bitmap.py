@@ -34,7 +34,7 @@ from collections.abc import Iterable, Iterator
 
 from bitarray import bitarray
 
-from fvdfs.header import PAGE, ceil_div
+from fvdfs.format.header import PAGE, ceil_div
 
 BLOCKS_PER_PAGE = PAGE * 8
 

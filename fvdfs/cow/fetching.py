@@ -24,8 +24,8 @@ from typing import Protocol
 
 import trio
 
-from fvdfs.alloc.store import Done, together
-from fvdfs.header import ceil_div
+from fvdfs.format.header import ceil_div
+from fvdfs.store.host import Done, together
 
 log = logging.getLogger(__name__)
 

@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from fvdfs.cow.bitmap import Bitmap
-from fvdfs.header import ceil_div
+from fvdfs.format.header import ceil_div
 
 ZERO_UNIT = 64 << 10
 _ZEROS = bytes(ZERO_UNIT)

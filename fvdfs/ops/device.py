@@ -41,11 +41,11 @@ import outcome
 import pyfuse3
 import trio
 
-from fvdfs.alloc import uring
-from fvdfs.alloc.store import Buffer, Done
 from fvdfs.errors import UsageError
-from fvdfs.header import SECTOR
-from fvdfs.image import PendingRead
+from fvdfs.format.header import SECTOR
+from fvdfs.image.image import PendingRead
+from fvdfs.store import uring
+from fvdfs.store.host import Buffer, Done
 
 FUSE_SETATTR = 4
 FUSE_READ = 15

@@ -21,13 +21,13 @@ import trio
 from pyfuse3 import EntryAttributes, FileHandleT, FileInfo, FileNameT, FlagT, FUSEError, InodeT, ModeT
 
 from fvdfs import xattrs
-from fvdfs.alloc.store import Buffer, Done
 from fvdfs.errors import FvdError, ImageBusy, NotPermitted, ReadOnlyImage, Refused, shortage
-from fvdfs.image import Image, PendingRead
-from fvdfs.map import image_map
+from fvdfs.image.image import Image, PendingRead
+from fvdfs.image.map import image_map
 from fvdfs.ops.complaints import Complaints
 from fvdfs.ops.inodes import ROOT_INODE, Attributes, Entry, Folder
 from fvdfs.ops.kernel_limits import KernelLimits
+from fvdfs.store.host import Buffer, Done
 
 log = logging.getLogger(__name__)
 

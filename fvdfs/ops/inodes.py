@@ -52,8 +52,9 @@ from typing import Any, TypeVar, cast
 import trio
 
 from fvdfs.alloc.chunked import Spawn
-from fvdfs.alloc.store import HostFile
-from fvdfs.chain import (
+from fvdfs.errors import FvdError, ImageBusy, ImageError, NotFvd, shortage
+from fvdfs.format.profile import Extent
+from fvdfs.image.chain import (
     Chain,
     Judged,
     Policy,
@@ -64,14 +65,13 @@ from fvdfs.chain import (
     open_chain,
     unlock_for_writing,
 )
-from fvdfs.cow.prefetch import Prefetcher, status
-from fvdfs.cow.profile import Extent
-from fvdfs.cow.scheduler import Scheduler
-from fvdfs.errors import FvdError, ImageBusy, ImageError, NotFvd, shortage
-from fvdfs.image import Image
+from fvdfs.image.image import Image
 from fvdfs.ops.freshness import State, same_file, signature, state_of
 from fvdfs.ops.looks import THREADS, Look, Looks
-from fvdfs.paths import PATIENCE, LeadsBack, NoAnswer
+from fvdfs.prefetch.prefetcher import Prefetcher, status
+from fvdfs.prefetch.scheduler import Scheduler
+from fvdfs.store.host import HostFile
+from fvdfs.store.paths import PATIENCE, LeadsBack, NoAnswer
 
 log = logging.getLogger(__name__)
 

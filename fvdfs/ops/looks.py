@@ -21,7 +21,7 @@ from typing import Any, Generic, TypeVar, cast
 import outcome
 import trio
 
-from fvdfs.paths import PATIENCE
+from fvdfs.store.paths import PATIENCE
 
 THREADS = 4
 """For looks that are answered soon."""

@@ -23,16 +23,16 @@ import pyfuse3
 import trio
 
 from fvdfs import daemon, mounts
-from fvdfs.alloc.uring import use_ring
-from fvdfs.chain import Policy
-from fvdfs.cow.pressure import DiskPressure
-from fvdfs.cow.scheduler import DEFAULT_JOBS, Scheduler
 from fvdfs.errors import UsageError
-from fvdfs.image import Image
+from fvdfs.image.chain import Policy
+from fvdfs.image.image import Image
 from fvdfs.ops.device import Device, fuse_descriptors
 from fvdfs.ops.filesystem import Filesystem, Sync
 from fvdfs.ops.inodes import Entry, Folder
-from fvdfs.paths import PATIENCE, LeadsBack, MountPoint, NoAnswer, in_time, mount_points, real_path, within
+from fvdfs.prefetch.pressure import DiskPressure
+from fvdfs.prefetch.scheduler import DEFAULT_JOBS, Scheduler
+from fvdfs.store.paths import PATIENCE, LeadsBack, MountPoint, NoAnswer, in_time, mount_points, real_path, within
+from fvdfs.store.uring import use_ring
 
 log = logging.getLogger(__name__)
 

@@ -21,11 +21,11 @@ from pathlib import Path
 
 import trio
 
-from fvdfs.alloc.store import Buffer, Store, log_by_steps
-from fvdfs.chain import Policy, load_image, lock_for_writing, open_chain, open_image
-from fvdfs.create import create_image
-from fvdfs.header import CreateOptions
-from fvdfs.image import Image
+from fvdfs.commands.create import create_image
+from fvdfs.format.header import CreateOptions
+from fvdfs.image.chain import Policy, load_image, lock_for_writing, open_chain, open_image
+from fvdfs.image.image import Image
+from fvdfs.store.host import Buffer, Store, log_by_steps
 
 SIZE = 1 << 30
 PIECE = 4096

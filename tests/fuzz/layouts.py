@@ -9,7 +9,7 @@ from __future__ import annotations
 import struct
 
 from fuzz.source import Source
-from fvdfs.header import SECTOR, CreateOptions, Header, new_header, with_fields
+from fvdfs.format.header import SECTOR, CreateOptions, Header, new_header, with_fields
 from reference import CODES, NAMES
 
 MAX_PATCHES = 7

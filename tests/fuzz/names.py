@@ -13,7 +13,8 @@ import uuid
 from typing import cast
 
 from fuzz.source import Source
-from fvdfs.alloc.formats import (
+from fvdfs.errors import FvdError
+from fvdfs.store.formats import (
     FORMATS,
     MAX_READ,
     PROBE_SIZE,
@@ -29,7 +30,6 @@ from fvdfs.alloc.formats import (
     references,
     within,
 )
-from fvdfs.errors import FvdError
 
 _GUIDS = ("8B7CA206-4790-4B9A-B8FE-575F050F886E", "CAA16737-FA36-4D43-B3B6-33F0AA44E76B")
 _REGION, _PARAMETERS = (uuid.UUID(text).bytes_le for text in _GUIDS)

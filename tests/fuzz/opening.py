@@ -29,10 +29,10 @@ from fakes import MemoryStore
 from fuzz.layouts import HEADERS, RAW_HEADERS, patch
 from fuzz.parsers import check_header, some_entry, some_records
 from fuzz.source import Source
-from fvdfs.alloc.store import MAX_FILE_SIZE, Buffer
 from fvdfs.errors import FvdError
-from fvdfs.header import Header, with_fields
-from fvdfs.image import Image, Zeroes
+from fvdfs.format.header import Header, with_fields
+from fvdfs.image.image import Image, Zeroes
+from fvdfs.store.host import MAX_FILE_SIZE, Buffer
 
 IMAGE = "disk.fvd"
 MAX_DATA = 1 << 20  # what a file takes at most; there is no space for more

@@ -20,11 +20,11 @@ import reference
 from fuzz.layouts import HEADERS, RAW_HEADERS, patch
 from fuzz.source import Source
 from fvdfs.alloc.table import ENTRIES_PER_PAGE, NOT_JOURNALED, UNALLOCATED, Table, decode_entries
+from fvdfs.commands.info import fields
 from fvdfs.cow.bitmap import BLOCKS_PER_PAGE, Bitmap, bitmap_bytes
 from fvdfs.errors import FormatError, FvdError
-from fvdfs.header import HEADER_SIZE, MAX_DISK_SIZE, PAGE, SECTOR, Header, ceil_div, with_fields
-from fvdfs.info import fields
-from fvdfs.journal import BITMAP_MAGIC, TABLE_MAGIC, encode, merge, parse, replay
+from fvdfs.format.header import HEADER_SIZE, MAX_DISK_SIZE, PAGE, SECTOR, Header, ceil_div, with_fields
+from fvdfs.format.journal import BITMAP_MAGIC, TABLE_MAGIC, encode, merge, parse, replay
 
 NAME = "disk.fvd"
 

@@ -48,7 +48,8 @@ from urllib.parse import parse_qs, urlsplit
 
 import trio
 
-from fvdfs.alloc.formats import (
+from fvdfs.errors import FormatError, FvdError, ImageError, Refused, UnsupportedFeature, UsageError
+from fvdfs.store.formats import (
     FORMATS,
     PROBE_SIZE,
     RAW,
@@ -64,7 +65,7 @@ from fvdfs.alloc.formats import (
     parse_location,
     references,
 )
-from fvdfs.alloc.store import (
+from fvdfs.store.host import (
     FALLOC_FL_KEEP_SIZE,
     FALLOC_FL_PUNCH_HOLE,
     FALLOC_FL_ZERO_RANGE,
@@ -74,7 +75,6 @@ from fvdfs.alloc.store import (
     fallocate,
     open_as_permitted,
 )
-from fvdfs.errors import FormatError, FvdError, ImageError, Refused, UnsupportedFeature, UsageError
 
 log = logging.getLogger(__name__)
 

@@ -8,10 +8,10 @@ from typing import Any
 
 import trio
 
-from fvdfs.chain import Chain, Policy, load_chain, open_chain
 from fvdfs.errors import FvdError, ImageBusy, printable
-from fvdfs.header import Header
-from fvdfs.image import Image
+from fvdfs.format.header import Header
+from fvdfs.image.chain import Chain, Policy, load_chain, open_chain
+from fvdfs.image.image import Image
 
 
 def describe(path: str, *, secret_file: str = "") -> dict[str, Any]:

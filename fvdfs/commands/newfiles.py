@@ -26,9 +26,9 @@ import threading
 from collections.abc import Iterable
 from types import FrameType, TracebackType
 
-from fvdfs.alloc.qsd import QsdStore
-from fvdfs.alloc.store import HostFile, Store, open_host_file
 from fvdfs.errors import UsageError
+from fvdfs.store.host import HostFile, Store, open_host_file
+from fvdfs.store.qsd import QsdStore
 
 Identity = tuple[int, int]
 """As of `HostFile.identity`."""

@@ -21,12 +21,12 @@ from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextC
 from rich.table import Table
 from rich.text import Text
 
-from fvdfs.chain import Policy, open_image
+from fvdfs.commands.info import human_size
+from fvdfs.commands.newfiles import NewFiles
 from fvdfs.errors import UsageError, named, printable
-from fvdfs.info import human_size
-from fvdfs.map import BAR_CELLS, image_map, merged, totals
+from fvdfs.image.chain import Policy, open_image
+from fvdfs.image.map import BAR_CELLS, image_map, merged, totals
 from fvdfs.mounts import DEAD, refuse_dead
-from fvdfs.newfiles import NewFiles
 from fvdfs.xattrs import MAP, PID, PREFETCH, STATUS
 
 INTERVAL = 0.5  # seconds between two looks

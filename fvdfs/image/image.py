@@ -26,17 +26,17 @@ import trio
 
 from fvdfs.alloc.chunked import ChunkedStorage, Spawn
 from fvdfs.alloc.flat import FlatStorage
-from fvdfs.alloc.store import Buffer, Done, HostFile, Store, together
 from fvdfs.alloc.table import Table
-from fvdfs.commit import Committer
 from fvdfs.cow.bitmap import Bitmap
 from fvdfs.cow.fetching import Fetcher
 from fvdfs.cow.locks import RangeLock
 from fvdfs.cow.planner import Geometry, WritePlan, plan_write, read_runs, zero_runs
-from fvdfs.cow.profile import Extent, Recorder, decode, encode
 from fvdfs.cow.writethrough import MODES, BaseWriter, WriteBack, WriteThrough
 from fvdfs.errors import ReadOnlyImage
-from fvdfs.header import MAX_DISK_SIZE, PAGE, PROFILE_ENTRY_SIZE, SECTOR, Header, ceil_div, round_up, with_fields
+from fvdfs.format.header import MAX_DISK_SIZE, PAGE, PROFILE_ENTRY_SIZE, SECTOR, Header, ceil_div, round_up, with_fields
+from fvdfs.format.profile import Extent, Recorder, decode, encode
+from fvdfs.image.commit import Committer
+from fvdfs.store.host import Buffer, Done, HostFile, Store, together
 
 log = logging.getLogger(__name__)
 

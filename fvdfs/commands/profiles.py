@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 
-from fvdfs.amend import change_header, opened_to_amend
-from fvdfs.chain import Policy, open_chain
-from fvdfs.cow.profile import Extent, decode, from_text
+from fvdfs.commands.amend import change_header, opened_to_amend
 from fvdfs.errors import NotFvd, UsageError
-from fvdfs.header import PROFILE_ENTRY_SIZE
+from fvdfs.format.header import PROFILE_ENTRY_SIZE
+from fvdfs.format.profile import Extent, decode, from_text
+from fvdfs.image.chain import Policy, open_chain
 
 MAX_TEXT = 64 << 20  # bytes
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from fvdfs.header import SECTOR, ceil_div, round_up
-from fvdfs.image import Image
+from fvdfs.format.header import SECTOR, ceil_div, round_up
+from fvdfs.image.image import Image
 
 CELLS = 1000
 BAR_CELLS = 64

@@ -11,12 +11,12 @@ from collections.abc import Iterator
 
 import trio
 
-from fvdfs.alloc.formats import BASE_FORMATS
-from fvdfs.chain import Layer, Policy, open_chain
-from fvdfs.commit import Committer
-from fvdfs.create import inspect_base
+from fvdfs.commands.create import inspect_base
 from fvdfs.errors import UsageError
-from fvdfs.header import HEADER_SIZE, SECTOR, round_up
+from fvdfs.format.header import HEADER_SIZE, SECTOR, round_up
+from fvdfs.image.chain import Layer, Policy, open_chain
+from fvdfs.image.commit import Committer
+from fvdfs.store.formats import BASE_FORMATS
 
 
 @contextlib.contextmanager

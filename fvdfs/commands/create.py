@@ -17,15 +17,11 @@ from dataclasses import dataclass
 
 import trio
 
-from fvdfs.alloc.formats import RAW, is_local
-from fvdfs.alloc.qsd import QsdStore
-from fvdfs.alloc.store import HostFile, Store, open_path
 from fvdfs.alloc.table import new_table
-from fvdfs.chain import FVD_FORMAT, MAX_REGION, RAW_FORMATS, Policy, open_chain, unstated_format
+from fvdfs.commands.newfiles import NewFile, NewFiles, host_files
 from fvdfs.cow.bitmap import Bitmap, bitmap_bytes
-from fvdfs.cow.profile import Extent, encode
 from fvdfs.errors import ImageError, UnstatedFormat, UsageError
-from fvdfs.header import (
+from fvdfs.format.header import (
     DEFAULT_PROFILE_ROOM,
     HEADER_SIZE,
     HEADER_SPACE,
@@ -39,8 +35,12 @@ from fvdfs.header import (
     round_up,
     with_fields,
 )
+from fvdfs.format.profile import Extent, encode
+from fvdfs.image.chain import FVD_FORMAT, MAX_REGION, RAW_FORMATS, Policy, open_chain, unstated_format
 from fvdfs.mountoptions import hint
-from fvdfs.newfiles import NewFile, NewFiles, host_files
+from fvdfs.store.formats import RAW, is_local
+from fvdfs.store.host import HostFile, Store, open_path
+from fvdfs.store.qsd import QsdStore
 
 _ZEROS = bytes(1 << 20)
 

@@ -23,10 +23,10 @@ from typing import Protocol
 
 import trio
 
-from fvdfs.alloc import uring
-from fvdfs.alloc.filelock import FileLock, type_of_file_system
-from fvdfs.alloc.worker import Worker
 from fvdfs.errors import ImageBusy, ImageError
+from fvdfs.store import uring
+from fvdfs.store.filelock import FileLock, type_of_file_system
+from fvdfs.store.worker import Worker
 
 # Answers to opening for writing where reading may do: permissions, an immutable file, a medium that cannot be written
 # (a device as well), a file that is swapped to or runs.

@@ -35,7 +35,7 @@ from dataclasses import dataclass
 
 from fvdfs.alloc.table import UNALLOCATED, Table
 from fvdfs.cow.bitmap import Bitmap
-from fvdfs.header import ENTRIES_WITH_BITMAP_RECORD, SECTOR, Header, ceil_div
+from fvdfs.format.header import ENTRIES_WITH_BITMAP_RECORD, SECTOR, Header, ceil_div
 
 BITMAP_MAGIC = 0x3F2AB8ED
 TABLE_MAGIC = 0xB4E6F7AC

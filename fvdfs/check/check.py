@@ -17,16 +17,16 @@ from typing import Any
 
 import trio
 
-from fvdfs.alloc.formats import is_local
-from fvdfs.alloc.qsd import QsdStore
-from fvdfs.alloc.store import HostFile, open_path
-from fvdfs.chain import FVD_FORMAT, HostStore, Policy, lock_for_reading, open_named, unstated_base_format
-from fvdfs.checks.examine import Absent, Examined, Layer, examine, is_store, read
-from fvdfs.checks.findings import Finding, Findings, Kind, Severity
-from fvdfs.checks.header import check_header
-from fvdfs.checks.mend import mend
+from fvdfs.check.examine import Absent, Examined, Layer, examine, is_store, read
+from fvdfs.check.findings import Finding, Findings, Kind, Severity
+from fvdfs.check.header import check_header
+from fvdfs.check.repair import mend
 from fvdfs.errors import FvdError, ImageBusy, ImageError, Refused, UnstatedFormat, UsageError, printable
-from fvdfs.header import HEADER_SPACE, Header
+from fvdfs.format.header import HEADER_SPACE, Header
+from fvdfs.image.chain import FVD_FORMAT, HostStore, Policy, lock_for_reading, open_named, unstated_base_format
+from fvdfs.store.formats import is_local
+from fvdfs.store.host import HostFile, open_path
+from fvdfs.store.qsd import QsdStore
 
 SHOWN = 20  # findings of a kind, in text
 

@@ -16,15 +16,15 @@ from typing import Protocol
 
 import trio
 
-from fvdfs.alloc.formats import BASE_FORMATS, PROBE_SIZE, detect, is_local, parse_location
-from fvdfs.alloc.qsd import QsdStore
-from fvdfs.alloc.store import Buffer, Store, open_path
-from fvdfs.chain import FVD_FORMAT, HostStore, Policy, open_image, open_other, unstated_format
-from fvdfs.create import make_image, qemu_create
+from fvdfs.commands.create import make_image, qemu_create
+from fvdfs.commands.newfiles import NewFile, NewFiles, host_files, permissions
 from fvdfs.errors import ImageError, UsageError, leading, named
-from fvdfs.header import SECTOR, CreateOptions, round_up
-from fvdfs.image import Image, Zeroes
-from fvdfs.newfiles import NewFile, NewFiles, host_files, permissions
+from fvdfs.format.header import SECTOR, CreateOptions, round_up
+from fvdfs.image.chain import FVD_FORMAT, HostStore, Policy, open_image, open_other, unstated_format
+from fvdfs.image.image import Image, Zeroes
+from fvdfs.store.formats import BASE_FORMATS, PROBE_SIZE, detect, is_local, parse_location
+from fvdfs.store.host import Buffer, Store, open_path
+from fvdfs.store.qsd import QsdStore
 
 PIECE = 1 << 20  # bytes
 UNIT = 64 << 10  # bytes; what is compared, and written or not

@@ -39,11 +39,11 @@ from typing import NoReturn
 
 import trio
 
-from fvdfs import journal
-from fvdfs.alloc.store import OUT_OF_SPACE, Done, FlushError, Store, pwrite_pages
 from fvdfs.alloc.table import Table
 from fvdfs.cow.bitmap import Bitmap
-from fvdfs.header import HEADER_SIZE, PAGE, SECTOR, Header, changed_sectors, round_up, with_fields
+from fvdfs.format import journal
+from fvdfs.format.header import HEADER_SIZE, PAGE, SECTOR, Header, changed_sectors, round_up, with_fields
+from fvdfs.store.host import OUT_OF_SPACE, Done, FlushError, Store, pwrite_pages
 
 log = logging.getLogger(__name__)
 

@@ -13,9 +13,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from fvdfs.checks.findings import Findings, Kind, Severity
+from fvdfs.check.findings import Findings, Kind, Severity
 from fvdfs.errors import FormatError, NotFvd
-from fvdfs.header import (
+from fvdfs.format.header import (
     ENTRIES_WITH_BITMAP_RECORD,
     HEADER_SIZE,
     HEADER_SPACE,

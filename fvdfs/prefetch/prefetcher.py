@@ -23,13 +23,13 @@ from typing import Any
 
 import trio
 
-from fvdfs.cow.contention import GOOD_REQUEST, FloorRule, Pacer
 from fvdfs.cow.fetching import Fetch, Fetcher
 from fvdfs.cow.planner import zero_runs
-from fvdfs.cow.profile import Extent, plan
-from fvdfs.cow.scheduler import Flow, Link, Scheduler
-from fvdfs.header import DEFAULT_PREFETCH, Header, ceil_div, round_up
-from fvdfs.image import Image
+from fvdfs.format.header import DEFAULT_PREFETCH, Header, ceil_div, round_up
+from fvdfs.format.profile import Extent, plan
+from fvdfs.image.image import Image
+from fvdfs.prefetch.contention import GOOD_REQUEST, FloorRule, Pacer
+from fvdfs.prefetch.scheduler import Flow, Link, Scheduler
 
 log = logging.getLogger(__name__)
 

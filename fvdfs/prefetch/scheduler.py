@@ -19,7 +19,7 @@ from contextlib import asynccontextmanager, contextmanager
 
 import trio
 
-from fvdfs.cow.contention import DiskWatch, LinkWatch, Pacer, State, Stopwatch
+from fvdfs.prefetch.contention import DiskWatch, LinkWatch, Pacer, State, Stopwatch
 
 DEFAULT_JOBS = 4
 SLACK = 8 << 20  # bytes that a flow may be behind the others and still catch up

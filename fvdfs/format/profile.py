@@ -22,7 +22,7 @@ from collections.abc import Iterable, Sequence
 from bitarray import bitarray
 
 from fvdfs.errors import UsageError
-from fvdfs.header import PAGE, ceil_div, round_up
+from fvdfs.format.header import PAGE, ceil_div, round_up
 
 ENTRY = struct.Struct("<qI")
 TEXT_HEAD = "# fvdfs profile: offset and length of each extent, in bytes, in the order of their first read\n"

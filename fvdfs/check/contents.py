@@ -23,7 +23,7 @@ from itertools import islice
 from bitarray import bitarray
 
 from fvdfs.alloc.table import ENTRIES_PER_PAGE, NOT_JOURNALED, UNALLOCATED
-from fvdfs.checks.findings import (
+from fvdfs.check.findings import (
     MAX_LISTED,
     Findings,
     Kind,
@@ -34,10 +34,10 @@ from fvdfs.checks.findings import (
     numbered,
     span,
 )
-from fvdfs.checks.header import profile_region
+from fvdfs.check.header import profile_region
 from fvdfs.cow.bitmap import Bitmap
 from fvdfs.errors import ImageError
-from fvdfs.header import MAX_CHUNKS, Header, ceil_div, round_up
+from fvdfs.format.header import MAX_CHUNKS, Header, ceil_div, round_up
 
 # --- what is read from where ----------------------------------------------------------------------
 

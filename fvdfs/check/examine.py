@@ -19,12 +19,8 @@ from typing import TypeGuard
 
 from bitarray import bitarray
 
-from fvdfs import journal
-from fvdfs.alloc.formats import PROBE_SIZE, detect
-from fvdfs.alloc.store import Store
 from fvdfs.alloc.table import MAX_DAMAGED, Table, decode_entries
-from fvdfs.chain import load_image
-from fvdfs.checks.contents import (
+from fvdfs.check.contents import (
     TableScan,
     base_ranges,
     bits_without_chunk,
@@ -37,12 +33,16 @@ from fvdfs.checks.contents import (
     room_in_chunks,
     storage_limit,
 )
-from fvdfs.checks.findings import Findings, Kind, Range, Severity, bit_runs, bounded, join, numbered, span
-from fvdfs.checks.header import HeaderCheck, check_header, check_state
+from fvdfs.check.findings import Findings, Kind, Range, Severity, bit_runs, bounded, join, numbered, span
+from fvdfs.check.header import HeaderCheck, check_header, check_state
 from fvdfs.cow.bitmap import Bitmap, bitmap_bytes
 from fvdfs.errors import ImageError
-from fvdfs.header import HEADER_SPACE, PAGE, SECTOR, Header, Region, ceil_div, round_up
-from fvdfs.image import Image
+from fvdfs.format import journal
+from fvdfs.format.header import HEADER_SPACE, PAGE, SECTOR, Header, Region, ceil_div, round_up
+from fvdfs.image.chain import load_image
+from fvdfs.image.image import Image
+from fvdfs.store.formats import PROBE_SIZE, detect
+from fvdfs.store.host import Store
 
 PIECE = 1 << 20  # bytes that are read or copied at a time
 MAX_REGION = 1 << 29  # bytes; a larger bitmap or table is not looked into

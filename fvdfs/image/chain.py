@@ -16,15 +16,10 @@ from urllib.parse import parse_qs, urlsplit
 
 import trio
 
-from fvdfs import journal, paths
 from fvdfs.alloc.chunked import ChunkedStorage
 from fvdfs.alloc.flat import FlatStorage
-from fvdfs.alloc.formats import BASE_FORMATS, FORMATS, PROBE_SIZE, RAW, Location, detect, is_local, within
 from fvdfs.alloc.growth import grow_command
-from fvdfs.alloc.qsd import QsdStore
-from fvdfs.alloc.store import HostFile, Store, open_as_permitted, open_path, pread_exactly
 from fvdfs.alloc.table import UNALLOCATED, Table, TooDamaged, decode_entries
-from fvdfs.commit import Committer
 from fvdfs.cow.bitmap import Bitmap, bitmap_bytes
 from fvdfs.cow.writethrough import MODES
 from fvdfs.errors import (
@@ -37,10 +32,16 @@ from fvdfs.errors import (
     UnsupportedFeature,
     UsageError,
 )
-from fvdfs.header import HEADER_SIZE, HEADER_SPACE, SECTOR, TABLE_ENTRY_SIZE, Header, Region, round_up
-from fvdfs.image import Image, Zeroes
+from fvdfs.format import journal
+from fvdfs.format.header import HEADER_SIZE, HEADER_SPACE, SECTOR, TABLE_ENTRY_SIZE, Header, Region, round_up
+from fvdfs.image.commit import Committer
+from fvdfs.image.image import Image, Zeroes
 from fvdfs.mountoptions import hint
-from fvdfs.paths import Walker
+from fvdfs.store import paths
+from fvdfs.store.formats import BASE_FORMATS, FORMATS, PROBE_SIZE, RAW, Location, detect, is_local, within
+from fvdfs.store.host import HostFile, Store, open_as_permitted, open_path, pread_exactly
+from fvdfs.store.paths import Walker
+from fvdfs.store.qsd import QsdStore
 
 log = logging.getLogger(__name__)
 
