@@ -20,7 +20,7 @@ from typing import NoReturn
 
 from fvdfs import __version__, daemon, mounts
 from fvdfs.errors import FvdError, UsageError, leading, printable
-from fvdfs.format.header import CreateOptions
+from fvdfs.format.creation import CreateOptions
 from fvdfs.mountoptions import MOUNT_OPTIONS, folders, listed, parse_mount_options, passphrase_file, program
 from fvdfs.store.paths import real_path, within
 
@@ -475,7 +475,7 @@ def _mount(arguments: argparse.Namespace) -> int:
             raise UsageError(f"{path}: is not a directory; " + _instead_of(path))
     if folder == os.path.realpath(mountpoint):
         raise UsageError(f"{mountpoint}: the images would be hidden by their own mount; choose another MOUNTPOINT")
-    from fvdfs.store.formats import BASE_FORMATS
+    from fvdfs.store.references import BASE_FORMATS
 
     base_formats = listed(options, "base_format")
     for name in base_formats:
@@ -504,8 +504,8 @@ def _mount(arguments: argparse.Namespace) -> int:
         raise UsageError(f"-o prefetch_jobs={prefetch_jobs}: must be a number from 1 to 1024")
 
     def serve(ready: Callable[[], None], reopen_log: daemon.ReopenLog) -> None:
-        from fvdfs.image.chain import Policy
         from fvdfs.image.image import Zeroes
+        from fvdfs.image.policy import Policy
         from fvdfs.ops.filesystem import Sync
         from fvdfs.ops.mount import MountOptions, serve
         from fvdfs.prefetch.scheduler import DEFAULT_JOBS

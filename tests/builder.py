@@ -10,10 +10,12 @@ from pathlib import Path
 
 import trio
 
-from fvdfs.format.header import HEADER_SPACE, CreateOptions, Header, new_header, with_fields
-from fvdfs.image.chain import Policy, load_image, open_image
+from fvdfs.format.creation import CreateOptions, new_header
+from fvdfs.format.header import HEADER_SPACE, Header, with_fields
+from fvdfs.image.chain import load_image, open_image
 from fvdfs.image.image import Image
-from fvdfs.store.host import Store
+from fvdfs.image.policy import Policy
+from fvdfs.store.base import Store
 
 KIB = 1024
 IMAGE = "disk.fvd"
@@ -127,7 +129,7 @@ async def load(stores: Mapping[str, Store], name: str = IMAGE) -> Image:
     if header.has_base:
         base_name = header.base_img
         base = await load(stores, base_name) if header.base_img_fmt == "fvd" else stores[base_name]
-    return await load_image(name, header, bytes(raw), meta, data, base)
+    return await load_image(name, header, bytes(raw), meta, data, base, Policy())
 
 
 def _options(

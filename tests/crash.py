@@ -57,11 +57,12 @@ from fakes import (
     write_as_mounted,
 )
 from fvdfs.alloc.growth import GrowCommand
-from fvdfs.format.header import CreateOptions, Header
+from fvdfs.format.creation import CreateOptions
+from fvdfs.format.header import Header
 from fvdfs.image.image import Image, Zeroes
 from fvdfs.prefetch.prefetcher import Prefetcher
 from fvdfs.prefetch.scheduler import Scheduler
-from fvdfs.store.host import Store
+from fvdfs.store.base import Store
 
 NEVER = 1 << 60
 BASE = "base.raw"

@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 import trio
 
 from fvdfs.image.image import Image
-from fvdfs.store.host import Buffer, Done, Stepwise, Store
+from fvdfs.store.base import Buffer, Done, Stepwise, Store
 
 SECTOR = 512  # a disk writes this much whole or not at all
 READ_ONLY = "a store that is not writable was asked to change"

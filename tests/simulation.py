@@ -41,12 +41,13 @@ import trio._core._run
 from trio.testing import MockClock
 
 from builder import IMAGE, KIB, create, load
-from fvdfs.format.header import CreateOptions, with_fields
+from fvdfs.format.creation import CreateOptions
+from fvdfs.format.header import with_fields
 from fvdfs.image.image import Image
 from fvdfs.prefetch.contention import Manners, State
 from fvdfs.prefetch.prefetcher import Prefetcher
 from fvdfs.prefetch.scheduler import DEFAULT_JOBS, Link, Scheduler
-from fvdfs.store.host import Buffer, Stepwise
+from fvdfs.store.base import Buffer, Stepwise
 
 T = TypeVar("T")
 

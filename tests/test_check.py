@@ -30,15 +30,18 @@ import reference
 from builder import IMAGE, LAYOUTS, Layout, create, load, read_files
 from conftest import MIB, fvdfs, mounted, must
 from fakes import CALLS, Clock, CrashStore, FaultPlan, FaultStore, MemoryStore
-from fvdfs.check.check import Report, check_layers, contents, describe, examine, findings, render
+from fvdfs.check import contents, examine, findings
+from fvdfs.check.check import Report, check_layers, describe, render
 from fvdfs.check.examine import Absent, Layer
 from fvdfs.check.findings import Findings, Kind, Severity, bounded, span
 from fvdfs.check.header import check_header
 from fvdfs.cli import main
 from fvdfs.errors import FormatError, NotFvd, printable
-from fvdfs.format.header import HEADER_SPACE, CreateOptions, Header, with_fields
-from fvdfs.image.chain import Policy, open_image
-from fvdfs.store.host import Buffer, Store
+from fvdfs.format.creation import CreateOptions
+from fvdfs.format.header import HEADER_SPACE, Header, with_fields
+from fvdfs.image.chain import open_image
+from fvdfs.image.policy import Policy
+from fvdfs.store.base import Buffer, Store
 from test_crash_sweep import small
 from test_reference import MANIFEST, bits, extract, raw_entries
 

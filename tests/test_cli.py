@@ -18,7 +18,8 @@ from conftest import MIB, fvdfs, mounted, must
 from fvdfs.cli import parse_size
 from fvdfs.daemon import LogFormatter
 from fvdfs.errors import ImageError
-from fvdfs.format.header import DEFAULT_PROFILE_ROOM, HEADER_SIZE, CreateOptions, new_header
+from fvdfs.format.creation import CreateOptions, new_header
+from fvdfs.format.header import DEFAULT_PROFILE_ROOM, HEADER_SIZE
 from test_reference import GOLDEN, MANIFEST, extract
 
 SWITCHES = {"compact_image": "--compact", "copy_on_read": "--copy-on-read"}

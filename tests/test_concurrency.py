@@ -33,8 +33,8 @@ import reference
 from builder import LAYOUTS, Layout, load, read_files
 from conftest import MIB, Mount, fvdfs, mounted, must, wait_for_end, wait_until
 from fakes import SECTOR, MemoryStore, flush_as_mounted
-from fvdfs.image.chain import Policy
 from fvdfs.image.image import Image
+from fvdfs.image.policy import Policy
 from fvdfs.ops.inodes import Folder
 from fvdfs.prefetch.prefetcher import Prefetcher
 from fvdfs.prefetch.scheduler import Scheduler

@@ -18,7 +18,8 @@ import reference
 from builder import IMAGE, LAYOUTS, Layout, load, read_files
 from crash import EFFORT, SCENARIOS, SUBJECTS, Effort, Subject, applies, simulate, states, tiny
 from fakes import SECTOR, Clock, CrashStore
-from fvdfs.store.host import HostFile, Store
+from fvdfs.store.base import Store
+from fvdfs.store.host import HostFile
 
 
 @pytest.mark.parametrize("subject", SUBJECTS, ids=lambda subject: subject.name)

@@ -33,7 +33,7 @@ from fakes import (
 )
 from fvdfs.errors import FvdError
 from fvdfs.image.image import Image
-from fvdfs.store.host import Store
+from fvdfs.store.base import Store
 
 SEEDS = 1  # power cuts at each moment; `crash.py` makes more of them, of smaller images
 NEVER = 1 << 60

@@ -18,7 +18,7 @@ import pytest
 import reference
 from conftest import FVDFS, MIB, fvdfs, mounted, must, wait_for_end, wait_for_log, wait_until
 from fvdfs.commands.create import create_image
-from fvdfs.format.header import CreateOptions
+from fvdfs.format.creation import CreateOptions
 
 HARMLESS = ["SIGHUP", "SIGPIPE", "SIGUSR1", "SIGUSR2", "SIGALRM", "SIGVTALRM", "SIGPROF", "SIGIO", "SIGPWR", "SIGTTOU"]
 PID = "user.fvdfs.pid"

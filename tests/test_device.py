@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from conftest import MIB, Mount, mounted, must
-from fvdfs.ops.device import CONGESTION_THRESHOLD, FUSE_HANDLE_KILLPRIV_V2, MAX_BACKGROUND, amend
+from fvdfs.ops.wire import CONGESTION_THRESHOLD, FUSE_HANDLE_KILLPRIV_V2, MAX_BACKGROUND, amend
 
 REQUEST = struct.pack("=IIQQIIIHHIIII", 56, 26, 1, 0, 0, 0, 0, 0, 0, 7, 45, 1 << 17, FUSE_HANDLE_KILLPRIV_V2 | 1)
 

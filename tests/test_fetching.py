@@ -14,11 +14,13 @@ from trio.testing import wait_all_tasks_blocked
 
 from builder import KIB, create, load
 from fakes import MemoryStore
+from fvdfs.cow.recorder import Recorder
 from fvdfs.errors import UsageError
-from fvdfs.format.header import CreateOptions
-from fvdfs.format.profile import Recorder, decode, encode, from_text, plan, to_text
+from fvdfs.format.creation import CreateOptions
+from fvdfs.format.profile import decode, encode, from_text, to_text
 from fvdfs.image.image import Image
 from fvdfs.prefetch.prefetcher import Prefetcher
+from fvdfs.prefetch.profile import plan
 from fvdfs.prefetch.scheduler import Scheduler
 
 BLOCK = 64 * KIB

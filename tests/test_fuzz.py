@@ -24,8 +24,7 @@ from fvdfs.alloc.table import Table
 from fvdfs.cow.bitmap import Bitmap
 from fvdfs.format.header import Header
 from fvdfs.image.image import Image
-from fvdfs.store import formats
-from fvdfs.store import host as store
+from fvdfs.store import base, locations, references
 
 RUN = Path(__file__).parent / "fuzz" / "run.py"
 all_targets = pytest.mark.parametrize("target", TARGETS)
@@ -117,7 +116,7 @@ def _unquoted(name: str, text: str, safe: str = "/") -> str:
     return text
 
 
-async def _all_at_once(source: store.Store, size: int, offset: int) -> bytearray:
+async def _all_at_once(source: base.Store, size: int, offset: int) -> bytearray:
     data = bytearray(size + (1 << 40 if size > 1 << 40 else 1 << 18))
     await source.pread(memoryview(data), offset)
     return data[:size]
@@ -135,8 +134,8 @@ async def _all_at_once(source: store.Store, size: int, offset: int) -> bytearray
         ("journal", Bitmap, "set_local", _without_last),
         ("open", Bitmap, "set_local", _without_last),
         ("open", Image, "flush", _nothing),
-        ("formats", formats, "_quoted", _unquoted),
-        ("formats", formats, "_text", _any_text),
+        ("formats", locations, "_quoted", _unquoted),
+        ("formats", references, "_text", _any_text),
         ("open", "fvdfs.image.chain", "pread_exactly", _all_at_once),
     ],
     ids=lambda value: getattr(value, "__name__", str(value)),

@@ -14,19 +14,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fvdfs.errors import FormatError, FvdError, NotFvd, UsageError
+from fvdfs.format.creation import CreateOptions, default_block_size, new_header
 from fvdfs.format.header import (
     HEADER_SIZE,
     HEADER_SPACE,
     MAGIC,
     MAX_CHUNKS,
     MAX_DISK_SIZE,
-    CreateOptions,
     Header,
     Region,
     ceil_div,
     changed_sectors,
-    default_block_size,
-    new_header,
     round_up,
     with_fields,
 )

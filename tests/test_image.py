@@ -14,10 +14,12 @@ from builder import IMAGE, LAYOUTS, create, load, read_files
 from fakes import SECTOR, CrashStore, MemoryStore, read_as_mounted
 from fvdfs.alloc.chunked import ChunkedStorage
 from fvdfs.errors import ReadOnlyImage
-from fvdfs.format.header import MAX_DISK_SIZE, CreateOptions, Header, with_fields
+from fvdfs.format.creation import CreateOptions
+from fvdfs.format.header import MAX_DISK_SIZE, Header, with_fields
 from fvdfs.format.journal import BITMAP_MAGIC
 from fvdfs.image.image import Image
-from fvdfs.store.host import Buffer, Done, open_path
+from fvdfs.store.base import Buffer, Done
+from fvdfs.store.host import open_path
 
 
 def test_writes_past_the_end_together_only_grow_the_disk(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ PURE = {
     "fvdfs.cow.bitmap",
     "fvdfs.cow.planner",
     "fvdfs.alloc.table",
-    "fvdfs.store.formats",
+    "fvdfs.store.locations",
     "fvdfs.check.findings",
     "fvdfs.check.header",
     "fvdfs.check.contents",
@@ -91,7 +91,7 @@ def modules_imported(module: str) -> set[str]:
         ("from . import locks", ["fvdfs.cow.locks"]),
         ("from .locks import RangeLock", ["fvdfs.cow.locks.RangeLock"]),
         ("from ..alloc import store", ["fvdfs.store.host"]),
-        ("from ..alloc.store import Store", ["fvdfs.store.host.Store"]),
+        ("from ..alloc.store import Store", ["fvdfs.store.base.Store"]),
     ],
 )
 def test_imports_are_found(source: str, names: list[str]) -> None:

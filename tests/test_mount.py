@@ -25,7 +25,8 @@ import reference
 from conftest import MIB, Mount, fvdfs, loop_device, mounted, must, small_disk, wait_for_end, wait_for_log
 from fvdfs.errors import ImageError
 from fvdfs.format.header import HEADER_SIZE, Header, with_fields
-from fvdfs.image.image import chain
+from fvdfs.image import chain
+from fvdfs.image.policy import Policy
 from fvdfs.ops.filesystem import COMMIT_INTERVAL
 
 
@@ -742,13 +743,13 @@ def test_a_scan_looks_at_each_image_of_a_chain_once_or_twice(
     before = len(os.listdir("/proc/self/fd"))
     judged: chain.Judged = {}
     for image in sorted(folder.glob("*.fvd")):
-        assert chain.look_at_chain(str(image), chain.Policy(), judged)[0] == MIB
+        assert chain.look_at_chain(str(image), Policy(), judged)[0] == MIB
     assert max(descriptors) <= before + 3
     assert len(looks) <= 2 * len(numbers)
     (folder / "base.raw").unlink()
     for image in sorted(folder.glob("*.fvd")):
         with pytest.raises(ImageError, match=r"i[0-9]+\.fvd: base_img=base\.raw"):
-            chain.look_at_chain(str(image), chain.Policy(), judged={})
+            chain.look_at_chain(str(image), Policy(), judged={})
     assert len(os.listdir("/proc/self/fd")) == before
 
 

@@ -16,7 +16,8 @@ import pytest
 
 from conftest import MIB, fvdfs, loop_device, mounted, must, wait_until
 from fvdfs.errors import ImageBusy
-from fvdfs.image.chain import Policy, load_chain, open_chain, open_image
+from fvdfs.image.chain import load_chain, open_chain, open_image
+from fvdfs.image.policy import Policy
 from fvdfs.store import filelock
 from fvdfs.store.host import HostFile, open_path
 

@@ -31,11 +31,13 @@ from fvdfs.errors import (
     UnsupportedFeature,
     UsageError,
 )
-from fvdfs.image.chain import Policy
-from fvdfs.store import qsd
-from fvdfs.store.formats import Location, within
-from fvdfs.store.host import HostFile, Store
-from fvdfs.store.qsd import Daemon, QsdStore
+from fvdfs.image.policy import Policy
+from fvdfs.store import qemu_daemon, qemu_store
+from fvdfs.store.base import Store
+from fvdfs.store.host import HostFile
+from fvdfs.store.locations import Location, within
+from fvdfs.store.qemu_daemon import Daemon
+from fvdfs.store.qemu_store import QsdStore
 
 MIB = 1 << 20
 SIZE = 8 * MIB
@@ -325,7 +327,7 @@ async def test_names_that_appear_after_the_look(folder: Path, tmp_path: Path, mo
     """As if the image had been changed between our look at its header and QEMU's."""
     secret = tmp_path / "secret"
     qemu_img("create", "-f", "qcow2", "-o", f"data_file={secret}", folder / "disk", "1M")
-    monkeypatch.setattr(qsd, "references", lambda *_: [])
+    monkeypatch.setattr(qemu_store, "references", lambda *_: [])
     store = named(folder, "disk", "qcow2")
     await refused(store, Refused, f"QEMU open {secret}")
 
@@ -334,7 +336,7 @@ async def test_backing_file_that_appears_after_the_look(
     folder: Path, data: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     qemu_img("create", "-f", "qcow2", "-b", folder / "data.raw", "-F", "raw", folder / "disk")
-    monkeypatch.setattr(qsd, "references", lambda *_: [])
+    monkeypatch.setattr(qemu_store, "references", lambda *_: [])
     async with opened(folder, "disk", "qcow2") as store:
         assert await content(store) == bytes(SIZE)
 
@@ -554,7 +556,7 @@ async def test_data_on_an_nbd_server_that_is_away_for_a_moment(folder: Path, mon
                 await store.pwrite(b"two", 5000)
                 await store.flush()
                 second.close()
-                monkeypatch.setattr(qsd, "SERVER_TIMEOUT", 0.3)
+                monkeypatch.setattr(qemu_store, "SERVER_TIMEOUT", 0.3)
                 with pytest.raises(OSError, match="cannot be started again") as caught:
                     await content(store, MIB // 2, 5)
                 assert caught.value.errno == errno.EIO
@@ -612,7 +614,7 @@ async def test_nbd_server_that_is_not_there(folder: Path, free_port: int) -> Non
 
 
 async def test_server_that_does_not_answer(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(qsd, "START_TIMEOUT", 0.5)
+    monkeypatch.setattr(qemu_daemon, "START_TIMEOUT", 0.5)
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(folder / "socket"))
         listener.listen()
@@ -800,7 +802,7 @@ async def test_restart_that_fails(folder: Path, data: bytes, monkeypatch: pytest
 
 
 async def test_hung_daemon_is_stopped(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(qsd, "STOP_TIMEOUT", 0.3)
+    monkeypatch.setattr(qemu_daemon, "STOP_TIMEOUT", 0.3)
     qemu_img("create", "-f", "qcow2", folder / "disk", "1M")
     async with opened(folder, "disk", "qcow2", writable=True) as store:
         os.kill(store.pid, signal.SIGSTOP)

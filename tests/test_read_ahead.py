@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 
 from conftest import MIB, Mount, mounted, must, wait_until
-from fvdfs.image.chain import Policy, open_image
+from fvdfs.image.chain import open_image
+from fvdfs.image.policy import Policy
 from fvdfs.store import filelock
 from fvdfs.store.host import open_path
 

@@ -45,7 +45,8 @@ from fakes import (
 from fvdfs.image.image import Image
 from fvdfs.prefetch.prefetcher import Prefetcher
 from fvdfs.prefetch.scheduler import Scheduler
-from fvdfs.store.host import HostFile, Store
+from fvdfs.store.base import Store
+from fvdfs.store.host import HostFile
 
 T = TypeVar("T")
 

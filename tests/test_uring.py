@@ -13,7 +13,8 @@ import trio
 from trio.testing import wait_all_tasks_blocked
 
 from fvdfs.store import uring
-from fvdfs.store.host import COLD, EXPECTED, LARGE, FlushError, HostFile, open_path
+from fvdfs.store.base import FlushError
+from fvdfs.store.host import COLD, EXPECTED, LARGE, HostFile, open_path
 
 T = TypeVar("T")
 

@@ -30,7 +30,7 @@ import trio
 from fvdfs.alloc.growth import GrowCommand
 from fvdfs.alloc.table import UNALLOCATED, Table
 from fvdfs.format.header import MAX_CHUNKS, ceil_div
-from fvdfs.store.host import OUT_OF_SPACE, Store
+from fvdfs.store.base import OUT_OF_SPACE, Store
 
 log = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import trio
 
 from fvdfs.alloc.growth import GrowCommand
-from fvdfs.store.host import Store
+from fvdfs.store.base import Store
 
 
 class FlatStorage:

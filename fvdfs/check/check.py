@@ -23,10 +23,11 @@ from fvdfs.check.header import check_header
 from fvdfs.check.repair import mend
 from fvdfs.errors import FvdError, ImageBusy, ImageError, Refused, UnstatedFormat, UsageError, printable
 from fvdfs.format.header import HEADER_SPACE, Header
-from fvdfs.image.chain import FVD_FORMAT, HostStore, Policy, lock_for_reading, open_named, unstated_base_format
-from fvdfs.store.formats import is_local
+from fvdfs.image.chain import lock_for_reading, open_named, unstated_base_format
+from fvdfs.image.policy import FVD_FORMAT, HostStore, Policy
 from fvdfs.store.host import HostFile, open_path
-from fvdfs.store.qsd import QsdStore
+from fvdfs.store.locations import is_local
+from fvdfs.store.qemu_store import QsdStore
 
 SHOWN = 20  # findings of a kind, in text
 

@@ -41,8 +41,9 @@ from fvdfs.format import journal
 from fvdfs.format.header import HEADER_SPACE, PAGE, SECTOR, Header, Region, ceil_div, round_up
 from fvdfs.image.chain import load_image
 from fvdfs.image.image import Image
-from fvdfs.store.formats import PROBE_SIZE, detect
-from fvdfs.store.host import Store
+from fvdfs.image.policy import Policy
+from fvdfs.store.base import Store
+from fvdfs.store.references import PROBE_SIZE, detect
 
 PIECE = 1 << 20  # bytes that are read or copied at a time
 MAX_REGION = 1 << 29  # bytes; a larger bitmap or table is not looked into
@@ -527,7 +528,7 @@ async def _load_base(layer: Layer) -> Image:
         if below is None or isinstance(below, Absent):
             raise ImageError(layer.path, "its base image is missing")
         base = await _load_base(below) if isinstance(below, Layer) else below
-    return await load_image(layer.path, header, raw.ljust(HEADER_SPACE, b"\0"), layer.meta, layer.data, base)
+    return await load_image(layer.path, header, raw.ljust(HEADER_SPACE, b"\0"), layer.meta, layer.data, base, Policy())
 
 
 async def _is_zero(store: Store, start: int, stop: int) -> bool:

@@ -31,7 +31,7 @@ from fvdfs.check.contents import plan_table, without_tail
 from fvdfs.check.examine import PIECE, Examined, Filled, Layer, is_store, read
 from fvdfs.check.findings import Kind, Range
 from fvdfs.format.header import HEADER_SIZE, PAGE, Header, Region, changed_sectors, with_fields
-from fvdfs.store.host import Store, pwrite_pages
+from fvdfs.store.base import Store, pwrite_pages
 
 _OF_TABLE = {Kind.TABLE_BIT_31, Kind.CHUNK_BEYOND_STORAGE, Kind.CHUNK_SHARED, Kind.BIT_WITHOUT_CHUNK}
 _OF_JOURNAL = {Kind.REPLAY_PENDING, Kind.JOURNAL_UNAPPLIED, Kind.JOURNAL_RECORD}

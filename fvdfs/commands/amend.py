@@ -14,9 +14,10 @@ import trio
 from fvdfs.commands.create import inspect_base
 from fvdfs.errors import UsageError
 from fvdfs.format.header import HEADER_SIZE, SECTOR, round_up
-from fvdfs.image.chain import Layer, Policy, open_chain
+from fvdfs.image.chain import Layer, open_chain
 from fvdfs.image.commit import Committer
-from fvdfs.store.formats import BASE_FORMATS
+from fvdfs.image.policy import Policy
+from fvdfs.store.references import BASE_FORMATS
 
 
 @contextlib.contextmanager

@@ -24,8 +24,9 @@ from rich.text import Text
 from fvdfs.commands.info import human_size
 from fvdfs.commands.newfiles import NewFiles
 from fvdfs.errors import UsageError, named, printable
-from fvdfs.image.chain import Policy, open_image
+from fvdfs.image.chain import open_image
 from fvdfs.image.map import BAR_CELLS, image_map, merged, totals
+from fvdfs.image.policy import Policy
 from fvdfs.mounts import DEAD, refuse_dead
 from fvdfs.xattrs import MAP, PID, PREFETCH, STATUS
 

@@ -19,12 +19,16 @@ import trio
 from fvdfs.commands.create import make_image, qemu_create
 from fvdfs.commands.newfiles import NewFile, NewFiles, host_files, permissions
 from fvdfs.errors import ImageError, UsageError, leading, named
-from fvdfs.format.header import SECTOR, CreateOptions, round_up
-from fvdfs.image.chain import FVD_FORMAT, HostStore, Policy, open_image, open_other, unstated_format
+from fvdfs.format.creation import CreateOptions
+from fvdfs.format.header import SECTOR, round_up
+from fvdfs.image.chain import open_image, open_other
 from fvdfs.image.image import Image, Zeroes
-from fvdfs.store.formats import BASE_FORMATS, PROBE_SIZE, detect, is_local, parse_location
-from fvdfs.store.host import Buffer, Store, open_path
-from fvdfs.store.qsd import QsdStore
+from fvdfs.image.policy import FVD_FORMAT, HostStore, Policy, unstated_format
+from fvdfs.store.base import Buffer, Store
+from fvdfs.store.host import open_path
+from fvdfs.store.locations import is_local, parse_location
+from fvdfs.store.qemu_store import QsdStore
+from fvdfs.store.references import BASE_FORMATS, PROBE_SIZE, detect
 
 PIECE = 1 << 20  # bytes
 UNIT = 64 << 10  # bytes; what is compared, and written or not

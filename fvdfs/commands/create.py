@@ -21,26 +21,28 @@ from fvdfs.alloc.table import new_table
 from fvdfs.commands.newfiles import NewFile, NewFiles, host_files
 from fvdfs.cow.bitmap import Bitmap, bitmap_bytes
 from fvdfs.errors import ImageError, UnstatedFormat, UsageError
+from fvdfs.format.creation import CreateOptions, new_header
 from fvdfs.format.header import (
     DEFAULT_PROFILE_ROOM,
     HEADER_SIZE,
     HEADER_SPACE,
     PAGE,
     SECTOR,
-    CreateOptions,
     Header,
     Region,
     ceil_div,
-    new_header,
     round_up,
     with_fields,
 )
 from fvdfs.format.profile import Extent, encode
-from fvdfs.image.chain import FVD_FORMAT, MAX_REGION, RAW_FORMATS, Policy, open_chain, unstated_format
+from fvdfs.image.chain import MAX_REGION, open_chain
+from fvdfs.image.policy import FVD_FORMAT, RAW_FORMATS, Policy, unstated_format
 from fvdfs.mountoptions import hint
-from fvdfs.store.formats import RAW, is_local
-from fvdfs.store.host import HostFile, Store, open_path
-from fvdfs.store.qsd import QsdStore
+from fvdfs.store.base import Store
+from fvdfs.store.host import HostFile, open_path
+from fvdfs.store.locations import is_local
+from fvdfs.store.qemu_store import QsdStore
+from fvdfs.store.references import RAW
 
 _ZEROS = bytes(1 << 20)
 

@@ -10,8 +10,9 @@ import trio
 
 from fvdfs.errors import FvdError, ImageBusy, printable
 from fvdfs.format.header import Header
-from fvdfs.image.chain import Chain, Policy, load_chain, open_chain
+from fvdfs.image.chain import Chain, load_chain, open_chain
 from fvdfs.image.image import Image
+from fvdfs.image.policy import Policy
 
 
 def describe(path: str, *, secret_file: str = "") -> dict[str, Any]:

@@ -27,8 +27,9 @@ from collections.abc import Iterable
 from types import FrameType, TracebackType
 
 from fvdfs.errors import UsageError
-from fvdfs.store.host import HostFile, Store, open_host_file
-from fvdfs.store.qsd import QsdStore
+from fvdfs.store.base import Store
+from fvdfs.store.host import HostFile, open_host_file
+from fvdfs.store.qemu_store import QsdStore
 
 Identity = tuple[int, int]
 """As of `HostFile.identity`."""

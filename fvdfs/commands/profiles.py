@@ -8,7 +8,8 @@ from fvdfs.commands.amend import change_header, opened_to_amend
 from fvdfs.errors import NotFvd, UsageError
 from fvdfs.format.header import PROFILE_ENTRY_SIZE
 from fvdfs.format.profile import Extent, decode, from_text
-from fvdfs.image.chain import Policy, open_chain
+from fvdfs.image.chain import open_chain
+from fvdfs.image.policy import Policy
 
 MAX_TEXT = 64 << 20  # bytes
 

@@ -25,7 +25,7 @@ from typing import Protocol
 import trio
 
 from fvdfs.format.header import ceil_div
-from fvdfs.store.host import Done, together
+from fvdfs.store.base import Done, together
 
 log = logging.getLogger(__name__)
 

@@ -24,7 +24,7 @@ from typing import Protocol
 import trio
 from bitarray import bitarray
 
-from fvdfs.store.host import Buffer, Store
+from fvdfs.store.base import Buffer, Store
 
 log = logging.getLogger(__name__)
 

@@ -17,12 +17,10 @@ Pure: no I/O, no clock.
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable, Sequence
-
-from bitarray import bitarray
+from collections.abc import Iterable
 
 from fvdfs.errors import UsageError
-from fvdfs.format.header import PAGE, ceil_div, round_up
+from fvdfs.format.header import ceil_div
 
 ENTRY = struct.Struct("<qI")
 TEXT_HEAD = "# fvdfs profile: offset and length of each extent, in bytes, in the order of their first read\n"
@@ -70,58 +68,3 @@ def from_text(text: str, name: str) -> list[Extent]:
         if length:
             extents.append((start, start + length))
     return extents
-
-
-def plan(extents: Sequence[Extent], size: int, gap: int, longest: int) -> list[Extent]:
-    """The requests that fetch a profile from a base of `size` bytes.
-
-    An extent that follows the one before within `gap` bytes is fetched with it, up to `longest` bytes.
-    """
-    requests: list[Extent] = []
-    for start, stop in extents:
-        stop = min(stop, size)
-        if start >= stop:
-            continue
-        if requests:
-            last_start, last_stop = requests[-1]
-            if last_start <= start <= last_stop + gap and max(stop, last_stop) - last_start <= longest:
-                requests[-1] = last_start, max(stop, last_stop)
-                continue
-        requests.append((start, stop))
-    return requests
-
-
-class Recorder:
-    """Keeps the order of the first reads within the base's range."""
-
-    def __init__(self, size: int, limit: int) -> None:
-        """`size`: bytes of the base's range; `limit`: entries that there is room for."""
-        self._size = size
-        self._limit = limit
-        self._seen = bitarray(ceil_div(size, PAGE))
-        self.extents: list[Extent] = []
-
-    def touched(self, start: int, stop: int, *, written: bool) -> None:
-        """Bytes were read, or written: what was written first is not needed from the base."""
-        stop = min(stop, self._size)
-        if start >= stop:
-            return
-        page, end = start // PAGE, ceil_div(stop, PAGE)
-        seen = self._seen
-        if written:
-            page, end = ceil_div(start, PAGE), (end if stop == self._size else stop // PAGE)
-            if page < end:
-                seen[page:end] = 1
-            return
-        while (first := seen.find(0, page, end)) >= 0:
-            page = seen.find(1, first, end)
-            if page < 0:
-                page = end
-            seen[first:page] = 1
-            self._add(first * PAGE, min(page * PAGE, round_up(self._size, PAGE)))
-
-    def _add(self, start: int, stop: int) -> None:
-        if self.extents and self.extents[-1][1] == start:
-            self.extents[-1] = self.extents[-1][0], stop
-        elif len(self.extents) < self._limit:
-            self.extents.append((start, stop))

@@ -43,7 +43,7 @@ from fvdfs.alloc.table import Table
 from fvdfs.cow.bitmap import Bitmap
 from fvdfs.format import journal
 from fvdfs.format.header import HEADER_SIZE, PAGE, SECTOR, Header, changed_sectors, round_up, with_fields
-from fvdfs.store.host import OUT_OF_SPACE, Done, FlushError, Store, pwrite_pages
+from fvdfs.store.base import OUT_OF_SPACE, Done, FlushError, Store, pwrite_pages
 
 log = logging.getLogger(__name__)
 

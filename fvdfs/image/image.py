@@ -31,12 +31,14 @@ from fvdfs.cow.bitmap import Bitmap
 from fvdfs.cow.fetching import Fetcher
 from fvdfs.cow.locks import RangeLock
 from fvdfs.cow.planner import Geometry, WritePlan, plan_write, read_runs, zero_runs
+from fvdfs.cow.recorder import Recorder
 from fvdfs.cow.writethrough import MODES, BaseWriter, WriteBack, WriteThrough
 from fvdfs.errors import ReadOnlyImage
 from fvdfs.format.header import MAX_DISK_SIZE, PAGE, PROFILE_ENTRY_SIZE, SECTOR, Header, ceil_div, round_up, with_fields
-from fvdfs.format.profile import Extent, Recorder, decode, encode
+from fvdfs.format.profile import Extent, decode, encode
 from fvdfs.image.commit import Committer
-from fvdfs.store.host import Buffer, Done, HostFile, Store, together
+from fvdfs.store.base import Buffer, Done, Store, together
+from fvdfs.store.host import HostFile
 
 log = logging.getLogger(__name__)
 

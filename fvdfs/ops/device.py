@@ -8,16 +8,7 @@ that has ended, both without a task; only the rest is handed to one. Everything 
 through a socket that stands in the place of its descriptor of /dev/fuse, and its answers come back that
 way. The messages are the kernel's stable interface (linux/fuse.h).
 
-The first exchange, INIT, settles what the two sides can do. libfuse's answer leaves out what matters
-most here, so it is amended:
-
-- FUSE_HANDLE_KILLPRIV_V2. Without it the kernel asks for the extended attribute security.capability
-  before *every* write, one more request each time. With it the file system promises to drop set-uid
-  bits and capabilities on writing itself; ours has none to drop (`filesystem.py` never shows them).
-- max_background, the number of read-ahead and writeback requests that may be under way, 12 otherwise. Those of an image
-  whose base hangs count, so there are far more than a disk needs; read-ahead stops at a smaller number by itself.
-
-A kernel that does not offer a flag is not answered with it.
+The messages stand in `wire`.
 
 Direct I/O (O_DIRECT) that does not begin and end at a sector is answered with EINVAL, as file systems on disks do:
 by that a program, QEMU for one, finds out in which pieces a disk can be read and written. That it could be done counts
@@ -31,7 +22,6 @@ import functools
 import math
 import os
 import socket
-import struct
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import nullcontext
@@ -44,40 +34,34 @@ import trio
 from fvdfs.errors import UsageError
 from fvdfs.format.header import SECTOR
 from fvdfs.image.image import PendingRead
+from fvdfs.ops.wire import (
+    FATTR_FH,
+    FATTR_TIMES,
+    FUSE_FSYNC,
+    FUSE_INIT,
+    FUSE_INTERRUPT,
+    FUSE_NOTIFY_INVAL_INODE,
+    FUSE_READ,
+    FUSE_SETATTR,
+    FUSE_WRITE,
+    FUSE_WRITE_CACHE,
+    IN_HEADER,
+    INIT_OUT,
+    INVALIDATE,
+    OUT_HEADER,
+    SETATTR,
+    TRANSFER,
+    WRITTEN,
+    amend,
+    encode,
+)
 from fvdfs.store import uring
-from fvdfs.store.host import Buffer, Done
-
-FUSE_SETATTR = 4
-FUSE_READ = 15
-FUSE_WRITE = 16
-FUSE_FSYNC = 20
-FUSE_INIT = 26
-FUSE_INTERRUPT = 36
-FUSE_NOTIFY_INVAL_INODE = 2
-FUSE_HANDLE_KILLPRIV_V2 = 1 << 28
-MAX_BACKGROUND = 256
-CONGESTION_THRESHOLD = 48
+from fvdfs.store.base import Buffer, Done
 
 LINGER = 50_000
 """Nanoseconds for which a turn goes on looking for requests and results after the last one. It is only done where
 a request has come within twice the time after an answer: then sleeping and being woken would cost more."""
 
-_IN_HEADER = struct.Struct("=IIQQIIIHH")  # len opcode unique nodeid uid gid pid total_extlen padding
-_INIT_IN = struct.Struct("=IIII")  # major minor max_readahead flags
-_INIT_OUT = struct.Struct("=IIIIHHI")  # major minor max_readahead flags max_background congestion_threshold max_write
-_OUT_HEADER = struct.Struct("=IiQ")  # len error unique
-# READ and WRITE without its data, header and all: opcode unique fh offset size, its own flags, flags of the open file.
-# FSYNC has its fh there, too.
-_TRANSFER = struct.Struct("=4xIQ8x16xQQII8xI4x")
-# SETATTR: nodeid, valid, mtime and its nanoseconds.
-_SETATTR = struct.Struct("=16xQ16xI36xQ8x4xI24x")
-_FUSE_WRITE_CACHE = 1 << 0  # written by the kernel, for whoever changed the page
-_FATTR_FH = 1 << 6
-_FATTR_TIMES = 1 << 5 | 1 << 10  # of the last change of content, and of attributes
-# The answer: timeout s and ns; ino size blocks atime mtime ctime, their ns, mode nlink uid gid rdev blksize.
-_ATTRIBUTES = struct.Struct("=QI4xQQQqqqIIIIIIIII4x")
-_WRITTEN = struct.Struct("=I4x")  # size
-_INVALIDATE = struct.Struct("=Qqq")  # inode offset length; 0: all
 _PER_TURN = 32  # requests that are received before other tasks get their turn
 _IDLE_TASKS = 16
 _SMALL = 64 << 10  # bytes; a smaller write is copied out of the buffer that it was received in
@@ -140,7 +124,7 @@ class Device:
         finally:
             theirs.close()
         self._requests = requests
-        self._head = bytearray(_TRANSFER.size)
+        self._head = bytearray(TRANSFER.size)
         self._max_write = max_write
         self._spare: list[memoryview] = []
         self._payload = self._take_buffer()
@@ -158,14 +142,14 @@ class Device:
     def _exchange_init(self, theirs: socket.socket) -> int:
         """Have libfuse answer INIT, and the kernel get the answer amended; the largest WRITE that it will send."""
         request = os.read(self._kernel, _LARGEST)
-        if _IN_HEADER.unpack_from(request)[1] != FUSE_INIT:
+        if IN_HEADER.unpack_from(request)[1] != FUSE_INIT:
             raise UsageError("the kernel's first request is not INIT: is another FUSE program attached to this mount?")
         os.dup2(theirs.fileno(), self._libfuses, inheritable=False)
         self._socket.send(request)
         answer = amend(request, trio.run(self._first_answer))
         os.write(self._kernel, answer)
         os.set_blocking(self._kernel, False)
-        return int(_INIT_OUT.unpack_from(answer, _OUT_HEADER.size)[-1])
+        return int(INIT_OUT.unpack_from(answer, OUT_HEADER.size)[-1])
 
     async def _first_answer(self) -> bytes:
         """Have libfuse handle the one request that waits for it."""
@@ -210,8 +194,8 @@ class Device:
         It needs no name of the file, and no mount that the file can be reached by; requests must go on being served.
         To drop it as part of the opening would not do: who opens it next could be faster.
         """
-        message = _OUT_HEADER.pack(_OUT_HEADER.size + _INVALIDATE.size, FUSE_NOTIFY_INVAL_INODE, 0)
-        message += _INVALIDATE.pack(inode, 0, 0)
+        message = OUT_HEADER.pack(OUT_HEADER.size + INVALIDATE.size, FUSE_NOTIFY_INVAL_INODE, 0)
+        message += INVALIDATE.pack(inode, 0, 0)
         await trio.to_thread.run_sync(self._notify, message, abandon_on_cancel=True)
 
     def _notify(self, message: bytes) -> None:
@@ -283,14 +267,14 @@ class Device:
                     return  # what a thread will be busy with for long had better begin
 
     def _dispatch(self, length: int) -> None:
-        opcode, unique, fh, offset, size, own_flags, flags = _TRANSFER.unpack_from(self._head)
+        opcode, unique, fh, offset, size, own_flags, flags = TRANSFER.unpack_from(self._head)
         if opcode == FUSE_READ:
             if flags & os.O_DIRECT and (offset | size) % SECTOR:
                 self._answer(unique, errno.EINVAL)
             else:
                 self._begin_read(unique, fh, offset, size)
         elif opcode == FUSE_WRITE:
-            if flags & os.O_DIRECT and (offset | size) % SECTOR and not own_flags & _FUSE_WRITE_CACHE:
+            if flags & os.O_DIRECT and (offset | size) % SECTOR and not own_flags & FUSE_WRITE_CACHE:
                 self._answer(unique, errno.EINVAL)
             else:
                 self._begin_write(unique, fh, offset, size)
@@ -330,9 +314,9 @@ class Device:
 
     def _begin_read(self, unique: int, fh: int, offset: int, size: int) -> None:
         pooled = _SMALL < size <= self._max_write
-        answer = self._take_buffer() if pooled else memoryview(bytearray(_OUT_HEADER.size + size))
+        answer = self._take_buffer() if pooled else memoryview(bytearray(OUT_HEADER.size + size))
         try:
-            count, rest = self._requests.begin_read(fh, offset, answer[_OUT_HEADER.size : _OUT_HEADER.size + size])
+            count, rest = self._requests.begin_read(fh, offset, answer[OUT_HEADER.size : OUT_HEADER.size + size])
         except pyfuse3.FUSEError as error:
             self._answer(unique, error.errno)
             return
@@ -347,7 +331,7 @@ class Device:
         data = self._take(size)
 
         def answer() -> None:
-            self._answer(unique, 0, _WRITTEN.pack(size))
+            self._answer(unique, 0, WRITTEN.pack(size))
             self._give_back(data)
 
         soon = functools.partial(self._requests.write_soon, fh, offset, data)
@@ -383,14 +367,14 @@ class Device:
 
     def _set_times(self, unique: int) -> bool:
         """Answer a SETATTR of the time of change alone, which the kernel sends before FSYNC; False for another."""
-        request = self._head + self._payload[: _SETATTR.size - len(self._head)]
-        inode, valid, mtime, nsec = _SETATTR.unpack(request)
-        if valid & ~_FATTR_FH != _FATTR_TIMES:
+        request = self._head + self._payload[: SETATTR.size - len(self._head)]
+        inode, valid, mtime, nsec = SETATTR.unpack(request)
+        if valid & ~FATTR_FH != FATTR_TIMES:
             return False
         attributes = self._requests.set_mtime(inode, mtime * 10**9 + nsec)
         if attributes is None:
             return False
-        self._answer(unique, 0, _encode(attributes))
+        self._answer(unique, 0, encode(attributes))
         return True
 
     def _end(self) -> None:
@@ -408,24 +392,24 @@ class Device:
 
     def _take_buffer(self) -> memoryview:
         """Room for the longest message; what is in it is anybody's. A new one costs the kernel a fault a page."""
-        return self._spare.pop() if self._spare else memoryview(bytearray(_OUT_HEADER.size + self._max_write))
+        return self._spare.pop() if self._spare else memoryview(bytearray(OUT_HEADER.size + self._max_write))
 
     def _give_back(self, part: memoryview) -> None:
         """Nobody needs what is in this buffer any more."""
         assert isinstance(part.obj, bytearray)
-        if len(part.obj) == _OUT_HEADER.size + self._max_write and len(self._spare) < _SPARE_BUFFERS:
+        if len(part.obj) == OUT_HEADER.size + self._max_write and len(self._spare) < _SPARE_BUFFERS:
             self._spare.append(memoryview(part.obj))
 
     # --- answers ----------------------------------------------------------------------------------
 
     def _answer_read(self, unique: int, answer: memoryview, count: int) -> None:
         """Hand over the answer to a READ, which begins with room for its header."""
-        _OUT_HEADER.pack_into(answer, 0, _OUT_HEADER.size + count, 0, unique)
-        self._send(answer[: _OUT_HEADER.size + count])
+        OUT_HEADER.pack_into(answer, 0, OUT_HEADER.size + count, 0, unique)
+        self._send(answer[: OUT_HEADER.size + count])
         self._give_back(answer)
 
     def _answer(self, unique: int, error: int = 0, data: Buffer = b"") -> None:
-        self._send(_OUT_HEADER.pack(_OUT_HEADER.size + len(data), -error, unique), data)
+        self._send(OUT_HEADER.pack(OUT_HEADER.size + len(data), -error, unique), data)
 
     def _send(self, *parts: Buffer) -> None:
         self._answered = time.perf_counter_ns()
@@ -461,45 +445,6 @@ class Device:
 
 def _given_up(_: Callable[[], None]) -> trio.lowlevel.Abort:
     return trio.lowlevel.Abort.SUCCEEDED
-
-
-def _encode(attributes: pyfuse3.EntryAttributes) -> bytes:
-    atime, mtime, ctime = (
-        divmod(time_ns, 10**9) for time_ns in (attributes.st_atime_ns, attributes.st_mtime_ns, attributes.st_ctime_ns)
-    )
-    return _ATTRIBUTES.pack(
-        int(attributes.attr_timeout),
-        0,
-        attributes.st_ino,
-        attributes.st_size,
-        attributes.st_blocks,
-        atime[0],
-        mtime[0],
-        ctime[0],
-        atime[1],
-        mtime[1],
-        ctime[1],
-        attributes.st_mode,
-        attributes.st_nlink,
-        attributes.st_uid,
-        attributes.st_gid,
-        attributes.st_rdev,
-        attributes.st_blksize,
-    )
-
-
-def amend(request: bytes, answer: bytes) -> bytes:
-    """libfuse's answer to the INIT request, with our fields in it; as it is where it says no."""
-    _, error, _ = _OUT_HEADER.unpack_from(answer)
-    if error or len(answer) < _OUT_HEADER.size + _INIT_OUT.size:
-        return answer
-    offered = _INIT_IN.unpack_from(request, _IN_HEADER.size)[3]
-    major, minor, read_ahead, flags, _, _, max_write = _INIT_OUT.unpack_from(answer, _OUT_HEADER.size)
-    flags |= offered & FUSE_HANDLE_KILLPRIV_V2
-    amended = bytearray(answer)
-    fields = (major, minor, read_ahead, flags, MAX_BACKGROUND, CONGESTION_THRESHOLD, max_write)
-    _INIT_OUT.pack_into(amended, _OUT_HEADER.size, *fields)
-    return bytes(amended)
 
 
 def fuse_descriptors() -> set[int]:

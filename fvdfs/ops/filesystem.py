@@ -27,7 +27,7 @@ from fvdfs.image.map import image_map
 from fvdfs.ops.complaints import Complaints
 from fvdfs.ops.inodes import ROOT_INODE, Attributes, Entry, Folder
 from fvdfs.ops.kernel_limits import KernelLimits
-from fvdfs.store.host import Buffer, Done
+from fvdfs.store.base import Buffer, Done
 
 log = logging.getLogger(__name__)
 

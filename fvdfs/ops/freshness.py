@@ -19,7 +19,7 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from fvdfs.image.chain import HostStore
+from fvdfs.image.policy import HostStore
 
 SECOND = 1_000_000_000  # ns
 

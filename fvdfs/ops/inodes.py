@@ -57,7 +57,6 @@ from fvdfs.format.profile import Extent
 from fvdfs.image.chain import (
     Chain,
     Judged,
-    Policy,
     is_asked_for,
     load_chain,
     lock_for_writing,
@@ -66,6 +65,7 @@ from fvdfs.image.chain import (
     unlock_for_writing,
 )
 from fvdfs.image.image import Image
+from fvdfs.image.policy import Policy
 from fvdfs.ops.freshness import State, same_file, signature, state_of
 from fvdfs.ops.looks import THREADS, Look, Looks
 from fvdfs.prefetch.prefetcher import Prefetcher, status

@@ -24,8 +24,8 @@ import trio
 
 from fvdfs import daemon, mounts
 from fvdfs.errors import UsageError
-from fvdfs.image.chain import Policy
 from fvdfs.image.image import Image
+from fvdfs.image.policy import Policy
 from fvdfs.ops.device import Device, fuse_descriptors
 from fvdfs.ops.filesystem import Filesystem, Sync
 from fvdfs.ops.inodes import Entry, Folder

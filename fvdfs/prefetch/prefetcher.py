@@ -25,10 +25,12 @@ import trio
 
 from fvdfs.cow.fetching import Fetch, Fetcher
 from fvdfs.cow.planner import zero_runs
-from fvdfs.format.header import DEFAULT_PREFETCH, Header, ceil_div, round_up
-from fvdfs.format.profile import Extent, plan
+from fvdfs.format.creation import DEFAULT_PREFETCH
+from fvdfs.format.header import Header, ceil_div, round_up
+from fvdfs.format.profile import Extent
 from fvdfs.image.image import Image
 from fvdfs.prefetch.contention import GOOD_REQUEST, FloorRule, Pacer
+from fvdfs.prefetch.profile import plan
 from fvdfs.prefetch.scheduler import Flow, Link, Scheduler
 
 log = logging.getLogger(__name__)

@@ -22,10 +22,11 @@ from pathlib import Path
 import trio
 
 from fvdfs.commands.create import create_image
-from fvdfs.format.header import CreateOptions
-from fvdfs.image.chain import Policy, load_image, lock_for_writing, open_chain, open_image
+from fvdfs.format.creation import CreateOptions
+from fvdfs.image.chain import load_image, lock_for_writing, open_chain, open_image
 from fvdfs.image.image import Image
-from fvdfs.store.host import Buffer, Store, log_by_steps
+from fvdfs.image.policy import Policy
+from fvdfs.store.base import Buffer, Store, log_by_steps
 
 SIZE = 1 << 30
 PIECE = 4096
@@ -88,7 +89,7 @@ async def fvdfs(path: Path, count: int) -> tuple[int, int]:
     layer = chain.layers[0]
     own = CountingStore(layer.meta)
     base = CountingStore(chain.base) if chain.base else None
-    image: Image = await load_image(layer.path, layer.header, layer.raw_header, own, own, base)
+    image: Image = await load_image(layer.path, layer.header, layer.raw_header, own, own, base, Policy())
     await lock_for_writing(image)
     await image.begin_writing()
     data = os.urandom(PIECE)

@@ -9,7 +9,8 @@ from __future__ import annotations
 import struct
 
 from fuzz.source import Source
-from fvdfs.format.header import SECTOR, CreateOptions, Header, new_header, with_fields
+from fvdfs.format.creation import CreateOptions, new_header
+from fvdfs.format.header import SECTOR, Header, with_fields
 from reference import CODES, NAMES
 
 MAX_PATCHES = 7

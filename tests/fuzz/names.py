@@ -14,22 +14,9 @@ from typing import cast
 
 from fuzz.source import Source
 from fvdfs.errors import FvdError
-from fvdfs.store.formats import (
-    FORMATS,
-    MAX_READ,
-    PROBE_SIZE,
-    Location,
-    Node,
-    Options,
-    Reader,
-    blockdevs,
-    detect,
-    is_local,
-    join,
-    parse_location,
-    references,
-    within,
-)
+from fvdfs.store.blockdev import Node, blockdevs
+from fvdfs.store.locations import Location, Options, is_local, join, parse_location, within
+from fvdfs.store.references import FORMATS, MAX_READ, PROBE_SIZE, Reader, detect, references
 
 _GUIDS = ("8B7CA206-4790-4B9A-B8FE-575F050F886E", "CAA16737-FA36-4D43-B3B6-33F0AA44E76B")
 _REGION, _PARAMETERS = (uuid.UUID(text).bytes_le for text in _GUIDS)

@@ -32,7 +32,8 @@ from fuzz.source import Source
 from fvdfs.errors import FvdError
 from fvdfs.format.header import Header, with_fields
 from fvdfs.image.image import Image, Zeroes
-from fvdfs.store.host import MAX_FILE_SIZE, Buffer
+from fvdfs.store.base import Buffer
+from fvdfs.store.host import MAX_FILE_SIZE
 
 IMAGE = "disk.fvd"
 MAX_DATA = 1 << 20  # what a file takes at most; there is no space for more

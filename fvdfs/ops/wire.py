@@ -1,0 +1,85 @@
+"""The messages of the kernel's FUSE interface (linux/fuse.h), as far as the short path reads or writes them.
+
+libfuse's answer to INIT leaves out what matters most here, so it is amended:
+
+- FUSE_HANDLE_KILLPRIV_V2. Without it the kernel asks for the extended attribute security.capability
+  before *every* write, one more request each time. With it the file system promises to drop set-uid
+  bits and capabilities on writing itself; ours has none to drop (`filesystem.py` never shows them).
+- max_background, the number of read-ahead and writeback requests that may be under way, 12 otherwise. Those of an image
+  whose base hangs count, so there are far more than a disk needs; read-ahead stops at a smaller number by itself.
+
+A kernel that does not offer a flag is not answered with it. Pure: bytes in, bytes out.
+"""
+
+from __future__ import annotations
+
+import struct
+
+import pyfuse3
+
+MAX_BACKGROUND = 256  # requests
+CONGESTION_THRESHOLD = 48
+
+FUSE_SETATTR = 4
+FUSE_READ = 15
+FUSE_WRITE = 16
+FUSE_FSYNC = 20
+FUSE_INIT = 26
+FUSE_INTERRUPT = 36
+FUSE_NOTIFY_INVAL_INODE = 2
+FUSE_HANDLE_KILLPRIV_V2 = 1 << 28
+IN_HEADER = struct.Struct("=IIQQIIIHH")  # len opcode unique nodeid uid gid pid total_extlen padding
+INIT_IN = struct.Struct("=IIII")  # major minor max_readahead flags
+INIT_OUT = struct.Struct("=IIIIHHI")  # major minor max_readahead flags max_background congestion_threshold max_write
+OUT_HEADER = struct.Struct("=IiQ")  # len error unique
+# READ and WRITE without its data, header and all: opcode unique fh offset size, its own flags, flags of the open file.
+# FSYNC has its fh there, too.
+TRANSFER = struct.Struct("=4xIQ8x16xQQII8xI4x")
+# SETATTR: nodeid, valid, mtime and its nanoseconds.
+SETATTR = struct.Struct("=16xQ16xI36xQ8x4xI24x")
+FUSE_WRITE_CACHE = 1 << 0  # written by the kernel, for whoever changed the page
+FATTR_FH = 1 << 6
+FATTR_TIMES = 1 << 5 | 1 << 10  # of the last change of content, and of attributes
+# The answer: timeout s and ns; ino size blocks atime mtime ctime, their ns, mode nlink uid gid rdev blksize.
+ATTRIBUTES = struct.Struct("=QI4xQQQqqqIIIIIIIII4x")
+WRITTEN = struct.Struct("=I4x")  # size
+INVALIDATE = struct.Struct("=Qqq")  # inode offset length; 0: all
+
+
+def encode(attributes: pyfuse3.EntryAttributes) -> bytes:
+    atime, mtime, ctime = (
+        divmod(time_ns, 10**9) for time_ns in (attributes.st_atime_ns, attributes.st_mtime_ns, attributes.st_ctime_ns)
+    )
+    return ATTRIBUTES.pack(
+        int(attributes.attr_timeout),
+        0,
+        attributes.st_ino,
+        attributes.st_size,
+        attributes.st_blocks,
+        atime[0],
+        mtime[0],
+        ctime[0],
+        atime[1],
+        mtime[1],
+        ctime[1],
+        attributes.st_mode,
+        attributes.st_nlink,
+        attributes.st_uid,
+        attributes.st_gid,
+        attributes.st_rdev,
+        attributes.st_blksize,
+    )
+
+
+def amend(request: bytes, answer: bytes) -> bytes:
+    """libfuse's answer to the INIT request, with our fields in it; as it is where it says no."""
+    _, error, _ = OUT_HEADER.unpack_from(answer)
+    if error or len(answer) < OUT_HEADER.size + INIT_OUT.size:
+        return answer
+    offered = INIT_IN.unpack_from(request, IN_HEADER.size)[3]
+    major, minor, read_ahead, flags, _, _, max_write = INIT_OUT.unpack_from(answer, OUT_HEADER.size)
+    flags |= offered & FUSE_HANDLE_KILLPRIV_V2
+    amended = bytearray(answer)
+    fields = (major, minor, read_ahead, flags, MAX_BACKGROUND, CONGESTION_THRESHOLD, max_write)
+    INIT_OUT.pack_into(amended, OUT_HEADER.size, *fields)
+    return bytes(amended)

@@ -1,0 +1,64 @@
+"""The words for QEMU: what it is to open, and nothing else.
+
+Every file is one that is open already, named by its descriptor, and locked; the backing file and the data file are
+always given, be it as "none", so QEMU follows no name by itself. Pure.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fvdfs.store.locations import Location, Options
+
+SECRET_ID = "secret"
+"""What an encrypted image calls its passphrase, for the daemon."""
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """An image that has been judged, with all that it stands on."""
+
+    format: str
+    location: Location
+    fd: int = -1
+    """The descriptor of a local file, the same number in the daemon."""
+    is_device: bool = False
+    """Whether the local file is a block device."""
+    backing: Node | None = None
+    data_file: Node | None = None
+
+
+def blockdevs(node: Node, *, writable: bool, node_name: str) -> list[Options]:
+    """The `BlockdevOptions` of an image, after those of its backing files, which are read only in any case.
+
+    These are nodes of their own: QEMU would take what stands inside another for a change of what the image names.
+    """
+    found: list[Options] = []
+    top = _blockdev(node, writable, found)
+    top["node-name"] = node_name
+    return [*found, top]
+
+
+_WITH_BACKING = ("qcow2", "qcow", "qed", "vmdk")
+
+
+def _blockdev(node: Node, writable: bool, found: list[Options]) -> Options:
+    """One node; those that it refers to go to `found`."""
+    common: Options = {"read-only": not writable, "discard": "unmap"}
+    file: Options = dict(node.location.protocol)
+    if node.fd >= 0:
+        driver = "host_device" if node.is_device else "file"
+        # Who opened it holds QEMU's locks; another opening's would exclude it.
+        file = {"driver": driver, "filename": f"/proc/self/fd/{node.fd}", "locking": "off"}
+    result: Options = {"driver": node.format, "file": {**file, **common}, **common}
+    if node.format in _WITH_BACKING:
+        result["backing"] = None
+        if node.backing is not None:
+            backing = _blockdev(node.backing, False, found)
+            result["backing"] = backing["node-name"] = f"backing{len(found)}"
+            found.append(backing)
+    if node.format == "luks":
+        result["key-secret"] = SECRET_ID
+    if node.data_file is not None:
+        result["data-file"] = _blockdev(node.data_file, writable, found)
+    return result

@@ -1,0 +1,314 @@
+"""Where a name leads: to a local file, or through one of QEMU's protocols.
+
+A name written as `json:{...}` is turned into the same few forms, so that there is one list of what is allowed; every
+option that could make QEMU open something else of this host is refused. Nothing is opened here.
+
+Errors are `ImageError`s whose image is the name that was given. Pure.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from urllib.parse import SplitResult, quote, unquote, urlsplit
+
+from fvdfs.errors import ImageError, UnsupportedFeature
+from fvdfs.store.references import _REFUSED, FORMATS
+
+Options = dict[str, object]
+"""A QAPI `BlockdevOptions`, as JSON."""
+
+
+@dataclass(frozen=True, slots=True)
+class Location:
+    """Where a name leads: to the local `path`, or to `url` through QEMU's `protocol`."""
+
+    name: str
+    """As it was written."""
+    path: str | None
+    """The path of a local file, as written: perhaps relative. None: not a local file."""
+    url: str
+    """One spelling for all ways to write the same URL; empty for a local file."""
+    protocol: Options
+    """What QEMU is to open; empty for a local file."""
+    format: str
+    """The format that a `json:` name states; empty where none is stated."""
+
+    @property
+    def is_device(self) -> bool:
+        """Whether it is an array of bytes of a fixed size, which may hold a former owner's bytes."""
+        return self.protocol.get("driver") in ("nbd", "iscsi")
+
+
+_SCHEMES = ("nbd", "nbd+unix", "http", "https", "ftp", "ftps", "ssh", "iscsi", "nfs")
+_KNOWN = "a path, " + ", ".join(f"{scheme}://" for scheme in _SCHEMES) + ", rbd:pool/image or json:{...}"
+_HAS_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
+_UNSAFE = re.compile(r"[\0-\x20\x7f\\]")
+_HOST = re.compile(r"[A-Za-z0-9._:%-]+")
+_PORTAL = re.compile(r"([A-Za-z0-9._%-]+|\[[A-Za-z0-9._:%-]+\])(:[0-9]{1,5})?")
+_DEFAULT_PORTS = {"nbd": 10809, "ssh": 22, "iscsi": 3260, "http": 80, "https": 443, "ftp": 21, "ftps": 990}
+
+
+def parse_location(name: str) -> Location:
+    """What a name in an image or from a user means.
+
+    Raises ImageError where it makes no sense, UnsupportedFeature for what is not known or not allowed.
+    """
+    if not name or "\0" in name:
+        raise ImageError(name.replace("\0", "\\0"), "not a name of a file")
+    try:
+        name.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:  # from "\ud800" in json:{...}
+        raise ImageError(name.encode("utf-8", "backslashreplace").decode(), "not a name of a file") from None
+    if name.startswith("json:"):
+        return _parse_json(name)
+    if name.startswith("rbd:"):
+        return _parse_rbd(name)
+    match = _HAS_SCHEME.match(name)
+    if match is None:
+        return Location(name, name.removeprefix("file:"), "", {}, "")
+    scheme = match[1].lower()
+    if scheme not in _SCHEMES:
+        raise UnsupportedFeature(name, f"{scheme}:// is not known; known are {_KNOWN}")
+    if _UNSAFE.search(name):
+        raise ImageError(name, "spaces, backslashes and control characters must be written as %XX in a URL")
+    try:
+        unquote(name, errors="strict").encode()
+        parts = urlsplit(name)
+        port = parts.port
+    except UnicodeError:
+        raise ImageError(name, "a URL must be UTF-8") from None
+    except ValueError as error:
+        raise ImageError(name, f"not a URL: {error}") from None
+    if parts.fragment:
+        raise ImageError(name, "a URL of an image has no #fragment")
+    if parts.password is not None or (parts.username is not None and scheme != "ssh"):
+        raise UnsupportedFeature(name, "user names and passwords in URLs are not supported (but ssh://user@host)")
+    if any(segment in (".", "..") for segment in unquote(parts.path).split("/")):
+        raise ImageError(name, '"." and ".." are not allowed in a URL')
+    if scheme != "nbd+unix":
+        host = parts.hostname or ""
+        if not _HOST.fullmatch(host):
+            raise ImageError(name, f"the URL needs a host: {scheme}://host/...")
+        if port == 0:
+            raise ImageError(name, "port 0 cannot be connected to")
+    if parts.query and scheme not in ("nbd+unix", "http", "https"):
+        raise UnsupportedFeature(name, f"options after ? are not supported for {scheme}://")
+    protocol, tail = _protocol(name, scheme, parts, port or _DEFAULT_PORTS.get(scheme, 0))
+    return Location(name, None, _authority(scheme, parts, port) + tail, protocol, "")
+
+
+def is_local(name: str) -> bool:
+    """Whether a name is a plain path of this host."""
+    return not (name.startswith(("json:", "rbd:", "file:")) or _HAS_SCHEME.match(name))
+
+
+def _authority(scheme: str, parts: SplitResult, port: int | None) -> str:
+    host = parts.hostname or ""
+    host = f"[{host}]" if ":" in host else host
+    user = f"{parts.username}@" if parts.username is not None else ""
+    number = f":{port}" if port is not None and port != _DEFAULT_PORTS.get(scheme) else ""
+    return f"{scheme}://{user}{host}{number}"
+
+
+def _protocol(name: str, scheme: str, parts: SplitResult, port: int) -> tuple[Options, str]:
+    """QEMU's options for a URL whose parts are sane, and what follows the host in its one spelling."""
+    host = parts.hostname or ""
+    path = unquote(parts.path)
+    if "\0" in path or "\0" in unquote(parts.username or ""):
+        raise ImageError(name, "%00 is not allowed in a URL")
+    inet: Options = {"host": host, "port": str(port)}
+    tail = quote(path)
+    match scheme:
+        case "nbd":
+            server: Options = {"type": "inet", **inet}
+            return _nbd(server, path[1:]), "/" + quote(path[1:])
+        case "nbd+unix":
+            socket = parts.query.removeprefix("socket=")
+            if parts.netloc or socket == parts.query or not socket or "&" in socket:
+                raise ImageError(name, "to be written as nbd+unix:///EXPORT?socket=PATH")
+            socket = unquote(socket)
+            if not socket.startswith("/") or "\0" in socket or ".." in socket.split("/"):
+                raise ImageError(name, "the socket must be an absolute path without ..")
+            server = {"type": "unix", "path": socket}
+            return _nbd(server, path[1:]), f"{tail or '/'}?socket={quote(socket)}"
+        case "ssh":
+            if not path.strip("/"):
+                raise ImageError(name, "the URL needs a path: ssh://[user@]host/path")
+            user: Options = {"user": unquote(parts.username)} if parts.username else {}
+            return {"driver": "ssh", "server": inet, "path": path, **user}, tail
+        case "iscsi":
+            target, _, lun = path[1:].rpartition("/")
+            if not target or not re.fullmatch("[0-9]{1,5}", lun):
+                raise ImageError(name, "to be written as iscsi://HOST[:PORT]/TARGET/LUN")
+            portal = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+            return {
+                "driver": "iscsi",
+                "transport": "tcp",
+                "portal": portal,
+                "target": target,
+                "lun": int(lun),
+            }, tail
+        case "nfs":
+            if parts.port is not None or not path.strip("/"):
+                raise ImageError(name, "to be written as nfs://HOST/PATH, without a port")
+            return {"driver": "nfs", "server": {"type": "inet", "host": host}, "path": path}, tail
+        case _:
+            tail = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+            return {"driver": scheme, "url": _authority(scheme, parts, parts.port) + tail}, tail
+
+
+def _nbd(server: Options, export: str) -> Options:
+    return {"driver": "nbd", "server": server, "export": export}
+
+
+_RBD = re.compile(r"rbd:([^/@:\\]+)/(?:([^/@:\\]+)/)?([^/@:\\]+)(?:@([^/@:\\]+))?(?::id=([^/@:=\\]+))?")
+
+
+def _parse_rbd(name: str) -> Location:
+    match = _RBD.fullmatch(name)
+    if match is None:
+        raise UnsupportedFeature(
+            name, "only rbd:POOL/[NAMESPACE/]IMAGE[@SNAPSHOT][:id=USER] is supported, the rest is read from ceph.conf"
+        )
+    keys = ("pool", "namespace", "image", "snapshot", "user")
+    values: Options = {key: value for key, value in zip(keys, match.groups(), strict=True) if value is not None}
+    return Location(name, None, name, {"driver": "rbd", **values}, "")
+
+
+def within(url: str, prefix: str) -> bool:
+    """Whether a `Location.url` lies under `prefix`, itself a URL, by whole parts: https://a.b is not under https://a."""
+    if not url.startswith(prefix) or not prefix:
+        return False
+    return len(url) == len(prefix) or prefix[-1] in "/:?" or url[len(prefix)] in "/?"
+
+
+def join(base: Location, name: str) -> str:
+    """A name inside the remote image at `base`, as a name that stands for itself.
+
+    Raises ImageError where relative names mean nothing.
+    """
+    if _HAS_SCHEME.match(name) or name.startswith(("json:", "rbd:", "file:", "/")):
+        return name
+    if base.protocol.get("driver") not in ("http", "https", "ftp", "ftps", "ssh", "nfs"):
+        raise ImageError(name, f"a relative name means nothing in {base.name}")
+    return base.url.partition("?")[0].rpartition("/")[0] + "/" + _quoted(name, name)
+
+
+def _quoted(name: str, text: str, safe: str = "/") -> str:
+    """Text as a part of a URL; `name`: what it comes from. Raises ImageError where no URL can say it."""
+    try:
+        return quote(text, safe=safe)
+    except UnicodeEncodeError:
+        raise ImageError(name, "a URL must be UTF-8") from None
+
+
+def _parse_json(name: str) -> Location:
+    try:
+        options = json.loads(name.removeprefix("json:"))
+    except (ValueError, RecursionError) as error:
+        raise ImageError(name, f"not JSON: {error}") from None
+    if not isinstance(options, dict):
+        raise ImageError(name, "json: must be followed by {...}")
+    options = _unflatten(name, options)
+    file_format = ""
+    driver = options.get("driver")
+    if isinstance(driver, str) and (driver in FORMATS or driver in _REFUSED):
+        file_format = driver
+        inner = options.pop("file", None)
+        if set(options) != {"driver"} or not isinstance(inner, dict):
+            raise UnsupportedFeature(name, f"only driver and file={{...}} can be given for {driver}")
+        options = inner
+    found = parse_location(_as_url(name, options))
+    return Location(name, found.path, found.url, found.protocol, file_format)
+
+
+def _unflatten(name: str, options: Mapping[str, object]) -> Options:
+    """{"file.driver": x} as {"file": {"driver": x}}."""
+    result: Options = {}
+    for key, value in options.items():
+        *parents, last = key.split(".")
+        if len(parents) > 8:
+            raise ImageError(name, f"{key}: too deep")
+        at = result
+        for parent in parents:
+            inner = at.setdefault(parent, {})
+            if not isinstance(inner, dict):
+                raise ImageError(name, f"{key}: {parent} is given twice")
+            at = inner
+        if last in at:
+            raise ImageError(name, f"{key} is given twice")
+        at[last] = dict(value) if isinstance(value, dict) else value
+    return result
+
+
+def _as_url(name: str, options: Options) -> str:
+    """The URL or path that says the same as the options of a protocol; refuses all that have none."""
+    left = dict(options)
+
+    def take(key: str, default: str | None = None, source: Options = left) -> str:
+        value = source.pop(key, default)
+        if isinstance(value, int) and not isinstance(value, bool):
+            value = str(value)
+        if not isinstance(value, str):
+            raise ImageError(name, f"{key} is missing" if value is None else f"{key} must be a string")
+        return value
+
+    def host_and_port(scheme: str, source: Options) -> str:
+        host = take("host", None, source)
+        port = take("port", str(_DEFAULT_PORTS.get(scheme, "")), source)
+        if not _HOST.fullmatch(host) or not re.fullmatch("[0-9]{0,5}", port):
+            raise ImageError(name, "host or port makes no sense")
+        return (f"[{host}]" if ":" in host else host) + (f":{port}" if port else "")
+
+    def escaped(text: str) -> str:
+        return _quoted(name, text)
+
+    server = left.pop("server", {})
+    if not isinstance(server, dict):
+        raise ImageError(name, "server must be {...}")
+    server = dict(server)
+    driver = take("driver", "")
+    match driver:
+        case "file" | "host_device":
+            url = "file:" + re.sub("^/+", "/", take("filename"))
+        case "http" | "https" | "ftp" | "ftps":
+            url = take("url")
+            if not url.lower().startswith(driver + "://"):
+                raise ImageError(name, f"the url is not of {driver}")
+        case "nbd":
+            export = escaped(take("export", ""))
+            if take("type", None, server) == "unix":
+                url = f"nbd+unix:///{export}?socket={escaped(take('path', None, server))}"
+            else:
+                url = f"nbd://{host_and_port('nbd', server)}/{export}"
+        case "ssh":
+            user = take("user", "")
+            url = f"ssh://{_quoted(name, user, '') + '@' if user else ''}{host_and_port('ssh', server)}"
+            url += "/" + escaped(take("path").removeprefix("/"))
+        case "nfs":
+            take("type", "inet", server)
+            url = f"nfs://{host_and_port('nfs', server)}/{escaped(take('path').removeprefix('/'))}"
+        case "iscsi":
+            take("transport", "tcp")
+            portal, lun = take("portal"), take("lun", "0")
+            if not _PORTAL.fullmatch(portal) or not lun.isdecimal():
+                raise ImageError(name, "portal or lun makes no sense")
+            url = f"iscsi://{portal}/{escaped(take('target'))}/{lun}"
+        case "rbd":
+            words = [take("pool"), take("namespace", ""), take("image")]
+            snapshot, user = take("snapshot", ""), take("user", "")
+            if not words[0] or not words[2] or re.search(r"[/@:\\]", "".join([*words, snapshot, user])):
+                raise ImageError(name, "its words must not be empty, nor hold any of / @ : \\")
+            url = "rbd:" + "/".join(word for word in words if word)
+            url += (f"@{snapshot}" if snapshot else "") + (f":id={user}" if user else "")
+        case _:
+            raise UnsupportedFeature(name, f"driver={driver} is not known; known are {_KNOWN}")
+    for key in (*left, *(f"server.{key}" for key in server)):
+        raise UnsupportedFeature(name, f"{key} is not supported for {driver}")
+    return url
+
+
+"""The formats that are opened, with what finds their references."""

@@ -1,0 +1,329 @@
+"""One qemu-storage-daemon: started, its export attached, watched, stopped.
+
+The daemon exports the image as a file over FUSE, on an empty file in a private folder. As soon as that
+file is open here, mount and folder are taken away: the open file keeps the export alive, and whatever
+happens later, nothing is left to clean up. The daemon ends with this process, by a signal that the
+kernel sends when the thread that started it ends; so `start` belongs into the main thread.
+
+It opens no file by itself: it inherits descriptors that are open and locked already. When it stands, its open files
+are compared with those that it was given, in case that the image was changed in between.
+
+Punching a hole in the export is no more than a hint to QEMU 7.2, which leaves parts of clusters as they
+were: zeros are made by zeroing the range after that.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import errno
+import json
+import logging
+import os
+import shutil
+import stat
+import subprocess
+import tempfile
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import IO
+
+import trio
+
+from fvdfs.errors import FvdError, ImageError, Refused, UsageError
+from fvdfs.store.blockdev import SECRET_ID
+from fvdfs.store.host import (
+    FALLOC_FL_KEEP_SIZE,
+    FALLOC_FL_PUNCH_HOLE,
+    FALLOC_FL_ZERO_RANGE,
+    HostFile,
+    fallocate,
+)
+from fvdfs.store.locations import Options
+
+log = logging.getLogger(__name__)
+
+PROGRAM = "qemu-storage-daemon"
+START_TIMEOUT = 10.0  # seconds until the export answers; a server may be far away
+STOP_TIMEOUT = 10.0  # seconds to write out what is left, then it is killed
+MIB = 1 << 20
+_POLL_INTERVAL = 0.002
+_PACKAGES = {
+    PROGRAM: "qemu-system-common",
+    "setpriv": "util-linux",
+    "fusermount3": "fuse3",
+}
+_BLOCK_PACKAGE = "qemu-block-extra"
+# A parent that died before setpriv had asked for the signal is noticed by the shell.
+_WITH_PARENT = ("setpriv", "--pdeathsig", "TERM", "sh", "-c", 'test "$PPID" = "$0" && exec "$@"')
+
+
+def _missing(program: str) -> UsageError:
+    package = _PACKAGES[program]
+    return UsageError(f"{program} is needed for this image and is not installed: apt install {package}")
+
+
+def _failure(name: str, line: str) -> FvdError:
+    """The error for a daemon that ended with this line."""
+    if "Unknown driver" in line or "Unknown protocol" in line:
+        return UsageError(f"{name}: QEMU lacks the driver for this: apt install {_BLOCK_PACKAGE} ({line})")
+    if "'fuse'" in line:
+        return UsageError(f"{name}: {PROGRAM} is built without FUSE exports ({line})")
+    return ImageError(name, f"QEMU cannot open it: {line}")
+
+
+class _Export(HostFile):
+    """The file that a daemon exports."""
+
+    def zero_now(self, offset: int, length: int) -> None:
+        fallocate(self._fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, offset, length)
+        if not fallocate(self._fd, FALLOC_FL_ZERO_RANGE | FALLOC_FL_KEEP_SIZE, offset, length):
+            for at in range(offset, offset + length, MIB):
+                self.pwrite_now(bytes(min(MIB, offset + length - at)), at)
+
+    def flush_now(self) -> None:
+        """`flush` for callers that are in a thread already."""
+        os.fdatasync(self._fd)
+
+
+class Daemon:
+    """One running qemu-storage-daemon, and the file that it exports."""
+
+    def __init__(
+        self, name: str, descriptors: Sequence[tuple[int, str]], secret_file: str = "", locked: Sequence[int] = ()
+    ) -> None:
+        """For messages, `name`; the descriptors that it gets, with a name for each; where a passphrase is, if any;
+
+        descriptors whose locks shall last as long as it does.
+        """
+        self._locked = locked
+        self._secret_file = secret_file
+        self.name = name
+        self.size = 0
+        """Bytes; what it was when last looked at."""
+        self.users = 0
+        """Operations under way."""
+        self.gone = False
+        """Whether another one has taken its place."""
+        self.flush_failed = False
+        """Whether a flush has failed: what that lost, the next one does not tell of."""
+        self._descriptors = descriptors
+        self._process: subprocess.Popen[bytes] | None = None
+        self._export: _Export | None = None
+        self._folder = ""
+        self._arguments: list[str] = []
+        self._lines: collections.deque[str] = collections.deque(maxlen=20)
+        self._listener: threading.Thread | None = None
+        self._guard = threading.Lock()
+        self._stopping = False
+
+    @property
+    def export(self) -> _Export:
+        """The image as a raw file."""
+        assert self._export is not None
+        return self._export
+
+    @property
+    def alive(self) -> bool:
+        """Whether the process runs."""
+        return self._process is not None and self._process.poll() is None
+
+    @property
+    def pid(self) -> int:
+        """The process."""
+        assert self._process is not None
+        return self._process.pid
+
+    @property
+    def last_words(self) -> str:
+        """What it complained of last, or else how it ended."""
+        code = None if self._process is None else self._process.poll()
+        if code is not None and code < 0:
+            return f"killed by signal {-code}"
+        lines = list(self._lines)
+        own = [line.removeprefix(PROGRAM + ": ") for line in lines if line.startswith(PROGRAM + ": ")]
+        return [f"exit code {code}", *lines, *own][-1]
+
+    async def start(self, options: Sequence[Options], *, writable: bool) -> None:
+        """Run it with these `BlockdevOptions`; the node-name of the last is `disk`. Only from the main thread.
+
+        Raises UsageError where a program or a driver is missing, ImageError, OSError.
+        """
+        # A folder of PATH may be on a share that hangs; so the event loop, which has to start the process, gets a path.
+        paths = await trio.to_thread.run_sync(lambda: {program: shutil.which(program) for program in _PACKAGES})
+        for program, path in paths.items():
+            if path is None:
+                raise _missing(program)
+        try:
+            with trio.fail_after(START_TIMEOUT):
+                await trio.to_thread.run_sync(self._make_folder)
+                self._launch(options, writable, str(paths[_WITH_PARENT[0]]))
+                await self._wait_until_ready()
+                await trio.to_thread.run_sync(self._attach, writable, abandon_on_cancel=True)
+        except BaseException as error:
+            with trio.CancelScope(shield=True):
+                await trio.to_thread.run_sync(self.stop)
+            if isinstance(error, trio.TooSlowError):
+                text = f"no answer within {START_TIMEOUT:.0f} seconds"
+                raise ImageError(self.name, f"QEMU cannot open it: {text}") from None
+            raise
+
+    def _make_folder(self) -> None:
+        self._folder = tempfile.mkdtemp(prefix="fvdfs-")
+        Path(self._folder, "disk").touch(0o600)
+
+    def _launch(self, options: Sequence[Options], writable: bool, setpriv: str) -> None:
+        disk = os.path.join(self._folder, "disk")
+        export = {
+            "type": "fuse",
+            "id": "export",
+            "node-name": "disk",
+            "mountpoint": disk,
+            "writable": writable,
+            "growable": writable,
+            "allow-other": "off",
+        }
+        nodes = [json.dumps(node) for node in options]
+        self._arguments = [*nodes, json.dumps(export)]
+        command = [PROGRAM]
+        if self._secret_file:
+            secret = {"qom-type": "secret", "id": SECRET_ID, "file": self._secret_file}
+            command += ["--object", json.dumps(secret)]
+        for node in nodes:
+            command += ["--blockdev", node]
+        command += ["--export", self._arguments[-1]]
+        command += ["--pidfile", os.path.join(self._folder, "pid")]
+        self._process = subprocess.Popen(
+            [setpriv, *_WITH_PARENT[1:], str(os.getpid()), *command],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            pass_fds=[*(fd for fd, _ in self._descriptors), *self._locked],
+            cwd="/",
+            start_new_session=True,  # the terminal's signals are not for it
+        )
+        assert self._process.stderr is not None
+        self._listener = threading.Thread(
+            target=self._listen, args=(self._process.stderr,), name=f"log of {PROGRAM}", daemon=True
+        )
+        self._listener.start()
+
+    def _listen(self, stream: IO[bytes]) -> None:
+        with stream:
+            for raw in stream:
+                line = raw.decode("utf-8", "replace").rstrip()
+                for argument in self._arguments:
+                    for option in ("--blockdev", "--export"):
+                        line = line.replace(f"{option} {argument}: ", "")
+                for fd, name in self._descriptors:
+                    line = line.replace(f"/proc/self/fd/{fd}'", f"{name}'").replace(f"/proc/self/fd/{fd}]", f"{name}]")
+                if line:
+                    self._lines.append(line)
+                    log.log(logging.DEBUG if self._stopping else logging.WARNING, "%s: %s", self.name, line)
+
+    def _is_ready(self) -> bool:
+        """Whether the pid file is written, which is done when the export stands."""
+        try:
+            return os.stat(os.path.join(self._folder, "pid")).st_size > 0
+        except FileNotFoundError:
+            return False
+
+    async def _wait_until_ready(self) -> None:
+        while not self._is_ready():
+            if not self.alive:
+                if self._listener is not None:
+                    await trio.to_thread.run_sync(self._listener.join, 1.0)
+                raise _failure(self.name, self.last_words)
+            await trio.sleep(_POLL_INTERVAL)
+
+    def _attach(self, writable: bool) -> None:
+        """Open the export, and take mount and folder away."""
+        disk = os.path.join(self._folder, "disk")
+        # What is only read is read past the page cache: the kernel would fetch what nobody wants, 128 KiB at a time.
+        # Root could open it for writing as well, whatever its mode says: what it is for is known, and not tried.
+        # (Writing so through QEMU 7.2's export garbles the first bytes of a buffer that does not begin on a page.)
+        fd = os.open(disk, (os.O_RDWR if writable else os.O_RDONLY | os.O_DIRECT) | os.O_CLOEXEC)
+        export = _Export(fd, self.name, writable)
+        try:
+            if os.fstat(fd).st_dev == os.stat(self._folder).st_dev:
+                raise ImageError(self.name, "QEMU exports nothing")
+            self.size = export.size_now()
+            self._take_away()
+            with self._guard:
+                if self._stopping:
+                    raise OSError(errno.ECANCELED, "stopped while it started")
+                self._export = export
+        except BaseException:
+            with contextlib.suppress(OSError):
+                export.close()
+            raise
+
+    def _take_away(self) -> None:
+        """Remove mount and folder, where they are; the export stays, as long as it is open."""
+        if not self._folder or not os.path.isdir(self._folder):
+            return
+        disk = os.path.join(self._folder, "disk")
+        subprocess.run(["fusermount3", "-u", "-z", "-q", disk], capture_output=True, check=False)
+        shutil.rmtree(self._folder, ignore_errors=True)
+        if os.path.isdir(self._folder):
+            log.warning("%s: %s cannot be removed", self.name, self._folder)
+
+    def check_open_files(self, allowed: set[tuple[int, int]]) -> None:
+        """Raise Refused if it has a file or device open that is not among these (`HostFile.identity`)."""
+        folder = f"/proc/{self.pid}/fd"
+        for fd in os.listdir(folder):
+            path = os.path.join(folder, fd)
+            try:
+                status = os.stat(path)
+                where = os.readlink(path)
+            except FileNotFoundError:
+                continue
+            if stat.S_ISBLK(status.st_mode):
+                identity = (-1, status.st_rdev)
+            elif stat.S_ISREG(status.st_mode) and not where.startswith((self._folder + "/", "/memfd:")):
+                identity = (status.st_dev, status.st_ino)
+            else:
+                continue
+            if identity not in allowed:
+                raise Refused(self.name, f"it made QEMU open {where}, which it did not name before; it was changed")
+
+    def stop(self, *, gently: bool = False) -> None:
+        """End the process, and let go of the export. Blocks, for `STOP_TIMEOUT` seconds at most.
+
+        `gently`: with time to write what is left, not a promise that it does.
+        """
+        with self._guard:
+            self._stopping = True
+            export, self._export = self._export, None
+        process = self._process
+        killer = None
+        if process is not None and gently:
+            killer = threading.Timer(STOP_TIMEOUT, process.kill)
+            killer.daemon = True
+            killer.start()
+        elif process is not None:
+            process.kill()
+        if export is not None:
+            with contextlib.suppress(OSError):  # closing asks the daemon for a flush
+                export.close()
+        if process is not None:
+            process.terminate()
+            self._wait(process)
+        if killer is not None:
+            killer.cancel()
+        self._take_away()
+
+    def kill(self) -> None:
+        """End the process, and leave the export to its users, whose calls fail from now on. Blocks."""
+        if self._process is not None:
+            self._process.kill()
+            self._wait(self._process)
+
+    def _wait(self, process: subprocess.Popen[bytes]) -> None:
+        try:
+            process.wait(2 * STOP_TIMEOUT)
+        except subprocess.TimeoutExpired:
+            log.error("%s: %s (process %d) does not end", self.name, PROGRAM, process.pid)
+        if self._listener is not None:
+            self._listener.join(1.0)
