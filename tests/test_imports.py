@@ -12,14 +12,35 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "fvdfs"
 
+ROOMS = (
+    ("errors", "xattrs"),
+    ("format",),
+    ("store",),
+    ("alloc", "cow", "daemon", "mountoptions", "mounts"),
+    ("image",),
+    ("check", "prefetch"),
+    ("ops",),
+    ("commands",),
+    ("cli",),
+    ("__main__",),
+)
+"""The rooms and single modules of fvdfs, from the ground up: imports lead down, or within a floor in one direction."""
+
 PURE = {
     "fvdfs.errors",
+    "fvdfs.format.creation",
     "fvdfs.format.header",
     "fvdfs.format.journal",
+    "fvdfs.format.profile",
     "fvdfs.cow.bitmap",
     "fvdfs.cow.planner",
+    "fvdfs.cow.recorder",
     "fvdfs.alloc.table",
+    "fvdfs.prefetch.contention",
+    "fvdfs.prefetch.profile",
+    "fvdfs.store.blockdev",
     "fvdfs.store.locations",
+    "fvdfs.store.references",
     "fvdfs.check.findings",
     "fvdfs.check.header",
     "fvdfs.check.contents",
@@ -30,7 +51,9 @@ LOW = {
     "fvdfs.errors": set[str](),
     "fvdfs.cow.locks": set[str](),
     "fvdfs.store.filelock": {"fvdfs.errors"},
-    "fvdfs.store.host": {"fvdfs.store.filelock", "fvdfs.store.uring", "fvdfs.store.worker", "fvdfs.errors"},
+    "fvdfs.store.host": {
+        *("fvdfs.store.base", "fvdfs.store.filelock", "fvdfs.store.uring", "fvdfs.store.worker", "fvdfs.errors")
+    },
 }
 
 
@@ -60,6 +83,10 @@ def imported(source: str, module: str, *, is_package: bool = False) -> Iterator[
             yield from (f"{origin}.{alias.name}" for alias in node.names)
 
 
+def room(module: str) -> str:
+    return module.split(".")[1]
+
+
 def imports_of(module: str) -> list[str]:
     return list(imported(MODULES[module].read_text(), module, is_package=module in PACKAGES))
 
@@ -87,11 +114,11 @@ def modules_imported(module: str) -> set[str]:
         ("import os.path as p, trio", ["os.path", "trio"]),
         ("from os import path", ["os.path"]),
         ("def f():\n    from trio import Event, run", ["trio.Event", "trio.run"]),
-        ("if x:\n    from fvdfs.alloc import store", ["fvdfs.store.host"]),
+        ("if x:\n    from fvdfs.store import host", ["fvdfs.store.host"]),
         ("from . import locks", ["fvdfs.cow.locks"]),
         ("from .locks import RangeLock", ["fvdfs.cow.locks.RangeLock"]),
-        ("from ..alloc import store", ["fvdfs.store.host"]),
-        ("from ..alloc.store import Store", ["fvdfs.store.base.Store"]),
+        ("from ..store import host", ["fvdfs.store.host"]),
+        ("from ..store.base import Store", ["fvdfs.store.base.Store"]),
     ],
 )
 def test_imports_are_found(source: str, names: list[str]) -> None:
@@ -140,6 +167,22 @@ def test_ops_is_imported_only_by_the_command_line(module: str) -> None:
 def test_package_does_not_import_tests(module: str) -> None:
     helpers = {path.stem for path in Path(__file__).parent.glob("*.py")} | {"tests", "pytest", "hypothesis"}
     assert [n for n in imports_of(module) if any(within(n, helper) for helper in helpers)] == []
+
+
+@pytest.mark.parametrize("module", sorted(set(MODULES) - {"fvdfs"}))
+def test_imports_lead_down(module: str) -> None:
+    floors = {room: floor for floor, rooms in enumerate(ROOMS) for room in rooms}
+    climbing = [name for name in modules_imported(module) - {"fvdfs"} if floors[room(name)] > floors[room(module)]]
+    assert climbing == []
+
+
+def test_rooms_are_no_circle() -> None:
+    """Of two rooms, one knows the other, or neither."""
+    graph: dict[str, set[str]] = {}
+    for module in set(MODULES) - {"fvdfs"}:
+        others = {room(name) for name in modules_imported(module) - {"fvdfs"}} - {room(module)}
+        graph.setdefault(room(module), set()).update(others)
+    TopologicalSorter(graph).prepare()
 
 
 def test_no_cycles() -> None:

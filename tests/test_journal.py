@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import reference
-from fvdfs.alloc.table import UNALLOCATED, Table, decode_entries, new_table
+from fvdfs.alloc.table import Table, decode_entries, new_table
 from fvdfs.cow.bitmap import Bitmap, bitmap_bytes
-from fvdfs.format.header import SECTOR, Header, ceil_div, with_fields
+from fvdfs.format.header import SECTOR, UNALLOCATED, Header, ceil_div, with_fields
 from fvdfs.format.journal import (
     BITMAP_MAGIC,
     TABLE_MAGIC,

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fvdfs.alloc.table import ENTRIES_PER_PAGE, NOT_JOURNALED, UNALLOCATED, Table, decode_entries, new_table
-from fvdfs.format.header import MAX_CHUNKS, PAGE
+from fvdfs.alloc.table import ENTRIES_PER_PAGE, NOT_JOURNALED, Table, decode_entries, new_table
+from fvdfs.format.header import MAX_CHUNKS, PAGE, UNALLOCATED
 
 ROOM = 1000  # chunks that the storage has room for, where it does not matter
 

@@ -28,8 +28,8 @@ from contextlib import asynccontextmanager
 import trio
 
 from fvdfs.alloc.growth import GrowCommand
-from fvdfs.alloc.table import UNALLOCATED, Table
-from fvdfs.format.header import MAX_CHUNKS, ceil_div
+from fvdfs.alloc.table import Table
+from fvdfs.format.header import MAX_CHUNKS, UNALLOCATED, ceil_div
 from fvdfs.store.base import OUT_OF_SPACE, Store
 
 log = logging.getLogger(__name__)

@@ -23,9 +23,8 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from bitarray import bitarray
 
-from fvdfs.format.header import MAX_CHUNKS, PAGE, TABLE_ENTRY_SIZE, ceil_div, round_up
+from fvdfs.format.header import MAX_CHUNKS, PAGE, TABLE_ENTRY_SIZE, UNALLOCATED, ceil_div, round_up
 
-UNALLOCATED = 0xFFFFFFFF
 NOT_JOURNALED = 0x80000000
 ENTRIES_PER_PAGE = PAGE // TABLE_ENTRY_SIZE
 _UNALLOCATED_PAGE = b"\xff" * PAGE

@@ -22,7 +22,7 @@ from itertools import islice
 
 from bitarray import bitarray
 
-from fvdfs.alloc.table import ENTRIES_PER_PAGE, NOT_JOURNALED, UNALLOCATED
+from fvdfs.alloc.table import ENTRIES_PER_PAGE, NOT_JOURNALED
 from fvdfs.check.findings import (
     MAX_LISTED,
     Findings,
@@ -37,7 +37,7 @@ from fvdfs.check.findings import (
 from fvdfs.check.header import profile_region
 from fvdfs.cow.bitmap import Bitmap
 from fvdfs.errors import ImageError
-from fvdfs.format.header import MAX_CHUNKS, Header, ceil_div, round_up
+from fvdfs.format.header import MAX_CHUNKS, UNALLOCATED, Header, ceil_div, round_up
 
 # --- what is read from where ----------------------------------------------------------------------
 

@@ -29,7 +29,8 @@ SECTOR = 512
 PAGE = 4096
 HEADER_SIZE = 4336
 HEADER_SPACE = 8192  # the header's region, up to the first other one
-TABLE_ENTRY_SIZE = 4
+TABLE_ENTRY_SIZE = 4  # bytes
+UNALLOCATED = 0xFFFFFFFF  # the entry of a chunk that has no place
 MAX_DISK_SIZE = 1 << 62  # keeps every sum of two offsets inside the 63 bits of a file offset
 MAX_CHUNKS = 0x7FFFFFFF  # numbers 0 .. 0x7FFFFFFE (format.md, section 5)
 

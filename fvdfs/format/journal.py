@@ -32,10 +32,9 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
-from fvdfs.alloc.table import UNALLOCATED, Table
-from fvdfs.cow.bitmap import Bitmap
-from fvdfs.format.header import ENTRIES_WITH_BITMAP_RECORD, SECTOR, Header, ceil_div
+from fvdfs.format.header import ENTRIES_WITH_BITMAP_RECORD, SECTOR, UNALLOCATED, Header, ceil_div
 
 BITMAP_MAGIC = 0x3F2AB8ED
 TABLE_MAGIC = 0xB4E6F7AC
@@ -46,6 +45,23 @@ MAX_RECORD_SECTORS = (1 << 32) - 1  # of the disk, in one bitmap record
 
 Range = tuple[int, int]
 """Half-open: [start, stop)."""
+
+
+class Bits(Protocol):
+    """A bitmap that records are replayed into."""
+
+    def set_local(self, start: int, stop: int) -> None:
+        """Blocks [start, stop) are local."""
+
+
+class Entries(Protocol):
+    """A chunk table that records are written of, and replayed into."""
+
+    def __getitem__(self, chunk: int) -> int:
+        """The number of the chunk in the storage, or UNALLOCATED."""
+
+    def replay(self, first: int, entries: Sequence[int]) -> str | None:
+        """Take over the entries from `first` on, or none of them and say why."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +127,7 @@ def parse(sector: bytes) -> Iterator[tuple[int, Record | str]]:
 
 
 def replay(
-    sectors: bytes, header: Header, bitmap: Bitmap | None, table: Table | None, first_index: int = 0
+    sectors: bytes, header: Header, bitmap: Bits | None, table: Entries | None, first_index: int = 0
 ) -> list[Skipped]:
     """Apply journal sectors, in their order, to bitmap and table; report what was skipped.
 
@@ -141,7 +157,7 @@ def replay(
     return skipped
 
 
-def _blocks_of(record: BitmapRecord, header: Header, bitmap: Bitmap | None, blocks: list[Range]) -> str | None:
+def _blocks_of(record: BitmapRecord, header: Header, bitmap: Bits | None, blocks: list[Range]) -> str | None:
     """Add the blocks of the record to the list, or say why it is bad."""
     if bitmap is None:
         if header.base_img:
@@ -176,7 +192,7 @@ def merge(ranges: Iterable[Range]) -> list[Range]:
     return merged
 
 
-def encode(header: Header, table: Table | None, blocks: Sequence[Range], chunks: Sequence[int]) -> list[bytes] | None:
+def encode(header: Header, table: Entries | None, blocks: Sequence[Range], chunks: Sequence[int]) -> list[bytes] | None:
     """The sectors that make these blocks local and these chunks allocated.
 
     `blocks`: merged ranges; `chunks`: in ascending order. None where the layout does not permit
@@ -223,13 +239,13 @@ def _bitmap_records(header: Header, start: int, stop: int) -> Iterator[bytes]:
         first += count
 
 
-def _table_record(table: Table, first: int, last: int) -> bytes:
+def _table_record(table: Entries, first: int, last: int) -> bytes:
     entries = [table[chunk] for chunk in range(first, last + 1)]
     assert UNALLOCATED not in entries, "a block is local, but its chunk has no place"
     return struct.pack(f"<III{len(entries)}I", TABLE_MAGIC, first, len(entries), *entries)
 
 
-def _table_sectors(table: Table, chunks: Sequence[int], space: int) -> list[bytes]:
+def _table_sectors(table: Entries, chunks: Sequence[int], space: int) -> list[bytes]:
     """Table records for these chunks, `space` bytes of them a sector."""
     sectors: list[bytes] = []
     current = b""

@@ -16,7 +16,7 @@ import trio
 from fvdfs.alloc.chunked import ChunkedStorage
 from fvdfs.alloc.flat import FlatStorage
 from fvdfs.alloc.growth import grow_command
-from fvdfs.alloc.table import UNALLOCATED, Table, TooDamaged, decode_entries
+from fvdfs.alloc.table import Table, TooDamaged, decode_entries
 from fvdfs.cow.bitmap import Bitmap, bitmap_bytes
 from fvdfs.cow.writethrough import MODES
 from fvdfs.errors import (
@@ -27,7 +27,16 @@ from fvdfs.errors import (
     UnsupportedFeature,
 )
 from fvdfs.format import journal
-from fvdfs.format.header import HEADER_SIZE, HEADER_SPACE, SECTOR, TABLE_ENTRY_SIZE, Header, Region, round_up
+from fvdfs.format.header import (
+    HEADER_SIZE,
+    HEADER_SPACE,
+    SECTOR,
+    TABLE_ENTRY_SIZE,
+    UNALLOCATED,
+    Header,
+    Region,
+    round_up,
+)
 from fvdfs.image.commit import Committer
 from fvdfs.image.image import Image
 from fvdfs.image.policy import FVD_FORMAT, RAW_FORMATS, HostStore, Policy, _resolve, format_of
