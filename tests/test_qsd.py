@@ -36,8 +36,8 @@ from fvdfs.store import qemu_daemon, qemu_store
 from fvdfs.store.base import Store
 from fvdfs.store.host import HostFile
 from fvdfs.store.locations import Location, within
-from fvdfs.store.qemu_daemon import Daemon
-from fvdfs.store.qemu_store import QsdStore
+from fvdfs.store.qemu_daemon import StorageDaemon
+from fvdfs.store.qemu_store import QemuStore
 
 MIB = 1 << 20
 SIZE = 8 * MIB
@@ -74,15 +74,15 @@ class Inside:
             raise Refused(image, f"{field}={location.url} is not allowed")
 
 
-def named(folder: Path, name: str, file_format: str, *prefixes: str, writable: bool = False) -> QsdStore:
+def named(folder: Path, name: str, file_format: str, *prefixes: str, writable: bool = False) -> QemuStore:
     access = Inside(folder, *prefixes)
-    return QsdStore(str(folder / "image.fvd"), "base_img", name, file_format, access, writable=writable)
+    return QemuStore(str(folder / "image.fvd"), "base_img", name, file_format, access, writable=writable)
 
 
 @contextlib.asynccontextmanager
 async def opened(
     folder: Path, name: str, file_format: str, *prefixes: str, writable: bool = False
-) -> AsyncIterator[QsdStore]:
+) -> AsyncIterator[QemuStore]:
     store = named(folder, name, file_format, *prefixes, writable=writable)
     try:
         await store.start()
@@ -91,7 +91,7 @@ async def opened(
         await store.aclose()
 
 
-async def refused(store: QsdStore, error: type[FvdError], why: str = "") -> str:
+async def refused(store: QemuStore, error: type[FvdError], why: str = "") -> str:
     """It cannot be opened; what it says."""
     try:
         with pytest.raises(error, match=why) as caught:
@@ -229,7 +229,7 @@ async def test_writable_qcow2_against_a_model(folder: Path) -> None:
         async with opened(folder, "disk", "qcow2", writable=True) as store:
             assert await content(store) == model
 
-            async def change(store: QsdStore = store) -> None:
+            async def change(store: QemuStore = store) -> None:
                 for _ in range(40):
                     offset, length = rng.randrange(SIZE - 300_000), rng.randrange(1, 300_000)
                     kind = rng.randrange(4)
@@ -570,10 +570,10 @@ async def test_what_a_server_may_have_lost_is_told_though_it_is_back(
     path = folder / "socket"
     (folder / "disk").write_bytes(bytes(MIB))
 
-    async def flush_well(daemon: Daemon) -> bool:
+    async def flush_well(daemon: StorageDaemon) -> bool:
         return True
 
-    monkeypatch.setattr(QsdStore, "_flush_last", staticmethod(flush_well))
+    monkeypatch.setattr(QemuStore, "_flush_last", staticmethod(flush_well))
     async with contextlib.AsyncExitStack() as first:
         await first.enter_async_context(nbd_server(path, "file", folder / "disk"))
         async with opened(folder, f"nbd+unix:///?socket={path}", "raw", "nbd+unix:///", writable=True) as store:
@@ -773,14 +773,14 @@ async def test_restart_that_fails(folder: Path, data: bytes, monkeypatch: pytest
     async with opened(folder, "disk", "qcow2") as store:
         path = os.environ["PATH"]
         starts = 0
-        start = Daemon.start
+        start = StorageDaemon.start
 
-        async def count(self: Daemon, options: Sequence[dict[str, object]], *, writable: bool) -> None:
+        async def count(self: StorageDaemon, options: Sequence[dict[str, object]], *, writable: bool) -> None:
             nonlocal starts
             starts += 1
             await start(self, options, writable=writable)
 
-        monkeypatch.setattr(Daemon, "start", count)
+        monkeypatch.setattr(StorageDaemon, "start", count)
         monkeypatch.setenv("PATH", "/nonexistent")
         os.kill(store.pid, signal.SIGKILL)
 

@@ -27,7 +27,7 @@ from fvdfs.image.chain import lock_for_reading, open_named, unstated_base_format
 from fvdfs.image.policy import FVD_FORMAT, HostStore, Policy
 from fvdfs.store.host import HostFile, open_path
 from fvdfs.store.locations import is_local
-from fvdfs.store.qemu_store import QsdStore
+from fvdfs.store.qemu_store import QemuStore
 
 SHOWN = 20  # findings of a kind, in text
 
@@ -182,7 +182,7 @@ class _Opening:
     async def _take(self, store: HostStore, what: str, *, own: bool) -> None:
         """Have the store closed in the end, and lock it. Raises ImageBusy, ImageError, UsageError, OSError."""
         self._stack.push_async_callback(store.aclose)
-        if isinstance(store, QsdStore):
+        if isinstance(store, QemuStore):
             await store.start()
         repair = own and self._policy.writable
         if repair and not store.writable:

@@ -27,7 +27,7 @@ from fvdfs.image.policy import FVD_FORMAT, HostStore, Policy, unstated_format
 from fvdfs.store.base import Buffer, Store
 from fvdfs.store.host import open_path
 from fvdfs.store.locations import is_local, parse_location
-from fvdfs.store.qemu_store import QsdStore
+from fvdfs.store.qemu_store import QemuStore
 from fvdfs.store.references import BASE_FORMATS, PROBE_SIZE, detect
 
 PIECE = 1 << 20  # bytes
@@ -139,7 +139,7 @@ async def open_source(name: str, file_format: str, permission: Permission) -> tu
         store = await open_other(name, stated or "raw", permission.policy(name), writable=False)
     try:
         await trio.to_thread.run_sync(store.lock, False)
-        if isinstance(store, QsdStore) and not stated:
+        if isinstance(store, QemuStore) and not stated:
             first = bytearray(PROBE_SIZE)
             await store.pread(memoryview(first), 0)
             looks_like = detect(bytes(first))

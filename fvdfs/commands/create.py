@@ -41,7 +41,7 @@ from fvdfs.mountoptions import hint
 from fvdfs.store.base import Store
 from fvdfs.store.host import HostFile, open_path
 from fvdfs.store.locations import is_local
-from fvdfs.store.qemu_store import QsdStore
+from fvdfs.store.qemu_store import QemuStore
 from fvdfs.store.references import RAW
 
 _ZEROS = bytes(1 << 20)
@@ -318,7 +318,7 @@ def _look_at_device(store: HostFile, size: int, force: bool) -> None:
 async def _inspect_other(image: str, name: str, file_format: str, secret_file: str) -> BaseImage:
     """A base that QEMU opens. Raises ImageError, UsageError, OSError."""
     policy = Policy(allowed_urls=("",), secret_file=secret_file)
-    store = QsdStore(image, "base_img", name, file_format, policy, writable=False)
+    store = QemuStore(image, "base_img", name, file_format, policy, writable=False)
     try:
         await store.start()
         return BaseImage(None, await store.size(), file_format, _identities([store]))

@@ -29,7 +29,7 @@ from types import FrameType, TracebackType
 from fvdfs.errors import UsageError
 from fvdfs.store.base import Store
 from fvdfs.store.host import HostFile, open_host_file
-from fvdfs.store.qemu_store import QsdStore
+from fvdfs.store.qemu_store import QemuStore
 
 Identity = tuple[int, int]
 """As of `HostFile.identity`."""
@@ -269,7 +269,7 @@ class NewFiles:
 
 def host_files(store: Store) -> list[HostFile]:
     """The files and devices of this host behind a store."""
-    if isinstance(store, QsdStore):
+    if isinstance(store, QemuStore):
         return store.host_files
     return [store] if isinstance(store, HostFile) else []
 

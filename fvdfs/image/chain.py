@@ -43,7 +43,7 @@ from fvdfs.image.policy import FVD_FORMAT, RAW_FORMATS, HostStore, Policy, _reso
 from fvdfs.store.base import Store, pread_exactly
 from fvdfs.store.host import HostFile, open_as_permitted
 from fvdfs.store.locations import is_local
-from fvdfs.store.qemu_store import QsdStore
+from fvdfs.store.qemu_store import QemuStore
 from fvdfs.store.references import BASE_FORMATS, FORMATS, RAW
 
 log = logging.getLogger(__name__)
@@ -249,7 +249,7 @@ def open_named(image: str, field: str, name: str, file_format: str, policy: Poli
         if file_format and file_format not in FORMATS:
             known = ", ".join(BASE_FORMATS)
             raise UnsupportedFeature(image, f"{field}_fmt={file_format}: is not known; known are {known}")
-        return QsdStore(image, field, name, file_format, policy, writable=writable)
+        return QemuStore(image, field, name, file_format, policy, writable=writable)
     handle, path = policy.open_file(image, field, name)
     try:
         return _open_handle(handle, path, policy, writable=writable)
@@ -294,7 +294,7 @@ def _look_at_size(layer: Layer, size: int) -> None:
 def unstated_base_format(path: str, header: Header, policy: Policy) -> str:
     """What the base of the image at `path` is, where its header does not say it. Blocks.
 
-    Of what is not a file of this host, `QsdStore.start` finds out. Raises UnstatedFormat, and as `open_named`.
+    Of what is not a file of this host, `QemuStore.start` finds out. Raises UnstatedFormat, and as `open_named`.
     """
     if not is_local(header.base_img):
         return RAW
@@ -315,7 +315,7 @@ async def load_chain(chain: Chain) -> Image:
     """
     try:
         for store in chain.stores():
-            if isinstance(store, QsdStore):
+            if isinstance(store, QemuStore):
                 await store.start()
         await lock_for_reading(chain.stores(), chain.layers)
         if chain.base is not None:
@@ -514,13 +514,13 @@ async def open_image(path: str, policy: Policy, *, write: bool = False) -> Image
     return image
 
 
-async def open_other(name: str, file_format: str, policy: Policy, *, writable: bool) -> QsdStore:
+async def open_other(name: str, file_format: str, policy: Policy, *, writable: bool) -> QemuStore:
     """Open an image of another format, for tools that need no mount. Only from the main thread.
 
     Raises ImageError, UsageError where a program is missing, OSError.
     """
     short = os.path.basename(name) if is_local(name) else name  # a path starts at the folder of the first name
-    store = QsdStore(name, "image", short, file_format, policy, writable=writable)
+    store = QemuStore(name, "image", short, file_format, policy, writable=writable)
     try:
         await store.start()
     except BaseException:

@@ -23,12 +23,12 @@ from fvdfs.store import paths
 from fvdfs.store.host import HostFile, open_path
 from fvdfs.store.locations import Location, within
 from fvdfs.store.paths import Walker
-from fvdfs.store.qemu_store import QsdStore
+from fvdfs.store.qemu_store import QemuStore
 from fvdfs.store.references import PROBE_SIZE, RAW, detect
 
 RAW_FORMATS = ("", RAW)
 FVD_FORMAT = "fvd"
-HostStore = HostFile | QsdStore
+HostStore = HostFile | QemuStore
 """A store that was found by a name."""
 
 

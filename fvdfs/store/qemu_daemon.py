@@ -87,7 +87,7 @@ class _Export(HostFile):
         os.fdatasync(self._fd)
 
 
-class Daemon:
+class StorageDaemon:
     """One running qemu-storage-daemon, and the file that it exports."""
 
     def __init__(

@@ -38,7 +38,7 @@ from fvdfs.store.host import (
     open_as_permitted,
 )
 from fvdfs.store.locations import Location, Options, join, parse_location
-from fvdfs.store.qemu_daemon import PROGRAM, STOP_TIMEOUT, Daemon
+from fvdfs.store.qemu_daemon import PROGRAM, STOP_TIMEOUT, StorageDaemon
 from fvdfs.store.references import FORMATS, PROBE_SIZE, RAW, Reader, Reference, detect, references
 
 log = logging.getLogger(__name__)
@@ -96,7 +96,7 @@ class _Opened:
     """For locks, and for a look at its header."""
 
 
-class QsdStore(Stepwise):
+class QemuStore(Stepwise):
     """An image in some format of QEMU's, at a path or a URL; see `Store`."""
 
     def __init__(self, image: str, field: str, name: str, file_format: str, access: Access, *, writable: bool) -> None:
@@ -108,7 +108,7 @@ class QsdStore(Stepwise):
         self._access = access
         self._opened: list[_Opened] = []
         self._writes_to_server = False
-        self._daemon: Daemon | None = None
+        self._daemon: StorageDaemon | None = None
         self._options: list[Options] = []
         self._local_only = False
         self._starting = trio.Lock()
@@ -204,7 +204,7 @@ class QsdStore(Stepwise):
             return await trio.to_thread.run_sync(self._read_references, opened, opened.file)
         if opened.format == RAW and opened.stated:
             return []
-        daemon = Daemon(opened.path, [])
+        daemon = StorageDaemon(opened.path, [])
         node = Node(RAW, opened.location)
         await daemon.start(blockdevs(node, writable=False, node_name="disk"), writable=False)
         try:
@@ -253,7 +253,7 @@ class QsdStore(Stepwise):
         self._holes = not any(opened.location.is_device or self._is_device(opened) for opened in self._opened)
         self._daemon = await self._new_daemon()
 
-    async def _new_daemon(self) -> Daemon:
+    async def _new_daemon(self) -> StorageDaemon:
         secret = ""
         for opened in self._opened:
             if opened.format == "luks":
@@ -265,7 +265,7 @@ class QsdStore(Stepwise):
                     )
         descriptors = [(opened.handle, opened.path) for opened in self._opened if opened.handle >= 0]
         locked = [opened.file.descriptor for opened in self._opened if opened.file is not None]
-        daemon = Daemon(self.name, descriptors, secret, locked)
+        daemon = StorageDaemon(self.name, descriptors, secret, locked)
         await daemon.start(self._options, writable=self.writable)
         try:
             if self._local_only:  # network libraries open files of their own, for a moment
@@ -279,7 +279,7 @@ class QsdStore(Stepwise):
 
     # ---- A daemon that dies ----
 
-    async def _call(self, operation: Callable[[Daemon], Awaitable[T]], *, changes: bool = False) -> T:
+    async def _call(self, operation: Callable[[StorageDaemon], Awaitable[T]], *, changes: bool = False) -> T:
         """Do it; if the daemon is found dead, start another one and do it once more. Raises OSError."""
         failed_before = self._failed_starts
         for again in (True, False):
@@ -312,7 +312,7 @@ class QsdStore(Stepwise):
             await self._revive(daemon, failed_before)
         raise OSError(errno.EIO, f"{self.name}: {PROGRAM} died again")
 
-    async def _revive(self, dead: Daemon, failed_before: int) -> None:
+    async def _revive(self, dead: StorageDaemon, failed_before: int) -> None:
         """Replace a daemon; `failed_before` tells whether that failed while the caller was waiting already."""
         async with self._starting:
             if self._closed or self._daemon is not dead:
@@ -340,7 +340,7 @@ class QsdStore(Stepwise):
                 log.warning("%s: %s runs again", self.name, PROGRAM)
                 return
 
-    async def _bury(self, dead: Daemon) -> None:
+    async def _bury(self, dead: StorageDaemon) -> None:
         """Make sure that it is dead, and account for what was lost with it."""
         dead.gone = True
         lost, self._stable = self._changes > self._stable, self._changes
@@ -357,7 +357,7 @@ class QsdStore(Stepwise):
         log.error("%s: %s %s%s", self.name, PROGRAM, what, risk)
 
     @staticmethod
-    async def _flush_last(daemon: Daemon) -> bool:
+    async def _flush_last(daemon: StorageDaemon) -> bool:
         """Whether a daemon that has had an error can still make stable what it wrote."""
         with trio.move_on_after(STOP_TIMEOUT):
             try:
@@ -383,7 +383,7 @@ class QsdStore(Stepwise):
     async def pwrite(self, data: Buffer, offset: int) -> None:
         end = offset + len(data)
 
-        async def write(daemon: Daemon) -> None:
+        async def write(daemon: StorageDaemon) -> None:
             if end > daemon.size:
                 async with self._growing:
                     if end > daemon.size:
@@ -395,7 +395,7 @@ class QsdStore(Stepwise):
     async def write_out(self, offset: int, length: int) -> None:
         """QEMU has no such call."""
 
-    async def _truncate(self, daemon: Daemon, size: int) -> None:
+    async def _truncate(self, daemon: StorageDaemon, size: int) -> None:
         if self._top.format != RAW:
             size = -(-size // _SECTOR) * _SECTOR  # QEMU's formats count in sectors
         if size == daemon.size:
@@ -410,7 +410,7 @@ class QsdStore(Stepwise):
         daemon.size = size
 
     async def zero(self, offset: int, length: int) -> None:
-        async def zero(daemon: Daemon) -> None:
+        async def zero(daemon: StorageDaemon) -> None:
             inside = min(length, daemon.size - offset)
             if inside > 0:
                 await daemon.export.zero(offset, inside)
@@ -423,7 +423,7 @@ class QsdStore(Stepwise):
         return await self._call(lambda daemon: daemon.export.next_data(start, stop))
 
     async def flush(self) -> None:
-        async def flush(daemon: Daemon) -> None:
+        async def flush(daemon: StorageDaemon) -> None:
             try:
                 await daemon.export.flush()
             except OSError:
@@ -439,7 +439,7 @@ class QsdStore(Stepwise):
         self._stable = max(self._stable, upto)
 
     async def size(self) -> int:
-        async def size(daemon: Daemon) -> int:
+        async def size(daemon: StorageDaemon) -> int:
             return daemon.size
 
         return await self._call(size)
@@ -448,7 +448,7 @@ class QsdStore(Stepwise):
         if self.fixed_size and size <= await self.size():
             return
 
-        async def resize(daemon: Daemon) -> None:
+        async def resize(daemon: StorageDaemon) -> None:
             async with self._growing:
                 await self._truncate(daemon, size)
 
