@@ -17,7 +17,6 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from crash import quiet
 from fuzz import corpus
 from fuzz.targets import MAX_LENGTH, TARGETS, seeds
 from fvdfs.alloc.table import Table
@@ -25,6 +24,7 @@ from fvdfs.cow.bitmap import Bitmap
 from fvdfs.format.header import Header
 from fvdfs.image.image import Image
 from fvdfs.store import base, locations, references
+from support.crash import quiet
 
 RUN = Path(__file__).parent / "fuzz" / "run.py"
 all_targets = pytest.mark.parametrize("target", TARGETS)

@@ -11,6 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "fvdfs"
+TESTS = ROOT / "tests"
 
 ROOMS = (
     ("errors", "xattrs"),
@@ -165,8 +166,15 @@ def test_ops_is_imported_only_by_the_command_line(module: str) -> None:
 
 @pytest.mark.parametrize("module", sorted(MODULES))
 def test_package_does_not_import_tests(module: str) -> None:
-    helpers = {path.stem for path in Path(__file__).parent.glob("*.py")} | {"tests", "pytest", "hypothesis"}
+    helpers = {path.stem for path in TESTS.iterdir()} | {"tests", "pytest", "hypothesis"}
     assert [n for n in imports_of(module) if any(within(n, helper) for helper in helpers)] == []
+
+
+def test_no_test_imports_another() -> None:
+    """What tests share lies in tests/support."""
+    for path in TESTS.rglob("*.py"):
+        parts = {part for name in imported(path.read_text(), "tests") for part in name.split(".")}
+        assert [part for part in parts if part.startswith("test_") or part == "conftest"] == [], path
 
 
 @pytest.mark.parametrize("module", sorted(set(MODULES) - {"fvdfs"}))

@@ -8,7 +8,7 @@ then has a guest unpack a tree of files and run PostMark on it. Prints the media
 best peer of the same kind (above 1 is better), the goals, and what serving a GiB costs in CPU time.
 
 Needs root, fio, qemu-utils, qemu-system-x86, qemu-system-common (qemu-storage-daemon), nbdkit, libnbd-bin,
-postmark, and what tests/guest.py names; a peer that is not installed is left out, and said so. Guests are
+postmark, and what tests/support/guest.py names; a peer that is not installed is left out, and said so. Guests are
 emulated, so that what they take is mostly their own time. The picture needs matplotlib.
 """
 

@@ -31,7 +31,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from guest import boot
+from support.guest import boot
 
 MIB = 1 << 20
 FVDFS = [sys.executable, "-m", "fvdfs"]

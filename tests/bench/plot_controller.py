@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from fvdfs.prefetch.contention import State
-from simulation import Guest, Log, SimulatedLink, States, machine, percentile, rival, simulate
+from support.simulation import Guest, Log, SimulatedLink, States, machine, percentile, rival, simulate
 
 FILE = Path(__file__).parents[2] / "docs" / "controller.svg"
 RATE = 50e6

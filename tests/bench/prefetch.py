@@ -40,7 +40,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from bench import lab
 from bench.lab import MIB, Disk, Link, Ranges, Read, Report, Server, serve
-from guest import CommandError, build_initrd
+from support.guest import CommandError, build_initrd
 
 SLOW_LINK: Link = (50_000_000, 0)
 FAR_LINK: Link = (20_000_000, 5)

@@ -11,8 +11,8 @@ from pathlib import Path
 from bench import lab
 from bench.lab import MIB, command
 from bench.targets import SIZE, Served
-from guest import boot, build_initrd, find_program, run
-from treegen import make_tar
+from support.guest import boot, build_initrd, find_program, run
+from support.treegen import make_tar
 
 _DIRECT16 = ("--direct=1", "--ioengine=libaio", "--iodepth=16")
 FIO: dict[str, tuple[str, ...]] = {

@@ -11,7 +11,7 @@ import struct
 from fuzz.source import Source
 from fvdfs.format.creation import CreateOptions, new_header
 from fvdfs.format.header import SECTOR, Header, with_fields
-from reference import CODES, NAMES
+from support.reference import CODES, NAMES
 
 MAX_PATCHES = 7
 _CODES = [struct.Struct(f"<{code}") for code in CODES]

@@ -23,9 +23,6 @@ from typing import cast
 
 import trio
 
-import reference
-from builder import load
-from fakes import MemoryStore
 from fuzz.layouts import HEADERS, RAW_HEADERS, patch
 from fuzz.parsers import check_header, some_entry, some_records
 from fuzz.source import Source
@@ -34,6 +31,9 @@ from fvdfs.format.header import Header, with_fields
 from fvdfs.image.image import Image, Zeroes
 from fvdfs.store.base import Buffer
 from fvdfs.store.host import MAX_FILE_SIZE
+from support import reference
+from support.builder import load
+from support.fakes import MemoryStore
 
 IMAGE = "disk.fvd"
 MAX_DATA = 1 << 20  # what a file takes at most; there is no space for more

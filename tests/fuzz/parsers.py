@@ -16,7 +16,6 @@ from itertools import pairwise
 from pathlib import Path
 from typing import cast
 
-import reference
 from fuzz.layouts import HEADERS, RAW_HEADERS, patch
 from fuzz.source import Source
 from fvdfs.alloc.table import ENTRIES_PER_PAGE, NOT_JOURNALED, Table, decode_entries
@@ -25,6 +24,7 @@ from fvdfs.cow.bitmap import BLOCKS_PER_PAGE, Bitmap, bitmap_bytes
 from fvdfs.errors import FormatError, FvdError
 from fvdfs.format.header import HEADER_SIZE, MAX_DISK_SIZE, PAGE, SECTOR, UNALLOCATED, Header, ceil_div, with_fields
 from fvdfs.format.journal import BITMAP_MAGIC, TABLE_MAGIC, encode, merge, parse, replay
+from support import reference
 
 NAME = "disk.fvd"
 

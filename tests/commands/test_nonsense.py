@@ -1,0 +1,259 @@
+"""What makes no sense is refused: one line, exit code 2, nothing done."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from fvdfs.errors import UsageError
+from fvdfs.mountoptions import folders, hint, listed, parse_mount_options
+from support.devices import loop_device
+from support.mounts import FVDFS, MIB, fvdfs, mounted, must
+
+HUGE = "9" * 30
+
+MOUNTS = {
+    "base_path=/nosuch": "there is no such directory",
+    "base_path=": "needs a value",
+    "base_path": "needs a value",
+    "secret=/nosuch": "No such file",
+    "secret=/etc": "is no regular file",
+    "secret": "needs a value",
+    "grow_command=/nosuch": "there is no such program",
+    "grow_command=nosuch-program": "there is no such program",
+    "grow_command=/etc": "there is no such program",
+    "grow_command=": "needs a value",
+    "allow_url=": "needs a value",
+    "allow_url=nosuch": "no beginning of a URL",
+    "allow_url=/etc": "no beginning of a URL",
+    "base_format=": "needs a value",
+    "base_format=banana": "is not known",
+    "shrink=banana": "takes no value",
+    "shrink=": "takes no value",
+    "accept_unclean=yes": "takes no value",
+    "allow_base_write=on": "takes no value",
+    "record_profile=1": "takes no value",
+    "allow_other=1": "takes no value",
+    "ro=1": "takes no value",
+    "ro,rw": "choose one",
+    "sync=always,sync=none": "given twice",
+    "writeback=on,writeback=off": "given twice",
+    "writeback": "needs a value",
+    "writeback=maybe": "must be on or off",
+    "io_uring=1": "must be on or off",
+    "locking=": "needs a value",
+    "detect_zeroes=banana": "must be off or on or punch",
+    "sync=": "needs a value",
+    "prefetch_max=0": "leave it out",
+    "prefetch_max=-1": "is no size",
+    "prefetch_max=nan": "is no size",
+    f"prefetch_max={HUGE}": "more than any file can hold",
+    "prefetch_jobs=0": "must be a number from 1 to 1024",
+    "prefetch_jobs=-1": "must be a number from 1 to 1024",
+    "prefetch_jobs=1e3": "must be a number from 1 to 1024",
+    f"prefetch_jobs={HUGE}": "must be a number from 1 to 1024",
+    "banana": "unknown",
+    "=": "unknown",
+}
+
+
+def refused(folder: Path, arguments: list[str], message: str) -> None:
+    before = sorted(folder.parent.rglob("*"))
+    done = subprocess.run([*FVDFS, *arguments], cwd=folder, capture_output=True, text=True, timeout=60, check=False)
+    assert message in done.stderr, done.stderr
+    assert (done.returncode, done.stderr.count("\n"), done.stdout) == (2, 1, "")
+    assert sorted(folder.parent.rglob("*")) == before
+    assert not os.path.ismount(folder.parent / "point")
+
+
+@pytest.mark.parametrize("option", MOUNTS)
+def test_options_of_mount(folder: Path, option: str) -> None:
+    (folder.parent / "point").mkdir()
+    refused(folder, ["mount", ".", "../point", "-o", option], MOUNTS[option])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["mount", "", "../point"], "is empty"),
+        (["mount", ".", ""], "is empty"),
+        (["mount", ".", "../point", "--log-file", ""], "is empty"),
+        (["mount", ".", "../point", "--log-file="], "is empty"),
+        (["mount", ".", "../point", "--log-file", "."], "Is a directory"),
+        (["mount", ".", "../point", "--debug"], "needs -f"),
+        (["mount", ".", "../point", "--read-only", "-o", "rw"], "choose one"),
+        (["mount", "base.raw", "../point"], "is not a directory"),
+        (["mount", "."], "required"),
+        (["umount", ""], "is empty"),
+        (["status", ""], "is empty"),
+        (["info", ""], "is empty"),
+        (["map", ""], "is empty"),
+        (["map", "a.fvd", "--png", ""], "is empty"),
+        (["check", ""], "is empty"),
+        (["check", "a.fvd", "--secret", "/nosuch"], "No such file"),
+        (["check", "a.fvd", "-o", "ro"], "is for mount"),
+        (["check", "a.fvd", "-o", "base_path=/nosuch"], "there is no such directory"),
+        (["convert", "a.fvd", ""], "is empty"),
+        (["convert", "a.fvd", "b.raw", "-o", "allow_url=nosuch"], "no beginning of a URL"),
+        (["convert", "a.fvd", "b.raw", "--secret", "/nosuch"], "No such file"),
+        (["convert", "a.fvd", "b.raw", "-f", ""], "is empty"),
+        (["profile", "show", ""], "is empty"),
+        (["prefetch", "start", ""], "is empty"),
+        (["prefetch", "banana", "a.raw"], "invalid choice"),
+        (["banana"], "invalid choice"),
+        ([], "required"),
+    ],
+)
+def test_commands(folder: Path, arguments: list[str], message: str) -> None:
+    (folder.parent / "point").mkdir()
+    (folder / "base.raw").write_bytes(bytes(4096))
+    must("create", folder / "a.fvd", "1M")
+    refused(folder, arguments, message)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("'' 1M", "is empty"),
+        ("new 1M", "add .fvd to the name"),
+        ("new.FVD 1M", "add .fvd to the name"),
+        (".fvd 1M", "add .fvd to the name"),
+        ("new.fvd 0", "more than 0"),
+        ("new.fvd nan", "is no size"),
+        ("new.fvd 1e9", "is no size"),
+        (f"new.fvd {HUGE}", "more than any file can hold"),
+        (f"new.fvd {'9' * 5000}", "more than any file can hold"),
+        ("new.fvd 1M --base ''", "is empty"),
+        ("new.fvd 1M --base=", "is empty"),
+        ("new.fvd 1M --base-format raw", "needs a base"),
+        ("new.fvd 1M --base base.raw --base-format ''", "is empty"),
+        ("new.fvd 1M --base base.raw --block-size 0", "must be more than 0"),
+        ("new.fvd 1M --base base.raw --block-size 4T", "too large"),
+        ("new.fvd 1M --compact --chunk-size 0", "must be more than 0"),
+        ("new.fvd 1M --compact --chunk-size 8000P", "too large"),
+        ("new.fvd 1M --compact --grow-unit 0", "must be more than 0"),
+        ("new.fvd 1M --compact --grow-unit 8000P", "too large"),
+        ("new.fvd 1M --compact --journal-size 2G", "the journal would take"),
+        ("new.fvd 1M --compact --journal-size 8000P", "must be"),
+        ("new.fvd 1M --compact --journal-size -1", "is no size"),
+        ("new.fvd 1M --base base.raw --prefetch-delay 0", "from 1 to"),
+        ("new.fvd 1M --base base.raw --prefetch-delay=-1", "from 1 to"),
+        ("new.fvd 1M --base base.raw --prefetch-delay 2147483648", "from 1 to"),
+        ("new.fvd 1M --base base.raw --prefetch-delay nan", "from 1 to"),
+        ("new.fvd 1M --prefetch-delay 1", "needs a base"),
+        ("new.fvd 1M --base base.raw --detect-holes 0", "must be more than 0"),
+        ("new.fvd 1M --data-format raw", "--data-format needs a data file"),
+        ("new.fvd 1M --data-file data --data-format ''", "is empty"),
+        ("new.fvd 1M --grow-command ./grow", "neither IMAGE nor --data-file is one"),
+        ("new.fvd 1M --data-file data --grow-command ./grow", "neither IMAGE nor --data-file is one"),
+        ("new.fvd 1M --secret a.fvd", "--secret needs a base image"),
+        ("new.fvd 1M --base base.raw --secret /nosuch", "No such file"),
+        ("new.fvd 1M --base a.fvd --base-format fvd --update-base writeback", "an FVD image is never written to"),
+        ("new.fvd 1M --base base.raw --update-base maybe", "invalid choice"),
+    ],
+)
+def test_create(folder: Path, arguments: str, message: str) -> None:
+    (folder / "base.raw").write_bytes(bytes(4096))
+    must("create", folder / "a.fvd", "1M")
+    refused(folder, ["create", *shlex.split(arguments)], message)
+
+
+def test_an_image_on_a_device_needs_no_name(folder: Path, tmp_path: Path) -> None:
+    backing = tmp_path / "device"
+    backing.touch()
+    os.truncate(backing, 32 * MIB)
+    with loop_device(backing) as device:
+        must("create", device, "1M", "--compact", "--grow-command", "builtin:lvextend")
+
+
+def test_prefetching_what_has_no_base(folder: Path) -> None:
+    must("create", folder / "a.fvd", "1M")
+    with mounted(folder) as mount:
+        for _ in range(2):
+            done = fvdfs("prefetch", "start", mount.raw("a"))
+            assert (done.code, done.err.count("\n")) == (2, 1)
+            assert "has no base, and so nothing to prefetch" in done.err
+
+
+# --- names with commas and colons ---------------------------------------------------------------
+
+NAMES = ["plain", "a,b", "a:b", "a\\b", "a\\,b", "a b", "a'b", 'a"b', "a$b", ",", ":", "a,ro", "ä"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_hint_works_as_it_stands_and_in_a_shell(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    path.mkdir()
+    text = hint("base_path", str(path))
+    for written in (text, *shlex.split(text)):
+        assert folders(parse_mount_options([written])) == (str(path),)
+        options = parse_mount_options([written, "ro", f"base_path={tmp_path}:/"])
+        assert folders(options) == (str(path), str(tmp_path), "/")
+        assert "ro" in options
+    url = f"nbd://10.0.0.1/{name.replace(' ', '')}"
+    for written in (hint("allow_url", url), *shlex.split(hint("allow_url", url))):
+        assert listed(parse_mount_options([written, "allow_url=ssh://b"]), "allow_url") == (url, "ssh://b")
+
+
+def test_what_is_escaped_elsewhere(tmp_path: Path) -> None:
+    (tmp_path / "a,b:c").touch()
+    options = parse_mount_options([rf"ro,secret={tmp_path}/a\,b:c,shrink"])
+    assert options == {"ro": "", "secret": f"{tmp_path}/a,b:c", "shrink": ""}
+    assert parse_mount_options([r"secret=/a\\b"])["secret"] == r"/a\b"
+    assert parse_mount_options(["", "ro,", ",ro"]) == {"ro": ""}
+    with pytest.raises(UsageError, match="unknown"):
+        parse_mount_options(["'ro"])
+
+
+@pytest.mark.parametrize("name", ["a,b", "a:b", "a b"])
+def test_the_option_that_a_message_names_makes_the_image_appear(folder: Path, tmp_path: Path, name: str) -> None:
+    place = tmp_path / name
+    place.mkdir()
+    (place / "base.raw").write_bytes(b"base" * 1024)
+    done = fvdfs("create", folder / "a.fvd", "--base", place / "base.raw", "--base-format", "raw")
+    remark = done.err.strip().partition("needs -o ")[2]
+    with mounted(folder) as mount:
+        assert not mount.raw("a").exists()
+        logged = mount.log.strip().partition("allow it with -o ")[2].splitlines()[0]
+    assert logged == remark
+    for option in (remark, *shlex.split(remark)):
+        with mounted(folder, "-o", option) as mount:
+            assert mount.raw("a").read_bytes() == b"base" * 1024
+
+
+# --- relative names -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("flags", [[], ["-f"]])
+def test_relative_names_are_those_of_the_caller(folder: Path, tmp_path: Path, flags: list[str]) -> None:
+    """In the background and in the foreground."""
+    point = tmp_path / "point"
+    point.mkdir()
+    script = tmp_path / "grow"
+    script.write_text(f'#!/bin/sh\nlosetup -c "$2"; truncate -s +"$1" "{tmp_path}/device" && losetup -c "$2"\n')
+    script.chmod(0o755)
+    backing = tmp_path / "device"
+    backing.touch()
+    os.truncate(backing, 20 * MIB)
+    with loop_device(backing) as device:
+        must("create", device, "64M", "--compact", "--chunk-size", "64K", "--grow-unit", "1M")
+        (folder / "a.fvd").symlink_to(device)
+        options = ["-o", "grow_command=./grow,writeback=off", "--log-file", "log"]
+        process = subprocess.Popen([*FVDFS, "mount", *flags, "images", "point", *options], cwd=tmp_path)
+        try:
+            if not flags:
+                assert process.wait(60) == 0
+            while not os.path.ismount(point) or not os.listdir(point):
+                assert process.poll() in (None, 0)
+            with open(point / "a.raw", "r+b", buffering=0) as file:
+                for _ in range(24):
+                    file.write(b"x" * MIB)
+                os.fsync(file)
+        finally:
+            assert fvdfs("umount", point).code == 0
+            assert process.wait(60) == 0
+    assert "growing its storage" in (tmp_path / "log").read_text()

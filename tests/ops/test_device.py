@@ -1,0 +1,133 @@
+"""The kernel's requests on their way: what the short path does with what a kernel, or a stress of it, may ask."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import random
+import signal
+import struct
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from fvdfs.ops.wire import CONGESTION_THRESHOLD, FUSE_HANDLE_KILLPRIV_V2, MAX_BACKGROUND, amend
+from support.mounts import MIB, Mount, mounted, must
+
+REQUEST = struct.pack("=IIQQIIIHHIIII", 56, 26, 1, 0, 0, 0, 0, 0, 0, 7, 45, 1 << 17, FUSE_HANDLE_KILLPRIV_V2 | 1)
+
+
+def init_answer(flags: int, error: int = 0) -> bytes:
+    body = struct.pack("=IIIIHHI36x", 7, 38, 1 << 17, flags, 12, 9, 1 << 20)
+    return struct.pack("=IiQ", 16 + len(body), error, 1) + body
+
+
+def test_the_answer_to_init_is_amended() -> None:
+    answer = amend(REQUEST, init_answer(1))
+    assert len(answer) == len(init_answer(1))
+    fields = struct.unpack_from("=IIIIHHI", answer, 16)
+    assert fields == (7, 38, 1 << 17, 1 | FUSE_HANDLE_KILLPRIV_V2, MAX_BACKGROUND, CONGESTION_THRESHOLD, 1 << 20)
+
+
+def test_a_flag_that_is_not_offered_is_not_answered() -> None:
+    request = REQUEST[:-4] + struct.pack("=I", 1)
+    assert struct.unpack_from("=IIIIHHI", amend(request, init_answer(1)), 16)[3] == 1
+
+
+@pytest.mark.parametrize("answer", [init_answer(1, error=-71), struct.pack("=IiQ", 16, -71, 1)])
+def test_a_refusal_stays_one(answer: bytes) -> None:
+    assert amend(REQUEST, answer) == answer
+
+
+@pytest.fixture(params=["on", "off"])
+def mount(request: pytest.FixtureRequest, folder: Path) -> Iterator[Mount]:
+    """A disk of 16 MiB, half of it over a base, with and without io_uring."""
+    (folder / "base.raw").write_bytes(random.Random(1).randbytes(8 * MIB))
+    must("create", folder / "a.fvd", "16M", "--base", "base.raw", "--base-format", "raw", "--block-size", "4K")
+    with mounted(folder, "-o", f"io_uring={request.param}") as mount:
+        yield mount
+
+
+def test_many_readers_and_writers_at_once(mount: Mount) -> None:
+    """Each has its own part of the disk, in requests of all sizes, past the kernel's cache."""
+    errors: list[BaseException] = []
+    part = MIB
+
+    def work(number: int) -> None:
+        try:
+            rng = random.Random(number)
+            disk = os.open(mount.raw("a"), os.O_RDWR | os.O_DIRECT)
+            area = mmap.mmap(-1, part)
+            with memoryview(area) as buffer:
+                os.preadv(disk, [buffer], number * part)
+                content = bytearray(buffer)
+                for _ in range(60):
+                    length = 512 * int(2 ** rng.uniform(0, 11))
+                    start = rng.randrange(0, part - length + 1, 512)
+                    with buffer[:length] as piece:
+                        if rng.random() < 0.5:
+                            piece[:] = content[start : start + length] = rng.randbytes(length)
+                            assert os.pwritev(disk, [piece], number * part + start) == length
+                        else:
+                            assert os.preadv(disk, [piece], number * part + start) == length
+                            assert piece == content[start : start + length]
+                        if rng.random() < 0.1:
+                            os.fsync(disk)
+            os.close(disk)
+        except BaseException as error:
+            errors.append(error)
+            raise
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(16)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+        assert not thread.is_alive()
+    assert errors == []
+
+
+def test_what_libfuse_answers_is_answered_beside_reads_and_writes(mount: Mount) -> None:
+    """Long names, extended attributes, listings: all that does not take the short path, in between what does."""
+    raw = mount.raw("a")
+    stop = threading.Event()
+
+    def load() -> None:
+        with open(raw, "r+b", buffering=0) as disk:
+            while not stop.is_set():
+                os.pwrite(disk.fileno(), bytes(100_000), 3 * MIB)
+                os.fsync(disk)
+
+    thread = threading.Thread(target=load)
+    thread.start()
+    try:
+        for _ in range(50):
+            assert os.listdir(mount.point) == ["a.raw"]
+            assert raw.stat().st_size == 16 * MIB
+            assert os.getxattr(raw, "user.fvdfs.status").startswith(b"{")
+            with pytest.raises(FileNotFoundError):
+                (mount.point / ("n" * 250)).stat()
+            with open(raw, "rb", buffering=0) as disk:
+                assert len(disk.read(10)) == 10
+    finally:
+        stop.set()
+        thread.join(20)
+
+
+def test_a_reader_that_is_killed_leaves_nothing_behind(mount: Mount) -> None:
+    """The kernel takes its requests back, or the answers find nobody."""
+    program = "import os, sys\ndisk = os.open(sys.argv[1], os.O_RDONLY)\n"
+    program += "while os.pread(disk, 1 << 24, 0): os.posix_fadvise(disk, 0, 0, os.POSIX_FADV_DONTNEED)"
+    for _ in range(10):
+        reader = subprocess.Popen([sys.executable, "-I", "-S", "-c", program, str(mount.raw("a"))])
+        time.sleep(0.1)
+        reader.send_signal(signal.SIGKILL)
+        reader.wait(10)
+    with open(mount.raw("a"), "rb") as disk:
+        assert disk.read(8 * MIB) == (mount.folder / "base.raw").read_bytes()
+    assert "Traceback" not in mount.log

@@ -1,0 +1,1 @@
+"""What tests share: builders, fakes, simulations, references and servers. No test imports another."""

@@ -1,0 +1,285 @@
+"""Mutants of the code that orders what becomes durable, for a test of the crash simulations themselves.
+
+A simulation that finds nothing may be blind. So the functions that matter are changed, one small change
+at a time, and each change must make some simulation fail:
+
+    without   a flush, or what reports that a commit has to cover something, is left out
+    swapped   two neighbours among the statements of a block that wait for something durable change places
+
+A mutant is made from the syntax tree of its module; of the compiled module only the code of the one function
+is taken, and put into the function of the running program for as long as the simulations run.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import importlib
+import inspect
+import itertools
+import signal
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import CodeType, FrameType, FunctionType
+from typing import Any
+
+from support.crash import SCENARIOS, SUBJECTS, Counts, Effort, Simulation, quiet
+
+MODULES = (
+    "fvdfs.store.host",
+    "fvdfs.image.commit",
+    "fvdfs.image.image",
+    "fvdfs.alloc.chunked",
+    "fvdfs.alloc.flat",
+    "fvdfs.image.chain",
+)
+FLUSHES = {"flush", "_flush"}
+OF_STORE = {"log_by_steps", "Stepwise.log"}  # what else that module has is not simulated
+REPORTS = {"mark_committed", "pages_written", "data_written", "blocks_stored", "chunks_allocated"}
+DURABLE = FLUSHES | {
+    *("pwrite", "pwrite_pages", "zero", "resize", "log"),
+    *("_append", "_write_pages", "_write_header", "_commit", "commit", "checkpoint", "recover"),
+    *("_clear_journal", "clear_journal", "change_header", "restore_header", "_shrink_header", "_settle"),
+    *("finish_base", "finish", "write_profile", "_write_profile", "close"),
+    *("grow", "shrink", "_grow", "_grow_to", "_shrink", "_make_room", "_make_room_on_device", "prepare", "_prepare"),
+    *("_store", "_store_data", "_store_zeros", "wrote", "_begin_base_writing"),
+}
+HANGS = 60  # seconds of one simulation, after which it counts as failed
+
+PAIRS = (
+    *(("cow-512", "writing"), ("compact-cow-512-4k", "writing"), ("cow-data-file", "writing")),
+    *(("compact-cow-no-journal", "writing"), ("compact-cow-data-file", "writing"), ("plain", "writing")),
+    *(("compact-4k-on-device", "writing"), ("compact-cow-512-4k-on-device", "writing")),
+    *(("cow-512", "resizing"), ("compact-cow-data-file", "resizing"), ("cow-7680-on-device", "resizing")),
+    *(("plain-on-device", "resizing"), ("compact-4k", "resizing"), ("compact-4k-on-device", "resizing")),
+    *(("cow-no-journal", "resizing"), ("plain", "resizing"), ("cow-data-file-on-device", "resizing")),
+    *(("cow-7680", "copying"), ("compact-cow-data-file", "copying"), ("cow-data-file", "copying")),
+    *(
+        ("cow-7680", "closing"),
+        ("compact-cow-data-file", "closing"),
+        ("plain", "leftovers"),
+        ("compact-4k", "leftovers"),
+    ),
+    *(("cow-7680", "zeroing"), ("compact-4k", "zeroing"), ("plain-on-device", "zeroing")),
+    *(("cow-7680-writethrough", "writing to the base"), ("cow-512-writeback", "writing to the base")),
+    *(("compact-cow-data-file", "recovering"), ("cow-7680", "recovering"), ("cow-no-journal", "copying")),
+    *(("plain", "killing"), ("cow-data-file", "killing"), ("compact-cow-data-file", "killing"), ("cow-512", "killing")),
+)
+"""Subject and scenario of the simulations that the mutants run through."""
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """A function with another code."""
+
+    name: str
+    function: FunctionType
+    code: CodeType
+
+
+# --- making them ----------------------------------------------------------------------------------
+
+
+def _awaits(statement: ast.stmt) -> set[str]:
+    """What the statement waits for, by the last part of the name."""
+    found = set()
+    for node in ast.walk(statement):
+        if isinstance(node, ast.Await) and isinstance(node.value, ast.Call):
+            function = node.value.func
+            found.add(function.attr if isinstance(function, ast.Attribute) else ast.unparse(function))
+    return found
+
+
+def _called(statement: ast.stmt) -> str:
+    """The method that the statement is a call of, awaited or not; empty: none."""
+    if not isinstance(statement, ast.Expr):
+        return ""
+    value = statement.value.value if isinstance(statement.value, ast.Await) else statement.value
+    return value.func.attr if isinstance(value, ast.Call) and isinstance(value.func, ast.Attribute) else ""
+
+
+def _reports(statement: ast.stmt) -> bool:
+    """Whether the statement notes that data was written, for the next commit."""
+    return isinstance(statement, ast.Assign) and ast.unparse(statement).endswith("data_written = True")
+
+
+def _short(statement: ast.stmt) -> str:
+    """The statement's first line; of a compound one, what it waits for as well."""
+    lines = ast.unparse(statement).splitlines()
+    return lines[0] if len(lines) == 1 else f"{lines[0]} … {', '.join(sorted(_awaits(statement) & DURABLE))}"
+
+
+def _blocks(function: ast.AST) -> Iterator[list[ast.stmt]]:
+    for node in ast.walk(function):
+        for field in ("body", "orelse", "finalbody"):
+            block = getattr(node, field, None)
+            if isinstance(block, list):
+                yield block
+
+
+def _changes(function: ast.AST) -> Iterator[str]:
+    """Change the tree in each way, one at a time; what was changed. The tree is as before at the end."""
+    for block in _blocks(function):
+        for at, statement in enumerate(block):
+            if _called(statement) in FLUSHES | REPORTS or _reports(statement):
+                block[at] = ast.copy_location(ast.Pass(), statement)
+                yield f"without {_short(statement)}"
+                block[at] = statement
+        durable = [at for at, statement in enumerate(block) if _awaits(statement) & DURABLE]
+        for a, b in itertools.pairwise(durable):
+            block[a], block[b] = block[b], block[a]
+            yield f"swapped {_short(block[b])} | {_short(block[a])}"
+            block[a], block[b] = block[b], block[a]
+
+    for node in ast.walk(function):
+        if isinstance(node, ast.keyword) and node.arg == "flush_first" and not isinstance(node.value, ast.Constant):
+            what, node.value = node.value, ast.copy_location(ast.Constant(False), node.value)
+            yield f"without flush_first={ast.unparse(what)}"
+            node.value = what
+
+
+def _code(code: CodeType, name: str) -> CodeType:
+    """The code of the function of that name inside the code of a module."""
+    if code.co_qualname == name:
+        return code
+    for const in code.co_consts:
+        if isinstance(const, CodeType) and (name == const.co_qualname or name.startswith(f"{const.co_qualname}.")):
+            return _code(const, name)
+    raise LookupError(name)
+
+
+def _function(module: object, name: str) -> FunctionType:
+    found: Any = module
+    for part in name.split("."):
+        found = inspect.getattr_static(found, part)
+    found = getattr(found, "fget", found)
+    found = inspect.unwrap(found)
+    assert isinstance(found, FunctionType)
+    return found
+
+
+def mutants() -> Iterator[Mutant]:
+    """All of them, in the order of the source; names are unique."""
+    names: Counter[str] = Counter()
+    for module_name in MODULES:
+        module = importlib.import_module(module_name)
+        path = inspect.getsourcefile(module)
+        assert path is not None
+        tree = ast.parse(Path(path).read_text())
+        functions = [("", node) for node in tree.body]
+        functions += [(f"{c.name}.", node) for c in tree.body if isinstance(c, ast.ClassDef) for node in c.body]
+        for prefix, node in functions:
+            if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                continue
+            function = prefix + node.name
+            if module_name == "fvdfs.store.host" and function not in OF_STORE:
+                continue
+            for change in _changes(node):
+                name = f"{module_name.removeprefix('fvdfs.')}: {function.rpartition('.')[2]}: {change}"
+                names[name] += 1
+                if names[name] > 1:
+                    name += f" ({names[name]})"
+                code = _code(compile(tree, path, "exec"), function)
+                yield Mutant(name, _function(module, function), code)
+
+
+# --- running them ---------------------------------------------------------------------------------
+
+
+class Simulations:
+    """The simulations that mutants run through; those that run the mutant's function, the last killers first."""
+
+    def __init__(self, scratch: Path, pairs: Sequence[tuple[str, str]] = PAIRS) -> None:
+        self._subjects = {subject.name: subject for subject in SUBJECTS}
+        self._left = scratch / "left"
+        self._left.mkdir()
+        self._files: dict[str, dict[str, bytes]] = {}
+        for name in dict(pairs):
+            built = scratch / name
+            built.mkdir()
+            self._files[name] = self._subjects[name].build(built)
+        self._pairs = list(pairs)
+        self._runs: dict[tuple[str, str], set[CodeType]] = {}
+        """The functions that each runs."""
+
+    def run_all(self) -> None:
+        """Without a mutant; they must not fail."""
+        for pair in self._pairs:
+            seen: set[CodeType] = set()
+
+            def profile(frame: FrameType, event: str, _: object, seen: set[CodeType] = seen) -> None:
+                if event == "call":
+                    seen.add(frame.f_code)
+
+            sys.setprofile(profile)
+            try:
+                self._run(*pair)
+            finally:
+                sys.setprofile(None)
+            self._runs[pair] = seen
+
+    def kill(self, mutant: Mutant) -> str:
+        """Which simulation fails with the mutant, and how; empty: none."""
+        original = mutant.function.__code__
+        mutant.function.__code__ = mutant.code
+        try:
+            for pair in tuple(self._pairs):
+                if original not in self._runs[pair]:
+                    continue
+                try:
+                    self._run(*pair)
+                except Exception as error:
+                    self._pairs.remove(pair)
+                    self._pairs.insert(0, pair)
+                    return f"{pair[0]}, {pair[1]}: {_reason(error)}"
+        finally:
+            mutant.function.__code__ = original
+        return ""
+
+    def _run(self, subject: str, scenario: str) -> None:
+        def sim_of() -> Simulation:
+            return Simulation(self._subjects[subject], self._files[subject], self._left, EFFORT, Counts())
+
+        with quiet(), _limit(HANGS):
+            SCENARIOS[scenario](sim_of)
+
+
+EFFORT = Effort(states=24, second_cuts=0, kills=1)
+
+
+@contextlib.contextmanager
+def _limit(seconds: int) -> Iterator[None]:
+    def hangs(*_: object) -> None:
+        raise TimeoutError("it hangs")
+
+    before = signal.signal(signal.SIGALRM, hangs)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def _reason(error: BaseException) -> str:
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return f"{type(error).__name__}: {str(error).partition(chr(10))[0][:100]}"
+
+
+def main() -> None:
+    """Print what becomes of each."""
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as scratch:
+        simulations = Simulations(Path(scratch))
+        simulations.run_all()
+        for mutant in mutants():
+            print(f"{mutant.name}\n    {simulations.kill(mutant) or 'SURVIVES'}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,131 @@
+"""The program as its users run it: its commands, and folders that it mounts."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import select
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+FVDFS = (sys.executable, "-m", "fvdfs")
+MIB = 1 << 20
+
+
+@dataclass
+class Finished:
+    """How a command ended."""
+
+    code: int
+    out: str
+    err: str
+
+
+def fvdfs(*arguments: str | Path, timeout: float = 60) -> Finished:
+    """Run the program, whatever its exit code."""
+    done = subprocess.run([*FVDFS, *map(str, arguments)], capture_output=True, text=True, timeout=timeout, check=False)
+    return Finished(done.returncode, done.stdout, done.stderr)
+
+
+def must(*arguments: str | Path, timeout: float = 60) -> str:
+    """Run the program, which must succeed, silently but for its output."""
+    done = fvdfs(*arguments, timeout=timeout)
+    assert done.code == 0, f"fvdfs {arguments}: exit code {done.code}: {done.err}"
+    return done.out
+
+
+@dataclass
+class Mount:
+    """A mounted folder."""
+
+    folder: Path
+    point: Path
+    log_file: Path
+    pid: int = 0
+    options: tuple[str, ...] = field(default=())
+
+    def mount(self) -> None:
+        """Mount, which must succeed."""
+        must("mount", self.folder, self.point, "--log-file", self.log_file, *self.options)
+        self.pid = int(os.getxattr(self.point, "user.fvdfs.pid"))
+
+    def umount(self) -> None:
+        """Unmount, which must succeed; every image is closed then."""
+        must("umount", self.point)
+        self.pid = 0
+
+    def remount(self) -> None:
+        self.umount()
+        self.mount()
+
+    def kill(self) -> None:
+        """End the process at once, and clear the dead mount away."""
+        os.kill(self.pid, 9)
+        subprocess.run(["umount", "-l", self.point], check=True)
+        wait_for_end(self.pid)
+        self.pid = 0
+
+    @property
+    def log(self) -> str:
+        return self.log_file.read_text() if self.log_file.exists() else ""
+
+    def raw(self, name: str) -> Path:
+        return self.point / f"{name}.raw"
+
+    def status(self, name: str) -> dict[str, Any]:
+        """What the mount says of an image."""
+        found: dict[str, Any] = json.loads(os.getxattr(self.raw(name), "user.fvdfs.status"))
+        return found
+
+
+def wait_until(
+    condition: Callable[[], object], timeout: float = 30, complaint: Callable[[], str] = lambda: "it does not happen"
+) -> None:
+    """Wait until it holds."""
+    deadline = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < deadline, complaint()
+        time.sleep(0.01)
+
+
+def wait_for_end(pid: int, timeout: float = 20) -> None:
+    """Wait until a process that is not our child has ended, though nobody may have reaped it yet."""
+    try:
+        descriptor = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return
+    try:
+        assert select.select([descriptor], [], [], timeout)[0], f"process {pid} does not end"
+    finally:
+        os.close(descriptor)
+
+
+def wait_for_log(mount: Mount, text: str, timeout: float = 10) -> None:
+    """Wait until the log holds the text."""
+    wait_until(lambda: text in mount.log, timeout, lambda: f"{text!r} does not appear in the log:\n{mount.log}")
+
+
+@contextlib.contextmanager
+def mounted(folder: Path, *options: str) -> Iterator[Mount]:
+    """The folder, mounted beside itself; unmounted at the end whatever happens."""
+    point = folder.parent / f"{folder.name}.mnt"
+    point.mkdir(exist_ok=True)
+    mount = Mount(folder, point, folder.parent / f"{folder.name}.log", options=options)
+    mount.mount()
+    try:
+        yield mount
+    finally:
+        if mount.pid:
+            pid = mount.pid
+            done = fvdfs("umount", point)
+            if done.code:
+                subprocess.run(["umount", "-l", point], check=False)
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, 9)
+            assert done.code == 0, f"umount: {done.err}"
