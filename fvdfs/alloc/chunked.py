@@ -67,7 +67,7 @@ class ChunkedStorage:
         """Chunks below this number are used, or have a place that reads as zeros; None: nobody has looked."""
         self._growing = trio.Lock()
         self._touching = trio.Lock()
-        self._settled = False
+        self._stopped = False
         self._freed: list[int] = []
         """Numbers that a cut has freed, and whose space is still to be given back."""
         ahead = min(ZERO_AHEAD, self._grow_unit) if store.fixed_size else self._grow_unit
@@ -141,18 +141,18 @@ class ChunkedStorage:
             self._growing_ahead = True
             self.spawn(self._grow_ahead)
 
-    async def settle(self) -> None:
+    async def stop_growing(self) -> None:
         """Nothing in the background touches the store any more. (A command that grows it may go on.)"""
         self.spawn = None
-        self._settled = True
+        self._stopped = True
         async with self._touching:
             pass
 
     @asynccontextmanager
     async def _touch(self) -> AsyncIterator[None]:
-        """Use the store, which `settle` must not find closed under it."""
+        """Use the store, which `stop_growing` must not find closed under it."""
         async with self._touching:
-            if self._settled:
+            if self._stopped:
                 raise OSError(errno.EBADF, f"{self._store.name}: closed")
             yield
 
@@ -160,7 +160,7 @@ class ChunkedStorage:
         try:
             await self._make_room(self._ahead)
         except OSError as error:
-            if self._settled:
+            if self._stopped:
                 return
             self._full_at = self._room
             log.warning("%s: storage is running out: %s", self._store.name, error.strerror)

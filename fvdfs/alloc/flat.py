@@ -59,8 +59,8 @@ class FlatStorage:
     async def give_back(self) -> None:
         """What `shrink` has not given back already: nothing."""
 
-    async def settle(self) -> None:
-        """Nothing is done in the background."""
+    async def stop_growing(self) -> None:
+        """Nothing grows in the background here."""
 
     async def grow(self, size: int) -> None:
         """The disk grows to `size` bytes, and what is new reads as zeros. Raises OSError."""

@@ -195,7 +195,7 @@ async def examine(layer: Layer) -> Examined:
         await _examine_contents(layer, found)
     sound = found.check is not None and found.check.sound
     complete = found.replayed and not found.errors
-    found.findings.settle(sound=sound, complete=complete, is_base=layer.is_base)
+    found.findings.block_unsafe(sound=sound, complete=complete, is_base=layer.is_base)
     return found
 
 

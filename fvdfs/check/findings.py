@@ -162,7 +162,7 @@ class Findings:
             if finding.mendable and finding.kind in kinds:
                 self.listed[at] = replace(finding, mendable=False, repair=why)
 
-    def settle(self, *, sound: bool, complete: bool, is_base: bool) -> None:
+    def block_unsafe(self, *, sound: bool, complete: bool, is_base: bool) -> None:
         """All is found: what must not be mended in view of the rest is said not to be.
 
         `sound`: the header is right, or will be; `complete`: all that there is could be read.

@@ -281,7 +281,7 @@ class Committer:
         await self._flush(self._meta)
         self._journal_next = 0
 
-    async def finish_base(self) -> None:
+    async def release_base(self) -> None:
         """Every block is local: have the header say that the base is no longer needed. Raises OSError.
 
         Data, bitmap and table are stable before that (format.md, section 7). The journal is emptied, since

@@ -601,7 +601,7 @@ class Image:
         async with self._resizing:
             if not bitmap.all_local(0, bitmap.blocks):
                 return False
-            await self.committer.finish_base()
+            await self.committer.release_base()
             for read in tuple(self._pending_reads):  # later ones find all blocks local
                 if read in self._pending_reads:
                     await read.wait()
@@ -807,7 +807,7 @@ class Image:
             self._quiet_over = trio.Event()
 
     async def _shrink_to(self, size: int) -> None:
-        await self._settle()
+        await self._checkpoint_unclean()
         # From here on bits and entries go backwards: old records must not come back.
         await self.committer.clear_journal()
         self._journal_cleared = True
@@ -846,7 +846,7 @@ class Image:
             bitmap_size = region.size if region is not None else header.bitmap_size
             await self.committer.change_header(base_img_size=size, bitmap_size=bitmap_size)
 
-    async def _settle(self) -> None:
+    async def _checkpoint_unclean(self) -> None:
         """Bitmap and table on disk are as in memory, and the header says that they may change."""
         if self.header.clean and self.header.has_metadata:
             await self.committer.change_header(clean_shutdown=0)
@@ -950,7 +950,7 @@ class Image:
                 if self.fetcher is not None:
                     await self.fetcher.close()
                     await self.finish()
-                await self.storage.settle()
+                await self.storage.stop_growing()
                 if self.writable and self.committer.failed is None:
                     await self.stop_writing()
             finally:

@@ -24,13 +24,13 @@ EQUIVALENT: dict[str, str] = {
     "image: _store_zeros: swapped if start < self._geometry.base_size: … _prepare | try: … pwrite, zero": (
         "a place that is new reads as zeros: nothing is stored there, before or after"
     ),
-    "image: finish: swapped await self.committer.finish_base() | if self.fetcher is not None: … close": (
+    "image: finish: swapped await self.committer.release_base() | if self.fetcher is not None: … close": (
         "no block is missing any more, so that the fetcher has nothing to store"
     ),
     f"image: flush: swapped {_HELD}: … flush | {_DIRTY}: … commit": (
         "base and image do not name each other's data; the answer waits for both"
     ),
-    f"image: _settle: swapped {_UNCLEAN} | await self.committer.checkpoint()": (
+    f"image: _checkpoint_unclean: swapped {_UNCLEAN} | await self.committer.checkpoint()": (
         "a checkpoint that writes anything has clean_shutdown=0 stable before"
     ),
     "image: begin_writing: swapped await self.committer.recover() | "
