@@ -101,7 +101,7 @@ def _record_that_fits(self: Table, first: int, entries: Sequence[int]) -> str | 
 
 
 def _without_last(self: Bitmap, start: int, stop: int) -> None:
-    self._fresh[start : stop - 1] = 1
+    self._local[start : stop - 1] = 1
 
 
 async def _nothing(self: Image) -> None:

@@ -9,17 +9,17 @@ from fvdfs.format.profile import Extent
 
 
 class Recorder:
-    """Keeps the order of the first reads within the base's range."""
+    """Keeps, in order, what is read first of the base's range. Offsets in bytes."""
 
     def __init__(self, size: int, limit: int) -> None:
-        """`size`: bytes of the base's range; `limit`: entries that there is room for."""
+        """`size`: bytes of the base's range; `limit`: extents kept; later ones are dropped."""
         self._size = size
         self._limit = limit
         self._seen = bitarray(ceil_div(size, PAGE))
         self.extents: list[Extent] = []
 
     def touched(self, start: int, stop: int, *, written: bool) -> None:
-        """Bytes were read, or written: what was written first is not needed from the base."""
+        """Bytes were read, or written: what is written before it is read is not needed from the base."""
         stop = min(stop, self._size)
         if start >= stop:
             return

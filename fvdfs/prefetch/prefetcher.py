@@ -48,7 +48,7 @@ PROFILE_REQUEST = 256 << 10
 PROFILE_GAP = 64 << 10  # bytes between extents of a profile that are fetched along
 
 
-class State(enum.Enum):
+class Activity(enum.Enum):
     """What a prefetcher is doing."""
 
     OFF = "off"
@@ -105,7 +105,7 @@ class Prefetcher:
         self._now = trio.Event()
         self._scheduler = scheduler
         self._rule = floor_rule(image.header, rng or random.Random())
-        self._state = State.WAITING
+        self._state = Activity.WAITING
         self._reason = ""
         self._resume = trio.Event()
         self._resume.set()
@@ -121,16 +121,16 @@ class Prefetcher:
     # --- seen and controlled from outside ---------------------------------------------------------
 
     @property
-    def state(self) -> State:
+    def state(self) -> Activity:
         """What it is doing."""
-        if self._state in (State.RUNNING, State.PROFILE) and (not self._resume.is_set() or self._stands_back()):
-            return State.PAUSED
+        if self._state in (Activity.RUNNING, Activity.PROFILE) and (not self._resume.is_set() or self._stands_back()):
+            return Activity.PAUSED
         return self._state
 
     @property
     def reason(self) -> str:
         """Why it does not go on; empty where it does, or has ended."""
-        if self._state in (State.RUNNING, State.PROFILE):
+        if self._state in (Activity.RUNNING, Activity.PROFILE):
             return "as asked" if not self._resume.is_set() else self._stands_back()
         return self._reason
 
@@ -172,17 +172,17 @@ class Prefetcher:
                 await self._run(profile, profile_delay, trio.current_time() + delay)
         except Exception:
             log.exception("%s: prefetching ended by an error", self.image.name)
-            self._state, self._reason = State.FAILED, "an error that is in the log"
+            self._state, self._reason = Activity.FAILED, "an error that is in the log"
         finally:
-            if self._state is not State.DONE and (self._state is not State.FAILED or self._scope.cancel_called):
-                self._state, self._reason = State.OFF, ""
+            if self._state is not Activity.DONE and (self._state is not Activity.FAILED or self._scope.cancel_called):
+                self._state, self._reason = Activity.OFF, ""
             self.ended.set()
 
     async def _run(self, profile: Sequence[Extent], profile_delay: float, start: float) -> None:
         image = self.image
         fetcher = image.start_fetching(copy_on_read=False)
         if fetcher is None or image.base is None:
-            self._state = State.DONE
+            self._state = Activity.DONE
             return
         link = self._scheduler.link(image.base_server)
         fetcher.observer = link
@@ -190,16 +190,16 @@ class Prefetcher:
         if requests:
             self._reason = f"starts {profile_delay:g} s after opening"
             await trio.sleep(profile_delay)
-            self._state = State.PROFILE
+            self._state = Activity.PROFILE
             with self._scheduler.flow(link, caps(image.header)) as flow:
                 await self._keep_trying(flow, fetcher, ProfileOrder(image, fetcher, requests))
         if not self._whole:
             return
         if start > trio.current_time():
-            self._state, self._reason = State.WAITING, "its delay is not over"
+            self._state, self._reason = Activity.WAITING, "its delay is not over"
             with trio.move_on_at(start):
                 await self._now.wait()
-        self._state = State.RUNNING
+        self._state = Activity.RUNNING
         with self._scheduler.flow(link, caps(image.header)) as flow:
             await self._keep_trying(flow, fetcher, None)
 
@@ -235,7 +235,7 @@ class Prefetcher:
         if self._complaint != str(failure):
             self._complaint = str(failure)
             log.error("%s: prefetching: %s; it is tried again", self.image.name, failure)
-        self._state, self._reason = State.FAILED, f"{failure}; again in {retry:g} s"
+        self._state, self._reason = Activity.FAILED, f"{failure}; again in {retry:g} s"
         block_size = self.image.base_range()[0]
         self._at = failure.start
         if failure.stop - failure.start > block_size:
@@ -256,7 +256,7 @@ class Prefetcher:
                 log.info("%s: everything is local; the base is no longer needed", self.image.name)
         except OSError as error:
             raise _Failure(self._at, self._at, "letting go of the base", error) from error
-        self._state, self._reason = State.DONE, ""
+        self._state, self._reason = Activity.DONE, ""
         return True
 
     async def _pass(self, flow: Flow, fetcher: Fetcher, order: ProfileOrder | None) -> None:
@@ -426,9 +426,9 @@ def status(image: Image, prefetcher: Prefetcher | None) -> dict[str, Any]:
         local = min(image.bitmap.count_local() * block_size, base_size)
     rate = prefetcher.rate if prefetcher is not None else 0.0
     missing = base_size - local
-    state = prefetcher.state if prefetcher is not None else State.OFF
+    state = prefetcher.state if prefetcher is not None else Activity.OFF
     if image.bitmap is None:
-        state = State.DONE
+        state = Activity.DONE
     return {
         "virtual_size": image.size,
         "base_size": base_size,

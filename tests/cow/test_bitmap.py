@@ -24,7 +24,7 @@ def encode(bits: set[int], size: int) -> bytes:
 
 
 class BitmapModel(RuleBasedStateMachine):
-    """Sets of blocks: fresh, stale; dirty pages; and snapshots of pages on their way to disk."""
+    """Sets of blocks: local, committed; dirty pages; and snapshots of pages on their way to disk."""
 
     stored = Bundle("stored")
     snapshots = Bundle("snapshots")
@@ -40,7 +40,7 @@ class BitmapModel(RuleBasedStateMachine):
         self.blocks = pages * BLOCKS_PER_PAGE - short
         bits = {bit for bit in bits if bit < self.blocks}
         self.tail = {self.blocks + bit for bit in tail if bit < short}
-        self.fresh, self.stale, self.dirty = set(bits), set(bits), set[int]()
+        self.local, self.committed, self.dirty = set(bits), set(bits), set[int]()
         self.bitmap = Bitmap(encode(bits | self.tail, self.size), self.blocks)
 
     def block_range(self, data: st.DataObject) -> tuple[int, int]:
@@ -54,19 +54,19 @@ class BitmapModel(RuleBasedStateMachine):
     def set_local(self, data: st.DataObject) -> tuple[int, int]:
         start, stop = self.block_range(data)
         self.bitmap.set_local(start, stop)
-        self.fresh.update(range(start, stop))
+        self.local.update(range(start, stop))
         self.dirty.update(block // BLOCKS_PER_PAGE for block in range(start, stop))
         return start, stop
 
     @rule(blocks=stored)
     def mark_committed(self, blocks: tuple[int, int]) -> None:
         self.bitmap.mark_committed(*blocks)
-        self.stale.update(range(*blocks))
+        self.committed.update(range(*blocks))
 
     @rule(target=snapshots)
     def take_dirty_pages(self) -> Pages:
         pages = self.bitmap.take_dirty_pages()
-        whole = encode(self.fresh | self.tail, self.size)
+        whole = encode(self.local | self.tail, self.size)
         assert pages == [(page, whole[page * PAGE : (page + 1) * PAGE]) for page in sorted(self.dirty)]
         self.dirty.clear()
         return pages
@@ -77,7 +77,7 @@ class BitmapModel(RuleBasedStateMachine):
         for page, data in pages:
             digits = f"{int.from_bytes(data, 'little'):b}"[::-1]
             bits = {page * BLOCKS_PER_PAGE + bit for bit, digit in enumerate(digits) if digit == "1"}
-            self.stale |= bits - self.tail
+            self.committed |= bits - self.tail
 
     @rule(pages=consumes(snapshots))
     def pages_not_written(self, pages: Pages) -> None:
@@ -88,12 +88,12 @@ class BitmapModel(RuleBasedStateMachine):
     def query(self, data: st.DataObject) -> None:
         start, stop = self.block_range(data)
         blocks = range(start, stop)
-        assert self.bitmap.all_local(start, stop) == self.fresh.issuperset(blocks)
-        assert self.bitmap.none_local(start, stop) == self.fresh.isdisjoint(blocks)
-        assert self.bitmap.all_committed(start, stop) == self.stale.issuperset(blocks)
+        assert self.bitmap.all_local(start, stop) == self.local.issuperset(blocks)
+        assert self.bitmap.none_local(start, stop) == self.local.isdisjoint(blocks)
+        assert self.bitmap.all_committed(start, stop) == self.committed.issuperset(blocks)
         if blocks:
-            assert self.bitmap.is_local(start) == (start in self.fresh)
-            assert self.bitmap.is_local(stop - 1) == (stop - 1 in self.fresh)
+            assert self.bitmap.is_local(start) == (start in self.local)
+            assert self.bitmap.is_local(stop - 1) == (stop - 1 in self.local)
 
     @rule(data=st.data())
     def runs(self, data: st.DataObject) -> None:
@@ -103,14 +103,14 @@ class BitmapModel(RuleBasedStateMachine):
             assert run_start == at < run_stop <= stop
             assert local is not before, "two runs of the same state"
             run = range(run_start, run_stop)
-            assert self.fresh.issuperset(run) if local else self.fresh.isdisjoint(run)
+            assert self.local.issuperset(run) if local else self.local.isdisjoint(run)
             at, before = run_stop, local
         assert at == stop
 
     @invariant()
     def counts(self) -> None:
         if hasattr(self, "bitmap"):
-            assert self.bitmap.count_local() == len(self.fresh)
+            assert self.bitmap.count_local() == len(self.local)
             assert self.bitmap.dirty_pages == len(self.dirty)
 
 

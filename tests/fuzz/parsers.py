@@ -124,7 +124,7 @@ def fuzz_bitmap(data: bytes) -> bool:
     blocks = pages * BLOCKS_PER_PAGE - source.number(source.byte() % 3)
     blocks = max(0, blocks)
     bitmap = Bitmap(bytes(content), blocks)
-    fresh = stale = int.from_bytes(content, "little")
+    local_bits = committed = int.from_bytes(content, "little")
     dirty = set[int]()
     taken: list[tuple[int, bytes]] = []
 
@@ -142,24 +142,24 @@ def fuzz_bitmap(data: bytes) -> bool:
         bits = mask(first, stop)
         if kind == 0:
             bitmap.set_local(first, stop)
-            fresh |= bits
+            local_bits |= bits
             dirty |= {
                 page for page in range(pages) if mask(page * BLOCKS_PER_PAGE, (page + 1) * BLOCKS_PER_PAGE) & bits
             }
         elif kind == 1:
-            if fresh & bits == bits:
+            if local_bits & bits == bits:
                 bitmap.mark_committed(first, stop)
-                stale |= bits
+                committed |= bits
         elif kind == 2:
             taken = bitmap.take_dirty_pages()
             assert [page for page, _ in taken] == sorted(dirty)
             for page, piece in taken:
-                assert piece == (fresh >> page * 8 * PAGE & (1 << 8 * PAGE) - 1).to_bytes(PAGE, "little")
+                assert piece == (local_bits >> page * 8 * PAGE & (1 << 8 * PAGE) - 1).to_bytes(PAGE, "little")
             dirty.clear()
         elif kind == 3:
             bitmap.pages_written(taken)
             for page, piece in taken:
-                stale |= int.from_bytes(piece, "little") << page * 8 * PAGE
+                committed |= int.from_bytes(piece, "little") << page * 8 * PAGE
             taken = []
         elif kind == 4:
             bitmap.pages_not_written(taken)
@@ -167,28 +167,28 @@ def fuzz_bitmap(data: bytes) -> bool:
             taken = []
         elif kind == 5 and not taken:
             bitmap.shrink(first)
-            gone = fresh >> first << first  # bits past the end of the blocks, too
+            gone = local_bits >> first << first  # bits past the end of the blocks, too
             if gone:
                 lowest, highest = (gone & -gone).bit_length() - 1, gone.bit_length() - 1
                 dirty |= set(range(lowest // BLOCKS_PER_PAGE, highest // BLOCKS_PER_PAGE + 1))
-            fresh, stale, blocks = fresh ^ gone, stale & mask(0, first), first
+            local_bits, committed, blocks = local_bits ^ gone, committed & mask(0, first), first
         elif kind == 6:
             runs = list(bitmap.runs(first, stop)) if stop - first < 4096 else []
             for start, end, local in runs:
                 assert first <= start < end <= stop
-                assert fresh & mask(start, end) == (mask(start, end) if local else 0)
+                assert local_bits & mask(start, end) == (mask(start, end) if local else 0)
             for (_, end, local), (start, _, other) in pairwise(runs):
                 assert end == start
                 assert local != other
             assert not runs or (runs[0][0], runs[-1][1]) == (first, stop)
         else:
-            assert bitmap.all_local(first, stop) == (fresh & bits == bits)
-            assert bitmap.none_local(first, stop) == (fresh & bits == 0)
-            assert bitmap.all_committed(first, stop) == (stale & bits == bits)
+            assert bitmap.all_local(first, stop) == (local_bits & bits == bits)
+            assert bitmap.none_local(first, stop) == (local_bits & bits == 0)
+            assert bitmap.all_committed(first, stop) == (committed & bits == bits)
             if first < blocks:
-                assert bitmap.is_local(first) == bool(fresh >> first & 1)
+                assert bitmap.is_local(first) == bool(local_bits >> first & 1)
         assert bitmap.dirty_pages == len(dirty)
-    assert bitmap.count_local() == (fresh & mask(0, blocks)).bit_count()
+    assert bitmap.count_local() == (local_bits & mask(0, blocks)).bit_count()
     return True
 
 

@@ -38,8 +38,7 @@ from fvdfs.prefetch.contention import (
     RateWatch,
     State,
 )
-from fvdfs.prefetch.prefetcher import Prefetcher
-from fvdfs.prefetch.prefetcher import State as Doing
+from fvdfs.prefetch.prefetcher import Activity, Prefetcher
 from support.builder import KIB
 from support.simulation import (
     MIB,
@@ -741,7 +740,7 @@ async def open_and_fetch(mount: Machine, count: int = 1, **options: int) -> list
     return [mount.link.log(f"image {number}") for number in range(count)]
 
 
-def doing(prefetcher: Prefetcher) -> Doing:
+def doing(prefetcher: Prefetcher) -> Activity:
     return prefetcher.state
 
 
@@ -990,7 +989,7 @@ def test_a_base_that_fails_is_tried_again_and_again() -> None:
             base.fails = fails  # type: ignore[union-attr]
             prefetcher = mount.prefetch(image)
             await trio.sleep(10)
-            assert doing(prefetcher) is Doing.FAILED
+            assert doing(prefetcher) is Activity.FAILED
             assert "reading from the base" in prefetcher.reason
             with pytest.raises(OSError):
                 await image.read(bad[0] + 64 * KIB, 4096)
@@ -998,7 +997,7 @@ def test_a_base_that_fails_is_tried_again_and_again() -> None:
             assert len(await image.read(60 * MIB, 4096)) == 4096
             with trio.fail_after(90):
                 await prefetcher.ended.wait()
-            assert doing(prefetcher) is Doing.DONE
+            assert doing(prefetcher) is Activity.DONE
             assert image.base is None
             begun = [at for at, before in zip(attempts, [-9.0, *attempts], strict=False) if at - before > 0.5]
             gaps = [after - before for before, after in itertools.pairwise(begun)]
@@ -1024,7 +1023,7 @@ def test_a_base_that_is_gone_is_waited_for_longer_each_time() -> None:
             base.fails = fails  # type: ignore[union-attr]
             prefetcher = mount.prefetch(image)
             await trio.sleep(300)
-            assert doing(prefetcher) is Doing.DONE
+            assert doing(prefetcher) is Activity.DONE
             return attempts
 
     attempts = simulate(main)
@@ -1040,24 +1039,24 @@ def test_pause_go_on_and_stop() -> None:
             prefetcher = mount.prefetch(await mount.open(4 * GIB), delay=100)
             log = link.log("prefetch")
             await trio.sleep(1)
-            assert doing(prefetcher) is Doing.WAITING
+            assert doing(prefetcher) is Activity.WAITING
             assert not log.entries
             prefetcher.go_on()
             await trio.sleep(2)
-            assert doing(prefetcher) is Doing.RUNNING
+            assert doing(prefetcher) is Activity.RUNNING
             assert prefetcher.rate > 0
             prefetcher.pause()
-            assert (prefetcher.state, prefetcher.reason) == (Doing.PAUSED, "as asked")
+            assert (prefetcher.state, prefetcher.reason) == (Activity.PAUSED, "as asked")
             await trio.sleep(0.2)
             at = trio.current_time()
             await trio.sleep(5)
             assert log.rate(at, at + 5) == 0
             prefetcher.go_on()
             await trio.sleep(2)
-            assert doing(prefetcher) is Doing.RUNNING
+            assert doing(prefetcher) is Activity.RUNNING
             assert log.rate(at + 6, at + 7) > 0.9 * MEDIUM.rate
             await prefetcher.stop()
-            assert doing(prefetcher) is Doing.OFF
+            assert doing(prefetcher) is Activity.OFF
             at = trio.current_time()
             await trio.sleep(2)
             assert log.rate(at, at + 2) == 0
