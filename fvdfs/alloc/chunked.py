@@ -1,4 +1,4 @@
-"""Allocation by FVD: chunks in the order of first write, through the chunk table (format.md, section 5).
+"""Allocation by FVD: chunks in the order of first write, through the chunk table (format.md, "Chunk table").
 
 A new chunk reads as zeros: who allocates it need not cover it. What lies behind the highest used
 chunk belongs to nobody, but may be anything: a former owner's bytes, or chunks that a crash left
@@ -8,7 +8,7 @@ without an entry. So room is made ready before numbers are handed out:
 - A device is zeroed, some chunks ahead; and where it is too small, made larger by a command.
 
 Whatever else writes to the image later takes what lies there as it is: the original does. So it is made
-to read as zeros also where this session hands out none of it (format.md, section 7): a file is cut, a
+to read as zeros also where this session hands out none of it (format.md, "Beyond the original"): a file is cut, a
 device zeroed, when an image is opened after a crash (`clear_behind`), and when the disk is cut (`give_back`).
 What a crash leaves on a device is bounded, so that not all of it need be zeroed: no more than `window`
 chunks are handed out before a commit has made their entries stable (`image.py` sees to that).

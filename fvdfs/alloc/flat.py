@@ -1,4 +1,4 @@
-"""Allocation by the host: virtual byte v is at data start + v (format.md, section 4).
+"""Allocation by the host: virtual byte v is at data start + v (format.md, "Storage without a table").
 
 The layout of a raw image. In a file of a file system it is sparse, and the file system decides
 where blocks go; a short file reads as zeros past its end. On a device it takes its place as it is.
@@ -45,7 +45,7 @@ class FlatStorage:
         """Make room for these bytes; the chunks that were allocated for it (here none).
 
         The original extends the file to the whole disk before its first request (format.md,
-        section 4), and so refuses none of what is written here. Raises OSError.
+        "Storage without a table"), and so refuses none of what is written here. Raises OSError.
         """
         async with self._resizing:
             if not self._ready and await self._store.size() < self._offset + self._size:

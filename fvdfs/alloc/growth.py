@@ -2,7 +2,7 @@
 
 `add_storage_cmd` comes from the image and is not to be trusted: it is run only if the mount says
 `-o grow_command=stored`. It is split into words as a shell would, but no shell runs it. Appended to
-the words are the number of bytes that are missing and the device (format.md, section 5).
+the words are the number of bytes that are missing and the device (format.md, "Chunk table").
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The chunk table of a compact image, and the allocator that fills it.
 
-One u32 a chunk of the virtual disk (format.md, section 5): UNALLOCATED, or the number of the chunk
+One u32 a chunk of the virtual disk (format.md, "Chunk table"): UNALLOCATED, or the number of the chunk
 in the storage, where its bytes are at data start + number * chunk_size. Numbers are handed out in
 the order of first writes: the next is the highest in the table + 1. An entry never changes once it
 is set, and no number is ever given twice: two virtual chunks must never share one place.
@@ -130,7 +130,7 @@ class Table:
         return number
 
     def replay(self, first: int, entries: Sequence[int]) -> str | None:
-        """Take over the entries of a journal record, or none of them and say why (format.md, section 7)."""
+        """Take over the entries of a journal record, or none of them and say why (format.md, "Beyond the original")."""
         if first + len(entries) > self.chunks:
             return f"entries {first}..{first + len(entries) - 1} of a table of {self.chunks}"
         numbers = [entry & ~NOT_JOURNALED for entry in entries]

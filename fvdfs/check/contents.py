@@ -5,7 +5,7 @@
     plan_table      a table that is right: entries of no use are UNALLOCATED, and read as zeros, or as
                     the base where the bit says so; the second owner of a chunk gets its own; a block
                     that counts as local has a chunk, of zeros if its own is lost. No number is given
-                    twice: new ones are above the highest, as the format has it (format.md, section 5),
+                    twice: new ones are above the highest, as the format has it (format.md, "Chunk table"),
                     and those of leaked chunks stay unused.
 
 All of it looks at bitmap and table as a replay of the journal leaves them.
@@ -293,7 +293,7 @@ def plan_table(scan: TableScan, header: Header, bitmap: Bitmap | None, bare: bit
 
 
 def report_bitmap_tail(header: Header, data: bytes, findings: Findings) -> None:
-    """Bits behind the last block: 0, or all of the bitmap 1 (format.md, section 3)."""
+    """Bits behind the last block: 0, or all of the bitmap 1 (format.md, "Bitmap")."""
     bits = bitarray(endian="little")
     bits.frombytes(data)
     count = bits.count(1, header.blocks)
@@ -320,7 +320,7 @@ def without_tail(data: bytes, blocks: int) -> bytes:
 
 
 def report_bitmap_of_complete(header: Header, data: bytes, blocks: int, findings: Findings) -> None:
-    """A bitmap that has to have every bit set, since the base is no longer needed (format.md, section 7)."""
+    """A bitmap in which every bit must be set, since the base is not needed (format.md, "Reads, writes, copies")."""
     bits = bitarray(endian="little")
     bits.frombytes(data)
     missing = blocks - bits.count(1, 0, blocks)

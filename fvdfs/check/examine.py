@@ -2,7 +2,7 @@
 
 The journal is replayed in memory, also where the image is clean: bits only get set and entries never
 change, so a replay that changes a clean image shows that bitmap or table have lost something
-(format.md, section 6). What follows looks at the image as a replay leaves it. The rules are in
+(format.md, "Journal"). What follows looks at the image as a replay leaves it. The rules are in
 `header.py` and `contents.py`.
 
 What cannot be looked at (an input error, a region that is too large) is an error and no finding. Holes
@@ -374,7 +374,7 @@ def _take_entries(found: Examined, scan: TableScan, pages: list[tuple[int, bytes
 
 
 async def _look_at_unneeded_bitmap(layer: Layer, found: Examined) -> None:
-    """Where the base is said not to be needed any more, every bit must be set (format.md, section 7)."""
+    """Where the base is said not to be needed any more, every bit must be set (format.md, "Reads, writes, copies")."""
     assert found.check is not None
     header = found.header
     if not header.base_img or not header.all_data_in_fvd_img or not found.check.layout_known:
@@ -447,7 +447,7 @@ def _report_short_base(header: Header, bitmap: Bitmap | None, size: int, finding
 async def _look_at_bits(layer: Layer, found: Examined) -> None:
     """Blocks that count as local, but have no chunk: harmless where the base is zero as well.
 
-    (The original leaves such bits over zeros; format.md, section 7.)
+    (The original leaves such bits over zeros; format.md, "Left to the writer".)
     """
     header, bitmap, scan = found.header, found.bitmap, found.scan
     if not header.has_base or bitmap is None or scan is None:

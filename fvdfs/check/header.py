@@ -174,7 +174,7 @@ def _passes(header: Header, file_size: int) -> bool:
 
 
 def _faults(header: Header) -> Iterator[_Fault]:
-    """Fields that are not what format.md, section 2, says, and those that `Header.check` refuses."""
+    """Fields that are not what format.md, "Header", says, and those that `Header.check` refuses."""
     for flag in _FLAGS:
         if getattr(header, flag) not in (0, 1):
             yield _Fault(flag, "must be 0 or 1; it is taken as 1", 1, Severity.HARMLESS, Kind.HEADER_FLAG)
@@ -318,9 +318,9 @@ def _misplaced(
 def _only_move(header: Header, regions: list[Region], file_size: int) -> tuple[str, int] | None:
     """The one offset of a region, and its value, that puts all right: if there is exactly one.
 
-    Regions are created one behind the other (format.md, section 1), so that the place of one follows
+    Regions are created one behind the other (format.md, "Regions"), so that the place of one follows
     from the others: there must be a gap between its neighbours that is just as large as it is.
-    metadata_size is never derived (section 2).
+    metadata_size is never derived (format.md, "Surprising values").
     """
     moves = []
     for number, region in enumerate(regions):
@@ -334,7 +334,7 @@ def _only_move(header: Header, regions: list[Region], file_size: int) -> tuple[s
 
 
 def profile_region(header: Header) -> Region | None:
-    """The prefetch profile, if there is one (format.md, section 8)."""
+    """The prefetch profile, if there is one (format.md, "Reserved fields")."""
     if not header.prefetch_profile_offset and not header.prefetch_profile_entries:
         return None
     return Region("profile", header.prefetch_profile_offset, header.prefetch_profile_entries * PROFILE_ENTRY_SIZE)
@@ -374,7 +374,7 @@ def _check_profile(
 
 
 def check_state(check: HeaderCheck, findings: Findings) -> None:
-    """What the header says about table and journal together (format.md, section 2)."""
+    """What the header says about table and journal together (format.md, "Values at creation")."""
     header = check.header
     if (
         header.compact

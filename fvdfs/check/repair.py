@@ -1,7 +1,7 @@
 """Mending an image.
 
 A power cut at any moment of a repair leaves an image that reads as before, or as it is to read, and
-that another repair completes (format.md, section 7):
+that another repair completes (format.md, "Beyond the original"):
 
     1. header: fields that have one right value               flush
     2. the storage made as long as it must be                 flush

@@ -2,7 +2,7 @@
 
 The header is what the original writes for the same options (`header.new_header`); behind it stand an
 empty bitmap, table and journal. With `--detect-holes` the bits of the base's zero runs are set, so
-that nothing needs to be stored for them (format.md, section 3).
+that nothing needs to be stored for them (format.md, "Bitmap").
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The bitmap of local blocks, twice: what is true now, and what a crash would leave.
 
 One bit a block of the base image; 0: the block's data is in the base, 1: it is in the image's own
-storage (format.md, section 3). There are two of them (section 7):
+storage (format.md, "Bitmap"). There are two of them (format.md, "Reads, writes, copies"):
 
 *local*      what is true now. Requests are planned by it.
 *committed*  what a replay of what is on stable storage would rebuild. Never ahead of *local*.

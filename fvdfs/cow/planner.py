@@ -1,7 +1,7 @@
 """Planning: which bytes of a request lie where, and what a write has to do first.
 
 A request is planned by the bitmap as it is when the request begins, and then executed from the plan
-alone (format.md, section 7). Offsets and lengths are bytes of the virtual disk.
+alone (format.md, "Reads, writes, copies"). Offsets and lengths are bytes of the virtual disk.
 
 The base's range ends at `base_size` (base_img_size): what is at or past it is in own storage,
 whatever the base has there now. The last block may reach past it. So a write

@@ -1,4 +1,4 @@
-"""Writing to the base as well: an image as a local cache in front of a volume (format.md, section 8).
+"""Writing to the base as well: an image as a local cache in front of a volume (format.md, "Reserved fields").
 
 `write_updates_base_img` asks for it, and the mount has to allow it (`-o allow_base_write`). Only what
 lies in the base's range goes to the base; all of it is in own storage as well.

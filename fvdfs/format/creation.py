@@ -1,6 +1,6 @@
 """What creation decides: the header of a new image for the options that the user chose.
 
-Defaults and rounding are those of the original (format.md, section 2). Pure.
+Defaults and rounding are those of the original (format.md, "Values at creation"). Pure.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class CreateOptions:
 
 
 def default_block_size(base_size: int) -> int:
-    """The smallest 512 * 2^k bytes whose bitmap takes at most 4 MiB (format.md, section 2)."""
+    """The smallest 512 * 2^k bytes whose bitmap takes at most 4 MiB (format.md, "Values at creation")."""
     size = SECTOR
     while ceil_div(ceil_div(base_size, size), 8) > DEFAULT_BITMAP_LIMIT:
         size *= 2
@@ -60,7 +60,7 @@ def default_block_size(base_size: int) -> int:
 
 
 def new_header(virtual_size: int, base_length: int | None, options: CreateOptions) -> Header:
-    """The header that the original writes for these options (format.md, section 2).
+    """The header that the original writes for these options (format.md, "Values at creation").
 
     `virtual_size` and `base_length` (None without a base) are bytes. Raises UsageError for a choice
     that the format has no room for.

@@ -1,8 +1,8 @@
 """The header of an FVD image: fields, limits, regions.
 
 The specification of the on-disk header and of the regions that it points to. All integers are
-little-endian and packed; strings are NUL-terminated in fields of fixed size. (format.md, sections 1
-and 2, is the source of every rule here.)
+little-endian and packed; strings are NUL-terminated in fields of fixed size. (format.md,
+"Regions" and "Header", is the source of every rule here.)
 
     header | bitmap | chunk table | journal | data
 
@@ -32,7 +32,7 @@ HEADER_SPACE = 8192  # the header's region, up to the first other one
 TABLE_ENTRY_SIZE = 4  # bytes
 UNALLOCATED = 0xFFFFFFFF  # the entry of a chunk that has no place
 MAX_DISK_SIZE = 1 << 62  # keeps every sum of two offsets inside the 63 bits of a file offset
-MAX_CHUNKS = 0x7FFFFFFF  # numbers 0 .. 0x7FFFFFFE (format.md, section 5)
+MAX_CHUNKS = 0x7FFFFFFF  # numbers 0 .. 0x7FFFFFFE (format.md, "Chunk table")
 
 DEFAULT_PROFILE_ROOM = 64 << 10
 PROFILE_ENTRY_SIZE = 12
@@ -219,7 +219,7 @@ class Header:
     def base_size(self) -> int:
         """Bytes of the virtual disk that the base image can provide.
 
-        base_img_size may be more: the original leaves it as it is when it makes a disk smaller (format.md, section 2).
+        base_img_size may be more: the original keeps it when it makes a disk smaller (format.md, "Surprising values").
         """
         return min(self.base_img_size, self.virtual_disk_size) if self.has_base else 0
 
@@ -255,7 +255,7 @@ class Header:
 
     @property
     def metadata_end(self) -> int:
-        """Where metadata ends: at the last sector boundary up to metadata_size (format.md, section 2)."""
+        """Where metadata ends: at the last sector boundary up to metadata_size (format.md, "Surprising values")."""
         return self.metadata_size // SECTOR * SECTOR
 
     @property
@@ -265,14 +265,14 @@ class Header:
 
     @property
     def bitmap_region(self) -> Region | None:
-        """The bitmap as far as it is used, up to a page (format.md, section 3)."""
+        """The bitmap as far as it is used, up to a page (format.md, "Bitmap")."""
         if not self.has_base:
             return None
         return Region("bitmap", self.bitmap_offset, round_up(ceil_div(self.blocks, 8), PAGE))
 
     @property
     def table_region(self) -> Region | None:
-        """The table as far as it is used (format.md, section 5)."""
+        """The table as far as it is used (format.md, "Chunk table")."""
         if not self.compact:
             return None
         return Region("table", self.table_offset, round_up(self.chunks * TABLE_ENTRY_SIZE, PAGE))
@@ -292,7 +292,7 @@ class Header:
 
     @property
     def profile_region(self) -> Region | None:
-        """The prefetch profile (format.md, section 8); None where there is none, or its fields make no sense."""
+        """The prefetch profile (format.md, "Reserved fields"); None where there is none, or its fields are wrong."""
         entries, unit = self.prefetch_profile_entries, self.unit_of_PrefetchProfileEntry_len
         offset = self.prefetch_profile_offset
         if not 0 < entries <= MAX_PROFILE_SIZE // PROFILE_ENTRY_SIZE or not 0 < unit <= MAX_PROFILE_UNIT:
@@ -313,7 +313,7 @@ class Header:
 
     @property
     def table_capacity(self) -> int:
-        """Entries that table and journal have room for (format.md, sections 1 and 2)."""
+        """Entries that table and journal have room for (format.md, "Regions" and "Values at creation")."""
         assert self.compact
         ends = [region.offset for region in self.regions()] + [self.metadata_end]
         if self.profile_region is not None:

@@ -1,6 +1,6 @@
 """The journal: records of bitmap bits and table entries that became true since both were written.
 
-The specification of the on-disk journal (format.md, section 6). It is an array of independent
+The specification of the on-disk journal (format.md, "Journal"). It is an array of independent
 512-byte sectors. A sector is written whole or not at all; there is no checksum. It holds records,
 packed from its start, until a word that is no record's magic, or its end:
 

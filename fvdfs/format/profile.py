@@ -1,4 +1,4 @@
-"""Profiles: what a machine read first, in which order (format.md, section 8).
+"""Profiles: what a machine read first, in which order (format.md, "Reserved fields").
 
 A profile is a sequence of extents of the virtual disk, recorded while a machine starts, and fetched
 first when another image of the same base is opened. On disk it is an array of entries

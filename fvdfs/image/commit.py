@@ -10,7 +10,7 @@ few seconds after a write at the latest. It takes what is pending when it begins
     4. flush of the metadata
 
 so that data is stable before the record that makes it visible, and the record before the flush is
-answered (format.md, section 7). A crash between any two steps leaves, for every sector, its old or
+answered (format.md, "Beyond the original"). A crash between any two steps leaves, for every sector, its old or
 its new content. Commits run one at a time; all that is asked for while one runs share the next.
 
 A *checkpoint* takes the place of 3 and 4 where the image has no journal, the journal is full (a
@@ -284,7 +284,7 @@ class Committer:
     async def release_base(self) -> None:
         """Every block is local: have the header say that the base is no longer needed. Raises OSError.
 
-        Data, bitmap and table are stable before that (format.md, section 7). The journal is emptied, since
+        Data, bitmap and table are stable before that (format.md, "Beyond the original"). The journal is emptied, since
         its bitmap records would be strange in an image without a bitmap.
         """
         async with self._lock:

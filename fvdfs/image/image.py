@@ -856,7 +856,7 @@ class Image:
         """Permit writes from now on; the caller holds the locks on the files.
 
         What a replay rebuilt in memory becomes stable first, before the journal is used again
-        (format.md, section 7). Raises ReadOnlyImage where the state of the image forbids it
+        (format.md, "Beyond the original"). Raises ReadOnlyImage where the state of the image forbids it
         (`accept_unclean` overrides: a crash without a journal), OSError.
         """
         if self.writable:
@@ -977,7 +977,7 @@ def _try(store: _QuickReader, view: memoryview, offset: int, todo: _Todo) -> Non
 
 
 async def _fill(store: _Reader, view: memoryview, offset: int) -> None:
-    """Read what the store has; past its end are zeros (format.md, sections 3 and 4)."""
+    """Read what the store has; past its end are zeros (format.md, "Bitmap" and "Storage without a table")."""
     _zero(view[await store.pread(view, offset) :])
 
 

@@ -95,7 +95,7 @@ class Policy:
         """The format of a base that looks like another one than raw, and of which nobody says what it is.
 
         A guest may have written these bytes into a raw disk, or the original may have made an image over such a
-        base, since it cannot store a format (format.md, section 2). Raises UnstatedFormat.
+        base, since it cannot store a format (format.md, "Surprising values"). Raises UnstatedFormat.
         """
         if looks_like in self.base_formats:
             return looks_like

@@ -46,8 +46,8 @@ it; `DiskWatch`) while others than us use it (`pressure.py`), and where there is
 Pressure is ours if it is gone when we pause; then it is not asked again for a while. A disk that others never leave
 alone still gets a few requests a second.
 
-Beside these stands the rule of the original (`FloorRule`; format.md, section 7): throughput is measured in
-rounds, and an image whose average is below a minimum tosses a coin: pause for a random time, or forget the
+Beside these stands the rule of the original (`FloorRule`; format.md, "Reads, writes, copies"): throughput is measured
+in rounds, and an image whose average is below a minimum tosses a coin: pause for a random time, or forget the
 average and go on, so that not all who compete pause together. The original takes less than the minimum (5 MiB/s, if
 nothing else was said) for congestion. Here it counts only while others have been found there several times in a row
 (`beset`): below it, the image does not even take an eighth. A link that is slower by nature is used.

@@ -2,7 +2,7 @@
 
 A prefetcher is a task of the mount. It looks for blocks that are missing, in address order, and copies
 them, `bytes_per_prefetch` at a time at the most, through `num_prefetch_slots` workers, each of which
-reads and then stores (format.md, section 7). When each may go on is decided by the scheduler, which
+reads and then stores (format.md, "Reads, writes, copies"). When each may go on is decided by the scheduler, which
 knows the other images and what else goes on (`scheduler.py`), and by the image's own rule
 (`contention.FloorRule`). What was stored is written out to the disk before the worker goes on, so that
 a guest's flush never waits for more of it than the slots hold. When nothing is missing the image lets go of its base.

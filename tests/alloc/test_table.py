@@ -17,7 +17,7 @@ ROOM = 1000  # chunks that the storage has room for, where it does not matter
 
 
 def raw(entries: dict[int, int], chunks: int, tail: int = UNALLOCATED) -> bytes:
-    """A table as on disk, in whole pages (format.md, section 5)."""
+    """A table as on disk, in whole pages (format.md, "Chunk table")."""
     size = -(-chunks // ENTRIES_PER_PAGE) * ENTRIES_PER_PAGE
     values = [entries.get(chunk, UNALLOCATED if chunk < chunks else tail) for chunk in range(size)]
     return struct.pack(f"<{size}I", *values)
@@ -164,7 +164,7 @@ def test_runs_do_not_join_the_last_number_and_unallocated() -> None:
     assert list(table.runs(0, 2)) == [(0, 2, 0x7FFFFFFE), (2, 1, UNALLOCATED)]
 
 
-# --- replay (format.md, sections 6 and 7) ---------------------------------------------------------
+# --- replay (format.md, "Journal" and "Beyond the original") ---------------------------------------------------------
 
 
 def test_replay() -> None:

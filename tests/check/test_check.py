@@ -1443,7 +1443,7 @@ def test_damage_in_a_base_is_found_but_not_mended(folder: Path, capsys: pytest.C
 
 
 def test_bits_over_zeros_of_the_base_are_no_damage(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The original leaves such (format.md, section 7); without the base nobody can tell."""
+    """The original leaves such (format.md, "Left to the writer"); without the base nobody can tell."""
     good = Good(BY_NAME["compact-cow-64k-16k"], folder)
     good.clear_journal()
     chunk = next(c for c in good.allocated() if (c + 1) * good.header.chunk_size <= good.header.base_size)

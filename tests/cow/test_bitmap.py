@@ -16,7 +16,7 @@ Pages = list[tuple[int, bytes]]
 
 
 def encode(bits: set[int], size: int) -> bytes:
-    """A bitmap of `size` bytes as it is on disk (format.md, section 3)."""
+    """A bitmap of `size` bytes as it is on disk (format.md, "Bitmap")."""
     data = bytearray(size)
     for bit in bits:
         data[bit // 8] |= 1 << bit % 8

@@ -107,7 +107,7 @@ def test_new_header_is_what_the_original_writes(golden: dict[str, Any]) -> None:
 
 
 def test_limits() -> None:
-    """Chunk numbers are 0 to 0x7FFFFFFE (format.md, section 5); two offsets add up to one of 63 bits."""
+    """Chunk numbers are 0 to 0x7FFFFFFE (format.md, "Chunk table"); two offsets add up to one of 63 bits."""
     assert MAX_CHUNKS == 0x7FFFFFFE + 1
     assert MAX_DISK_SIZE + MAX_DISK_SIZE == 1 << 63
 
@@ -129,7 +129,7 @@ def test_limits() -> None:
     ],
 )
 def test_default_block_size(base_size: int, block_size: int) -> None:
-    """The smallest whose bitmap is at most 4 MiB (format.md, section 2)."""
+    """The smallest whose bitmap is at most 4 MiB (format.md, "Values at creation")."""
     assert default_block_size(base_size) == block_size
     header = new_header(2 * TIB, base_size, CreateOptions(base_img="base"))
     assert header.block_size == block_size
@@ -173,7 +173,7 @@ def test_grow_unit_is_at_least_a_chunk() -> None:
 
 
 def test_journal_has_room_for_the_whole_table() -> None:
-    """But no journal asked for is no journal (format.md, section 2)."""
+    """But no journal asked for is no journal (format.md, "Values at creation")."""
 
     def journal_size(entries: int, asked: int | None) -> int:
         options = CreateOptions(compact=True, chunk_size=4096, journal_size=asked)

@@ -526,7 +526,7 @@ def test_check_of_a_prefetched_image(tmp_path: Path) -> None:
 
 
 def test_check_of_an_image_never_written_to(tmp_path: Path) -> None:
-    """Section 7: own storage is extended before the first data is written, or at creation."""
+    """Own storage is extended before the first data is written, or at creation (format.md, "Compatibility")."""
     sample = Sample(tmp_path, "bitmap")
     sample.write(BITMAP_AT, b"\0")
     sample.truncate(DATA_AT)
@@ -534,7 +534,7 @@ def test_check_of_an_image_never_written_to(tmp_path: Path) -> None:
 
 
 def test_check_of_a_prefetch_profile(tmp_path: Path) -> None:
-    """Section 8 leaves its place open: here after the data of an image without a table."""
+    """Its place is left open (format.md, "Reserved fields"): here after the data of an image without a table."""
     sample = Sample(tmp_path, "plain")
     end = (DATA_AT + VIRTUAL + 4095) // 4096 * 4096
     sample.put(prefetch_profile_offset=end, prefetch_profile_entries=341)

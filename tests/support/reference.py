@@ -1,7 +1,7 @@
 """A small reader and checker of FVD images, for tests only.
 
 It shares no code with the package under test, so that one misreading of the format is not made
-twice. "Section N" is that section of the description of the format, ``format.md``. Offsets,
+twice: it is written from docs/format.md alone. Offsets,
 sizes and lengths are in bytes unless a name says otherwise. Nothing is ever written.
 """
 
@@ -17,16 +17,16 @@ from typing import BinaryIO
 
 SECTOR = 512
 PAGE = 4096
-HEADER_SIZE = 8192  # the header's 4336 bytes, padded (section 1)
+HEADER_SIZE = 8192  # the header's 4336 bytes, padded (format.md, "Regions")
 PIECE = 1 << 20  # bytes that read_disk() yields at a time
 MAGIC = 0x5143F5A9
 BITMAP_RECORD = 0x3F2AB8ED
 TABLE_RECORD = 0xB4E6F7AC
-MISSING = 0xFFFFFFFF  # table entry of a chunk that is not allocated (section 5)
-NUMBER = 0x7FFFFFFF  # the bits of a table entry that hold the chunk's number (section 5)
+MISSING = 0xFFFFFFFF  # table entry of a chunk that is not allocated (format.md, "Chunk table")
+NUMBER = 0x7FFFFFFF  # the bits of a table entry that hold the chunk's number (format.md, "Chunk table")
 GARBAGE = "not zero after its records"
 
-# Name and struct code of each field of the header, in order (section 2).
+# Name and struct code of each field of the header, in order (format.md, "Header").
 FIELDS = """
     magic I, version I, all_data_in_fvd_img i, virtual_disk_size q, metadata_size q,
     base_img 1024s, base_img_fmt 16s, base_img_size q, bitmap_offset q, bitmap_size q,
@@ -43,7 +43,7 @@ FIELDS = """
 NAMES = [field.split()[0] for field in FIELDS.split(",")]
 CODES = [field.split()[1] for field in FIELDS.split(",")]
 FORMAT = struct.Struct("<" + "".join(CODES))
-# Numbers of use with a base only, and 0 without one (section 2, values at creation).
+# Numbers of use with a base only, and 0 without one (format.md, "Values at creation").
 OF_BASE = [*NAMES[7:13], NAMES[15], *NAMES[18:28], *NAMES[38:40]]
 
 
@@ -53,7 +53,7 @@ def up(size: int, unit: int) -> int:
 
 
 class Header:
-    """Section 2: every number is an attribute; strings, up to their NUL, are in `text`."""
+    """Every number is an attribute; strings, up to their NUL, are in `text` (format.md, "Header")."""
 
     def __init__(self, path: Path) -> None:
         with path.open("rb") as file:
@@ -72,21 +72,21 @@ class Header:
             else:
                 self._numbers[name] = value
         compact = self.compact_image and self.chunk_size > 0
-        self.chunks = up(self.virtual_disk_size, self.chunk_size) if compact else 0  # section 5
+        self.chunks = up(self.virtual_disk_size, self.chunk_size) if compact else 0  # format.md, "Chunk table"
         self.table_size = up(4 * self.chunks, PAGE) * PAGE
-        # Section 2: only the smaller counts. The bitmap keeps the size that it had.
+        # Only the smaller counts (format.md, "Surprising values"). The bitmap keeps the size that it had.
         self.base_size = min(self.base_img_size, self.virtual_disk_size)
         has_blocks = self.base_img_size > 0 and self.block_size > 0
-        self.blocks = up(self.base_size, self.block_size) if has_blocks else 0  # section 3
+        self.blocks = up(self.base_size, self.block_size) if has_blocks else 0  # format.md, "Bitmap"
         self.bitmap_blocks = up(self.base_img_size, self.block_size) if has_blocks else 0
-        self.data_at = self.metadata_size // SECTOR * SECTOR  # section 2
+        self.data_at = self.metadata_size // SECTOR * SECTOR  # format.md, "Surprising values"
 
     def __getattr__(self, name: str) -> int:
         return self._numbers[name]
 
 
 class Image:
-    """An image with its metadata in memory, replayed if it was not shut down cleanly (section 6).
+    """An image with its metadata in memory, replayed if it was not shut down cleanly (format.md, "Journal").
 
     Without a journal such an image is read as it stands. `reports` says what the replay met:
     bad records, which were skipped, and what a writer should not have written.
@@ -103,12 +103,12 @@ class Image:
         self.bitmap = bytearray(self._region("bitmap", header.bitmap_size))
         raw_table = self._region("table", header.table_size)
         self.disk_table = struct.unpack(f"<{header.table_size // 4}I", raw_table)  # to its page
-        self.table = [  # section 5: bit 31 is ignored
+        self.table = [  # format.md, "Chunk table": bit 31 is ignored
             entry if entry == MISSING else entry & NUMBER for entry in self.disk_table[: header.chunks]
         ]
         self.owner = {number: chunk for chunk, number in enumerate(self.table) if number != MISSING}
         self.journal = self._region("journal", header.journal_size)
-        # Section 1: data is behind the metadata, or at 0 of the data file.
+        # Data is behind the metadata, or at 0 of the data file (format.md, "Regions").
         data_file = header.text["data_file"]
         self.data_start = 0 if data_file else header.data_at
         storage = (path.parent / data_file if data_file else path).resolve(strict=True)
@@ -129,7 +129,7 @@ class Image:
             self.base.close()
 
     def _region(self, name: str, size: int) -> bytes:
-        """A region of metadata; a file that ends inside one is an error (section 7)."""
+        """A region of metadata; a file that ends inside one is an error (format.md, "Compatibility")."""
         with self.path.open("rb") as file:
             file.seek(getattr(self.header, f"{name}_offset") if size else 0)
             raw = file.read(size)
@@ -137,7 +137,7 @@ class Image:
             raise ValueError(f"the file ends inside its {name}")
         return raw
 
-    # -- journal (section 6; rules for bad records: section 7, what the original gets wrong, 3) --
+    # -- journal (format.md, "Journal"; rules for bad records: format.md, "Beyond the original", 3) --
 
     def replay(self) -> None:
         """Apply the whole journal to the bitmap and the table in memory."""
@@ -186,7 +186,7 @@ class Image:
             raise ValueError(f"bitmap record out of range: {count} sectors from {first}")
         start, end = first * SECTOR, min((first + count) * SECTOR, header.base_size)
         if start >= end:
-            return  # section 7: wholly past the base is normal
+            return  # format.md, "Beyond the original": wholly past the base is normal
         for block in range(start // header.block_size, up(end, header.block_size)):
             self.bitmap[block // 8] |= 1 << block % 8
         if header.chunks:
@@ -219,14 +219,14 @@ class Image:
             self.table[chunk] = entry & NUMBER
             self.owner[entry & NUMBER] = chunk
 
-    # -- reading (section 7) --
+    # -- reading (format.md, "Reads, writes, copies") --
 
     def bit(self, block: int) -> bool:
-        """Whether a block is in the image's own storage (section 3)."""
+        """Whether a block is in the image's own storage (format.md, "Bitmap")."""
         return bool(self.bitmap[block // 8] >> block % 8 & 1)
 
     def read_base(self, start: int, length: int) -> bytes:
-        """From the base; zeros past its end (section 3)."""
+        """From the base; zeros past its end (format.md, "Bitmap")."""
         assert self.base is not None
         if isinstance(self.base, Image):
             return self.base.read(start, length)
@@ -234,7 +234,7 @@ class Image:
         return self.base.read(length).ljust(length, b"\0")
 
     def read_own(self, start: int, length: int) -> bytes:
-        """From own storage; zeros past its end and in missing chunks (sections 4 and 5)."""
+        """From own storage, or zeros (format.md, "Storage without a table" and "Chunk table")."""
         size, out = self.header.chunk_size, b""
         while len(out) < length:
             at, step = start + len(out), length - len(out)
@@ -291,8 +291,8 @@ def check(path: Path, writer: str = "original") -> list[str]:
     """What is wrong with an image, in words; empty: nothing. Bases are not looked into.
 
     With `writer` "fvdfs", two things that images of the original have are problems too: bytes
-    other than zero after a journal sector's records (section 6), and a set bit over a missing
-    chunk where the base is zero, so that nothing is lost (section 7, blocks that straddle chunks).
+    other than zero after a journal sector's records (format.md, "Journal"), and a set bit over a missing
+    chunk where the base is zero, so that nothing is lost (format.md, "Left to the writer").
     """
     try:
         header = Header(path)
@@ -308,7 +308,7 @@ def check(path: Path, writer: str = "original") -> list[str]:
 
 
 def _check_header(h: Header) -> Iterator[str]:
-    """Fields in range (section 2)."""
+    """Fields in range (format.md, "Header")."""
     yield from (f"{name} is not NUL-terminated and NUL-filled" for name in h.unterminated)
     flags = "all_data_in_fvd_img copy_on_read compact_image clean_shutdown need_zero_init"
     good = {flag: getattr(h, flag) in (0, 1) for flag in flags.split()}
@@ -336,20 +336,20 @@ def _check_header(h: Header) -> Iterator[str]:
     if h.compact_image:
         good["chunk_size"] = h.chunk_size > 0 and h.chunk_size % SECTOR == 0
         good["storage_grow_unit"] = h.storage_grow_unit >= h.chunk_size
-        good["need_zero_init"] = h.need_zero_init == 0  # section 3: not with a table
+        good["need_zero_init"] = h.need_zero_init == 0  # format.md, "Bitmap": not with a table
     else:
         good |= {n: getattr(h, n) == 0 for n in ("table_offset", "chunk_size", "storage_grow_unit")}
     yield from (f"{name} is {getattr(h, name)}" for name in good if not good[name])
     if h.journal_size and not h.compact_image and not h.block_size:
-        yield "a journal with neither a bitmap nor a table"  # section 1
+        yield "a journal with neither a bitmap nor a table"  # format.md, "Regions"
     if 0 < h.journal_size < up(h.chunks, 121) * SECTOR:
-        yield "the journal has no room for the whole table"  # section 2
+        yield "the journal has no room for the whole table"  # format.md, "Values at creation"
     if not h.journal_size and not h.clean_shutdown:
-        yield "clean_shutdown is 0 without a journal"  # section 6: the original refuses it
+        yield "clean_shutdown is 0 without a journal"  # format.md, "Journal": the original refuses it
 
 
 def _check_layout(h: Header, length: int) -> Iterator[str]:
-    """Regions on page boundaries, in order, apart, inside the file (sections 1 and 8)."""
+    """Regions on page boundaries, in order, apart, inside the file (format.md, "Regions" and "Reserved fields")."""
     regions = [
         ("header", 0, HEADER_SIZE),
         ("bitmap", h.bitmap_offset, h.bitmap_size),
@@ -359,7 +359,8 @@ def _check_layout(h: Header, length: int) -> Iterator[str]:
     regions = [region for region in regions if region[2] > 0]
     data = 1 << 62 if h.chunks else h.virtual_disk_size  # a compact image's storage may grow
     regions.append(("data", h.data_at, 0 if h.text["data_file"] else data))
-    plain = not h.chunks and not h.text["base_img"]  # section 2: what was asked for in vain is not rounded
+    # What was asked for in vain is not rounded (format.md, "Surprising values").
+    plain = not h.chunks and not h.text["base_img"]
     if regions != sorted(regions, key=lambda region: region[1]):
         yield "the regions are not in order"
     if h.prefetch_profile_entries > 0:  # anywhere between or after the others
@@ -375,7 +376,7 @@ def _check_layout(h: Header, length: int) -> Iterator[str]:
         if at + size > limit:
             yield f"the {name} overlaps the {following}"
     for name, at, size in regions:
-        if name != "data" and at + size > length:  # section 7: a short data region is zeros
+        if name != "data" and at + size > length:  # short data is zeros (format.md, "Compatibility")
             yield f"the file ends inside its {name}"
 
 
@@ -384,18 +385,18 @@ def _check_contents(image: Image, writer: str) -> Iterator[str]:
     h = image.header
     with image.path.open("rb") as file:
         if any(file.read(HEADER_SIZE)[FORMAT.size :]):
-            yield "the header's padding is not zero"  # section 7, for a writer
+            yield "the header's padding is not zero"  # format.md, "Compatibility"
     if any(entry != MISSING for entry in image.disk_table[h.chunks :]):
         yield "the table's tail is not 0xFF"  # likewise
     whole, bits = (1 << 8 * len(image.bitmap)) - 1, int.from_bytes(image.bitmap, "little")
-    if bits >> h.bitmap_blocks and bits != whole:  # section 3: only prefetching sets it, and all of it
+    if bits >> h.bitmap_blocks and bits != whole:  # format.md, "Bitmap": only prefetching sets it, and all of it
         yield "the bitmap's tail is neither zero nor, with all the rest, ones"
     if h.all_data_in_fvd_img and ~bits & whole >> (whole.bit_length() - h.blocks):
-        yield "all_data_in_fvd_img is 1, but a bit is 0"  # section 7, prefetching
+        yield "all_data_in_fvd_img is 1, but a bit is 0"  # format.md, "Reads, writes, copies"
     if h.clean_shutdown:
         if any(NUMBER < entry < MISSING for entry in image.disk_table):
-            yield "bit 31 of an entry is set"  # section 5
-        # If a later session crashes, today's records are replayed too (section 6).
+            yield "bit 31 of an entry is set"  # format.md, "Chunk table"
+        # If a later session crashes, today's records are replayed too (format.md, "Journal").
         before = bytes(image.bitmap), list(image.table)
         image.replay()
         if before != (bytes(image.bitmap), image.table):
@@ -406,7 +407,7 @@ def _check_contents(image: Image, writer: str) -> Iterator[str]:
     if len(numbers) != len(set(numbers)):
         yield "a chunk number is used twice in the table"
     if NUMBER in numbers:
-        yield "an entry is 0x7FFFFFFF"  # section 5: with bit 31 it would mean "not allocated"
+        yield "an entry is 0x7FFFFFFF"  # format.md, "Chunk table": with bit 31 it would mean "not allocated"
     if image.base is None or not h.chunks:
         return
     for block in filter(image.bit, range(h.blocks)):
@@ -420,7 +421,7 @@ def _check_contents(image: Image, writer: str) -> Iterator[str]:
 
 
 def _check_storage(image: Image) -> Iterator[str]:
-    """Storage as long as the original wants it (section 7, for a writer)."""
+    """Storage as long as the original wants it (format.md, "Compatibility")."""
     h, length = image.header, image.storage_length
     if h.chunks:
         used = max((number + 1 for number in image.table if number != MISSING), default=0)
