@@ -144,12 +144,12 @@ def _parser() -> argparse.ArgumentParser:
 
     check = commands.add_parser(
         "check",
-        help="find out what is wrong with an image, and mend it",
+        help="find out what is wrong with an image, and repair it",
         description="Exit codes: 0 clean, 1 the check could not be completed, 2 corrupt, 3 nothing but leaked space.",
     )
     check.set_defaults(run=_check)
     check.add_argument("image", metavar="IMAGE")
-    check.add_argument("--repair", action="store_true", help="mend what can be; without it nothing is written")
+    check.add_argument("--repair", action="store_true", help="repair what is repairable; without it nothing is written")
     check.add_argument("--json", action="store_true")
     _add_names(check, "base_path=DIR: where a data file may lie that --repair writes to, beside the image's folder")
     _add_secret(check)

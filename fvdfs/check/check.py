@@ -1,9 +1,9 @@
-"""Checking an image and all that it stands on, and mending it: what `fvdfs check` does.
+"""Checking an image and all that it stands on, and repairing it: what `fvdfs check` does.
 
-The files are opened one by one, so that what is missing hides as little as possible, and locked: for
-reading, or, where the image is to be mended, its own files exclusively. Each image of the chain is
-looked at by itself (`checks/examine.py`). Only the image that was named is mended (`checks/mend.py`),
-its bases never; then all is looked at once more, and what is left is what that finds.
+The files are opened one by one, so that a missing one hides as little as possible, and locked: for
+reading, or, where the image is to be repaired, its own files exclusively. Each image of the chain is
+examined by itself (`examine.py`). Only the image that was named is repaired (`repair.py`), its bases
+never; then all are examined once more, to tell what is left.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from typing import Any
 
 import trio
 
-from fvdfs.check.examine import Absent, Examined, Layer, examine, is_store, read
+from fvdfs.check.examine import Absent, CheckLayer, Examined, examine, is_store, read
 from fvdfs.check.findings import Finding, Findings, Kind, Severity
 from fvdfs.check.header import check_header
-from fvdfs.check.repair import mend
+from fvdfs.check.repair import repair_image
 from fvdfs.errors import FvdError, ImageBusy, ImageError, Refused, UnstatedFormat, UsageError, printable
 from fvdfs.format.header import HEADER_SPACE, Header
 from fvdfs.image.chain import lock_for_reading, open_named, unstated_base_format
@@ -34,7 +34,7 @@ SHOWN = 20  # findings of a kind, in text
 
 @dataclass(slots=True)
 class Report:
-    """What a check has found, what of it was mended, and what is left."""
+    """What a check has found, what of it was repaired, and what is left."""
 
     image: str
     chain: list[dict[str, Any]]
@@ -46,7 +46,8 @@ class Report:
     """How many findings there are now."""
     errors: list[str]
     """What could not be done; the check is not complete then."""
-    repaired: bool
+    repair: bool
+    """Whether a repair was asked for."""
 
     @property
     def exit_code(self) -> int:
@@ -59,7 +60,7 @@ class Report:
 
 
 def check_image(path: str, *, repair: bool = False, secret_file: str = "", roots: tuple[str, ...] = ()) -> Report:
-    """Check the image at `path`, and with `repair` mend what can be. Blocks; only from the main thread.
+    """Check the image at `path`, and with `repair` repair it as far as possible. Blocks; only from the main thread.
 
     `roots`: real paths of folders, beside the image's, in which a data file lies that may be written to.
 
@@ -84,24 +85,24 @@ async def _check_image(path: str, repair: bool, secret_file: str, roots: tuple[s
         return await check_layers(layers, repair=repair, errors=errors)
 
 
-async def check_layers(layers: list[Layer], *, repair: bool, errors: list[str]) -> Report:
-    """Check a chain, from the top, whose files are open and locked; with `repair`, mend the top.
+async def check_layers(layers: list[CheckLayer], *, repair: bool, errors: list[str]) -> Report:
+    """Check a chain, from the top, whose files are open and locked; with `repair`, repair the top.
 
     `errors`: what could not be opened, and why. Raises NotFvd.
     """
     first = [await examine(layer) for layer in layers]
     last = first
     failed: list[str] = []
-    if repair and first[0].findings.to_mend:
+    if repair and first[0].findings.to_repair:
         try:
-            await mend(layers[0], first[0])
+            await repair_image(layers[0], first[0])
         except (OSError, ImageError) as error:
             failed.append(f"{layers[0].path}: the repair ended early: {error}")
         last = [await examine(layer) for layer in layers]
     found = [finding for examined in first for finding in examined.findings.listed]
     now = {finding.key: finding for examined in last for finding in examined.findings.listed}
     before = {finding.key for finding in found}
-    shown = [replace(finding, mended=last is not first and finding.key not in now) for finding in found]
+    shown = [replace(finding, repaired=last is not first and finding.key not in now) for finding in found]
     shown += [finding for key, finding in now.items() if key not in before]
     unlisted: Counter[tuple[Kind, Severity]] = Counter()
     for examined in last:
@@ -113,11 +114,11 @@ async def check_layers(layers: list[Layer], *, repair: bool, errors: list[str]) 
         unlisted=unlisted,
         left=Counter({s: sum(examined.findings.count(s) for examined in last) for s in Severity}),
         errors=[printable(e) for e in dict.fromkeys([*errors, *failed, *(e for ex in last for e in ex.errors)])],
-        repaired=repair,
+        repair=repair,
     )
 
 
-def _describe(layers: list[Layer], examined: list[Examined]) -> list[dict[str, Any]]:
+def _describe(layers: list[CheckLayer], examined: list[Examined]) -> list[dict[str, Any]]:
     chain: list[dict[str, Any]] = []
     for layer, found in zip(layers, examined, strict=True):
         size = found.header.virtual_disk_size if found.check is not None else None
@@ -149,16 +150,16 @@ class _Opening:
         self._errors = errors
         self._seen: dict[object, str] = {}
 
-    async def open(self, path: str) -> list[Layer]:
+    async def open(self, path: str) -> list[CheckLayer]:
         """The chain, from the top. Raises NotFvd, ImageBusy, ImageError, OSError: all of `path` itself."""
         try:
             meta: HostStore = open_path(path, writable=self._policy.writable)
         except OSError as error:
             raise ImageError(path, error.strerror or str(error)) from error
         await self._take(meta, "image", own=True)
-        layers: list[Layer] = []
+        layers: list[CheckLayer] = []
         while True:
-            layer = Layer(path, meta, is_base=bool(layers))
+            layer = CheckLayer(path, meta, is_base=bool(layers))
             if layers:
                 layers[-1].base = layer
             layers.append(layer)
@@ -194,7 +195,7 @@ class _Opening:
             await lock_for_reading([store])
         self._seen[store.identity] = f"the {what} {store.name}"
 
-    async def _open_data(self, layer: Layer, header: Header) -> HostStore | Absent:
+    async def _open_data(self, layer: CheckLayer, header: Header) -> HostStore | Absent:
         name, file_format = header.data_file, header.data_file_fmt
         own = not layer.is_base
         policy = self._own_policy if own else self._policy
@@ -215,7 +216,7 @@ class _Opening:
             return self._absent(error, file_format, Kind.DATA_MISSING, Kind.DATA_UNUSABLE, Kind.DATA_UNCHECKED)
         return store
 
-    async def _open_base(self, layer: Layer, header: Header) -> HostStore | Absent:
+    async def _open_base(self, layer: CheckLayer, header: Header) -> HostStore | Absent:
         name, file_format = header.base_img, header.base_img_fmt
         try:
             layer.base_format = file_format or unstated_base_format(layer.path, header, self._policy)
@@ -244,7 +245,7 @@ class _Opening:
         text = error.reason if isinstance(error, ImageError) else str(error)
         cause = error if isinstance(error, OSError) else error.__cause__
         if isinstance(error, UnstatedFormat):
-            return Absent(Kind.BASE_FORMAT, Severity.CORRUPTION, text, "cannot be mended before that is settled")
+            return Absent(Kind.BASE_FORMAT, Severity.CORRUPTION, text, "cannot be repaired before that is settled")
         if isinstance(error, Refused):
             return Absent(unchecked, Severity.HARMLESS, "a URL is not followed: what is there was not looked at")
         if isinstance(error, UsageError) or (isinstance(cause, OSError) and cause.errno not in _NOT_THERE):
@@ -274,8 +275,8 @@ def describe(report: Report) -> dict[str, Any]:
             for (kind, severity), count in report.unlisted.items()
         ],
         "errors": report.errors,
-        "repair": report.repaired,
-        "mended": sum(finding.mended for finding in report.findings),
+        "repair": report.repair,
+        "repaired": sum(finding.repaired for finding in report.findings),
         "left": {str(severity): report.left[severity] for severity in Severity},
         "exit_code": report.exit_code,
     }
@@ -289,8 +290,8 @@ def _facts(finding: Finding) -> dict[str, Any]:
         "place": finding.place,
         "value": finding.value,
         "text": finding.text,
-        "mendable": finding.mendable,
-        "mended": finding.mended,
+        "repairable": finding.repairable,
+        "repaired": finding.repaired,
         "repair": finding.repair,
         "lost": [list(lost) for lost in finding.lost],
         "line": finding.line,
@@ -304,7 +305,7 @@ def render(report: Report) -> str:
     for finding in report.findings:
         counts[finding.kind] += 1
         if counts[finding.kind] <= SHOWN:
-            lines.append(f"{finding.severity} {finding.kind}: {finding.line} [{_end(finding, report.repaired)}]")
+            lines.append(f"{finding.severity} {finding.kind}: {finding.line} [{_end(finding, repair=report.repair)}]")
     for (kind, _), count in report.unlisted.items():
         counts[kind] += count
     lines += [
@@ -314,26 +315,26 @@ def render(report: Report) -> str:
     return "\n".join([*lines, f"{printable(report.image)}: {_summary(report)}"])
 
 
-def _end(finding: Finding, repaired: bool) -> str:
-    if finding.mended:
-        return f"mended: {finding.repair}" if finding.mendable else "gone with what was mended"
-    if not finding.mendable:
+def _end(finding: Finding, *, repair: bool) -> str:
+    if finding.repaired:
+        return f"repaired: {finding.repair}" if finding.repairable else "gone with what was repaired"
+    if not finding.repairable:
         return finding.repair
-    return f"could not be mended: {finding.repair}" if repaired else f"--repair {finding.repair}"
+    return f"could not be repaired: {finding.repair}" if repair else f"--repair {finding.repair}"
 
 
 def _summary(report: Report) -> str:
-    mended = sum(finding.mended for finding in report.findings)
-    mendable = sum(finding.mendable and not finding.mended for finding in report.findings)
+    repaired = sum(finding.repaired for finding in report.findings)
+    repairable = sum(finding.repairable and not finding.repaired for finding in report.findings)
     names = {
         Severity.CORRUPTION: ("corruption", "corruptions"),
         Severity.LEAK: ("leak", "leaks"),
         Severity.HARMLESS: ("harmless finding", "harmless findings"),
     }
     left = ", ".join(f"{n} {names[s][n > 1]}" for s in Severity if (n := report.left[s]))
-    text = left or ("clean" if not report.repaired or not mended else "clean now")
-    if report.repaired and mended:
-        text = f"{mended} mended; " + (f"left: {left}" if left else "clean now")
-    elif mendable and not report.repaired:
-        text += f"; --repair mends {mendable}"
+    text = left or ("clean now" if report.repair and repaired else "clean")
+    if report.repair and repaired:
+        text = f"{repaired} repaired; " + (f"left: {left}" if left else "clean now")
+    elif repairable and not report.repair:
+        text += f"; {repairable} repairable with --repair"
     return f"{text}; the check is not complete" if report.errors else text

@@ -270,7 +270,7 @@ def plan_table(scan: TableScan, header: Header, bitmap: Bitmap | None, bare: bit
     entries = scan.entries[:]
     number = scan.end
     if number + scan.extra.count(1) + bare.count(1) + scan.beyond.count(1) > MAX_CHUNKS:
-        raise ImageError(image, "every chunk number of the format is in use: the table cannot be mended")
+        raise ImageError(image, "every chunk number of the format is in use: the table cannot be repaired")
     copies = []
     for chunk in scan.extra.search(1):
         copies.append((entries[chunk], number))
@@ -332,7 +332,7 @@ def report_bitmap_of_complete(header: Header, data: bytes, blocks: int, findings
             f"the base is said not to be needed, but {missing} of {blocks} blocks have no bit; "
             f"if they are in {header.base_img}, the disk reads wrongly",
             value=header.all_data_in_fvd_img,
-            hint="cannot be mended: nobody can tell which of both is right",
+            hint="cannot be repaired: nobody can tell which of both is right",
         )
 
 

@@ -56,31 +56,31 @@ class Absent:
     kind: Kind
     severity: Severity
     text: str
-    hint: str = "cannot be mended: some blocks are nowhere else"
+    hint: str = "cannot be repaired: some blocks are nowhere else"
 
 
 @dataclass(slots=True)
-class Layer:
+class CheckLayer:
     """An image of a chain, its files open."""
 
     path: str
     meta: Store
     data: Store | Absent | None = None
     """None: nobody knows which file it is."""
-    base: Layer | Store | Absent | None = None
+    base: CheckLayer | Store | Absent | None = None
     is_base: bool = False
     base_format: str = ""
     """What the base is, as far as somebody has looked: the header need not say it."""
 
 
-def is_store(store: Layer | Store | Absent | None) -> TypeGuard[Store]:
+def is_store(store: CheckLayer | Store | Absent | None) -> TypeGuard[Store]:
     """Whether there is something to read from."""
-    return not (store is None or isinstance(store, Layer | Absent))
+    return not (store is None or isinstance(store, CheckLayer | Absent))
 
 
 @dataclass(slots=True)
 class Examined:
-    """What a look at one image has found, and what mending it needs."""
+    """What a look at one image has found, and what repairing it needs."""
 
     findings: Findings
     errors: list[str] = field(default_factory=list)
@@ -153,7 +153,7 @@ class Filled:
         return start, self._at
 
 
-async def _load(layer: Layer, found: Examined, region: Region | None) -> bytes | None:
+async def _load(layer: CheckLayer, found: Examined, region: Region | None) -> bytes | None:
     """All of a region. None where there is none, or it cannot be read."""
     if region is None:
         return None
@@ -184,7 +184,7 @@ def _table_with_room(check: HeaderCheck, file_size: int) -> Region | None:
 # --- looking ----------------------------------------------------------------------------------------
 
 
-async def examine(layer: Layer) -> Examined:
+async def examine(layer: CheckLayer) -> Examined:
     """Look at one image. What cannot be read is told, and the rest looked at. Raises NotFvd."""
     found = Examined(Findings(layer.path))
     with found.attempt(layer.path):
@@ -199,7 +199,7 @@ async def examine(layer: Layer) -> Examined:
     return found
 
 
-async def _examine_contents(layer: Layer, found: Examined) -> None:
+async def _examine_contents(layer: CheckLayer, found: Examined) -> None:
     assert found.check is not None
     header = found.header
     await _look_at_data_file(layer, found)
@@ -225,7 +225,7 @@ async def _examine_contents(layer: Layer, found: Examined) -> None:
     await _look_at_bits(layer, found)
 
 
-async def _look_at_data_file(layer: Layer, found: Examined) -> None:
+async def _look_at_data_file(layer: CheckLayer, found: Examined) -> None:
     assert found.check is not None
     header, data = found.header, layer.data
     if isinstance(data, Absent):
@@ -242,7 +242,7 @@ async def _look_at_data_file(layer: Layer, found: Examined) -> None:
 # --- the journal ---
 
 
-async def _look_at_journal(layer: Layer, found: Examined, raw_table: bytes | None) -> None:
+async def _look_at_journal(layer: CheckLayer, found: Examined, raw_table: bytes | None) -> None:
     """Replay it in memory, and tell what that changes, and what it cannot take."""
     assert found.check is not None
     header = found.header
@@ -297,7 +297,7 @@ def _report_record(skipped: journal.Skipped, header: Header, findings: Findings)
     )
 
 
-async def _parse_only(layer: Layer, found: Examined, region: Region) -> None:
+async def _parse_only(layer: CheckLayer, found: Examined, region: Region) -> None:
     """Look at the records by themselves, where there is nothing to replay them into."""
     async for start, stop in Filled(layer.meta, region.offset, region.end):
         data = await read(layer.meta, start, stop - start)
@@ -308,7 +308,7 @@ async def _parse_only(layer: Layer, found: Examined, region: Region) -> None:
                     _report_record(journal.Skipped(sector, offset, record), found.header, found.findings)
 
 
-async def _replay(layer: Layer, found: Examined, region: Region, raw_table: bytes | None) -> None:
+async def _replay(layer: CheckLayer, found: Examined, region: Region, raw_table: bytes | None) -> None:
     header, bitmap, scan = found.header, found.bitmap, found.scan
     table = None
     if scan is not None and raw_table is not None:
@@ -373,7 +373,7 @@ def _take_entries(found: Examined, scan: TableScan, pages: list[tuple[int, bytes
 # --- bitmap and base ---
 
 
-async def _look_at_unneeded_bitmap(layer: Layer, found: Examined) -> None:
+async def _look_at_unneeded_bitmap(layer: CheckLayer, found: Examined) -> None:
     """Where the base is said not to be needed any more, every bit must be set (format.md, "Reads, writes, copies")."""
     assert found.check is not None
     header = found.header
@@ -393,7 +393,7 @@ async def _look_at_unneeded_bitmap(layer: Layer, found: Examined) -> None:
         report_bitmap_of_complete(header, bits, blocks, found.findings)
 
 
-async def _look_at_base(layer: Layer, found: Examined) -> None:
+async def _look_at_base(layer: CheckLayer, found: Examined) -> None:
     header, base, bitmap = found.header, layer.base, found.bitmap
     if not header.has_base or base is None:
         return
@@ -411,7 +411,7 @@ async def _look_at_base(layer: Layer, found: Examined) -> None:
         )
         return
     with found.attempt(header.base_img):
-        if isinstance(base, Layer):
+        if isinstance(base, CheckLayer):
             found.base_size = await _size_of(base)
         else:
             found.base_size = await base.size()
@@ -421,7 +421,7 @@ async def _look_at_base(layer: Layer, found: Examined) -> None:
             _report_short_base(header, bitmap, size, found.findings)
 
 
-async def _size_of(base: Layer) -> int | None:
+async def _size_of(base: CheckLayer) -> int | None:
     check = check_header(await read(base.meta, 0, HEADER_SPACE), await base.meta.size(), Findings(base.path))
     if check is None or not check.layout_known:
         return None
@@ -439,12 +439,12 @@ def _report_short_base(header: Header, bitmap: Bitmap | None, size: int, finding
         "base_img_size",
         f"{header.base_img} has only {size} bytes; {span(lost)} read as zeros",
         value=header.base_img_size,
-        hint="cannot be mended: the base is not the one that it was",
+        hint="cannot be repaired: the base is not the one that it was",
         lost=lost,
     )
 
 
-async def _look_at_bits(layer: Layer, found: Examined) -> None:
+async def _look_at_bits(layer: CheckLayer, found: Examined) -> None:
     """Blocks that count as local, but have no chunk: harmless where the base is zero as well.
 
     (The original leaves such bits over zeros; format.md, "Left to the writer".)
@@ -485,7 +485,7 @@ async def _look_at_bits(layer: Layer, found: Examined) -> None:
 class _Zeros:
     """Tells where the base of an image reads as zeros."""
 
-    def __init__(self, layer: Layer, found: Examined) -> None:
+    def __init__(self, layer: CheckLayer, found: Examined) -> None:
         self._layer = layer
         self._found = found
         self._image: Image | None = None
@@ -495,13 +495,13 @@ class _Zeros:
         """Whether the base is zeros there; None: that cannot be told."""
         base = self._layer.base
         with self._found.attempt(self._found.header.base_img):
-            if isinstance(base, Layer):
+            if isinstance(base, CheckLayer):
                 return await self._in_image(base, start, stop)
             if is_store(base):
                 return await _is_zero(base, start, stop)
         return None
 
-    async def _in_image(self, base: Layer, start: int, stop: int) -> bool | None:
+    async def _in_image(self, base: CheckLayer, start: int, stop: int) -> bool | None:
         if self._image is None and not self._unreadable:
             try:
                 self._image = await _load_base(base)
@@ -515,7 +515,7 @@ class _Zeros:
         return True
 
 
-async def _load_base(layer: Layer) -> Image:
+async def _load_base(layer: CheckLayer) -> Image:
     """The image as it can be read. Raises ImageError, OSError."""
     raw = await read(layer.meta, 0, HEADER_SPACE)
     header = Header.decode(raw, layer.path)
@@ -527,7 +527,7 @@ async def _load_base(layer: Layer) -> Image:
         below = layer.base
         if below is None or isinstance(below, Absent):
             raise ImageError(layer.path, "its base image is missing")
-        base = await _load_base(below) if isinstance(below, Layer) else below
+        base = await _load_base(below) if isinstance(below, CheckLayer) else below
     return await load_image(layer.path, header, raw.ljust(HEADER_SPACE, b"\0"), layer.meta, layer.data, base, Policy())
 
 
@@ -541,7 +541,7 @@ async def _is_zero(store: Store, start: int, stop: int) -> bool:
 # --- the storage ---
 
 
-async def _look_at_storage(layer: Layer, found: Examined) -> None:
+async def _look_at_storage(layer: CheckLayer, found: Examined) -> None:
     """Whether it is long enough; and space in it that nothing refers to."""
     assert found.check is not None
     header, scan = found.header, found.scan
@@ -573,7 +573,7 @@ async def _look_for_leaks(data: Store, header: Header, scan: TableScan, findings
             numbered("chunk", first, stop),
             f"no entry names it ({(stop - first) * size} bytes of storage)" + (", which take no space" if free else ""),
             remedy="" if free or data.fixed_size else "gives its space back, the number stays unused",
-            hint="cannot be mended on a device, and is never used again" if data.fixed_size else "",
+            hint="cannot be repaired on a device, and is never used again" if data.fixed_size else "",
         )
 
 

@@ -93,12 +93,12 @@ class Finding:
     value: int | str | None
     """What stands there, where that says something."""
     text: str
-    mendable: bool
+    repairable: bool
     repair: str
     """What a repair does about it; or why it does nothing."""
     lost: tuple[Range, ...] = ()
     """Bytes of the disk that are lost or doubtful."""
-    mended: bool = False
+    repaired: bool = False
 
     @property
     def key(self) -> tuple[str, Kind, Severity, str]:
@@ -138,7 +138,7 @@ class Findings:
         if self._kinds[kind] > MAX_LISTED:
             self.more(kind, severity)
             return
-        repair = remedy or hint or ("left as it is" if severity is Severity.HARMLESS else "cannot be mended")
+        repair = remedy or hint or ("left as it is" if severity is Severity.HARMLESS else "cannot be repaired")
         if isinstance(value, str):
             value = printable(value)
         self.listed.append(
@@ -157,13 +157,13 @@ class Findings:
         self.more(kind, severity, max(0, total - MAX_LISTED))
 
     def block(self, why: str, kinds: Collection[Kind] = tuple(Kind)) -> None:
-        """Findings of these kinds are not to be mended after all."""
+        """Findings of these kinds are not to be repaired after all."""
         for at, finding in enumerate(self.listed):
-            if finding.mendable and finding.kind in kinds:
-                self.listed[at] = replace(finding, mendable=False, repair=why)
+            if finding.repairable and finding.kind in kinds:
+                self.listed[at] = replace(finding, repairable=False, repair=why)
 
     def block_unsafe(self, *, sound: bool, complete: bool, is_base: bool) -> None:
-        """All is found: what must not be mended in view of the rest is said not to be.
+        """All is found: what must not be repaired in view of the rest is said not to be.
 
         `sound`: the header is right, or will be; `complete`: all that there is could be read.
         """
@@ -171,17 +171,17 @@ class Findings:
             finding.severity is Severity.CORRUPTION and finding.kind is not Kind.UNCLEAN for finding in self.listed
         )
         if is_base:
-            self.block(f"not mended, since it is a base here: fvdfs check --repair {printable(self.image)}")
+            self.block(f"not repaired, since it is a base here: fvdfs check --repair {printable(self.image)}")
         if not sound:
-            self.block("not mended while the header is damaged otherwise")
+            self.block("not repaired while the header is damaged otherwise")
         if any(finding.kind is Kind.SAME_FILE for finding in self.listed):
-            self.block("not mended, since that could change another file's content")
+            self.block("not repaired, since that could change another file's content")
         if not complete:
-            self.block("not mended, since not all could be looked at")
+            self.block("not repaired, since not all could be looked at")
         if others:
-            self.block("not mended while there is other corruption: repair once more", (Kind.UNCLEAN,))
+            self.block("not repaired while there is other corruption: repair once more", (Kind.UNCLEAN,))
         if self.corrupt:
-            why = "not mended while there is corruption, for it may hold what is lost: repair once more"
+            why = "not repaired while there is corruption, for it may hold what is lost: repair once more"
             self.block(why, (Kind.CHUNK_LEAKED, Kind.STORAGE_TAIL))
 
     def count(self, severity: Severity) -> int:
@@ -194,9 +194,9 @@ class Findings:
         return self.count(Severity.CORRUPTION) > 0
 
     @property
-    def to_mend(self) -> set[Kind]:
-        """The kinds of what a repair can mend."""
-        return {finding.kind for finding in self.listed if finding.mendable}
+    def to_repair(self) -> set[Kind]:
+        """The kinds of findings that are repairable."""
+        return {finding.kind for finding in self.listed if finding.repairable}
 
 
 def span(lost: Iterable[Range]) -> str:

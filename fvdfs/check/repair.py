@@ -1,4 +1,4 @@
-"""Mending an image.
+"""Repairing an image.
 
 A power cut at any moment of a repair leaves an image that reads as before, or as it is to read, and
 that another repair completes (format.md, "Beyond the original"):
@@ -28,7 +28,7 @@ from bitarray import bitarray
 
 from fvdfs.alloc.table import encode_entries
 from fvdfs.check.contents import plan_table, without_tail
-from fvdfs.check.examine import PIECE, Examined, Filled, Layer, is_store, read
+from fvdfs.check.examine import PIECE, CheckLayer, Examined, Filled, is_store, read
 from fvdfs.check.findings import Kind, Range
 from fvdfs.format.header import HEADER_SIZE, PAGE, Header, Region, changed_sectors, with_fields
 from fvdfs.store.base import Store, pwrite_pages
@@ -41,14 +41,14 @@ _OF_BASE = {
     Kind.BASE_UNUSABLE,
     Kind.BASE_FORMAT,
     Kind.CHAIN_LOOP,
-}  # mendable where every block is local
+}  # repairable where every block is local
 
 
-async def mend(layer: Layer, found: Examined) -> None:
-    """Mend what is mendable, in the order that the head of this file gives. Raises OSError, ImageError."""
+async def repair_image(layer: CheckLayer, found: Examined) -> None:
+    """Repair what is repairable, in the order that the head of this file gives. Raises OSError, ImageError."""
     assert found.check is not None
     assert found.check.sound
-    wanted = found.findings.to_mend
+    wanted = found.findings.to_repair
     meta, data = layer.meta, layer.data
     header = _HeaderOnDisk(meta, found.check.raw)
     if found.check.changed:
@@ -82,7 +82,7 @@ async def mend(layer: Layer, found: Examined) -> None:
         await header.change(clean_shutdown=1)
 
 
-async def _clear_behind(layer: Layer, found: Examined) -> None:
+async def _clear_behind(layer: CheckLayer, found: Examined) -> None:
     """Have what a crash may have left behind the highest chunk of a device read as zeros. Raises OSError."""
     header, scan, data = found.header, found.scan, layer.data
     if scan is None or not is_store(data) or not data.fixed_size:
@@ -122,7 +122,7 @@ class _HeaderOnDisk:
         self.header = header
 
 
-async def _write_metadata(layer: Layer, found: Examined, entries: array[int] | None, bits: bytes) -> None:
+async def _write_metadata(layer: CheckLayer, found: Examined, entries: array[int] | None, bits: bytes) -> None:
     """Write table and bitmap where they differ from what is on disk, the table first. Raises OSError."""
     header = found.header
     if entries is not None:
@@ -146,11 +146,11 @@ async def _write_region(meta: Store, region: Region, new: bytes) -> None:
     await meta.flush()
 
 
-async def _rewrite(layer: Layer, found: Examined) -> None:
+async def _rewrite(layer: CheckLayer, found: Examined) -> None:
     """Write a table and a bitmap that are right; the journal is empty. Raises OSError, ImageError."""
     header, scan = found.header, found.scan
     entries = None
-    if scan is not None and found.findings.to_mend & _OF_TABLE:
+    if scan is not None and found.findings.to_repair & _OF_TABLE:
         bare = found.bare if found.bare else bitarray(scan.chunks)
         plan = plan_table(scan, header, found.bitmap, bare, layer.path)
         assert is_store(layer.data)
@@ -193,7 +193,7 @@ async def _fill_chunks(
         raise
 
 
-async def _give_back(layer: Layer, found: Examined, wanted: set[Kind]) -> None:
+async def _give_back(layer: CheckLayer, found: Examined, wanted: set[Kind]) -> None:
     """Give back the space that nothing refers to. Raises OSError."""
     header, scan, data = found.header, found.scan, layer.data
     assert scan is not None

@@ -55,19 +55,19 @@ def is_settled(ctime_ns: int, now_ns: int) -> bool:
 
 
 @dataclass(frozen=True, slots=True)
-class State:
+class Snapshot:
     """How the files under a disk were at some moment."""
 
     signatures: tuple[Signature, ...]
     settled: bool
     """Whether any later change will show."""
 
-    def is_still(self, now: State | None) -> bool:
+    def is_still(self, now: Snapshot | None) -> bool:
         """Whether nothing can have changed between the two."""
         return self.settled and now is not None and self.signatures == now.signatures
 
 
-def state_of(stores: Iterable[HostStore]) -> State | None:
+def snapshot_of(stores: Iterable[HostStore]) -> Snapshot | None:
     """How the files of these stores are; None where nobody can tell. Blocks. Raises OSError."""
     now_ns = time.time_ns()
     found: list[os.stat_result] = []
@@ -77,4 +77,4 @@ def state_of(stores: Iterable[HostStore]) -> State | None:
             return None
         found += statuses
     settled = all(is_settled(status.st_ctime_ns, now_ns) for status in found)
-    return State(tuple(signature(status) for status in found), settled)
+    return Snapshot(tuple(signature(status) for status in found), settled)

@@ -66,7 +66,7 @@ from fvdfs.image.chain import (
 )
 from fvdfs.image.image import Image
 from fvdfs.image.policy import Policy
-from fvdfs.ops.freshness import State, same_file, signature, state_of
+from fvdfs.ops.freshness import Snapshot, same_file, signature, snapshot_of
 from fvdfs.ops.looks import THREADS, Look, Looks
 from fvdfs.prefetch.prefetcher import Prefetcher, status
 from fvdfs.prefetch.scheduler import Scheduler
@@ -155,7 +155,7 @@ class Entry:
         """Whether a task is about to do that."""
         self.opened = False
         """Whether it ever was open, so that the kernel may have pages of it."""
-        self.cached: State | None = None
+        self.cached: Snapshot | None = None
         """How the files were when the image was loaded last; None: nobody can tell."""
 
     @property
@@ -710,7 +710,7 @@ class Folder:
             return False
         return True
 
-    async def _have_pages_right(self, entry: Entry, state: State | None) -> bool:
+    async def _have_pages_right(self, entry: Entry, state: Snapshot | None) -> bool:
         """Whether what the kernel has of an image that was just loaded is right, if only because it has dropped it."""
         right = not entry.opened or (entry.cached is not None and entry.cached.is_still(state))
         entry.opened, entry.cached = True, None
@@ -804,11 +804,11 @@ class Folder:
             return found | entry.last_status | {"virtual_size": entry.size, "state": state}
         return found | status(entry.image, entry.prefetcher)
 
-    async def _load(self, entry: Entry) -> tuple[Image, State | None]:
+    async def _load(self, entry: Entry) -> tuple[Image, Snapshot | None]:
         status, chain = await trio.to_thread.run_sync(self._open_chain, entry.path)
         image = await load_chain(chain)
         try:
-            state = await trio.to_thread.run_sync(state_of, chain.stores())
+            state = await trio.to_thread.run_sync(snapshot_of, chain.stores())
             if state is not None and state.signatures[0] != signature(status):
                 raise ImageBusy(os.fsdecode(entry.path), "was changed while it was being opened")
             if image.size != entry.size:

@@ -234,7 +234,7 @@ def test_later_record_wins() -> None:
     assert table.highest == 4
 
 
-def test_entry_past_the_storage_is_mended_by_replay() -> None:
+def test_replay_repairs_an_entry_past_the_storage() -> None:
     table = load({0: 3, 1: 20, 2: 25}, room=20)
     assert table.beyond == {1, 2}
     assert table.replay(1, [4]) is None

@@ -1,7 +1,7 @@
-"""`fvdfs check`: every kind of damage is done to a good image, found, and mended; or said not to be.
+"""`fvdfs check`: every kind of damage is done to a good image, found, and repaired; or said not to be.
 
 A `Damage` says what to do to an image, what has to be found, and what the disk must hold after a
-repair. Each is tried on files, through the command; those that can be mended are tried again in
+repair. Each is tried on files, through the command; those that can be repaired are tried again in
 memory, where the power is cut after every change of the repair, and where every call fails in turn.
 """
 
@@ -28,7 +28,7 @@ from hypothesis import HealthCheck, given, settings
 
 from fvdfs.check import contents, examine, findings
 from fvdfs.check.check import Report, check_layers, describe, render
-from fvdfs.check.examine import Absent, Layer
+from fvdfs.check.examine import Absent, CheckLayer
 from fvdfs.check.findings import Findings, Kind, Severity, bounded, span
 from fvdfs.check.header import check_header
 from fvdfs.cli import main
@@ -151,7 +151,7 @@ class Damage:
     """What the finding's place begins with."""
     also: tuple[Kind, ...] = ()
     """Other kinds that have to be found."""
-    mended: bool = True
+    repaired: bool = True
     """Whether a repair leaves nothing but what is harmless."""
     left: tuple[Kind, ...] = ()
     """What else a repair leaves."""
@@ -194,38 +194,38 @@ DATA_FILE = "cow-data-file"
 
 # --- header ---
 
-fields("version", COW, Kind.HEADER_VERSION, mended=False)(version=2)
-fields("name of the base without end", COW, Kind.HEADER_STRING, mended=False)(base_img=b"x" * 1024)
-fields("name of the data without end", DATA_FILE, Kind.HEADER_STRING, mended=False)(data_file=b"x" * 1024)
-fields("command without end", "plain", Kind.HEADER_STRING, mended=False)(add_storage_cmd=b"\xff" * 2048)
+fields("version", COW, Kind.HEADER_VERSION, repaired=False)(version=2)
+fields("name of the base without end", COW, Kind.HEADER_STRING, repaired=False)(base_img=b"x" * 1024)
+fields("name of the data without end", DATA_FILE, Kind.HEADER_STRING, repaired=False)(data_file=b"x" * 1024)
+fields("command without end", "plain", Kind.HEADER_STRING, repaired=False)(add_storage_cmd=b"\xff" * 2048)
 fields("bytes behind a string", COW, Kind.HEADER_FILL, HARMLESS)(base_img=b"base.raw\0old")
-fields("size of the disk negative", COW, Kind.HEADER_FIELD, mended=False)(virtual_disk_size=-512)
-fields("size of the disk odd", COMPACT, Kind.HEADER_FIELD, mended=False)(virtual_disk_size=100_001)
-fields("size of metadata negative", COMPACT, Kind.HEADER_FIELD, mended=False)(metadata_size=-512)
-fields("size of the base negative", COW, Kind.HEADER_FIELD, mended=False)(base_img_size=-512)
-fields("size of the base odd", COW, Kind.HEADER_FIELD, mended=False)(base_img_size=1000)
-fields("no block size", COW, Kind.HEADER_FIELD, mended=False)(block_size=0)
-fields("no chunk size", COMPACT, Kind.HEADER_FIELD, mended=False)(chunk_size=0)
-fields("chunks too small", COMPACT, Kind.HEADER_FIELD, also=(Kind.HEADER_FIELD,), mended=False)(
+fields("size of the disk negative", COW, Kind.HEADER_FIELD, repaired=False)(virtual_disk_size=-512)
+fields("size of the disk odd", COMPACT, Kind.HEADER_FIELD, repaired=False)(virtual_disk_size=100_001)
+fields("size of metadata negative", COMPACT, Kind.HEADER_FIELD, repaired=False)(metadata_size=-512)
+fields("size of the base negative", COW, Kind.HEADER_FIELD, repaired=False)(base_img_size=-512)
+fields("size of the base odd", COW, Kind.HEADER_FIELD, repaired=False)(base_img_size=1000)
+fields("no block size", COW, Kind.HEADER_FIELD, repaired=False)(block_size=0)
+fields("no chunk size", COMPACT, Kind.HEADER_FIELD, repaired=False)(chunk_size=0)
+fields("chunks too small", COMPACT, Kind.HEADER_FIELD, also=(Kind.HEADER_FIELD,), repaired=False)(
     chunk_size=512, virtual_disk_size=1 << 60
 )
-fields("size of the journal", COW, Kind.HEADER_FIELD, mended=False)(journal_size=1000)
+fields("size of the journal", COW, Kind.HEADER_FIELD, repaired=False)(journal_size=1000)
 fields("grow unit negative", COMPACT, Kind.HEADER_FIELD)(storage_grow_unit=-1)
 fields("grow unit less than a chunk", COMPACT, Kind.HEADER_ODD, HARMLESS)(storage_grow_unit=1)
 fields("needs a base that has no name", "plain", Kind.HEADER_FIELD)(all_data_in_fvd_img=0)
-fields("name of the base lost", COW, Kind.HEADER_FIELD, place="all_data_in_fvd_img", mended=False)(base_img="")
-fields("name of a base not needed lost", "all-local", Kind.HEADER_ODD, HARMLESS, mended=False)(base_img="")
+fields("name of the base lost", COW, Kind.HEADER_FIELD, place="all_data_in_fvd_img", repaired=False)(base_img="")
+fields("name of a base not needed lost", "all-local", Kind.HEADER_ODD, HARMLESS, repaired=False)(base_img="")
 fields("flag copy_on_read", COW, Kind.HEADER_FLAG, HARMLESS)(copy_on_read=-1)
 fields("flag clean_shutdown", COW, Kind.HEADER_FLAG, HARMLESS)(clean_shutdown=0x100)
 fields("flag compact_image", COMPACT, Kind.HEADER_FLAG, HARMLESS)(compact_image=2)
 fields("bitmap_size too small", COW, Kind.HEADER_BITMAP_SIZE)(bitmap_size=0)
 fields("bitmap_size too large", BOTH, Kind.HEADER_BITMAP_SIZE, HARMLESS)(bitmap_size=8192)
-fields("compact_image lost", BOTH, Kind.HEADER_COMPACT, mended=False)(compact_image=0)
-fields("alpha", COW, Kind.HEADER_ODD, HARMLESS, mended=False)(prefetch_perf_calc_alpha=101)
-fields("bytes_per_prefetch", COW, Kind.HEADER_ODD, HARMLESS, mended=False)(bytes_per_prefetch=512)
-fields("num_prefetch_slots", COW, Kind.HEADER_ODD, HARMLESS, mended=False)(num_prefetch_slots=0)
-fields("throughput", COW, Kind.HEADER_ODD, HARMLESS, mended=False)(prefetch_min_read_throughput=-1)
-fields("write_updates_base_img", COW, Kind.HEADER_ODD, HARMLESS, mended=False)(write_updates_base_img="perhaps")
+fields("compact_image lost", BOTH, Kind.HEADER_COMPACT, repaired=False)(compact_image=0)
+fields("alpha", COW, Kind.HEADER_ODD, HARMLESS, repaired=False)(prefetch_perf_calc_alpha=101)
+fields("bytes_per_prefetch", COW, Kind.HEADER_ODD, HARMLESS, repaired=False)(bytes_per_prefetch=512)
+fields("num_prefetch_slots", COW, Kind.HEADER_ODD, HARMLESS, repaired=False)(num_prefetch_slots=0)
+fields("throughput", COW, Kind.HEADER_ODD, HARMLESS, repaired=False)(prefetch_min_read_throughput=-1)
+fields("write_updates_base_img", COW, Kind.HEADER_ODD, HARMLESS, repaired=False)(write_updates_base_img="perhaps")
 fields("need_zero_init with a table", BOTH, Kind.HEADER_ODD, HARMLESS)(need_zero_init=1)
 fields("journal of a plain image", "plain", Kind.HEADER_ODD, HARMLESS)(journal_size=-1)
 fields("profile of negative length", COW, Kind.PROFILE, HARMLESS, place="prefetch_profile_offset")(
@@ -236,17 +236,17 @@ fields("profile not on a page", COW, Kind.PROFILE, HARMLESS)(prefetch_profile_of
 fields("profile past the end", COW, Kind.PROFILE, HARMLESS)(prefetch_profile_offset=1 << 40, prefetch_profile_entries=1)
 
 
-@damage("header cut", COW, Kind.HEADER_CUT, place="header", mended=False)
+@damage("header cut", COW, Kind.HEADER_CUT, place="header", repaired=False)
 def _(good: Good) -> None:
     good.truncate(4000)
 
 
-@damage("size of metadata odd", COMPACT, Kind.HEADER_ODD, HARMLESS, place="metadata_size", mended=False)
+@damage("size of metadata odd", COMPACT, Kind.HEADER_ODD, HARMLESS, place="metadata_size", repaired=False)
 def _(good: Good) -> None:
     good.put(metadata_size=good.header.metadata_size + 100)
 
 
-@damage("size of the base past the disk", COW, Kind.HEADER_ODD, HARMLESS, place="base_img_size", mended=False)
+@damage("size of the base past the disk", COW, Kind.HEADER_ODD, HARMLESS, place="base_img_size", repaired=False)
 def _(good: Good) -> bytes:
     size = good.header.virtual_disk_size // 2 // 512 * 512
     good.put(virtual_disk_size=size)
@@ -254,12 +254,12 @@ def _(good: Good) -> bytes:
     return good.read()
 
 
-@damage("padding", COW, Kind.HEADER_PADDING, HARMLESS, place="header", mended=False)
+@damage("padding", COW, Kind.HEADER_PADDING, HARMLESS, place="header", repaired=False)
 def _(good: Good) -> None:
     good.write(8191, b"\x01")
 
 
-@damage("journal too small for the table", COMPACT, Kind.JOURNAL_SMALL, HARMLESS, place="journal_size", mended=False)
+@damage("journal too small for the table", COMPACT, Kind.JOURNAL_SMALL, HARMLESS, place="journal_size", repaired=False)
 def _(good: Good) -> None:
     good.layout = replace(good.layout, size=125 * 4096)
     for path in good.folder.iterdir():
@@ -277,8 +277,8 @@ for _name in ("bitmap", "table", "journal"):
     fields(f"{_name} past the end", BOTH, Kind.REGION_CUT, place=f"{_name}_offset")(**{f"{_name}_offset": 1 << 50})
 fields("bitmap over the table", BOTH, Kind.REGION_MISPLACED, place="table_offset")(bitmap_offset=12288)
 fields("table not on a sector", BOTH, Kind.REGION_MISPLACED, also=(Kind.REGION_MISPLACED,))(table_offset=12289)
-fields("two regions misplaced", BOTH, Kind.REGION_MISPLACED, mended=False)(bitmap_offset=0, table_offset=-4096)
-fields("data over the journal", BOTH, Kind.REGION_MISPLACED, also=(Kind.STORAGE_TAIL,), mended=False)(
+fields("two regions misplaced", BOTH, Kind.REGION_MISPLACED, repaired=False)(bitmap_offset=0, table_offset=-4096)
+fields("data over the journal", BOTH, Kind.REGION_MISPLACED, also=(Kind.STORAGE_TAIL,), repaired=False)(
     metadata_size=8192
 )
 
@@ -289,7 +289,7 @@ fields("data over the journal", BOTH, Kind.REGION_MISPLACED, also=(Kind.STORAGE_
     Kind.REGION_CUT,
     place="journal_offset",
     also=(Kind.CHUNK_BEYOND_STORAGE,),
-    mended=False,
+    repaired=False,
 )
 def _(good: Good) -> None:
     good.truncate(good.header.journal_offset + 100)
@@ -378,7 +378,7 @@ def _(good: Good) -> None:
     good.write(good.header.bitmap_offset + 4000, b"\x10")
 
 
-@damage("base not needed, but bits clear", COW, Kind.BITMAP_INCOMPLETE, place="all_data_in_fvd_img", mended=False)
+@damage("base not needed, but bits clear", COW, Kind.BITMAP_INCOMPLETE, place="all_data_in_fvd_img", repaired=False)
 def _(good: Good) -> None:
     good.put(all_data_in_fvd_img=1)
 
@@ -434,7 +434,7 @@ def _(good: Good) -> None:
     good.put(clean_shutdown=0)
 
 
-@damage("entry behind the table", COMPACT, Kind.TABLE_TAIL, HARMLESS, place="table entry ", mended=False)
+@damage("entry behind the table", COMPACT, Kind.TABLE_TAIL, HARMLESS, place="table entry ", repaired=False)
 def _(good: Good) -> None:
     good.set_entry(good.header.chunks + 3, 1)
 
@@ -592,7 +592,7 @@ def _(good: Good) -> None:
     good.write(good.header.metadata_size + (highest + 1) * 4096 + 100, b"x")
 
 
-@damage("bytes behind the disk", "plain", Kind.STORAGE_TAIL, LEAK, mended=False)
+@damage("bytes behind the disk", "plain", Kind.STORAGE_TAIL, LEAK, repaired=False)
 def _(good: Good) -> None:
     good.write(good.header.metadata_size + good.header.virtual_disk_size + 10_000, b"x" * 100_000)
 
@@ -600,30 +600,30 @@ def _(good: Good) -> None:
 # --- other files ---
 
 
-@damage("no data file", DATA_FILE, Kind.DATA_MISSING, place="data_file", mended=False)
+@damage("no data file", DATA_FILE, Kind.DATA_MISSING, place="data_file", repaired=False)
 def _(good: Good) -> None:
     (good.folder / "disk.data").unlink()
 
 
-fields("unknown format of the data", DATA_FILE, Kind.DATA_UNUSABLE, place="data_file", mended=False)(
+fields("unknown format of the data", DATA_FILE, Kind.DATA_UNUSABLE, place="data_file", repaired=False)(
     data_file_fmt="qcow99"
 )
-fields("data elsewhere", DATA_FILE, Kind.DATA_UNCHECKED, HARMLESS, mended=False)(data_file="nbd://localhost/x")
-fields("data in the image itself", DATA_FILE, Kind.SAME_FILE, mended=False)(data_file=IMAGE)
-fields("data in the base", DATA_FILE, Kind.SAME_FILE, place="base_img", also=(Kind.STORAGE_SHORT,), mended=False)(
+fields("data elsewhere", DATA_FILE, Kind.DATA_UNCHECKED, HARMLESS, repaired=False)(data_file="nbd://localhost/x")
+fields("data in the image itself", DATA_FILE, Kind.SAME_FILE, repaired=False)(data_file=IMAGE)
+fields("data in the base", DATA_FILE, Kind.SAME_FILE, place="base_img", also=(Kind.STORAGE_SHORT,), repaired=False)(
     data_file="base.raw"
 )
-fields("no base", COW, Kind.BASE_MISSING, mended=False)(base_img=MISSING)
-fields("name of the base too long", COW, Kind.BASE_MISSING, mended=False)(base_img="x" * 1023)
-fields("base in no folder", COW, Kind.BASE_MISSING, mended=False)(base_img="base.raw/x")
-fields("base that is a folder", COW, Kind.BASE_UNUSABLE, mended=False)(base_img="..")
-fields("unknown format of the base", COW, Kind.BASE_UNUSABLE, place="base_img", mended=False)(base_img_fmt="qcow99")
-fields("base no FVD image", COW, Kind.BASE_UNUSABLE, place="base_img", mended=False)(base_img_fmt="fvd")
-fields("FVD base elsewhere", COW, Kind.BASE_UNUSABLE, mended=False)(base_img="json:{}", base_img_fmt="fvd")
-fields("base elsewhere", COW, Kind.BASE_UNCHECKED, HARMLESS, mended=False)(base_img="nbd://localhost/x")
-fields("encrypted base", COW, Kind.BASE_UNCHECKED, HARMLESS, place="base_img", mended=False)(base_img_fmt="luks")
-fields("image on itself", COW, Kind.CHAIN_LOOP, place="base_img", mended=False)(base_img=IMAGE, base_img_fmt="fvd")
-fields("image on itself, raw", COW, Kind.CHAIN_LOOP, mended=False)(base_img=IMAGE)
+fields("no base", COW, Kind.BASE_MISSING, repaired=False)(base_img=MISSING)
+fields("name of the base too long", COW, Kind.BASE_MISSING, repaired=False)(base_img="x" * 1023)
+fields("base in no folder", COW, Kind.BASE_MISSING, repaired=False)(base_img="base.raw/x")
+fields("base that is a folder", COW, Kind.BASE_UNUSABLE, repaired=False)(base_img="..")
+fields("unknown format of the base", COW, Kind.BASE_UNUSABLE, place="base_img", repaired=False)(base_img_fmt="qcow99")
+fields("base no FVD image", COW, Kind.BASE_UNUSABLE, place="base_img", repaired=False)(base_img_fmt="fvd")
+fields("FVD base elsewhere", COW, Kind.BASE_UNUSABLE, repaired=False)(base_img="json:{}", base_img_fmt="fvd")
+fields("base elsewhere", COW, Kind.BASE_UNCHECKED, HARMLESS, repaired=False)(base_img="nbd://localhost/x")
+fields("encrypted base", COW, Kind.BASE_UNCHECKED, HARMLESS, place="base_img", repaired=False)(base_img_fmt="luks")
+fields("image on itself", COW, Kind.CHAIN_LOOP, place="base_img", repaired=False)(base_img=IMAGE, base_img_fmt="fvd")
+fields("image on itself, raw", COW, Kind.CHAIN_LOOP, repaired=False)(base_img=IMAGE)
 
 
 @damage("no base, but all local", COW, Kind.BASE_MISSING, place="base_img")
@@ -637,7 +637,7 @@ def _(good: Good) -> None:
     (good.folder / "base.raw").unlink()
 
 
-@damage("chain that is a loop", "chain-of-two", Kind.CHAIN_LOOP, place="base_img", mended=False)
+@damage("chain that is a loop", "chain-of-two", Kind.CHAIN_LOOP, place="base_img", repaired=False)
 def _(good: Good) -> None:
     base = good.folder / "base0.fvd"
     with base.open("r+b") as file:
@@ -645,13 +645,13 @@ def _(good: Good) -> None:
         file.write(IMAGE.encode().ljust(1024, b"\0") + b"fvd".ljust(16, b"\0"))
 
 
-@damage("base cut", COW, Kind.BASE_SHORT, place="base_img_size", lost=True, mended=False)
+@damage("base cut", COW, Kind.BASE_SHORT, place="base_img_size", lost=True, repaired=False)
 def _(good: Good) -> bytes:
     good.truncate(good.header.base_img_size - 50_000, "base.raw")
     return good.read()
 
 
-@damage("base cut where it is not used", COW, Kind.BASE_SHORT, HARMLESS, place="base_img_size", mended=False)
+@damage("base cut where it is not used", COW, Kind.BASE_SHORT, HARMLESS, place="base_img_size", repaired=False)
 def _(good: Good) -> bytes:
     async def work() -> None:
         image = await open_image(str(good.path), Policy(), write=True)
@@ -663,7 +663,7 @@ def _(good: Good) -> bytes:
     return good.read()
 
 
-@damage("FVD base of another size", "chain-of-two", Kind.BASE_SHORT, place="base_img_size", lost=True, mended=False)
+@damage("FVD base of another size", "chain-of-two", Kind.BASE_SHORT, place="base_img_size", lost=True, repaired=False)
 def _(good: Good) -> bytes:
     with (good.folder / "base0.fvd").open("r+b") as file:
         file.seek(12)
@@ -671,14 +671,14 @@ def _(good: Good) -> bytes:
     return good.read()
 
 
-@damage("base looks like qcow2", COW, Kind.BASE_FORMAT, place="base_img", mended=False)
+@damage("base looks like qcow2", COW, Kind.BASE_FORMAT, place="base_img", repaired=False)
 def _(good: Good) -> bytes:
     good.put(base_img_fmt="")
     good.write(0, b"QFI\xfb\0\0\0\x03", "base.raw")
     return good.read()
 
 
-@damage("data file looks like qcow2", DATA_FILE, Kind.DATA_FORMAT, HARMLESS, place="data_file_fmt", mended=False)
+@damage("data file looks like qcow2", DATA_FILE, Kind.DATA_FORMAT, HARMLESS, place="data_file_fmt", repaired=False)
 def _(good: Good) -> bytes:
     good.write(0, b"QFI\xfb\0\0\0\x03", "disk.data")
     return good.read()
@@ -732,9 +732,9 @@ def test_damage(damage: Damage, folder: Path, capsys: pytest.CaptureFixture[str]
         assert finding["image"] in map(str, folder.iterdir())
         assert finding["line"].startswith(f"{finding['image']}: {finding['place']}")
         assert bool(finding["lost"]) == damage.lost
-        assert not finding["mended"]
-    if not damage.mended:
-        assert not any(finding["mendable"] for finding in found)
+        assert not finding["repaired"]
+    if not damage.repaired:
+        assert not any(finding["repairable"] for finding in found)
     assert report["exit_code"] == damage.code
     assert report["left"][damage.severity] >= len(found)
     assert read_files(folder) == before, "checking has written"
@@ -747,14 +747,14 @@ def test_damage(damage: Damage, folder: Path, capsys: pytest.CaptureFixture[str]
     assert read_files(folder) == before, "checking has written"
 
     report = check(capsys, good.path, "--repair")
-    if not damage.mended:
+    if not damage.repaired:
         assert report["exit_code"] == damage.code
-        assert report["mended"] == 0
-        assert read_files(folder) == before, "there was nothing to mend, but something was written"
+        assert report["repaired"] == 0
+        assert read_files(folder) == before, "there was nothing to repair, but something was written"
         return
     for finding in report["findings"]:
         if finding["kind"] == damage.kind and finding["severity"] == damage.severity:
-            assert finding["mended"]
+            assert finding["repaired"]
     assert report["exit_code"] == (3 if damage.left else 0)
     report = check(capsys, good.path)
     assert {finding["kind"] for finding in report["findings"] if finding["severity"] != HARMLESS} == set(damage.left)
@@ -772,7 +772,7 @@ def test_damage(damage: Damage, folder: Path, capsys: pytest.CaptureFixture[str]
 
 
 async def _write_and_close(path: Path) -> None:
-    """An image that was mended can be written to."""
+    """An image that was repaired can be written to."""
     image = await open_image(str(path), Policy(), write=True)
     await image.write(0, b"x" * 1000)
     await image.close()
@@ -781,7 +781,7 @@ async def _write_and_close(path: Path) -> None:
 # --- repairs that are cut short ---
 
 
-def layers_over(stores: Mapping[str, Store], name: str = IMAGE, above: tuple[str, ...] = ()) -> list[Layer]:
+def layers_over(stores: Mapping[str, Store], name: str = IMAGE, above: tuple[str, ...] = ()) -> list[CheckLayer]:
     """The chain of images in these files, opened."""
     meta = stores[name]
 
@@ -791,7 +791,7 @@ def layers_over(stores: Mapping[str, Store], name: str = IMAGE, above: tuple[str
         return bytes(raw[:count])
 
     check = check_header(trio.run(first), 1 << 60, Findings(name))
-    layer = Layer(name, meta)
+    layer = CheckLayer(name, meta)
     if check is None:
         return [layer]
     header = check.header
@@ -859,12 +859,12 @@ class Left:
         stores = {
             name: MemoryStore(content, name, writable=name.startswith("disk.")) for name, content in files.items()
         }
-        for _ in range(3):  # without a journal, an interrupted repair is one more thing to mend
+        for _ in range(3):  # without a journal, an interrupted repair is one more thing to repair
             report = check_stores(stores, repair=True)
             assert report.errors == []
             if report.exit_code == 0:
                 break
-        left = {f.kind for f in report.findings if f.severity is not HARMLESS and not f.mended}
+        left = {f.kind for f in report.findings if f.severity is not HARMLESS and not f.repaired}
         assert left <= set(kept), render(report)
         self.put({name: store.data for name, store in stores.items()})
         assert self.read() == after
@@ -873,8 +873,8 @@ class Left:
 
 
 # One of each kind in each layout.
-MENDABLE = {(d.kind, d.severity, d.layout): d for d in DAMAGES if d.mended}.values()
-mendable = pytest.mark.parametrize("damage", MENDABLE, ids=lambda damage: damage.name)
+REPAIRABLE = {(d.kind, d.severity, d.layout): d for d in DAMAGES if d.repaired}.values()
+repairable = pytest.mark.parametrize("damage", REPAIRABLE, ids=lambda damage: damage.name)
 
 
 def half_old(found: bytes, old: bytes, new: bytes) -> bool:
@@ -886,7 +886,7 @@ def half_old(found: bytes, old: bytes, new: bytes) -> bool:
     )
 
 
-@mendable
+@repairable
 def test_power_cuts(damage: Damage, folder: Path) -> None:
     """The power is cut after each change and flush of a repair."""
     good = Good(BY_NAME[damage.layout], folder)
@@ -903,7 +903,7 @@ def test_power_cuts(damage: Damage, folder: Path) -> None:
     others = {n: MemoryStore(c, n, writable=False) for n, c in files.items() if n not in crash_stores}
     report = check_stores({**crash_stores, **others}, repair=True)
     assert report.exit_code in (0, 3)
-    assert any(finding.mended for finding in report.findings)
+    assert any(finding.repaired for finding in report.findings)
     assert clock.now > 1
     image = crash_stores[IMAGE]
     for region in Header.decode(bytes(image.data[:HEADER_SPACE]), IMAGE).regions():
@@ -920,7 +920,7 @@ def test_power_cuts(damage: Damage, folder: Path) -> None:
         left.repair(now, after)
 
 
-@mendable
+@repairable
 @pytest.mark.parametrize("error", [errno.EIO, errno.ENOSPC], ids=errno.errorcode.get)
 def test_faults(damage: Damage, error: int, folder: Path) -> None:
     """Each call of a repair fails in turn: that is told, and another repair goes on."""
@@ -940,7 +940,7 @@ def test_faults(damage: Damage, error: int, folder: Path) -> None:
         for layer in layers:
             layer.meta = stores[id(layer.meta)]
             layer.data = stores.get(id(layer.data))
-            if not isinstance(layer.base, Layer | Absent):
+            if not isinstance(layer.base, CheckLayer | Absent):
                 layer.base = stores.get(id(layer.base))
         report = trio.run(functools.partial(check_layers, layers, repair=True, errors=[]))
         if not plan.failures:
@@ -1072,8 +1072,8 @@ def test_any_damage(name: str, changes: list[tuple[str, Any, Any]], goods: dict[
             break
     after_files = {**files, **{n: bytes(s.data) for n, s in stores.items()}}
     left.put(after_files)
-    if repaired.exit_code == 2 and not any(f.mendable or f.mended for f in report.findings):
-        assert after_files == files, "there was nothing to mend, but something was written"
+    if repaired.exit_code == 2 and not any(f.repairable or f.repaired for f in report.findings):
+        assert after_files == files, "there was nothing to repair, but something was written"
     if repaired.exit_code == 0:
         assert passes(after_files)
         again = check_stores(memory(after_files))
@@ -1118,12 +1118,12 @@ def test_the_rules_are_those_of_the_header(
         assert corrupt <= stricter
     if check.sound:
         check.header.check(IMAGE, size)
-        assert all(f.mendable for f in found.listed if f.severity is CORRUPTION)
+        assert all(f.repairable for f in found.listed if f.severity is CORRUPTION)
         again = Findings(IMAGE)
-        mended = check_header(check.header.encode().ljust(HEADER_SPACE, b"\0"), size, again)
-        assert mended is not None
+        repaired = check_header(check.header.encode().ljust(HEADER_SPACE, b"\0"), size, again)
+        assert repaired is not None
         assert not again.corrupt
-        assert not again.to_mend, "a second look finds more to mend"
+        assert not again.to_repair, "a second look finds more to repair"
 
 
 # --- good images ----------------------------------------------------------------------------------
@@ -1237,18 +1237,18 @@ def test_the_program(folder: Path) -> None:
     good.set_entry(good.allocated()[2], UNALLOCATED)
     done = fvdfs("check", good.path)
     assert (done.code, done.err) == (3, "")
-    assert "1 leak; --repair mends 1\n" in done.out
+    assert "1 leak; 1 repairable with --repair\n" in done.out
     good.set_entry(0, 0x7FFFFFFF)
     done = fvdfs("check", good.path)
     assert done.code == 2
-    assert "1 corruption, 2 leaks; --repair mends 1\n" in done.out or "1 corruption, 1 leak; --repair" in done.out
+    assert "1 corruption, 2 leaks; 1 repairable with --repair\n" in done.out or "1 corruption, 1 leak; " in done.out
     done = fvdfs("check", good.path, "--repair")
     assert done.code == 3
-    assert "[mended: takes them as never written]" in done.out
-    assert "1 mended; left: " in done.out
+    assert "[repaired: takes them as never written]" in done.out
+    assert "1 repaired; left: " in done.out
     done = fvdfs("check", good.path, "--repair")
     assert done.code == 0
-    assert "mended; " in done.out
+    assert "repaired; " in done.out
 
 
 # --- crashes of the mount -------------------------------------------------------------------------
@@ -1350,7 +1350,7 @@ def test_on_a_device(layout: str, folder: Path) -> None:
     stores = on_device(good, 10 * MIB)
     report = check_stores(stores, repair=True)
     assert report.exit_code == 3, render(report)
-    assert {f.kind for f in report.findings if f.mended} == {Kind.CHUNK_SHARED, Kind.CHUNK_BEYOND_STORAGE}
+    assert {f.kind for f in report.findings if f.repaired} == {Kind.CHUNK_SHARED, Kind.CHUNK_BEYOND_STORAGE}
     assert content_of(stores) == expected
     report = check_stores(stores, repair=True)
     assert report.exit_code == 3, "space of a device cannot be given back"
@@ -1417,7 +1417,7 @@ def test_copies_that_find_no_room_leave_the_storage_as_it_was(folder: Path) -> N
 # --- chains and other formats ---------------------------------------------------------------------
 
 
-def test_damage_in_a_base_is_found_but_not_mended(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_damage_in_a_base_is_found_but_not_repaired(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     good = Good(BY_NAME["chain-of-three"], folder)
     base = folder / "base1.fvd"
     header = Header.decode(base.read_bytes()[:HEADER_SPACE], "")
@@ -1434,7 +1434,7 @@ def test_damage_in_a_base_is_found_but_not_mended(folder: Path, capsys: pytest.C
     ]
     assert {finding["image"] for finding in report["findings"]} == {str(base)}
     (finding,) = [finding for finding in report["findings"] if finding["kind"] == Kind.CHUNK_BEYOND_STORAGE]
-    assert not finding["mendable"]
+    assert not finding["repairable"]
     assert f"fvdfs check --repair {base}" in finding["repair"]
     assert read_files(folder) == before
     for _ in range(2):
@@ -1473,7 +1473,7 @@ def test_bits_without_a_chunk_over_an_image(folder: Path, capsys: pytest.Capture
 
 
 def test_other_formats(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A base and a data file that QEMU opens; the data is mended through it."""
+    """A base and a data file that QEMU opens; the data is repaired through it."""
     (folder / "base.raw").write_bytes(random.Random(3).randbytes(MIB))
     subprocess.run(
         ["qemu-img", "convert", "-f", "raw", "-O", "qcow2", folder / "base.raw", folder / "base.qcow2"], check=True
@@ -1533,10 +1533,10 @@ def test_all_damage_is_told(folder: Path, capsys: pytest.CaptureFixture[str]) ->
         "metadata_size",
         "base_img",
     }
-    assert not any(finding["mendable"] for finding in report["findings"])
+    assert not any(finding["repairable"] for finding in report["findings"])
     code, text = run(capsys, good.path)
     assert code == 2
-    assert "not mended while the header is damaged otherwise" in text
+    assert "not repaired while the header is damaged otherwise" in text
     assert all(line.isprintable() for line in text.splitlines())
     assert "new\\nline\\x1b[31m\\udcff" in text
 
@@ -1561,7 +1561,7 @@ def test_long_lists_are_cut(folder: Path, capsys: pytest.CaptureFixture[str], mo
     assert check(capsys, good.path, "--repair")["left"]["corruption"] == 0
 
 
-def test_a_table_with_too_much_damage_is_not_mended(
+def test_a_table_with_too_much_damage_is_not_repaired(
     folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     good = Good(BY_NAME[COMPACT], folder)
@@ -1653,7 +1653,7 @@ def test_space_is_given_back(folder: Path, capsys: pytest.CaptureFixture[str]) -
     good.set_entry(chunk, UNALLOCATED)
     used = good.path.stat().st_blocks
     report = check(capsys, good.path, "--repair")
-    assert report["mended"] == 1
+    assert report["repaired"] == 1
     assert good.path.stat().st_blocks <= used - 128
     (finding,) = check(capsys, good.path)["findings"]
     assert finding["severity"] == HARMLESS
@@ -1699,7 +1699,7 @@ def test_a_debt_to_the_base_is_not_forgotten(journal: bool, folder: Path, capsys
     assert read_files(folder) == before
     good.write(good.header.bitmap_offset + 4000, b"\x10")
     report = check(capsys, good.path, "--repair")
-    assert [finding["kind"] for finding in report["findings"] if finding["mended"]] == [Kind.BITMAP_TAIL]
+    assert [finding["kind"] for finding in report["findings"] if finding["repaired"]] == [Kind.BITMAP_TAIL]
     assert reference.Header(good.path).clean_shutdown == 0
     assert good.read() == content
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from fvdfs.ops.freshness import SECOND, TICK, WHOLE_SECONDS_TICK, State, is_settled, state_of
+from fvdfs.ops.freshness import SECOND, TICK, WHOLE_SECONDS_TICK, Snapshot, is_settled, snapshot_of
 from support.devices import loop_device
 from support.mounts import MIB, Mount, mounted, must
 
@@ -60,12 +60,12 @@ def test_a_time_is_settled_when_no_later_change_can_have_it() -> None:
 
 
 def test_a_state_lasts_while_every_file_is_the_same_and_was_settled() -> None:
-    one = State(((1, 2, 0, 4, 5, 6),), settled=True)
-    assert one.is_still(State(one.signatures, settled=False))
-    assert not State(one.signatures, settled=False).is_still(one)
+    one = Snapshot(((1, 2, 0, 4, 5, 6),), settled=True)
+    assert one.is_still(Snapshot(one.signatures, settled=False))
+    assert not Snapshot(one.signatures, settled=False).is_still(one)
     assert not one.is_still(None)
-    assert not one.is_still(State(((1, 2, 0, 4, 6, 6),), settled=True))
-    assert state_of([]) == State((), settled=True)
+    assert not one.is_still(Snapshot(((1, 2, 0, 4, 6, 6),), settled=True))
+    assert snapshot_of([]) == Snapshot((), settled=True)
 
 
 # --- what may change ------------------------------------------------------------------------------
