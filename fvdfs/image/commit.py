@@ -1,8 +1,8 @@
 """Making writes durable, in order.
 
 A guest's write is answered when its data is in the store and its bits and entries are set in
-memory; nothing on disk names the data yet. A *commit* makes that up, at a flush, at closing, and a
-few seconds after a write at the latest. It takes what is pending when it begins, and
+memory; nothing on disk names the data yet. A *commit* makes up for that, at a flush, at closing, and
+at the latest a few seconds after a write. It takes what is pending when it begins, and writes
 
     1. header: `clean_shutdown` = 0                        (once a session)
     2. flush of the data, and of 1
@@ -10,31 +10,33 @@ few seconds after a write at the latest. It takes what is pending when it begins
     4. flush of the metadata
 
 so that data is stable before the record that makes it visible, and the record before the flush is
-answered (format.md, "Beyond the original"). A crash between any two steps leaves, for every sector, its old or
-its new content. Commits run one at a time; all that is asked for while one runs share the next.
+answered (format.md, "Beyond the original"). A crash between any two steps leaves, for every sector,
+its old or its new content. Commits run one at a time; all that is asked for while one runs share the
+next.
 
-A *checkpoint* takes the place of 3 and 4 where the image has no journal, the journal is full (a
-recycle), or the pages are fewer than the sectors would be:
+A *checkpoint* writes pages in place of 3 and 4 where the image has no journal, the journal is full
+(a recycle), or the pages take less than the sectors would:
 
     3. the table's dirty pages        4. flush of the metadata
     5. the bitmap's dirty pages       6. flush of the metadata, and the journal is free again
 
 Pages are snapshots from before step 2, so that every bit and entry in them has its data on stable
 storage. The table goes first because an entry without bits is harmless (the block is read from the
-base, or reads as the zeros that a new chunk holds), while a bit without its chunk is not. By this
-an image without a journal survives a power cut as well, if fvdfs wrote it.
+base, or reads as the zeros that a new chunk holds), while a bit without its chunk is not. So an
+image without a journal survives a power cut as well, if fvdfs wrote it.
 
 Closing makes a checkpoint, then `clean_shutdown` = 1, then flushes.
 
-When a flush fails, nobody knows what is on the disk, and asking again only hides it: the image is
-`failed` then, nothing more is written to it, and the next opening replays its journal. A write of
-metadata that failed for want of space is kept pending and tried again with the next commit.
+When a flush fails, nobody knows what is on the disk, and flushing again only hides it: the image has
+`failed`, nothing more is written to it, and the next opening replays its journal. A write of
+metadata that fails for want of space stays pending for the next commit.
 """
 
 from __future__ import annotations
 
 import errno
 import logging
+from dataclasses import dataclass, field
 from typing import NoReturn
 
 import trio
@@ -50,8 +52,27 @@ log = logging.getLogger(__name__)
 MAX_PENDING = 1 << 16  # block ranges; more are committed at once, to bound memory
 
 
+@dataclass(slots=True)
+class _Batch:
+    """What one commit makes durable: what was pending when it began, and what will show that on disk.
+
+    The latter are journal sectors or, at a checkpoint, pages; nothing where only data was written.
+    """
+
+    blocks: list[journal.Range]
+    chunks: list[int]
+    data_written: bool
+    sectors: list[bytes] = field(default_factory=list)
+    table_pages: list[tuple[int, bytes]] = field(default_factory=list)
+    bitmap_pages: list[tuple[int, bytes]] = field(default_factory=list)
+
+    @property
+    def changes_metadata(self) -> bool:
+        return bool(self.sectors or self.table_pages or self.bitmap_pages)
+
+
 class Committer:
-    """Owns what is on disk of header, bitmap, table and journal of an image open for writing."""
+    """Owns header, bitmap, table and journal on the disk, of an image open for writing."""
 
     def __init__(
         self,
@@ -67,11 +88,11 @@ class Committer:
         assert len(raw_header) % SECTOR == 0
         self.header = header
         self.failed: str | None = None
-        """Why nothing more may be written, once that is so."""
+        """Why nothing more may be written; None while it may."""
         self.journal_is_bad = False
-        """Whether it holds records that were skipped: a larger disk or storage could make them good."""
+        """Whether it holds records that replay skipped: a larger disk or storage could make them valid."""
         self._raw_header = raw_header
-        self._header_unsure = False  # a failed write left some sector of it old or new
+        self._header_unsure = False  # a failed write has left some sector of it old or new
         self._meta = meta
         self._data = data
         self._bitmap = bitmap
@@ -80,16 +101,18 @@ class Committer:
         self._pending_chunks: set[int] = set()
         self._data_written = False
         self.writes = 0
-        """How many there were, of the data."""
+        """Data writes so far."""
         self._journal_next = 0  # sector
         self._lock = trio.Lock()
         self._begun = 0
+        """The number of the last commit that has begun."""
         self._done = 0
+        """The number of the last commit that was completed."""
 
     # --- what writers report; none of these waits ----------------------------------------------
 
     def data_written(self) -> None:
-        """Data was stored; a commit has to flush it."""
+        """Data was stored; the next commit flushes it."""
         self._data_written = True
         self.writes += 1
 
@@ -107,12 +130,12 @@ class Committer:
 
     @property
     def dirty(self) -> bool:
-        """Whether something that was reported is not durable yet, also while a commit is at it."""
+        """Whether something that was reported is not durable yet; true while a commit runs."""
         return self._data_written or self.uncommitted or self._lock.locked()
 
     @property
     def uncommitted(self) -> bool:
-        """Whether some data is stored that a crash would not show."""
+        """Whether data is stored that a crash would not show."""
         return bool(self._pending_blocks) or bool(self._pending_chunks)
 
     @property
@@ -125,24 +148,19 @@ class Committer:
     async def commit(self) -> None:
         """Make all that was reported up to now durable.
 
-        Raises OSError; EIO from the moment on that the image has failed.
+        Raises OSError; EIO once the image has failed.
         """
         need = self._begun + 1  # one that has begun already need not cover what came since
-        while self._done < need:
-            try:
-                self._lock.acquire_nowait()  # not a turn of the event loop later
-            except trio.WouldBlock:
-                await self._lock.acquire()
-            try:
-                if self._done >= need:
-                    return
-                self._begun += 1
-                this = self._begun
+        try:
+            self._lock.acquire_nowait()  # not a turn of the event loop later
+        except trio.WouldBlock:
+            await self._lock.acquire()
+        try:
+            if self._done < need:
                 with trio.CancelScope(shield=True):
                     await self._commit(checkpoint=False)
-                self._done = this
-            finally:
-                self._lock.release()
+        finally:
+            self._lock.release()
 
     def commit_soon(self, done: Done) -> bool:
         """A commit without a task, where all that it takes is a flush of the data that has begun already.
@@ -164,76 +182,88 @@ class Committer:
     async def checkpoint(self) -> None:
         """A commit that leaves nothing in the journal. Raises OSError."""
         async with self._lock:
-            self._begun += 1
-            this = self._begun
             with trio.CancelScope(shield=True):
                 await self._commit(checkpoint=True)
-            self._done = this
 
     async def _commit(self, *, checkpoint: bool) -> None:
         self._check_failed()
-        blocks = journal.merge(self._pending_blocks)
-        chunks = sorted(self._pending_chunks)
-        self._pending_blocks.clear()
-        self._pending_chunks.clear()
-        data_written, self._data_written = self._data_written, False
-        sectors = self._plan_sectors(blocks, chunks) if not checkpoint else None
-        table_pages: list[tuple[int, bytes]] = []
-        bitmap_pages: list[tuple[int, bytes]] = []
-        if sectors is None:
-            table_pages = self._table.take_dirty_pages() if self._table else []
-            bitmap_pages = self._bitmap.take_dirty_pages() if self._bitmap else []
-        changes = bool(sectors or table_pages or bitmap_pages)
+        self._begun += 1
+        this = self._begun
+        batch = self._take_pending(checkpoint=checkpoint)
         try:
-            if changes and self.header.clean:
-                await self._write_header(clean_shutdown=0)
-                if self._meta is not self._data:
-                    await self._flush(self._meta)
-                data_written = True
-            # Also for a chunk whose first write is still under way: its place must be there.
-            data_first = bool(data_written or chunks or table_pages or bitmap_pages)
-            if data_first and not (sectors and self._meta is self._data):
-                await self._flush(self._data)
-            if sectors:
-                await self._append(sectors, flush_first=data_first and self._meta is self._data)
-            elif changes:
-                await self._write_pages(table_pages, bitmap_pages)
+            await self._write(batch)
         except BaseException as error:
-            self._pending_blocks.extend(blocks)
-            self._pending_chunks.update(chunks)
-            self._data_written = self._data_written or data_written
-            if self._table:
-                self._table.pages_not_written(table_pages)
-            if self._bitmap:
-                self._bitmap.pages_not_written(bitmap_pages)
+            self._put_back(batch)
             if not isinstance(error, OSError) or error.errno not in OUT_OF_SPACE:
                 self.fail(f"{error}")
             raise
         if self._bitmap:
-            for first, end in blocks:
+            for first, end in batch.blocks:
                 self._bitmap.mark_committed(first, end)
-            self._bitmap.pages_written(bitmap_pages)
+            self._bitmap.pages_written(batch.bitmap_pages)
+        self._done = this
 
-    def _plan_sectors(self, blocks: list[journal.Range], chunks: list[int]) -> list[bytes] | None:
-        """The journal sectors for a commit, or None where pages have to be, or better are, written."""
-        if not blocks and not chunks:
-            return []
+    def _take_pending(self, *, checkpoint: bool) -> _Batch:
+        """All that is pending, which then no longer is, and the sectors or pages that show it."""
+        batch = _Batch(journal.merge(self._pending_blocks), sorted(self._pending_chunks), self._data_written)
+        self._pending_blocks.clear()
+        self._pending_chunks.clear()
+        self._data_written = False
+        if not checkpoint:
+            if not batch.blocks and not batch.chunks:
+                return batch
+            batch.sectors = self._journal_sectors(batch.blocks, batch.chunks)
+        if not batch.sectors:
+            batch.table_pages = self._table.take_dirty_pages() if self._table else []
+            batch.bitmap_pages = self._bitmap.take_dirty_pages() if self._bitmap else []
+        return batch
+
+    def _put_back(self, batch: _Batch) -> None:
+        """Writing it failed: it is pending again."""
+        self._pending_blocks.extend(batch.blocks)
+        self._pending_chunks.update(batch.chunks)
+        self._data_written = self._data_written or batch.data_written
+        if self._table:
+            self._table.pages_not_written(batch.table_pages)
+        if self._bitmap:
+            self._bitmap.pages_not_written(batch.bitmap_pages)
+
+    async def _write(self, batch: _Batch) -> None:
+        """Header, data, then sectors or pages, with the flushes between them. Raises OSError."""
+        in_one_file = self._meta is self._data
+        if batch.changes_metadata and self.header.clean:
+            await self._write_header(clean_shutdown=0)
+            if not in_one_file:
+                await self._flush(self._meta)
+            batch.data_written = True
+        # Also for a chunk whose first write is still under way: its place must be there.
+        flush_data = bool(batch.data_written or batch.chunks or batch.table_pages or batch.bitmap_pages)
+        append_flushes = bool(batch.sectors) and in_one_file
+        if flush_data and not append_flushes:
+            await self._flush(self._data)
+        if batch.sectors:
+            await self._append(batch.sectors, flush_first=flush_data and append_flushes)
+        elif batch.changes_metadata:
+            await self._write_pages(batch)
+
+    def _journal_sectors(self, blocks: list[journal.Range], chunks: list[int]) -> list[bytes]:
+        """The journal sectors for these blocks and chunks; none where pages have to be, or better are, written."""
         region = self.header.journal_region
         if region is None:
-            return None
+            return []
         room = region.size // SECTOR - self._journal_next
         limit = min(room, self._dirty_pages * (PAGE // SECTOR))
         if len(blocks) > limit:
-            return None
-        sectors = journal.encode(self.header, self._table, blocks, chunks)
-        return sectors if sectors is not None and len(sectors) <= limit else None
+            return []
+        sectors = journal.encode(self.header, self._table, blocks, chunks) or []
+        return sectors if len(sectors) <= limit else []
 
     async def _append(self, sectors: list[bytes], *, flush_first: bool) -> None:
         region = self.header.journal_region
         assert region is not None
         offset = region.offset + self._journal_next * SECTOR
-        # Whole pages, so that the host need not read them first; what is behind is older than the
-        # last checkpoint, and no longer needed.
+        # Whole pages, so that the host need not read them first. What lies behind is older than the
+        # last checkpoint and no longer needed.
         end = min(round_up(offset + len(sectors) * SECTOR, PAGE), region.end)
         data = b"".join(sectors).ljust(end - offset, b"\0")
         try:
@@ -242,21 +272,21 @@ class Committer:
             self._flush_failed(self._meta, error)
         self._journal_next += len(sectors)
 
-    async def _write_pages(self, table_pages: list[tuple[int, bytes]], bitmap_pages: list[tuple[int, bytes]]) -> None:
-        if table_pages:
-            await pwrite_pages(self._meta, self.header.table_offset, PAGE, table_pages)
+    async def _write_pages(self, batch: _Batch) -> None:
+        if batch.table_pages:
+            await pwrite_pages(self._meta, self.header.table_offset, PAGE, batch.table_pages)
             await self._flush(self._meta)
-        if bitmap_pages:
-            await pwrite_pages(self._meta, self.header.bitmap_offset, PAGE, bitmap_pages)
+        if batch.bitmap_pages:
+            await pwrite_pages(self._meta, self.header.bitmap_offset, PAGE, batch.bitmap_pages)
             await self._flush(self._meta)
         self._journal_next = 0
 
     async def recover(self) -> None:
-        """Make stable what an earlier process may have left in the host's memory only, and what a replay rebuilt.
+        """Make stable what a replay rebuilt, and what an earlier process may have left in the page cache.
 
-        Of a process that was killed we have read all that it wrote, flushed or not, and build on it.
-        An image without metadata does not even show that its process was killed: its data counts as
-        written now. Raises OSError.
+        We have read, and build on, all that a killed process wrote, flushed or not. An image without
+        metadata does not even show that its process was killed: its data counts as written now.
+        Raises OSError.
         """
         self._data_written = True
         if not self.header.clean and self.header.has_metadata:
@@ -267,7 +297,7 @@ class Committer:
                 await self.clear_journal()
 
     async def clear_journal(self) -> None:
-        """Make the journal empty and stable, for a change that old records would undo. Raises OSError."""
+        """Empty the journal, stably, before a change that old records would undo. Raises OSError."""
         async with self._lock:
             self._check_failed()
             with trio.CancelScope(shield=True):
@@ -284,21 +314,18 @@ class Committer:
     async def release_base(self) -> None:
         """Every block is local: have the header say that the base is no longer needed. Raises OSError.
 
-        Data, bitmap and table are stable before that (format.md, "Beyond the original"). The journal is emptied, since
-        its bitmap records would be strange in an image without a bitmap.
+        Data, bitmap and table are stable before that (format.md, "Beyond the original"). The journal is emptied: no
+        bitmap record may stand in an image without a bitmap.
         """
         async with self._lock:
-            self._begun += 1
-            this = self._begun
             with trio.CancelScope(shield=True):
                 await self._commit(checkpoint=True)
                 await self._clear_journal()
                 await self._write_header(all_data_in_fvd_img=1)
                 await self._flush(self._meta)
-            # What a write has reported meanwhile is a block that was local before.
+            # A block that a write has reported meanwhile was local before.
             self._pending_blocks.clear()
             self._bitmap = None
-            self._done = this
 
     async def mark_unclean(self) -> None:
         """Have the header say that the image is in use, and make that stable. Raises OSError."""
@@ -319,7 +346,7 @@ class Committer:
                 await self._flush(self._meta)
 
     async def write_profile(self, data: bytes, entries: int, unit: int) -> None:
-        """Put a prefetch profile where there is room for it, and have the header name it. Raises OSError."""
+        """Write an encoded prefetch profile, then have the header name it. `unit` in bytes. Raises OSError."""
         room = self.header.profile_room
         assert len(data) <= room.size
         async with self._lock:
@@ -336,7 +363,7 @@ class Committer:
                 await self._flush(self._meta)
 
     async def restore_header(self, **fields: int | str) -> None:
-        """Take back a change of the header that is stable already, or fail. Raises OSError."""
+        """Undo a change of the header that is stable already, or fail. Raises OSError."""
         try:
             await self.change_header(**fields)
         except OSError as error:
@@ -344,7 +371,7 @@ class Committer:
             raise
 
     async def close(self) -> None:
-        """Commit everything; leave a clean header. Raises OSError; the image then needs a replay."""
+        """Commit everything and leave a clean header. Raises OSError; the next opening then replays the journal."""
         async with self._lock:
             self._check_failed()
             with trio.CancelScope(shield=True):

@@ -15,7 +15,7 @@ _DIRTY = "if self.committer.dirty or self.committer.failed is not None"
 _UNCLEAN = "if self.header.clean and self.header.has_metadata: … change_header"
 
 EQUIVALENT: dict[str, str] = {
-    "commit: _commit: without data_written = True": (
+    "commit: _write: without batch.data_written = True": (
         "blocks and chunks are reported along with their data: it is set already, or there are pages"
     ),
     f"commit: recover: swapped {_META} | await self.checkpoint()": (

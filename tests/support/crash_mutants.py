@@ -178,7 +178,7 @@ def mutants() -> Iterator[Mutant]:
             if module_name == "fvdfs.store.host" and function not in OF_STORE:
                 continue
             for change in _changes(node):
-                name = f"{module_name.removeprefix('fvdfs.')}: {function.rpartition('.')[2]}: {change}"
+                name = f"{module_name.rpartition('.')[2]}: {function.rpartition('.')[2]}: {change}"
                 names[name] += 1
                 if names[name] > 1:
                     name += f" ({names[name]})"
