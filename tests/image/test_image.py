@@ -42,6 +42,32 @@ def test_writes_past_the_end_together_only_grow_the_disk(tmp_path: Path) -> None
     trio.run(main)
 
 
+def test_flushes_that_meet_a_commit_share_the_next(tmp_path: Path) -> None:
+    """One that has begun need not cover what was written since; a commit of journal sectors flushes twice."""
+    next(layout for layout in LAYOUTS if layout.name == "cow-64k").build(tmp_path)
+    stores = {name: MemoryStore(content, name, slow=True) for name, content in read_files(tmp_path).items()}
+
+    async def main() -> None:
+        image = await load(stores)
+        await image.begin_writing()
+        await image.write(0, b"first")
+        await image.flush()  # which has made the header unclean
+        flushes = stores[IMAGE].calls["flush"]
+        await image.write(1 << 16, b"second")
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(image.flush)
+            while stores[IMAGE].calls["flush"] == flushes:
+                await trio.lowlevel.checkpoint()
+            await image.write(2 << 16, b"third")
+            for _ in range(10):
+                nursery.start_soon(image.flush)
+        assert stores[IMAGE].calls["flush"] == flushes + 4
+        assert not image.committer.dirty
+        await image.close()
+
+    trio.run(main)
+
+
 def test_disk_does_not_outgrow_the_format(tmp_path: Path) -> None:
     """Its header would be refused from then on."""
     LAYOUTS[0].build(tmp_path)

@@ -1,6 +1,6 @@
 """Stores in memory, for tests: plain ones, ones that a power cut hits, ones whose calls fail.
 
-All implement the `Store` protocol of `fvdfs.store.host`:
+All implement the `Store` protocol of `fvdfs.store.base`:
 
     MemoryStore   a bytearray; with `slow`, no call is done without waiting; with `fixed_size`, a device
     CrashStore    remembers what is not flushed, and says what a power cut may leave of it
