@@ -1,7 +1,7 @@
 """The FUSE handlers: translate arguments, call the image, translate errors. No policy.
 
-Each request runs in a task of its own (pyfuse3's). A request that fails in a way nobody foresaw is
-logged with its traceback and answered with EIO: it must not end the mount.
+pyfuse3 runs each request in a task of its own; READ, WRITE and FSYNC do not reach it (`device.py`). A request that
+fails in a way nobody foresaw is logged with its traceback and answered with EIO: it must not end the mount.
 """
 
 from __future__ import annotations
@@ -24,9 +24,11 @@ from fvdfs import xattrs
 from fvdfs.errors import FvdError, ImageBusy, NotPermitted, ReadOnlyImage, Refused, shortage
 from fvdfs.image.image import Image, PendingRead
 from fvdfs.image.map import image_map
+from fvdfs.ops import control
 from fvdfs.ops.complaints import Complaints
-from fvdfs.ops.inodes import ROOT_INODE, Attributes, Entry, Folder
+from fvdfs.ops.inodes import ROOT_INODE, Attributes, Entry
 from fvdfs.ops.kernel_limits import KernelLimits
+from fvdfs.ops.openings import Openings
 from fvdfs.store.base import Buffer, Done
 
 log = logging.getLogger(__name__)
@@ -84,11 +86,11 @@ class Filesystem(pyfuse3.Operations):
     enable_acl = True
     """The kernel judges by the ACL, which it asks for where there are permissions for a group: those are its mask."""
 
-    def __init__(self, folder: Folder, *, writeback: bool, shrink: bool, sync: Sync = Sync.FLUSH) -> None:
+    def __init__(self, openings: Openings, *, writeback: bool, shrink: bool, sync: Sync = Sync.FLUSH) -> None:
         super().__init__()
-        self.folder = folder
+        self.openings = openings
+        self.folder = openings.folder
         self.enable_writeback_cache = writeback and sync is not Sync.ALWAYS
-        folder.kernel_keeps_times = self.enable_writeback_cache
         self._sync = sync
         self._shrink = shrink
         self._images: dict[int, Image] = {}
@@ -130,7 +132,7 @@ class Filesystem(pyfuse3.Operations):
                 await self._written.wait()
                 await trio.sleep(COMMIT_INTERVAL)
                 self._written = trio.Event()
-                for entry in self.folder.open_entries():
+                for entry in self.folder.inodes.open():
                     image = entry.image
                     if image is not None and image.committer.uncommitted and image not in self._committing:
                         nursery.start_soon(self._commit, image)  # none waits for another one's disk
@@ -167,7 +169,7 @@ class Filesystem(pyfuse3.Operations):
         return entry
 
     async def _folder_attributes(self) -> EntryAttributes:
-        status = await self.folder.status_of_folder()
+        status = await self.folder.host.folder_status()
         entry = EntryAttributes()
         entry.st_ino = InodeT(ROOT_INODE)
         entry.entry_timeout = 0
@@ -192,18 +194,18 @@ class Filesystem(pyfuse3.Operations):
         entry = await (self.folder.find(parent_inode) if name == b"." else self.folder.lookup(name))
         if entry is None:
             raise FUSEError(errno.ENOENT)
-        entry = self.folder.tell(entry)
+        entry = self.folder.inodes.tell(entry)
         return self._file_attributes(entry.inode, entry.attributes)
 
     async def forget(self, inode_list: Sequence[tuple[InodeT, int]]) -> None:
         for inode, count in inode_list:
-            self.folder.forget(inode, count)
+            self.folder.inodes.forget(inode, count)
 
     @handler
     async def getattr(self, inode: InodeT, ctx: pyfuse3.RequestContext) -> EntryAttributes:
         if inode == ROOT_INODE:
             return await self._folder_attributes()
-        return self._file_attributes(inode, await self.folder.getattr(inode))
+        return self._file_attributes(inode, await self.folder.host.of(self.folder.inodes[inode]))
 
     @handler
     async def setattr(
@@ -216,7 +218,7 @@ class Filesystem(pyfuse3.Operations):
     ) -> EntryAttributes:
         if inode == ROOT_INODE:
             raise FUSEError(errno.EPERM)
-        entry = self.folder.entry(inode)
+        entry = self.folder.inodes[inode]
         if fields.update_size:
             await self._truncate(inode, attr.st_size, by_descriptor=fh is not None)
         try:
@@ -224,7 +226,7 @@ class Filesystem(pyfuse3.Operations):
         except FileNotFoundError:
             if entry.image is None:
                 raise  # else: removed while open; nobody will look at it again
-        return self._file_attributes(inode, await self.folder.getattr(inode, changed_by_us=True))
+        return self._file_attributes(inode, await self.folder.host.of(entry, changed_by_us=True))
 
     async def _set_file_attributes(self, entry: Entry, attr: EntryAttributes, fields: pyfuse3.SetattrFields) -> None:
         path, in_thread = entry.path, functools.partial(trio.to_thread.run_sync, limiter=entry.limiter)
@@ -242,23 +244,23 @@ class Filesystem(pyfuse3.Operations):
             )
             await in_thread(functools.partial(os.utime, path, ns=times))
             if fields.update_mtime:
-                self.folder.told_mtime(entry, attr.st_mtime_ns)
+                entry.change_time.set(attr.st_mtime_ns)
 
     async def _truncate(self, inode: int, size: int, *, by_descriptor: bool) -> None:
-        entry, _ = await self.folder.open(inode, write=True)
+        entry, _ = await self.openings.open(inode, write=True)
         try:
             assert entry.image is not None
             before = entry.image.size
             await entry.image.resize(size, shrink=self._shrink)
             entry.misjudged = False  # the answer tells the size
             if by_descriptor or entry.image.size != before:  # truncate(2) to the same size changes nothing
-                self.folder.written(entry)
+                self._was_written(entry)
         finally:
-            await self.folder.close(entry)
+            await self.openings.close(entry)
 
     @handler
     async def statfs(self, ctx: pyfuse3.RequestContext) -> pyfuse3.StatvfsData:
-        status = await self.folder.space()
+        status = await self.folder.host.space()
         result = pyfuse3.StatvfsData()
         for name in ("f_bsize", "f_frsize", "f_blocks", "f_bfree", "f_bavail", "f_files", "f_ffree", "f_favail"):
             setattr(result, name, getattr(status, name))
@@ -273,7 +275,7 @@ class Filesystem(pyfuse3.Operations):
         if wanted == xattrs.DAEMON:
             return self.daemon
         if wanted in xattrs.ACLS:
-            return await self.folder.acl(inode, wanted)
+            return await self.folder.host.acl(self.folder.path_of(inode), wanted)
         if inode == ROOT_INODE:
             if wanted == xattrs.PID:
                 return str(os.getpid()).encode()
@@ -281,24 +283,24 @@ class Filesystem(pyfuse3.Operations):
         if wanted == xattrs.MAP:
             return await self._map(inode)
         if wanted == xattrs.STATUS:
-            return json.dumps(self.folder.status(inode)).encode()
+            return json.dumps(control.status(self.folder.inodes[inode])).encode()
         if wanted in xattrs.PARTS:
-            part = self.folder.status(inode).get(xattrs.PARTS[wanted], "")
+            part = control.status(self.folder.inodes[inode]).get(xattrs.PARTS[wanted], "")
             return str(part).encode(errors="surrogateescape")
         raise FUSEError(pyfuse3.ENOATTR)
 
     async def _map(self, inode: int) -> bytes:
-        entry, _ = await self.folder.open(inode, write=False, keep_copies=False)
+        entry, _ = await self.openings.open(inode, write=False, keep_copies=False)
         try:
             assert entry.image is not None
             return json.dumps(await image_map(entry.image)).encode()
         finally:
-            await self.folder.close(entry)
+            await self.openings.close(entry)
 
     @handler
     async def listxattr(self, inode: InodeT, ctx: pyfuse3.RequestContext) -> Sequence[bytes]:
         names = [xattrs.PID] if inode == ROOT_INODE else [xattrs.STATUS, *xattrs.PARTS]
-        hosts = await self.folder.attributes_of_host(inode)
+        hosts = await self.folder.host.names(self.folder.path_of(inode))
         return [name.encode() for name in [*names, *(name for name in xattrs.ACLS if name in hosts)]]
 
     @handler
@@ -309,7 +311,8 @@ class Filesystem(pyfuse3.Operations):
         elif inode == ROOT_INODE or wanted != xattrs.PREFETCH:
             raise FUSEError(errno.EOPNOTSUPP)
         else:
-            await self.folder.control_prefetch(inode, value.decode(errors="replace").strip())
+            command = value.decode(errors="replace").strip()
+            await control.control_prefetch(self.openings, self.folder.inodes[inode], command)
 
     @handler
     async def removexattr(self, inode: InodeT, name: bytes, ctx: pyfuse3.RequestContext) -> None:
@@ -346,10 +349,10 @@ class Filesystem(pyfuse3.Operations):
     async def readdir(self, fh: FileHandleT, start_id: int, token: pyfuse3.ReaddirToken) -> None:
         listing = self._listings[fh]
         for number, listed in enumerate(listing[start_id:], start_id + 1):
-            entry = self.folder.tell(listed)
+            entry = self.folder.inodes.tell(listed)
             attributes = self._file_attributes(entry.inode, entry.attributes)
             if not pyfuse3.readdir_reply(token, FileNameT(entry.name), attributes, number):
-                self.folder.forget(entry.inode, 1)
+                self.folder.inodes.forget(entry.inode, 1)
                 break
 
     async def releasedir(self, fh: FileHandleT) -> None:
@@ -365,15 +368,15 @@ class Filesystem(pyfuse3.Operations):
     @handler
     async def open(self, inode: InodeT, flags: FlagT, ctx: pyfuse3.RequestContext) -> FileInfo:
         write = flags & os.O_ACCMODE != os.O_RDONLY
-        entry, keep_cache = await self.folder.open(inode, write=write)
+        entry, keep_cache = await self.openings.open(inode, write=write)
         try:
             assert entry.image is not None
             if flags & os.O_TRUNC:
                 await entry.image.resize(0, shrink=self._shrink)
                 entry.misjudged = False
-                self.folder.written(entry)
+                self._was_written(entry)
         except BaseException:
-            await self.folder.close(entry)
+            await self.openings.close(entry)
             raise
         handle = self._new_handle()
         self._handles[handle] = entry, write
@@ -411,7 +414,10 @@ class Filesystem(pyfuse3.Operations):
 
     def _note_write(self, fh: int) -> None:
         self._written.set()
-        self.folder.written(self._handles[fh][0])
+        self._was_written(self._handles[fh][0])
+
+    def _was_written(self, entry: Entry) -> None:
+        entry.change_time.written(kernel_tells=self.enable_writeback_cache)
 
     async def write_all(self, fh: int, offset: int, data: Buffer, /) -> None:
         """`Image.write`. Raises FUSEError."""
@@ -422,7 +428,7 @@ class Filesystem(pyfuse3.Operations):
             self._note_write(fh)
             if self._sync is Sync.ALWAYS:
                 await image.flush()
-                await self.folder.store_mtime(self._handles[fh][0])
+                await self._handles[fh][0].change_time.store()
         except Exception as error:
             # The kernel may have kept what could not be written, and believe that the disk is longer by it.
             entry = self._handles[fh][0]
@@ -431,14 +437,23 @@ class Filesystem(pyfuse3.Operations):
             raise self.fuse_error(error, f"{image.name}: write") from error
 
     def set_mtime(self, inode: int, mtime_ns: int, /) -> EntryAttributes | None:
-        """`Folder.set_mtime`, where the kernel is trusted with the time of change."""
-        if not self.enable_writeback_cache or not self.folder.set_mtime(inode, mtime_ns):
+        """Remember the time of change of an image that is open for writing, where the kernel keeps it; else None.
+
+        The host's file system would commit its journal for each, and the file's time changes anyway, by the writes.
+        """
+        entry = self.folder.inodes.get(inode)
+        if not self.enable_writeback_cache or entry is None or entry.image is None or not entry.image.writable:
             return None
-        return self._file_attributes(inode, self.folder.entry(inode).attributes)
+        entry.change_time.set(mtime_ns)
+        return self._file_attributes(inode, entry.attributes)
 
     def make_stable_soon(self, fh: int, done: Done, /) -> bool:
         """`Image.flush_soon`."""
-        return self._sync is not Sync.NONE and not self._handles[fh][0].lags and self._images[fh].flush_soon(done)
+        return (
+            self._sync is not Sync.NONE
+            and not self._handles[fh][0].change_time.is_behind
+            and self._images[fh].flush_soon(done)
+        )
 
     async def make_stable(self, fh: int, /) -> None:
         """`Image.flush`. Raises FUSEError."""
@@ -447,7 +462,7 @@ class Filesystem(pyfuse3.Operations):
         image = self._images[fh]
         try:
             await image.flush()
-            await self.folder.store_mtime(self._handles[fh][0])
+            await self._handles[fh][0].change_time.store()
         except Exception as error:
             raise self.fuse_error(error, f"{image.name}: fsync") from error
 
@@ -456,13 +471,13 @@ class Filesystem(pyfuse3.Operations):
         entry, write = self._handles[fh]
         if write and entry.image is not None and self._sync is not Sync.NONE:
             await entry.image.flush()
-            await self.folder.store_mtime(entry)
+            await entry.change_time.store()
 
     @handler
     async def release(self, fh: FileHandleT) -> None:
         entry, _ = self._handles.pop(fh)
         del self._images[fh]
-        await self.folder.close(entry)
+        await self.openings.close(entry)
 
 
 def _refusal(code: int) -> Callable[..., Coroutine[Any, Any, None]]:

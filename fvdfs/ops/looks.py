@@ -11,7 +11,9 @@ rest. No task waits in here for a look's end: one that never ends keeps nobody f
 
 from __future__ import annotations
 
+import errno
 import functools
+import os
 import threading
 import time
 from collections import deque
@@ -30,6 +32,12 @@ MOST_THREADS = 256
 LONG = 0.1  # seconds that a look takes before another thread goes on with the others
 
 T = TypeVar("T")
+
+
+def late(path: bytes) -> OSError:
+    """The error (EIO) for whom a look has taken too long, and who knows nothing from before."""
+    reason = f"no answer within {PATIENCE:g} s; only what was known before is shown"
+    return OSError(errno.EIO, f"{os.fsdecode(path)}: {reason}")
 
 
 class Look(Generic[T]):

@@ -26,9 +26,12 @@ from fvdfs import daemon, mounts
 from fvdfs.errors import UsageError
 from fvdfs.image.image import Image
 from fvdfs.image.policy import Policy
+from fvdfs.ops.background import Background
 from fvdfs.ops.device import Device, fuse_descriptors
 from fvdfs.ops.filesystem import Filesystem, Sync
-from fvdfs.ops.inodes import Entry, Folder
+from fvdfs.ops.folder import Folder
+from fvdfs.ops.inodes import Entry
+from fvdfs.ops.openings import Openings
 from fvdfs.prefetch.pressure import DiskPressure
 from fvdfs.prefetch.scheduler import DEFAULT_JOBS, Scheduler
 from fvdfs.store.paths import PATIENCE, LeadsBack, MountPoint, NoAnswer, in_time, mount_points, real_path, within
@@ -81,8 +84,9 @@ def serve(options: MountOptions, ready: Callable[[], None], reopen_log: ReopenLo
     scheduler = Scheduler(
         jobs=options.prefetch_jobs, max_rate=options.prefetch_max, pressure=DiskPressure(options.folder)
     )
-    folder = Folder(options.folder, options.policy, scheduler, record_profiles=options.record_profiles)
-    filesystem = Filesystem(folder, writeback=options.writeback, shrink=options.shrink, sync=options.sync)
+    background = Background(scheduler, record_profiles=options.record_profiles)
+    openings = Openings(Folder(options.folder, options.policy), background)
+    filesystem = Filesystem(openings, writeback=options.writeback, shrink=options.shrink, sync=options.sync)
     fuse_options = set(pyfuse3.default_options) | {
         f"fsname={_escape(options.folder)}",
         "subtype=fvdfs",
@@ -195,14 +199,14 @@ async def _serve(
     reopen_log: ReopenLog,
     give_up: Callable[[], None],
 ) -> None:
-    filesystem.folder.forget_pages = device.forget_pages
+    filesystem.openings.forget_pages = device.forget_pages
     # The ring outlives all who may wait for what is under way in it: that cannot be cancelled.
     trio.to_thread.current_default_thread_limiter().total_tokens = MAX_REQUESTS  # each image has limits of its own
     async with trio.open_nursery() as last, use_ring() if options.io_uring else contextlib.nullcontext():
         last.start_soon(_end_in_time, filesystem, device, give_up)
         try:
             async with trio.open_nursery() as nursery:
-                filesystem.folder.spawn = lambda work: nursery.start_soon(_guard, work)
+                filesystem.openings.background.spawn = lambda work: nursery.start_soon(_guard, work)
                 nursery.start_soon(_obey_signals, options.mountpoint, filesystem, device, mount, reopen_log)
                 nursery.start_soon(filesystem.commit_regularly)
                 nursery.start_soon(filesystem.complaints.sum_up)
@@ -212,7 +216,7 @@ async def _serve(
                 nursery.cancel_scope.cancel()
         finally:
             with trio.CancelScope(shield=True):
-                await filesystem.folder.close_all()
+                await filesystem.openings.close_all()
             log.info("%s: unmounted", options.mountpoint)
         last.cancel_scope.cancel()
 
@@ -221,14 +225,14 @@ async def _end_in_time(filesystem: Filesystem, device: Device, give_up: Callable
     """See to it that the process ends though something hangs that cannot be cancelled: a call to a share."""
     await device.ending.wait()
     await trio.sleep(GRACE)
-    folder = filesystem.folder
+    openings = filesystem.openings
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(folder.close_all)
-        left, since = folder.unclosed(), trio.current_time()
+        nursery.start_soon(openings.close_all)
+        left, since = openings.unclosed(), trio.current_time()
         while True:
             await trio.sleep(GRACE)
-            if folder.unclosed() != left:
-                left, since = folder.unclosed(), trio.current_time()
+            if openings.unclosed() != left:
+                left, since = openings.unclosed(), trio.current_time()
             hopeless = all(image.needs_share and not image.committer.dirty for _, image in left)
             if trio.current_time() - since > (END_PATIENCE if hopeless else SAVE_PATIENCE):
                 _end_at_once([image for _, image in left], give_up)
@@ -295,7 +299,7 @@ async def _drain_kernel_cache(
 
     async def drain(entry: Entry, image: Image) -> None:
         path = os.path.join(os.fsencode(mountpoint), entry.name)
-        if reachable and filesystem.folder.shows(entry):
+        if reachable and filesystem.folder.inodes.shows(entry):
             with contextlib.suppress(OSError):  # there is no such program
                 if await trio.to_thread.run_sync(_run_sync_program, path, abandon_on_cancel=True):
                     return
@@ -310,7 +314,7 @@ async def _drain_kernel_cache(
                 log.error("%s: what the kernel still had may be lost: nothing can be written", image.name)
 
     async with trio.open_nursery() as nursery:
-        for entry in filesystem.folder.open_entries():
+        for entry in filesystem.folder.inodes.open():
             if entry.image is not None and entry.image.writable:
                 nursery.start_soon(drain_in_time, entry, entry.image)
 

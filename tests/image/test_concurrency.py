@@ -31,7 +31,9 @@ from trio.testing import wait_all_tasks_blocked
 
 from fvdfs.image.image import Image
 from fvdfs.image.policy import Policy
-from fvdfs.ops.inodes import Folder
+from fvdfs.ops.background import Background
+from fvdfs.ops.folder import Folder
+from fvdfs.ops.openings import Openings
 from fvdfs.prefetch.prefetcher import Prefetcher
 from fvdfs.prefetch.scheduler import Scheduler
 from support import reference
@@ -257,8 +259,8 @@ def test_opening_and_closing_cancelled_at_every_checkpoint(folder: Path, write: 
     must("create", folder / "a.fvd", "2M", "--base", "base.raw", "--base-format", "raw", "--compact")
 
     async def once(nth: int) -> bool:
-        images = Folder(str(folder), Policy())
-        entry = await images.lookup(b"a.raw")
+        images = Openings(Folder(str(folder), Policy()), Background())
+        entry = await images.folder.lookup(b"a.raw")
         assert entry is not None
         instrument = CancelAt(nth)
         trio.lowlevel.add_instrument(instrument)

@@ -1,0 +1,76 @@
+"""What images want done beside the requests: recording a profile, and prefetching."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+from fvdfs.alloc.chunked import Spawn
+from fvdfs.format.profile import Extent
+from fvdfs.image.image import Image
+from fvdfs.ops.inodes import Entry
+from fvdfs.prefetch.prefetcher import Prefetcher
+from fvdfs.prefetch.scheduler import Scheduler
+
+
+class Background:
+    """Of all images of a mount."""
+
+    def __init__(self, scheduler: Scheduler | None = None, *, record_profiles: bool = False) -> None:
+        """`record_profiles`: of every image that has none yet."""
+        self._scheduler = scheduler or Scheduler()
+        self._record_profiles = record_profiles
+        self.spawn: Spawn | None = None
+        """Starts a task; None where there are none."""
+
+    def wants_to_write(self, image: Image) -> bool:
+        """Whether an image that is only read has something to write all the same."""
+        header = image.header
+        return (
+            self.spawn is not None
+            and image.bitmap is not None
+            and (
+                bool(header.copy_on_read)
+                or header.prefetch_start_delay > 0
+                or (header.profile_directed_prefetch_start_delay >= 0 and header.prefetch_profile_entries > 0)
+                or self._wants_profile(image)
+            )
+        )
+
+    def _wants_profile(self, image: Image) -> bool:
+        header = image.header
+        return bool(header.generate_prefetch_profile) or (self._record_profiles and not header.prefetch_profile_entries)
+
+    async def begin(self, entry: Entry, image: Image) -> None:
+        """The image has become writable. Raises ImageError, OSError."""
+        header = image.header
+        if image.bitmap is None:
+            return
+        if image.fetcher is not None:
+            image.fetcher.observer = self._scheduler.link(image.base_server)
+        if image.recorder is None and self._wants_profile(image):
+            image.record_profile()
+        profile: list[Extent] = []
+        if header.profile_directed_prefetch_start_delay >= 0:
+            profile = await image.read_profile()
+        whole = header.prefetch_start_delay > 0
+        if profile or whole:
+            self.prefetch(entry, image, profile, whole=whole, delay=header.prefetch_start_delay)
+
+    def prefetch(
+        self, entry: Entry, image: Image, profile: Sequence[Extent] = (), *, whole: bool = True, delay: float = 0
+    ) -> Prefetcher | None:
+        """Fetch the profile, then all that is missing if `whole`, `delay` seconds from now; None without tasks."""
+        if self.spawn is None:
+            return None
+        prefetcher = entry.prefetcher = Prefetcher(image, self._scheduler, whole=whole)
+        profile_delay = max(0, image.header.profile_directed_prefetch_start_delay)
+        self.spawn(functools.partial(prefetcher.run, profile=profile, profile_delay=profile_delay, delay=delay))
+        return prefetcher
+
+
+async def stop_prefetching(entry: Entry) -> None:
+    """Stop the prefetcher of an image, if any."""
+    if entry.prefetcher is not None:
+        await entry.prefetcher.stop()
+        entry.prefetcher = None

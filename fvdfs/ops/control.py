@@ -1,0 +1,79 @@
+"""What a user asks of an image through its extended attributes: its status; to start, pause or stop prefetching."""
+
+from __future__ import annotations
+
+import errno
+import functools
+import logging
+import os
+from typing import Any
+
+from fvdfs.ops.inodes import Entry
+from fvdfs.ops.openings import Openings
+from fvdfs.prefetch.prefetcher import Prefetcher
+from fvdfs.prefetch.prefetcher import status as status_of_image
+
+log = logging.getLogger(__name__)
+
+_COMMAND_SHOWN = 20  # characters of what somebody wrote to an attribute
+
+
+def status(entry: Entry) -> dict[str, Any]:
+    """What a user wants to know of an image, ready for JSON."""
+    found: dict[str, Any] = {
+        "name": os.fsdecode(entry.name),
+        "image": os.fsdecode(entry.path),
+        "open": entry.busy,
+    }
+    if entry.image is None:
+        state = "closing" if entry.busy else "closed"
+        return found | entry.last_status | {"virtual_size": entry.size, "state": state}
+    return found | status_of_image(entry.image, entry.prefetcher)
+
+
+async def control_prefetch(openings: Openings, entry: Entry, command: str) -> None:
+    """`start`, `pause` or `stop` prefetching an image. One that is not open is opened, until it is done.
+
+    Raises OSError: EINVAL for another command, or one that makes no sense now; ImageError.
+    """
+    if command == "start":
+        await _start(openings, entry)
+        return
+    if command not in ("pause", "stop"):
+        raise OSError(errno.EINVAL, f"prefetch: start, pause or stop, not {command[:_COMMAND_SHOWN]!r}")
+    async with entry.lock:
+        prefetcher = entry.prefetcher
+        if prefetcher is None or prefetcher.ended.is_set():
+            raise OSError(errno.EINVAL, f"{os.fsdecode(entry.name)}: nothing is being prefetched")
+        if command == "pause":
+            prefetcher.pause()
+        else:
+            await prefetcher.stop()
+
+
+async def _start(openings: Openings, entry: Entry) -> None:
+    await openings.open(entry.inode, write=True)
+    background = openings.background
+    keep_open = False
+    try:
+        async with entry.lock:
+            assert entry.image is not None
+            prefetcher = entry.prefetcher
+            if prefetcher is None or prefetcher.ended.is_set():
+                prefetcher = background.prefetch(entry, entry.image)
+            else:
+                prefetcher.go_on()
+            if prefetcher is not None and not prefetcher.held and background.spawn is not None:
+                prefetcher.held = keep_open = True
+                background.spawn(functools.partial(_close_when_ended, openings, entry, prefetcher))
+    finally:
+        if not keep_open:
+            await openings.close(entry)
+
+
+async def _close_when_ended(openings: Openings, entry: Entry, prefetcher: Prefetcher) -> None:
+    await prefetcher.ended.wait()
+    try:
+        await openings.close(entry)
+    except OSError as error:
+        log.error("%s: closing failed: %s", os.fsdecode(entry.path), error)

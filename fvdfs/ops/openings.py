@@ -1,0 +1,197 @@
+"""Opening and closing images.
+
+An image is loaded at its first open and given up at its last close; it becomes writable when the first who wants to
+write opens it, or where it is only read, but has copies to keep (`keeping.py`). `Entry.lock` is held across these
+changes. An opening waits for a share that hangs, as that of any file does, and only those who use the same image wait
+with it.
+
+The kernel keeps pages of a disk that nobody has open. A disk also changes with its data file and its base: so at each
+load all files are compared with how they were at the load before (`freshness.py`), and unless they are the same, the
+kernel must forget its pages.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import os
+from collections.abc import Awaitable, Callable
+
+import trio
+
+from fvdfs.errors import ImageBusy
+from fvdfs.image.chain import Chain, load_chain, open_chain
+from fvdfs.image.image import Image
+from fvdfs.ops.background import Background, stop_prefetching
+from fvdfs.ops.folder import Folder
+from fvdfs.ops.freshness import Snapshot, signature, snapshot_of
+from fvdfs.ops.inodes import Entry
+from fvdfs.ops.keeping import Keeping, begin_writing
+from fvdfs.prefetch.prefetcher import status
+
+log = logging.getLogger(__name__)
+
+BUSY_PATIENCE = 1.0  # seconds
+BUSY_RETRY = 0.05
+
+
+class Openings:
+    """The open images of a folder. All methods run in the event loop."""
+
+    def __init__(self, folder: Folder, background: Background) -> None:
+        self.folder = folder
+        self._inodes = folder.inodes
+        self._policy = folder.policy
+        self.background = background
+        self._keeping = Keeping(folder.policy, background)
+        self.forget_pages: Callable[[int], Awaitable[None]] | None = None
+        """Has the kernel drop its pages of an inode that nobody has open."""
+
+    # --- opening ----------------------------------------------------------------------------------
+
+    async def open(self, inode: int, *, write: bool, keep_copies: bool = True) -> tuple[Entry, bool]:
+        """Open the image; the entry, and whether the kernel may keep what it has cached of it.
+
+        With `keep_copies`, what is read of the base is kept where the image wants that, also without `write`.
+
+        Another mount that has just closed the image may still be at it, so a busy one is tried again for a moment.
+        Raises ImageError, OSError.
+        """
+        deadline = trio.current_time() + BUSY_PATIENCE
+        while True:
+            try:
+                return await self._open(inode, write=write, keep_copies=keep_copies)
+            except ImageBusy:
+                if trio.current_time() > deadline:
+                    raise
+            await trio.sleep(BUSY_RETRY)
+
+    async def _open(self, inode: int, *, write: bool, keep_copies: bool) -> tuple[Entry, bool]:
+        entry = self._inodes[inode]
+        async with entry.lock:
+            snapshot, keep = None, True
+            if fresh := entry.image is None:
+                entry.image, snapshot = await self._load(entry)
+            try:
+                if fresh:
+                    keep = await self._have_pages_right(entry, snapshot)
+                if write:
+                    if not self._policy.writable:
+                        raise OSError(errno.EROFS, "mounted read-only")
+                    if not entry.image.writable:
+                        await begin_writing(entry, entry.image, self._policy, self.background)
+                    entry.for_writing = True
+                elif keep_copies and fresh:
+                    await self._keeping.begin(entry, entry.image)
+            except BaseException:
+                if not entry.opens:
+                    await self._unload(entry)
+                raise
+            entry.opens += 1
+            return entry, keep
+
+    async def _load(self, entry: Entry) -> tuple[Image, Snapshot | None]:
+        status, chain = await trio.to_thread.run_sync(self._open_chain, entry.path)
+        image = await load_chain(chain)
+        try:
+            snapshot = await trio.to_thread.run_sync(snapshot_of, chain.stores())
+            if snapshot is not None and snapshot.signatures[0] != signature(status):
+                raise ImageBusy(os.fsdecode(entry.path), "was changed while it was being opened")
+            if image.size != entry.size:
+                self._inodes.hide(entry)
+                raise OSError(errno.ESTALE, f"{os.fsdecode(entry.path)}: the disk has been resized elsewhere")
+        except BaseException:
+            await image.close()
+            raise
+        current = self._inodes.at(entry.path)
+        if current is None or not current.busy:  # one that was opened by its old number is the one to be seen
+            self._inodes.show(entry)
+        entry.status = status
+        data_elsewhere = image.data is not image.meta or image.meta.fixed_size
+        spawn = self.background.spawn
+        entry.change_time.begin(chain.layers[0].meta, status.st_mtime_ns, spawn if data_elsewhere else None)
+        image.run_in_background(spawn)
+        entry.busy = True
+        entry.for_writing = False
+        entry.unloaded = trio.Event()
+        return image, snapshot
+
+    def _open_chain(self, path: bytes) -> tuple[os.stat_result, Chain]:
+        with self._policy.walker.looking(patient=True):
+            status = self._policy.walker.stat(path)
+            return status, open_chain(os.fsdecode(path), self._policy)
+
+    async def _have_pages_right(self, entry: Entry, snapshot: Snapshot | None) -> bool:
+        """Whether what the kernel has of an image that was just loaded is right, if only because it has dropped it."""
+        right = not entry.opened or (entry.cached is not None and entry.cached.is_still(snapshot))
+        entry.opened, entry.cached = True, None
+        if not right and self.forget_pages is not None:
+            await self.forget_pages(entry.inode)
+            right = True
+        entry.cached = snapshot
+        return right
+
+    # --- closing ----------------------------------------------------------------------------------
+
+    async def close(self, entry: Entry) -> None:
+        """Undo one `open`; the last one gives up the image. Raises OSError of what had to be written."""
+        async with entry.lock:
+            entry.opens -= 1
+            if not entry.opens:
+                await self._unload(entry)
+        self._inodes.drop_if_unused(entry)
+
+    async def _unload(self, entry: Entry) -> None:
+        assert entry.image is not None
+        entry.unloaded.set()
+        await stop_prefetching(entry)
+        now = status(entry.image, None)
+        entry.last_status = {key: now[key] for key in ("base_size", "local_bytes", "local_share", "failed")}
+        entry.misjudged = entry.is_misjudged
+        image, entry.image = entry.image, None
+        entry.closing = image
+        entry.size = image.size
+        entry.usage = image.usage()
+        with trio.CancelScope(shield=True):
+            was_writable = image.writable
+            try:
+                try:
+                    await image.end_writing()
+                finally:
+                    entry.status = await entry.change_time.end(was_writable=was_writable)
+            except BaseException:
+                entry.cached = None  # the kernel may have what could not be written
+                raise
+            finally:
+                await image.close()
+                entry.closing = None
+                entry.busy = False
+                if entry.misjudged:
+                    self._inodes.hide(entry)
+
+    def unclosed(self) -> list[tuple[Entry, Image]]:
+        """The images that are open or being closed."""
+        images = [(entry, entry.image or entry.closing) for entry in self._inodes.all()]
+        return [(entry, image) for entry, image in images if image is not None]
+
+    async def close_all(self) -> None:
+        """Give up every image, whoever still has it open, side by side; errors go to the log."""
+        async with trio.open_nursery() as nursery:
+            for entry in self._inodes.open():
+                nursery.start_soon(self._close_at_end, entry)
+
+    async def _close_at_end(self, entry: Entry) -> None:
+        # What was written must not wait for a base that does not answer, as the closing does.
+        with contextlib.suppress(OSError):
+            if entry.image is not None:
+                await entry.image.flush()
+        while entry.image is not None and entry.image.in_use:  # noqa: ASYNC110  who ends a request has more to do than to tell
+            await trio.sleep(BUSY_RETRY)
+        async with entry.lock:
+            if entry.image is not None:
+                entry.opens = 0
+                try:
+                    await self._unload(entry)
+                except OSError as error:
+                    log.error("%s: closing failed, it will be replayed when next opened: %s", entry.path, error)
