@@ -237,17 +237,17 @@ fields("profile past the end", COW, Kind.PROFILE, HARMLESS)(prefetch_profile_off
 
 
 @damage("header cut", COW, Kind.HEADER_CUT, place="header", repaired=False)
-def _(good: Good) -> None:
+def header_cut(good: Good) -> None:
     good.truncate(4000)
 
 
 @damage("size of metadata odd", COMPACT, Kind.HEADER_ODD, HARMLESS, place="metadata_size", repaired=False)
-def _(good: Good) -> None:
+def size_of_metadata_odd(good: Good) -> None:
     good.put(metadata_size=good.header.metadata_size + 100)
 
 
 @damage("size of the base past the disk", COW, Kind.HEADER_ODD, HARMLESS, place="base_img_size", repaired=False)
-def _(good: Good) -> bytes:
+def size_of_the_base_past_the_disk(good: Good) -> bytes:
     size = good.header.virtual_disk_size // 2 // 512 * 512
     good.put(virtual_disk_size=size)
     good.truncate(good.header.metadata_size + size)
@@ -255,12 +255,12 @@ def _(good: Good) -> bytes:
 
 
 @damage("padding", COW, Kind.HEADER_PADDING, HARMLESS, place="header", repaired=False)
-def _(good: Good) -> None:
+def padding(good: Good) -> None:
     good.write(8191, b"\x01")
 
 
 @damage("journal too small for the table", COMPACT, Kind.JOURNAL_SMALL, HARMLESS, place="journal_size", repaired=False)
-def _(good: Good) -> None:
+def journal_too_small_for_the_table(good: Good) -> None:
     good.layout = replace(good.layout, size=125 * 4096)
     for path in good.folder.iterdir():
         path.unlink()
@@ -291,7 +291,7 @@ fields("data over the journal", BOTH, Kind.REGION_MISPLACED, also=(Kind.STORAGE_
     also=(Kind.CHUNK_BEYOND_STORAGE,),
     repaired=False,
 )
-def _(good: Good) -> None:
+def file_cut_in_the_journal(good: Good) -> None:
     good.truncate(good.header.journal_offset + 100)
 
 
@@ -299,13 +299,13 @@ def _(good: Good) -> None:
 
 
 @damage("crashed", COW, Kind.REPLAY_PENDING, HARMLESS, place="clean_shutdown")
-def _(good: Good) -> bytes:
+def crashed_over_a_base(good: Good) -> bytes:
     good.fill(crash=True, seed=2)
     return good.content
 
 
 @damage("crashed, compact", BOTH, Kind.REPLAY_PENDING, HARMLESS, place="clean_shutdown")
-def _(good: Good) -> bytes:
+def crashed_compact(good: Good) -> bytes:
     good.fill(crash=True, seed=2)
     return good.content
 
@@ -349,23 +349,23 @@ for _name in BAD_RECORDS:
 
 
 @damage("bitmap lost", COW, Kind.JOURNAL_UNAPPLIED, place="journal")
-def _(good: Good) -> None:
+def bitmap_lost(good: Good) -> None:
     good.write(good.header.bitmap_offset, bytes(4096))
 
 
 @damage("table lost", COMPACT, Kind.JOURNAL_UNAPPLIED, place="journal")
-def _(good: Good) -> None:
+def table_lost(good: Good) -> None:
     good.write(good.header.table_offset, b"\xff" * 4 * good.header.chunks)
 
 
 @damage("table and bitmap lost", BOTH, Kind.JOURNAL_UNAPPLIED, place="journal")
-def _(good: Good) -> None:
+def table_and_bitmap_lost(good: Good) -> None:
     good.write(good.header.table_offset, b"\xff" * 4 * good.header.chunks)
     good.write(good.header.bitmap_offset, bytes(4096))
 
 
 @damage("table overwritten", COMPACT, Kind.JOURNAL_UNAPPLIED, place="journal")
-def _(good: Good) -> None:
+def table_overwritten(good: Good) -> None:
     for chunk in good.allocated():
         good.set_entry(chunk, 0x1234567)
 
@@ -374,12 +374,12 @@ def _(good: Good) -> None:
 
 
 @damage("bits past the end", COW, Kind.BITMAP_TAIL, HARMLESS, place="bitmap")
-def _(good: Good) -> None:
+def bits_past_the_end(good: Good) -> None:
     good.write(good.header.bitmap_offset + 4000, b"\x10")
 
 
 @damage("base not needed, but bits clear", COW, Kind.BITMAP_INCOMPLETE, place="all_data_in_fvd_img", repaired=False)
-def _(good: Good) -> None:
+def base_not_needed_but_bits_clear(good: Good) -> None:
     good.put(all_data_in_fvd_img=1)
 
 
@@ -392,7 +392,7 @@ def _(good: Good) -> None:
     also=(Kind.CHUNK_LEAKED,),
     left=(Kind.CHUNK_LEAKED,),
 )
-def _(good: Good) -> bytes:
+def chunk_under_set_bits_lost(good: Good) -> bytes:
     good.clear_journal()
     good.set_entry(1, UNALLOCATED)
     return good.zeroed(1)
@@ -407,7 +407,7 @@ def _(good: Good) -> bytes:
     also=(Kind.CHUNK_LEAKED,),
     left=(Kind.CHUNK_LEAKED,),
 )
-def _(good: Good) -> bytes:
+def chunks_under_small_blocks_lost(good: Good) -> bytes:
     good.clear_journal()
     chunks = [c for c in good.allocated() if (c + 1) * 4096 <= good.header.base_size][2:5]
     for chunk in chunks:
@@ -419,13 +419,13 @@ def _(good: Good) -> bytes:
 
 
 @damage("bit 31", COMPACT, Kind.TABLE_BIT_31, HARMLESS, place="table entry ")
-def _(good: Good) -> None:
+def bit_31(good: Good) -> None:
     chunk = good.allocated()[3]
     good.set_entry(chunk, good.entries[chunk] | 0x80000000)
 
 
 @damage("bit 31, crashed", COMPACT, Kind.TABLE_BIT_31, HARMLESS, place="table entry ", also=(Kind.REPLAY_PENDING,))
-def _(good: Good) -> None:
+def bit_31_crashed(good: Good) -> None:
     good.clear_journal()
     first, second = good.allocated()[2:4]
     good.set_sector(0, raw_entries(second, good.entries[second]))
@@ -435,7 +435,7 @@ def _(good: Good) -> None:
 
 
 @damage("entry behind the table", COMPACT, Kind.TABLE_TAIL, HARMLESS, place="table entry ", repaired=False)
-def _(good: Good) -> None:
+def entry_behind_the_table(good: Good) -> None:
     good.set_entry(good.header.chunks + 3, 1)
 
 
@@ -468,14 +468,14 @@ for _number in (0x7FFFFFFF, 0x7FFFFFFE, 100_000):
 
 
 @damage("storage cut", COMPACT, Kind.CHUNK_BEYOND_STORAGE, place="table entr", lost=True)
-def _(good: Good) -> bytes:
+def storage_cut(good: Good) -> bytes:
     good.truncate(good.header.metadata_size + 20 * 4096)
     good.clear_journal()
     return good.zeroed(*[chunk for chunk in good.allocated() if good.entries[chunk] >= 20])
 
 
 @damage("all of the storage cut", BOTH, Kind.CHUNK_BEYOND_STORAGE, place="table entr", lost=True)
-def _(good: Good) -> bytes:
+def all_of_the_storage_cut(good: Good) -> bytes:
     good.truncate(good.header.metadata_size)
     good.clear_journal()
     return good.zeroed(*good.allocated())
@@ -516,7 +516,7 @@ for _layout in (COMPACT, FINE, BOTH, "compact-data-file", "compact-no-journal"):
     left=(Kind.CHUNK_LEAKED,),
     lost=True,
 )
-def _(good: Good) -> bytes:
+def lost_chunks_and_old_bytes_behind_the_highest(good: Good) -> bytes:
     good.clear_journal()
     highest = max(entry for entry in good.entries if entry != UNALLOCATED)
     good.write(good.header.metadata_size + (highest + 1) * 4096, b"old!" * 2048)
@@ -538,7 +538,7 @@ damage(
 
 
 @damage("leak", COMPACT, Kind.CHUNK_LEAKED, LEAK, place="chunk ")
-def _(good: Good) -> bytes:
+def leak(good: Good) -> bytes:
     good.clear_journal()
     chunk = good.allocated()[2]
     good.set_entry(chunk, UNALLOCATED)
@@ -546,7 +546,7 @@ def _(good: Good) -> bytes:
 
 
 @damage("leak in a data file", "compact-data-file", Kind.CHUNK_LEAKED, LEAK, place="chunk ")
-def _(good: Good) -> bytes:
+def leak_in_a_data_file(good: Good) -> bytes:
     good.clear_journal()
     chunk = good.allocated()[2]
     good.set_entry(chunk, UNALLOCATED)
@@ -557,43 +557,43 @@ def _(good: Good) -> bytes:
 
 
 @damage("storage ends in a chunk", COMPACT, Kind.STORAGE_SHORT, place="storage", lost=True)
-def _(good: Good) -> bytes:
+def storage_ends_in_a_chunk(good: Good) -> bytes:
     highest = max(entry for entry in good.entries if entry != UNALLOCATED)
     good.truncate(good.header.metadata_size + highest * 4096 + 1000)
     return good.read()
 
 
 @damage("storage of a plain image cut", "plain", Kind.STORAGE_SHORT, place="storage", lost=True)
-def _(good: Good) -> bytes:
+def storage_of_a_plain_image_cut(good: Good) -> bytes:
     good.truncate(good.header.metadata_size + 50_000)
     return good.content[:50_000].ljust(len(good.content), b"\0")
 
 
 @damage("data file cut", DATA_FILE, Kind.STORAGE_SHORT, place="storage", lost=True)
-def _(good: Good) -> bytes:
+def data_file_cut(good: Good) -> bytes:
     good.truncate(0, "disk.data")
     return good.read()
 
 
 @damage("data file cut, no journal", "cow-no-journal", Kind.STORAGE_SHORT, place="storage", lost=True)
-def _(good: Good) -> bytes:
+def data_file_cut_no_journal(good: Good) -> bytes:
     good.truncate(good.header.metadata_size + 30_000)
     return good.read()
 
 
 @damage("bytes behind the storage", COMPACT, Kind.STORAGE_TAIL, LEAK)
-def _(good: Good) -> None:
+def bytes_behind_the_storage(good: Good) -> None:
     good.write(good.header.metadata_size + 3 * good.header.virtual_disk_size, b"x" * 100_000)
 
 
 @damage("bytes that a crash has left behind the highest chunk", COMPACT, Kind.STORAGE_TAIL, LEAK, place="storage")
-def _(good: Good) -> None:
+def bytes_that_a_crash_has_left_behind_the_highest_chunk(good: Good) -> None:
     highest = max(entry for entry in good.entries if entry != UNALLOCATED)
     good.write(good.header.metadata_size + (highest + 1) * 4096 + 100, b"x")
 
 
 @damage("bytes behind the disk", "plain", Kind.STORAGE_TAIL, LEAK, repaired=False)
-def _(good: Good) -> None:
+def bytes_behind_the_disk(good: Good) -> None:
     good.write(good.header.metadata_size + good.header.virtual_disk_size + 10_000, b"x" * 100_000)
 
 
@@ -601,7 +601,7 @@ def _(good: Good) -> None:
 
 
 @damage("no data file", DATA_FILE, Kind.DATA_MISSING, place="data_file", repaired=False)
-def _(good: Good) -> None:
+def no_data_file(good: Good) -> None:
     (good.folder / "disk.data").unlink()
 
 
@@ -627,7 +627,7 @@ fields("image on itself, raw", COW, Kind.CHAIN_LOOP, repaired=False)(base_img=IM
 
 
 @damage("no base, but all local", COW, Kind.BASE_MISSING, place="base_img")
-def _(good: Good) -> None:
+def no_base_but_all_local(good: Good) -> None:
     async def work() -> None:
         image = await open_image(str(good.path), Policy(), write=True)
         await image.write(0, good.content)
@@ -638,7 +638,7 @@ def _(good: Good) -> None:
 
 
 @damage("chain that is a loop", "chain-of-two", Kind.CHAIN_LOOP, place="base_img", repaired=False)
-def _(good: Good) -> None:
+def chain_that_is_a_loop(good: Good) -> None:
     base = good.folder / "base0.fvd"
     with base.open("r+b") as file:
         file.seek(28)
@@ -646,13 +646,13 @@ def _(good: Good) -> None:
 
 
 @damage("base cut", COW, Kind.BASE_SHORT, place="base_img_size", lost=True, repaired=False)
-def _(good: Good) -> bytes:
+def base_cut(good: Good) -> bytes:
     good.truncate(good.header.base_img_size - 50_000, "base.raw")
     return good.read()
 
 
 @damage("base cut where it is not used", COW, Kind.BASE_SHORT, HARMLESS, place="base_img_size", repaired=False)
-def _(good: Good) -> bytes:
+def base_cut_where_it_is_not_used(good: Good) -> bytes:
     async def work() -> None:
         image = await open_image(str(good.path), Policy(), write=True)
         await image.write(image.size - 60_000, bytes(60_000))
@@ -664,7 +664,7 @@ def _(good: Good) -> bytes:
 
 
 @damage("FVD base of another size", "chain-of-two", Kind.BASE_SHORT, place="base_img_size", lost=True, repaired=False)
-def _(good: Good) -> bytes:
+def fvd_base_of_another_size(good: Good) -> bytes:
     with (good.folder / "base0.fvd").open("r+b") as file:
         file.seek(12)
         file.write(struct.pack("<q", 153_600))
@@ -672,14 +672,14 @@ def _(good: Good) -> bytes:
 
 
 @damage("base looks like qcow2", COW, Kind.BASE_FORMAT, place="base_img", repaired=False)
-def _(good: Good) -> bytes:
+def base_looks_like_qcow2(good: Good) -> bytes:
     good.put(base_img_fmt="")
     good.write(0, b"QFI\xfb\0\0\0\x03", "base.raw")
     return good.read()
 
 
 @damage("data file looks like qcow2", DATA_FILE, Kind.DATA_FORMAT, HARMLESS, place="data_file_fmt", repaired=False)
-def _(good: Good) -> bytes:
+def data_file_looks_like_qcow2(good: Good) -> bytes:
     good.write(0, b"QFI\xfb\0\0\0\x03", "disk.data")
     return good.read()
 
