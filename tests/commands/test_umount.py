@@ -7,7 +7,6 @@ import os
 import random
 import signal
 import subprocess
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -267,11 +266,9 @@ def test_a_mount_that_hangs_is_unmounted_all_the_same(folder: Path) -> None:
     must("create", folder / "a.fvd", "4M")
     with mounted(folder) as mount:
         os.kill(mount.pid, signal.SIGSTOP)
-        started = time.monotonic()
-        done = fvdfs("umount", mount.point)
+        done = fvdfs("umount", mount.point, timeout=50)
         assert done.code == STILL_OPEN, done.err
         assert "cannot be seen from here" in done.err
-        assert time.monotonic() - started < 50
         os.kill(mount.pid, signal.SIGCONT)
         wait_for_end(mount.pid)
         mount.pid = 0
