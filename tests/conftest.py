@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -26,6 +27,20 @@ def pytest_configure() -> None:
     for number in ENDING:
         if signal.getsignal(number) is signal.SIG_IGN:
             signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if starts_programs(item):
+            item.add_marker(pytest.mark.programs)
+
+
+def starts_programs(item: pytest.Item) -> bool:
+    """Whether a test may start programs, going by what its module imports and by its fixtures."""
+    assert isinstance(item, pytest.Function)
+    names = vars(item.module).values()
+    uses_mounts = any(getattr(name, "__module__", "") == mounted.__module__ for name in names)
+    return uses_mounts or subprocess in names or "raw_disk" in item.fixturenames
 
 
 @pytest.fixture
