@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from graphlib import TopologicalSorter
 from pathlib import Path
@@ -13,19 +14,24 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "fvdfs"
 TESTS = ROOT / "tests"
 
-ROOMS = (
-    ("errors", "xattrs"),
-    ("format",),
-    ("store",),
-    ("alloc", "cow", "daemon", "mountoptions", "mounts"),
-    ("image",),
-    ("check", "prefetch"),
-    ("ops",),
-    ("commands",),
-    ("cli",),
-    ("__main__",),
-)
-"""The rooms and single modules of fvdfs, from the ground up: imports lead down, or within a floor in one direction."""
+DRAWING = re.compile(r"^```\n(.+?)^```", re.MULTILINE | re.DOTALL)
+
+
+def floors_drawn(page: str) -> list[list[str]]:
+    """The rooms and single modules on each floor of the first drawing of a page, from the ground up."""
+    drawing = DRAWING.search(page)
+    assert drawing is not None
+    floors: list[list[str]] = []
+    for line in drawing[1].splitlines():
+        if "─" in line:
+            floors.append([])
+        else:
+            floors[-1] += line.split("│")[1].split()
+    return floors[-2::-1]
+
+
+ROOMS = floors_drawn((ROOT / "docs/architecture.md").read_text())
+"""Imports lead down, or within a floor in one direction."""
 
 IMPURE = {
     "errors": set[str](),
@@ -207,6 +213,10 @@ def test_rooms_are_no_circle() -> None:
 def test_no_cycles() -> None:
     """Imports inside functions count as well: a cycle is a wrong cut, whether Python minds or not."""
     TopologicalSorter({module: modules_imported(module) for module in MODULES}).prepare()
+
+
+def test_every_room_is_drawn() -> None:
+    assert sorted(name for floor in ROOMS for name in floor) == sorted({room(m) for m in set(MODULES) - {"fvdfs"}})
 
 
 def test_every_module_that_this_file_names_exists() -> None:
