@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from collections.abc import Iterator
 from functools import cache
@@ -86,3 +87,51 @@ def test_every_kind_of_citation_is_found() -> None:
 )
 def test_what_is_missing_is_told(text: str, found: list[str]) -> None:
     assert list(missing(ROOT / "README.md", text)) == found
+
+
+# ---- docs/architecture.md names what is there, and pre-commit checks what tests/run.sh checks ----
+
+ARCHITECTURE = (ROOT / "docs/architecture.md").read_text()
+NAME = re.compile(r"`([A-Za-z_][a-z_]\w*(?:\.\w+)+)`")
+FILE = re.compile(r"`([\w/]+\.(?:py|sh))`")
+
+
+def names_of(node: ast.AST) -> list[str]:
+    """What a statement defines, or gives to self."""
+    match node:
+        case ast.ClassDef(name=name) | ast.FunctionDef(name=name) | ast.AsyncFunctionDef(name=name):
+            return [name]
+        case ast.Assign(targets=[target]) | ast.AnnAssign(target=target):
+            match target:
+                case ast.Name(id=name) | ast.Attribute(value=ast.Name(id="self"), attr=name):
+                    return [name]
+    return []
+
+
+@cache
+def defined() -> frozenset[str]:
+    """`module.name`, `module.Class.name` and `Class.name` of all that fvdfs defines."""
+    found = set()
+    for path in ROOT.glob("fvdfs/**/*.py"):
+        for node in ast.parse(path.read_text()).body:
+            found |= {f"{path.stem}.{name}" for name in names_of(node)}
+            if isinstance(node, ast.ClassDef):
+                members = {f"{node.name}.{name}" for part in ast.walk(node) for name in names_of(part)}
+                found |= members | {f"{path.stem}.{member}" for member in members}
+    return frozenset(found)
+
+
+def test_names_in_the_architecture_exist() -> None:
+    named = set(NAME.findall(ARCHITECTURE)) - set(FILE.findall(ARCHITECTURE))
+    assert len(named) > 50
+    assert sorted(named - defined()) == []
+
+
+def test_files_in_the_architecture_exist() -> None:
+    missing_files = [name for name in FILE.findall(ARCHITECTURE) if not any(ROOT.rglob(name))]
+    assert missing_files == []
+
+
+def test_pre_commit_checks_what_the_tests_check() -> None:
+    run, hooks = ((ROOT / name).read_text() for name in ("tests/run.sh", ".pre-commit-config.yaml"))
+    assert re.findall(r"^((?:ruff|mypy) .+)$", run, re.MULTILINE) == re.findall(r"entry: (.+)", hooks)
