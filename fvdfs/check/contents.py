@@ -34,7 +34,6 @@ from fvdfs.check.findings import (
     numbered,
     span,
 )
-from fvdfs.check.header import profile_region
 from fvdfs.cow.bitmap import Bitmap
 from fvdfs.errors import ImageError
 from fvdfs.format.header import MAX_CHUNKS, UNALLOCATED, Header, ceil_div, round_up
@@ -403,11 +402,6 @@ def room_ahead(header: Header, scan: TableScan) -> int:
 def storage_limit(header: Header, scan: TableScan | None) -> int:
     """The bytes of storage that the image uses, or a writer may have made ready for it."""
     if not header.compact:
-        limit = header.virtual_disk_size
-    else:
-        assert scan is not None
-        limit = (scan.end + room_ahead(header, scan)) * header.chunk_size
-    profile = profile_region(header)
-    if profile is not None and not header.data_file:
-        limit = max(limit, profile.end - header.data_offset)
-    return limit
+        return header.virtual_disk_size
+    assert scan is not None
+    return (scan.end + room_ahead(header, scan)) * header.chunk_size

@@ -171,7 +171,7 @@ async def _load(layer: CheckLayer, found: Examined, region: Region | None) -> by
 
 def _table_with_room(check: HeaderCheck, file_size: int) -> Region | None:
     """The table with the room behind it, as far as that can have been table when the disk was larger."""
-    table = check.usable("table")
+    table = check.regions.get("table")
     if table is None:
         return None
     ends = [region.offset for region in check.regions.values()]
@@ -203,7 +203,7 @@ async def _examine_contents(layer: CheckLayer, found: Examined) -> None:
     assert found.check is not None
     header = found.header
     await _look_at_data_file(layer, found)
-    bits = await _load(layer, found, found.check.usable("bitmap"))
+    bits = await _load(layer, found, found.check.regions.get("bitmap"))
     if bits is not None:
         report_bitmap_tail(header, bits, found.findings)
         found.bitmap = Bitmap(bits, header.blocks)
@@ -251,7 +251,7 @@ async def _look_at_journal(layer: CheckLayer, found: Examined, raw_table: bytes 
         if not header.clean and "journal_size" not in found.check.doubtful:
             _report_unclean(header, found.findings)
         return
-    region = found.check.usable("journal")
+    region = found.check.regions.get("journal")
     if region is None:
         return
     known = (found.bitmap is not None or not header.has_base) and (found.scan is not None or not header.compact)

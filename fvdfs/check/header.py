@@ -1,16 +1,16 @@
 """The header of an image that may be damaged: everything that is wrong with it.
 
-Each rule of `Header.check`, and more, is looked at by itself: an image that breaks three of them gets
-three findings. Where a field has one right value, the check goes on with that; a region is looked into
-if its own place and size make sense, whatever else does not. Only a header that passes `Header.check`
-in the end is *sound*: by any other, nothing may be written.
+Each rule of `Header.check`, and more, is applied by itself: an image that breaks three of them gets
+three findings. Where a field has one right value, the check goes on with that; a region is examined if
+its own place and size make sense, whatever else does not. Only a header that passes `Header.check` in
+the end is *sound*: by any other, nothing may be written.
 
 Pure: bytes in, decisions out.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from fvdfs.check.findings import Findings, Kind, Severity
@@ -19,21 +19,27 @@ from fvdfs.format.header import (
     ENTRIES_WITH_BITMAP_RECORD,
     HEADER_SIZE,
     HEADER_SPACE,
+    LIMITS_OF_BASE,
+    LIMITS_OF_DISK,
+    LIMITS_OF_JOURNAL,
+    LIMITS_OF_TABLE,
     MAGIC,
     MAX_CHUNKS,
     MAX_DISK_SIZE,
+    NEEDS_BASE,
     PAGE,
     SECTOR,
     VERSION,
     Header,
+    Limits,
     Region,
     ceil_div,
+    misplaced,
+    out_of_limits,
     round_up,
     string_places,
     with_fields,
 )
-
-PROFILE_ENTRY_SIZE = 12
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +55,7 @@ class HeaderCheck:
     doubtful: frozenset[str]
     """Fields whose value cannot be right, and no other is known to be."""
     regions: dict[str, Region]
-    """The regions in use that can be looked into."""
+    """The regions in use that can be examined, by name."""
 
     @property
     def changed(self) -> bool:
@@ -60,10 +66,6 @@ class HeaderCheck:
         """Whether size and kind of the disk are beyond doubt."""
         return not self.doubtful & {"virtual_disk_size", "compact_image"}
 
-    def usable(self, name: str) -> Region | None:
-        """The region of this name, if the image has it and it can be looked into."""
-        return self.regions.get(name)
-
 
 @dataclass(frozen=True, slots=True)
 class _Fault:
@@ -73,6 +75,21 @@ class _Fault:
     """The only value that can be right."""
     severity: Severity = Severity.CORRUPTION
     kind: Kind = Kind.HEADER_FIELD
+    value: int | str | None = None
+    """What to show as the field's value, where that is not what it decodes to."""
+    remedy: str = ""
+    """What a repair does, where that is not to set the field to `right`."""
+
+    @property
+    def casts_doubt(self) -> bool:
+        """Whether nobody knows what the field should hold."""
+        return self.severity is Severity.CORRUPTION and self.right is None
+
+    def report(self, header: Header, findings: Findings) -> None:
+        """Add it to the findings. `header`: as it is on disk."""
+        value = self.value if self.value is not None else getattr(header, self.field, None)
+        remedy = self.remedy or (f"sets it to {self.right}" if self.right is not None else "")
+        findings.add(self.kind, self.severity, self.field, self.why, value=value, remedy=remedy)
 
 
 _FLAGS = ("all_data_in_fvd_img", "copy_on_read", "compact_image", "clean_shutdown", "need_zero_init")
@@ -93,7 +110,7 @@ _WRITE_UPDATES = ("", "no", "writethrough", "writeback", "writenocache")
 def check_header(raw: bytes, file_size: int, findings: Findings) -> HeaderCheck | None:
     """Everything that is wrong with the header in `raw`, the first HEADER_SPACE bytes of a file, or all of it.
 
-    None where there is not enough to go on with. Raises NotFvd.
+    None where the file ends inside the header. Raises NotFvd.
     """
     if int.from_bytes(raw[:4], "little") != MAGIC:
         raise NotFvd(findings.image, "not an FVD image (the magic number is missing)")
@@ -102,67 +119,50 @@ def check_header(raw: bytes, file_size: int, findings: Findings) -> HeaderCheck 
         findings.add(Kind.HEADER_CUT, Severity.CORRUPTION, "header", text, value=len(raw))
         return None
     raw = raw[:HEADER_SPACE].ljust(HEADER_SPACE, b"\0")
-    patched = bytearray(raw)
-    doubtful = set()
-    version = int.from_bytes(raw[4:8], "little")
-    if version != VERSION:
-        patched[4:8] = VERSION.to_bytes(4, "little")
-        doubtful.add("version")
-    filled = []
-    for name, at, size in string_places():
-        _, nul, fill = raw[at : at + size].partition(b"\0")
-        if not nul:
-            patched[at + size - 1] = 0
-            doubtful.add(name)
-        elif fill.strip(b"\0"):
-            filled.append(name)
-    found = Header.decode(bytes(patched), findings.image)
-
-    faults = list(_faults(found))
-    doubtful.update(fault.field for fault in faults if _is_open(fault))
-    header = with_fields(found, **{fault.field: fault.right for fault in faults if fault.right is not None})
-    regions = list(_regions(header, doubtful))
-    misplaced = list(_misplaced(header, regions, doubtful, file_size))
-    move = _only_move(header, regions, file_size) if misplaced else None
-    if move is not None:
-        header = with_fields(header, **{move[0]: move[1]})
-        regions = list(_regions(header, doubtful))
+    on_disk = Header.decode(_decodable(raw), findings.image)
+    faults = [*_raw_faults(raw), *_faults(on_disk)]
+    doubtful = {fault.field for fault in faults if fault.casts_doubt}
+    header = with_fields(on_disk, **{fault.field: fault.right for fault in faults if fault.right is not None})
+    layout = _lay_out(header, doubtful, file_size)
+    header = layout.header
     sound = not doubtful and _passes(header, file_size)
-
-    _report_strings(raw, version, doubtful, filled, findings)
+    faults += layout.faults
+    if fault := _profile_fault(header, layout.regions, doubtful, file_size):
+        faults.append(fault)
+        header = with_fields(header, prefetch_profile_offset=0, prefetch_profile_entries=0)
     for fault in faults:
-        remedy = f"sets it to {fault.right}" if fault.right is not None else ""
-        value = getattr(found, fault.field)
-        findings.add(fault.kind, fault.severity, fault.field, fault.why, value=value, remedy=remedy)
-    for _, fault in misplaced:
-        remedy = f"sets {move[0]} to {move[1]}, the only place for it" if move is not None else ""
-        value = getattr(found, fault.field)
-        findings.add(fault.kind, fault.severity, fault.field, fault.why, value=value, remedy=remedy)
-    header = _check_profile(header, regions, doubtful, file_size, findings)
-    unusable = set() if move is not None else {name for names, _ in misplaced for name in names}
-    usable = {region.name: region for region in regions if region.name not in unusable}
+        fault.report(on_disk, findings)
+    usable = {region.name: region for region in layout.regions if region.name not in layout.unusable}
     return HeaderCheck(raw, header, sound, frozenset(doubtful), usable)
 
 
-def _is_open(fault: _Fault) -> bool:
-    return fault.severity is Severity.CORRUPTION and fault.right is None
+def _decodable(raw: bytes) -> bytes:
+    """The header as if its version were known and each of its strings had an end."""
+    patched = bytearray(raw)
+    patched[4:8] = VERSION.to_bytes(4, "little")
+    for _, at, size in string_places():
+        patched[at + size - 1] = 0
+    return bytes(patched)
 
 
-def _report_strings(raw: bytes, version: int, doubtful: set[str], filled: list[str], findings: Findings) -> None:
+def _raw_faults(raw: bytes) -> Iterator[_Fault]:
+    """What a header must not have to be decoded; and bytes that mean nothing."""
+    version = int.from_bytes(raw[4:8], "little")
     if version != VERSION:
-        text = f"only version {VERSION} is known; the rest is looked at as if it were that"
-        findings.add(Kind.HEADER_VERSION, Severity.CORRUPTION, "version", text, value=version)
+        why = f"only version {VERSION} is known; the rest is looked at as if it were that"
+        yield _Fault("version", why, kind=Kind.HEADER_VERSION, value=version)
     for name, at, size in string_places():
-        if name in doubtful:
-            value = raw[at : at + min(size, 16)].decode("utf-8", "surrogateescape") + "..."
-            text = f"fills its {size} bytes without an end"
-            findings.add(Kind.HEADER_STRING, Severity.CORRUPTION, name, text, value=value)
-        elif name in filled:
-            text = "something other than zeros follows the end of the string"
-            findings.add(Kind.HEADER_FILL, Severity.HARMLESS, name, text, remedy="writes zeros there")
+        _, nul, fill = raw[at : at + size].partition(b"\0")
+        if not nul:
+            start = raw[at : at + min(size, 16)].decode("utf-8", "surrogateescape")
+            why = f"fills its {size} bytes without an end"
+            yield _Fault(name, why, kind=Kind.HEADER_STRING, value=f"{start}...")
+        elif fill.strip(b"\0"):
+            why = "something other than zeros follows the end of the string"
+            yield _Fault(name, why, None, Severity.HARMLESS, Kind.HEADER_FILL, remedy="writes zeros there")
     if any(raw[HEADER_SIZE:]):
-        text = f"bytes {HEADER_SIZE}..{HEADER_SPACE} of the file, the padding of the header, are not all zero"
-        findings.add(Kind.HEADER_PADDING, Severity.HARMLESS, "header", text)
+        why = f"bytes {HEADER_SIZE}..{HEADER_SPACE} of the file, the padding of the header, are not all zero"
+        yield _Fault("header", why, None, Severity.HARMLESS, Kind.HEADER_PADDING)
 
 
 def _passes(header: Header, file_size: int) -> bool:
@@ -174,12 +174,11 @@ def _passes(header: Header, file_size: int) -> bool:
 
 
 def _faults(header: Header) -> Iterator[_Fault]:
-    """Fields that are not what format.md, "Header", says, and those that `Header.check` refuses."""
+    """Fields that are not as in format.md, "Header", and those that `Header.check` refuses."""
     for flag in _FLAGS:
         if getattr(header, flag) not in (0, 1):
             yield _Fault(flag, "must be 0 or 1; it is taken as 1", 1, Severity.HARMLESS, Kind.HEADER_FLAG)
-    yield from _size_fault(header, "virtual_disk_size", 0, MAX_DISK_SIZE, SECTOR)
-    yield from _size_fault(header, "metadata_size", 0, MAX_DISK_SIZE)
+    yield from _size_faults(header, LIMITS_OF_DISK)
     if header.metadata_size % SECTOR and header.has_metadata:
         why = f"is no multiple of {SECTOR}, which is usual only without a bitmap and a table; data starts below it"
         yield _Fault("metadata_size", why, severity=Severity.HARMLESS, kind=Kind.HEADER_ODD)
@@ -199,18 +198,14 @@ def _faults(header: Header) -> Iterator[_Fault]:
             kind=Kind.HEADER_COMPACT,
         )
     if header.has_metadata:
-        yield from _size_fault(header, "journal_size", 0, MAX_DISK_SIZE, SECTOR)
+        yield from _size_faults(header, LIMITS_OF_JOURNAL)
     elif header.journal_size and not any(getattr(header, field) for field in ("base_img", *_OF_BASE, *_OF_TABLE)):
         why = "means nothing in an image with neither a bitmap nor a table"
         yield _Fault("journal_size", why, 0, Severity.HARMLESS, Kind.HEADER_ODD)
 
 
-def _size_fault(header: Header, field: str, low: int, high: int, unit: int = 1) -> Iterator[_Fault]:
-    value = getattr(header, field)
-    if not low <= value <= high:
-        yield _Fault(field, f"must be {low}..{high}")
-    elif value % unit:
-        yield _Fault(field, f"must be a multiple of {unit}")
+def _size_faults(header: Header, limits: Iterable[Limits]) -> list[_Fault]:
+    return [_Fault(field, why) for field, why in out_of_limits(header, limits)]
 
 
 def _disk_size(header: Header) -> int:
@@ -220,10 +215,7 @@ def _disk_size(header: Header) -> int:
 
 
 def _base_faults(header: Header) -> Iterator[_Fault]:
-    faults = [
-        *_size_fault(header, "base_img_size", 0, MAX_DISK_SIZE, SECTOR),
-        *_size_fault(header, "block_size", SECTOR, (1 << 31) - SECTOR, SECTOR),
-    ]
+    faults = _size_faults(header, LIMITS_OF_BASE)
     yield from faults
     if faults:
         return
@@ -242,15 +234,14 @@ def _base_faults(header: Header) -> Iterator[_Fault]:
 def _no_base_faults(header: Header) -> Iterator[_Fault]:
     traces = [field for field in _OF_BASE if getattr(header, field)]
     if not header.all_data_in_fvd_img:
-        why = "the image says that it needs a base image, but base_img is empty"
-        yield _Fault("all_data_in_fvd_img", why, None if traces else 1)
+        yield _Fault("all_data_in_fvd_img", NEEDS_BASE, None if traces else 1)
     elif traces:
         why = f"the image has no base, but {', '.join(traces)} are set as for one"
         yield _Fault("base_img", why, severity=Severity.HARMLESS, kind=Kind.HEADER_ODD)
 
 
 def _prefetch_faults(header: Header) -> Iterator[_Fault]:
-    """What only the copying from the base goes by."""
+    """Fields that only copy-on-read, prefetching and writing to the base use."""
     odd = []
     block = header.block_size if header.block_size > 0 else 1
     if header.bytes_per_prefetch <= 0 or header.bytes_per_prefetch % block:
@@ -267,24 +258,24 @@ def _prefetch_faults(header: Header) -> Iterator[_Fault]:
 
 
 def _compact_faults(header: Header) -> Iterator[_Fault]:
-    faults = list(_size_fault(header, "chunk_size", SECTOR, MAX_DISK_SIZE, SECTOR))
+    chunks, growth = LIMITS_OF_TABLE
+    faults = _size_faults(header, [chunks])
     if not faults and ceil_div(_disk_size(header), header.chunk_size) > MAX_CHUNKS:
         faults.append(_Fault("chunk_size", f"too small for a disk of {header.virtual_disk_size} bytes"))
     yield from faults
-    grow_unit = header.storage_grow_unit
-    if not 0 <= grow_unit <= MAX_DISK_SIZE:
-        why = f"must be 0..{MAX_DISK_SIZE}"
-        yield _Fault("storage_grow_unit", why, None if faults else header.chunk_size)
-    elif not faults and grow_unit < header.chunk_size:
-        why = f"must be at least a chunk, {header.chunk_size} bytes, and is taken as that"
-        yield _Fault("storage_grow_unit", why, header.chunk_size, Severity.HARMLESS, Kind.HEADER_ODD)
+    right = None if faults else header.chunk_size
+    for field, why in out_of_limits(header, [growth]):
+        yield _Fault(field, why, right)
+    if right is not None and 0 <= header.storage_grow_unit < right:
+        why = f"must be at least a chunk, {right} bytes, and is taken as that"
+        yield _Fault("storage_grow_unit", why, right, Severity.HARMLESS, Kind.HEADER_ODD)
     if header.need_zero_init:
         why = "means nothing in an image with a table, whose missing chunks are zeros"
         yield _Fault("need_zero_init", why, 0, Severity.HARMLESS, Kind.HEADER_ODD)
 
 
 def _regions(header: Header, doubtful: set[str]) -> Iterator[Region]:
-    """The regions in use whose size can be computed."""
+    """The regions in use whose size is known."""
     if not doubtful & {"base_img_size", "block_size", "virtual_disk_size"} and (region := header.bitmap_region):
         yield region
     if not doubtful & {"virtual_disk_size", "chunk_size"} and (region := header.table_region):
@@ -293,34 +284,37 @@ def _regions(header: Header, doubtful: set[str]) -> Iterator[Region]:
         yield region
 
 
-def _misplaced(
-    header: Header, regions: list[Region], doubtful: set[str], file_size: int
-) -> Iterator[tuple[tuple[str, ...], _Fault]]:
-    """Regions that are not where one can be: the names of those concerned, and what is wrong."""
-    last = Region("header", 0, HEADER_SPACE)
-    for region in sorted(regions, key=lambda region: region.offset):
-        field = f"{region.name}_offset"
-        if region.offset % SECTOR:
-            yield (region.name,), _Fault(field, f"must be a multiple of {SECTOR}", kind=Kind.REGION_MISPLACED)
-        if region.offset < last.end:
-            why = f"the {region.name}, of {region.size} bytes, overlaps the {last.name}, which ends at {last.end}"
-            yield (region.name, last.name), _Fault(field, why, kind=Kind.REGION_MISPLACED)
-        if region.end > file_size:
-            why = f"the {region.name} ends at {region.end}, the file at {file_size}"
-            yield (region.name,), _Fault(field, why, kind=Kind.REGION_CUT)
-        elif region.end > last.end:
-            last = region
-    if not header.data_file and "metadata_size" not in doubtful and header.metadata_end < last.end:
-        why = f"data would overlap the {last.name}, which ends at {last.end}"
-        yield (last.name,), _Fault("metadata_size", why, kind=Kind.REGION_MISPLACED)
+@dataclass(frozen=True, slots=True)
+class _Layout:
+    """The regions of an image, moved where there is one place for them."""
+
+    header: Header
+    regions: list[Region]
+    faults: list[_Fault]
+    unusable: set[str]
+    """Names of regions that cannot be examined."""
+
+
+def _lay_out(header: Header, doubtful: set[str], file_size: int) -> _Layout:
+    regions = list(_regions(header, doubtful))
+    wrong = [fault for fault in misplaced(header, regions, file_size) if fault.field not in doubtful]
+    remedy, unusable = "", {name for fault in wrong for name in fault.regions}
+    if wrong and (move := _only_move(header, regions, file_size)):
+        field, start = move
+        header = with_fields(header, **{field: start})
+        regions = list(_regions(header, doubtful))
+        remedy, unusable = f"sets {field} to {start}, the only place for it", set()
+    kinds = {True: Kind.REGION_CUT, False: Kind.REGION_MISPLACED}
+    faults = [_Fault(fault.field, fault.why, kind=kinds[fault.cut], remedy=remedy) for fault in wrong]
+    return _Layout(header, regions, faults, unusable)
 
 
 def _only_move(header: Header, regions: list[Region], file_size: int) -> tuple[str, int] | None:
-    """The one offset of a region, and its value, that puts all right: if there is exactly one.
+    """The one offset field, and its value, that repairs the layout; None where there is none, or several.
 
-    Regions are created one behind the other (format.md, "Regions"), so that the place of one follows
-    from the others: there must be a gap between its neighbours that is just as large as it is.
-    metadata_size is never derived (format.md, "Surprising values").
+    Regions are created one behind the other (format.md, "Regions"), so the place of one follows from the
+    others: the gap between its neighbours must be just as large as it is. metadata_size is never derived
+    (format.md, "Surprising values").
     """
     moves = []
     for number, region in enumerate(regions):
@@ -333,44 +327,14 @@ def _only_move(header: Header, regions: list[Region], file_size: int) -> tuple[s
     return moves[0] if len(moves) == 1 else None
 
 
-def profile_region(header: Header) -> Region | None:
-    """The prefetch profile, if there is one (format.md, "Reserved fields")."""
+def _profile_fault(header: Header, regions: list[Region], doubtful: set[str], file_size: int) -> _Fault | None:
+    """A prefetch profile where none can be."""
+    end = file_size if "metadata_size" in doubtful else min(header.metadata_end, file_size)
     if not header.prefetch_profile_offset and not header.prefetch_profile_entries:
         return None
-    return Region("profile", header.prefetch_profile_offset, header.prefetch_profile_entries * PROFILE_ENTRY_SIZE)
-
-
-def _check_profile(
-    header: Header, regions: list[Region], doubtful: set[str], file_size: int, findings: Findings
-) -> Header:
-    """The header without a profile that cannot be one."""
-    profile = profile_region(header)
-    if profile is None:
-        return header
-    others = [Region("header", 0, HEADER_SPACE), *regions]
-    if not header.data_file and not doubtful & {"metadata_size", "virtual_disk_size"}:
-        size = MAX_DISK_SIZE if header.compact else header.virtual_disk_size
-        others.append(Region("data", header.data_offset, size))
-    why = ""
-    if profile.size < 0:
-        why = f"prefetch_profile_entries={header.prefetch_profile_entries} must not be negative"
-    elif profile.offset % PAGE:
-        why = f"must be a multiple of {PAGE}"
-    elif profile.offset < HEADER_SPACE or profile.end > file_size:
-        why = f"the profile, of {profile.size} bytes, must be in {HEADER_SPACE}..{file_size}"
-    elif overlapped := [o.name for o in others if profile.offset < o.end and o.offset < profile.end]:
-        why = f"the profile, of {profile.size} bytes, overlaps the {' and the '.join(overlapped)}"
-    if not why:
-        return header
-    findings.add(
-        Kind.PROFILE,
-        Severity.HARMLESS,
-        "prefetch_profile_offset",
-        why,
-        value=profile.offset,
-        remedy="sets it and prefetch_profile_entries to 0: prefetching forgets what was read first",
-    )
-    return with_fields(header, prefetch_profile_offset=0, prefetch_profile_entries=0)
+    why = header.profile_fault(regions, end)
+    remedy = "sets it and prefetch_profile_entries to 0: prefetching forgets what was read first"
+    return _Fault("prefetch_profile_offset", why, None, Severity.HARMLESS, Kind.PROFILE, remedy=remedy) if why else None
 
 
 def check_state(check: HeaderCheck, findings: Findings) -> None:

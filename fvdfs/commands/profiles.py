@@ -6,7 +6,7 @@ import os
 
 from fvdfs.commands.amend import change_header, opened_to_amend
 from fvdfs.errors import NotFvd, UsageError
-from fvdfs.format.header import PROFILE_ENTRY_SIZE
+from fvdfs.format.header import PROFILE_ENTRY
 from fvdfs.format.profile import Extent, decode, from_text
 from fvdfs.image.chain import open_chain
 from fvdfs.image.policy import Policy
@@ -55,6 +55,6 @@ def record_profile(path: str) -> None:
         header = layer.header
         if not header.has_base:
             raise UsageError(f"{path}: has no base, and so nothing to prefetch")
-        if header.profile_room.size < PROFILE_ENTRY_SIZE:
+        if header.profile_room.size < PROFILE_ENTRY.size:
             raise UsageError(f"{path}: was made without room for a profile; make a new image with fvdfs create")
         change_header(layer, generate_prefetch_profile=1)

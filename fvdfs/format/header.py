@@ -1,15 +1,13 @@
 """The header of an FVD image: fields, limits, regions.
 
-The specification of the on-disk header and of the regions that it points to. All integers are
-little-endian and packed; strings are NUL-terminated in fields of fixed size. (format.md,
-"Regions" and "Header", is the source of every rule here.)
+The source of every rule here is format.md, "Regions" and "Header".
 
     header | bitmap | chunk table | journal | data
 
-Regions start on a page (4096 bytes) when fvdfs creates them; in an image made elsewhere only the
-offsets in the header count. `Header.check` accepts an image only if every region lies inside the
-file, none overlaps another or the header, and every size is one that the rest of fvdfs can compute
-with: after it, no other module needs to distrust a header.
+Regions start on a page when fvdfs creates them; in an image made elsewhere only the offsets in the
+header count. `Header.check` accepts an image only if every region lies inside the file, none
+overlaps another or the header, and every size is one that fvdfs can compute with: after it, no other
+module needs to distrust a header.
 
 Pure: bytes in, decisions out.
 """
@@ -18,29 +16,30 @@ from __future__ import annotations
 
 import dataclasses
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from fvdfs.errors import FormatError, NotFvd, UsageError
 
 MAGIC = 0x5143F5A9
 VERSION = 1
-SECTOR = 512
-PAGE = 4096
-HEADER_SIZE = 4336
-HEADER_SPACE = 8192  # the header's region, up to the first other one
+SECTOR = 512  # bytes
+PAGE = 4096  # bytes
+HEADER_SIZE = 4336  # bytes
+HEADER_SPACE = 8192  # bytes of the header and its padding, where the first region is created
 TABLE_ENTRY_SIZE = 4  # bytes
 UNALLOCATED = 0xFFFFFFFF  # the entry of a chunk that has no place
-MAX_DISK_SIZE = 1 << 62  # keeps every sum of two offsets inside the 63 bits of a file offset
+MAX_DISK_SIZE = 1 << 62  # bytes; keeps every sum of two offsets inside the 63 bits of a file offset
+MAX_BLOCK_SIZE = (1 << 31) - SECTOR  # bytes; the largest multiple of a sector in the field's 31 bits
 MAX_CHUNKS = 0x7FFFFFFF  # numbers 0 .. 0x7FFFFFFE (format.md, "Chunk table")
+ENTRIES_WITH_BITMAP_RECORD = 121  # table entries in a journal sector beside a bitmap record
 
-DEFAULT_PROFILE_ROOM = 64 << 10
-PROFILE_ENTRY_SIZE = 12
-MAX_PROFILE_SIZE = 1 << 20  # what is longer is not read
-MAX_PROFILE_UNIT = 1 << 30
+PROFILE_ENTRY = struct.Struct("<qI")  # offset in bytes, length in units of unit_of_PrefetchProfileEntry_len
+DEFAULT_PROFILE_ROOM = 64 << 10  # bytes, for 5461 extents
+MAX_PROFILE_SIZE = 1 << 20  # bytes; it is read in one piece
+MAX_PROFILE_UNIT = 1 << 30  # bytes; keeps the length of an extent inside 63 bits
 CRASH_WINDOW = 64 << 20  # bytes of a device that are zeroed when an image is opened after a crash
 LONGEST_REQUEST = 8 << 20  # bytes that are written at once, but for the blocks around them
-ENTRIES_WITH_BITMAP_RECORD = 121  # table entries in a journal sector beside a bitmap record
 
 
 def round_up(value: int, unit: int) -> int:
@@ -66,7 +65,7 @@ class Region:
         return self.offset + self.size
 
 
-# name, struct code; in the order of the file, without gaps
+# Name and struct code, in the order of the file, without gaps.
 _FIELDS: tuple[tuple[str, str], ...] = (
     ("magic", "I"),
     ("version", "I"),
@@ -115,7 +114,7 @@ assert _STRUCT.size == HEADER_SIZE
 
 
 def string_places() -> Iterator[tuple[str, int, int]]:
-    """The fields that hold strings, as (name, offset in the file, size in bytes)."""
+    """The fields that hold strings: name, offset in the file, size in bytes."""
     at = 0
     for name, code in _FIELDS:
         size = struct.calcsize(f"<{code}")
@@ -172,10 +171,10 @@ class Header:
 
     @classmethod
     def decode(cls, data: bytes, image: str) -> Header:
-        """The header in `data`, the first bytes of the file `image`; not yet checked but for its strings.
+        """The header in `data`, the first bytes of the file `image`; `check` has yet to look at its numbers.
 
-        Raises NotFvd where the magic is missing, FormatError where the file is cut short, the version
-        is another or a string fills its field.
+        Raises NotFvd where the magic is missing, FormatError where the data is too short, the version
+        unknown or a string not terminated.
         """
         if len(data) < 4 or int.from_bytes(data[:4], "little") != MAGIC:
             raise NotFvd(image, "not an FVD image (the magic number is missing)")
@@ -212,7 +211,7 @@ class Header:
 
     @property
     def has_base(self) -> bool:
-        """Whether some block may still lie in the base image."""
+        """Whether a block may still lie in the base image."""
         return bool(self.base_img) and not self.all_data_in_fvd_img
 
     @property
@@ -243,7 +242,7 @@ class Header:
 
     @property
     def chunk_window(self) -> int:
-        """How many chunks of a device may be handed out before a commit: what a crash can leave without an entry."""
+        """Chunks of a device that may be handed out before a commit: so many can a crash leave without an entry."""
         assert self.compact
         longest = LONGEST_REQUEST + 2 * (self.block_size if self.has_base else 0)
         return max(CRASH_WINDOW // self.chunk_size, ceil_div(longest, self.chunk_size) + 1)
@@ -265,48 +264,66 @@ class Header:
 
     @property
     def bitmap_region(self) -> Region | None:
-        """The bitmap as far as it is used, up to a page (format.md, "Bitmap")."""
+        """The part of the bitmap that is in use, in whole pages (format.md, "Bitmap")."""
         if not self.has_base:
             return None
         return Region("bitmap", self.bitmap_offset, round_up(ceil_div(self.blocks, 8), PAGE))
 
     @property
     def table_region(self) -> Region | None:
-        """The table as far as it is used (format.md, "Chunk table")."""
+        """The part of the table that is in use, in whole pages (format.md, "Chunk table")."""
         if not self.compact:
             return None
         return Region("table", self.table_offset, round_up(self.chunks * TABLE_ENTRY_SIZE, PAGE))
 
     @property
     def journal_region(self) -> Region | None:
-        """The journal, or None where the image has none, or nothing to keep in it."""
+        """The journal; None where the image has none, or neither bitmap nor table."""
         if self.journal_size == 0 or not self.has_metadata:
             return None
         return Region("journal", self.journal_offset, self.journal_size)
 
     def regions(self) -> Iterator[Region]:
-        """The regions of metadata behind the header that are in use."""
+        """Bitmap, table and journal, as far as they are in use."""
         for region in (self.bitmap_region, self.table_region, self.journal_region):
             if region is not None:
                 yield region
 
     @property
     def profile_region(self) -> Region | None:
-        """The prefetch profile (format.md, "Reserved fields"); None where there is none, or its fields are wrong."""
-        entries, unit = self.prefetch_profile_entries, self.unit_of_PrefetchProfileEntry_len
-        offset = self.prefetch_profile_offset
-        if not 0 < entries <= MAX_PROFILE_SIZE // PROFILE_ENTRY_SIZE or not 0 < unit <= MAX_PROFILE_UNIT:
+        """The prefetch profile, in whole pages; None where there is none, or its fields are wrong."""
+        if not self.prefetch_profile_entries or self.profile_fault(self.regions(), self.metadata_end):
             return None
-        region = Region("profile", offset, round_up(entries * PROFILE_ENTRY_SIZE, PAGE))
-        if offset % PAGE or offset < HEADER_SPACE or region.end > self.metadata_end:
-            return None
-        if any(region.offset < other.end and other.offset < region.end for other in self.regions()):
-            return None
-        return region
+        return self._stated_profile
+
+    @property
+    def _stated_profile(self) -> Region:
+        size = round_up(self.prefetch_profile_entries * PROFILE_ENTRY.size, PAGE)
+        return Region("profile", self.prefetch_profile_offset, size)
+
+    def profile_fault(self, regions: Iterable[Region], end: int) -> str:
+        """Why there can be no profile where the fields say; empty: there can (format.md, "Reserved fields").
+
+        `regions`: those that it must not overlap; `end`: the byte of the file that it must not reach past.
+        """
+        profile, most = self._stated_profile, MAX_PROFILE_SIZE // PROFILE_ENTRY.size
+        if not 0 <= self.prefetch_profile_entries <= most:
+            return f"prefetch_profile_entries={self.prefetch_profile_entries} must be 0..{most}"
+        if self.prefetch_profile_entries and not 0 < self.unit_of_PrefetchProfileEntry_len <= MAX_PROFILE_UNIT:
+            unit = self.unit_of_PrefetchProfileEntry_len
+            return f"unit_of_PrefetchProfileEntry_len={unit} must be 1..{MAX_PROFILE_UNIT}"
+        if profile.offset % PAGE:
+            return f"must be a multiple of {PAGE}"
+        if profile.offset < HEADER_SPACE or profile.end > end:
+            return f"the profile, of {profile.size} bytes, must be in {HEADER_SPACE}..{end}"
+        for other in regions:
+            if profile.offset < other.end and other.offset < profile.end:
+                return f"the profile, of {profile.size} bytes, overlaps the {other.name}"
+        return ""
 
     @property
     def profile_room(self) -> Region:
-        """Where a profile may be put: what no other region uses, before the data."""
+        """Where a profile may be put: behind all other regions, before the data."""
         end = max((region.end for region in self.regions()), default=HEADER_SPACE)
         offset = round_up(max(end, HEADER_SPACE), PAGE)
         return Region("profile", offset, min(max(0, self.metadata_end - offset), MAX_PROFILE_SIZE) // PAGE * PAGE)
@@ -329,49 +346,93 @@ class Header:
 
     def check(self, image: str, file_size: int) -> None:
         """Raise FormatError unless the header describes an image that fits a file of `file_size` bytes."""
+        for field, why in self._faults(file_size):
+            raise FormatError(image, f"{field}={getattr(self, field)}: {why}")
 
-        def bad(field: str, why: str) -> FormatError:
-            return FormatError(image, f"{field}={getattr(self, field)}: {why}")
-
-        def want_size(field: str, low: int, high: int, unit: int = 1) -> None:
-            value = getattr(self, field)
-            if not low <= value <= high:
-                raise bad(field, f"must be {low}..{high}")
-            if value % unit:
-                raise bad(field, f"must be a multiple of {unit}")
-
-        want_size("virtual_disk_size", 0, MAX_DISK_SIZE, SECTOR)
-        want_size("metadata_size", 0, MAX_DISK_SIZE)
+    def _faults(self, file_size: int) -> Iterator[tuple[str, str]]:
+        """Fields that cannot be right, and why; each rule presupposes that those before it hold."""
+        yield from out_of_limits(self, LIMITS_OF_DISK)
         if not self.base_img and not self.all_data_in_fvd_img:
-            raise bad("all_data_in_fvd_img", "the image says that it needs a base image, but base_img is empty")
+            yield "all_data_in_fvd_img", NEEDS_BASE
         if self.has_base:
-            want_size("base_img_size", 0, MAX_DISK_SIZE, SECTOR)
-            want_size("block_size", SECTOR, (1 << 31) - SECTOR, SECTOR)
-            want_size("bitmap_size", ceil_div(self.blocks, 8), MAX_DISK_SIZE)
+            yield from out_of_limits(self, LIMITS_OF_BASE)
+            yield from out_of_limits(self, [Limits("bitmap_size", ceil_div(self.blocks, 8), MAX_DISK_SIZE)])
         if self.compact:
-            want_size("chunk_size", SECTOR, MAX_DISK_SIZE, SECTOR)
-            want_size("storage_grow_unit", 0, MAX_DISK_SIZE)
+            yield from out_of_limits(self, LIMITS_OF_TABLE)
             if self.chunks > MAX_CHUNKS:
-                raise bad("chunk_size", f"too small for a disk of {self.virtual_disk_size} bytes")
+                yield "chunk_size", f"too small for a disk of {self.virtual_disk_size} bytes"
         if self.has_metadata:
-            want_size("journal_size", 0, MAX_DISK_SIZE, SECTOR)
-        last = Region("header", 0, HEADER_SIZE)
-        regions = sorted(self.regions(), key=lambda r: r.offset)
-        for region in regions:
-            field = f"{region.name}_offset"
-            if region.offset % SECTOR:
-                raise bad(field, f"must be a multiple of {SECTOR}")
-            if region.offset < last.end:
-                raise bad(field, f"the {region.name} overlaps the {last.name}, which ends at {last.end}")
-            if region.end > file_size:
-                raise bad(field, f"the {region.name} ends at {region.end}, the file at {file_size}")
+            yield from out_of_limits(self, LIMITS_OF_JOURNAL)
+        for fault in misplaced(self, self.regions(), file_size):
+            yield fault.field, fault.why
+
+
+NEEDS_BASE = "the image says that it needs a base image, but base_img is empty"
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """The least and the largest value of a field, and what it must be a multiple of."""
+
+    field: str
+    low: int
+    high: int
+    unit: int = 1
+
+
+LIMITS_OF_DISK = (Limits("virtual_disk_size", 0, MAX_DISK_SIZE, SECTOR), Limits("metadata_size", 0, MAX_DISK_SIZE))
+LIMITS_OF_BASE = (
+    Limits("base_img_size", 0, MAX_DISK_SIZE, SECTOR),
+    Limits("block_size", SECTOR, MAX_BLOCK_SIZE, SECTOR),
+)
+LIMITS_OF_TABLE = (Limits("chunk_size", SECTOR, MAX_DISK_SIZE, SECTOR), Limits("storage_grow_unit", 0, MAX_DISK_SIZE))
+LIMITS_OF_JOURNAL = (Limits("journal_size", 0, MAX_DISK_SIZE, SECTOR),)
+
+
+def out_of_limits(header: Header, limits: Iterable[Limits]) -> Iterator[tuple[str, str]]:
+    """The fields outside their limits, and why."""
+    for limit in limits:
+        value = getattr(header, limit.field)
+        if not limit.low <= value <= limit.high:
+            yield limit.field, f"must be {limit.low}..{limit.high}"
+        elif value % limit.unit:
+            yield limit.field, f"must be a multiple of {limit.unit}"
+
+
+@dataclass(frozen=True, slots=True)
+class Misplaced:
+    """A region that is where none can be."""
+
+    field: str
+    why: str
+    regions: tuple[str, ...]
+    """The names of those concerned."""
+    cut: bool = False
+    """Whether it ends past the file."""
+
+
+def misplaced(header: Header, regions: Iterable[Region], file_size: int) -> Iterator[Misplaced]:
+    """The regions, of those given, that are off a sector, overlap another or the header, or end past the file."""
+    last = Region("header", 0, HEADER_SIZE)
+    for region in sorted(regions, key=lambda region: region.offset):
+        field = f"{region.name}_offset"
+        if region.offset % SECTOR:
+            yield Misplaced(field, f"must be a multiple of {SECTOR}", (region.name,))
+        if region.offset < last.end:
+            why = f"the {region.name} overlaps the {last.name}, which ends at {last.end}"
+            yield Misplaced(field, why, (region.name, last.name))
+        if region.end > file_size:
+            why = f"the {region.name} ends at {region.end}, the file at {file_size}"
+            yield Misplaced(field, why, (region.name,), cut=True)
+        elif region.end > last.end:
             last = region
-        if not self.data_file and self.metadata_end < last.end:
-            raise bad("metadata_size", f"data would overlap the {last.name}, which ends at {last.end}")
+    if not header.data_file and header.metadata_end < last.end:
+        why = f"data would overlap the {last.name}, which ends at {last.end}"
+        yield Misplaced("metadata_size", why, (last.name,))
 
 
 def changed_sectors(old: bytes, new: bytes) -> Iterator[tuple[int, bytes]]:
-    """The sectors, as (offset, bytes), in which two images of the header differ."""
+    """The sectors, as (offset, bytes), in which two encoded headers differ."""
     assert len(old) == len(new)
     assert len(old) % SECTOR == 0
     for at in range(0, len(old), SECTOR):

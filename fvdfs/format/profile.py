@@ -16,15 +16,13 @@ Pure: no I/O, no clock.
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Iterable
 
 from fvdfs.errors import UsageError
-from fvdfs.format.header import ceil_div
+from fvdfs.format.header import PROFILE_ENTRY, ceil_div
 
-ENTRY = struct.Struct("<qI")
 TEXT_HEAD = "# fvdfs profile: offset and length of each extent, in bytes, in the order of their first read\n"
-MAX_LENGTH = (1 << 32) - 1  # units
+MAX_LENGTH = (1 << 32) - 1  # units, what the field holds
 
 Extent = tuple[int, int]
 """Bytes [start, stop) of the virtual disk."""
@@ -33,7 +31,7 @@ Extent = tuple[int, int]
 def decode(data: bytes, entries: int, unit: int) -> list[Extent]:
     """The extents in `data`; entries that are negative or empty are left out."""
     extents = []
-    for offset, length in ENTRY.iter_unpack(data[: entries * ENTRY.size]):
+    for offset, length in PROFILE_ENTRY.iter_unpack(data[: entries * PROFILE_ENTRY.size]):
         if offset >= 0 and length > 0:
             extents.append((offset, offset + length * unit))
     return extents
@@ -43,11 +41,11 @@ def encode(extents: Iterable[Extent], unit: int, room: int) -> tuple[bytes, int]
     """The entries, rounded out to units, as far as `room` bytes go, and their number."""
     data = bytearray()
     for start, stop in extents:
-        if len(data) + ENTRY.size > room:
+        if len(data) + PROFILE_ENTRY.size > room:
             break
         first = start // unit * unit
-        data += ENTRY.pack(first, min(ceil_div(stop - first, unit), MAX_LENGTH))
-    return bytes(data), len(data) // ENTRY.size
+        data += PROFILE_ENTRY.pack(first, min(ceil_div(stop - first, unit), MAX_LENGTH))
+    return bytes(data), len(data) // PROFILE_ENTRY.size
 
 
 def to_text(extents: Iterable[Extent]) -> str:

@@ -34,7 +34,7 @@ from fvdfs.cow.planner import Geometry, WritePlan, plan_write, read_runs, zero_r
 from fvdfs.cow.recorder import Recorder
 from fvdfs.cow.writethrough import MODES, BaseWriter, WriteBack, WriteThrough
 from fvdfs.errors import ReadOnlyImage
-from fvdfs.format.header import MAX_DISK_SIZE, PAGE, PROFILE_ENTRY_SIZE, SECTOR, Header, ceil_div, round_up, with_fields
+from fvdfs.format.header import MAX_DISK_SIZE, PAGE, PROFILE_ENTRY, SECTOR, Header, ceil_div, round_up, with_fields
 from fvdfs.format.profile import Extent, decode, encode
 from fvdfs.image.commit import Committer
 from fvdfs.store.base import Buffer, Done, Store, together
@@ -681,7 +681,7 @@ class Image:
 
     def record_profile(self) -> bool:
         """Take down from now on what is read first; False where the image has no room for a profile, or no base."""
-        room = self.header.profile_room.size // PROFILE_ENTRY_SIZE
+        room = self.header.profile_room.size // PROFILE_ENTRY.size
         if self.bitmap is None or not self.writable or not room:
             return False
         self.recorder = Recorder(self._geometry.base_size, room)
