@@ -30,11 +30,12 @@ from fvdfs.errors import (
     UnsupportedFeature,
     UsageError,
 )
-from fvdfs.store import qemu_daemon, qemu_store
+from fvdfs.store import qemu_daemon, qemu_files, qemu_supervisor
 from fvdfs.store.base import Store
 from fvdfs.store.host import HostFile
 from fvdfs.store.qemu_daemon import StorageDaemon
 from fvdfs.store.qemu_store import QemuStore
+from fvdfs.store.qemu_supervisor import Supervisor
 from support.mounts import wait_until
 from support.qsd import Inside, named, opened
 
@@ -279,7 +280,7 @@ async def test_names_that_appear_after_the_look(folder: Path, tmp_path: Path, mo
     """As if the image had been changed between our look at its header and QEMU's."""
     secret = tmp_path / "secret"
     qemu_img("create", "-f", "qcow2", "-o", f"data_file={secret}", folder / "disk", "1M")
-    monkeypatch.setattr(qemu_store, "references", lambda *_: [])
+    monkeypatch.setattr(qemu_files, "references", lambda *_: [])
     store = named(folder, "disk", "qcow2")
     await refused(store, Refused, f"QEMU open {secret}")
 
@@ -288,7 +289,7 @@ async def test_backing_file_that_appears_after_the_look(
     folder: Path, data: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     qemu_img("create", "-f", "qcow2", "-b", folder / "data.raw", "-F", "raw", folder / "disk")
-    monkeypatch.setattr(qemu_store, "references", lambda *_: [])
+    monkeypatch.setattr(qemu_files, "references", lambda *_: [])
     async with opened(folder, "disk", "qcow2") as store:
         assert await content(store) == bytes(SIZE)
 
@@ -508,7 +509,7 @@ async def test_data_on_an_nbd_server_that_is_away_for_a_moment(folder: Path, mon
                 await store.pwrite(b"two", 5000)
                 await store.flush()
                 second.close()
-                monkeypatch.setattr(qemu_store, "SERVER_TIMEOUT", 0.3)
+                monkeypatch.setattr(qemu_supervisor, "SERVER_TIMEOUT", 0.3)
                 with pytest.raises(OSError, match="cannot be started again") as caught:
                     await content(store, MIB // 2, 5)
                 assert caught.value.errno == errno.EIO
@@ -525,7 +526,7 @@ async def test_what_a_server_may_have_lost_is_told_though_it_is_back(
     async def flush_well(daemon: StorageDaemon) -> bool:
         return True
 
-    monkeypatch.setattr(QemuStore, "_flush_last", staticmethod(flush_well))
+    monkeypatch.setattr(Supervisor, "_flush_last", staticmethod(flush_well))
     async with contextlib.AsyncExitStack() as first:
         await first.enter_async_context(nbd_server(path, "file", folder / "disk"))
         async with opened(folder, f"nbd+unix:///?socket={path}", "raw", "nbd+unix:///", writable=True) as store:
@@ -799,7 +800,7 @@ def test_daemon_ends_with_its_parent(folder: Path, tmp_path: Path) -> None:
 async def test_nothing_is_unlocked_while_a_daemon_lives(folder: Path) -> None:
     qemu_img("create", "-f", "qcow2", folder / "disk", "1M")
     async with opened(folder, "disk", "qcow2", writable=True) as store:
-        for file in store._own:
+        for file in store.host_files:
             file.close()  # as when this process dies
         await refused(named(folder, "disk", "qcow2"), ImageBusy, "by another mount")
         await store.pwrite(b"x", 0)
