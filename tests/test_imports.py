@@ -41,7 +41,10 @@ IMPURE = {
     "cow": {"fetching", "locks", "writethrough"},
     "check": {"check", "examine", "repair"},
     "prefetch": {"prefetcher", "pressure", "scheduler"},
-    "store": {"base", "filelock", "host", "paths", "qemu_daemon", "qemu_store", "uring", "worker"},
+    "store": {
+        *("base", "filelock", "host", "paths", "uring", "worker"),
+        *("qemu_daemon", "qemu_files", "qemu_store", "qemu_supervisor"),
+    },
 }
 """The rooms of the core, each with its modules that wait or do I/O. The others are pure: bytes in, decisions out."""
 
