@@ -23,7 +23,9 @@ from dataclasses import dataclass
 
 from fvdfs import xattrs
 from fvdfs.errors import UsageError, printable
-from fvdfs.store.paths import MountPoint, mount_points
+from fvdfs.store.devices import loop_devices
+from fvdfs.store.mountinfo import MountPoint, mount_points
+from fvdfs.store.paths import within
 
 DEAD = (errno.ENOTCONN, errno.ECONNABORTED)
 """What everything fails with on a mount whose daemon has ended."""
@@ -282,7 +284,6 @@ def _command(process: str) -> str:
 
 def _open_files(process: str, mount: MountPoint) -> Iterator[str]:
     """The files of the mount that a process has open, or where it stands."""
-    inside = mount.path.rstrip("/") + "/"
     try:
         for name in os.listdir(f"/proc/{process}/fd"):
             with open(f"/proc/{process}/fdinfo/{name}", encoding="ascii") as file:
@@ -290,7 +291,7 @@ def _open_files(process: str, mount: MountPoint) -> Iterator[str]:
                     yield os.readlink(f"/proc/{process}/fd/{name}")
         for link in ("cwd", "root"):
             target = os.readlink(f"/proc/{process}/{link}")
-            if f"{target}/".startswith(inside):
+            if within(target, mount.path):
                 yield target
         with open(f"/proc/{process}/maps", encoding="utf-8", errors="surrogateescape") as file:
             device = f" {os.major(mount.device):02x}:{os.minor(mount.device):02x} "
@@ -303,14 +304,4 @@ def _open_files(process: str, mount: MountPoint) -> Iterator[str]:
 
 def _loop_devices(mount: MountPoint) -> list[str]:
     """Loop devices over files of the mount: no process has these open."""
-    inside = mount.path.rstrip("/") + "/"
-    found = []
-    for name in sorted(os.listdir("/sys/block")) if os.path.isdir("/sys/block") else ():
-        try:
-            with open(f"/sys/block/{name}/loop/backing_file", encoding="utf-8", errors="surrogateescape") as file:
-                backing = file.read().rstrip("\n")
-        except OSError:
-            continue
-        if backing.startswith(inside):
-            found.append(f"/dev/{name} is over {backing}")
-    return found
+    return [f"{device} is over {file}" for device, file in loop_devices() if within(file, mount.path)]

@@ -42,7 +42,7 @@ IMPURE = {
     "check": {"check", "examine", "repair"},
     "prefetch": {"prefetcher", "pressure", "scheduler"},
     "store": {
-        *("base", "filelock", "host", "paths", "uring", "worker"),
+        *("base", "devices", "filelock", "host", "mountinfo", "paths", "uring", "worker"),
         *("qemu_daemon", "qemu_files", "qemu_store", "qemu_supervisor"),
     },
 }

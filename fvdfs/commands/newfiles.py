@@ -28,6 +28,7 @@ from types import FrameType, TracebackType
 
 from fvdfs.errors import UsageError
 from fvdfs.store.base import Store
+from fvdfs.store.devices import stands_on
 from fvdfs.store.host import HostFile, open_host_file
 from fvdfs.store.qemu_store import QemuStore
 
@@ -388,34 +389,11 @@ def _identity(status: os.stat_result) -> tuple[int, int]:
 def _under(identity: Identity) -> list[Identity]:
     """The file or device, and all that a device stands on: its disk, its parts, the file of a loop device."""
     found = [identity]
-    for one in found:
-        if one[0] != _DEVICE:
-            continue
-        folder = os.path.realpath(f"/sys/dev/block/{os.major(one[1])}:{os.minor(one[1])}")
-        parts = [os.path.join(folder, "slaves", name) for name in _names(os.path.join(folder, "slaves"))]
-        if os.path.exists(os.path.join(folder, "partition")):
-            parts.append(os.path.dirname(folder))
-        for part in parts:
-            major, _, minor = _line(os.path.join(part, "dev")).partition(":")
-            if minor.isdigit():
-                found.append((_DEVICE, os.makedev(int(major), int(minor))))
-        backing = _line(os.path.join(folder, "loop", "backing_file"))
-        if backing:
-            with contextlib.suppress(OSError):
-                found.append(_identity(os.stat(backing)))
+    for kind, device in found:
+        if kind == _DEVICE:
+            below, file = stands_on(device)
+            found += [(_DEVICE, other) for other in below]
+            if file:
+                with contextlib.suppress(OSError):
+                    found.append(_identity(os.stat(file)))
     return found
-
-
-def _names(folder: str) -> list[str]:
-    try:
-        return os.listdir(folder)
-    except OSError:
-        return []
-
-
-def _line(path: str) -> str:
-    try:
-        with open(path, encoding="utf-8", errors="surrogateescape") as file:
-            return file.read().rstrip("\n")
-    except OSError:
-        return ""

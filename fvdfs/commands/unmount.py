@@ -17,7 +17,7 @@ import time
 
 from fvdfs import mounts
 from fvdfs.errors import UsageError
-from fvdfs.store.paths import MountPoint
+from fvdfs.store.mountinfo import MountPoint
 
 STILL_OPEN = 3
 """The exit code where the mount point is free, but somebody else keeps the mount."""

@@ -34,7 +34,8 @@ from fvdfs.ops.inodes import Entry
 from fvdfs.ops.openings import Openings
 from fvdfs.prefetch.pressure import DiskPressure
 from fvdfs.prefetch.scheduler import DEFAULT_JOBS, Scheduler
-from fvdfs.store.paths import PATIENCE, LeadsBack, MountPoint, NoAnswer, in_time, mount_points, real_path, within
+from fvdfs.store.mountinfo import MountPoint, mount_points
+from fvdfs.store.paths import PATIENCE, LeadsBack, NoAnswer, in_time, real_path, within
 from fvdfs.store.uring import use_ring
 
 log = logging.getLogger(__name__)

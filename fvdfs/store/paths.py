@@ -27,13 +27,14 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from fvdfs.errors import FvdError
+from fvdfs.store.devices import files_below
+from fvdfs.store.mountinfo import layers, mount_points
 
 PATIENCE = 2.0
 """Seconds after which a look at an image counts as one that is not answered. A disk that has to spin up takes longer,
 but is no share (`Walker.is_slow`); a server in reach answers in milliseconds, also at the far side of the world."""
 
 _MAX_LINKS = 40  # as the kernel
-_MAX_DEPTH = 8  # file systems that stand on one another
 _TRUST = 1.0  # seconds for which a device counts as it was judged
 _HANDLE = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
 
@@ -91,54 +92,6 @@ def born(handle: int) -> int:
         raise OSError(code, os.strerror(code))
     known, seconds, ns = _STATX_BORN.unpack(buffer.raw)
     return seconds * 10**9 + ns if known & _STATX_BTIME else 0
-
-
-@dataclass(frozen=True, slots=True)
-class MountPoint:
-    """A line of mountinfo, as far as it matters here."""
-
-    number: int
-    parent: int
-    device: int
-    path: str
-    fs_type: str
-    source: str
-    options: str
-    """Those of the file system."""
-
-    @property
-    def is_ours(self) -> bool:
-        """Whether fvdfs serves it."""
-        return self.fs_type == "fuse.fvdfs"
-
-
-def mount_points(process: str = "self") -> list[MountPoint]:
-    """All that a process can see; the last of those on one path is the one that shows. Raises OSError."""
-    found = []
-    with open(f"/proc/{process}/mountinfo", encoding="utf-8", errors="surrogateescape", newline="\n") as file:
-        for line in file:
-            before, _, after = line.rstrip("\n").partition(" - ")
-            fields, rest = before.split(" "), after.split(" ")
-            major, minor = fields[2].split(":")
-            device = os.makedev(int(major), int(minor))
-            source, options = [*rest, "", ""][1:3]
-            number, parent = int(fields[0]), int(fields[1])
-            found.append(
-                MountPoint(number, parent, device, _plain(fields[4]), rest[0], _plain(source), _plain(options))
-            )
-    return found
-
-
-def _plain(text: str) -> str:
-    """A field of mountinfo, where blanks and backslashes are three octal digits."""
-    if "\\" not in text:
-        return text
-    data = text.encode("utf-8", "surrogateescape")
-    parts = data.split(b"\\")
-    plain = parts[0] + b"".join(
-        bytes([int(part[:3], 8)]) + part[3:] if part[:3].isdigit() else b"\\" + part for part in parts[1:]
-    )
-    return plain.decode("utf-8", "surrogateescape")
 
 
 def in_time(call: Callable[[], T], otherwise: T) -> T:
@@ -365,13 +318,13 @@ class Walker:
             raise LeadsBack(reason)
 
     def _find_reason(self, device: int, above: frozenset[int]) -> str:
-        below = list(_backing_files(device))
+        below = list(files_below(device))
         for point in mount_points():
             if point.device != device:
                 continue
             if point.is_ours:
                 return f"leads into {point.path}, a mount of fvdfs: name the image itself, with the format fvd"
-            below += _layers(point)
+            below += layers(point)
         for path in dict.fromkeys(below):
             try:
                 os.close(self._open(os.fsencode(path), above))
@@ -394,30 +347,3 @@ def _step(at: int, name: bytes, *, more: bool) -> int:
 def is_share(device: int) -> bool:
     """Whether somebody else than this host's disks answers for a device, or may: then no answer may ever come."""
     return os.major(device) == 0
-
-
-def _layers(point: MountPoint) -> Iterator[str]:
-    """The paths that a file system shows other files, or bytes, of."""
-    if point.source.startswith("/"):
-        yield point.source
-    if point.fs_type == "overlay":
-        for option in point.options.split(","):
-            name, _, value = option.partition("=")
-            if name in ("lowerdir", "lowerdir+", "upperdir", "datadir+"):
-                yield from (path for path in value.split(":") if path.startswith("/"))
-
-
-def _backing_files(device: int, depth: int = 0) -> Iterator[str]:
-    """The files that a block device stands on."""
-    folder = f"/sys/dev/block/{os.major(device)}:{os.minor(device)}"
-    if depth > _MAX_DEPTH or not os.path.isdir(folder):
-        return
-    with contextlib.suppress(OSError), open(f"{folder}/loop/backing_file", "rb") as file:
-        yield os.fsdecode(file.read().rstrip(b"\n"))
-    others = [f"{folder}/../dev"] if os.path.exists(f"{folder}/partition") else []
-    with contextlib.suppress(OSError):
-        others += [f"{folder}/slaves/{name}/dev" for name in os.listdir(f"{folder}/slaves")]
-    for path in others:
-        with contextlib.suppress(OSError, ValueError), open(path, encoding="ascii") as file:
-            major, minor = file.read().strip().split(":")
-            yield from _backing_files(os.makedev(int(major), int(minor)), depth + 1)

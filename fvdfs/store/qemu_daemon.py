@@ -32,7 +32,6 @@ from typing import IO
 import trio
 
 from fvdfs.errors import FvdError, ImageError, Refused, UsageError
-from fvdfs.store.blockdev import SECRET_ID
 from fvdfs.store.host import (
     FALLOC_FL_KEEP_SIZE,
     FALLOC_FL_PUNCH_HOLE,
@@ -41,6 +40,7 @@ from fvdfs.store.host import (
     fallocate,
 )
 from fvdfs.store.locations import Options
+from fvdfs.store.qemu_nodes import SECRET_ID
 
 log = logging.getLogger(__name__)
 

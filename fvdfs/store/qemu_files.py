@@ -19,10 +19,10 @@ from urllib.parse import parse_qs, urlsplit
 import trio
 
 from fvdfs.errors import FormatError, ImageError, UnsupportedFeature
-from fvdfs.store.blockdev import Node, blockdevs
 from fvdfs.store.host import HostFile, open_as_permitted
 from fvdfs.store.locations import Location, join, parse_location
 from fvdfs.store.qemu_daemon import StorageDaemon
+from fvdfs.store.qemu_nodes import Node, blockdevs
 from fvdfs.store.references import FORMATS, PROBE_SIZE, RAW, Reader, Reference, detect, references
 
 log = logging.getLogger(__name__)

@@ -14,11 +14,11 @@ import os
 import trio
 
 from fvdfs.store.base import Buffer, Stepwise
-from fvdfs.store.blockdev import blockdevs
 from fvdfs.store.host import HostFile
 from fvdfs.store.locations import Options
 from fvdfs.store.qemu_daemon import StorageDaemon
 from fvdfs.store.qemu_files import Access, QemuFiles
+from fvdfs.store.qemu_nodes import blockdevs
 from fvdfs.store.qemu_supervisor import Supervisor, is_dead
 
 _SECTOR = 512  # bytes: QEMU's formats count in sectors

@@ -14,8 +14,8 @@ from typing import cast
 
 from fuzz.source import Source
 from fvdfs.errors import FvdError
-from fvdfs.store.blockdev import Node, blockdevs
 from fvdfs.store.locations import Location, Options, is_local, join, parse_location, within
+from fvdfs.store.qemu_nodes import Node, blockdevs
 from fvdfs.store.references import FORMATS, MAX_READ, PROBE_SIZE, Reader, detect, references
 
 _GUIDS = ("8B7CA206-4790-4B9A-B8FE-575F050F886E", "CAA16737-FA36-4D43-B3B6-33F0AA44E76B")

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from fvdfs.ops.looks import MOST_THREADS
-from fvdfs.store.paths import mount_points
+from fvdfs.store.mountinfo import mount_points
 from support.mounts import MIB, Mount, fvdfs, mounted, must, wait_for_end, wait_for_log, wait_until
 
 DATA = random.Random(9).randbytes(MIB)

@@ -12,8 +12,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from fvdfs.errors import FormatError, FvdError, ImageError, UnsupportedFeature
-from fvdfs.store.blockdev import Node, blockdevs
 from fvdfs.store.locations import join, parse_location, within
+from fvdfs.store.qemu_nodes import Node, blockdevs
 from fvdfs.store.references import FORMATS, MAX_READ, PROBE_SIZE, Reader, Reference, detect, references
 
 MADE_BY_QEMU = ("qcow2", "qcow", "qed", "vmdk", "vdi", "vhdx", "vpc", "parallels")

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from fvdfs.format.header import HEADER_SIZE, Header, with_fields
-from fvdfs.store.paths import mount_points
+from fvdfs.store.mountinfo import mount_points
 from support.devices import loop_device
 from support.mounts import MIB, Mount, fvdfs, must, wait_for_end, wait_for_log
 
