@@ -2,12 +2,14 @@ r"""The options of `-o`: how they are written, and what they may be.
 
     name[=value][,name[=value]...]
 
-In a value `\,` stands for a comma, `\:` for a colon that separates nothing, `\\` for a backslash. Options that name
-several things (`LISTS`) may be given more than once; another one only if it says the same. Hints in messages are
-quoted as a shell needs it, and can also be handed over as they stand: an option that begins with a quote is
-taken apart as a shell would.
+In a value `\,` stands for a comma, `\:` for a colon that separates nothing, `\\` for a backslash. An option that
+takes several values (`Option.separator`) may be given more than once; another one only with the same value. Hints in
+messages are quoted for a shell, and work also as they stand: an option that begins with a quote is taken apart as a
+shell would.
 
-Reading them looks at nothing; `folders`, `passphrase_file` and `program` look whether what is named is there.
+To add one, give it a row in `MOUNT_OPTIONS` and use it in `commands/mount.py`.
+
+Reading options looks at nothing; `folders`, `passphrase_file` and `program` look whether what is named is there.
 """
 
 from __future__ import annotations
@@ -18,86 +20,167 @@ import re
 import shlex
 import shutil
 import stat
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import NamedTuple
 
 from fvdfs.errors import UsageError
+from fvdfs.sizes import parse_size
 from fvdfs.store.paths import in_time, real_path
 
-MOUNT_OPTIONS = {
-    "base_path": "base_path=DIR[:DIR...]  folders outside DIR that bases and data files may lie in (/: anywhere)",
-    "allow_url": "allow_url=PREFIX  URLs that bases and data files may be (may be given more than once)",
-    "base_format": "base_format=FMT[:FMT...]  what bases are that look like it where no image says it; or raw",
-    "secret": "secret=FILE  the passphrase of encrypted bases and data files",
-    "accept_unclean": "accept_unclean  write to an image that crashed without a journal",
-    "grow_command": "grow_command=none|stored|PROGRAM  what makes a full device larger (default: none)",
-    "detect_zeroes": "detect_zeroes=off|on|punch  do not store zeros where zeros are read; punch: free their space too",
-    "allow_base_write": "allow_base_write  let images that ask for it (create --update-base) write to their base",
-    "prefetch_max": "prefetch_max=BYTES  a second that prefetching may read, for all images together (default: no cap)",
-    "prefetch_jobs": "prefetch_jobs=N  reads that prefetching may have under way, for all images together (default: 4)",
-    "record_profile": "record_profile  record what is read first from images that have no profile yet",
-    "shrink": "shrink  permit truncating a disk to a smaller size",
-    "sync": "sync=none|flush|always  when a write is made durable: some seconds later, at a flush (default), at once",
-    "io_uring": "io_uring=on|off  have the kernel wait for the disk where it can, instead of threads (default: on)",
-    "writeback": "writeback=on|off  let the kernel gather writes (default: on)",
-    "locking": "locking=on|off  take QEMU's image locks, and respect them, beside fvdfs's own (default: on)",
-    "allow_other": "allow_other  like --allow-other",
-    "ro": "ro  like --read-only",
-    "rw": "rw  the default",
-}
-LISTS = {"base_path": ":", "base_format": ":", "allow_url": "\n"}
-"""Options that add up, and what stands between their values then."""
-CHOICES = {
-    "io_uring": ("on", "off"),
-    "writeback": ("on", "off"),
-    "locking": ("on", "off"),
-    "detect_zeroes": ("off", "on", "punch"),
-    "sync": ("flush", "none", "always"),
-}
-_URL = re.compile(r"[a-z][a-z0-9+.-]*://|rbd:", re.IGNORECASE)
+MAX_JOBS = 1024  # reads of prefetching under way; more than any server answers at a time
 
 
-def parse_mount_options(texts: Sequence[str]) -> dict[str, str]:
-    """The options of all -o arguments; `listed` takes those of `LISTS` apart. Raises UsageError for nonsense."""
+def _anything(value: str) -> None:
+    """Whether it makes sense shows when it is used."""
+
+
+def _one_of(*values: str) -> Callable[[str], None]:
+    def check(value: str) -> None:
+        if value not in values:
+            raise ValueError(f"must be {' or '.join(values)}")
+
+    return check
+
+
+def _url(value: str) -> None:
+    if not re.match(r"[a-z][a-z0-9+.-]*://|rbd:", value, re.IGNORECASE):
+        raise ValueError("is no beginning of a URL, such as nbd://10.0.0.1/")
+
+
+def _base_format(value: str) -> None:
+    from fvdfs.store.references import BASE_FORMATS
+
+    if value not in BASE_FORMATS:
+        raise ValueError(f"is not known; known are {', '.join(BASE_FORMATS)}")
+
+
+def _cap(value: str) -> None:
+    if not parse_size(value):
+        raise ValueError("leave it out for no cap; fvdfs prefetch pauses and stops a disk's")
+
+
+def _jobs(value: str) -> None:
+    if not (re.fullmatch("[0-9]{1,4}", value) and 1 <= int(value) <= MAX_JOBS):
+        raise ValueError(f"must be a number from 1 to {MAX_JOBS}")
+
+
+class Option(NamedTuple):
+    """What an option is like."""
+
+    form: str
+    """How it is written; one without `=` takes no value."""
+    help: str
+    check: Callable[[str], None] = _anything
+    """Raises ValueError for a value that makes no sense, or for one of several; the text says why."""
+    separator: str = ""
+    """What stands between several values; empty where there is one."""
+
+
+_ROWS = (
+    Option(
+        "base_path=DIR[:DIR...]",
+        "folders outside DIR that bases and data files may lie in (/: anywhere)",
+        separator=":",
+    ),
+    Option(
+        "allow_url=PREFIX", "URLs that bases and data files may be (may be given more than once)", _url, separator="\n"
+    ),
+    Option(
+        "base_format=FMT[:FMT...]",
+        "what bases are that look like it where no image says it; or raw",
+        _base_format,
+        separator=":",
+    ),
+    Option("secret=FILE", "the passphrase of encrypted bases and data files"),
+    Option("accept_unclean", "write to an image that crashed without a journal"),
+    Option("grow_command=none|stored|PROGRAM", "what makes a full device larger (default: none)"),
+    Option(
+        "detect_zeroes=off|on|punch",
+        "do not store zeros where zeros are read; punch: free their space too",
+        _one_of("off", "on", "punch"),
+    ),
+    Option("allow_base_write", "let images that ask for it (create --update-base) write to their base"),
+    Option("prefetch_max=BYTES", "a second that prefetching may read, for all images together (default: no cap)", _cap),
+    Option("prefetch_jobs=N", "reads that prefetching may have under way, for all images together (default: 4)", _jobs),
+    Option("record_profile", "record what is read first from images that have no profile yet"),
+    Option("shrink", "permit truncating a disk to a smaller size"),
+    Option(
+        "sync=none|flush|always",
+        "when a write is made durable: some seconds later, at a flush (default), at once",
+        _one_of("flush", "none", "always"),
+    ),
+    Option(
+        "io_uring=on|off",
+        "have the kernel wait for the disk where it can, instead of threads (default: on)",
+        _one_of("on", "off"),
+    ),
+    Option("writeback=on|off", "let the kernel gather writes (default: on)", _one_of("on", "off")),
+    Option(
+        "locking=on|off",
+        "take QEMU's image locks, and respect them, beside fvdfs's own (default: on)",
+        _one_of("on", "off"),
+    ),
+    Option("allow_other", "like --allow-other"),
+    Option("ro", "like --read-only"),
+    Option("rw", "the default"),
+)
+MOUNT_OPTIONS = {option.form.partition("=")[0]: option for option in _ROWS}
+
+
+def parse_mount_options(texts: Sequence[str], known: Collection[str] = MOUNT_OPTIONS.keys()) -> dict[str, str]:
+    """The options of all -o arguments by name; of those with several values `listed` gives these.
+
+    `known`: the names that the command permits. Raises UsageError for nonsense.
+    """
     result: dict[str, str] = {}
     for text in texts:
         for option in _split(_unquoted(text), ","):
-            if not option:
-                continue
-            name, equals, value = option.partition("=")
-            usage = MOUNT_OPTIONS.get(name)
-            if usage is None:
-                raise UsageError(f"-o {name}: unknown; there are: {', '.join(MOUNT_OPTIONS)}")
-            if "=" in usage.split(" ")[0]:
-                if not value:
-                    raise UsageError(f"-o {name}: needs a value: {usage.split('  ')[0]}")
-            elif equals:
-                raise UsageError(f"-o {name}={value}: {name} takes no value")
-            if name not in LISTS:
-                value = _plain(value)
-                if result.get(name, value) != value:
-                    raise UsageError(f"-o {name}: is given twice, as {result[name]} and as {value}")
-                result[name] = value
-            else:
-                result[name] = f"{result[name]}{LISTS[name]}{value}" if name in result else value
+            if option:
+                _add(result, option)
     if "ro" in result and "rw" in result:
         raise UsageError("-o ro and -o rw: choose one")
-    for name, values in CHOICES.items():
-        if result.get(name, values[0]) not in values:
-            raise UsageError(f"-o {name}={result[name]}: must be {' or '.join(values)}")
-    for url in listed(result, "allow_url"):
-        if not _URL.match(url):
-            raise UsageError(f"-o allow_url={url}: is no beginning of a URL, such as nbd://10.0.0.1/")
+    for name, value in result.items():
+        if name not in known:
+            raise UsageError(f"-o {name}: is for mount; here there are: {', '.join(known)}")
+        _check(name, listed(result, name) if MOUNT_OPTIONS[name].separator else [value])
     return result
 
 
+def _add(options: dict[str, str], text: str) -> None:
+    """Add an option as it is written. Raises UsageError where that is not its form, or contradicts an earlier one."""
+    name, equals, value = text.partition("=")
+    option = MOUNT_OPTIONS.get(name)
+    if option is None:
+        raise UsageError(f"-o {name}: unknown; there are: {', '.join(MOUNT_OPTIONS)}")
+    if "=" in option.form and not value:
+        raise UsageError(f"-o {name}: needs a value: {option.form}")
+    if "=" not in option.form and equals:
+        raise UsageError(f"-o {name}={value}: {name} takes no value")
+    if option.separator:
+        options[name] = f"{options[name]}{option.separator}{value}" if name in options else value
+        return
+    value = _plain(value)
+    if options.get(name, value) != value:
+        raise UsageError(f"-o {name}: is given twice, as {options[name]} and as {value}")
+    options[name] = value
+
+
+def _check(name: str, values: Sequence[str]) -> None:
+    for value in values:
+        try:
+            MOUNT_OPTIONS[name].check(value)
+        except ValueError as error:
+            raise UsageError(f"-o {name}={value}: {error}") from None
+
+
 def listed(options: Mapping[str, str], name: str) -> tuple[str, ...]:
-    """The values of an option of `LISTS`."""
-    return tuple(_plain(value) for value in _split(options.get(name, ""), LISTS[name]) if value)
+    """The values of an option that takes several."""
+    return tuple(_plain(value) for value in _split(options.get(name, ""), MOUNT_OPTIONS[name].separator) if value)
 
 
 def hint(name: str, value: str) -> str:
     """An option with one value as a user has to write it."""
-    special = r"([\\,:])" if LISTS.get(name) == ":" else r"([\\,])"
+    special = r"([\\,:])" if MOUNT_OPTIONS[name].separator == ":" else r"([\\,])"
     return shlex.quote(f"{name}=" + re.sub(special, r"\\\1", value))
 
 
@@ -111,7 +194,7 @@ def _unquoted(text: str) -> str:
 
 
 def _split(text: str, separator: str) -> list[str]:
-    """The parts between separators, backslashes and all; but for a comma: it separates nothing any more."""
+    """The parts between separators. Backslashes stay, but one before a comma that was no separator goes."""
     parts = [""]
     at = 0
     while at < len(text):

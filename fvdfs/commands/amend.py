@@ -1,4 +1,4 @@
-"""`fvdfs amend`: change what the header of an image that nobody uses says. Blocks.
+"""`fvdfs amend`: change the header of an image that nobody uses. Blocks.
 
 The fields that are changed together lie in one sector, which is written whole or not at all; it is stable before the
 command ends.
@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import trio
 
-from fvdfs.commands.create import inspect_base
+from fvdfs.commands.base import inspect_base
 from fvdfs.errors import UsageError
 from fvdfs.format.header import HEADER_SIZE, SECTOR, round_up
 from fvdfs.image.chain import Layer, open_chain
@@ -46,17 +46,18 @@ def change_header(layer: Layer, **changes: int | str) -> None:
     trio.run(change)
 
 
-def amend(path: str, *, base_format: str, secret_file: str = "") -> None:
+def run(image: str, *, base_format: str, secret: str) -> int:
     """Have the image say of which format its base is.
 
     Raises UsageError where it has no base, or the base is not of this format; ImageBusy, ImageError, OSError.
     """
-    with opened_to_amend(path) as layer:
+    with opened_to_amend(image) as layer:
         header = layer.header
         if base_format not in BASE_FORMATS:
             raise UsageError(f"--base-format {base_format}: is not known; known are {', '.join(BASE_FORMATS)}")
         if not header.base_img:
-            raise UsageError(f"{path}: has no base image, and so nothing to amend; fvdfs info shows what an image is")
+            raise UsageError(f"{image}: has no base image, and so nothing to amend; fvdfs info shows what an image is")
         if header.has_base:
-            inspect_base(path, header.base_img, base_format, secret_file)
+            inspect_base(image, header.base_img, base_format, secret)
         change_header(layer, base_img_fmt=base_format)
+    return 0

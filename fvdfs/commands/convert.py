@@ -1,8 +1,8 @@
-"""`fvdfs convert`: the content of any image as another one.
+"""`fvdfs convert`: make an image with the content of another one, in any format.
 
 Pieces of the source are read, several at a time, and written where the new image does not read so
-already: zeros are not stored, and over a base only what differs from it is. Where both are stored
-nowhere nothing is read.
+already: zeros are not stored, and over a base only what differs from it is. What is allocated in
+neither is not even read.
 """
 
 from __future__ import annotations
@@ -10,37 +10,74 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
 import trio
 
-from fvdfs.commands.create import make_image, qemu_create
+from fvdfs import daemon
+from fvdfs.commands.create import make_image, never_appears, qemu_create
 from fvdfs.commands.newfiles import NewFile, NewFiles, host_files, permissions
+from fvdfs.commands.terminal import progress_bar
 from fvdfs.errors import ImageError, UsageError, leading, named
 from fvdfs.format.creation import CreateOptions
 from fvdfs.format.header import SECTOR, round_up
 from fvdfs.image.chain import open_image, open_other
 from fvdfs.image.image import Image, Zeroes
 from fvdfs.image.policy import FVD_FORMAT, HostStore, Policy, unstated_format
+from fvdfs.mountoptions import folders, listed, parse_mount_options
 from fvdfs.store.base import Buffer, Store
 from fvdfs.store.host import open_path
 from fvdfs.store.locations import is_local, parse_location
 from fvdfs.store.qemu_store import QemuStore
 from fvdfs.store.references import BASE_FORMATS, PROBE_SIZE, detect
 
-PIECE = 1 << 20  # bytes
-UNIT = 64 << 10  # bytes; what is compared, and written or not
+PIECE = 1 << 20  # bytes that are read at a time
+UNIT = 64 << 10  # bytes that are compared, and written or not
+WORKERS = 4  # pieces under way; a slow source is kept busy while others are compared and written
 _ZEROS = bytes(PIECE)
-WORKERS = 4
 QEMU_TARGETS = ("qcow2", "vdi", "vmdk", "vhdx", "vpc", "qed")
 Progress = Callable[[int, int], None]
-"""Told bytes done, and bytes in all."""
+"""Is told the bytes done, and those in all."""
+
+
+def run(
+    source: str,
+    target: str,
+    *,
+    source_format: str,
+    target_format: str,
+    layout: CreateOptions,
+    options: Sequence[str],
+    force: bool,
+    secret: str,
+) -> int:
+    """Convert, with a progress bar, and tell the user what to know about it. Raises as `convert`."""
+    allowed = parse_mount_options(options, ("base_path", "allow_url"))
+    permission = Permission(folders(allowed), listed(allowed, "allow_url"), secret_file=secret)
+    with progress_bar() as progress:
+        work = functools.partial(
+            convert,
+            source,
+            target,
+            source_format=source_format,
+            target_format=target_format,
+            options=layout,
+            force=force,
+            permission=permission,
+            progress=progress,
+        )
+        remarks = trio.run(work)
+    if target_format == FVD_FORMAT and (remark := never_appears(target)):
+        remarks.append(remark)
+    for remark in remarks:
+        daemon.complain(remark)
+    return 0
 
 
 class Side(Protocol):
-    """What is converted from or to. Offsets in bytes; errors are OSError."""
+    """What is converted from or to. Sizes and offsets in bytes. All methods raise OSError."""
 
     size: int
 
@@ -95,20 +132,20 @@ def format_of_name(path: str) -> str:
 
 
 def exists(path: str) -> bool:
-    """Whether there is a file of this name. (A tool that does one thing may wait for its disk.)"""
+    """Whether there is a file of this name. May block the event loop: this tool does nothing else."""
     return os.path.exists(path)
 
 
 @dataclass(frozen=True, slots=True)
 class Permission:
-    """Where the names inside of images may lead, beside the folder of the image; and to its secrets."""
+    """Where names inside images may lead, beside the folder of the image, and the file with its passphrase."""
 
     roots: tuple[str, ...] = ()
     allowed_urls: tuple[str, ...] = ()
     secret_file: str = ""
 
     def policy(self, *names: str) -> Policy:
-        """What an image that the user named may do, as in a mount of its folder; and what he named beside it."""
+        """For an image that the user named: its names may lead into its folder, and to what else was named here."""
         roots, urls = list(self.roots), list(self.allowed_urls)
         for name in names:
             location = parse_location(name)
@@ -121,7 +158,7 @@ class Permission:
 
 
 async def open_source(name: str, file_format: str, permission: Permission) -> tuple[Side, list[str]]:
-    """Open what is to be converted, and lock it for reading; remarks for the user.
+    """Open the source, and lock it for reading; also remarks for the user.
 
     Raises UsageError, ImageError, OSError.
     """
@@ -167,7 +204,7 @@ def stores_of(side: Side) -> list[Store]:
 async def open_target(
     files: NewFiles, path: str, file_format: str, size: int, options: CreateOptions, permission: Permission
 ) -> tuple[Side, list[str]]:
-    """Make a new image of `size` bytes and open it; remarks for the user. Raises UsageError, ImageError, OSError."""
+    """Make a new image of `size` bytes and open it; also remarks. Raises UsageError, ImageError, OSError."""
     if not is_local(path):
         raise UsageError(f"{path}: a new image must be a file or a device of this host")
     if file_format == FVD_FORMAT:
@@ -329,7 +366,7 @@ async def convert(
 
 
 async def _withhold_header(image: Image) -> bytes:
-    """Have an image on a device be none while it is filled; what makes it one again. Raises OSError."""
+    """Blank the first sector of an image on a device while it is filled, and return it. Raises OSError."""
     first = bytearray(SECTOR)
     await image.meta.pread(memoryview(first), 0)
     await image.meta.pwrite(bytes(SECTOR), 0)
@@ -348,7 +385,7 @@ def _restore_header(path: str, first: bytes) -> None:
 
 
 async def _give_up(target: Side) -> None:
-    """Close what nobody is going to see."""
+    """Close a target that will be discarded."""
     if isinstance(target, Image):
         target.writable = False  # nothing is committed
     with contextlib.suppress(OSError):
@@ -356,7 +393,7 @@ async def _give_up(target: Side) -> None:
 
 
 class _Named:
-    """A side whose errors tell its name."""
+    """A side whose errors name it."""
 
     def __init__(self, side: Side, name: str) -> None:
         self._side = side

@@ -1,26 +1,26 @@
-"""Making new images: what `fvdfs create` does, as functions that block.
+"""`fvdfs create`: make a new image. Blocks.
 
-The header is what the original writes for the same options (`header.new_header`); behind it stand an
+The header is what the original writes for the same options (`creation.new_header`); behind it stand an
 empty bitmap, table and journal. With `--detect-holes` the bits of the base's zero runs are set, so
 that nothing needs to be stored for them (format.md, "Bitmap").
 """
 
 from __future__ import annotations
 
-import dataclasses
 import errno
 import os
 import stat
 import subprocess
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 
-import trio
-
+from fvdfs import daemon
 from fvdfs.alloc.table import new_table
-from fvdfs.commands.newfiles import NewFile, NewFiles, host_files
+from fvdfs.commands.base import BaseImage, inspect_base
+from fvdfs.commands.newfiles import NewFile, NewFiles
+from fvdfs.commands.profile import read_profile
 from fvdfs.cow.bitmap import Bitmap, bitmap_bytes
-from fvdfs.errors import ImageError, UnstatedFormat, UsageError
+from fvdfs.errors import UsageError
 from fvdfs.format.creation import CreateOptions, new_header
 from fvdfs.format.header import (
     DEFAULT_PROFILE_ROOM,
@@ -29,83 +29,56 @@ from fvdfs.format.header import (
     PAGE,
     SECTOR,
     Header,
-    Region,
     ceil_div,
     round_up,
     with_fields,
 )
 from fvdfs.format.profile import Extent, encode
-from fvdfs.image.chain import MAX_REGION, open_chain
-from fvdfs.image.policy import FVD_FORMAT, RAW_FORMATS, Policy, unstated_format
+from fvdfs.image.chain import MAX_REGION
+from fvdfs.image.policy import FVD_FORMAT, RAW_FORMATS
 from fvdfs.mountoptions import hint
-from fvdfs.store.base import Store
 from fvdfs.store.host import HostFile, open_path
 from fvdfs.store.locations import is_local
-from fvdfs.store.qemu_store import QemuStore
 from fvdfs.store.references import RAW
 
 _ZEROS = bytes(1 << 20)
+Part = tuple[int, bytes]
+"""Offset and content of something in a file."""
+Span = tuple[int, int]
+"""Offset and size of something in a file, in bytes."""
 
 
-@dataclass(frozen=True, slots=True)
-class BaseImage:
-    """What creation has to know of a base."""
-
-    path: str | None
-    """None: a URL, or a format whose files are not looked at here."""
-    length: int
-    format: str
-    """What it is."""
-    files: list[tuple[tuple[int, int], str]]
-    """What must not be overwritten: identity and name of each file of this host that it is made of."""
-
-
-def inspect_base(image: str, name: str, base_format: str, secret_file: str = "") -> BaseImage:
-    """The base that `name` means in an image at `image`.
-
-    Raises UsageError where there is none, or its format is not one that can be read.
-    """
-    path = os.path.join(os.path.dirname(image), name)
-    try:
-        if not is_local(name) or base_format not in (*RAW_FORMATS, FVD_FORMAT):
-            secret = os.path.abspath(secret_file) if secret_file else ""
-            return trio.run(_inspect_other, image, name, base_format, secret)
-        if not base_format:
-            base_format, looks_like = unstated_format(path)
-            if looks_like:
-                raise _unstated(name, looks_like)
-        if base_format == FVD_FORMAT:
-            chain = open_chain(path, Policy(writable=False))
-            try:
-                size = chain.layers[0].header.virtual_disk_size
-                return BaseImage(path, size, base_format, _identities(chain.stores()))
-            finally:
-                for store in chain.stores():
-                    store.close()
-        store = open_path(path, writable=False)
-        try:
-            return BaseImage(path, store.size_now(), base_format, _identities([store]))
-        finally:
-            store.close()
-    except OSError as error:
-        hint = ""
-        if not os.path.isabs(name) and os.path.exists(name):
-            hint = "; a name is relative to the folder of the new image, not to where you are"
-        raise UsageError(f"--base {name}: {path}: {error.strerror}{hint}") from error
-    except UnstatedFormat as error:
-        if error.image != image:  # an image further down
-            raise UsageError(f"--base {name}: {error}") from error
-        raise _unstated(name, error.looks_like) from error
-    except ImageError as error:
-        raise UsageError(f"--base {name}: {error}") from error
+def run(image: str, size: int | None, options: CreateOptions, *, profile: str, force: bool, secret: str) -> int:
+    """Make an image, and tell the user what to know about it. Raises as `create_image`."""
+    if profile and not options.base_img:
+        raise UsageError("--profile needs a base image: give --base")
+    if secret and not options.base_img:
+        raise UsageError("--secret needs a base image: give --base")
+    if remark := never_appears(image):
+        raise UsageError(remark)
+    device = _data_path(image, options.data_file) if options.data_file else image
+    if options.grow_command and not _is_device(device):
+        raise UsageError("--grow-command makes a device larger: neither IMAGE nor --data-file is one")
+    remarks = create_image(
+        image,
+        size,
+        options,
+        force=force,
+        secret_file=secret,
+        profile=read_profile(profile) if profile else (),
+        read=[name for name in (profile, secret) if name],
+    )
+    for remark in remarks:
+        daemon.complain(remark)
+    return 0
 
 
-def _unstated(name: str, looks_like: str) -> UsageError:
-    return UsageError(f"--base {name}: looks like {looks_like}; say what it is: --base-format {looks_like}, or raw")
-
-
-def _identities(stores: Sequence[Store]) -> list[tuple[tuple[int, int], str]]:
-    return [(file.identity, file.name) for store in stores for file in host_files(store)]
+def never_appears(image: str) -> str:
+    """What to do where a new file has a name that no mount shows; empty where a mount does."""
+    name = os.path.basename(image)
+    if _is_device(image) or (name.endswith(".fvd") and name != ".fvd"):
+        return ""
+    return f"{image}: a mount shows files NAME.fvd only; add .fvd to the name, or rename the image later"
 
 
 def create_image(
@@ -144,83 +117,126 @@ def make_image(
     profile: Sequence[Extent] = (),
 ) -> list[str]:
     """`create_image`, but for the names of the files, which the caller publishes. On a device it is done at once."""
-    remarks = []
-    base = None
-    if options.base_img:
-        base = inspect_base(path, options.base_img, options.base_img_fmt, secret_file)
-        if base.format == FVD_FORMAT:
-            options = dataclasses.replace(options, base_img_fmt=FVD_FORMAT)
-        for identity, name in base.files:
-            files.protect_identity(identity, name)
-    if virtual_size is None:
-        if base is None:
-            raise UsageError("say how large the disk shall be: fvdfs create IMAGE SIZE (or give --base)")
-        virtual_size = base.length
-    elif virtual_size % SECTOR:
-        remarks.append(f"{path}: the disk gets {round_up(virtual_size, SECTOR)} bytes, in whole sectors")
-    virtual_size = round_up(virtual_size, SECTOR)
-    other_data = bool(options.data_file) and (
-        options.data_file_fmt not in RAW_FORMATS or not is_local(options.data_file)
-    )
+    base = _find_base(files, path, options, secret_file)
+    size = _disk_size(virtual_size, base)
+    options = _completed(options, base)
+    header = new_header(size, base.length if base else None, options)
+    _refuse_large_regions(header)
+    header, profile_data = _with_profile(header, profile)
+    bitmap = _new_bitmap(header, base, options)
+    data_path = _data_path(path, options.data_file) if options.data_file and is_local(options.data_file) else None
+    _check_names(path, data_path, base, options)
+
+    parts = _metadata(header, bitmap)
+    if profile_data:
+        parts.append((header.prefetch_profile_offset, profile_data))
+    zeros = [(0, HEADER_SPACE), *((region.offset, region.size) for region in header.regions())]
+    data_size = 0 if header.compact else header.virtual_disk_size  # sparse; chunks are added as they are needed
+    data_zeros = _data_zeros(header, bitmap)
+    image_size = header.metadata_size
+    if not options.data_file:
+        zeros += [(header.metadata_size + at, size) for at, size in data_zeros]
+        image_size += data_size
+    elif _is_raw(options):
+        assert data_path is not None
+        _fill(files.add(data_path), data_size, data_zeros, [], files.force)
+    else:
+        _make_other(files, data_path, options.data_file_fmt, header.virtual_disk_size)
+    _fill(files.add(path), image_size, zeros, parts, files.force)
+
+    rounded = f"{path}: the disk gets {size} bytes, in whole sectors" if virtual_size not in (None, size) else None
+    outside = [] if _is_device(path) else _outside(path, data_path, base, options)
+    return [remark for remark in (rounded, *outside) if remark]
+
+
+def _find_base(files: NewFiles, path: str, options: CreateOptions, secret_file: str) -> BaseImage | None:
+    """The base that the options name, protected from being overwritten. Raises UsageError."""
+    if not options.base_img:
+        return None
+    base = inspect_base(path, options.base_img, options.base_img_fmt, secret_file)
+    for identity, name in base.files:
+        files.protect_identity(identity, name)
+    return base
+
+
+def _disk_size(virtual_size: int | None, base: BaseImage | None) -> int:
+    """Bytes of the disk: what was asked for, or else the base's, in whole sectors. Raises UsageError."""
+    if virtual_size is not None:
+        return round_up(virtual_size, SECTOR)
+    if base is None:
+        raise UsageError("say how large the disk shall be: fvdfs create IMAGE SIZE (or give --base)")
+    return round_up(base.length, SECTOR)
+
+
+def _completed(options: CreateOptions, base: BaseImage | None) -> CreateOptions:
+    """The options with what follows from the base."""
+    if base is not None and base.format == FVD_FORMAT:
+        options = replace(options, base_img_fmt=FVD_FORMAT)
     if options.update_base and not options.base_img_fmt:
-        options = dataclasses.replace(options, base_img_fmt=RAW)  # a guest is going to write its first bytes
+        options = replace(options, base_img_fmt=RAW)  # a guest is going to write its first bytes
     if base is not None and not options.profile_room:
-        options = dataclasses.replace(options, profile_room=DEFAULT_PROFILE_ROOM)
-    header = new_header(virtual_size, base.length if base else None, options)
+        options = replace(options, profile_room=DEFAULT_PROFILE_ROOM)
+    return options
+
+
+def _refuse_large_regions(header: Header) -> None:
     for region in header.regions():
         if region.size > MAX_REGION:
             remedy = "--block-size" if region.name == "bitmap" else "--chunk-size or a smaller --journal-size"
             raise UsageError(f"the {region.name} would take {region.size} bytes: choose a larger {remedy}")
-    profile_data = b""
-    if profile:
-        room = header.profile_room
-        profile_data, entries = encode(profile, PAGE, room.size)
-        header = with_fields(
-            header,
-            prefetch_profile_offset=room.offset,
-            prefetch_profile_entries=entries,
-            profile_directed_prefetch_start_delay=0,
-        )
-    raw = header.encode().ljust(round_up(HEADER_SIZE, SECTOR), b"\0")
-    bitmap = None
-    if base:
-        bitmap = Bitmap(bytes(bitmap_bytes(header.blocks)), header.blocks)
-        if options.detect_holes:
-            if base.path is None or options.base_img_fmt == FVD_FORMAT:
-                raise UsageError("--detect-holes needs a raw base")
-            _mark_holes(bitmap, header, base.path, options.detect_holes)
 
-    on_device = _is_device(path)
-    if on_device:
+
+def _with_profile(header: Header, profile: Sequence[Extent]) -> tuple[Header, bytes]:
+    """The header that names this profile, and the profile as it is stored."""
+    if not profile:
+        return header, b""
+    room = header.profile_room
+    data, entries = encode(profile, PAGE, room.size)
+    header = with_fields(
+        header,
+        prefetch_profile_offset=room.offset,
+        prefetch_profile_entries=entries,
+        profile_directed_prefetch_start_delay=0,
+    )
+    return header, data
+
+
+def _new_bitmap(header: Header, base: BaseImage | None, options: CreateOptions) -> Bitmap | None:
+    if base is None:
+        return None
+    bitmap = Bitmap(bytes(bitmap_bytes(header.blocks)), header.blocks)
+    if options.detect_holes:
+        if base.path is None or options.base_img_fmt == FVD_FORMAT:
+            raise UsageError("--detect-holes needs a raw base")
+        _mark_holes(bitmap, header, base.path, options.detect_holes)
+    return bitmap
+
+
+def _data_path(path: str, data_file: str) -> str:
+    return os.path.join(os.path.dirname(path), data_file)
+
+
+def _is_raw(options: CreateOptions) -> bool:
+    """Whether the data file is made here, and not by QEMU."""
+    return options.data_file_fmt in RAW_FORMATS and is_local(options.data_file)
+
+
+def _check_names(path: str, data_path: str | None, base: BaseImage | None, options: CreateOptions) -> None:
+    """Raise UsageError where names in the image would lead nowhere, or two of the files are one."""
+    if _is_device(path):
         for name, option in ((options.base_img, "--base"), (options.data_file, "--data-file")):
             if name and not os.path.isabs(name):
                 raise UsageError(f"{option} {name}: an image on a device has no folder; give an absolute name")
-    data_path = None
-    if options.data_file and is_local(options.data_file):
-        data_path = os.path.join(os.path.dirname(path), options.data_file)
-    _refuse_overlap(path, data_path, base)
-    for name, target in ((options.base_img, base.path if base else None), (options.data_file, data_path)):
-        remark = _leads_outside(path, name, target)
-        if remark and not on_device:
-            remarks.append(remark)
+    files = {"IMAGE": path, "--data-file": data_path, "--base": base.path if base else None}
+    real = {option: os.path.realpath(name) for option, name in files.items() if name is not None}
+    if len(set(real.values())) != len(real):
+        raise UsageError(f"{' and '.join(real)} must be different files")
 
-    holes = _zero_ranges(header, bitmap)
-    metadata = [Region("header", 0, HEADER_SPACE), *header.regions()]
-    parts = [(0, raw), *_metadata(header, bitmap)]
-    if profile_data:
-        parts.append((header.prefetch_profile_offset, profile_data))
-    zeros = [(r.offset, r.size) for r in metadata]
-    size = header.metadata_size
-    if not options.data_file:
-        zeros += [(header.metadata_size + at, size) for at, size in holes]
-        size += _data_size(header)
-    elif other_data:
-        _make_other(files, data_path, options.data_file_fmt, header.virtual_disk_size)
-    else:
-        assert data_path is not None
-        _fill(files.add(data_path), _data_size(header), holes, [], files.force)
-    _fill(files.add(path), size, zeros, parts, files.force)
-    return remarks
+
+def _outside(path: str, data_path: str | None, base: BaseImage | None, options: CreateOptions) -> list[str | None]:
+    """Remarks on names that a mount with no options would refuse."""
+    base_path = base.path if base else None
+    return [_leads_outside(path, options.base_img, base_path), _leads_outside(path, options.data_file, data_path)]
 
 
 def _is_device(path: str) -> bool:
@@ -238,12 +254,7 @@ def _leads_outside(image: str, name: str, target: str | None) -> str | None:
     return f"{name} lies outside {folder}: a mount of it needs -o {hint('base_path', os.path.dirname(real))}"
 
 
-def _data_size(header: Header) -> int:
-    """Bytes of data that a new image has at once: the whole disk, sparse, where no table grows it."""
-    return 0 if header.compact else header.virtual_disk_size
-
-
-def _zero_ranges(header: Header, bitmap: Bitmap | None) -> list[tuple[int, int]]:
+def _data_zeros(header: Header, bitmap: Bitmap | None) -> list[Span]:
     """The parts (start, size) of the data that are read before they are written, and so have to be zeros.
 
     All that lies past the base's range, and blocks that count as local from the start (need_zero_init).
@@ -261,8 +272,9 @@ def _zero_ranges(header: Header, bitmap: Bitmap | None) -> list[tuple[int, int]]
     return ranges
 
 
-def _metadata(header: Header, bitmap: Bitmap | None) -> list[tuple[int, bytes]]:
-    parts = []
+def _metadata(header: Header, bitmap: Bitmap | None) -> list[Part]:
+    """What the image's own file holds, the header first."""
+    parts = [(0, header.encode().ljust(round_up(HEADER_SIZE, SECTOR), b"\0"))]
     if bitmap is not None:
         parts += [(header.bitmap_offset + number * PAGE, page) for number, page in bitmap.take_dirty_pages()]
     if header.compact:
@@ -270,16 +282,7 @@ def _metadata(header: Header, bitmap: Bitmap | None) -> list[tuple[int, bytes]]:
     return parts
 
 
-def _refuse_overlap(path: str, data_path: str | None, base: BaseImage | None) -> None:
-    files = {"IMAGE": path, "--data-file": data_path, "--base": base.path if base else None}
-    real = {option: os.path.realpath(name) for option, name in files.items() if name is not None}
-    if len(set(real.values())) != len(real):
-        raise UsageError(f"{' and '.join(real)} must be different files")
-
-
-def _fill(
-    file: NewFile, size: int, zeros: Sequence[tuple[int, int]], parts: Sequence[tuple[int, bytes]], force: bool
-) -> None:
+def _fill(file: NewFile, size: int, zeros: Sequence[Span], parts: Sequence[Part], force: bool) -> None:
     """Give the file its size, sparse, or take a device; it holds the parts, and zeros in these ranges.
 
     The first part is what makes it an image: of a device it is written when all else is stable.
@@ -313,17 +316,6 @@ def _look_at_device(store: HostFile, size: int, force: bool) -> None:
     store.pread_now(memoryview(first), 0)
     if any(first) and not force:
         raise UsageError(f"{store.name}: the device does not look empty; --force to overwrite it")
-
-
-async def _inspect_other(image: str, name: str, file_format: str, secret_file: str) -> BaseImage:
-    """A base that QEMU opens. Raises ImageError, UsageError, OSError."""
-    policy = Policy(allowed_urls=("",), secret_file=secret_file)
-    store = QemuStore(image, "base_img", name, file_format, policy, writable=False)
-    try:
-        await store.start()
-        return BaseImage(None, await store.size(), file_format, _identities([store]))
-    finally:
-        await store.aclose()
 
 
 def _make_other(files: NewFiles, path: str | None, file_format: str, size: int) -> None:

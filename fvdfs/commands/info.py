@@ -1,8 +1,9 @@
-"""What `fvdfs info` tells of an image: its fields, and what they mean for the user. Blocks."""
+"""`fvdfs info`: the fields of an image, and what they mean for the user. Blocks."""
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 from typing import Any
 
@@ -13,6 +14,14 @@ from fvdfs.format.header import Header
 from fvdfs.image.chain import Chain, load_chain, open_chain
 from fvdfs.image.image import Image
 from fvdfs.image.policy import Policy
+from fvdfs.sizes import human_size
+
+
+def run(image: str, *, as_json: bool, secret: str) -> int:
+    """Print what is known of an image. Raises as `describe`."""
+    facts = describe(image, secret_file=secret)
+    print(json.dumps(facts, indent=2) if as_json else render(facts))
+    return 0
 
 
 def describe(path: str, *, secret_file: str = "") -> dict[str, Any]:
@@ -91,18 +100,6 @@ def _layout(compact: bool, data_file: bool, base: bool) -> str:
     if base:
         text += ", copy-on-write over a base"
     return text
-
-
-def human_size(size: int) -> str:
-    """Bytes as a person reads them, with the exact number where it is rounded."""
-    value = float(size)
-    for unit in ("bytes", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB"):
-        if value < 1024 or unit == "EiB":
-            break
-        value /= 1024
-    if unit == "bytes":
-        return f"{size} bytes"
-    return f"{value:.4g} {unit} ({size} bytes)"
 
 
 def render(facts: dict[str, Any]) -> str:

@@ -1,12 +1,12 @@
 """New files that take their names when they are whole, and the files that must not be overwritten.
 
-Whatever a command makes is made here. A new file is written in the folder where it is to be, under a name
-that no mount shows, and is renamed when all of it is on stable storage; until then what had its name before
-is untouched. Where the command fails, is interrupted or ended by a signal, nothing is left but what was
-there; after a SIGKILL or a power cut, perhaps a file `.NAME.*.part`.
+Whatever a command makes is made here. A new file is written in its final folder, under a name that no mount
+shows, and is renamed when all of it is on stable storage; until then what has that name is untouched. Where
+the command fails, is interrupted or ended by a signal, only what was there is left; after a SIGKILL or a
+power cut, perhaps also a file `.NAME.*.part`.
 
-A device cannot be renamed. It is taken as it is, and who fills it sees to it that it is no image before all
-of it is one.
+A device cannot be renamed. It is written in place, and who fills it sees to it that it is no image before it
+is a whole one.
 
 What stands under the name already is overwritten only where the user said so, and never while anybody has it
 open (the locks of `HostFile.lock` are held on it until it is replaced), nor where the command reads it, be it
@@ -23,7 +23,7 @@ import secrets
 import signal
 import stat
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from types import FrameType, TracebackType
 
 from fvdfs.errors import UsageError
@@ -53,12 +53,12 @@ _ENDING = (
     signal.SIGXCPU,
 )
 """Signals that end a process that does not care for them. (Python turns SIGINT into KeyboardInterrupt.)"""
-_ANYBODYS = 0o666
+_NEW_FILE_MODE = 0o666  # what open(2) is asked for, before the umask
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
 class NewFile:
-    """One of them."""
+    """A file, or device, that a command makes."""
 
     def __init__(self, path: str, final: str, place: str, store: HostFile, old: HostFile | None) -> None:
         self.path = path
@@ -66,15 +66,15 @@ class NewFile:
         self.final = final
         """The same, behind all links."""
         self.place = place
-        """Where it lies until it has its name."""
+        """Where it lies until it gets its name."""
         self.store = store
-        """It, open for writing."""
+        """The new file, open for writing."""
         self.old = old
         """What is there now, locked; None: nothing."""
         self.is_device = store.fixed_size
 
     def let_go(self) -> None:
-        """Let somebody else open a device that was taken; who closes it then syncs it as well."""
+        """Close a device, so that somebody else can open it, who then has to sync it as well."""
         if self.is_device:
             self.store.close()
 
@@ -92,14 +92,14 @@ class NewFiles:
     folder gives to its group, or by a list, is not given either.
     """
 
-    def __init__(self, *, force: bool, mode: int = _ANYBODYS) -> None:
+    def __init__(self, *, force: bool, mode: int = _NEW_FILE_MODE) -> None:
         self.force = force
-        self._is_copy = mode != _ANYBODYS
+        self._is_copy = mode != _NEW_FILE_MODE
         self._mode = mode & ~_umask()
         self.files: list[NewFile] = []
         """In the order in which they were added."""
         self._read: dict[Identity, str] = {}
-        self._under_read: dict[Identity, str] = {}
+        self._below_read: dict[Identity, str] = {}
         self._handlers: dict[int, signal.Handlers] = {}
 
     def __enter__(self) -> NewFiles:
@@ -123,7 +123,7 @@ class NewFiles:
 
     @property
     def unnamed(self) -> tuple[tuple[str, str], ...]:
-        """The files that do not have their names yet, as of `Policy`."""
+        """For `Policy.unnamed`: the path that each is to have, and where it lies now."""
         return tuple((file.path, file.place) for file in self.files)
 
     def protect(self, stores: Iterable[Store]) -> None:
@@ -140,8 +140,8 @@ class NewFiles:
     def protect_identity(self, identity: Identity, name: str) -> None:
         """Likewise, of a file that is closed again."""
         self._read.setdefault(identity, name)
-        for part in _under(identity):
-            self._under_read.setdefault(part, name)
+        for part in _with_all_below(identity):
+            self._below_read.setdefault(part, name)
 
     def add(self, path: str) -> NewFile:
         """A new, empty file that is going to be `path`; or the device of this name, as it is.
@@ -152,7 +152,7 @@ class NewFiles:
         if not path or path.endswith("/"):
             raise UsageError(f"{path or repr(path)}: is not a name of a file")
         try:
-            old = self._old(path, final)
+            old = self._open_old(path, final)
             if old is not None and old.fixed_size:
                 file = NewFile(path, final, path, old, None)
             else:
@@ -164,8 +164,8 @@ class NewFiles:
         self.files.append(file)
         return file
 
-    def _old(self, path: str, final: str) -> HostFile | None:
-        """What is there, open, locked, and not to be protected."""
+    def _open_old(self, path: str, final: str) -> HostFile | None:
+        """What is there, open and locked; None: nothing. Raises UsageError where it must not be replaced."""
         try:
             handle = os.open(final, os.O_PATH | os.O_CLOEXEC)
         except FileNotFoundError:
@@ -176,7 +176,7 @@ class NewFiles:
                 raise UsageError(f"{path}: neither a regular file nor a block device")
             if not stat.S_ISBLK(status.st_mode) and not self.force:
                 raise UsageError(f"{path} exists already; choose another name, or --force to overwrite it")
-            self._check(path, _identity(status))
+            self._refuse_what_is_read(path, _identity(status))
             old = open_host_file(handle, path, writable=True)
         finally:
             os.close(handle)
@@ -188,15 +188,17 @@ class NewFiles:
             raise
         return old
 
-    def _check(self, path: str, identity: Identity) -> None:
-        """Raise UsageError for what is read."""
+    def _refuse_what_is_read(self, path: str, identity: Identity) -> None:
+        """Raise UsageError where the file is read, or made already."""
         for file in self.files:
             if identity == (file.store if file.old is None else file.old).identity:
                 raise UsageError(f"{path} and {file.path} must be different files")
-        names = [self._under_read[identity]] if identity in self._under_read else []
-        for part in _under(identity)[1:]:  # two parts of one device are two devices, two views of one file are not
+        names = [self._below_read[identity]] if identity in self._below_read else []
+        for part in _with_all_below(identity)[
+            1:
+        ]:  # two parts of one device are two devices, two views of one file are not
             if part in self._read or part[0] != _DEVICE:
-                names += [self._under_read[part]] if part in self._under_read else []
+                names += [self._below_read[part]] if part in self._below_read else []
         if names:
             also = "" if names[0] == path else f" {names[0]}, which"
             raise UsageError(f"{path}: this would overwrite{also or ' what'} is read; choose another name")
@@ -221,43 +223,25 @@ class NewFiles:
     def publish(self) -> None:
         """Make them stable, and give them their names, the last of them last.
 
-        Raises UsageError where somebody else has taken a name meanwhile, OSError; what is not renamed then
-        is still to be discarded.
+        Raises UsageError where somebody else has taken a name meanwhile, OSError; what was there then has its
+        name again, and what is new is still to be discarded.
         """
         new = [file for file in self.files if not file.is_device]
         for file in new:
-            _attributes(file, self._mode, is_copy=self._is_copy)
+            _set_permissions(file, self._mode, is_copy=self._is_copy)
             os.fsync(file.store.fileno())
-        folders = sorted({os.path.dirname(file.final) for file in new})
         for file in new:
             if file.old is not None and not _is_still(file.final, file.old):
                 raise UsageError(f"{file.path}: was replaced by somebody else meanwhile")
-        aside: list[NewFile] = []
-        named: list[NewFile] = []
-        try:
-            if len(new) > 1:  # half of the old and half of the new would be neither
-                for file in reversed(new):
-                    if file.old is not None:
-                        os.rename(file.final, _aside(file))
-                        aside.append(file)
-            for file in new:
-                _rename(file, replace=file.old is not None and file not in aside)
-                named.append(file)
-        except BaseException:
-            for file in named:
-                if file.old is None or file in aside:
-                    with contextlib.suppress(OSError):
-                        os.unlink(file.final)
-            for file in aside:
-                with contextlib.suppress(OSError):
-                    os.rename(_aside(file), file.final)
-            raise
+        # Of several, half of the old and half of the new would be neither: the old ones go first.
+        aside = [file for file in new if file.old is not None] if len(new) > 1 else []
+        _rename_all(new, aside)
         for file in new:
             self.files.remove(file)
             file.close()
         for file in aside:
             os.unlink(_aside(file))
-        for folder in folders:
+        for folder in sorted({os.path.dirname(file.final) for file in new}):
             _sync_folder(folder)
 
     def discard(self) -> None:
@@ -277,10 +261,10 @@ def host_files(store: Store) -> list[HostFile]:
 
 def permissions(files: Iterable[HostFile]) -> int:
     """The permissions that a copy of what these hold may have, where the owner is another one."""
-    mode = 0o666
+    mode = _NEW_FILE_MODE
     for file in files:
         status = os.fstat(file.fileno())
-        bits = status.st_mode & 0o666
+        bits = status.st_mode & _NEW_FILE_MODE
         if status.st_gid != os.getegid() or _acl(file.fileno()):  # its group's rights are not for ours
             bits = bits & 0o606 | (bits & 0o006) << 3
         mode &= bits | 0o600
@@ -293,7 +277,7 @@ def _umask() -> int:
     return mask
 
 
-def _attributes(file: NewFile, mode: int, *, is_copy: bool) -> None:
+def _set_permissions(file: NewFile, mode: int, *, is_copy: bool) -> None:
     """Give a new file the permissions of what it replaces, or those of a new file."""
     descriptor = file.store.fileno()
     new = os.fstat(descriptor)
@@ -346,6 +330,24 @@ def _aside(file: NewFile) -> str:
     return f"{file.place}.old"
 
 
+def _rename_all(files: Sequence[NewFile], aside: Sequence[NewFile]) -> None:
+    """Move what these replace `aside`, then give all their names; where that fails, undo it."""
+    with contextlib.ExitStack() as undo:
+        for file in reversed(aside):
+            os.rename(file.final, _aside(file))
+            undo.callback(_if_possible, os.rename, _aside(file), file.final)
+        for file in files:
+            _rename(file, replace=file.old is not None and file not in aside)
+            if file.old is None or file in aside:
+                undo.callback(_if_possible, os.unlink, file.final)
+        undo.pop_all()
+
+
+def _if_possible(call: Callable[..., None], *paths: str) -> None:
+    with contextlib.suppress(OSError):
+        call(*paths)
+
+
 def _rename(file: NewFile, *, replace: bool) -> None:
     source, target = os.fsencode(file.place), os.fsencode(file.final)
     if not replace:
@@ -386,8 +388,8 @@ def _identity(status: os.stat_result) -> tuple[int, int]:
     return (_DEVICE, status.st_rdev) if stat.S_ISBLK(status.st_mode) else (status.st_dev, status.st_ino)
 
 
-def _under(identity: Identity) -> list[Identity]:
-    """The file or device, and all that a device stands on: its disk, its parts, the file of a loop device."""
+def _with_all_below(identity: Identity) -> list[Identity]:
+    """The file or device, and all that a device stands on: its disk, its parts, the file behind a loop device."""
     found = [identity]
     for kind, device in found:
         if kind == _DEVICE:

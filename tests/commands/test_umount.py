@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from fvdfs.commands.unmount import STILL_OPEN
+from fvdfs.commands.umount import STILL_OPEN
 from support import reference
 from support.mounts import FVDFS, MIB, Finished, fvdfs, mounted, must, wait_for_end, wait_until
 

@@ -1,10 +1,21 @@
-"""Progress on a terminal."""
+"""What commands show on a terminal."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+def plain_console(width: int | None = None) -> Console:
+    """A console that takes no name for markup. `width`: columns; None: the terminal's."""
+    from rich.console import Console
+
+    return Console(width=width, markup=False, emoji=False, highlight=False)
 
 
 @contextmanager

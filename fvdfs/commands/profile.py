@@ -1,4 +1,4 @@
-"""What `fvdfs profile` does, and `create --profile`: profiles of images that are not open. Blocks."""
+"""`fvdfs profile`: profiles of images that are not open. Blocks."""
 
 from __future__ import annotations
 
@@ -7,11 +7,20 @@ import os
 from fvdfs.commands.amend import change_header, opened_to_amend
 from fvdfs.errors import NotFvd, UsageError
 from fvdfs.format.header import PROFILE_ENTRY
-from fvdfs.format.profile import Extent, decode, from_text
+from fvdfs.format.profile import Extent, decode, from_text, to_text
 from fvdfs.image.chain import open_chain
 from fvdfs.image.policy import Policy
 
-MAX_TEXT = 64 << 20  # bytes
+MAX_TEXT = 64 << 20  # bytes of a profile as text, which is read as a whole
+
+
+def run(command: str, image: str) -> int:
+    """`record` a profile, or `show` the one that there is. Raises as `record_profile`, `read_profile`."""
+    if command == "record":
+        record_profile(image)
+    else:
+        print(to_text(read_profile(image)), end="")
+    return 0
 
 
 def read_profile(path: str) -> list[Extent]:

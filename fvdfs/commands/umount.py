@@ -1,8 +1,8 @@
-"""Unmounting, and waiting until every image is closed: what `fvdfs umount` does. Blocks.
+"""`fvdfs umount`: unmount, and wait until every image is closed. Blocks.
 
-The mount point is gone at once; the daemon then closes the images, and ends. Its process is watched where it can be
-seen, else the lock that it holds on the directory which the mount covered. Neither happens as long as somebody
-has the mount elsewhere, and that may be for ever: then it is said who, and that the images are still open.
+The mount point is gone at once; the daemon then closes the images and ends. Its process is watched where it can be
+seen, else the lock that it holds on the directory that the mount covered. While somebody has the mount elsewhere
+neither ends, perhaps never: then the user is told who that is, and that the images are still open.
 """
 
 from __future__ import annotations
@@ -26,11 +26,12 @@ PATIENCE_CLOSING = 3.0  # seconds, until it is said that images are still being 
 LOOK = 0.02  # seconds between two looks
 
 
-def unmount(mountpoint: str) -> int:
+def run(mountpoint: str) -> int:
     """Unmount, and wait until every image is closed. The exit code: 0, 1 where it is refused, `STILL_OPEN`.
 
     Raises UsageError where fvdfs is not mounted there.
     """
+    mountpoint = os.path.abspath(mountpoint)
     mount = mounts.mount_at(mountpoint)
     if mount is None or not mount.is_ours:
         raise UsageError(f"{mountpoint}: fvdfs is not mounted there")

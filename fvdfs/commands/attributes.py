@@ -1,0 +1,42 @@
+"""Reading and setting the extended attributes through which a mount is seen and steered from outside. Blocks."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from fvdfs.errors import UsageError
+from fvdfs.mounts import DEAD, refuse_dead
+
+_NOT_OURS = (errno.ENODATA, errno.EOPNOTSUPP, errno.ENOTSUP)
+
+
+@contextmanager
+def explained(path: str) -> Iterator[None]:
+    """Errors of the system about this raw file as UsageErrors that say what is wrong, where that is known."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _NOT_OURS:
+            raise UsageError(f"{path}: is not a raw file of an fvdfs mount") from None
+        if error.errno == errno.ENOENT:
+            raise UsageError(f"{path}: there is no such file") from None
+        if error.errno in DEAD:
+            refuse_dead(path)
+        raise
+
+
+def facts(path: str, attribute: str) -> dict[str, Any]:
+    """What an attribute tells. Raises UsageError where somebody else has made it, OSError."""
+    value = os.getxattr(path, attribute)
+    try:
+        found = json.loads(value)
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise UsageError(f"{path}: is not a raw file of an fvdfs mount")
+    return found

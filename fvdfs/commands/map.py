@@ -1,0 +1,114 @@
+"""`fvdfs map`: what of a disk is local, in the base, or stored nowhere. Blocks.
+
+The process that serves a mount is asked, through an extended attribute; an image that is not mounted is read.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from typing import Any
+
+import trio
+from rich.text import Text
+
+from fvdfs.commands.attributes import explained, facts
+from fvdfs.commands.newfiles import NewFiles
+from fvdfs.commands.terminal import plain_console
+from fvdfs.errors import UsageError, named
+from fvdfs.image.chain import open_image
+from fvdfs.image.map import BAR_CELLS, image_map, merged, totals
+from fvdfs.image.policy import Policy
+from fvdfs.sizes import human_size
+from fvdfs.xattrs import MAP
+
+COLOURS = {"local": (46, 139, 87), "base": (70, 110, 180), "hole": (225, 225, 225)}
+SQUARE, PER_ROW = 12, 50  # pixels of a cell's side in a picture, and cells in a row of it
+_PNG = b"\x89PNG\r\n\x1a\n"
+
+
+def run(image: str, *, as_json: bool, png: str, secret: str) -> int:
+    """Show the map as a bar, as JSON, as a picture. Raises as `read_map` and `draw_map`."""
+    found = read_map(image, secret_file=secret)
+    if png:
+        draw_map(found, png, image)
+    if as_json:
+        print(json.dumps(found))
+    elif not png:
+        print_map(found)
+    return 0
+
+
+def read_map(path: str, *, secret_file: str = "") -> dict[str, Any]:
+    """The map of an image, or of a raw file in a mount. Raises UsageError, ImageError, OSError."""
+    if path.endswith(".raw"):
+        with explained(path):
+            return facts(path, MAP)
+
+    async def read() -> dict[str, Any]:
+        image = await open_image(path, Policy(writable=False, secret_file=secret_file))
+        try:
+            return await image_map(image)
+        finally:
+            await image.close()
+
+    return trio.run(read)
+
+
+def print_map(found: dict[str, Any]) -> None:
+    """The map as a bar on the terminal, with a legend."""
+    bar = Text()
+    signs, mixed_sign = {"local": "█", "base": "░", "hole": "·"}, "▓"
+    try:
+        "█░·▓".encode(sys.stdout.encoding or "ascii")
+    except UnicodeEncodeError:
+        signs, mixed_sign = {"local": "#", "base": "-", "hole": "."}, "+"
+    for counts in merged(found, BAR_CELLS):
+        state = found["states"][counts.index(max(counts))]
+        mixed = state == "local" and counts[found["states"].index("base")] > 0
+        bar.append(mixed_sign if mixed else signs[state], style="rgb({},{},{})".format(*COLOURS[state]))
+    console = plain_console()
+    console.print(bar)
+    whole = found["virtual_size"] or 1
+    for state, size in totals(found).items():
+        console.print(f"{signs[state]} {state:<6}{size / whole:6.1%}  {human_size(size)}")
+
+
+def draw_map(found: dict[str, Any], path: str, image: str) -> None:
+    """The map of an image as a picture (PNG), a square for each cell, in rows.
+
+    Nothing is overwritten but an older picture. Raises UsageError, also where Pillow is missing, ImageBusy, OSError.
+    """
+    try:
+        from PIL import Image, ImageDraw
+    except ImportError:
+        raise UsageError("--png needs the package Pillow: pip install 'fvdfs[png]'") from None
+    cells = found["cells"]
+    picture = Image.new("RGB", (PER_ROW * SQUARE, -(-len(cells) // PER_ROW) * SQUARE), "white")
+    draw = ImageDraw.Draw(picture)
+    for number, counts in enumerate(cells):
+        x, y = number % PER_ROW * SQUARE, number // PER_ROW * SQUARE
+        whole = sum(counts) or 1
+        colours = [COLOURS[state] for state in found["states"]]
+        mix = [sum(c * colour[i] for c, colour in zip(counts, colours, strict=True)) // whole for i in range(3)]
+        draw.rectangle((x, y, x + SQUARE - 2, y + SQUARE - 2), fill=(mix[0], mix[1], mix[2]))
+    again = _is_picture(path)
+    if os.path.exists(path) and not again:
+        raise UsageError(f"{path} exists already, and is no picture (NAME.png); choose another name")
+    with NewFiles(force=again) as files:
+        files.protect_file(image)
+        with named(path), open(files.add(path).place, "wb") as file:
+            picture.save(file, "PNG")
+        files.publish()
+
+
+def _is_picture(path: str) -> bool:
+    """Whether a file is there that a picture may replace. Its first bytes alone may be a guest's."""
+    try:
+        if not path.lower().endswith(".png") or not os.path.isfile(path):
+            return False
+        with open(path, "rb") as file:
+            return file.read(len(_PNG)) == _PNG
+    except OSError:
+        return False

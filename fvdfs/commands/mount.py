@@ -1,0 +1,101 @@
+"""`fvdfs mount`: check what the user asks for, then serve the mount, in this process or in the background.
+
+What makes no sense is refused here, before a process is started. What takes long to import, FUSE and the event
+loop, is imported by the process that serves.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+
+from fvdfs import daemon, mounts
+from fvdfs.errors import UsageError
+from fvdfs.mountoptions import folders, listed, parse_mount_options, passphrase_file, program
+from fvdfs.sizes import parse_size
+from fvdfs.store.paths import real_path, within
+
+
+def run(
+    folder: str,
+    mountpoint: str,
+    options: Sequence[str],
+    *,
+    foreground: bool,
+    read_only: bool,
+    allow_other: bool,
+    log_file: str,
+    debug: bool,
+) -> int:
+    """Mount the images of a folder; return when requests are answered, or, in the foreground, when it is unmounted.
+
+    `options`: the arguments of -o. Returns the exit code. Raises UsageError.
+    """
+    chosen = parse_mount_options(options)
+    folder, mountpoint = os.path.realpath(folder), os.path.abspath(mountpoint)
+    _check_places(folder, mountpoint)
+    if read_only and "rw" in chosen:
+        raise UsageError("--read-only and -o rw: choose one")
+    if debug and not foreground:
+        raise UsageError("--debug needs -f: the requests are shown on the terminal")
+    roots = (folder, *folders(chosen))
+    secret = passphrase_file("-o secret=", chosen["secret"]) if "secret" in chosen else ""
+    grow_command = program(chosen.get("grow_command", "none"))
+    log_file = os.path.abspath(log_file) if log_file else ""
+    if log_file and within(real_path(log_file), os.path.realpath(mountpoint)):
+        raise UsageError(f"--log-file {log_file}: would be hidden by the mount; choose another one")
+
+    def serve_folder(ready: Callable[[], None], reopen_log: daemon.ReopenLog) -> None:
+        from fvdfs.image.image import Zeroes
+        from fvdfs.image.policy import Policy
+        from fvdfs.ops.filesystem import Sync
+        from fvdfs.ops.mount import MountOptions, serve
+        from fvdfs.prefetch.scheduler import DEFAULT_JOBS
+
+        policy = Policy(
+            roots=roots,
+            writable=not (read_only or "ro" in chosen),
+            allowed_urls=listed(chosen, "allow_url"),
+            secret_file=secret,
+            accept_unclean="accept_unclean" in chosen,
+            grow_command=grow_command,
+            base_formats=listed(chosen, "base_format"),
+            base_writable="allow_base_write" in chosen,
+            qemu_locks=chosen.get("locking") != "off",
+            zeroes=Zeroes(chosen.get("detect_zeroes", "off")),
+        )
+        settings = MountOptions(
+            folder=folder,
+            mountpoint=mountpoint,
+            policy=policy,
+            allow_other=allow_other or "allow_other" in chosen,
+            writeback=chosen.get("writeback") != "off",
+            io_uring=chosen.get("io_uring") != "off",
+            shrink="shrink" in chosen,
+            sync=Sync(chosen.get("sync", "flush")),
+            debug=debug,
+            prefetch_jobs=int(chosen.get("prefetch_jobs", DEFAULT_JOBS)),
+            prefetch_max=parse_size(chosen.get("prefetch_max", "0")),
+            record_profiles="record_profile" in chosen,
+        )
+        serve(settings, ready, reopen_log)
+
+    return (daemon.in_foreground if foreground else daemon.in_background)(serve_folder, log_file or None)
+
+
+def _check_places(folder: str, mountpoint: str) -> None:
+    """Raise UsageError unless one directory can be shown in the other."""
+    mounts.refuse_dead(folder)
+    mounts.refuse_mounted(mountpoint)
+    for path in (folder, mountpoint):
+        if not os.path.isdir(path):
+            raise UsageError(f"{path}: is not a directory; " + _instead_of(path))
+    if folder == os.path.realpath(mountpoint):
+        raise UsageError(f"{mountpoint}: the images would be hidden by their own mount; choose another MOUNTPOINT")
+
+
+def _instead_of(path: str) -> str:
+    """What to do about a path that is no directory."""
+    if not os.path.lexists(path):
+        return "make it first"
+    return f"give the folder of the images: {os.path.dirname(path)}" if path.endswith(".fvd") else "choose another one"
