@@ -30,7 +30,8 @@ from fvdfs.alloc.table import encode_entries
 from fvdfs.check.contents import plan_table, without_tail
 from fvdfs.check.examine import PIECE, CheckLayer, Examined, Filled, is_store, read
 from fvdfs.check.findings import Kind, Range
-from fvdfs.format.header import HEADER_SIZE, PAGE, Header, Region, changed_sectors, with_fields
+from fvdfs.format.header import PAGE, Header, Region, with_fields
+from fvdfs.image.commit import write_header
 from fvdfs.store.base import Store, pwrite_pages
 
 _OF_TABLE = {Kind.TABLE_BIT_31, Kind.CHUNK_BEYOND_STORAGE, Kind.CHUNK_SHARED, Kind.BIT_WITHOUT_CHUNK}
@@ -113,12 +114,9 @@ class _HeaderOnDisk:
         await self.write(with_fields(self.header, **fields))
 
     async def write(self, header: Header) -> None:
-        """Make this the header, and make that stable; only sectors that differ are written. Raises OSError."""
-        raw = header.encode() + self._raw[HEADER_SIZE:]
-        for offset, sector in changed_sectors(self._raw, raw):
-            await self._meta.pwrite(sector, offset)
+        """Make this the header, and make that stable. Raises OSError."""
+        self._raw = await write_header(self._meta, header, self._raw)
         await self._meta.flush()
-        self._raw = raw
         self.header = header
 
 

@@ -431,12 +431,12 @@ def misplaced(header: Header, regions: Iterable[Region], file_size: int) -> Iter
         yield Misplaced("metadata_size", why, (last.name,))
 
 
-def changed_sectors(old: bytes, new: bytes) -> Iterator[tuple[int, bytes]]:
-    """The sectors, as (offset, bytes), in which two encoded headers differ."""
-    assert len(old) == len(new)
-    assert len(old) % SECTOR == 0
-    for at in range(0, len(old), SECTOR):
-        if old[at : at + SECTOR] != new[at : at + SECTOR]:
+def changed_sectors(old: bytes | None, new: bytes) -> Iterator[tuple[int, bytes]]:
+    """The sectors, as (offset, bytes), in which two encoded headers differ; all, where the old one is not known."""
+    assert old is None or len(old) == len(new)
+    assert len(new) % SECTOR == 0
+    for at in range(0, len(new), SECTOR):
+        if old is None or old[at : at + SECTOR] != new[at : at + SECTOR]:
             yield at, new[at : at + SECTOR]
 
 

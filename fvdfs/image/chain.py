@@ -38,7 +38,7 @@ from fvdfs.format.header import (
     round_up,
 )
 from fvdfs.image.commit import Committer
-from fvdfs.image.image import Image
+from fvdfs.image.image import Image, usage_of
 from fvdfs.image.policy import FVD_FORMAT, RAW_FORMATS, HostStore, Policy, _resolve, format_of
 from fvdfs.store.base import Store, pread_exactly
 from fvdfs.store.host import HostFile, open_as_permitted
@@ -48,7 +48,7 @@ from fvdfs.store.references import BASE_FORMATS, FORMATS, RAW
 
 log = logging.getLogger(__name__)
 
-MAX_REGION = 1 << 30  # bytes; what is held in memory, or read at a replay
+MAX_REGION = 1 << 30  # bytes; bitmap and table are held in memory, the journal is read at a replay
 _PIECE = 1 << 20  # bytes of metadata that are read at a time
 _REPORTED_RECORDS = 10
 ASKING_TIME = 1.0  # seconds that an image may take to become one that is only read
@@ -68,18 +68,16 @@ class Layer:
     """What the base is, as far as somebody has looked: the header need not say it."""
 
     def usage(self) -> int:
-        """Bytes that the image really takes."""
-        header = self.header
-        if not self.data.fixed_size:
-            return self.meta.usage() + (self.data.usage() if self.data is not self.meta else 0)
-        data = header.virtual_disk_size
-        region = header.table_region
-        if region is not None:
-            table = bytearray(region.size)
-            self.meta.pread_now(memoryview(table), region.offset)
-            entries = decode_entries(memoryview(table)[: header.chunks * TABLE_ENTRY_SIZE])
-            data = (len(entries) - entries.count(UNALLOCATED)) * header.chunk_size
-        return data + (header.metadata_size if self.data is self.meta else self.meta.usage())
+        """Bytes that the image takes, metadata and data. Blocks."""
+        return usage_of(self.header, self.meta, self.data, self._allocated_chunks)
+
+    def _allocated_chunks(self) -> int:
+        region = self.header.table_region
+        assert region is not None
+        table = bytearray(region.size)
+        self.meta.pread_now(memoryview(table), region.offset)
+        entries = decode_entries(memoryview(table)[: self.header.chunks * TABLE_ENTRY_SIZE])
+        return len(entries) - entries.count(UNALLOCATED)
 
     def close(self) -> None:
         """Close its files. Blocks."""

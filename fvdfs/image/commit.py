@@ -387,11 +387,8 @@ class Committer:
 
     async def _write_header(self, **changes: int | str) -> None:
         header = with_fields(self.header, **changes)
-        raw = header.encode() + self._raw_header[HEADER_SIZE:]
-        known = bytes(byte ^ 0xFF for byte in raw) if self._header_unsure else self._raw_header
         try:
-            for offset, sector in changed_sectors(known, raw):
-                await self._meta.pwrite(sector, offset)
+            raw = await write_header(self._meta, header, self._raw_header, every_sector=self._header_unsure)
         except OSError as error:
             self._header_unsure = True
             if error.errno not in OUT_OF_SPACE:
@@ -420,3 +417,14 @@ class Committer:
     def _check_failed(self) -> None:
         if self.failed is not None:
             raise OSError(errno.EIO, f"{self._meta.name}: read-only since an earlier error: {self.failed}")
+
+
+async def write_header(meta: Store, header: Header, raw: bytes, *, every_sector: bool = False) -> bytes:
+    """Write the sectors of the header that differ from `raw`, those on disk; the new ones. Nothing is flushed.
+
+    Raises OSError; each sector is old or new then, and the next call has to write `every_sector`.
+    """
+    new = header.encode() + raw[HEADER_SIZE:]
+    for offset, sector in changed_sectors(None if every_sector else raw, new):
+        await meta.pwrite(sector, offset)
+    return new

@@ -18,7 +18,7 @@ import enum
 import errno
 import functools
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Protocol
 
@@ -928,12 +928,11 @@ class Image:
             self.base_writer.copied(first, end)
 
     def usage(self) -> int:
-        """Bytes that the image really takes, metadata and data."""
-        if not self.data.fixed_size:
-            return self.meta.usage() + (self.data.usage() if self.data is not self.meta else 0)
-        header = self.header
-        data = self.table.allocated() * header.chunk_size if self.table is not None else self.size
-        return data + (header.metadata_size if self.data is self.meta else self.meta.usage())
+        """Bytes that the image takes, metadata and data."""
+        return usage_of(self.header, self.meta, self.data, self._allocated_chunks)
+
+    def _allocated_chunks(self) -> int:
+        return self.table.allocated() if self.table is not None else 0
 
     async def close(self) -> None:
         """Commit everything, leave clean headers, and give up all files. Raises OSError of the commit."""
@@ -984,3 +983,15 @@ async def _fill(store: _Reader, view: memoryview, offset: int) -> None:
 def _zero(view: memoryview) -> None:
     if view:
         view[:] = bytes(len(view))
+
+
+def usage_of(header: Header, meta: Store, data: Store, allocated_chunks: Callable[[], int]) -> int:
+    """Bytes that an image takes, metadata and data.
+
+    What the host says of its files; of a device, which says nothing, what the image has in use, for which a compact
+    image has to count its `allocated_chunks`.
+    """
+    if not data.fixed_size:
+        return meta.usage() + (data.usage() if data is not meta else 0)
+    used = allocated_chunks() * header.chunk_size if header.compact else header.virtual_disk_size
+    return used + (header.metadata_size if data is meta else meta.usage())
