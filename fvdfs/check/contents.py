@@ -38,6 +38,9 @@ from fvdfs.cow.bitmap import Bitmap
 from fvdfs.errors import ImageError
 from fvdfs.format.header import MAX_CHUNKS, UNALLOCATED, Header, ceil_div, round_up
 
+Buffer = bytes | bytearray | memoryview
+
+
 # --- what is read from where ----------------------------------------------------------------------
 
 
@@ -291,10 +294,9 @@ def plan_table(scan: TableScan, header: Header, bitmap: Bitmap | None, bare: bit
 # --- the bitmap -----------------------------------------------------------------------------------
 
 
-def report_bitmap_tail(header: Header, data: bytes, findings: Findings) -> None:
+def report_bitmap_tail(header: Header, data: Buffer, findings: Findings) -> None:
     """Bits behind the last block: 0, or all of the bitmap 1 (format.md, "Bitmap")."""
-    bits = bitarray(endian="little")
-    bits.frombytes(data)
+    bits = bitarray(endian="little", buffer=data)
     count = bits.count(1, header.blocks)
     if header.base_img_size > header.virtual_disk_size:
         return  # they were blocks of a disk that was larger
@@ -308,20 +310,18 @@ def report_bitmap_tail(header: Header, data: bytes, findings: Findings) -> None:
         )
 
 
-def without_tail(data: bytes, blocks: int) -> bytes:
+def without_tail(data: Buffer, blocks: int) -> Buffer:
     """The bitmap without bits behind the last block, unless all of it is set."""
-    bits = bitarray(endian="little")
-    bits.frombytes(data)
-    if bits.all():
+    if bitarray(endian="little", buffer=data).all():
         return data
-    bits[blocks:] = 0
-    return bits.tobytes()
+    cleared = bytearray(data)
+    bitarray(endian="little", buffer=cleared)[blocks:] = 0
+    return cleared
 
 
-def report_bitmap_of_complete(header: Header, data: bytes, blocks: int, findings: Findings) -> None:
+def report_bitmap_of_complete(header: Header, data: Buffer, blocks: int, findings: Findings) -> None:
     """A bitmap in which every bit must be set, since the base is not needed (format.md, "Reads, writes, copies")."""
-    bits = bitarray(endian="little")
-    bits.frombytes(data)
+    bits = bitarray(endian="little", buffer=data)
     missing = blocks - bits.count(1, 0, blocks)
     if missing:
         findings.add(

@@ -39,14 +39,13 @@ from fvdfs.cow.bitmap import Bitmap, bitmap_bytes
 from fvdfs.errors import ImageError
 from fvdfs.format import journal
 from fvdfs.format.header import HEADER_SPACE, PAGE, SECTOR, Header, Region, ceil_div, round_up
-from fvdfs.image.chain import load_image
+from fvdfs.image.chain import MAX_REGION, load_image
 from fvdfs.image.image import Image
 from fvdfs.image.policy import Policy
 from fvdfs.store.base import Store
 from fvdfs.store.references import PROBE_SIZE, detect
 
-PIECE = 1 << 20  # bytes that are read or copied at a time
-MAX_REGION = 1 << 29  # bytes; a larger bitmap or table is not looked into
+PIECE = 1 << 20  # bytes that are read or copied at a time: bounds memory, and few calls for each GiB
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,8 +95,7 @@ class Examined:
     base_size: int | None = None
     """Bytes that the base has, as far as that is known."""
     bitmap: Bitmap | None = None
-    """As a replay leaves it; `bits` likewise."""
-    bits: bytes = b""
+    """As a replay leaves it."""
     scan: TableScan | None = None
     """Likewise."""
     bare: bitarray = field(default_factory=bitarray)
@@ -153,7 +151,7 @@ class Filled:
         return start, self._at
 
 
-async def _load(layer: CheckLayer, found: Examined, region: Region | None) -> bytes | None:
+async def _load(layer: CheckLayer, found: Examined, region: Region | None) -> bytearray | None:
     """All of a region. None where there is none, or it cannot be read."""
     if region is None:
         return None
@@ -162,8 +160,10 @@ async def _load(layer: CheckLayer, found: Examined, region: Region | None) -> by
         found.errors.append(f"{what}: of {region.size} bytes, more than the {MAX_REGION} that can be looked at")
         return None
     with found.attempt(what):
-        data = await read(layer.meta, region.offset, region.size)
-        if len(data) == region.size:
+        data = bytearray(region.size)
+        with memoryview(data) as view:
+            count = await layer.meta.pread(view, region.offset)
+        if count == region.size:
             return data
         found.errors.append(f"{what}: ends early: the file is changing")
     return None
@@ -207,16 +207,16 @@ async def _examine_contents(layer: CheckLayer, found: Examined) -> None:
     if bits is not None:
         report_bitmap_tail(header, bits, found.findings)
         found.bitmap = Bitmap(bits, header.blocks)
-        found.bits = bits
-    raw_table = await _load(layer, found, _table_with_room(found.check, found.size))
-    if raw_table is not None and found.storage is not None:
+    table = await _load(layer, found, _table_with_room(found.check, found.size))
+    if table is not None and found.storage is not None:
         assert is_store(layer.data)
         room = room_in_chunks(header, found.storage, fixed_size=layer.data.fixed_size)
-        found.scan = TableScan(decode_entries(raw_table), header.chunks, room)
+        found.scan = TableScan(decode_entries(table), header.chunks, room)
         if found.scan.damaged > MAX_DAMAGED:
             why = f"{found.scan.damaged} entries of the table cannot be right: too many to go on"
             found.errors.append(f"{layer.path}: {why}")
-    await _look_at_journal(layer, found, raw_table)
+    del table  # up to MAX_REGION bytes
+    await _look_at_journal(layer, found)
     await _look_at_unneeded_bitmap(layer, found)
     if found.scan is not None:
         report_table(found.scan, header, found.bitmap, found.findings)
@@ -242,7 +242,7 @@ async def _look_at_data_file(layer: CheckLayer, found: Examined) -> None:
 # --- the journal ---
 
 
-async def _look_at_journal(layer: CheckLayer, found: Examined, raw_table: bytes | None) -> None:
+async def _look_at_journal(layer: CheckLayer, found: Examined) -> None:
     """Replay it in memory, and tell what that changes, and what it cannot take."""
     assert found.check is not None
     header = found.header
@@ -259,7 +259,7 @@ async def _look_at_journal(layer: CheckLayer, found: Examined, raw_table: bytes 
         if not known or not found.check.layout_known:
             await _parse_only(layer, found, region)
         elif found.scan is None or found.scan.damaged <= MAX_DAMAGED:
-            await _replay(layer, found, region, raw_table)
+            await _replay(layer, found, region)
 
 
 def _report_unclean(header: Header, findings: Findings) -> None:
@@ -308,11 +308,9 @@ async def _parse_only(layer: CheckLayer, found: Examined, region: Region) -> Non
                     _report_record(journal.Skipped(sector, offset, record), found.header, found.findings)
 
 
-async def _replay(layer: CheckLayer, found: Examined, region: Region, raw_table: bytes | None) -> None:
+async def _replay(layer: CheckLayer, found: Examined, region: Region) -> None:
     header, bitmap, scan = found.header, found.bitmap, found.scan
-    table = None
-    if scan is not None and raw_table is not None:
-        table = Table(decode_entries(raw_table), header.chunks, len(scan.used))
+    table = Table(scan.entries[:], header.chunks, len(scan.used)) if scan is not None else None
     # Where the base is no longer needed, records of its bitmap are as normal as such past its end.
     unneeded = Bitmap(b"", 0) if header.base_img else None
     bits_before = bitmap.count_local() if bitmap is not None else 0
@@ -324,7 +322,6 @@ async def _replay(layer: CheckLayer, found: Examined, region: Region, raw_table:
     bits_set = entries_set = 0
     if bitmap is not None:
         bits_set = bitmap.count_local() - bits_before
-        found.bits = _patched(found.bits, bitmap.take_dirty_pages())
     if table is not None and scan is not None:
         entries_set = _take_entries(found, scan, table.take_dirty_pages())
     what = f"{bits_set} bits and {entries_set} table entries"
@@ -346,13 +343,6 @@ async def _replay(layer: CheckLayer, found: Examined, region: Region, raw_table:
             f"the image was closed, but {what} that the journal knows of are not set: bitmap or table were lost",
             remedy="replays it",
         )
-
-
-def _patched(data: bytes, pages: list[tuple[int, bytes]]) -> bytes:
-    patched = bytearray(data)
-    for page, content in pages:
-        patched[page * PAGE : (page + 1) * PAGE] = content
-    return bytes(patched)
 
 
 def _take_entries(found: Examined, scan: TableScan, pages: list[tuple[int, bytes]]) -> int:

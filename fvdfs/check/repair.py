@@ -32,7 +32,7 @@ from fvdfs.check.examine import PIECE, CheckLayer, Examined, Filled, is_store, r
 from fvdfs.check.findings import Kind, Range
 from fvdfs.format.header import PAGE, Header, Region, with_fields
 from fvdfs.image.commit import write_header
-from fvdfs.store.base import Store, pwrite_pages
+from fvdfs.store.base import Buffer, Store, pwrite_pages
 
 _OF_TABLE = {Kind.TABLE_BIT_31, Kind.CHUNK_BEYOND_STORAGE, Kind.CHUNK_SHARED, Kind.BIT_WITHOUT_CHUNK}
 _OF_JOURNAL = {Kind.REPLAY_PENDING, Kind.JOURNAL_UNAPPLIED, Kind.JOURNAL_RECORD}
@@ -64,7 +64,8 @@ async def repair_image(layer: CheckLayer, found: Examined) -> None:
     if (replay or rewrite) and header.header.clean:
         await header.change(clean_shutdown=0)
     if replay:
-        await _write_metadata(layer, found, found.scan.entries if found.scan is not None else None, found.bits)
+        entries = found.scan.entries if found.scan is not None else None
+        await _write_metadata(layer, found.header, entries, found.bitmap.pages if found.bitmap is not None else None)
     if clear:
         region = found.header.journal_region
         assert region is not None
@@ -120,24 +121,23 @@ class _HeaderOnDisk:
         self.header = header
 
 
-async def _write_metadata(layer: CheckLayer, found: Examined, entries: array[int] | None, bits: bytes) -> None:
+async def _write_metadata(layer: CheckLayer, header: Header, entries: array[int] | None, bits: Buffer | None) -> None:
     """Write table and bitmap where they differ from what is on disk, the table first. Raises OSError."""
-    header = found.header
     if entries is not None:
         assert header.table_region is not None
         await _write_region(layer.meta, header.table_region, encode_entries(entries))
-    if found.bitmap is not None:
+    if bits is not None:
         assert header.bitmap_region is not None
         await _write_region(layer.meta, header.bitmap_region, bits)
 
 
-async def _write_region(meta: Store, region: Region, new: bytes) -> None:
+async def _write_region(meta: Store, region: Region, new: Buffer) -> None:
     for start in range(0, region.size, PIECE):
         stop = min(start + PIECE, region.size)
         old = await read(meta, region.offset + start, stop - start)
         pages = []
         for at in range(start, stop, PAGE):
-            page = new[at : at + PAGE]
+            page = bytes(new[at : at + PAGE])
             if page != old[at - start : at - start + PAGE]:
                 pages.append((at // PAGE, page))
         await pwrite_pages(meta, region.offset, PAGE, pages)
@@ -154,8 +154,8 @@ async def _rewrite(layer: CheckLayer, found: Examined) -> None:
         assert is_store(layer.data)
         await _fill_chunks(layer.data, header, scan.end, plan.copies, plan.zeros, plan.end)
         entries = plan.entries
-    bits = without_tail(found.bits, header.blocks) if found.bitmap is not None else b""
-    await _write_metadata(layer, found, entries, bits)
+    bits = without_tail(found.bitmap.pages, header.blocks) if found.bitmap is not None else None
+    await _write_metadata(layer, header, entries, bits)
 
 
 async def _fill_chunks(

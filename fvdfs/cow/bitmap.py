@@ -131,6 +131,11 @@ class Bitmap:
                     self._committed[page][first:end] = 1
 
     @property
+    def pages(self) -> memoryview:
+        """The bitmap as it belongs on disk: whole pages, bits past the last block included."""
+        return memoryview(self._local)
+
+    @property
     def dirty_pages(self) -> int:
         return len(self._dirty)
 

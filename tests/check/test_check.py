@@ -1176,6 +1176,7 @@ CREATED = {
     "large": ["20T", "--compact"],
     "large, over a base": ["10T", "-b", "base.raw", "--block-size", "512", "--data-file", "data.raw"],
     "over an empty base": ["1M", "-b", "empty"],
+    "with a bitmap of 768 MiB": ["-b", "vast", "--block-size", "512"],
 }
 
 
@@ -1183,6 +1184,8 @@ CREATED = {
 def test_a_new_image_is_clean(name: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (folder / "base.raw").write_bytes(bytes(MIB) + b"b" * MIB)
     (folder / "empty").touch()
+    (folder / "vast").touch()
+    os.truncate(folder / "vast", 3 << 40)
     must("create", folder / "a.fvd", *CREATED[name])
     assert run(capsys, folder / "a.fvd") == (0, f"{folder / 'a.fvd'}: clean\n")
 
