@@ -8,14 +8,15 @@ Errors are `ImageError`s whose image is the name that was given. Pure.
 
 from __future__ import annotations
 
+import functools
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from urllib.parse import SplitResult, quote, unquote, urlsplit
 
 from fvdfs.errors import ImageError, UnsupportedFeature
-from fvdfs.store.references import _REFUSED, FORMATS
+from fvdfs.store.references import FORMATS, REFUSED
 
 Options = dict[str, object]
 """A QAPI `BlockdevOptions`, as JSON."""
@@ -69,19 +70,13 @@ def parse_location(name: str) -> Location:
     match = _HAS_SCHEME.match(name)
     if match is None:
         return Location(name, name.removeprefix("file:"), "", {}, "")
-    scheme = match[1].lower()
+    return _parse_url(name, match[1].lower())
+
+
+def _parse_url(name: str, scheme: str) -> Location:
     if scheme not in _SCHEMES:
         raise UnsupportedFeature(name, f"{scheme}:// is not known; known are {_KNOWN}")
-    if _UNSAFE.search(name):
-        raise ImageError(name, "spaces, backslashes and control characters must be written as %XX in a URL")
-    try:
-        unquote(name, errors="strict").encode()
-        parts = urlsplit(name)
-        port = parts.port
-    except UnicodeError:
-        raise ImageError(name, "a URL must be UTF-8") from None
-    except ValueError as error:
-        raise ImageError(name, f"not a URL: {error}") from None
+    parts, port = _split_url(name)
     if parts.fragment:
         raise ImageError(name, "a URL of an image has no #fragment")
     if parts.password is not None or (parts.username is not None and scheme != "ssh"):
@@ -89,8 +84,7 @@ def parse_location(name: str) -> Location:
     if any(segment in (".", "..") for segment in unquote(parts.path).split("/")):
         raise ImageError(name, '"." and ".." are not allowed in a URL')
     if scheme != "nbd+unix":
-        host = parts.hostname or ""
-        if not _HOST.fullmatch(host):
+        if not _HOST.fullmatch(parts.hostname or ""):
             raise ImageError(name, f"the URL needs a host: {scheme}://host/...")
         if port == 0:
             raise ImageError(name, "port 0 cannot be connected to")
@@ -98,6 +92,20 @@ def parse_location(name: str) -> Location:
         raise UnsupportedFeature(name, f"options after ? are not supported for {scheme}://")
     protocol, tail = _protocol(name, scheme, parts, port or _DEFAULT_PORTS.get(scheme, 0))
     return Location(name, None, _authority(scheme, parts, port) + tail, protocol, "")
+
+
+def _split_url(name: str) -> tuple[SplitResult, int | None]:
+    """The parts of a URL, and its port."""
+    if _UNSAFE.search(name):
+        raise ImageError(name, "spaces, backslashes and control characters must be written as %XX in a URL")
+    try:
+        unquote(name, errors="strict").encode()
+        parts = urlsplit(name)
+        return parts, parts.port
+    except UnicodeError:
+        raise ImageError(name, "a URL must be UTF-8") from None
+    except ValueError as error:
+        raise ImageError(name, f"not a URL: {error}") from None
 
 
 def is_local(name: str) -> bool:
@@ -215,7 +223,7 @@ def _parse_json(name: str) -> Location:
     options = _unflatten(name, options)
     file_format = ""
     driver = options.get("driver")
-    if isinstance(driver, str) and (driver in FORMATS or driver in _REFUSED):
+    if isinstance(driver, str) and (driver in FORMATS or driver in REFUSED):
         file_format = driver
         inner = options.pop("file", None)
         if set(options) != {"driver"} or not isinstance(inner, dict):
@@ -246,69 +254,109 @@ def _unflatten(name: str, options: Mapping[str, object]) -> Options:
 
 def _as_url(name: str, options: Options) -> str:
     """The URL or path that says the same as the options of a protocol; refuses all that have none."""
-    left = dict(options)
-
-    def take(key: str, default: str | None = None, source: Options = left) -> str:
-        value = source.pop(key, default)
-        if isinstance(value, int) and not isinstance(value, bool):
-            value = str(value)
-        if not isinstance(value, str):
-            raise ImageError(name, f"{key} is missing" if value is None else f"{key} must be a string")
-        return value
-
-    def host_and_port(scheme: str, source: Options) -> str:
-        host = take("host", None, source)
-        port = take("port", str(_DEFAULT_PORTS.get(scheme, "")), source)
-        if not _HOST.fullmatch(host) or not re.fullmatch("[0-9]{0,5}", port):
-            raise ImageError(name, "host or port makes no sense")
-        return (f"[{host}]" if ":" in host else host) + (f":{port}" if port else "")
-
-    def escaped(text: str) -> str:
-        return _quoted(name, text)
-
-    server = left.pop("server", {})
+    server = options.get("server", {})
     if not isinstance(server, dict):
         raise ImageError(name, "server must be {...}")
-    server = dict(server)
-    driver = take("driver", "")
-    match driver:
-        case "file" | "host_device":
-            url = "file:" + re.sub("^/+", "/", take("filename"))
-        case "http" | "https" | "ftp" | "ftps":
-            url = take("url")
-            if not url.lower().startswith(driver + "://"):
-                raise ImageError(name, f"the url is not of {driver}")
-        case "nbd":
-            export = escaped(take("export", ""))
-            if take("type", None, server) == "unix":
-                url = f"nbd+unix:///{export}?socket={escaped(take('path', None, server))}"
-            else:
-                url = f"nbd://{host_and_port('nbd', server)}/{export}"
-        case "ssh":
-            user = take("user", "")
-            url = f"ssh://{_quoted(name, user, '') + '@' if user else ''}{host_and_port('ssh', server)}"
-            url += "/" + escaped(take("path").removeprefix("/"))
-        case "nfs":
-            take("type", "inet", server)
-            url = f"nfs://{host_and_port('nfs', server)}/{escaped(take('path').removeprefix('/'))}"
-        case "iscsi":
-            take("transport", "tcp")
-            portal, lun = take("portal"), take("lun", "0")
-            if not _PORTAL.fullmatch(portal) or not lun.isdecimal():
-                raise ImageError(name, "portal or lun makes no sense")
-            url = f"iscsi://{portal}/{escaped(take('target'))}/{lun}"
-        case "rbd":
-            words = [take("pool"), take("namespace", ""), take("image")]
-            snapshot, user = take("snapshot", ""), take("user", "")
-            if not words[0] or not words[2] or re.search(r"[/@:\\]", "".join([*words, snapshot, user])):
-                raise ImageError(name, "its words must not be empty, nor hold any of / @ : \\")
-            url = "rbd:" + "/".join(word for word in words if word)
-            url += (f"@{snapshot}" if snapshot else "") + (f":id={user}" if user else "")
-        case _:
-            raise UnsupportedFeature(name, f"driver={driver} is not known; known are {_KNOWN}")
-    for key in (*left, *(f"server.{key}" for key in server)):
+    given = _Given(name, "", {key: value for key, value in options.items() if key != "server"})
+    given_server = _Given(name, "server.", dict(server))
+    driver = given.take("driver", "")
+    as_url = _AS_URL.get(driver)
+    if as_url is None:
+        raise UnsupportedFeature(name, f"driver={driver} is not known; known are {_KNOWN}")
+    url = as_url(given, given_server)
+    for key in (*given.left(), *given_server.left()):
         raise UnsupportedFeature(name, f"{key} is not supported for {driver}")
     return url
 
 
-"""The formats that are opened, with what finds their references."""
+class _Given:
+    """The options of a protocol or of its server; each that is used is taken out."""
+
+    def __init__(self, name: str, prefix: str, options: Options) -> None:
+        self.name = name
+        self._prefix = prefix
+        self._options = options
+
+    def take(self, key: str, default: str | None = None) -> str:
+        value = self._options.pop(key, default)
+        if isinstance(value, int) and not isinstance(value, bool):
+            value = str(value)
+        if not isinstance(value, str):
+            raise ImageError(self.name, f"{key} is missing" if value is None else f"{key} must be a string")
+        return value
+
+    def quoted(self, key: str, default: str | None = None, *, safe: str = "/") -> str:
+        """As a part of a URL."""
+        return _quoted(self.name, self.take(key, default), safe)
+
+    def path(self) -> str:
+        return _quoted(self.name, self.take("path").removeprefix("/"))
+
+    def host_and_port(self, scheme: str) -> str:
+        host = self.take("host")
+        port = self.take("port", str(_DEFAULT_PORTS.get(scheme, "")))
+        if not _HOST.fullmatch(host) or not re.fullmatch("[0-9]{0,5}", port):
+            raise ImageError(self.name, "host or port makes no sense")
+        return (f"[{host}]" if ":" in host else host) + (f":{port}" if port else "")
+
+    def left(self) -> list[str]:
+        """What nobody has taken."""
+        return [self._prefix + key for key in self._options]
+
+
+def _file_as_url(given: _Given, _server: _Given) -> str:
+    return "file:" + re.sub("^/+", "/", given.take("filename"))
+
+
+def _web_as_url(driver: str, given: _Given, _server: _Given) -> str:
+    url = given.take("url")
+    if not url.lower().startswith(driver + "://"):
+        raise ImageError(given.name, f"the url is not of {driver}")
+    return url
+
+
+def _nbd_as_url(given: _Given, server: _Given) -> str:
+    export = given.quoted("export", "")
+    if server.take("type") == "unix":
+        return f"nbd+unix:///{export}?socket={server.quoted('path')}"
+    return f"nbd://{server.host_and_port('nbd')}/{export}"
+
+
+def _ssh_as_url(given: _Given, server: _Given) -> str:
+    user = given.quoted("user", "", safe="")
+    return f"ssh://{user + '@' if user else ''}{server.host_and_port('ssh')}/{given.path()}"
+
+
+def _nfs_as_url(given: _Given, server: _Given) -> str:
+    server.take("type", "inet")
+    return f"nfs://{server.host_and_port('nfs')}/{given.path()}"
+
+
+def _iscsi_as_url(given: _Given, _server: _Given) -> str:
+    given.take("transport", "tcp")
+    portal, lun = given.take("portal"), given.take("lun", "0")
+    if not _PORTAL.fullmatch(portal) or not lun.isdecimal():
+        raise ImageError(given.name, "portal or lun makes no sense")
+    return f"iscsi://{portal}/{given.quoted('target')}/{lun}"
+
+
+def _rbd_as_url(given: _Given, _server: _Given) -> str:
+    words = [given.take("pool"), given.take("namespace", ""), given.take("image")]
+    snapshot, user = given.take("snapshot", ""), given.take("user", "")
+    if not words[0] or not words[2] or re.search(r"[/@:\\]", "".join([*words, snapshot, user])):
+        raise ImageError(given.name, "its words must not be empty, nor hold any of / @ : \\")
+    url = "rbd:" + "/".join(word for word in words if word)
+    return url + (f"@{snapshot}" if snapshot else "") + (f":id={user}" if user else "")
+
+
+_AS_URL: dict[str, Callable[[_Given, _Given], str]] = {
+    "file": _file_as_url,
+    "host_device": _file_as_url,
+    **{driver: functools.partial(_web_as_url, driver) for driver in ("http", "https", "ftp", "ftps")},
+    "nbd": _nbd_as_url,
+    "ssh": _ssh_as_url,
+    "nfs": _nfs_as_url,
+    "iscsi": _iscsi_as_url,
+    "rbd": _rbd_as_url,
+}
+"""By driver: what makes a URL of the options of a protocol and of its server."""

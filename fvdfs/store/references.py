@@ -60,9 +60,8 @@ class Reference:
     """What the image says about its format; empty where it says nothing."""
 
 
-_REFUSED = {
-    "fvd": "an FVD image can be the base of FVD images only",
-}
+REFUSED = {"fvd": "an FVD image can be the base of FVD images only"}
+"""Formats that QEMU does not open for us, and why."""
 
 
 def references(file_format: str, name: str, read: Reader, size: int) -> list[Reference]:
@@ -71,8 +70,8 @@ def references(file_format: str, name: str, read: Reader, size: int) -> list[Ref
     Raises UnsupportedFeature where the format is not known, or the image uses something of it that is
     not supported; FormatError where its header makes no sense. Errors of `read` pass.
     """
-    if file_format in _REFUSED:
-        raise UnsupportedFeature(name, f"format {file_format}: {_REFUSED[file_format]}")
+    if file_format in REFUSED:
+        raise UnsupportedFeature(name, f"format {file_format}: {REFUSED[file_format]}")
     look = FORMATS.get(file_format)
     if look is None:
         known = ", ".join(BASE_FORMATS)
@@ -124,32 +123,32 @@ def _qcow2(name: str, read: Reader, _size: int) -> list[Reference]:
     stop = backing_at or len(cluster)
     if header_length < 72 or header_length > len(cluster) or stop > len(cluster) or backing_size > _MAX_BACKING_NAME:
         raise FormatError(name, "its header makes no sense: a length or an offset leads out of it")
-    backing_format, data_file = b"", b""
-    at = header_length
-    for _ in range(_QCOW2_EXTENSIONS):
-        if stop - at < 8:
-            break
-        kind, length = struct.unpack_from(">II", cluster, at)
-        if kind == 0:
-            break
-        if length > stop - at - 8:
-            raise FormatError(name, f"header extension {kind:#x} is {length} bytes long, more than there are")
-        value = cluster[at + 8 : at + 8 + length]
-        if kind == _QCOW2_BACKING_FORMAT:
-            backing_format = value
-        elif kind == _QCOW2_DATA_FILE:
-            data_file = value
-        at += 8 + (length + 7) // 8 * 8
-    else:
-        raise FormatError(name, f"it has more than {_QCOW2_EXTENSIONS} header extensions")
+    extensions = _qcow2_extensions(name, cluster[:stop], header_length)
     found = []
     if backing_at and backing_size:
         raw = cluster[backing_at : backing_at + backing_size]
-        words = backing_format.rstrip(b"\0").decode("ascii", "backslashreplace")
+        words = extensions.get(_QCOW2_BACKING_FORMAT, b"").rstrip(b"\0").decode("ascii", "backslashreplace")
         found.append(Reference("backing", _text(name, "backing file", raw, backing_size), words))
     if features & _QCOW2_EXTERNAL_DATA:
+        data_file = extensions.get(_QCOW2_DATA_FILE, b"")
         found.append(Reference("data-file", _text(name, "data file", data_file, len(data_file)), RAW))
     return found
+
+
+def _qcow2_extensions(name: str, header: bytes, at: int) -> dict[int, bytes]:
+    """The header extensions of a qcow2 image that begin at this offset, by their type."""
+    found: dict[int, bytes] = {}
+    for _ in range(_QCOW2_EXTENSIONS):
+        if len(header) - at < 8:
+            return found
+        kind, length = struct.unpack_from(">II", header, at)
+        if kind == 0:
+            return found
+        if length > len(header) - at - 8:
+            raise FormatError(name, f"header extension {kind:#x} is {length} bytes long, more than there are")
+        found[kind] = header[at + 8 : at + 8 + length]
+        at += 8 + (length + 7) // 8 * 8
+    raise FormatError(name, f"it has more than {_QCOW2_EXTENSIONS} header extensions")
 
 
 def _qcow(name: str, read: Reader, _size: int) -> list[Reference]:
