@@ -127,9 +127,9 @@ def test_names_in_the_architecture_exist() -> None:
     assert sorted(named - defined()) == []
 
 
-def test_files_in_the_architecture_exist() -> None:
-    missing_files = [name for name in FILE.findall(ARCHITECTURE) if not any(ROOT.rglob(name))]
-    assert missing_files == []
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_files_in_pages_exist(page: Path) -> None:
+    assert [name for name in FILE.findall(page.read_text()) if not any(ROOT.rglob(name))] == []
 
 
 def test_pre_commit_checks_what_the_tests_check() -> None:
