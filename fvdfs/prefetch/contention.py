@@ -443,10 +443,12 @@ class DiskWatch:
         self.manners = Manners()
         self._rate = RateWatch(DISK_FALLEN)
         self._last: tuple[float, float] | None = None
+        """The last sample of pressure."""
         self._window: tuple[float, float] | None = None
+        """The sample with which the window that is being measured began."""
         self._trust = FIRST_TRUST
         self._trusted_until = -math.inf
-        self._share = 0.0  # of the last window in which others waited
+        self._share = 0.0  # of the last window, in which somebody waited
         self._found = 0
         self._last_turn = math.inf  # none yet
 
@@ -476,35 +478,35 @@ class DiskWatch:
 
     def pressure(self, now: float, stalled: float) -> None:
         """A sample: seconds in which somebody has waited for the disk while others than us used it, in all."""
-        manners = self.manners
         self._last = (now, stalled)
-        if self._window is None:
+        if self._begins_to_look(now) or self._window is None:
             self._window = self._last
-        if manners.state is State.CHECK and self._window[0] < manners.since + SETTLE:
-            self._window = self._last  # until then our last requests may still have been at it
-            return
+        state = self.manners.state
         seconds = now - self._window[0]
+        if seconds < (PAUSE_TO_LOOK if state is State.CHECK else PRESSURE_WINDOW):
+            return
+        self._share = (stalled - self._window[1]) / seconds
+        self._window = self._last
+        if state is State.RUN and self._share > PRESSURE_HIGH and now >= self._trusted_until:
+            self.manners.suspect(now)
+        elif state is State.CHECK and self._share > PRESSURE_LOW:
+            self._found_others(now)
+            self._trust = FIRST_TRUST
+        elif state is State.CHECK:
+            self._found_ours(now)
+
+    def _begins_to_look(self, now: float) -> bool:
+        """Whether the samples up to now say nothing about whose pressure it is; a yield that ends becomes a check."""
+        manners = self.manners
         if manners.state is State.YIELD and now >= manners.until - PAUSE_TO_LOOK:
             manners.suspect(now)
-            self._window = self._last
-            return
-        if seconds < (PAUSE_TO_LOOK if manners.state is State.CHECK else PRESSURE_WINDOW):
-            return
-        share = self._share = (stalled - self._window[1]) / seconds
-        self._window = self._last
-        if manners.state is State.RUN:
-            if share > PRESSURE_HIGH and now >= self._trusted_until:
-                manners.suspect(now)
-        elif manners.state is State.CHECK:
-            if share > PRESSURE_LOW:
-                manners.contended(now)
-                self._found += 1
-                self._trust = FIRST_TRUST
-            else:
-                self._found_ours(now)
+            return True
+        # Our last requests may still have been under way then.
+        is_settling = self._window is None or self._window[0] < manners.since + SETTLE
+        return manners.state is State.CHECK and is_settling
 
     def written(self, now: float, size: int, seconds: float) -> None:
-        """A copy was stored. Without pressure information this is all that is known; with it, a hint to look."""
+        """A copy was stored. Without pressure information that is all there is to go by; with it, a reason to look."""
         manners = self.manners
         if manners.state is State.RUN:
             self._rate.add(size + REQUEST_COST, seconds)
@@ -512,11 +514,14 @@ class DiskWatch:
                 manners.suspect(now)
         elif manners.state is State.CHECK and seconds > 0 and self._last is None:
             if (size + REQUEST_COST) / seconds < DISK_FALLEN * self._rate.normal:
-                manners.contended(now)
-                self._found += 1
+                self._found_others(now)
                 self._rate.restart()
             else:
                 self._found_ours(now)
+
+    def _found_others(self, now: float) -> None:
+        self._found += 1
+        self.manners.contended(now)
 
     def _found_ours(self, now: float) -> None:
         self._rate.accept()
@@ -530,7 +535,7 @@ class DiskWatch:
 
 
 class _Rounds:
-    """The moving average of a throughput, of rounds that each last some time of being at it."""
+    """The moving average of a throughput over rounds, each of so much time at work."""
 
     def __init__(self, measure_time: float, alpha: float, minimum: float) -> None:
         self._measure_time = measure_time
@@ -541,7 +546,7 @@ class _Rounds:
         self._seconds = 0.0
 
     def add(self, size: int, seconds: float) -> bool:
-        """Count it in; whether a round has ended with too low an average."""
+        """Count it; whether a round has ended with too low an average."""
         self._bytes += size
         self._seconds += seconds
         if self._seconds <= self._measure_time:
@@ -560,7 +565,7 @@ class _Rounds:
 
 
 class Stopwatch:
-    """Time spent with something of which several may be under way at once."""
+    """The time in which at least one of several things is under way."""
 
     def __init__(self) -> None:
         self._under_way = 0
@@ -573,7 +578,7 @@ class Stopwatch:
         self._under_way += 1
 
     def stop(self, now: float) -> float:
-        """One has ended; the time spent since the last one ended, or the first began."""
+        """One has ended; seconds since the last one ended, or the first began."""
         self._under_way -= 1
         spent, self._since = now - self._since, now
         return spent
@@ -627,7 +632,7 @@ class FloorRule:
 class Pacer:
     """A cap on throughput, with a short burst."""
 
-    BURST = 0.1  # seconds
+    BURST = 0.1  # seconds of the rate that may be sent at once after a rest
 
     def __init__(self, rate: float) -> None:
         """`rate`: bytes a second; 0: no cap."""
