@@ -1,6 +1,6 @@
-"""What of a disk is local, in the base, or stored nowhere: `fvdfs map`.
+"""The map of a disk, for `fvdfs map`: what is local, in the base, or stored nowhere.
 
-The disk is cut into cells of equal size, and of each it is told how many bytes are *local* (in the
+The disk is cut into cells of equal size; the map has, for each, how many bytes are *local* (in the
 image's own storage), in the *base*, or a *hole* (allocated nowhere: they read as zeros).
 """
 
@@ -11,8 +11,8 @@ from typing import Any
 from fvdfs.format.header import SECTOR, ceil_div, round_up
 from fvdfs.image.image import Image
 
-CELLS = 1000
-BAR_CELLS = 64
+CELLS = 1000  # of a map, at most: an extended attribute has to hold it (64 KiB)
+BAR_CELLS = 64  # of a map shown as a bar, at most: a line of a terminal
 
 
 async def image_map(image: Image, cells: int = CELLS) -> dict[str, Any]:
@@ -28,12 +28,12 @@ async def image_map(image: Image, cells: int = CELLS) -> dict[str, Any]:
 
 
 def totals(image_map: dict[str, Any]) -> dict[str, int]:
-    """Bytes in each state."""
+    """Bytes of the disk in each state."""
     return {state: sum(cell[at] for cell in image_map["cells"]) for at, state in enumerate(image_map["states"])}
 
 
 def merged(image_map: dict[str, Any], cells: int) -> list[list[int]]:
-    """The counts in at most so many cells."""
+    """The bytes in each state of at most so many cells."""
     found: list[list[int]] = image_map["cells"]
     per_cell = max(1, ceil_div(len(found), cells))
     return [

@@ -1,14 +1,14 @@
 """Prefetching one image: its profile first, then all that is still only in the base.
 
-A prefetcher is a task of the mount. It looks for blocks that are missing, in address order, and copies
-them, `bytes_per_prefetch` at a time at the most, through `num_prefetch_slots` workers, each of which
-reads and then stores (format.md, "Reads, writes, copies"). When each may go on is decided by the scheduler, which
-knows the other images and what else goes on (`scheduler.py`), and by the image's own rule
-(`contention.FloorRule`). What was stored is written out to the disk before the worker goes on, so that
-a guest's flush never waits for more of it than the slots hold. When nothing is missing the image lets go of its base.
+A prefetcher is a task of the mount. It looks for missing blocks in address order and copies them, at most
+`bytes_per_prefetch` at a time, through `num_prefetch_slots` workers, each of which reads and then stores
+(format.md, "Reads, writes, copies"). When a worker may go on is decided by the scheduler, which knows the other
+images and the load (`scheduler.py`), and by the image's own rule (`contention.FloorRule`). A worker writes out to
+the disk what it has stored before it goes on, so that a guest's flush never waits for more than the slots hold.
+When nothing is missing the image releases its base.
 
-Nothing depends on its success: a base or a storage that fails has it wait, longer each time, and try
-again, in smaller parts; at a block that keeps failing it goes on behind, and comes back at the end.
+Nothing depends on its success: after an error of the base or the storage it waits, longer each time, and tries
+again in smaller parts. A block that keeps failing is left out, and tried again at the end.
 """
 
 from __future__ import annotations
@@ -35,17 +35,17 @@ from fvdfs.prefetch.scheduler import Flow, Link, Scheduler
 
 log = logging.getLogger(__name__)
 
-MAX_SLOTS = 64
-MAX_REQUEST = 8 << 20  # bytes; what an image asks for beyond is cut
-FIRST_RETRY = 1.0  # seconds
-MAX_RETRY = 60.0
-NARROWER = 8  # times; a request that failed is tried again in parts
-TRIES = 3  # at a block that fails, before going on behind it
-RATE_WINDOW = 5.0  # seconds
-IDLE_PASS = 0.5  # seconds before blocks are looked at again that others had claimed
-PROFILE_WORKERS = 3
-PROFILE_REQUEST = 256 << 10
-PROFILE_GAP = 64 << 10  # bytes between extents of a profile that are fetched along
+MAX_SLOTS = 64  # pieces in memory; with `MAX_REQUEST` this bounds what an image's header can make us allocate
+MAX_REQUEST = 8 << 20  # bytes; larger requests, as an image may ask for, are cut
+FIRST_RETRY = 1.0  # seconds; then twice as long each time
+MAX_RETRY = 60.0  # seconds
+NARROWER = 8  # a request that failed is tried again in so many parts, to find the block that fails
+TRIES = 3  # at a block that fails, before it is left out
+RATE_WINDOW = 5.0  # seconds over which the rate that users see is averaged
+IDLE_PASS = 0.5  # seconds before blocks that others had claimed are looked at again
+PROFILE_WORKERS = 3  # requests of a profile under way: a job of the mount is left for others
+PROFILE_REQUEST = 256 << 10  # bytes; extents are joined up to this size, so that the guest's reads find gaps
+PROFILE_GAP = 64 << 10  # bytes between extents of a profile that are fetched along with them
 
 
 class Activity(enum.Enum):
@@ -70,7 +70,7 @@ class _Failure(Exception):
 
 
 def floor_rule(header: Header, rng: random.Random) -> FloorRule:
-    """The rule that the fields of the header ask for; nonsense in them is bounded."""
+    """The rule that the header's fields ask for; nonsense in them is bounded."""
     return FloorRule(
         read_time=max(header.prefetch_read_throughput_measure_time, 0) / 1000,
         write_time=max(header.prefetch_write_throughput_measure_time, 0) / 1000,
@@ -83,7 +83,7 @@ def floor_rule(header: Header, rng: random.Random) -> FloorRule:
 
 
 def caps(header: Header) -> Pacer:
-    """The smaller of the caps on reading and storing; 0 and less are none."""
+    """The smaller one of the header's caps on reading and storing (KiB a second); 0 and less: no cap."""
     given = (header.prefetch_max_read_throughput, header.prefetch_max_write_throughput)
     return Pacer(min((cap * 1024 for cap in given if cap > 0), default=0))
 
@@ -100,7 +100,7 @@ class Prefetcher:
         """Bytes that were copied."""
         self.ended = trio.Event()
         self.held = False
-        """Whether somebody keeps the image open until this has ended."""
+        """Whether somebody keeps the image open until this task has ended."""
         self._whole = whole
         self._now = trio.Event()
         self._scheduler = scheduler
@@ -114,7 +114,7 @@ class Prefetcher:
         self._flow: Flow | None = None
         self._at = 0
         self._careful = (0, 0)
-        """Up to where requests must not be larger than what, after one has failed."""
+        """After a request failed: up to this offset, requests have at most this size."""
         self._failures: dict[int, int] = {}
         self._complaint = ""
 
@@ -129,7 +129,7 @@ class Prefetcher:
 
     @property
     def reason(self) -> str:
-        """Why it does not go on; empty where it does, or has ended."""
+        """Why it waits; empty while it runs, and when it has ended."""
         if self._state in (Activity.RUNNING, Activity.PROFILE):
             return "as asked" if not self._resume.is_set() else self._stands_back()
         return self._reason
@@ -141,7 +141,7 @@ class Prefetcher:
 
     @property
     def rate(self) -> float:
-        """Bytes a second, of the last seconds."""
+        """Bytes a second, over `RATE_WINDOW`."""
         self._forget_old()
         return sum(size for _, size in self._recent) / RATE_WINDOW
 
@@ -204,7 +204,7 @@ class Prefetcher:
             await self._keep_trying(flow, fetcher, None)
 
     async def _keep_trying(self, flow: Flow, fetcher: Fetcher, order: ProfileOrder | None) -> None:
-        """Until all is there: copy, and after a failure wait and try again."""
+        """Copy until nothing is missing; after a failure wait and try again."""
         state = self._state
         retry = FIRST_RETRY
         self._flow = flow
@@ -260,7 +260,7 @@ class Prefetcher:
         return True
 
     async def _pass(self, flow: Flow, fetcher: Fetcher, order: ProfileOrder | None) -> None:
-        """Once from where we are to the end. Raises _Failure."""
+        """Copy what is missing from here to the end. Raises _Failure."""
         slots = self._slots() if order is None else PROFILE_WORKERS
         failures: list[_Failure] = []
         async with trio.open_nursery() as nursery:
@@ -283,7 +283,7 @@ class Prefetcher:
             raise min(failures, key=lambda failure: failure.start)
 
     def _slots(self) -> int:
-        """How many pieces may be in memory: as much as the image's slots hold, in pieces of a good size."""
+        """How many pieces may be in memory: as many bytes as the image's slots hold, in pieces of a good size."""
         slots = min(max(self.image.header.num_prefetch_slots, 1), MAX_SLOTS)
         return max(slots, min(slots * self._largest() // GOOD_REQUEST, MAX_SLOTS))
 
@@ -374,7 +374,7 @@ class Prefetcher:
 
 
 def is_mostly_zeros(data: memoryview) -> bool:
-    """Whether more than half of it is zeros, going by 64 KiB."""
+    """Whether more than half of it is zeros, in steps of 64 KiB."""
     return 2 * sum(stop - start for start, stop, zero in zero_runs(0, data) if zero) > len(data)
 
 
@@ -419,7 +419,7 @@ class ProfileOrder:
 
 
 def status(image: Image, prefetcher: Prefetcher | None) -> dict[str, Any]:
-    """What a user wants to know of an open image, ready for JSON; sizes in bytes, rates in bytes a second."""
+    """What `fvdfs status` shows of an open image, ready for JSON; sizes in bytes, rates in bytes a second."""
     block_size, _ = image.base_range()
     base_size = local = min(image.header.base_img_size, image.size)
     if image.bitmap is not None:

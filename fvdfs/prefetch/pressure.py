@@ -1,14 +1,14 @@
-"""How much somebody waits for the disk that images are on while others than us use it, as far as the kernel tells.
+"""How long tasks wait for the disk that images are on while others than us use it, as far as the kernel tells.
 
-/proc/pressure/io counts the time in which some task has waited for I/O, of any kind: a read of a slow
-network file system (or of our own mount) counts as well as one of the disk. So no more is believed than
-the time in which the disk itself was busy (the tenth number in /sys/dev/block/*/stat). Where a disk has
-no such file, as under btrfs or NFS, the pressure alone counts.
+/proc/pressure/io counts the time in which some task waits for I/O of any kind, also for a slow network
+file system or for our own mount. So at most the time in which the disk itself was busy is counted (the
+tenth number in /sys/dev/block/*/stat). Where a disk has no such file, as under btrfs or NFS, the pressure
+alone counts.
 
-Who waits is not told; it may be us, or the kernel that writes for us. So pressure counts only while the
-disk does more than this program and its children have asked for: what has been read or written there, less
-what /proc/PID/io says of us. That counts a write when it is made, so it is a credit for what the disk does
-in the next seconds. A guest's requests are ours, too: they are not stood back for here, but go first.
+The kernel does not tell who waits; it may be us, or the kernel that writes for us. So pressure counts only
+while the disk moves more than this program and its children have asked for, by /proc/PID/io. That counts a
+write when it is made, so it is a credit for what the disk does in the next seconds. A guest's requests are
+ours, too: prefetching does not stand back for them here, but lets them go first.
 """
 
 from __future__ import annotations
@@ -21,26 +21,26 @@ from dataclasses import dataclass
 PRESSURE_FILE = "/proc/pressure/io"
 PROC = "/proc"
 SECTOR = 512
-CREDIT_TIME = 10.0  # seconds in which what was written is on the disk, or never will be
-IGNORED = 16 << 10  # bytes between two looks that are nobody's: the file system's own
+CREDIT_TIME = 10.0  # seconds; what was written then is on the disk, or never will be
+IGNORED = 16 << 10  # bytes between two samples that the file system moves for itself
 
 
 @dataclass(frozen=True)
 class _Sample:
-    """Counters, from some time on."""
+    """Counters of the kernel at one time."""
 
     at: float
     stalled: float
     busy: float | None
     """Seconds in which the disk was busy."""
     moved: int
-    """Bytes that it has read or written."""
+    """Bytes that the disk has read or written."""
     own: int | None
-    """Bytes that we have asked for."""
+    """Bytes that we have asked for, of any disk."""
 
 
 class DiskPressure:
-    """Of the disk that a file or folder is on."""
+    """The pressure on the disk that a file or folder is on."""
 
     def __init__(self, path: str | bytes, pressure_file: str = PRESSURE_FILE, proc: str = PROC) -> None:
         device = os.stat(path).st_dev
@@ -52,7 +52,7 @@ class DiskPressure:
         self._last: _Sample | None = None
 
     def __call__(self) -> float | None:
-        """Seconds in which somebody has waited beside others, counted from some time on; None where nobody counts."""
+        """Seconds, in all, in which tasks waited while others used the disk; None where the kernel does not count."""
         try:
             with open(self._pressure_file, encoding="ascii") as file:
                 stalled = int(file.readline().rpartition("total=")[2]) / 1e6
@@ -68,7 +68,7 @@ class DiskPressure:
         return self._total
 
     def _others(self, now: _Sample, last: _Sample) -> bool:
-        """Whether the disk has done more than we asked for."""
+        """Whether the disk has moved more than we asked for."""
         if now.busy is None or now.own is None or last.own is None:
             return True
         self._credit = self._credit * math.exp((last.at - now.at) / CREDIT_TIME) + max(0, now.own - last.own)
@@ -86,7 +86,7 @@ class DiskPressure:
             return None, 0
 
     def _own(self) -> int | None:
-        """Of this program, and of the storage daemons that it has started."""
+        """Bytes that this program and the storage daemons that it has started have asked for."""
         own = self._asked_for("self")
         try:
             with open(f"{self._proc}/self/task/{os.getpid()}/children", encoding="ascii") as file:

@@ -1,14 +1,14 @@
 """Whose turn it is to prefetch: the images of one mount share what they may use, fairly.
 
 Each image is a flow. A request gets its turn when the link to its base, the local disk, the caps and the
-number of jobs permit (`contention.py` decides about the first two). Of those that could go, the flow that
-has had the least goes first (start-time fair queueing), so that ten images on one server each get a tenth,
-and fifty of them never have more requests under way than one mount may have (`jobs`).
+number of jobs permit (`contention.py` decides about the first two). Among those that may go, the flow that
+was served least goes first (start-time fair queueing): ten images on one server each get a tenth, and
+fifty together never have more requests under way than `jobs`.
 
-What a profile asks for is what the guest is about to need: it goes before all others, and waits for jobs
-and caps alone.
+What a profile asks for the guest is about to need: it goes before all others, and waits only for jobs and
+caps.
 
-Nothing runs here while nobody prefetches; the disk's pressure is sampled only while somebody does.
+Nothing runs here, and no pressure is sampled, while nobody prefetches.
 """
 
 from __future__ import annotations
@@ -21,26 +21,26 @@ import trio
 
 from fvdfs.prefetch.contention import DiskWatch, LinkWatch, Pacer, State, Stopwatch
 
-DEFAULT_JOBS = 4
-SLACK = 8 << 20  # bytes that a flow may be behind the others and still catch up
+DEFAULT_JOBS = 4  # requests of one mount under way
+SLACK = 8 << 20  # bytes that a flow may have fallen behind the others and still catch up
 SAMPLE_INTERVAL = 0.1  # seconds between samples of the disk's pressure
 LAG_INTERVAL = 0.02  # seconds between looks at how long this program waits for a processor
-LAG_WEIGHT = 0.02  # of each of them in the average
-CLOCK_TICK = 0.001  # seconds by which a wait may be longer for no such reason
+LAG_WEIGHT = 0.02  # of one look in the average
+CLOCK_TICK = 0.001  # seconds by which every wait may be longer: the resolution of timers
 
 
 def no_pressure() -> None:
-    """Where nobody counts how long others wait for a disk."""
+    """For where the kernel does not count how long others wait for a disk."""
 
 
 class Link:
-    """The way to one server (or disk) that bases are on."""
+    """The link to one server, or disk, that bases are on."""
 
     def __init__(self, changed: Callable[[], None]) -> None:
         """`changed` is called when a guest's read has ended."""
         self.watch = LinkWatch(trio.current_time())
         self.reading = Stopwatch()
-        """Of all images together: what each gets is no sign of a slow link while they share it."""
+        """Of all images together: while they share a link, what one gets does not tell how fast it is."""
         self.flows = 0
         self.turns = 0
         self._changed = changed
@@ -57,7 +57,7 @@ class Link:
 
 
 class Flow:
-    """One image's part."""
+    """What one image takes part with."""
 
     def __init__(self, link: Link, pacer: Pacer) -> None:
         """`pacer`: the image's own cap."""
@@ -79,7 +79,7 @@ class _Waiter:
 
 
 class Scheduler:
-    """One a mount."""
+    """Gives turns to the images of one mount."""
 
     def __init__(
         self,
@@ -98,7 +98,7 @@ class Scheduler:
         self._links: dict[str, Link] = {}
         self._flows: set[Flow] = set()
         self._waiting: list[_Waiter] = []
-        self._served = 0.0  # what the flow had been served that had the last turn
+        self._served = 0.0  # bytes that the flow with the last turn had been served
         self.disk = DiskWatch()
         self.storing = Stopwatch()
 
@@ -114,7 +114,7 @@ class Scheduler:
         flow = Flow(link, pacer)
         flow.served = min((other.served for other in self._flows), default=0.0)
         if not link.flows:
-            link.watch.look(trio.current_time())  # who knows what has happened there meanwhile
+            link.watch.look(trio.current_time())  # others may have come meanwhile
         if not self._flows:
             self.disk = DiskWatch()
         self._flows.add(flow)
@@ -144,7 +144,7 @@ class Scheduler:
             ended.set()
 
     async def _watch_lag(self) -> None:
-        """How much later than due this program runs; so does what is behind the answers that are timed."""
+        """Measure how late this program runs, for so late it also sees the answers that it times."""
         while True:
             due = trio.current_time() + LAG_INTERVAL
             await trio.sleep_until(due)
@@ -155,7 +155,7 @@ class Scheduler:
 
     @asynccontextmanager
     async def turn(self, flow: Flow, *, urgent: bool = False) -> AsyncIterator[int]:
-        """Wait for a turn; the size that a request should not exceed. The turn lasts while the block runs.
+        """Wait for a turn, which lasts while the block runs; yields the largest size for its request, in bytes.
 
         `urgent`: do not stand back for anybody. The block calls `spend` with what it takes.
         """
@@ -167,7 +167,7 @@ class Scheduler:
 
     async def _wait(self, flow: Flow, urgent: bool) -> None:
         waiter = _Waiter(flow, urgent)
-        # What a flow has not asked for is not owed to it.
+        # A flow has no claim to what it did not ask for.
         flow.served = max(flow.served, self._served - SLACK)
         self._waiting.append(waiter)
         try:
@@ -202,7 +202,7 @@ class Scheduler:
             waiter.flow.link.turns += 1
             waiter.changed.set()
             self._served = max(self._served, waiter.flow.served)
-            # Something counts at once, so that of flows that have had the same each gets a turn.
+            # A turn counts at once, so that flows that were served alike take turns.
             waiter.flow.served += 1
 
     def _delay(self, waiter: _Waiter) -> float:
@@ -216,7 +216,7 @@ class Scheduler:
         return delay
 
     def spend(self, flow: Flow, size: int) -> None:
-        """The turn takes so many bytes."""
+        """The turn reads so many bytes."""
         now = trio.current_time()
         self.disk.took(now)
         flow.served += size
