@@ -11,7 +11,7 @@ import trio
 from fvdfs.commands.newfiles import Identity, host_files
 from fvdfs.errors import ImageError, UnstatedFormat, UsageError
 from fvdfs.image.chain import open_chain
-from fvdfs.image.policy import FVD_FORMAT, RAW_FORMATS, Policy, unstated_format
+from fvdfs.image.policy import FVD_FORMAT, RAW_FORMATS, Policy, format_by_name
 from fvdfs.store.base import Store
 from fvdfs.store.host import open_path
 from fvdfs.store.locations import is_local
@@ -42,7 +42,7 @@ def inspect_base(image: str, name: str, base_format: str, secret_file: str = "")
         if not is_local(name) or base_format not in (*RAW_FORMATS, FVD_FORMAT):
             return trio.run(_inspect_other, image, name, base_format, secret_file)
         if not base_format:
-            base_format, looks_like = unstated_format(path)
+            base_format, looks_like = format_by_name(path)
             if looks_like:
                 raise _unstated(name, looks_like)
         return _inspect_fvd(path) if base_format == FVD_FORMAT else _inspect_raw(path, base_format)
@@ -77,8 +77,7 @@ def _inspect_fvd(path: str) -> BaseImage:
         size = chain.layers[0].header.virtual_disk_size
         return BaseImage(path, size, FVD_FORMAT, _identities(chain.stores()))
     finally:
-        for store in chain.stores():
-            store.close()
+        chain.close()
 
 
 async def _inspect_other(image: str, name: str, file_format: str, secret_file: str) -> BaseImage:

@@ -25,7 +25,7 @@ from fvdfs.format.creation import CreateOptions
 from fvdfs.format.header import SECTOR, round_up
 from fvdfs.image.chain import open_image, open_other
 from fvdfs.image.image import Image, Zeroes
-from fvdfs.image.policy import FVD_FORMAT, HostStore, Policy, unstated_format
+from fvdfs.image.policy import FVD_FORMAT, HostStore, Policy, format_by_name
 from fvdfs.mountoptions import folders, listed, parse_mount_options
 from fvdfs.store.base import Buffer, Store
 from fvdfs.store.host import open_path
@@ -165,7 +165,7 @@ async def open_source(name: str, file_format: str, permission: Permission) -> tu
     remarks: list[str] = []
     looks_like: str | None = None
     if not file_format and exists(name):
-        file_format, looks_like = unstated_format(name)
+        file_format, looks_like = format_by_name(name)
     if file_format == FVD_FORMAT:
         policy = replace(permission.policy(name), writable=False)
         return await open_image(name, policy), remarks
@@ -321,7 +321,7 @@ async def convert(
 ) -> list[str]:
     """Make `target_name` an image with the content of `source_name`; remarks for the user.
 
-    The source's format is raw where none is given, unless its name is that of an FVD image (`unstated_format`); the
+    The source's format is raw where none is given, unless its name is that of an FVD image (`format_by_name`); the
     target's is that of its name. Raises UsageError, ImageError, OSError; what was at the target's name is then still
     there, but on a device, which holds no image then.
     """

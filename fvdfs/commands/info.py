@@ -49,8 +49,7 @@ def describe(path: str, *, secret_file: str = "") -> dict[str, Any]:
         except (FvdError, OSError) as error:
             problems.append(str(error))
     else:
-        for store in chain.stores():
-            store.close()
+        chain.close()
     result: dict[str, Any] = {
         "image": path,
         "virtual_size": header.virtual_disk_size,

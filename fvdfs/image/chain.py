@@ -39,7 +39,7 @@ from fvdfs.format.header import (
 )
 from fvdfs.image.commit import Committer
 from fvdfs.image.image import Image, usage_of
-from fvdfs.image.policy import FVD_FORMAT, RAW_FORMATS, HostStore, Policy, _resolve, format_of
+from fvdfs.image.policy import FVD_FORMAT, RAW_FORMATS, HostStore, Policy, looks_like, resolve
 from fvdfs.store.base import Store, pread_exactly
 from fvdfs.store.host import HostFile, open_as_permitted
 from fvdfs.store.locations import is_local
@@ -50,9 +50,9 @@ log = logging.getLogger(__name__)
 
 MAX_REGION = 1 << 30  # bytes; bitmap and table are held in memory, the journal is read at a replay
 _PIECE = 1 << 20  # bytes of metadata that are read at a time
-_REPORTED_RECORDS = 10
-ASKING_TIME = 1.0  # seconds that an image may take to become one that is only read
-ASKING_INTERVAL = 0.02
+_REPORTED_RECORDS = 10  # bad journal records that are logged one by one
+ASKING_TIME = 1.0  # seconds that another process may take to stop writing
+ASKING_INTERVAL = 0.02  # seconds between attempts to lock
 
 
 @dataclass(slots=True)
@@ -65,7 +65,7 @@ class Layer:
     header: Header
     raw_header: bytes
     base_format: str = ""
-    """What the base is, as far as somebody has looked: the header need not say it."""
+    """The base's format, once somebody has looked: the header need not state it."""
 
     def usage(self) -> int:
         """Bytes that the image takes, metadata and data. Blocks."""
@@ -86,9 +86,9 @@ class Layer:
             self.data.close()
 
     def check_unchanged(self) -> None:
-        """Once it is locked: raise ImageBusy where its header was changed since it was read.
+        """Once the image is locked: raise ImageBusy where its header has changed since it was read. Blocks.
 
-        Only that it was closed, or not, is taken over.
+        Only a changed `clean_shutdown` is taken over.
         """
         raw = bytearray(len(self.raw_header))
         self.meta.pread_now(memoryview(raw), 0)
@@ -115,6 +115,11 @@ class Chain:
             found += [layer.meta] if layer.data is layer.meta else [layer.meta, layer.data]
         return found + ([self.base] if self.base is not None else [])
 
+    def close(self) -> None:
+        """Close every file. Blocks."""
+        for store in self.stores():
+            store.close()
+
     async def aclose(self) -> None:
         """Close every file."""
         for store in self.stores():
@@ -124,8 +129,8 @@ class Chain:
 def open_chain(path: str, policy: Policy, *, top_only: bool = False) -> Chain:
     """Open the files of the image at `path`, and read and check their headers. Blocks.
 
-    With `top_only` the image's own file alone, for a look at its header. Raises ImageError with one
-    line that names image, field and value; OSError only for `path` itself; NoAnswer.
+    `top_only`: the image's own file alone, for a look at its header. Raises ImageError with one line
+    that names image, field and value; OSError only for `path` itself; NoAnswer.
     """
     chain = Chain([], None, policy)
     try:
@@ -135,21 +140,20 @@ def open_chain(path: str, policy: Policy, *, top_only: bool = False) -> Chain:
             else:
                 chain.base = part
     except BaseException:
-        for store in chain.stores():
-            store.close()
+        chain.close()
         raise
     return chain
 
 
 Judged = dict[tuple[tuple[int, int], str], Exception | None]
-"""What is wrong with an image, or None: by its file, and by the folder that its names start at."""
+"""What is wrong with an image, or None: by its file, and by the folder that its names are relative to."""
 
 
 def look_at_chain(path: str, policy: Policy, judged: Judged) -> tuple[int, int]:
     """Size and usage, in bytes, of the image at `path`, which can be opened with all that it stands on. Blocks.
 
-    One layer is open at a time. What was found is kept in `judged`, so that looks that belong together look at each
-    file once, however many images stand on it. Raises as `open_chain`.
+    One layer is open at a time. What was found is kept in `judged`, so that of many images on one base the base
+    is looked at once. Raises as `open_chain`.
     """
     found = None
     error: Exception | None = None
@@ -178,7 +182,7 @@ def look_at_chain(path: str, policy: Policy, judged: Judged) -> tuple[int, int]:
 
 
 def _descend(path: str, policy: Policy, *, top_only: bool = False) -> Iterator[Layer | HostStore]:
-    """The layers of an image from the top, then the base under the last, if any; who gets one has to close it."""
+    """The layers of an image from the top, then the base under the last, if any; the caller closes each."""
     above: dict[tuple[int, int], str] = {}
     last: Layer | None = None
     store = _open_top(path, policy)
@@ -209,7 +213,7 @@ def _descend(path: str, policy: Policy, *, top_only: bool = False) -> Iterator[L
             below.close()
             raise UnsupportedFeature(path, f"base_img={header.base_img}: an FVD image must be a file of this host")
         store = below
-        path = _resolve(path, header.base_img)
+        path = resolve(path, header.base_img)
 
 
 def _writes_base(layer: Layer, policy: Policy) -> bool:
@@ -242,7 +246,10 @@ def _open_handle(handle: int, path: str, policy: Policy, *, writable: bool) -> H
 
 
 def open_named(image: str, field: str, name: str, file_format: str, policy: Policy, *, writable: bool) -> HostStore:
-    """Open what a field of an image names, if the policy allows; another format than raw is yet to be started."""
+    """Open what a field of an image names, if the policy allows; a `QemuStore` is not started yet.
+
+    Raises Refused, UnsupportedFeature, ImageError, NoAnswer.
+    """
     if file_format not in RAW_FORMATS or not is_local(name):
         if file_format and file_format not in FORMATS:
             known = ", ".join(BASE_FORMATS)
@@ -290,19 +297,19 @@ def _look_at_size(layer: Layer, size: int) -> None:
 
 
 def unstated_base_format(path: str, header: Header, policy: Policy) -> str:
-    """What the base of the image at `path` is, where its header does not say it. Blocks.
+    """The base's format of the image at `path`, whose header does not state it. Blocks.
 
-    Of what is not a file of this host, `QemuStore.start` finds out. Raises UnstatedFormat, and as `open_named`.
+    Of a base that is no file of this host, `QemuStore.start` finds it out. Raises UnstatedFormat, and as `open_named`.
     """
     if not is_local(header.base_img):
         return RAW
     base = open_named(path, "base_img", header.base_img, "", policy, writable=False)
     try:
         assert isinstance(base, HostFile)
-        looks_like = format_of(base)
+        shown = looks_like(base)
     finally:
         base.close()
-    return policy.unstated_format(path, "base_img", header.base_img, looks_like) if looks_like else RAW
+    return policy.unstated_format(path, "base_img", header.base_img, shown) if shown else RAW
 
 
 async def load_chain(chain: Chain) -> Image:
@@ -331,9 +338,9 @@ async def load_chain(chain: Chain) -> Image:
 
 
 async def lock_for_reading(stores: Sequence[HostStore], layers: Sequence[Layer] = ()) -> None:
-    """Lock all for reading, and see that what was read of these layers is still so.
+    """Lock all for reading, then check that the headers of these layers are as they were read.
 
-    Who has one of them open for writing, but only to keep copies, lets us in. Raises ImageBusy, OSError.
+    Who writes to one of them only to keep copies is asked to stop, for `ASKING_TIME`. Raises ImageBusy, OSError.
     """
     deadline = trio.current_time() + ASKING_TIME
     while True:
@@ -354,7 +361,7 @@ def _lock_for_reading_now(stores: Sequence[HostStore], layers: Sequence[Layer]) 
 
 
 def _ask(stores: Sequence[HostStore]) -> bool:
-    """Let who keeps us out know; False where there are no such locks."""
+    """Ask whoever holds a lock to let us in; False where there are no such locks."""
     try:
         for store in stores:
             if isinstance(store, HostFile):
@@ -407,8 +414,8 @@ async def load_image(
         table.replay_done()
         if table.damaged:
             log.error("%s: %s", name, table.damage)
-    committer = Committer(header, raw_header[: round_up(HEADER_SIZE, SECTOR)], meta, data, bitmap, table)
-    committer.journal_is_bad = skipped
+    raw = raw_header[: round_up(HEADER_SIZE, SECTOR)]
+    committer = Committer(header, raw, meta, data, bitmap, table, journal_is_bad=skipped)
     image = Image(
         name=name,
         committer=committer,
@@ -436,7 +443,7 @@ async def _load_table(name: str, meta: Store, region: Region, chunks: int, stora
 
 
 async def _replay(name: str, header: Header, meta: Store, bitmap: Bitmap | None, table: Table | None) -> bool:
-    """Whether a record had to be skipped."""
+    """Apply the journal to bitmap and table in memory; whether a record had to be skipped."""
     region = header.journal_region
     if region is None:
         if header.has_metadata:
@@ -456,7 +463,7 @@ async def _replay(name: str, header: Header, meta: Store, bitmap: Bitmap | None,
 
 
 async def lock_for_writing(image: Image) -> None:
-    """Turn the locks on the image's own files into exclusive ones, or none of them.
+    """Make the locks on the image's own files exclusive, all or none.
 
     Raises ImageBusy, or NotPermitted where the files are not open for writing.
     """
@@ -464,7 +471,7 @@ async def lock_for_writing(image: Image) -> None:
 
 
 async def unlock_for_writing(image: Image) -> None:
-    """Undo `lock_for_writing`: be a reader again. Raises OSError."""
+    """Make the locks shared again. Raises OSError."""
     stores = [store for store in _written(image) if isinstance(store, HostStore)]
     await trio.to_thread.run_sync(lambda: [store.lock(exclusive=False) for store in stores])
 

@@ -82,6 +82,8 @@ class Committer:
         data: Store,
         bitmap: Bitmap | None,
         table: Table | None,
+        *,
+        journal_is_bad: bool = False,
     ) -> None:
         """`raw_header`: the header's sectors as they are on disk."""
         assert len(raw_header) >= HEADER_SIZE
@@ -89,7 +91,7 @@ class Committer:
         self.header = header
         self.failed: str | None = None
         """Why nothing more may be written; None while it may."""
-        self.journal_is_bad = False
+        self.journal_is_bad = journal_is_bad
         """Whether it holds records that replay skipped: a larger disk or storage could make them valid."""
         self._raw_header = raw_header
         self._header_unsure = False  # a failed write has left some sector of it old or new

@@ -1,8 +1,8 @@
-"""What an image may do: where its names may lead, which format a file has of which nobody says it.
+"""What an image may do: where its names may lead, and what format a file has where nobody states it.
 
 Names inside an image are relative to its folder, and lead only where the user allows (`Policy`): the
-file that a name leads to is found first, without opening it, links and all; then it is judged by
-where it really is; then that very file is opened.
+file that a name leads to is found first, links and all, without opening it; then it is judged by where
+it really is; then that very file is opened.
 """
 
 from __future__ import annotations
@@ -11,12 +11,7 @@ import os
 from dataclasses import dataclass, field
 from urllib.parse import parse_qs, urlsplit
 
-from fvdfs.errors import (
-    ImageError,
-    Refused,
-    UnstatedFormat,
-    UsageError,
-)
+from fvdfs.errors import ImageError, Refused, UnstatedFormat, UsageError
 from fvdfs.image.image import Zeroes
 from fvdfs.mountoptions import hint
 from fvdfs.store import paths
@@ -29,7 +24,7 @@ from fvdfs.store.references import PROBE_SIZE, RAW, detect
 RAW_FORMATS = ("", RAW)
 FVD_FORMAT = "fvd"
 HostStore = HostFile | QemuStore
-"""A store that was found by a name."""
+"""A store that a name leads to."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +35,7 @@ class Policy:
     """Real paths of the folders that names inside images may lead into."""
     writable: bool = True
     accept_unclean: bool = False
+    """Whether an image that crashed without a journal may be written."""
     grow_command: str = "none"
     """What makes a full device larger: `none`, `stored` (the image's own command), or a program."""
     zeroes: Zeroes = Zeroes.OFF
@@ -51,13 +47,13 @@ class Policy:
     secret_file: str = ""
     """The file with the passphrase of encrypted bases and data files."""
     walker: Walker = field(default_factory=Walker, compare=False)
-    """Who follows paths, and knows where they must not lead."""
+    """Follows paths, and knows where they must not lead."""
     qemu_locks: bool = True
     """Whether QEMU's image locks are taken and respected, beside our own."""
     base_formats: tuple[str, ...] = ()
-    """What a base may be of which nobody says it, and that does not look raw: what it looks like, or `raw`."""
+    """Formats that a base may have where nobody states one and it does not look raw: what it looks like, or `raw`."""
     unnamed: tuple[tuple[str, str], ...] = ()
-    """Files that do not have their names yet: the path that each is to have, and where it lies now."""
+    """Files that do not have their names yet: the path that each will have, and where it lies now."""
 
     def place(self, path: str) -> str:
         """Where the file of this path lies now."""
@@ -68,7 +64,7 @@ class Policy:
 
         The caller closes the handle. Raises Refused, ImageError, NoAnswer.
         """
-        path = _resolve(image, name)
+        path = resolve(image, name)
         try:
             handle = self.walker.open(self.place(path))
         except OSError as error:
@@ -92,10 +88,10 @@ class Policy:
                 raise Refused(image, f"{field}={location.name}: {socket}: {error.strerror}") from error
 
     def unstated_format(self, image: str, field: str, name: str, looks_like: str) -> str:
-        """The format of a base that looks like another one than raw, and of which nobody says what it is.
+        """The format of a base that does not look raw, where nobody states it.
 
-        A guest may have written these bytes into a raw disk, or the original may have made an image over such a
-        base, since it cannot store a format (format.md, "Surprising values"). Raises UnstatedFormat.
+        A guest may have written these bytes into a raw disk, or the original, which cannot store a format, may have
+        made an image over such a base (format.md, "Surprising values"). Raises UnstatedFormat.
         """
         if looks_like in self.base_formats:
             return looks_like
@@ -119,15 +115,15 @@ class Policy:
         )
 
 
-def unstated_format(path: str) -> tuple[str, str | None]:
-    """The format of a file of which nobody has said one, and, of a raw one, what it looks like.
+def format_by_name(path: str) -> tuple[str, str | None]:
+    """The format of a file for which nobody has stated one, and, of a raw one, what it looks like. Blocks.
 
-    What a disk holds is its guest's word and never decides: FVD is what the name says, all else is raw. Raises
-    UsageError for a name of an FVD image that is none, ImageError, OSError.
+    NAME.fvd is FVD, all else is raw: what a disk holds is its guest's word and never decides. Raises UsageError
+    where NAME.fvd holds no FVD image, ImageError, OSError.
     """
     store = open_path(path, writable=False)
     try:
-        guess = format_of(store)
+        guess = looks_like(store)
     finally:
         store.close()
     if not path.endswith(".fvd"):
@@ -137,12 +133,13 @@ def unstated_format(path: str) -> tuple[str, str | None]:
     return FVD_FORMAT, None
 
 
-def _resolve(image_path: str, name: str) -> str:
+def resolve(image_path: str, name: str) -> str:
+    """The path that a name inside an image means: names are relative to the image's folder."""
     return os.path.join(os.path.dirname(image_path), name)
 
 
-def format_of(file: HostFile) -> str | None:
-    """The format that its first bytes show; None where they show none. Blocks. Raises OSError."""
+def looks_like(file: HostFile) -> str | None:
+    """The format that a file's first bytes show; None: raw. Blocks. Raises OSError."""
     first = bytearray(PROBE_SIZE)
     file.pread_now(memoryview(first), 0)
     return detect(bytes(first))
