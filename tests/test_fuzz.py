@@ -133,7 +133,7 @@ async def _all_at_once(source: base.Store, size: int, offset: int) -> bytearray:
         ("bitmap", Bitmap, "set_local", _without_last),
         ("journal", Bitmap, "set_local", _without_last),
         ("open", Bitmap, "set_local", _without_last),
-        ("open", Image, "flush", _nothing),
+        ("open", Image, "fsync", _nothing),
         ("formats", locations, "_quoted", _unquoted),
         ("formats", references, "_text", _any_text),
         ("open", "fvdfs.image.chain", "pread_exactly", _all_at_once),

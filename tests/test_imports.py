@@ -43,7 +43,7 @@ IMPURE = {
     "check": {"check", "examine", "repair"},
     "prefetch": {"prefetcher", "pressure", "scheduler"},
     "store": {
-        *("base", "devices", "filelock", "host", "mountinfo", "paths", "uring", "worker"),
+        *("base", "devices", "filelock", "flushing", "host", "mountinfo", "paths", "uring", "worker"),
         *("qemu_daemon", "qemu_files", "qemu_store", "qemu_supervisor"),
     },
 }
@@ -62,7 +62,8 @@ LOW = {
     "fvdfs.cow.locks": set[str](),
     "fvdfs.store.filelock": {"fvdfs.errors"},
     "fvdfs.store.host": {
-        *("fvdfs.store.base", "fvdfs.store.filelock", "fvdfs.store.uring", "fvdfs.store.worker", "fvdfs.errors")
+        *("fvdfs.store.base", "fvdfs.store.filelock", "fvdfs.store.flushing", "fvdfs.store.uring"),
+        *("fvdfs.store.worker", "fvdfs.errors"),
     },
 }
 

@@ -24,8 +24,10 @@ from fvdfs.errors import ImageError, UsageError, leading, named
 from fvdfs.format.creation import CreateOptions
 from fvdfs.format.header import SECTOR, round_up
 from fvdfs.image.chain import open_image, open_other
-from fvdfs.image.image import Image, Zeroes
+from fvdfs.image.core import Core
+from fvdfs.image.image import Image
 from fvdfs.image.policy import FVD_FORMAT, HostStore, Policy, format_by_name
+from fvdfs.image.writing import Zeroes
 from fvdfs.mountoptions import folders, listed, parse_mount_options
 from fvdfs.store.base import Buffer, Store
 from fvdfs.store.host import open_path
@@ -90,7 +92,7 @@ class Side(Protocol):
     async def write(self, offset: int, data: Buffer) -> None:
         """Write all of `data`."""
 
-    async def flush(self) -> None:
+    async def fsync(self) -> None:
         """Make it stable."""
 
     async def close(self) -> None:
@@ -117,7 +119,7 @@ class StoreSide:
     async def write(self, offset: int, data: Buffer) -> None:
         await self.store.pwrite(data, offset)
 
-    async def flush(self) -> None:
+    async def fsync(self) -> None:
         await self.store.flush()
 
     async def close(self) -> None:
@@ -194,8 +196,8 @@ def stores_of(side: Side) -> list[Store]:
     if isinstance(side, StoreSide):
         return [side.store]
     found: list[Store] = []
-    image: Image | Store | None = side if isinstance(side, Image) else None
-    while isinstance(image, Image):
+    image: Core | Store | None = side if isinstance(side, Image) else None
+    while isinstance(image, Core):
         found += [image.meta, image.data]
         image = image.base
     return found if image is None else [*found, image]
@@ -288,7 +290,7 @@ async def copy(source: Side, target: Side, progress: Progress, *, over_base: boo
         error = leading(group)
     if error is not None:
         raise error
-    await target.flush()
+    await target.fsync()
 
 
 def _differences(data: Buffer, old: Buffer) -> list[tuple[int, int]]:
@@ -412,9 +414,9 @@ class _Named:
         with named(self._name):
             await self._side.write(offset, data)
 
-    async def flush(self) -> None:
+    async def fsync(self) -> None:
         with named(self._name):
-            await self._side.flush()
+            await self._side.fsync()
 
     async def close(self) -> None:
         with named(self._name):

@@ -124,8 +124,8 @@ class Fetcher:
         self._arrived(fetch, copy=True)
         return True
 
-    def pread_soon(self, view: memoryview, start: int, done: Done) -> bool:
-        """Not here: such a read may have to be observed, shared and copied."""
+    def start_pread(self, view: memoryview, start: int, done: Done) -> bool:
+        """Never: such a read may have to be observed, shared and copied."""
         return False
 
     async def pread(self, view: memoryview, start: int) -> int:

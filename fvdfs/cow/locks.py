@@ -1,15 +1,17 @@
-"""Exclusive locks on ranges of blocks.
+"""Exclusive locks on ranges of blocks, and a gate that keeps all writers out.
 
 Whoever fills blocks that are not local yet (a write that touches such blocks, a copy from the base)
 holds their range, so that two of them never complete one block at the same time, and a copy never
 overwrites what a guest wrote meanwhile. First come, first served: a request waits for every earlier
 one that overlaps it, also for those that still wait, so nobody starves.
+
+Whoever changes the storage or the bitmap passes the gate; a shrink closes it.
 """
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 
 import trio
 
@@ -72,3 +74,56 @@ class RangeLock:
         self._claims.remove(claim)
         if claim.done is not None:
             claim.done.set()
+
+
+class Gate:
+    """Many may be inside, until somebody closes it and waits for them to leave."""
+
+    def __init__(self) -> None:
+        self._inside = 0
+        self._empty: trio.Event | None = None  # while it is closed
+        self._open = trio.Event()
+
+    def __bool__(self) -> bool:
+        """Whether anybody is inside."""
+        return self._inside > 0
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether nobody may enter."""
+        return self._empty is not None
+
+    async def wait_until_open(self) -> None:
+        """Wait for the end of whoever closed it."""
+        await self._open.wait()
+
+    def enter(self) -> None:
+        """It is open; `leave` must follow."""
+        self._inside += 1
+
+    def leave(self) -> None:
+        self._inside -= 1
+        if self._empty is not None and not self._inside:
+            self._empty.set()
+
+    @contextmanager
+    def passed(self) -> Iterator[None]:
+        """Be inside meanwhile."""
+        self.enter()
+        try:
+            yield
+        finally:
+            self.leave()
+
+    @asynccontextmanager
+    async def closed(self) -> AsyncIterator[None]:
+        """Keep all out while the block runs, which begins when the last one has left."""
+        self._empty = trio.Event()
+        try:
+            if self._inside:
+                await self._empty.wait()
+            yield
+        finally:
+            self._empty = None
+            self._open.set()
+            self._open = trio.Event()

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from fvdfs.cow.bitmap import Bitmap
 from fvdfs.format.header import ceil_div
@@ -57,12 +58,11 @@ def read_runs(geometry: Geometry, bitmap: Bitmap, start: int, stop: int) -> Iter
         yield at, stop, True
 
 
-@dataclass(frozen=True, slots=True)
-class WritePlan:
-    """What a write to blocks that are not all local needs.
+class WritePlan(NamedTuple):
+    """What a write does.
 
     Bytes [start, stop) are stored: those from the base in `head` and `tail` (None: nothing), with
-    the request's own between them. Afterwards blocks [first, end) are local.
+    the request's own between them. Afterwards blocks [first, end), which may be none, are local.
     """
 
     start: int
@@ -71,27 +71,23 @@ class WritePlan:
     tail: tuple[int, int] | None
     first: int
     end: int
+    missing: bool = True
+    """Whether some of these blocks are not local yet."""
 
 
-def plan_write(geometry: Geometry, bitmap: Bitmap, start: int, stop: int) -> WritePlan:
-    """How to store bytes [start, stop), which touch the base's range."""
-    size = geometry.block_size
+def plan_write(geometry: Geometry, bitmap: Bitmap | None, start: int, stop: int) -> WritePlan:
+    """How to store bytes [start, stop); without a bitmap there is no base."""
     first, end = geometry.blocks(start, stop)
-    assert first < end
+    if bitmap is None or first == end or bitmap.all_local(first, end):
+        return WritePlan(start, stop, None, None, first, end, missing=False)
+    size = geometry.block_size
     head = tail = None
     if start > first * size and not bitmap.is_local(first):
         head = first * size, start
     last_stop = min(end * size, geometry.base_size)
     if stop < last_stop and not bitmap.is_local(end - 1):
         tail = stop, last_stop
-    return WritePlan(
-        start=head[0] if head else start,
-        stop=tail[1] if tail else stop,
-        head=head,
-        tail=tail,
-        first=first,
-        end=end,
-    )
+    return WritePlan(head[0] if head else start, tail[1] if tail else stop, head, tail, first, end)
 
 
 def zero_runs(start: int, data: memoryview) -> Iterator[tuple[int, int, bool]]:

@@ -38,7 +38,8 @@ from fvdfs.format.header import (
     round_up,
 )
 from fvdfs.image.commit import Committer
-from fvdfs.image.image import Image, usage_of
+from fvdfs.image.core import Core, usage_of
+from fvdfs.image.image import Image
 from fvdfs.image.policy import FVD_FORMAT, RAW_FORMATS, HostStore, Policy, looks_like, resolve
 from fvdfs.store.base import Store, pread_exactly
 from fvdfs.store.host import HostFile, open_as_permitted
@@ -481,7 +482,7 @@ def _written(image: Image) -> list[Store]:
     stores: list[Store] = [image.meta] if image.data is image.meta else [image.meta, image.data]
     if image.base_may_be_written:
         assert image.base is not None
-        assert not isinstance(image.base, Image)
+        assert not isinstance(image.base, Core)
         stores.append(image.base)
     return stores
 

@@ -36,6 +36,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
 from dataclasses import dataclass, field
 from typing import NoReturn
 
@@ -164,22 +165,21 @@ class Committer:
         finally:
             self._lock.release()
 
-    def commit_soon(self, done: Done) -> bool:
-        """A commit without a task, where all that it takes is a flush of the data that has begun already.
-
-        `done` is called, perhaps before this returns, and told whether all that was reported is durable. Where it is
-        not, and where this says False, `commit` has to be awaited.
-        """
+    def start_commit(self, done: Done) -> bool:
+        """`commit` without a task, where all that it takes is a flush of the data that has begun already."""
         if self.failed is not None or self.uncommitted or self._lock.locked():
             return False
         writes = self.writes
 
-        def ended(well: bool) -> None:
-            if well and self.writes == writes:
+        def ended(result: int) -> None:
+            if result < 0:
+                self.fail(f"a flush of {self._data.name} failed: {os.strerror(-result)}")
+                result = -errno.EIO
+            elif self.writes == writes:
                 self._data_written = False
-            done(well)
+            done(result)
 
-        return self._data.flush_soon(ended)
+        return self._data.start_flush(ended)
 
     async def checkpoint(self) -> None:
         """A commit that leaves nothing in the journal. Raises OSError."""
@@ -269,7 +269,7 @@ class Committer:
         end = min(round_up(offset + len(sectors) * SECTOR, PAGE), region.end)
         data = b"".join(sectors).ljust(end - offset, b"\0")
         try:
-            await self._meta.log(data, offset, flush_first=flush_first)
+            await self._meta.append_stable(data, offset, flush_first=flush_first)
         except FlushError as error:
             self._flush_failed(self._meta, error)
         self._journal_next += len(sectors)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from urllib.parse import parse_qs, urlsplit
 
 from fvdfs.errors import ImageError, Refused, UnstatedFormat, UsageError
-from fvdfs.image.image import Zeroes
+from fvdfs.image.writing import Zeroes
 from fvdfs.mountoptions import hint
 from fvdfs.store import paths
 from fvdfs.store.host import HostFile, open_path

@@ -3,8 +3,8 @@
 pyfuse3, and libfuse under it, answer one request a turn of the event loop, each in a task of its own.
 For opening, listing and the like that is right. For the requests that a disk is made of, READ, WRITE
 and FSYNC, it is most of what they cost. So they are answered here: all that the kernel has queued is
-received in one turn, what needs no waiting is answered at once, and what is one call to a store when
-that has ended, both without a task; only the rest is handed to one. Everything else goes to libfuse
+received in one turn, what needs no waiting is answered at once, and what can be started (`Pending`) when it has
+ended, both without a task; only the rest is handed to one. Everything else goes to libfuse
 through a socket that stands in the place of its descriptor of /dev/fuse, and its answers come back that
 way. The messages are the kernel's stable interface (linux/fuse.h).
 
@@ -25,6 +25,7 @@ import socket
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Protocol
 
 import outcome
@@ -33,7 +34,6 @@ import trio
 
 from fvdfs.errors import UsageError
 from fvdfs.format.header import SECTOR
-from fvdfs.image.image import PendingRead
 from fvdfs.ops.wire import (
     FATTR_FH,
     FATTR_TIMES,
@@ -56,7 +56,7 @@ from fvdfs.ops.wire import (
     encode,
 )
 from fvdfs.store import uring
-from fvdfs.store.base import Buffer, Done
+from fvdfs.store.base import Buffer, Pending
 
 LINGER = 50_000
 """Nanoseconds for which a turn goes on looking for requests and results after the last one. It is only done where
@@ -70,36 +70,38 @@ _LARGEST = 2 << 20  # what the kernel wants a reader of INIT to offer; and no an
 
 
 class Requests(Protocol):
-    """Who answers the requests that take the short path. All raise FUSEError, and nothing else."""
+    """Who answers the requests that take the short path. What fails raises any Exception."""
 
-    def begin_read(self, fh: int, offset: int, buffer: memoryview, /) -> tuple[int, PendingRead | None]:
-        """Fill the buffer as far as that needs no waiting; how many bytes there are, and the rest."""
+    def begin_read(self, fh: int, offset: int, buffer: memoryview, /) -> int | Pending:
+        """Fill the buffer as far as that needs no waiting; how many bytes there are, or what is left."""
 
-    async def finish_read(self, fh: int, rest: PendingRead, /) -> None:
-        """Fill the rest."""
+    def begin_write(self, fh: int, offset: int, data: memoryview, /) -> Pending:
+        """Write all of the data, a writable buffer."""
 
-    def write_soon(self, fh: int, offset: int, data: memoryview, done: Done, /) -> bool:
-        """Begin to write the data; `done` is told later whether all of it was written. Else, or where this says
-        False, `write_all` has to.
-        """
-
-    async def write_all(self, fh: int, offset: int, data: Buffer, /) -> None:
-        """Write all of the data."""
+    def begin_fsync(self, fh: int, /) -> Pending | None:
+        """Have what was written survive a power cut; None: that is not wanted."""
 
     def set_mtime(self, inode: int, mtime_ns: int, /) -> pyfuse3.EntryAttributes | None:
         """Set the time of change, if that is no more than to remember it; the attributes then."""
 
-    def make_stable_soon(self, fh: int, done: Done, /) -> bool:
-        """Have what was written survive a power cut, where that is on its way already; `done` may be called at once.
-
-        Else, or where this says False, `make_stable` has to.
-        """
-
-    async def make_stable(self, fh: int, /) -> None:
-        """Have what was written survive a power cut."""
+    def error_number(self, error: Exception, fh: int, what: str, /) -> int:
+        """The errno with which a request is answered that failed; what only the log can say, it says there."""
 
 
-_Call = Callable[[], Awaitable[None]]
+_Main = Callable[[], Awaitable[None]]
+
+
+@dataclass(slots=True)
+class _Request:
+    """A READ, WRITE or FSYNC that is under way."""
+
+    unique: int
+    fh: int
+    what: str
+    """For the log."""
+    pending: Pending
+    answer: Callable[[int], None]
+    """Sends the answer, given the result."""
 
 
 class Device:
@@ -205,7 +207,7 @@ class Device:
             if error.errno not in (errno.ENOENT, errno.ENODEV):  # it has nothing of it, or the mount is gone
                 raise
 
-    async def serve(self, main: _Call) -> None:
+    async def serve(self, main: _Main) -> None:
         """Answer what the kernel asks while `main`, pyfuse3's loop, does its part; then finish what is under way."""
         async with trio.open_nursery() as self._workers:
             async with trio.open_nursery() as lines:
@@ -285,85 +287,86 @@ class Device:
         elif opcode != FUSE_INTERRUPT:  # nothing here can be interrupted
             self._to_libfuse.send_nowait((self._head + self._payload[: max(0, length - len(self._head))])[:length])
 
-    def _start(self, unique: int, call: _Call, answer: Callable[[], None]) -> None:
-        """Have a task do the call, then answer; one that has nothing to do if there is one."""
-        self._started = True
-        work = functools.partial(self._do, unique, call, answer)
-        if self._idle:
-            trio.lowlevel.reschedule(self._idle.pop(), outcome.Value(work))
-        else:
-            self._workers.start_soon(self._work, work)
-
-    async def _work(self, work: _Call | None) -> None:
-        while work is not None:
-            await work()
-            if len(self._idle) >= self._idle_limit:
-                return
-            self._idle.append(trio.lowlevel.current_task())
-            work = await trio.lowlevel.wait_task_rescheduled(_given_up)
-
-    async def _do(self, unique: int, call: _Call, answer: Callable[[], None]) -> None:
-        try:
-            await call()
-        except pyfuse3.FUSEError as error:
-            self._answer(unique, error.errno)
-        else:
-            answer()
-        finally:
-            self._unanswered.discard(unique)
-
     def _begin_read(self, unique: int, fh: int, offset: int, size: int) -> None:
         pooled = _SMALL < size <= self._max_write
-        answer = self._take_buffer() if pooled else memoryview(bytearray(OUT_HEADER.size + size))
+        buffer = self._take_buffer() if pooled else memoryview(bytearray(OUT_HEADER.size + size))
+        answer = functools.partial(self._answer_read, unique, buffer)
         try:
-            count, rest = self._requests.begin_read(fh, offset, answer[OUT_HEADER.size : OUT_HEADER.size + size])
-        except pyfuse3.FUSEError as error:
-            self._answer(unique, error.errno)
+            found = self._requests.begin_read(fh, offset, buffer[OUT_HEADER.size : OUT_HEADER.size + size])
+        except Exception as error:
+            self._refuse(unique, fh, "read", error)
             return
-        if rest is None:
-            self._answer_read(unique, answer, count)
-            return
-
-        finish = functools.partial(self._requests.finish_read, fh, rest)
-        self._begin(unique, rest.soon, finish, functools.partial(self._answer_read, unique, answer, count))
+        if isinstance(found, int):
+            answer(found)
+        else:
+            self._begin(_Request(unique, fh, "read", found, answer))
 
     def _begin_write(self, unique: int, fh: int, offset: int, size: int) -> None:
         data = self._take(size)
-
-        def answer() -> None:
-            self._answer(unique, 0, WRITTEN.pack(size))
-            self._give_back(data)
-
-        soon = functools.partial(self._requests.write_soon, fh, offset, data)
-        self._begin(unique, soon, functools.partial(self._requests.write_all, fh, offset, data), answer)
+        answer = functools.partial(self._answer_write, unique, data)
+        self._begin(_Request(unique, fh, "write", self._requests.begin_write(fh, offset, data), answer))
 
     def _begin_fsync(self, unique: int, fh: int) -> None:
-        soon = functools.partial(self._requests.make_stable_soon, fh)
-        finish = functools.partial(self._requests.make_stable, fh)
-        self._begin(unique, soon, finish, functools.partial(self._answer, unique))
+        pending = self._requests.begin_fsync(fh)
+        if pending is None:
+            self._answer(unique)
+        else:
+            self._begin(_Request(unique, fh, "fsync", pending, lambda _: self._answer(unique)))
 
-    def _begin(self, unique: int, soon: Callable[[Done], bool], finish: _Call, answer: Callable[[], None]) -> None:
-        """Have `soon` do it without a task, and answer; where it cannot, or not all goes well, a task does `finish`."""
+    def _begin(self, request: _Request) -> None:
+        """Start it, and answer when it has ended; where it cannot be started, a task does it."""
 
-        def done(well: bool) -> None:
+        def done(result: int) -> None:
             self._end()
-            if well:
-                self._unanswered.discard(unique)
-                answer()
+            self._unanswered.discard(request.unique)
+            if result >= 0:
+                request.answer(result)
             else:
-                self._start(unique, finish, answer)
+                error = OSError(-result, os.strerror(-result))
+                self._refuse(request.unique, request.fh, request.what, error)
 
         self._begun += 1
-        self._unanswered.add(unique)
+        self._unanswered.add(request.unique)
         try:
-            begun = soon(done)
-        except pyfuse3.FUSEError as error:
+            started = request.pending.start(done)
+        except Exception as error:
             self._end()
-            self._unanswered.discard(unique)
-            self._answer(unique, error.errno)
+            self._unanswered.discard(request.unique)
+            self._refuse(request.unique, request.fh, request.what, error)
             return
-        if not begun:
-            done(False)
+        if not started:
+            self._end()
+            self._have_done(request)
+
+    def _have_done(self, request: _Request) -> None:
+        """Have a task do it, then answer: one that has nothing to do if there is one."""
+        self._started = True
+        if self._idle:
+            trio.lowlevel.reschedule(self._idle.pop(), outcome.Value(request))
+        else:
+            self._workers.start_soon(self._work, request)
+
+    async def _work(self, request: _Request | None) -> None:
+        while request is not None:
+            await self._do(request)
+            if len(self._idle) >= self._idle_limit:
+                return
+            self._idle.append(trio.lowlevel.current_task())
+            request = await trio.lowlevel.wait_task_rescheduled(_given_up)
+
+    async def _do(self, request: _Request) -> None:
+        try:
+            result = await request.pending.finish()
+        except Exception as error:
+            self._refuse(request.unique, request.fh, request.what, error)
+        else:
+            request.answer(result)
+        finally:
+            self._unanswered.discard(request.unique)
+
+    def _refuse(self, unique: int, fh: int, what: str, error: Exception) -> None:
+        """Answer a request that failed."""
+        self._answer(unique, self._requests.error_number(error, fh, what))
 
     def _set_times(self, unique: int) -> bool:
         """Answer a SETATTR of the time of change alone, which the kernel sends before FSYNC; False for another."""
@@ -407,6 +410,10 @@ class Device:
         OUT_HEADER.pack_into(answer, 0, OUT_HEADER.size + count, 0, unique)
         self._send(answer[: OUT_HEADER.size + count])
         self._give_back(answer)
+
+    def _answer_write(self, unique: int, data: memoryview, count: int) -> None:
+        self._answer(unique, 0, WRITTEN.pack(count))
+        self._give_back(data)
 
     def _answer(self, unique: int, error: int = 0, data: Buffer = b"") -> None:
         self._send(OUT_HEADER.pack(OUT_HEADER.size + len(data), -error, unique), data)

@@ -22,14 +22,15 @@ from pyfuse3 import EntryAttributes, FileHandleT, FileInfo, FileNameT, FlagT, FU
 
 from fvdfs import xattrs
 from fvdfs.errors import FvdError, ImageBusy, NotPermitted, ReadOnlyImage, Refused, shortage
-from fvdfs.image.image import Image, PendingRead
+from fvdfs.image.image import Image
 from fvdfs.image.map import image_map
 from fvdfs.ops import control
 from fvdfs.ops.complaints import Complaints
 from fvdfs.ops.inodes import ROOT_INODE, Attributes, Entry
 from fvdfs.ops.kernel_limits import KernelLimits
 from fvdfs.ops.openings import Openings
-from fvdfs.store.base import Buffer, Done
+from fvdfs.ops.requests import Fsync, Write
+from fvdfs.store.base import Pending
 
 log = logging.getLogger(__name__)
 
@@ -140,7 +141,7 @@ class Filesystem(pyfuse3.Operations):
     async def _commit(self, image: Image) -> None:
         self._committing.add(image)
         try:
-            await image.flush()
+            await image.fsync()
         except OSError as error:
             log.error("%s: commit: %s", image.name, error)
         finally:
@@ -386,55 +387,29 @@ class Filesystem(pyfuse3.Operations):
 
     # READ, WRITE and FSYNC take the short path (`device.py`).
 
-    def begin_read(self, fh: int, offset: int, buffer: memoryview, /) -> tuple[int, PendingRead | None]:
-        """`Image.begin_read`. Raises FUSEError."""
-        image = self._images[fh]
-        try:
-            return image.begin_read(offset, buffer)
-        except Exception as error:
-            raise self.fuse_error(error, f"{image.name}: read") from error
+    def begin_read(self, fh: int, offset: int, buffer: memoryview, /) -> int | Pending:
+        """`Image.begin_read`."""
+        return self._images[fh].begin_read(offset, buffer)
 
-    async def finish_read(self, fh: int, rest: PendingRead, /) -> None:
-        """What `begin_read` has left over. Raises FUSEError."""
-        try:
-            await rest.finish()
-        except Exception as error:
-            raise self.fuse_error(error, f"{self._images[fh].name}: read") from error
+    def begin_write(self, fh: int, offset: int, data: memoryview, /) -> Pending:
+        """`Image.write`; with `sync=always`, durable when it has ended."""
+        stable = self._sync is Sync.ALWAYS
+        return Write(self._handles[fh][0], self._images[fh], offset, data, stable=stable, written=self._note_write)
 
-    def write_soon(self, fh: int, offset: int, data: memoryview, done: Done, /) -> bool:
-        """`Image.write_soon`. Raises FUSEError."""
-        image = self._images[fh]
-        try:
-            begun = self._sync is not Sync.ALWAYS and image.write_soon(offset, data, done)
-        except Exception as error:
-            raise self.fuse_error(error, f"{image.name}: write") from error
-        if begun:
-            self._note_write(fh)
-        return begun
-
-    def _note_write(self, fh: int) -> None:
+    def _note_write(self, entry: Entry) -> None:
         self._written.set()
-        self._was_written(self._handles[fh][0])
+        self._was_written(entry)
 
     def _was_written(self, entry: Entry) -> None:
         entry.change_time.written(kernel_tells=self.enable_writeback_cache)
 
-    async def write_all(self, fh: int, offset: int, data: Buffer, /) -> None:
-        """`Image.write`. Raises FUSEError."""
-        image = self._images[fh]
-        beyond = offset + len(data) > image.end
-        try:
-            await image.write(offset, data)
-            self._note_write(fh)
-            if self._sync is Sync.ALWAYS:
-                await image.flush()
-                await self._handles[fh][0].change_time.store()
-        except Exception as error:
-            # The kernel may have kept what could not be written, and believe that the disk is longer by it.
-            entry = self._handles[fh][0]
-            entry.cached = None
-            entry.misjudged |= beyond
-            raise self.fuse_error(error, f"{image.name}: write") from error
+    def begin_fsync(self, fh: int, /) -> Pending | None:
+        """`Image.fsync`; None with `sync=none`."""
+        return None if self._sync is Sync.NONE else Fsync(self._handles[fh][0], self._images[fh])
+
+    def error_number(self, error: Exception, fh: int, what: str, /) -> int:
+        """`fuse_error`, of a request to an open file."""
+        return self.fuse_error(error, f"{self._images[fh].name}: {what}").errno
 
     def set_mtime(self, inode: int, mtime_ns: int, /) -> EntryAttributes | None:
         """Remember the time of change of an image that is open for writing, where the kernel keeps it; else None.
@@ -447,30 +422,11 @@ class Filesystem(pyfuse3.Operations):
         entry.change_time.set(mtime_ns)
         return self._file_attributes(inode, entry.attributes)
 
-    def make_stable_soon(self, fh: int, done: Done, /) -> bool:
-        """`Image.flush_soon`."""
-        return (
-            self._sync is not Sync.NONE
-            and not self._handles[fh][0].change_time.is_behind
-            and self._images[fh].flush_soon(done)
-        )
-
-    async def make_stable(self, fh: int, /) -> None:
-        """`Image.flush`. Raises FUSEError."""
-        if self._sync is Sync.NONE:
-            return
-        image = self._images[fh]
-        try:
-            await image.flush()
-            await self._handles[fh][0].change_time.store()
-        except Exception as error:
-            raise self.fuse_error(error, f"{image.name}: fsync") from error
-
     @handler
     async def flush(self, fh: FileHandleT) -> None:
         entry, write = self._handles[fh]
         if write and entry.image is not None and self._sync is not Sync.NONE:
-            await entry.image.flush()
+            await entry.image.fsync()
             await entry.change_time.store()
 
     @handler

@@ -185,7 +185,7 @@ class Openings:
         # What was written must not wait for a base that does not answer, as the closing does.
         with contextlib.suppress(OSError):
             if entry.image is not None:
-                await entry.image.flush()
+                await entry.image.fsync()
         while entry.image is not None and entry.image.in_use:  # noqa: ASYNC110  who ends a request has more to do than to tell
             await trio.sleep(BUSY_RETRY)
         async with entry.lock:

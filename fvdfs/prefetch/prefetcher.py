@@ -252,7 +252,7 @@ class Prefetcher:
             self._at = 0
             return False
         try:
-            if await self.image.finish():
+            if await self.image.release_base():
                 log.info("%s: everything is local; the base is no longer needed", self.image.name)
         except OSError as error:
             raise _Failure(self._at, self._at, "letting go of the base", error) from error

@@ -1,18 +1,26 @@
-"""The one seam to storage: everything that fvdfs reads or writes of images goes through a `Store`.
+"""The one seam to storage: all that fvdfs reads or writes of images goes through a `Store`.
 
-A store is an array of bytes with a size. Its `async` calls may wait for a disk or a network, in a
-thread. `pread_nowait` never waits, and says False where it would have to; then the caller takes
-`pread`. (There is no such call for writing: RWF_NOWAIT is unknown to some file systems, ext4 among
-them, and even where it is known a write waits for a file system that is frozen.) Calls move whole
-requests: nothing is ever half done without an error.
+A store is an array of bytes with a size. A call moves all of its bytes, or fails. The order of calls is the caller's
+business; only a flush promises something about it: when it ends, all that was written before it began is on stable
+storage, a new size included.
 
-The order of operations is the caller's business; only `flush` promises something about it: when it
-returns, all that was written before it was called is on stable storage, a new size included.
+Work that may have to wait has one shape on every floor. At a store it is a pair of calls, in an image a `Pending`:
+
+1. `start_X(..., done)`, or `Pending.start(done)`, does it without a task. False: that cannot be; nothing has happened.
+2. Then `await X(...)`, or `Pending.finish()`, does it in a task.
+3. `done` is told the result, or a negative errno, once; perhaps before the starting call returns.
+4. An answer is final. What failed is not done again; what the kernel has not even taken, or done in part, the store
+   completes by a thread before it answers.
+5. Both ways make the same plan, and account for its result in the same function.
+
+`pread_nowait` has no counterpart for writing: some file systems, ext4 among them, do not know RWF_NOWAIT there, and
+even where it is known a write waits for a file system that is frozen.
 """
 
 from __future__ import annotations
 
 import errno
+import os
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Protocol
 
@@ -23,8 +31,18 @@ from fvdfs.errors import ImageError
 OUT_OF_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """Errors that end when there is space again."""
 Buffer = bytes | bytearray | memoryview
-Done = Callable[[bool], None]
-"""What is called when something that was begun has ended, and told whether all of it was done."""
+Done = Callable[[int], None]
+"""Is told the result of work that was started, or a negative errno; see above."""
+
+
+class Pending(Protocol):
+    """A request that may have to wait. Who has one calls `start`, and where that says False awaits `finish`."""
+
+    def start(self, done: Done, /) -> bool:
+        """Do it without a task; `done` is told the number of bytes, or a negative errno. False: it takes a task."""
+
+    async def finish(self) -> int:
+        """Do it; the number of bytes. Raises OSError."""
 
 
 class Store(Protocol):
@@ -53,17 +71,14 @@ class Store(Protocol):
     def pread_nowait(self, buffer: memoryview, offset: int) -> bool:
         """Fill the whole buffer if that needs no waiting, else say False (the buffer may then hold parts)."""
 
-    def pread_soon(self, buffer: memoryview, offset: int, done: Done) -> bool:
-        """Begin to fill the whole buffer, and call `done` later, never before this returns.
-
-        Says False where it has to be done by `pread`, which also knows why it could not be done.
-        """
+    def start_pread(self, buffer: memoryview, offset: int, done: Done) -> bool:
+        """`pread` without a task."""
 
     async def pread(self, buffer: memoryview, offset: int) -> int:
         """Fill the buffer as far as the store reaches; the number of bytes filled. Raises OSError."""
 
-    def pwrite_soon(self, data: memoryview, offset: int, done: Done) -> bool:
-        """Begin to write all of `data`, a writable buffer; otherwise as `pread_soon`."""
+    def start_pwrite(self, data: memoryview, offset: int, done: Done) -> bool:
+        """`pwrite` without a task; `data` is a writable buffer. The result is its length."""
 
     async def pwrite(self, data: Buffer, offset: int) -> None:
         """Write all of `data`, making the store longer where it must. Raises OSError."""
@@ -82,17 +97,14 @@ class Store(Protocol):
         `stop` where that is so of the whole range. Raises OSError.
         """
 
-    def flush_soon(self, done: Done) -> bool:
-        """Call `done` once all that was written is stable, where a flush that makes it so has begun already.
-
-        That may be before this returns. Otherwise as `pread_soon`; `flush` raises the error, if there was one.
-        """
+    def start_flush(self, done: Done) -> bool:
+        """`flush` without a task, where one that covers all that was written has begun already. The result is 0."""
 
     async def flush(self) -> None:
         """Make all that was written stable. Raises OSError; what was not yet stable may then be lost."""
 
-    async def log(self, data: Buffer, offset: int, *, flush_first: bool) -> None:
-        """`pwrite` followed by `flush`, with `flush_first` also after one.
+    async def append_stable(self, data: Buffer, offset: int, *, flush_first: bool) -> None:
+        """`pwrite` followed by `flush`, with `flush_first` also after one: a record that names what is before it.
 
         Raises FlushError where a flush failed, other OSError where the write did.
         """
@@ -114,8 +126,8 @@ class FlushError(OSError):
     """A flush failed: nobody knows what is on the disk."""
 
 
-async def log_by_steps(store: Store, data: Buffer, offset: int, *, flush_first: bool) -> None:
-    """`Store.log` by the other calls of a store."""
+async def append_by_steps(store: Store, data: Buffer, offset: int, *, flush_first: bool) -> None:
+    """`Store.append_stable` by the other calls of a store."""
     try:
         if flush_first:
             await store.flush()
@@ -131,17 +143,48 @@ async def log_by_steps(store: Store, data: Buffer, offset: int, *, flush_first: 
 class Stepwise:
     """What a store may leave to its other calls."""
 
-    def pread_soon(self, buffer: memoryview, offset: int, done: Done) -> bool:
+    def start_pread(self, buffer: memoryview, offset: int, done: Done) -> bool:
         return False
 
-    def pwrite_soon(self, data: memoryview, offset: int, done: Done) -> bool:
+    def start_pwrite(self, data: memoryview, offset: int, done: Done) -> bool:
         return False
 
-    def flush_soon(self, done: Done) -> bool:
+    def start_flush(self, done: Done) -> bool:
         return False
 
-    async def log(self: Store, data: Buffer, offset: int, *, flush_first: bool) -> None:
-        await log_by_steps(self, data, offset, flush_first=flush_first)
+    async def append_stable(self: Store, data: Buffer, offset: int, *, flush_first: bool) -> None:
+        await append_by_steps(self, data, offset, flush_first=flush_first)
+
+
+async def result_of(start: Callable[[Done], bool]) -> int | None:
+    """Start something, and wait for its result; None where it says False. Raises OSError.
+
+    What was started cannot be cancelled.
+    """
+    await trio.lowlevel.checkpoint_if_cancelled()
+    task = trio.lowlevel.current_task()
+    results: list[int] = []
+    waits = False
+
+    def done(result: int) -> None:
+        results.append(result)
+        if waits:
+            trio.lowlevel.reschedule(task)
+
+    if not start(done):
+        return None
+    if not results:
+        waits = True
+        await trio.lowlevel.wait_task_rescheduled(uncancellable)
+    (result,) = results
+    if result < 0:
+        raise OSError(-result, os.strerror(-result))
+    return result
+
+
+def uncancellable(_: Callable[[], None]) -> trio.lowlevel.Abort:
+    """For tasks that wait for what cannot be taken back."""
+    return trio.lowlevel.Abort.FAILED
 
 
 async def together(calls: Sequence[Callable[[], Awaitable[object]]]) -> None:

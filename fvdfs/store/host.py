@@ -5,17 +5,18 @@ from __future__ import annotations
 import ctypes
 import errno
 import fcntl
+import functools
 import os
 import stat
 import struct
-from collections.abc import Callable
 
 import trio
 
 from fvdfs.errors import ImageBusy, ImageError
 from fvdfs.store import uring
-from fvdfs.store.base import Buffer, Done, FlushError, log_by_steps
+from fvdfs.store.base import Buffer, Done, FlushError, append_by_steps, result_of
 from fvdfs.store.filelock import FileLock, type_of_file_system
+from fvdfs.store.flushing import Flusher
 from fvdfs.store.worker import Worker
 
 # Answers to opening for writing where reading may do: permissions, an immutable file, a medium that cannot be written
@@ -29,7 +30,6 @@ COLD = 16  # about so many reads were not in the page cache; the next ones will 
 READ_BATCH = 4
 WAITERS = 4
 
-EXPECTED = 2  # flushes after a single write each; after the next single write, one begins before it is asked for
 LONG_WRITE = 512 << 10  # bytes; such writes are sent on to the disk at once, so that a flush has less to wait for
 LARGE = 256 << 10  # bytes; more is not copied by the event loop, but by a thread, the kernel's or ours
 
@@ -60,22 +60,6 @@ def fallocate(fd: int, mode: int, offset: int, length: int) -> bool:
     return True
 
 
-class _FlushAhead:
-    """A flush that begins with the write before it, before it was asked for."""
-
-    def __init__(self) -> None:
-        self.ended = trio.Event()
-        self.covers_all = False
-        """Whether that write is the only one, and nothing was written since."""
-        self.waiting: list[Done] = []
-
-    def end(self, well: bool) -> None:
-        self.covers_all &= well
-        self.ended.set()
-        for done in self.waiting:
-            done(well)
-
-
 class HostFile:
     """A regular file or a block device of the host."""
 
@@ -97,16 +81,13 @@ class HostFile:
         self._usage = status.st_blocks * 512
         self._claim = -1
         self.file_lock = FileLock(fd, name)
-        self._misses = 0  # of the last reads, so to speak: those that the page cache did not have
+        self._misses = 0  # grows with each read that the page cache did not have, shrinks with the others
         self._untried = 0
-        self._unflushed = 0  # writes since a flush was asked for
-        self._single = 0  # flushes in a row that came after a single write
-        self._ahead: _FlushAhead | None = None
-        self._lost = 0  # errno of a flush that failed before it was asked for
         # Writes to a file wait for one another anyway; what waits for the disk must not hold them up.
         self._writer = Worker("write")
         self._reader = Worker("read", threads=READERS, batch=READ_BATCH)
         self._waiter = Worker("flush", threads=WAITERS, batch=1)
+        self._flusher = Flusher(fd, self._waiter)
 
     def fileno(self) -> int:
         """The descriptor, for who names the file or says who may use it; its bytes go through the other calls."""
@@ -187,12 +168,21 @@ class HostFile:
         self._untried += 1
         return self._untried % COLD != 0
 
-    def pread_soon(self, buffer: memoryview, offset: int, done: Done) -> bool:
+    def start_pread(self, buffer: memoryview, offset: int, done: Done) -> bool:
         ring, size = self._ring(buffer, offset), len(buffer)
         if ring is None:
             return False
+
+        def ended(results: list[int]) -> None:
+            count = results[0]
+            if count == size or (count < 0 and count not in uring.NOT_DONE):
+                done(count)
+            else:  # a part, or nothing: perhaps the end of the file
+                have = max(0, count)
+                self._reader.start(lambda: have + self.pread_now(buffer[have:], offset + have), done)
+
         how = uring.READ_ASIDE if self.may_hang or size > LARGE else uring.READ
-        ring.begin(((how, self._fd, buffer, offset),), lambda results: done(results[0] == size))
+        ring.begin(((how, self._fd, buffer, offset),), ended)
         return True
 
     def _ring(self, buffer: memoryview, offset: int) -> uring.Ring | None:
@@ -200,11 +190,8 @@ class HostFile:
         return uring.ring() if offset + len(buffer) <= MAX_FILE_SIZE else None
 
     async def pread(self, buffer: memoryview, offset: int) -> int:
-        ring = self._ring(buffer, offset)
-        how = uring.READ_ASIDE if self.may_hang or len(buffer) > LARGE else uring.READ
-        if ring is not None and await ring.do((how, self._fd, buffer, offset)) == [len(buffer)]:
-            return len(buffer)
-        return await self._reader.run(lambda: self.pread_now(buffer, offset))
+        count = await result_of(functools.partial(self.start_pread, buffer, offset))
+        return count if count is not None else await self._reader.run(lambda: self.pread_now(buffer, offset))
 
     def pread_now(self, buffer: memoryview, offset: int) -> int:
         """`pread` for callers that are in a thread already."""
@@ -218,28 +205,36 @@ class HostFile:
             done += count
         return done
 
-    def pwrite_soon(self, data: memoryview, offset: int, done: Done) -> bool:
+    def start_pwrite(self, data: memoryview, offset: int, done: Done) -> bool:
         ring, size = self._ring(data, offset), len(data)
         if ring is None or self.may_hang or size > LARGE:
             return False
 
-        def written(result: int) -> None:
-            self._was_written()
-            done(result == size)
+        def written(count: int) -> None:
+            if count == size or (count < 0 and count not in uring.NOT_DONE):
+                self._flusher.changed()
+                done(count)
+            else:
+                have = max(0, count)
+                self._writer.start(lambda: have + self.pwrite_now(data[have:], offset + have), rest_written)
+
+        def rest_written(count: int) -> None:
+            self._flusher.changed()
+            done(count)
 
         write = (uring.WRITE, self._fd, data, offset)
-        if self._single >= EXPECTED and self._ahead is None:
-            self._write_and_flush(ring, write, written)
+        if self._flusher.is_expected:
+            self._flusher.write_ahead(ring, write, written, size)
         else:
             ring.begin((write,), lambda results: written(results[0]))
         return True
 
     async def pwrite(self, data: Buffer, offset: int) -> None:
         await self._writer.run(lambda: self.pwrite_now(data, offset))
-        self._was_written()
+        self._flusher.changed()
 
-    def pwrite_now(self, data: Buffer, offset: int) -> None:
-        """`pwrite` for callers that are in a thread already."""
+    def pwrite_now(self, data: Buffer, offset: int) -> int:
+        """`pwrite` for callers that are in a thread already; the number of bytes."""
         view = memoryview(data)
         done = 0
         while done < len(view):
@@ -249,6 +244,7 @@ class HostFile:
             done += count
         if len(view) >= LONG_WRITE:
             self._sync_range(offset, len(view), SYNC_FILE_RANGE_WRITE)
+        return done
 
     async def write_out(self, offset: int, length: int) -> None:
         await self._waiter.run(lambda: self._sync_range(offset, length, SYNC_FILE_RANGE_ALL))
@@ -258,7 +254,7 @@ class HostFile:
 
     async def zero(self, offset: int, length: int) -> None:
         await self._waiter.run(lambda: self.zero_now(offset, length))
-        self._was_written()
+        self._flusher.changed()
 
     def zero_now(self, offset: int, length: int) -> None:
         """`zero` for callers that are in a thread already."""
@@ -285,85 +281,21 @@ class HostFile:
                 return stop
             raise
 
-    def _was_written(self) -> None:
-        self._unflushed += 1
-        if self._ahead is not None:
-            self._ahead.covers_all = False
-
-    def _write_and_flush(self, ring: uring.Ring, write: uring.Call, written: Callable[[int], None]) -> None:
-        """Write, and begin a flush at once that will be asked for in a moment."""
-        self._ahead = ahead = _FlushAhead()
-
-        def first_ended(result: int) -> None:
-            written(result)
-            ahead.covers_all = self._unflushed == 1
-
-        def ended(results: list[int]) -> None:
-            error = min(results[1], 0)
-            if error not in (0, -errno.ECANCELED):  # -ECANCELED: it did not begin
-                self._lost = -error
-            ahead.end(not error)
-
-        ring.begin((write, (uring.FSYNC, self._fd, None, 0)), ended, first_ended)
-
-    def flush_soon(self, done: Done) -> bool:
-        ahead = self._ahead
-        if ahead is None or not ahead.covers_all or self._lost:
-            return False
-        self._flush_is_asked_for()
-
-        def ended(well: bool) -> None:
-            if self._ahead is ahead:
-                self._ahead = None
-            done(well)
-
-        if ahead.ended.is_set():
-            ended(True)
-        else:
-            ahead.waiting.append(ended)
-        return True
-
-    def _flush_is_asked_for(self) -> None:
-        self._single = self._single + 1 if self._unflushed == 1 else 0
-        self._unflushed = 0
-
-    async def _is_flushed(self) -> bool:
-        """Wait for a flush that has begun ahead, and say whether all that was written was stable by it.
-
-        Raises FlushError where one has failed: the kernel tells of an error once, so that another flush would not fail.
-        """
-        ahead = self._ahead
-        if ahead is not None:
-            if not ahead.ended.is_set():  # a checkpoint costs a turn of the event loop
-                await ahead.ended.wait()
-            if self._ahead is ahead:
-                self._ahead = None
-        if self._lost:
-            raise FlushError(self._lost, os.strerror(self._lost))
-        return ahead is not None and ahead.covers_all
+    def start_flush(self, done: Done) -> bool:
+        return self._flusher.start(done)
 
     async def flush(self) -> None:
-        self._flush_is_asked_for()
-        if await self._is_flushed():
-            return
-        ring = uring.ring()
-        results = await ring.do((uring.FSYNC, self._fd, None, 0)) if ring is not None else None
-        if results is None:
-            await self._waiter.run(lambda: os.fdatasync(self._fd))
-        elif results[0] < 0:
-            raise OSError(-results[0], os.strerror(-results[0]))
-        await self._is_flushed()
+        await self._flusher.flush()
 
-    async def log(self, data: Buffer, offset: int, *, flush_first: bool) -> None:
-        self._flush_is_asked_for()
-        flush_first = not await self._is_flushed() and flush_first
+    async def append_stable(self, data: Buffer, offset: int, *, flush_first: bool) -> None:
+        flush_first = not await self._flusher.is_covered() and flush_first
         flush = (uring.FSYNC, self._fd, None, 0)
         write = (uring.WRITE, self._fd, memoryview(bytearray(data)), offset)
         calls = (flush, write, flush) if flush_first else (write, flush)
         ring = uring.ring() if not self.may_hang else None
         results = await ring.do(*calls) if ring is not None else None
         if results is None:
-            await log_by_steps(self, data, offset, flush_first=flush_first)
+            await append_by_steps(self, data, offset, flush_first=flush_first)
             return
         for call, result in zip(calls, results, strict=True):
             if call is flush and result < 0:
@@ -371,7 +303,7 @@ class HostFile:
             if call is write and result < len(data):
                 error = -result if result < 0 else errno.EIO
                 raise OSError(error, f"{self.name}: {os.strerror(error)}: at byte {offset}")
-        await self._is_flushed()
+        await self._flusher.settled()
 
     async def size(self) -> int:
         return await self._reader.run(self.size_now)
@@ -393,7 +325,7 @@ class HostFile:
                 raise OSError(errno.ENOSPC, f"{self.name}: the device ends at {have} bytes, {size} are needed")
             return
         await self._waiter.run(lambda: os.ftruncate(self._fd, size))
-        self._was_written()
+        self._flusher.changed()
 
     def usage(self) -> int:
         if not self.may_hang:  # else: as it was when somebody last asked

@@ -25,11 +25,16 @@ from typing import cast
 import outcome
 import trio
 
+from fvdfs.store.base import uncancellable
+
 CALLS = 512  # that may be under way
 BUSY = 2
 LONGEST = 3  # calls that are linked
 GATHERED = 6  # calls that are handed over together: more, and the disk would have nothing to do meanwhile
 KERNEL_THREADS = 512  # that these may block: one dead server must not hold up what others could do
+NOT_DONE = (-errno.ECANCELED, -errno.EAGAIN, -errno.EINTR)
+"""Results of calls that the kernel has not done: it could not take them, or the one before in the link did not end
+well. They say nothing about the file."""
 
 _SETUP, _ENTER, _REGISTER = 425, 426, 427  # system calls; the numbers are the same on all machines
 _SETUP_SUBMIT_ALL, _SETUP_COOP_TASKRUN = 1 << 7, 1 << 8
@@ -38,7 +43,7 @@ _OFFSET_SQES = 0x10000000
 _IO_LINK = 1 << 2
 _FSYNC_DATASYNC = 1
 FSYNC, READ, WRITE = 3, 22, 23
-READ_ASIDE = READ | 1 << 4 << 8  # by a thread of the kernel from the begin
+READ_ASIDE = READ | 1 << 4 << 8  # by a thread of the kernel from the start
 
 Call = tuple[int, int, memoryview | None, int]
 """FSYNC, READ, READ_ASIDE or WRITE; descriptor; a writable buffer, for READ and WRITE; offset."""
@@ -169,12 +174,12 @@ class Ring:
         self._unsent = 0
 
     async def do(self, *calls: Call) -> list[int] | None:
-        """`begin`, and wait for the results; None where the kernel could not take all calls. Cannot be cancelled."""
+        """`begin`, and wait for the results; None where it could not begin. Cannot be cancelled."""
         await trio.lowlevel.checkpoint_if_cancelled()
         task = trio.lowlevel.current_task()
         self.begin(calls, lambda results: trio.lowlevel.reschedule(task, outcome.Value(results)))
-        results = cast("list[int]", await trio.lowlevel.wait_task_rescheduled(_not_now))
-        return None if results[0] == -errno.ECANCELED else results
+        results = cast("list[int]", await trio.lowlevel.wait_task_rescheduled(uncancellable))
+        return None if results[0] in NOT_DONE else results
 
     def reap_now(self) -> None:
         """Tell of those calls that have ended."""
@@ -234,10 +239,6 @@ async def use_ring() -> AsyncIterator[bool]:
 
 def _address(buffer: bytearray | memoryview) -> int:
     return ctypes.addressof(ctypes.c_char.from_buffer(buffer))
-
-
-def _not_now(_: Callable[[], None]) -> trio.lowlevel.Abort:
-    return trio.lowlevel.Abort.FAILED
 
 
 def _system_call(number: int, *arguments: int) -> int:

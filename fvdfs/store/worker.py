@@ -11,6 +11,8 @@ do than the others have taken, up to the limit, and ends with the worker.
 
 from __future__ import annotations
 
+import errno
+import functools
 import queue
 import threading
 from collections.abc import Callable
@@ -19,14 +21,16 @@ from typing import Any, TypeVar, cast
 import outcome
 import trio
 
+from fvdfs.store.base import Done, uncancellable
+
 T = TypeVar("T")
 
-_Call = tuple[Callable[[], Any], trio.lowlevel.Task, trio.lowlevel.TrioToken]
-_Done = list[tuple[trio.lowlevel.Task, "outcome.Outcome[Any]"]]
+_Tell = Callable[["outcome.Outcome[Any]"], None]
+_Call = tuple[Callable[[], Any], _Tell, trio.lowlevel.TrioToken]
 
 
 class Worker:
-    """Does calls in threads, for tasks of whichever event loop asks."""
+    """Does calls in threads, for whichever event loop asks."""
 
     def __init__(self, name: str, *, threads: int = 1, batch: int = 64) -> None:
         """`threads`: at the most; `batch`: calls that one of them takes at a time, at the most."""
@@ -41,11 +45,19 @@ class Worker:
     async def run(self, call: Callable[[], T]) -> T:
         """What the call returns, or raises. Once it has begun it cannot be cancelled."""
         await trio.lowlevel.checkpoint_if_cancelled()
+        self._queue_call(call, functools.partial(trio.lowlevel.reschedule, trio.lowlevel.current_task()))
+        return cast(T, await trio.lowlevel.wait_task_rescheduled(uncancellable))
+
+    def start(self, call: Callable[[], int], done: Done) -> bool:
+        """Do the call without a task, and tell `done`, later, what it returns, or the errno of its OSError."""
+        self._queue_call(call, lambda ended: done(_result(ended)))
+        return True
+
+    def _queue_call(self, call: Callable[[], Any], tell: _Tell) -> None:
         if self._queue.qsize() >= self._idle and self._threads < self._limit:
             self._threads += 1
             threading.Thread(target=self._work, name=self._name, daemon=True).start()
-        self._queue.put((call, trio.lowlevel.current_task(), trio.lowlevel.current_trio_token()))
-        return cast(T, await trio.lowlevel.wait_task_rescheduled(_not_now))
+        self._queue.put((call, tell, trio.lowlevel.current_trio_token()))
 
     def close(self) -> None:
         """End the threads; no call may be under way."""
@@ -76,21 +88,25 @@ class Worker:
             _do(batch)
 
 
-def _not_now(_: Callable[[], None]) -> trio.lowlevel.Abort:
-    return trio.lowlevel.Abort.FAILED
-
-
 def _do(batch: list[_Call]) -> None:
-    done: _Done = []
+    done: list[tuple[_Tell, outcome.Outcome[Any]]] = []
     token = batch[0][2]
-    for call, task, its_token in batch:
+    for call, tell, its_token in batch:
         if its_token is not token:
             token.run_sync_soon(_hand_back, done)
             done, token = [], its_token
-        done.append((task, outcome.capture(call)))
+        done.append((tell, outcome.capture(call)))
     token.run_sync_soon(_hand_back, done)
 
 
-def _hand_back(done: _Done) -> None:
-    for task, result in done:
-        trio.lowlevel.reschedule(task, result)
+def _hand_back(done: list[tuple[_Tell, outcome.Outcome[Any]]]) -> None:
+    for tell, ended in done:
+        tell(ended)
+
+
+def _result(ended: outcome.Outcome[int]) -> int:
+    """What it returned, or the negative errno of an OSError."""
+    try:
+        return ended.unwrap()
+    except OSError as error:
+        return -(error.errno or errno.EIO)

@@ -26,7 +26,7 @@ from fvdfs.format.creation import CreateOptions
 from fvdfs.image.chain import load_image, lock_for_writing, open_chain, open_image
 from fvdfs.image.image import Image
 from fvdfs.image.policy import Policy
-from fvdfs.store.base import Buffer, Store, log_by_steps
+from fvdfs.store.base import Buffer, Store, append_by_steps
 
 SIZE = 1 << 30
 PIECE = 4096
@@ -59,10 +59,10 @@ class CountingStore:
         self.resize = inner.resize
         self.usage = inner.usage
         self.aclose = inner.aclose
-        self.log = functools.partial(log_by_steps, self)
-        self.pread_soon = inner.pread_soon
-        self.pwrite_soon = inner.pwrite_soon
-        self.flush_soon = inner.flush_soon
+        self.append_stable = functools.partial(append_by_steps, self)
+        self.start_pread = inner.start_pread
+        self.start_pwrite = inner.start_pwrite
+        self.start_flush = inner.start_flush
 
     def pread_nowait(self, buffer: memoryview, offset: int) -> bool:
         done = self.inner.pread_nowait(buffer, offset)
@@ -96,7 +96,7 @@ async def fvdfs(path: Path, count: int) -> tuple[int, int]:
     for number, offset in enumerate(offsets(count), 1):
         await image.write(offset, data)
         if number % FLUSH_EVERY == 0:
-            await image.flush()
+            await image.fsync()
     await image.close()
     return own.written - count * PIECE, own.read + (base.read if base else 0)
 

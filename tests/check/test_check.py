@@ -73,7 +73,7 @@ class Good:
             for _ in range(8):
                 offset = rng.randrange(image.size)
                 await image.write(offset, rng.randbytes(min(rng.randrange(1, 30_000), image.size - offset)))
-            await image.flush()
+            await image.fsync()
             files = read_files(self.folder)
             await image.close()
             return files
@@ -1278,7 +1278,7 @@ def test_a_power_cut_leaves_no_corruption(layout: Layout, folder: Path) -> None:
             offset = rng.randrange(image.size)
             await image.write(offset, rng.randbytes(min(rng.randrange(1, 20_000), image.size - offset)))
             if number % 2:
-                await image.flush()
+                await image.fsync()
         await image.resize(image.size - 20 * 512, shrink=True)
         await image.write(image.size - 5000, b"x" * 5000)
         await image.resize(image.size + 30 * 512)

@@ -152,13 +152,17 @@ def test_last_block_is_completed_up_to_the_end_of_the_base() -> None:
 def test_local_blocks_are_not_completed() -> None:
     assert plan({0}, 5, 15) == WritePlan(5, 20, None, (15, 20), 0, 2)
     assert plan({1}, 5, 15) == WritePlan(0, 15, (0, 5), None, 0, 2)
-    assert plan({0, 1}, 5, 15) == WritePlan(5, 15, None, None, 0, 2)
+    assert plan({0, 1}, 5, 15) == WritePlan(5, 15, None, None, 0, 2, missing=False)
 
 
 @pytest.mark.parametrize(("start", "stop"), [(25, 26), (30, 40), (5, 5)])
-def test_write_that_touches_no_block_has_no_plan(start: int, stop: int) -> None:
-    with pytest.raises(AssertionError):
-        plan(set(), start, stop)
+def test_a_write_that_touches_no_block_is_stored_as_it_is(start: int, stop: int) -> None:
+    assert plan(set(), start, stop) == WritePlan(start, stop, None, None, 0, 0, missing=False)
+
+
+def test_without_a_bitmap_a_write_is_stored_as_it_is() -> None:
+    written = plan_write(Geometry(10, 25), None, 12, 17)
+    assert (written.start, written.stop, written.head, written.tail, written.missing) == (12, 17, None, None, False)
 
 
 # --- zeros ----------------------------------------------------------------------------------------

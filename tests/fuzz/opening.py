@@ -28,7 +28,8 @@ from fuzz.parsers import check_header, some_entry, some_records
 from fuzz.source import Source
 from fvdfs.errors import FvdError
 from fvdfs.format.header import Header, with_fields
-from fvdfs.image.image import Image, Zeroes
+from fvdfs.image.image import Image
+from fvdfs.image.writing import Zeroes
 from fvdfs.store.base import Buffer
 from fvdfs.store.host import MAX_FILE_SIZE
 from support import reference
@@ -259,7 +260,7 @@ class _Session:
             if kind < 4:
                 await self._write(self._place())
             elif kind == 4:
-                await self.image.flush()
+                await self.image.fsync()
                 self.flushed = self.disk[:] if self.disk is not None else None
             elif kind == 5:
                 await self._read(self._place())
@@ -359,7 +360,7 @@ async def _end(source: Source, session: _Session, folder: Folder) -> None:
         if kind == 0:
             await image.close()
         elif kind == 1:
-            await image.flush()
+            await image.fsync()
     except OSError as error:
         _os_error(error)
         expected = None

@@ -38,7 +38,7 @@ from fvdfs.prefetch.prefetcher import Prefetcher
 from fvdfs.prefetch.scheduler import Scheduler
 from support import reference
 from support.builder import LAYOUTS, Layout, load, read_files
-from support.fakes import SECTOR, MemoryStore, flush_as_mounted
+from support.fakes import SECTOR, MemoryStore, fsync_as_mounted
 from support.guest import build_initrd, find_kernel, find_program
 from support.mounts import MIB, Mount, fvdfs, mounted, must, wait_for_end, wait_until
 
@@ -125,7 +125,7 @@ async def cancelled_write(bench: Bench) -> None:
 async def cancelled_flush(bench: Bench) -> None:
     bench.may_hold(AT, NEW)
     await bench.image.write(AT, NEW)
-    await bench.image.flush()
+    await bench.image.fsync()
 
 
 async def cancelled_growth(bench: Bench) -> None:
@@ -176,7 +176,7 @@ async def others(bench: Bench, rounds: int) -> None:
         bench.legal[at // SECTOR].add(MUST)
         assert await bench.image.read(at, SECTOR) == data
         if number % 4 == 0:
-            await flush_as_mounted(bench.image)
+            await fsync_as_mounted(bench.image)
 
 
 async def cancel_once(built: dict[str, bytes], operation: Operation, nth: int) -> bool:
@@ -230,10 +230,9 @@ async def nothing_is_left(image: Image) -> None:
             await trio.lowlevel.checkpoint()
     await wait_all_tasks_blocked()
     assert not image._locks
-    assert image._writers == 0
-    assert image._quiet is None
-    assert not image._pending_reads
-    assert not image._resizing.locked()
+    assert not image.in_use
+    assert not image._gate.is_closed
+    assert not image._resizer.lock.locked()
     assert not image.committer._lock.locked()
     if image.fetcher is not None:
         assert image.fetcher._outstanding == 0

@@ -135,7 +135,7 @@ def test_short_calls_of_the_host(layout: Layout, tmp_path: Path, short_calls: li
             await image.write(at, data)
             expected[at : at + len(data)] = data
             assert await image.read(max(0, at - 700), 4000) == expected[max(0, at - 700) :][:4000]
-            await image.flush()
+            await image.fsync()
         await image.close()
 
     trio.run(work)

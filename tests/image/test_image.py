@@ -19,7 +19,7 @@ from fvdfs.image.image import Image
 from fvdfs.store.base import Buffer, Done
 from fvdfs.store.host import open_path
 from support.builder import IMAGE, LAYOUTS, create, load, read_files
-from support.fakes import SECTOR, CrashStore, MemoryStore, read_as_mounted
+from support.fakes import SECTOR, CrashStore, MemoryStore, read_as_mounted, write_as_mounted
 
 
 def test_writes_past_the_end_together_only_grow_the_disk(tmp_path: Path) -> None:
@@ -51,16 +51,16 @@ def test_flushes_that_meet_a_commit_share_the_next(tmp_path: Path) -> None:
         image = await load(stores)
         await image.begin_writing()
         await image.write(0, b"first")
-        await image.flush()  # which has made the header unclean
+        await image.fsync()  # which has made the header unclean
         flushes = stores[IMAGE].calls["flush"]
         await image.write(1 << 16, b"second")
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(image.flush)
+            nursery.start_soon(image.fsync)
             while stores[IMAGE].calls["flush"] == flushes:
                 await trio.lowlevel.checkpoint()
             await image.write(2 << 16, b"third")
             for _ in range(10):
-                nursery.start_soon(image.flush)
+                nursery.start_soon(image.fsync)
         assert stores[IMAGE].calls["flush"] == flushes + 4
         assert not image.committer.dirty
         await image.close()
@@ -108,7 +108,7 @@ def test_record_that_was_skipped_stays_so(tmp_path: Path) -> None:
         await image.resize(image.size + SECTOR)
         await image.write(0, b"written")
         before = await image.read(0, image.size)
-        await image.flush()
+        await image.fsync()
         again = await load({name: MemoryStore(store.data, name) for name, store in stores.items()})
         assert not again.header.clean
         assert await again.read(0, again.size) == before
@@ -147,7 +147,7 @@ async def test_a_journal_that_names_places_past_the_storage_makes_the_image_read
     image = await load({"disk.fvd": store})
     await image.begin_writing()
     await image.write(0, b"x" * 16 * 4096)
-    await image.flush()
+    await image.fsync()
     store.data = store.data[: header.metadata_size + 10 * 4096]
     again = await load({"disk.fvd": store})
     with pytest.raises(ReadOnlyImage, match="past the end of the storage"):
@@ -191,7 +191,7 @@ class HeldFlush(MemoryStore):
         super().__init__(data, name)
         self.waiting: list[Done] = []
 
-    def flush_soon(self, done: Done) -> bool:
+    def start_flush(self, done: Done) -> bool:
         self.waiting.append(done)
         return True
 
@@ -203,57 +203,123 @@ async def image_with_held_flush(tmp_path: Path) -> tuple[Image, HeldFlush]:
     image = await load(stores)
     await image.begin_writing()
     await image.write(0, b"a" * SECTOR)
-    await image.flush()
+    await image.fsync()
     store = stores[IMAGE]
     assert isinstance(store, HeldFlush)
     return image, store
 
 
-async def test_a_flush_without_a_task_covers_what_was_written_before_it(tmp_path: Path) -> None:
+async def test_an_fsync_without_a_task_covers_what_was_written_before_it(tmp_path: Path) -> None:
     image, store = await image_with_held_flush(tmp_path)
-    told: list[bool] = []
+    told: list[int] = []
     await image.write(0, b"b" * SECTOR)
-    assert image.flush_soon(told.append)
+    assert image.begin_fsync().start(told.append)
     assert image.committer.dirty
-    store.waiting.pop()(True)
-    assert told == [True]
+    store.waiting.pop()(0)
+    assert told == [0]
     assert not image.committer.dirty
 
     await image.write(0, b"c" * SECTOR)
-    assert image.flush_soon(told.append)
+    assert image.begin_fsync().start(told.append)
     await image.write(0, b"d" * SECTOR)
-    store.waiting.pop()(True)
-    assert told == [True, True]
+    store.waiting.pop()(0)
+    assert told == [0, 0]
     assert image.committer.dirty, "the last write is not covered"
+    flushes = store.calls["flush"]
+    await image.fsync()
+    assert store.calls["flush"] == flushes + 1
+    await image.close()
 
-    assert image.flush_soon(told.append)
-    store.waiting.pop()(False)
-    assert told == [True, True, False]
+
+async def test_an_fsync_without_a_task_that_fails_is_not_tried_again(tmp_path: Path) -> None:
+    image, store = await image_with_held_flush(tmp_path)
+    told: list[int] = []
+    await image.write(0, b"b" * SECTOR)
+    assert image.begin_fsync().start(told.append)
+    store.waiting.pop()(-errno.ENOSPC)
+    assert told == [-errno.EIO]
     assert image.committer.dirty
     flushes = store.calls["flush"]
-    await image.flush()
-    assert store.calls["flush"] == flushes + 1
+    with pytest.raises(OSError, match=r"a flush of .* failed"):
+        await image.fsync()
+    assert store.calls["flush"] == flushes
     await image.close()
 
 
 async def test_what_is_more_than_a_flush_needs_a_task(tmp_path: Path) -> None:
     image, store = await image_with_held_flush(tmp_path)
-    told: list[bool] = []
+    told: list[int] = []
     await image.write(40 * SECTOR, b"b" * SECTOR)  # a block that is not local yet
     assert image.committer.uncommitted
-    assert not image.flush_soon(told.append)
+    fsync = image.begin_fsync()
+    assert not fsync.start(told.append)
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(image.flush)
+        nursery.start_soon(image.fsync)
         while image.committer.uncommitted:
             await trio.lowlevel.checkpoint()
-        assert not image.flush_soon(told.append), "a commit is under way"
-    image.base_writer = image
-    assert not image.flush_soon(told.append), "the base is written"
+        assert not fsync.start(told.append), "a commit is under way"
+    image.base_writer = Unused()
+    assert not fsync.start(told.append), "the base is written"
     image.base_writer = None
     image.committer.failed = "broken"
-    assert not image.flush_soon(told.append)
+    assert not fsync.start(told.append)
     assert not store.waiting
     assert not told
+
+
+class Unused:
+    """A writer to the base that nobody calls."""
+
+    async def wrote(self, first: int, end: int, offset: int, data: Buffer) -> None:
+        raise AssertionError
+
+    async def flush(self) -> None:
+        raise AssertionError
+
+    async def close(self) -> None:
+        raise AssertionError
+
+
+class FailsOnce(MemoryStore):
+    """Of calls that are started, the next one fails."""
+
+    error = 0
+
+    def start_pread(self, buffer: memoryview, offset: int, done: Done) -> bool:
+        return self._fail(done) or super().start_pread(buffer, offset, done)
+
+    def start_pwrite(self, data: memoryview, offset: int, done: Done) -> bool:
+        return self._fail(done) or super().start_pwrite(data, offset, done)
+
+    def _fail(self, done: Done) -> bool:
+        """At once, which is allowed, too."""
+        error, self.error = self.error, 0
+        if error:
+            done(-error)
+        return error != 0
+
+
+async def test_what_failed_without_a_task_is_answered_so_and_not_done_again(tmp_path: Path) -> None:
+    path = tmp_path / "disk.fvd"
+    create(path, 64 * 4096, CreateOptions())
+    store = FailsOnce(path.read_bytes(), "disk.fvd", slow=True)
+    image = await load({"disk.fvd": store})
+    await image.begin_writing()
+    await write_as_mounted(image, 0, b"a" * 4096)
+    calls = store.calls.copy()
+    store.error = errno.ENOSPC
+    with pytest.raises(OSError) as caught:
+        await write_as_mounted(image, 0, b"b" * 4096)
+    assert caught.value.errno == errno.ENOSPC
+    assert not image.in_use
+    store.error = errno.EIO
+    with pytest.raises(OSError) as caught:
+        await read_as_mounted(image, 0, 4096)
+    assert caught.value.errno == errno.EIO
+    assert not image.in_use
+    assert (store.calls["pread"], store.calls["pwrite"]) == (calls["pread"], calls["pwrite"])
+    assert await read_as_mounted(image, 0, 4096) == b"a" * 4096
+    await image.close()
 
 
 async def device_image(tmp_path: Path, chunks: int) -> tuple[Image, CrashStore]:
@@ -303,7 +369,7 @@ async def test_a_cut_that_failed_does_not_give_back_what_is_in_use_again(tmp_pat
     image = await load({"disk.fvd": store})
     await image.begin_writing()
     await image.write(0, b"a" * 20 * 4096)
-    await image.flush()
+    await image.fsync()
     checkpoint = image.committer.checkpoint
     calls = 0
 

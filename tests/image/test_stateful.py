@@ -324,7 +324,7 @@ class Machine(RuleBasedStateMachine):
             at = next(i for i, w in enumerate(self.disk.writes) if w.start == start)
             self.disk.writes[at] = done
         elif op.kind == "flush":
-            await self.image.flush()
+            await self.image.fsync()
             self.disk.flushes.append((start, self.files.clock.tick()))
         else:
             data = bytes(await read_as_mounted(self.image, offset, op.length))
@@ -535,7 +535,7 @@ class Machine(RuleBasedStateMachine):
             await self._in_turn(ops)
             with pytest.raises(OSError, match="not open for writing"):
                 await self.image.write(0, b"x")
-            await self.image.flush()
+            await self.image.fsync()
             await self.image.close()
 
         self._trio(main)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import functools
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -13,8 +14,9 @@ import trio
 from trio.testing import wait_all_tasks_blocked
 
 from fvdfs.store import uring
-from fvdfs.store.base import FlushError
-from fvdfs.store.host import COLD, EXPECTED, LARGE, HostFile, open_path
+from fvdfs.store.base import FlushError, result_of
+from fvdfs.store.flushing import EXPECTED
+from fvdfs.store.host import COLD, LARGE, HostFile, open_path
 
 T = TypeVar("T")
 
@@ -145,21 +147,21 @@ class Entries:
 
 async def test_gathered_calls_are_handed_over_together(file: HostFile, monkeypatch: pytest.MonkeyPatch) -> None:
     entries = Entries(monkeypatch)
-    told = Told[bool]()
+    told = Told[int]()
     buffers = [bytearray(512) for _ in range(uring.GATHERED + 2)]
     async with uring.use_ring():
         ring = uring.ring()
         assert ring is not None
         with ring.gathered():
             for number, buffer in enumerate(buffers):
-                assert file.pread_soon(memoryview(buffer), number * 512, told.tell)
+                assert file.start_pread(memoryview(buffer), number * 512, told.tell)
             assert entries.calls == [uring.GATHERED]
         assert entries.calls == [uring.GATHERED, 2]
         await told.wait(len(buffers))
-        assert file.pread_soon(memoryview(buffers[0]), 512, told.tell)
+        assert file.start_pread(memoryview(buffers[0]), 512, told.tell)
         assert entries.calls[2:] == [1], "at once again"
         await told.wait(len(buffers) + 1)
-    assert told == [True] * (len(buffers) + 1)
+    assert told == [512] * (len(buffers) + 1)
     assert b"".join(buffers[1:]) == CONTENT[512 : len(buffers) * 512]
     assert buffers[0] == CONTENT[512:1024]
 
@@ -168,30 +170,31 @@ async def test_what_the_kernel_does_not_take_is_told_so_and_done_otherwise(
     file: HostFile, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     entries = Entries(monkeypatch)
-    told = Told[bool]()
+    told = Told[int]()
     buffer, data = bytearray(512), bytearray(b"w" * 512)
     async with uring.use_ring():
         ring = uring.ring()
         assert ring is not None
         entries.refuse = 1
         with ring.gathered():
-            assert file.pread_soon(memoryview(buffer), 0, told.tell)
-            assert file.pwrite_soon(memoryview(data), 0, told.tell)
+            assert file.start_pread(memoryview(buffer), 0, told.tell)
+            assert file.start_pwrite(memoryview(data), 0, told.tell)
         assert told == [], "only later"
         await told.wait(2)
-        assert told == [False, False]
-        assert os.pread(file._fd, 512, 0) == CONTENT[:512], "it was taken back"
+        assert told == [512, 512], "by threads"
+        assert os.pread(file._fd, 512, 0) == data
+        assert buffer in (data, CONTENT[:512])
         entries.refuse = 1
         assert await file.pread(memoryview(buffer), 1024) == 512
         assert buffer == CONTENT[1024:1536]
         entries.refuse = 1
         await file.flush()
         entries.refuse = 1
-        await file.log(data, 2048, flush_first=True)
+        await file.append_stable(data, 2048, flush_first=True)
         assert os.pread(file._fd, 512, 2048) == data
-        assert file.pread_soon(memoryview(buffer), 4096, told.tell)
+        assert file.start_pread(memoryview(buffer), 4096, told.tell)
         await told.wait(3)
-        assert told[2]
+        assert told[2] == 512
         assert buffer == CONTENT[4096:4608], "the ring is in order"
 
 
@@ -232,54 +235,52 @@ class Flushes:
         return ended, first_done
 
 
-async def write_soon(file: HostFile, offset: int = 0) -> None:
-    told = Told[bool]()
-    assert file.pwrite_soon(memoryview(bytearray(b"w" * 512)), offset, told.tell)
-    await told.wait(1)
-    assert told == [True]
+async def write_started(file: HostFile, offset: int = 0) -> None:
+    data = memoryview(bytearray(b"w" * 512))
+    assert await result_of(functools.partial(file.start_pwrite, data, offset)) == 512
 
 
 async def write_and_flush(file: HostFile, times: int) -> None:
     for _ in range(times):
-        await write_soon(file)
+        await write_started(file)
         await file.flush()
 
 
 async def test_a_flush_that_is_expected_begins_at_the_write(file: HostFile, monkeypatch: pytest.MonkeyPatch) -> None:
     flushes = Flushes(monkeypatch)
     async with uring.use_ring():
-        await write_soon(file)
+        await write_started(file)
         await write_and_flush(file, 1)
         await write_and_flush(file, EXPECTED)
         assert flushes.begun == 1 + EXPECTED
-        await write_soon(file)
+        await write_started(file)
         assert flushes.begun == 2 + EXPECTED, "ahead"
         await file.flush()
         assert flushes.begun == 2 + EXPECTED, "and not once more"
-        await write_soon(file)
-        await file.log(b"record", 4096, flush_first=True)
+        await write_started(file)
+        await file.append_stable(b"record", 4096, flush_first=True)
         assert flushes.begun == 4 + EXPECTED, "ahead, and after the record"
 
 
-@pytest.mark.parametrize("change", ["write_soon", "pwrite", "zero", "resize"])
+@pytest.mark.parametrize("change", ["write_started", "pwrite", "zero", "resize"])
 async def test_a_flush_ahead_does_not_cover_what_came_later(
     file: HostFile, monkeypatch: pytest.MonkeyPatch, change: str
 ) -> None:
     flushes = Flushes(monkeypatch)
     changes = {
-        "write_soon": lambda: write_soon(file, 512),
+        "write_started": lambda: write_started(file, 512),
         "pwrite": lambda: file.pwrite(b"new", 512),
         "zero": lambda: file.zero(0, 4096),
         "resize": lambda: file.resize(len(CONTENT) + 1),
     }
     async with uring.use_ring():
         await write_and_flush(file, EXPECTED)
-        await write_soon(file)
+        await write_started(file)
         begun = flushes.begun
         await changes[change]()
         await file.flush()
         assert flushes.begun == begun + 1
-        await write_soon(file)
+        await write_started(file)
         assert flushes.begun == begun + 1, "a flush after every write is not what happens any more"
 
 
@@ -290,7 +291,7 @@ async def test_a_flush_that_could_not_begin_ahead_begins_when_asked_for(
     async with uring.use_ring():
         await write_and_flush(file, EXPECTED)
         flushes.errors = [errno.ECANCELED]
-        await write_soon(file)
+        await write_started(file)
         begun = flushes.begun
         await file.flush()
         assert flushes.begun == begun + 1
@@ -302,25 +303,25 @@ async def test_a_flush_that_failed_ahead_is_told_of(
 ) -> None:
     """The kernel tells of an error once: flushes that are asked for afterwards would find all well."""
     flushes = Flushes(monkeypatch)
-    told = Told[bool]()
+    told = Told[int]()
     async with uring.use_ring():
         await write_and_flush(file, EXPECTED)
         flushes.errors = [errno.EIO]
-        await write_soon(file)
+        await write_started(file)
         assert flushes.errors == []
         if later:
-            await write_soon(file)
+            await write_started(file)
             await trio.sleep(0.05)
         for _ in range(2):
             with pytest.raises(OSError) as caught:
                 await file.flush()
             assert caught.value.errno == errno.EIO
             begun = flushes.begun
-            await write_soon(file)
+            await write_started(file)
             assert flushes.begun == begun + (not later), "one that ends well"
-            assert not file.flush_soon(told.tell)
+            assert not file.start_flush(told.tell)
         with pytest.raises(FlushError):
-            await file.log(b"record", 4096, flush_first=False)
+            await file.append_stable(b"record", 4096, flush_first=False)
 
 
 async def test_an_error_that_a_flush_ahead_took_from_one_under_way(
@@ -329,7 +330,8 @@ async def test_an_error_that_a_flush_ahead_took_from_one_under_way(
     flushes = Flushes(monkeypatch)
     async with uring.use_ring():
         await write_and_flush(file, EXPECTED)
-        asked = file._flush_is_asked_for
+        flusher = file._flusher
+        ask = flusher.ask
 
         async def flush() -> None:
             with pytest.raises(OSError) as caught:
@@ -338,11 +340,11 @@ async def test_an_error_that_a_flush_ahead_took_from_one_under_way(
 
         async with trio.open_nursery() as nursery:
             nursery.start_soon(flush)
-            file._flush_is_asked_for = lambda: None  # type: ignore[method-assign]  # nothing is learnt
+            flusher.ask = lambda: None  # type: ignore[method-assign]  # nothing is learnt
             await trio.lowlevel.checkpoint()
-            file._flush_is_asked_for = asked  # type: ignore[method-assign]
+            flusher.ask = ask  # type: ignore[method-assign]
             flushes.errors = [errno.EIO]
-            await write_soon(file)
+            await write_started(file)
             assert flushes.errors == []
 
 
@@ -368,29 +370,29 @@ class HeldFlushes(Flushes):
 async def test_a_flush_without_a_task(file: HostFile, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where it began with the write before."""
     flushes = HeldFlushes(monkeypatch)
-    told = Told[bool]()
+    told = Told[int]()
     async with uring.use_ring():
-        assert not file.flush_soon(told.tell)
+        assert not file.start_flush(told.tell)
         await write_and_flush(file, EXPECTED)
-        assert not file.flush_soon(told.tell), "nothing was written since"
+        assert not file.start_flush(told.tell), "nothing was written since"
         begun = flushes.begun
-        await write_soon(file)
-        assert file.flush_soon(told.tell)
+        await write_started(file)
+        assert file.start_flush(told.tell)
         await trio.sleep(0.01)
         assert told == [], "not before it is"
         await flushes.release()
-        assert told == [True]
-        await write_soon(file)
+        assert told == [0]
+        await write_started(file)
         await flushes.release()
-        assert file.flush_soon(told.tell)
-        assert told == [True, True], "it has ended already"
+        assert file.start_flush(told.tell)
+        assert told == [0, 0], "it has ended already"
         assert flushes.begun == begun + 2
-        await write_soon(file)
-        assert file.flush_soon(told.tell)
-        await write_soon(file, 512)
-        assert not file.flush_soon(told.tell), "that write came later"
+        await write_started(file)
+        assert file.start_flush(told.tell)
+        await write_started(file, 512)
+        assert not file.start_flush(told.tell), "that write came later"
         await flushes.release()
-        assert told == [True, True, True], "the first one is stable"
+        assert told == [0, 0, 0], "the first one is stable"
         await file.flush()
         assert flushes.begun == begun + 4
 
@@ -399,7 +401,7 @@ async def test_a_flush_ahead_need_not_cover_what_ended_before_its_own_write(
     file: HostFile, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It may have begun in between."""
-    told = Told[bool]()
+    told = Told[int]()
     held = Told[Callable[[], None]]()
     async with uring.use_ring():
         await write_and_flush(file, EXPECTED)
@@ -414,32 +416,34 @@ async def test_a_flush_ahead_need_not_cover_what_ended_before_its_own_write(
 
         with monkeypatch.context() as patch:
             change_begin(patch, hold)
-            assert file.pwrite_soon(memoryview(bytearray(512)), 0, told.tell)
+            assert file.start_pwrite(memoryview(bytearray(512)), 0, told.tell)
             await held.wait(1)
         await file.pwrite(b"new", 512)
         held.pop()()
-        assert told == [True]
-        assert not file.flush_soon(told.tell)
+        assert told == [512]
+        assert not file.start_flush(told.tell)
 
 
 @pytest.mark.parametrize("error", [errno.EIO, errno.ECANCELED])
 async def test_a_flush_without_a_task_that_fails(file: HostFile, monkeypatch: pytest.MonkeyPatch, error: int) -> None:
     flushes = HeldFlushes(monkeypatch)
-    told = Told[bool]()
+    told = Told[int]()
     async with uring.use_ring():
         await write_and_flush(file, EXPECTED)
         flushes.errors = [error]
-        await write_soon(file)
+        await write_started(file)
         begun = flushes.begun
-        assert file.flush_soon(told.tell)
-        assert file.flush_soon(told.tell)
+        assert file.start_flush(told.tell)
+        assert file.start_flush(told.tell)
         await flushes.release()
-        assert told == [False, False]
-        assert not file.flush_soon(told.tell)
+        await told.wait(2)
         if error == errno.ECANCELED:
-            await file.flush()
-            assert flushes.begun == begun + 1, "it had not begun"
+            assert told == [0, 0]
+            assert flushes.begun == begun + 2, "it had not begun"
         else:
+            assert told == [-error, -error]
+            assert flushes.begun == begun
+            assert not file.start_flush(told.tell)
             with pytest.raises(FlushError):
                 await file.flush()
 
@@ -463,28 +467,28 @@ async def test_a_full_ring_is_not_used() -> None:
 
 
 async def test_reads_and_writes_of_a_file_without_a_task(file: HostFile) -> None:
-    told = Told[bool]()
+    told = Told[int]()
     async with uring.use_ring():
         buffer, short, data = bytearray(4096), bytearray(4096), bytearray(b"w" * 4096)
         drop_from_cache(file)
-        assert file.pread_soon(memoryview(buffer), 8192, told.tell)
-        assert file.pwrite_soon(memoryview(data), 65536, told.tell)
+        assert file.start_pread(memoryview(buffer), 8192, told.tell)
+        assert file.start_pwrite(memoryview(data), 65536, told.tell)
         assert told == [], "only later"
         await told.wait(2)
-        assert told == [True, True]
+        assert told == [4096, 4096]
         assert buffer == CONTENT[8192:12288]
         assert os.pread(file._fd, 4096, 65536) == data
-        assert file.pread_soon(memoryview(short), len(CONTENT) - 1, told.tell)
+        assert file.start_pread(memoryview(short), len(CONTENT) - 1, told.tell)
         await told.wait(3)
-        assert told[2] is False, "the file ends before"
+        assert told[2] == 1, "the file ends before"
         large = bytearray(LARGE + 1)
-        assert file.pread_soon(memoryview(large), 0, told.tell)
+        assert file.start_pread(memoryview(large), 0, told.tell)
         await told.wait(4)
-        assert told[3]
+        assert told[3] == len(large)
         assert large[:65536] == CONTENT[:65536]
         assert large[-65536:] == CONTENT[LARGE + 1 - 65536 : LARGE + 1]
-        assert not file.pwrite_soon(memoryview(large), 0, told.tell)
-    assert not file.pread_soon(memoryview(buffer), 0, told.tell)
+        assert not file.start_pwrite(memoryview(large), 0, told.tell)
+    assert not file.start_pread(memoryview(buffer), 0, told.tell)
 
 
 async def test_reads_in_and_past_a_file(file: HostFile) -> None:
@@ -537,12 +541,12 @@ async def test_a_cold_file_is_tried_less_often_while_much_is_under_way(
 @pytest.mark.parametrize("with_ring", [True, False])
 async def test_a_journal_record_between_flushes(file: HostFile, with_ring: bool) -> None:
     if not with_ring:
-        await file.log(b"record", 4096, flush_first=True)
+        await file.append_stable(b"record", 4096, flush_first=True)
         assert os.pread(file._fd, 6, 4096) == b"record"
         return
     async with uring.use_ring():
-        await file.log(b"record", 4096, flush_first=False)
-        await file.log(b"second", 4102, flush_first=True)
+        await file.append_stable(b"record", 4096, flush_first=False)
+        await file.append_stable(b"second", 4102, flush_first=True)
         assert os.pread(file._fd, 12, 4096) == b"recordsecond"
 
 
@@ -555,9 +559,9 @@ async def test_which_step_of_a_journal_record_failed(tmp_path: Path, with_ring: 
 
     async def fail() -> None:
         with pytest.raises(FlushError):
-            await pipe.log(b"record", 0, flush_first=True)
+            await pipe.append_stable(b"record", 0, flush_first=True)
         with pytest.raises(OSError) as caught:
-            await read_only.log(b"record", 0, flush_first=True)
+            await read_only.append_stable(b"record", 0, flush_first=True)
         assert not isinstance(caught.value, FlushError)
         assert caught.value.errno == errno.EBADF
 

@@ -42,7 +42,8 @@ from trio.testing import MockClock
 from fvdfs.alloc.growth import GrowCommand
 from fvdfs.format.creation import CreateOptions
 from fvdfs.format.header import Header
-from fvdfs.image.image import Image, Zeroes
+from fvdfs.image.image import Image
+from fvdfs.image.writing import Zeroes
 from fvdfs.prefetch.prefetcher import Prefetcher
 from fvdfs.prefetch.scheduler import Scheduler
 from fvdfs.store.base import Store
@@ -59,7 +60,7 @@ from support.fakes import (
     Killed,
     MemoryStore,
     Resize,
-    flush_as_mounted,
+    fsync_as_mounted,
     read_as_mounted,
     write_as_mounted,
 )
@@ -478,7 +479,7 @@ class Simulation:
 
     async def flush(self) -> None:
         start = self.clock.tick()
-        flush = flush_as_mounted if start % 2 else Image.flush
+        flush = fsync_as_mounted if start % 2 else Image.fsync
         await flush(self.image)
         self.disk.flushes.append((start, self.clock.tick()))
 

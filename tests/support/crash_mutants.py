@@ -29,23 +29,28 @@ from typing import Any
 from support.crash import SCENARIOS, SUBJECTS, Counts, Effort, Simulation, quiet
 
 MODULES = (
-    "fvdfs.store.host",
+    "fvdfs.store.base",
     "fvdfs.image.commit",
     "fvdfs.image.image",
+    "fvdfs.image.core",
+    "fvdfs.image.writing",
+    "fvdfs.image.resizing",
+    "fvdfs.image.base_writing",
+    "fvdfs.image.profiling",
     "fvdfs.alloc.chunked",
     "fvdfs.alloc.flat",
     "fvdfs.image.chain",
 )
 FLUSHES = {"flush", "_flush"}
-OF_STORE = {"log_by_steps", "Stepwise.log"}  # what else that module has is not simulated
+OF_STORE = {"append_by_steps", "Stepwise.append_stable"}  # what else that module has is not simulated
 REPORTS = {"mark_committed", "pages_written", "data_written", "blocks_stored", "chunks_allocated"}
 DURABLE = FLUSHES | {
-    *("pwrite", "pwrite_pages", "zero", "resize", "log"),
+    *("pwrite", "pwrite_pages", "zero", "resize", "append_stable", "append_by_steps"),
     *("_append", "_write_pages", "_write_header", "_commit", "commit", "checkpoint", "recover"),
     *("_clear_journal", "clear_journal", "change_header", "restore_header", "_shrink_header", "_checkpoint_unclean"),
-    *("release_base", "finish", "write_profile", "_write_profile", "close"),
+    *("release_base", "write_profile", "close"),
     *("grow", "shrink", "_grow", "_grow_to", "_shrink", "_make_room", "_make_room_on_device", "prepare", "_prepare"),
-    *("_store", "_store_data", "_store_zeros", "wrote", "_begin_base_writing"),
+    *("_store", "_store_data", "_store_zeros", "wrote", "begin_base_writing"),
 }
 HANGS = 60  # seconds of one simulation, after which it counts as failed
 
@@ -175,7 +180,7 @@ def mutants() -> Iterator[Mutant]:
             if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                 continue
             function = prefix + node.name
-            if module_name == "fvdfs.store.host" and function not in OF_STORE:
+            if module_name == "fvdfs.store.base" and function not in OF_STORE:
                 continue
             for change in _changes(node):
                 name = f"{module_name.rpartition('.')[2]}: {function.rpartition('.')[2]}: {change}"

@@ -22,62 +22,56 @@ from dataclasses import dataclass, field
 import trio
 
 from fvdfs.image.image import Image
-from fvdfs.store.base import Buffer, Done, Stepwise, Store
+from fvdfs.store.base import Buffer, Done, Pending, Stepwise, Store, result_of
 
 SECTOR = 512  # a disk writes this much whole or not at all
 READ_ONLY = "a store that is not writable was asked to change"
 
 
-def soon(call: Callable[[], Awaitable[object]], done: Done) -> bool:
-    """Begin a call that nobody waits for."""
+def start(call: Callable[[], Awaitable[int | None]], done: Done, result: int = 0) -> bool:
+    """Start a call; it says its result, or else that is `result`."""
 
     async def run() -> None:
         try:
-            await call()
-        except (OSError, Killed):
-            done(False)
+            count = await call()
+        except OSError as error:
+            done(-(error.errno or errno.EIO))
+        except Killed:  # `_as_mounted` raises it again
+            done(-errno.EIO)
         else:
-            done(True)
+            done(result if count is None else count)
 
     trio.lowlevel.spawn_system_task(run)
     return True
 
 
-async def _as_mounted(begin: Callable[[Done], bool], finish: Callable[[], Awaitable[None]]) -> None:
-    """Do what a mount does: begin without a task where that is possible, and have a task do the rest."""
-    ended = trio.Event()
-    well = False
-
-    def done(whole: bool) -> None:
-        nonlocal well
-        well = whole
-        ended.set()
-
-    if begin(done):
-        await ended.wait()
-    if not well:
-        await finish()
+async def _as_mounted(image: Image, pending: Pending) -> int:
+    """Do what a mount does: start without a task where that is possible, else have a task do it."""
+    try:
+        result = await result_of(pending.start)
+    except OSError:
+        for store in (image.data, image.meta):
+            if isinstance(store, FaultStore) and store.plan.kill and store.plan.failures:
+                raise Killed from None
+        raise
+    return await pending.finish() if result is None else result
 
 
 async def write_as_mounted(image: Image, offset: int, data: bytes) -> None:
-    await _as_mounted(
-        functools.partial(image.write_soon, offset, memoryview(bytearray(data))),
-        functools.partial(image.write, offset, data),
-    )
+    assert await _as_mounted(image, image.begin_write(offset, memoryview(bytearray(data)))) == len(data)
 
 
 async def read_as_mounted(image: Image, offset: int, length: int) -> bytearray:
     """Into a buffer that was used before."""
     buffer = bytearray(b"\xa5") * length
-    count, rest = image.begin_read(offset, memoryview(buffer))
+    found = image.begin_read(offset, memoryview(buffer))
+    count = found if isinstance(found, int) else await _as_mounted(image, found)
     assert buffer[count:] == b"\xa5" * (length - count)
-    if rest is not None:
-        await _as_mounted(rest.soon, rest.finish)
     return buffer[:count]
 
 
-async def flush_as_mounted(image: Image) -> None:
-    await _as_mounted(image.flush_soon, image.flush)
+async def fsync_as_mounted(image: Image) -> None:
+    await _as_mounted(image, image.begin_fsync())
 
 
 class MemoryStore(Stepwise):
@@ -147,19 +141,15 @@ class MemoryStore(Stepwise):
         self._read(buffer, offset)
         return True
 
-    def pread_soon(self, buffer: memoryview, offset: int, done: Done) -> bool:
-        return soon(functools.partial(self._pread_exactly, buffer, offset), done)
-
-    async def _pread_exactly(self, buffer: memoryview, offset: int) -> None:
-        if await self.pread(buffer, offset) < len(buffer):
-            raise OSError(errno.EIO, "short read")
+    def start_pread(self, buffer: memoryview, offset: int, done: Done) -> bool:
+        return start(functools.partial(self.pread, buffer, offset), done)
 
     async def pread(self, buffer: memoryview, offset: int) -> int:
         await self._wait("pread")
         return self._read(buffer, offset)
 
-    def pwrite_soon(self, data: memoryview, offset: int, done: Done) -> bool:
-        return soon(functools.partial(self.pwrite, data, offset), done)
+    def start_pwrite(self, data: memoryview, offset: int, done: Done) -> bool:
+        return start(functools.partial(self.pwrite, data, offset), done, len(data))
 
     async def pwrite(self, data: Buffer, offset: int) -> None:
         await self._wait("pwrite")
@@ -179,8 +169,8 @@ class MemoryStore(Stepwise):
         zeros = len(data) - len(data.lstrip(b"\0"))
         return start + zeros if zeros < len(data) else stop
 
-    def flush_soon(self, done: Done) -> bool:
-        return soon(self.flush, done)
+    def start_flush(self, done: Done) -> bool:
+        return start(self.flush, done)
 
     async def flush(self) -> None:
         await self._wait("flush")
@@ -447,8 +437,8 @@ class FaultStore(Stepwise):
         self._check("pread")
         return await self.inner.pread(buffer, offset)
 
-    def pwrite_soon(self, data: memoryview, offset: int, done: Done) -> bool:
-        return soon(functools.partial(self.pwrite, data, offset), done)
+    def start_pwrite(self, data: memoryview, offset: int, done: Done) -> bool:
+        return start(functools.partial(self.pwrite, data, offset), done, len(data))
 
     async def pwrite(self, data: Buffer, offset: int) -> None:
         try:
@@ -474,8 +464,8 @@ class FaultStore(Stepwise):
     async def next_data(self, start: int, stop: int) -> int:
         return await self.inner.next_data(start, stop)
 
-    def flush_soon(self, done: Done) -> bool:
-        return soon(self._flush_ahead, done)
+    def start_flush(self, done: Done) -> bool:
+        return start(self._flush_ahead, done)
 
     async def _flush_ahead(self) -> None:
         try:

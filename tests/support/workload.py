@@ -29,7 +29,7 @@ from support.fakes import (
     FaultStore,
     MemoryStore,
     Resize,
-    flush_as_mounted,
+    fsync_as_mounted,
     write_as_mounted,
 )
 
@@ -74,7 +74,7 @@ class Workload:
 
     async def flush(self) -> None:
         start = self.clock.tick()
-        flush = flush_as_mounted if start % 2 else Image.flush
+        flush = fsync_as_mounted if start % 2 else Image.fsync
         try:
             await flush(self.image)
         except OSError as error:
@@ -197,7 +197,7 @@ def unclean_image(layout: Layout, folder: Path) -> tuple[dict[str, bytes], bytes
         rng = random.Random(2)
         for _ in range(3):
             await image.write(rng.randrange(image.size - 3000), rng.randbytes(3000))
-            await image.flush()
+            await image.fsync()
         return bytes(await image.read(0, image.size))
 
     content = trio.run(main)

@@ -1,0 +1,270 @@
+"""An open image without its requests: what it is made of, and where the bytes of its disk are.
+
+Requests share it: reads (`reading`), writes (`writing`), changes of the size (`resizing`), writes to the base
+(`base_writing`), profiles (`profiling`). `image.Image` puts them together.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable, Iterator, Sequence
+
+from fvdfs.alloc.chunked import ChunkedStorage, Spawn
+from fvdfs.alloc.flat import FlatStorage
+from fvdfs.alloc.table import Table
+from fvdfs.cow.bitmap import Bitmap
+from fvdfs.cow.fetching import Fetcher
+from fvdfs.cow.planner import Geometry, read_runs
+from fvdfs.cow.recorder import Recorder
+from fvdfs.cow.writethrough import BaseWriter
+from fvdfs.format.header import Header
+from fvdfs.image.commit import Committer
+from fvdfs.store.base import Done, Store
+from fvdfs.store.host import HostFile
+
+Storage = FlatStorage | ChunkedStorage
+
+
+class OwnData:
+    """The storage of an image: where it ends before something that it holds, it was cut, and that is an error."""
+
+    def __init__(self, data: Store, storage: Storage, committer: Committer) -> None:
+        self._data = data
+        self._storage = storage
+        self._committer = committer
+
+    def pread_nowait(self, view: memoryview, offset: int) -> bool:
+        return self._data.pread_nowait(view, offset)
+
+    def start_pread(self, view: memoryview, offset: int, done: Done) -> bool:
+        end = offset + len(view)
+        held = self._storage.holds(end)
+
+        def ended(count: int) -> None:
+            done(-errno.EIO if 0 <= count < len(view) and held and self._is_cut(end) else count)
+
+        return self._data.start_pread(view, offset, ended)
+
+    async def pread(self, view: memoryview, offset: int) -> int:
+        end = offset + len(view)
+        held = self._storage.holds(end)
+        count = await self._data.pread(view, offset)
+        if count < len(view) and held and self._is_cut(end):
+            raise OSError(errno.EIO, self._too_short(end))
+        return count
+
+    def _is_cut(self, end: int) -> bool:
+        """Whether it is too short now, as when the read began; else its size was changed meanwhile."""
+        if not self._storage.holds(end):
+            return False
+        self._committer.fail(self._too_short(end))
+        return True
+
+    def _too_short(self, end: int) -> str:
+        return f"{self._data.name} ends before byte {end}, up to which it holds data: it was cut"
+
+
+class Core:
+    """The parts of an open image. Offsets and lengths are bytes of the virtual disk."""
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        committer: Committer,
+        meta: Store,
+        data: Store,
+        base: Core | Store | None,
+        storage: Storage,
+        bitmap: Bitmap | None,
+        table: Table | None,
+    ) -> None:
+        self.name = name
+        self.base = base
+        self.meta = meta
+        self.data = data
+        self.own = OwnData(data, storage, committer)
+        self.bitmap = bitmap
+        self.table = table
+        self.storage = storage
+        self.committer = committer
+        self.writable = False
+        self.base_writer: BaseWriter | None = None
+        self.fetcher: Fetcher | None = None
+        """Reads the base for copy-on-read and prefetching; None where there is neither."""
+        self.recorder: Recorder | None = None
+        """Takes down what is read first, for a profile."""
+        self.spawn: Spawn | None = None
+        header = committer.header
+        self.size = header.virtual_disk_size
+        self.end = self.size
+        """Where the disk ends for who has it open: where a write past its end has ended, within the last sector."""
+        self.geometry = Geometry(header.block_size, header.base_size)
+
+    @property
+    def header(self) -> Header:
+        """The header as it is on disk."""
+        return self.committer.header
+
+    @property
+    def damage(self) -> str:
+        """Why it can only be read, as far as that goes; empty where nothing is known to be wrong."""
+        if self.table is not None and self.table.damaged:
+            return self.table.damage
+        return self.committer.failed or ""
+
+    @property
+    def needs_share(self) -> bool:
+        """Whether something that it stands on may not answer for ever, unlike a disk of this host."""
+        image: Core | Store | None = self
+        while isinstance(image, Core):
+            if _may_hang(image.meta) or _may_hang(image.data):
+                return True
+            image = image.base
+        return image is not None and _may_hang(image)
+
+    @property
+    def base_server(self) -> str:
+        """What the lowest base of the chain shares its throughput with."""
+        base = self.base
+        while isinstance(base, Core):
+            base = base.base if base.base is not None else base.data
+        assert base is not None
+        return base.server
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether a read may have to ask another machine, as things are."""
+        layer: Core | Store | None = self
+        while isinstance(layer, Core):
+            if layer.data.is_remote:
+                return True
+            if layer.bitmap is None or layer.bitmap.next_missing(0) is None:
+                return False
+            layer = layer.base
+        return layer is not None and layer.is_remote
+
+    def base_range(self) -> tuple[int, int]:
+        """The block size and the size of the base's range, bytes."""
+        return self.geometry.block_size, self.geometry.base_size
+
+    def missing(self, start: int, length: int) -> tuple[int, int]:
+        """The first bytes [start, stop), whole blocks and at most about `length`, that are only in the base.
+
+        Looks from byte `start` on; an empty range at the end of the base's range where nothing is missing.
+        """
+        block_size, base_size = self.base_range()
+        bitmap = self.bitmap
+        if bitmap is None or start >= base_size:
+            return base_size, base_size
+        first = bitmap.next_missing(start // block_size)
+        if first is None:
+            return base_size, base_size
+        end = bitmap.next_local(first, first + max(1, length // block_size))
+        return first * block_size, min(end * block_size, base_size)
+
+    def local_runs(self, start: int, stop: int) -> Sequence[tuple[int, int, bool]]:
+        """Bytes [start, stop) as runs (start, stop, local); the rest of each run is in the base."""
+        bitmap, geometry = self.bitmap, self.geometry
+        if bitmap is None or start >= geometry.base_size:
+            return ((start, stop, True),)
+        first, end = geometry.blocks(start, stop)
+        if bitmap.all_local(first, end):
+            return ((start, stop, True),)
+        if stop <= geometry.base_size and bitmap.none_local(first, end):
+            return ((start, stop, False),)
+        return tuple(read_runs(geometry, bitmap, start, stop))
+
+    async def extents(self, start: int, stop: int) -> list[tuple[int, int, str]]:
+        """Bytes [start, stop) of the disk as runs (start, stop, "local", "base" or "hole"). Raises OSError."""
+        found = []
+        for run_start, run_stop, local in self.local_runs(start, stop):
+            if not local:
+                found.append((run_start, run_stop, "base"))
+                continue
+            for piece_start, piece_stop, where in self.storage.runs(run_start, run_stop):
+                end = piece_stop - piece_start + (where or 0)
+                hole = where is None or await self.data.next_data(where, end) == end
+                found.append((piece_start, piece_stop, "hole" if hole else "local"))
+        return found
+
+    async def next_data(self, start: int, stop: int) -> int:
+        """The first byte of [start, stop) of the disk that may be no zero, as `Store.next_data`. Raises OSError."""
+        known: dict[Store, tuple[int, int]] = {}  # from where to where a store holds nothing
+
+        async def skip(store: Store, begin: int, at: int) -> int:
+            """How many bytes from `begin` on, byte `at` of the disk, are nowhere."""
+            first, data = known.get(store, (0, -1))
+            if not first <= begin <= data:
+                data = await store.next_data(begin, begin + stop - at)
+                known[store] = (begin, data)
+            return data - begin
+
+        layers = [self._layer_runs(start, stop)]
+        while layers:
+            run = next(layers[-1], None)
+            if run is None:
+                layers.pop()
+                continue
+            image, begin, end, local = run
+            base = image.base
+            if local:
+                for piece_start, piece_stop, where in image.storage.runs(begin, end):
+                    if where is not None:
+                        data = piece_start + await skip(image.data, where, piece_start)
+                        if data < piece_stop:
+                            return data
+            elif isinstance(base, Core):
+                if begin < base.size:
+                    layers.append(base._layer_runs(begin, min(end, base.size)))
+            else:
+                data = begin if base is None else begin + await skip(base, begin, begin)
+                if data < end:
+                    return data
+        return stop
+
+    def _layer_runs(self, start: int, stop: int) -> Iterator[tuple[Core, int, int, bool]]:
+        bitmap = self.bitmap
+        runs = read_runs(self.geometry, bitmap, start, stop) if bitmap is not None else ((start, stop, True),)
+        for run_start, run_stop, local in runs:
+            yield self, run_start, run_stop, local
+
+    async def write_out(self, start: int, stop: int) -> None:
+        """Have stored bytes leave memory for the disk, where that is possible; promises nothing."""
+        for run_start, run_stop, where in self.storage.runs(start, min(stop, self.size)):
+            if where is not None:
+                await self.data.write_out(where, run_stop - run_start)
+
+    def usage(self) -> int:
+        """Bytes that the image takes, metadata and data."""
+        return usage_of(self.header, self.meta, self.data, self._allocated_chunks)
+
+    def _allocated_chunks(self) -> int:
+        return self.table.allocated() if self.table is not None else 0
+
+
+def usage_of(header: Header, meta: Store, data: Store, allocated_chunks: Callable[[], int]) -> int:
+    """Bytes that an image takes, metadata and data.
+
+    What the host says of its files; of a device, which says nothing, what the image has in use, for which a compact
+    image has to count its `allocated_chunks`.
+    """
+    if not data.fixed_size:
+        return meta.usage() + (data.usage() if data is not meta else 0)
+    used = allocated_chunks() * header.chunk_size if header.compact else header.virtual_disk_size
+    return used + (header.metadata_size if data is meta else meta.usage())
+
+
+def _may_hang(store: Store) -> bool:
+    return not isinstance(store, HostFile) or store.may_hang
+
+
+async def close_chain(image: Core | Store | None) -> None:
+    """Give up the files of an image and of all that it stands on."""
+    while isinstance(image, Core):
+        await image.meta.aclose()
+        if image.data is not image.meta:
+            await image.data.aclose()
+        image = image.base
+    if image is not None:
+        await image.aclose()

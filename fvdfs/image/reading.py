@@ -1,0 +1,183 @@
+"""Reads of an open image.
+
+They need no lock: each is planned by the bitmap as it is when it begins, and what needs no waiting is read in the same
+moment. The rest is a `PendingRead`. What is read from the base may be kept (copy-on-read; `cow.fetching`).
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Protocol
+
+import trio
+
+from fvdfs.image.core import Core
+from fvdfs.store.base import Done, Store, together
+
+
+class _Source(Protocol):
+    """What bytes are read from: a store, the storage of an image, the fetcher."""
+
+    def pread_nowait(self, view: memoryview, offset: int, /) -> bool: ...
+
+    def start_pread(self, view: memoryview, offset: int, done: Done, /) -> bool: ...
+
+    async def pread(self, view: memoryview, offset: int, /) -> int: ...
+
+
+_Todo = list[tuple[_Source, memoryview, int]]
+
+
+class PendingRead:
+    """A read that has to wait (`store.base.Pending`)."""
+
+    __slots__ = ("_count", "_done", "_ended", "_pending", "_todo")
+
+    def __init__(self, count: int, todo: _Todo, pending: set[PendingRead]) -> None:
+        """A read of `count` bytes, of which some are still to be read; until its end it is one of those `pending`."""
+        self._count = count
+        self._todo = todo
+        self._pending = pending
+        self._done: Done | None = None
+        self._ended: trio.Event | None = None
+        pending.add(self)
+
+    def start(self, done: Done, /) -> bool:
+        """Where one call to a store is all that there is to do."""
+        if len(self._todo) != 1:
+            return False
+        source, view, offset = self._todo[0]
+        self._done = done
+        return source.start_pread(view, offset, self._started_has_ended)
+
+    def _started_has_ended(self, result: int) -> None:
+        assert self._done is not None
+        if result >= 0:
+            _zero(self._todo[0][1][result:])
+            result = self._count
+        self._end()
+        self._done(result)
+
+    async def finish(self) -> int:
+        try:
+            await _read_all(self._todo)
+        finally:
+            self._end()
+        return self._count
+
+    def _end(self) -> None:
+        self._pending.remove(self)
+        if self._ended is not None:
+            self._ended.set()
+
+    async def wait(self) -> None:
+        """Wait for its end."""
+        if self._ended is None:
+            self._ended = trio.Event()
+        await self._ended.wait()
+
+
+class Reads:
+    """The reads of one image."""
+
+    def __init__(self, core: Core) -> None:
+        self._core = core
+        self._pending: set[PendingRead] = set()
+
+    def __bool__(self) -> bool:
+        """Whether any is under way."""
+        return bool(self._pending)
+
+    def begin(self, offset: int, view: memoryview) -> int | PendingRead:
+        """`Image.begin_read`."""
+        core = self._core
+        stop = min(offset + len(view), core.end)
+        if offset >= stop:
+            return 0
+        if core.recorder is not None:
+            core.recorder.touched(offset, stop, written=False)
+        count = stop - offset
+        todo = _read_now(core, offset, view[:count], core.fetcher)
+        return PendingRead(count, todo, self._pending) if todo else count
+
+    async def wait(self) -> None:
+        """Wait for the end of those that are under way now."""
+        for read in tuple(self._pending):
+            if read in self._pending:
+                await read.wait()
+
+    def read_base_nowait(self, view: memoryview, start: int) -> bool:
+        """Fill the buffer with the base's bytes from `start` on, if that needs no waiting; else say False."""
+        base = self._core.base
+        return base is not None and not isinstance(base, Core) and base.pread_nowait(view, start)
+
+    async def read_base(self, view: memoryview, start: int) -> None:
+        """Fill the buffer with the base's bytes from `start` on, and zeros where it has none. Raises OSError."""
+        base = self._core.base
+        assert base is not None
+        if isinstance(base, Core):
+            await _read_all(_read_now(base, start, _zero_behind(base, start, view), None))
+        else:
+            await read_padded(base, view, start)
+
+
+def _read_now(top: Core, start: int, view: memoryview, fetcher: _Source | None) -> _Todo:
+    """Fill the buffer with the disk's bytes from `start` on, as far as that needs no waiting; the rest.
+
+    Goes down the chain of base images without recursion: a chain may be of any depth. `fetcher` reads the first base.
+    """
+    todo: _Todo = []
+    layers = [(top, start, view)]
+    while layers:
+        image, begin, part = layers.pop()
+        if not part:
+            continue
+        for run_start, run_stop, local in image.local_runs(begin, begin + len(part)):
+            run = part[run_start - begin : run_stop - begin]
+            base = image.base
+            if local:
+                _read_storage(image, run_start, run, todo)
+            elif image is top and fetcher is not None:
+                _try(fetcher, run, run_start, todo)
+            elif isinstance(base, Core):
+                layers.append((base, run_start, _zero_behind(base, run_start, run)))
+            else:
+                assert base is not None
+                _try(base, run, run_start, todo)
+    return todo
+
+
+def _read_storage(image: Core, start: int, view: memoryview, todo: _Todo) -> None:
+    for piece_start, piece_stop, where in image.storage.runs(start, start + len(view)):
+        piece = view[piece_start - start : piece_stop - start]
+        if where is None:
+            _zero(piece)
+        else:
+            _try(image.own, piece, where, todo)
+
+
+def _zero_behind(base: Core, start: int, view: memoryview) -> memoryview:
+    """The part of the buffer that a base image has bytes for, from `start` on; the rest becomes zeros."""
+    length = min(len(view), max(0, base.size - start))
+    _zero(view[length:])
+    return view[:length]
+
+
+def _try(source: _Source, view: memoryview, offset: int, todo: _Todo) -> None:
+    if not source.pread_nowait(view, offset):
+        todo.append((source, view, offset))
+
+
+async def _read_all(todo: _Todo) -> None:
+    if todo:
+        await together([functools.partial(read_padded, *read) for read in todo])
+
+
+async def read_padded(source: _Source | Store, view: memoryview, offset: int) -> None:
+    """Read what it has; past its end are zeros (format.md, "Bitmap" and "Storage without a table"). Raises OSError."""
+    _zero(view[await source.pread(view, offset) :])
+
+
+def _zero(view: memoryview) -> None:
+    if view:
+        view[:] = bytes(len(view))

@@ -1,0 +1,143 @@
+"""Changes of the size of an open image's disk.
+
+What is new reads as zeros before the size says that it is there. A cut waits for all writers, and gives back what is
+cut off only when nothing on disk, and no read, refers to it any more.
+"""
+
+from __future__ import annotations
+
+import errno
+
+import trio
+
+from fvdfs.cow.locks import Gate
+from fvdfs.cow.planner import Geometry
+from fvdfs.format.header import MAX_DISK_SIZE, SECTOR, ceil_div, round_up, with_fields
+from fvdfs.image.core import Core
+from fvdfs.image.reading import Reads
+
+
+class Resizer:
+    """Resizes one image."""
+
+    def __init__(self, core: Core, reads: Reads, gate: Gate) -> None:
+        """`gate`: writers pass it."""
+        self._core = core
+        self._reads = reads
+        self._gate = gate
+        self.lock = trio.Lock()
+        """Held while the size changes, or the base is let go."""
+        self._journal_cleared = False
+        """Whether it holds no records from before this opening."""
+
+    async def resize(self, size: int, *, shrink: bool = False) -> None:
+        """Make the disk this long, rounded up to a sector; the new part reads as zeros.
+
+        Raises OSError: EPERM for a smaller size without `shrink`, EFBIG where the table has no room
+        for more chunks, EROFS where the image is not open for writing.
+        """
+        core = self._core
+        if not core.writable:
+            raise OSError(errno.EROFS, f"{core.name}: not open for writing")
+        size = round_up(size, SECTOR)
+        async with self.lock:
+            if size > core.size:
+                await self._grow(size)
+            elif size < core.size:
+                if not shrink:
+                    raise OSError(errno.EPERM, f"{core.name}: the disk can be cut only where -o shrink is given")
+                await self._shrink(size)
+            core.end = core.size
+
+    async def reach(self, stop: int) -> None:
+        """Grow the disk so that it holds bytes up to `stop`, unless somebody has done it meanwhile."""
+        core = self._core
+        async with self.lock:
+            if stop > core.size:
+                await self._grow(round_up(stop, SECTOR))
+
+    async def _grow(self, size: int) -> None:
+        core = self._core
+        header = core.header
+        if size > MAX_DISK_SIZE:
+            raise OSError(errno.EFBIG, f"{core.name}: a disk has at most {MAX_DISK_SIZE} bytes")
+        if header.compact and ceil_div(size, header.chunk_size) > header.table_capacity:
+            limit = header.table_capacity * header.chunk_size
+            raise OSError(
+                errno.EFBIG,
+                f"{core.name}: the chunk table has room for a disk of {limit} bytes; "
+                "create a larger image and copy into it",
+            )
+        try:
+            await self._grow_to(size)
+        except BaseException:
+            core.storage.grow_failed(core.size)
+            raise
+        core.size = size
+
+    async def _grow_to(self, size: int) -> None:
+        core = self._core
+        await core.storage.grow(size)
+        # What is new is zeros on disk, and bits and entries from before an earlier cut are gone, before they count.
+        if core.bitmap is not None:
+            core.bitmap.shrink(core.bitmap.blocks)
+        core.committer.data_written()
+        await core.committer.checkpoint()
+        if not self._journal_cleared:  # the original cuts a disk and leaves records of what was cut off
+            await core.committer.clear_journal()
+            self._journal_cleared = True
+        await self._cut_base_range(core.header.virtual_disk_size)
+        await core.committer.change_header(virtual_disk_size=size)
+
+    async def _shrink(self, size: int) -> None:
+        async with self._gate.closed():
+            with trio.CancelScope(shield=True):  # half of it would be a disk whose end has become zeros
+                await self._shrink_to(size)
+
+    async def _shrink_to(self, size: int) -> None:
+        core = self._core
+        await self._checkpoint_unclean()
+        # From here on bits and entries go backwards: old records must not come back.
+        await core.committer.clear_journal()
+        self._journal_cleared = True
+        header = core.header
+        await self._shrink_header(size)
+        core.size = size
+        core.geometry = Geometry(header.block_size, core.header.base_size)
+        if core.bitmap is not None:
+            core.bitmap.shrink(core.header.blocks)
+        await core.storage.shrink(size)
+        await core.committer.checkpoint()
+        await self._reads.wait()  # of what was cut off, perhaps, whose place may soon be another's
+        await core.storage.give_back()
+        core.committer.data_written()
+
+    async def _shrink_header(self, size: int) -> None:
+        """Cut the base's range, then the disk: the fields are in different sectors, and no later growth must find
+        the first past the second. Raises OSError; the header is then as it was, or the image has failed.
+        """
+        core = self._core
+        header = core.header
+        await self._cut_base_range(size)
+        try:
+            await core.committer.change_header(virtual_disk_size=size)
+        except OSError:
+            if core.header.base_img_size != header.base_img_size and core.committer.failed is None:
+                await core.committer.restore_header(base_img_size=header.base_img_size, bitmap_size=header.bitmap_size)
+            raise
+
+    async def _cut_base_range(self, size: int) -> None:
+        """Have the base provide nothing past this byte, whatever becomes of the disk's size. Raises OSError."""
+        core = self._core
+        header = core.header
+        if header.base_img_size > size:
+            region = with_fields(header, base_img_size=size).bitmap_region
+            bitmap_size = region.size if region is not None else header.bitmap_size
+            await core.committer.change_header(base_img_size=size, bitmap_size=bitmap_size)
+
+    async def _checkpoint_unclean(self) -> None:
+        """Bitmap and table on disk are as in memory, and the header says that they may change."""
+        core = self._core
+        if core.header.clean and core.header.has_metadata:
+            await core.committer.change_header(clean_shutdown=0)
+        await core.committer.checkpoint()

@@ -1,0 +1,342 @@
+"""Writes to an open image, and copies from its base.
+
+A write whose blocks are all local goes straight to the storage. One that touches a block which is not local holds
+these blocks (`cow.locks`), completes the first and the last from the base where it covers them only in part, stores
+all in one piece, and then, without a checkpoint between, sets the bits and tells the committer. A copy sets bits as a
+write does, under the same locks, but tells the committer nothing: a bit that is lost costs nothing.
+
+No write waits for a flush, except where too much is pending: what makes it durable, and in which order, is `commit`.
+"""
+
+from __future__ import annotations
+
+import enum
+import errno
+
+import trio
+
+from fvdfs.alloc.chunked import ChunkedStorage
+from fvdfs.cow.bitmap import Bitmap
+from fvdfs.cow.locks import Claim, Gate, RangeLock
+from fvdfs.cow.planner import WritePlan, plan_write, zero_runs
+from fvdfs.format.header import ceil_div
+from fvdfs.image.core import Core
+from fvdfs.image.reading import Reads
+from fvdfs.image.resizing import Resizer
+from fvdfs.store.base import Buffer, Done
+
+ONE_READ = 64 << 10  # bytes; a shorter write between two parts of the base has both read in one piece
+
+
+class Zeroes(enum.Enum):
+    """What becomes of zeros that a guest writes."""
+
+    OFF = "off"
+    """They are data like any other."""
+    ON = "on"
+    """They are not stored where zeros are read already."""
+    PUNCH = "punch"
+    """Their space is given back, too."""
+
+
+class PendingWrite:
+    """A write (`store.base.Pending`)."""
+
+    __slots__ = ("_bitmap", "_claim", "_data", "_done", "_offset", "_plan", "_writes")
+
+    def __init__(self, writes: Writes, offset: int, data: memoryview) -> None:
+        self._writes = writes
+        self._offset = offset
+        self._data = data
+        self._bitmap: Bitmap | None = None
+        self._plan: WritePlan | None = None
+        self._claim: Claim | None = None
+        self._done: Done | None = None
+
+    def start(self, done: Done, /) -> bool:
+        """Where one call to the storage is all that it takes; the data is a writable buffer."""
+        writes, offset = self._writes, self._offset
+        stop = offset + len(self._data)
+        where = writes.place(offset, stop)
+        if where is None:
+            return False
+        self._bitmap, plan = writes.plan(offset, stop)
+        if plan.head or plan.tail:
+            return False
+        if plan.missing:
+            self._claim = writes.locks.hold_nowait(plan.first, plan.end)
+            if self._claim is None:
+                return False
+        self._plan, self._done = plan, done
+        writes.gate.enter()
+        if writes.core.data.start_pwrite(self._data, where, self._started_has_ended):
+            return True
+        self._leave()
+        return False
+
+    def _started_has_ended(self, result: int) -> None:
+        writes = self._writes
+        assert self._plan is not None
+        assert self._done is not None
+        writes.core.committer.data_written()
+        if result >= 0:
+            writes.stored(self._bitmap, self._plan)
+            writes.ended(self._offset, self._offset + len(self._data))
+        self._leave()
+        self._done(result)
+
+    def _leave(self) -> None:
+        if self._claim is not None:
+            self._writes.locks.release(self._claim)
+        self._writes.gate.leave()
+
+    async def finish(self) -> int:
+        """A disk that ends before is grown where the format can. Raises as `Image.write`."""
+        if self._data:
+            await self._writes.write(self._offset, self._data)
+        else:
+            self._writes.check()
+        return len(self._data)
+
+
+class Writes:
+    """The writes of one image."""
+
+    def __init__(self, core: Core, reads: Reads, resizer: Resizer, gate: Gate, locks: RangeLock) -> None:
+        self.core = core
+        self._reads = reads
+        self._resizer = resizer
+        self.gate = gate
+        self.locks = locks
+        self.zeroes = Zeroes.OFF
+        self._allocating = trio.Lock()
+        self._unsure_chunks = 0
+        """Chunks of a device that were allocated since the last commit, at the most."""
+
+    # --- what both ways of a write share ----------------------------------------------------------
+
+    def plan(self, start: int, stop: int) -> tuple[Bitmap | None, WritePlan]:
+        """How to store bytes [start, stop), by the bitmap as it is now, which is to be told."""
+        bitmap = self.core.bitmap
+        return bitmap, plan_write(self.core.geometry, bitmap, start, stop)
+
+    def stored(self, bitmap: Bitmap | None, plan: WritePlan) -> None:
+        """All that was planned is in the storage; blocks that were missing are still held."""
+        first, end = plan.first, plan.end
+        if bitmap is None or first == end:
+            return
+        if plan.missing:
+            bitmap.set_local(first, end)
+        if not bitmap.all_committed(first, end):
+            self.core.committer.blocks_stored(first, end)
+
+    def ended(self, start: int, stop: int) -> None:
+        """A write was successful, and is about to be answered."""
+        core = self.core
+        core.end = max(core.end, stop)
+        if core.recorder is not None:
+            core.recorder.touched(start, stop, written=True)
+
+    # --- without a task ---------------------------------------------------------------------------
+
+    def place(self, start: int, stop: int) -> int | None:
+        """Where in the storage these bytes have one place already, and nothing else keeps a write from being started.
+
+        None: it takes a task.
+        """
+        core = self.core
+        if (
+            not core.writable
+            or start == stop
+            or stop > core.size
+            or self.gate.is_closed
+            or self.zeroes is not Zeroes.OFF
+            or core.base_writer is not None
+            or core.committer.failed is not None
+            or core.committer.overfull
+            or not core.storage.prepare_nowait(start, stop)
+        ):
+            return None
+        return core.storage.place(start, stop)
+
+    # --- with one ---------------------------------------------------------------------------------
+
+    def check(self) -> None:
+        """Raise OSError unless the image may be written."""
+        core = self.core
+        if not core.writable:
+            raise OSError(errno.EROFS, f"{core.name}: not open for writing")
+        if core.committer.failed is not None:
+            raise OSError(errno.EIO, f"{core.name}: read-only since an earlier error: {core.committer.failed}")
+
+    async def write(self, offset: int, data: memoryview) -> None:
+        """Write data, which is not empty, in a task."""
+        self.check()
+        core = self.core
+        stop = offset + len(data)
+        while stop > core.size or self.gate.is_closed:
+            if self.gate.is_closed:
+                await self.gate.wait_until_open()
+            else:
+                await self._resizer.reach(stop)
+        try:
+            with self.gate.passed():
+                await self._write(offset, stop, data)
+        except BaseException:
+            if stop > core.end:
+                core.end = core.size  # it has grown
+            raise
+        self.ended(offset, stop)
+        if core.committer.overfull:
+            await core.committer.commit()
+
+    async def _write(self, start: int, stop: int, data: memoryview) -> None:
+        core = self.core
+        bitmap, plan = self.plan(start, stop)
+        shared = core.base_writer is not None and plan.first < plan.end
+        if not plan.missing and not shared:
+            await self._store(start, stop, data)
+            self.stored(bitmap, plan)
+            return
+        async with self.locks.hold(plan.first, plan.end):
+            bitmap, plan = self.plan(start, stop)  # others held these blocks before
+            whole = await self._complete(plan, data) if plan.head or plan.tail else data
+            await self._store(plan.start, plan.stop, whole)
+            self.stored(bitmap, plan)
+            if core.base_writer is not None:
+                await core.base_writer.wrote(plan.first, plan.end, start, data[: core.geometry.base_size - start])
+
+    async def _complete(self, plan: WritePlan, data: Buffer) -> Buffer:
+        """The data of the plan: the request's own, with what is missing of its blocks from the base."""
+        if plan.head and plan.tail and len(data) <= ONE_READ:
+            whole = await self._read_base(plan.start, plan.stop)
+            at = plan.head[1] - plan.start
+            whole[at : at + len(data)] = data
+            return whole
+        parts: list[Buffer] = []
+        for part in (plan.head, data, plan.tail):
+            if isinstance(part, tuple):
+                parts.append(await self._read_base(*part))
+            elif part is not None:
+                parts.append(part)
+        return b"".join(parts)
+
+    async def _read_base(self, start: int, stop: int) -> bytearray:
+        buffer = bytearray(stop - start)
+        view = memoryview(buffer)
+        if self._reads.read_base_nowait(view, start):
+            return buffer
+        if self.core.fetcher is not None:
+            await self.core.fetcher.read_for_write(view, start)
+        else:
+            await self._reads.read_base(view, start)
+        return buffer
+
+    async def store_copy(self, start: int, data: memoryview) -> int:
+        """Store bytes of the base, from `start` on: whole blocks that are missing and that nobody has claimed.
+
+        The number of bytes stored. Raises OSError.
+        """
+        core = self.core
+        bitmap = core.bitmap
+        if bitmap is None or self.gate.is_closed or core.committer.failed is not None or not core.writable:
+            return 0
+        block_size, base_size = core.base_range()
+        stop = min(start + len(data), base_size)
+        block = ceil_div(start, block_size)
+        end = bitmap.blocks if stop == base_size else stop // block_size
+        stored = 0
+        with self.gate.passed():
+            while block < end:
+                if bitmap.is_local(block):
+                    block = bitmap.next_missing(block) or end
+                    continue
+                free = self.locks.free_until(block, end)
+                if free == block:
+                    block += 1
+                    continue
+                piece_end = bitmap.next_local(block, free)
+                async with self.locks.hold(block, piece_end):
+                    piece_start, piece_stop = block * block_size, min(piece_end * block_size, base_size)
+                    piece = data[piece_start - start : piece_stop - start]
+                    await self._store(piece_start, piece_stop, piece, skip_zeros=True)
+                    bitmap.set_local(block, piece_end)
+                stored += piece_stop - piece_start
+                block = piece_end
+        return stored
+
+    # --- the storage ------------------------------------------------------------------------------
+
+    async def _store(self, start: int, stop: int, data: Buffer, *, skip_zeros: bool = False) -> None:
+        """Put bytes [start, stop) of the disk into the storage, and tell the committer of it."""
+        view = memoryview(data)
+        if self.zeroes is Zeroes.OFF and not skip_zeros:
+            await self._store_data(start, stop, view)
+            return
+        for piece_start, piece_stop, zeros in zero_runs(start, view):
+            if zeros:
+                await self._store_zeros(piece_start, piece_stop)
+            else:
+                await self._store_data(piece_start, piece_stop, view[piece_start - start : piece_stop - start])
+
+    async def _store_data(self, start: int, stop: int, view: memoryview) -> None:
+        core = self.core
+        await self._prepare(start, stop)
+        try:
+            for run_start, run_stop, where in core.storage.runs(start, stop):
+                assert where is not None
+                await core.data.pwrite(view[run_start - start : run_stop - start], where)
+        finally:
+            core.committer.data_written()
+
+    async def _store_zeros(self, start: int, stop: int) -> None:
+        """Have bytes [start, stop) read as zeros, and store nothing for what does so already.
+
+        A block of the base's range gets a place all the same: its bit is going to say that it has one.
+        """
+        core = self.core
+        if start < core.geometry.base_size:
+            await self._prepare(start, stop)
+        try:
+            for run_start, run_stop, where in core.storage.runs(start, stop):
+                if where is None:
+                    continue
+                if self.zeroes is Zeroes.PUNCH:
+                    await core.data.zero(where, run_stop - run_start)
+                    continue
+                end = where + run_stop - run_start
+                data = await core.data.next_data(where, end)
+                if data < end:
+                    await core.data.pwrite(bytes(end - data), data)
+        finally:
+            core.committer.data_written()
+
+    async def _prepare(self, start: int, stop: int) -> None:
+        core = self.core
+        if core.storage.prepare_nowait(start, stop):
+            return
+        if core.table is not None:
+            # Whoever opens the image after a crash has to see that there may be data without an entry.
+            await core.committer.mark_unclean()
+        if core.table is not None and core.data.fixed_size:
+            async with self._allocating:
+                await self._keep_in_window(start, stop)
+                self._unsure_chunks += await self._allocate(start, stop)
+        else:
+            await self._allocate(start, stop)
+
+    async def _allocate(self, start: int, stop: int) -> int:
+        chunks = await self.core.storage.prepare(start, stop)
+        if chunks:
+            self.core.committer.chunks_allocated(chunks)
+        return len(chunks)
+
+    async def _keep_in_window(self, start: int, stop: int) -> None:
+        """Commit before more chunks would be without a stable entry than are looked at after a crash."""
+        core = self.core
+        assert isinstance(core.storage, ChunkedStorage)
+        chunk_size = core.header.chunk_size
+        need = (stop - 1) // chunk_size - start // chunk_size + 1
+        if self._unsure_chunks and self._unsure_chunks + need > core.storage.window:
+            await core.committer.commit()
+            self._unsure_chunks = 0
