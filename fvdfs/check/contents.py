@@ -1,14 +1,14 @@
-"""The contents of an image that may be damaged: table, bitmap, storage; and what they are to hold instead.
+"""The contents of an image that may be damaged: table, bitmap, storage; and what they should hold instead.
 
-    TableScan       each entry of the table against the storage and against all others
-    report_*        what is wrong with table, bitmap and storage, and which bytes of the disk it costs
-    plan_table      a table that is right: entries of no use are UNALLOCATED, and read as zeros, or as
-                    the base where the bit says so; the second owner of a chunk gets its own; a block
-                    that counts as local has a chunk, of zeros if its own is lost. No number is given
-                    twice: new ones are above the highest, as the format has it (format.md, "Chunk table"),
-                    and those of leaked chunks stay unused.
+    TableScan       checks each entry of the table against the storage and all other entries
+    report_*        tell what is wrong with table, bitmap and storage, and which bytes of the disk are lost
+    plan_table      makes a table that is right. Entries past the storage become UNALLOCATED, and read as
+                    zeros, or as the base where the block is not local. The second owner of a chunk gets
+                    a copy. A local block has a chunk, of zeros if its own is lost. No number is given
+                    twice: new ones are above the highest (format.md, "Chunk table"), and those of leaked
+                    chunks stay unused.
 
-All of it looks at bitmap and table as a replay of the journal leaves them.
+Bitmap and table are taken as a replay of the journal leaves them.
 
 Pure: bytes in, decisions out.
 """
@@ -41,13 +41,13 @@ from fvdfs.format.header import MAX_CHUNKS, UNALLOCATED, Header, ceil_div, round
 Buffer = bytes | bytearray | memoryview
 
 
-# --- what is read from where ----------------------------------------------------------------------
+# --- where bytes of the disk come from ----------------------------------------------------------------------
 
 
 def own_ranges(header: Header, bitmap: Bitmap | None, start: int, stop: int) -> Iterator[Range]:
-    """The bytes in [start, stop) of the disk that are read from the image's own storage.
+    """The parts of bytes [start, stop) of the disk that are read from the image's own storage.
 
-    Without a bitmap, all that the base could provide counts as well.
+    Without a bitmap, the base's range counts as local.
     """
     stop = min(stop, header.virtual_disk_size)
     base = header.base_size if bitmap is not None else 0
@@ -60,7 +60,7 @@ def own_ranges(header: Header, bitmap: Bitmap | None, start: int, stop: int) -> 
 
 
 def base_ranges(header: Header, bitmap: Bitmap, start: int) -> Iterator[Range]:
-    """The bytes from `start` on that are read from the base."""
+    """The parts of the disk, from byte `start` on, that are read from the base."""
     if start >= header.base_size:
         return
     for first, end, local in bitmap.runs(start // header.block_size, header.blocks):
@@ -72,14 +72,14 @@ def base_ranges(header: Header, bitmap: Bitmap, start: int) -> Iterator[Range]:
 
 
 class TableScan:
-    """The chunk table, each entry held against the storage and against all others.
+    """The chunk table, each entry checked against the storage and all other entries.
 
-    Entries behind the last chunk, of a disk that was larger once, are not the disk's; but the chunks
-    that they name do not count as free.
+    Entries behind the last chunk, from when the disk was larger, are not the disk's; but the chunks that
+    they name do not count as free.
     """
 
     def __init__(self, entries: array[int], chunks: int, limit: int) -> None:
-        """`entries` as on disk, at least `chunks`; they are taken over, and bit 31 is cleared in them.
+        """`entries`: as on disk, at least `chunks`; are taken over, and bit 31 is cleared in them.
 
         `limit`: how many chunks the storage has room for, a last partial one included.
         """
@@ -90,7 +90,7 @@ class TableScan:
         self.beyond = bitarray(chunks)
         """Entries past the end of the storage."""
         self.extra = bitarray(chunks)
-        """Entries whose chunk an earlier entry names already."""
+        """Entries that name the same chunk as an earlier one."""
         self.used = bitarray(min(limit, MAX_CHUNKS))
         self.allocated = 0
         self._scan()
@@ -118,7 +118,7 @@ class TableScan:
                     self.used[entry] = 1
 
     def _scan_equal(self, first: int, stop: int, entry: int) -> None:
-        """Chunks that all have the same entry: most are not allocated, those of a damaged table are zeros."""
+        """Chunks [first, stop) with the same entry: UNALLOCATED mostly, 0 in a damaged table."""
         if entry == UNALLOCATED:
             return
         number = entry & ~NOT_JOURNALED
@@ -160,7 +160,7 @@ class TableScan:
         yield from bit_runs(free)
 
     def unallocated(self, stop: int) -> Iterator[Range]:
-        """Runs of chunks below `stop` that have no place."""
+        """Runs of chunks below `stop` that are not allocated."""
         start = -1
         for page in range(0, stop, ENTRIES_PER_PAGE):
             part = self.entries[page : min(page + ENTRIES_PER_PAGE, stop)]
@@ -177,7 +177,7 @@ class TableScan:
             yield start, stop
 
     def owners(self) -> dict[int, int]:
-        """The first owner of chunks that have several; of MAX_LISTED of them at most."""
+        """The first owner of each chunk that has several, by its number; of MAX_LISTED chunks at most."""
         owners = dict.fromkeys([self.entries[chunk] for chunk in islice(self.extra.search(1), MAX_LISTED)], -1)
         missing = len(owners)
         chunks = iter(range(self.chunks))
@@ -190,7 +190,7 @@ class TableScan:
 
 
 def report_table(scan: TableScan, header: Header, bitmap: Bitmap | None, findings: Findings) -> None:
-    """Entries that cannot be right, each run of one kind by itself."""
+    """Entries that cannot be right; adjacent ones of one kind are one finding."""
     size = header.chunk_size
     for first, stop in findings.listable(scan.flagged, Kind.TABLE_BIT_31, Severity.HARMLESS):
         findings.add(
@@ -238,7 +238,7 @@ def report_table(scan: TableScan, header: Header, bitmap: Bitmap | None, finding
 
 
 def bits_without_chunk(header: Header, bitmap: Bitmap, scan: TableScan) -> Iterator[Range]:
-    """Bytes of the disk that count as local, and have no chunk."""
+    """Bytes of the disk that are local, but have no chunk."""
     for first, stop in scan.unallocated(ceil_div(header.base_size, header.chunk_size)):
         yield from own_ranges(
             header, bitmap, first * header.chunk_size, min(stop * header.chunk_size, header.base_size)
@@ -247,14 +247,14 @@ def bits_without_chunk(header: Header, bitmap: Bitmap, scan: TableScan) -> Itera
 
 @dataclass(frozen=True, slots=True)
 class TablePlan:
-    """What a repair makes of a table."""
+    """A table that is right, and what has to be done for it."""
 
     entries: array[int]
-    """All entries, those behind the last chunk as they were."""
+    """All entries; those behind the last chunk are unchanged."""
     copies: tuple[tuple[int, int], ...]
-    """Chunks to copy: from number, to number."""
+    """Chunks to copy, as (from number, to number)."""
     zeros: Range
-    """New numbers, of chunks that are to hold zeros."""
+    """Numbers of new chunks, to be filled with zeros."""
 
     @property
     def end(self) -> int:
@@ -263,11 +263,10 @@ class TablePlan:
 
 
 def plan_table(scan: TableScan, header: Header, bitmap: Bitmap | None, bare: bitarray, image: str) -> TablePlan:
-    """A table without what `report_table` tells of.
+    """A table without what `report_table` reports.
 
-    `bare`: chunks without a place under blocks that count as local. Such, and chunks beyond the
-    storage under local blocks of the base's range, get a place with zeros. Raises ImageError where
-    there is no number left.
+    `bare`: chunks under local blocks that are not allocated. They, and chunks beyond the storage under
+    local blocks of the base's range, become new chunks of zeros. Raises ImageError where no number is left.
     """
     entries = scan.entries[:]
     number = scan.end
@@ -328,7 +327,7 @@ def report_bitmap_of_complete(header: Header, data: Buffer, blocks: int, finding
             Kind.BITMAP_INCOMPLETE,
             Severity.CORRUPTION,
             "all_data_in_fvd_img",
-            f"the base is said not to be needed, but {missing} of {blocks} blocks have no bit; "
+            f"the base is said not to be needed, but {missing} of {blocks} blocks are not local; "
             f"if they are in {header.base_img}, the disk reads wrongly",
             value=header.all_data_in_fvd_img,
             hint="cannot be repaired: nobody can tell which of both is right",
@@ -346,7 +345,7 @@ def room_in_chunks(header: Header, storage: int, *, fixed_size: bool) -> int:
 def report_storage(
     header: Header, bitmap: Bitmap | None, scan: TableScan | None, storage: int, *, fixed_size: bool, findings: Findings
 ) -> int | None:
-    """Storage that ends too early; how many bytes it must have (None: enough are there).
+    """Report storage that ends too early; the bytes that it must have, None where it has enough.
 
     `storage`: the bytes that it has. `bitmap` must be given where the image has a base.
     """
@@ -395,12 +394,12 @@ def _report_short_chunk(
 
 
 def room_ahead(header: Header, scan: TableScan) -> int:
-    """Chunks behind the highest used one that a writer may have made ready; they read as zeros."""
+    """How many chunks behind the highest used one a writer may have made ready; they read as zeros."""
     return max(ceil_div(header.storage_grow_unit, header.chunk_size), scan.chunks - scan.allocated)
 
 
 def storage_limit(header: Header, scan: TableScan | None) -> int:
-    """The bytes of storage that the image uses, or a writer may have made ready for it."""
+    """Bytes of storage that the image uses, or a writer may have made ready."""
     if not header.compact:
         return header.virtual_disk_size
     assert scan is not None

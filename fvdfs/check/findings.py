@@ -1,8 +1,8 @@
 """What a check finds: each thing that is wrong, how bad it is, what a repair does about it.
 
-A *corruption* changes what the disk holds, or can, or keeps the image from being opened; a *leak* is
-space that nothing refers to; *harmless* is what costs neither bytes nor space. Findings of a kind are
-listed up to MAX_LISTED, and counted from there on, so that no image makes the list endless.
+A *corruption* changes what the disk holds, or can do so, or keeps the image from being opened; a *leak*
+is space that nothing refers to; a *harmless* finding costs neither bytes nor space. Of each kind the
+first MAX_LISTED findings are listed, the others counted: no image makes the list endless.
 
 Pure.
 """
@@ -19,8 +19,8 @@ from bitarray import bitarray
 
 from fvdfs.errors import printable
 
-MAX_LISTED = 10_000  # findings of one kind
-MAX_RANGES = 1_000  # of lost bytes, of one finding
+MAX_LISTED = 10_000  # findings of one kind; more than a person reads, and a few MiB of memory
+MAX_RANGES = 1_000  # ranges of lost bytes of one finding, likewise
 
 Range = tuple[int, int]
 """Half-open: [start, stop)."""
@@ -35,14 +35,14 @@ class Severity(enum.StrEnum):
 
 
 class Kind(enum.StrEnum):
-    """What a finding is about: a corruption where nothing else is said.
+    """What a finding is about; a corruption unless the comment says otherwise.
 
-    The values are for programs, and stay as they are.
+    The values are for programs, and never change.
     """
 
     HEADER_CUT = "header-cut"  # the file ends inside the header
-    HEADER_VERSION = "header-version"  # another version than 1
-    HEADER_STRING = "header-string"  # a string that fills its field without an end
+    HEADER_VERSION = "header-version"  # a version other than 1
+    HEADER_STRING = "header-string"  # a string without a NUL
     HEADER_FILL = "header-fill"  # bytes behind the end of a string (harmless)
     HEADER_FIELD = "header-field"  # a value that `Header.check` refuses
     HEADER_FLAG = "header-flag"  # a flag that is neither 0 nor 1 (harmless)
@@ -69,15 +69,15 @@ class Kind(enum.StrEnum):
     STORAGE_SHORT = "storage-short"  # storage that ends before the disk, or inside a chunk
     STORAGE_TAIL = "storage-tail"  # storage behind all that can be used (a leak)
     DATA_MISSING = "data-missing"  # the data file is not there
-    DATA_UNUSABLE = "data-unusable"  # the data file is there, but no such thing
+    DATA_UNUSABLE = "data-unusable"  # the data file is there, but cannot be one
     DATA_UNCHECKED = "data-unchecked"  # the data file was not looked at (harmless)
     BASE_MISSING = "base-missing"  # the base is not there
-    BASE_UNUSABLE = "base-unusable"  # the base is there, but no such thing
+    BASE_UNUSABLE = "base-unusable"  # the base is there, but cannot be one
     BASE_UNCHECKED = "base-unchecked"  # the base was not looked at (harmless)
-    BASE_SHORT = "base-short"  # the base has become shorter (harmless where all that is missing is local)
-    BASE_FORMAT = "base-format"  # nobody says what the base is, which looks like another format than raw
-    DATA_FORMAT = "data-format"  # the data file looks like another format than raw (harmless)
-    CHAIN_LOOP = "chain-loop"  # an image that stands on itself
+    BASE_SHORT = "base-short"  # the base is shorter than it was (harmless where what is missing is local)
+    BASE_FORMAT = "base-format"  # the base has no stated format, and does not look raw
+    DATA_FORMAT = "data-format"  # the data file does not look raw (harmless)
+    CHAIN_LOOP = "chain-loop"  # an image that is its own base
     SAME_FILE = "same-file"  # one file in two places
 
 
@@ -91,23 +91,23 @@ class Finding:
     place: str
     """The field of the header, the entry, the journal's sector and byte, and so on."""
     value: int | str | None
-    """What stands there, where that says something."""
+    """What stands there, where that helps."""
     text: str
     repairable: bool
     repair: str
-    """What a repair does about it; or why it does nothing."""
+    """What a repair does about it, or why it does nothing."""
     lost: tuple[Range, ...] = ()
     """Bytes of the disk that are lost or doubtful."""
     repaired: bool = False
 
     @property
     def key(self) -> tuple[str, Kind, Severity, str]:
-        """What tells it from the other findings of a check."""
+        """What identifies it among the findings of a check."""
         return self.image, self.kind, self.severity, self.place
 
     @property
     def line(self) -> str:
-        """All of it, in one line for a person."""
+        """The finding as one line of text."""
         value = "" if self.value is None else f"={self.value}"
         return f"{printable(self.image)}: {self.place}{value}: {self.text}"
 
@@ -146,26 +146,26 @@ class Findings:
         )
 
     def more(self, kind: Kind, severity: Severity, count: int = 1) -> None:
-        """Count findings, without a word about them."""
+        """Count findings without listing them."""
         if count:
             self.unlisted[kind, severity] += count
 
     def listable(self, bits: bitarray, kind: Kind, severity: Severity) -> Iterator[Range]:
-        """The runs of set bits that are to be told of; the others are counted."""
+        """The first MAX_LISTED runs of set bits; the others are counted."""
         yield from islice(bit_runs(bits), MAX_LISTED)
         total = (bits & ~(bits >> 1)).count(1)
         self.more(kind, severity, max(0, total - MAX_LISTED))
 
     def block(self, why: str, kinds: Collection[Kind] = tuple(Kind)) -> None:
-        """Findings of these kinds are not to be repaired after all."""
+        """Have findings of these kinds not repaired, and say why."""
         for at, finding in enumerate(self.listed):
             if finding.repairable and finding.kind in kinds:
                 self.listed[at] = replace(finding, repairable=False, repair=why)
 
     def block_unsafe(self, *, sound: bool, complete: bool, is_base: bool) -> None:
-        """All is found: what must not be repaired in view of the rest is said not to be.
+        """Block what is not safe to repair beside the other findings; to be called when there are no more.
 
-        `sound`: the header is right, or will be; `complete`: all that there is could be read.
+        `sound`: the header is right, or will be; `complete`: everything could be read.
         """
         others = sum(
             finding.severity is Severity.CORRUPTION and finding.kind is not Kind.UNCLEAN for finding in self.listed
@@ -177,7 +177,7 @@ class Findings:
         if any(finding.kind is Kind.SAME_FILE for finding in self.listed):
             self.block("not repaired, since that could change another file's content")
         if not complete:
-            self.block("not repaired, since not all could be looked at")
+            self.block("not repaired, since not all could be checked")
         if others:
             self.block("not repaired while there is other corruption: repair once more", (Kind.UNCLEAN,))
         if self.corrupt:
@@ -200,7 +200,7 @@ class Findings:
 
 
 def span(lost: Iterable[Range]) -> str:
-    """Ranges of the disk as a person reads them."""
+    """Ranges of the disk as text, four at most."""
     ranges = tuple(lost)
     if not ranges:
         return "no byte of the disk"
@@ -210,7 +210,7 @@ def span(lost: Iterable[Range]) -> str:
 
 
 def bounded(ranges: Iterable[Range]) -> tuple[Range, ...]:
-    """Ascending ranges, adjacent ones joined; from MAX_RANGES on, what lies between counts too."""
+    """Ascending ranges, adjacent ones joined; MAX_RANGES at most, of which the last covers all the rest."""
     found: list[Range] = []
     for start, stop in ranges:
         join(found, start, stop)
@@ -218,7 +218,7 @@ def bounded(ranges: Iterable[Range]) -> tuple[Range, ...]:
 
 
 def join(found: list[Range], start: int, stop: int) -> None:
-    """Add a range behind the others, as `bounded` has them."""
+    """Add a range behind the others, as in `bounded`."""
     if found and (start <= found[-1][1] or len(found) == MAX_RANGES):
         found[-1] = (found[-1][0], max(stop, found[-1][1]))
     elif start < stop:
@@ -237,5 +237,5 @@ def bit_runs(bits: bitarray) -> Iterator[Range]:
 
 
 def numbered(name: str, first: int, stop: int) -> str:
-    """Things of this name, [first, stop), as a place."""
+    """Numbers [first, stop) of something, as the place of a finding."""
     return f"{name} {first}" if stop == first + 1 else f"{name} {first}..{stop - 1}"
