@@ -40,7 +40,7 @@ IMPURE = {
     "format": set[str](),
     "alloc": {"chunked", "flat", "growth"},
     "cow": {"fetching", "locks", "writethrough"},
-    "check": {"check", "examine", "repair"},
+    "check": {"check", "examine", "layers", "repair"},
     "prefetch": {"prefetcher", "pressure", "scheduler"},
     "store": {
         *("base", "devices", "filelock", "flushing", "host", "mountinfo", "paths", "uring", "worker"),

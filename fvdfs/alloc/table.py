@@ -28,9 +28,7 @@ from fvdfs.format.header import MAX_CHUNKS, PAGE, TABLE_ENTRY_SIZE, UNALLOCATED,
 NOT_JOURNALED = 0x80000000
 ENTRIES_PER_PAGE = PAGE // TABLE_ENTRY_SIZE
 _UNALLOCATED_PAGE = b"\xff" * PAGE
-
-
-MAX_DAMAGED = 1 << 20  # entries that cannot be right; a table with more is none
+MAX_DAMAGED = 1 << 20  # entries that cannot be right; each is remembered, and a table with more is garbage
 
 
 class TooDamaged(Exception):

@@ -17,9 +17,10 @@ from typing import Any
 
 import trio
 
-from fvdfs.check.examine import Absent, CheckLayer, Examined, examine, is_store, read
+from fvdfs.check.examine import Examined, examine
 from fvdfs.check.findings import Finding, Findings, Kind, Severity
 from fvdfs.check.header import check_header
+from fvdfs.check.layers import Absent, CheckLayer, is_store, read
 from fvdfs.check.repair import repair_image
 from fvdfs.errors import FvdError, ImageBusy, ImageError, Refused, UnstatedFormat, UsageError, printable
 from fvdfs.format.header import HEADER_SPACE, Header
@@ -29,7 +30,7 @@ from fvdfs.store.host import HostFile, open_path
 from fvdfs.store.locations import is_local
 from fvdfs.store.qemu_store import QemuStore
 
-SHOWN = 20  # findings of a kind, in text
+SHOWN = 20  # findings of a kind in text, so that a report fits a terminal; --json has all
 
 
 @dataclass(slots=True)
@@ -38,14 +39,14 @@ class Report:
 
     image: str
     chain: list[dict[str, Any]]
-    """Of each image and the base below: name, format, size of its disk in bytes."""
+    """Of each image and the lowest base: name, format, size of its disk in bytes."""
     findings: list[Finding]
     unlisted: Counter[tuple[Kind, Severity]]
-    """Findings that were only counted."""
+    """Findings that were counted, but not listed."""
     left: Counter[Severity]
-    """How many findings there are now."""
+    """Findings that are left after a repair; without one, all."""
     errors: list[str]
-    """What could not be done; the check is not complete then."""
+    """What could not be done; if anything, the check is not complete."""
     repair: bool
     """Whether a repair was asked for."""
 
@@ -62,10 +63,10 @@ class Report:
 def check_image(path: str, *, repair: bool = False, secret_file: str = "", roots: tuple[str, ...] = ()) -> Report:
     """Check the image at `path`, and with `repair` repair it as far as possible. Blocks; only from the main thread.
 
-    `roots`: real paths of folders, beside the image's, in which a data file lies that may be written to.
+    `roots`: real paths of the folders, beside the image's own, whose data files a repair may write to.
 
     Raises NotFvd where it is no image, ImageBusy where it is in use, Refused where a repair would write to a
-    file that the image must not name, ImageError where it cannot be opened.
+    file elsewhere, ImageError where it cannot be opened.
     """
     try:
         roots = (os.path.realpath(os.path.dirname(path) or "."), *roots)
@@ -133,16 +134,16 @@ def _describe(layers: list[CheckLayer], examined: list[Examined]) -> list[dict[s
 
 
 class _NotWritable(ImageError):
-    """A file that a repair has to write to is not ours to write."""
+    """There is no permission to write to a file that a repair has to write to."""
 
 
 class _Opening:
-    """Opens and locks an image, and all that it stands on, as far as that is there."""
+    """Opens and locks an image and those of its data files and bases that exist."""
 
     def __init__(self, policy: Policy, roots: tuple[str, ...], stack: AsyncExitStack, errors: list[str]) -> None:
-        """What is opened is closed by the stack. `errors`: takes what says nothing about the image.
+        """The stack closes what is opened. `errors`: takes errors that are no fault of the image.
 
-        Reading follows names anywhere; what is written lies in the `roots`.
+        Files to be read may lie anywhere, files to be written only in the `roots`.
         """
         self._policy = policy
         self._own_policy = replace(policy, roots=roots) if policy.writable else policy
@@ -151,7 +152,7 @@ class _Opening:
         self._seen: dict[object, str] = {}
 
     async def open(self, path: str) -> list[CheckLayer]:
-        """The chain, from the top. Raises NotFvd, ImageBusy, ImageError, OSError: all of `path` itself."""
+        """The chain, from the top. Raises NotFvd, ImageBusy, ImageError, OSError, of `path` itself only."""
         try:
             meta: HostStore = open_path(path, writable=self._policy.writable)
         except OSError as error:
@@ -181,7 +182,10 @@ class _Opening:
             meta = below
 
     async def _take(self, store: HostStore, what: str, *, own: bool) -> None:
-        """Have the store closed in the end, and lock it. Raises ImageBusy, ImageError, UsageError, OSError."""
+        """Start and lock the store, and leave closing it to the stack.
+
+        Raises ImageBusy, ImageError, UsageError, OSError.
+        """
         self._stack.push_async_callback(store.aclose)
         if isinstance(store, QemuStore):
             await store.start()
@@ -241,27 +245,27 @@ class _Opening:
         return store
 
     def _absent(self, error: Exception, file_format: str, missing: Kind, unusable: Kind, unchecked: Kind) -> Absent:
-        """What the failure to open a file says about the image that names it."""
+        """The finding about an image that a file which it names cannot be opened."""
         text = error.reason if isinstance(error, ImageError) else str(error)
         cause = error if isinstance(error, OSError) else error.__cause__
         if isinstance(error, UnstatedFormat):
             return Absent(Kind.BASE_FORMAT, Severity.CORRUPTION, text, "cannot be repaired before that is settled")
         if isinstance(error, Refused):
-            return Absent(unchecked, Severity.HARMLESS, "a URL is not followed: what is there was not looked at")
+            return Absent(unchecked, Severity.HARMLESS, "a URL is not followed: what is there was not checked")
         if isinstance(error, UsageError) or (isinstance(cause, OSError) and cause.errno not in _NOT_THERE):
             self._errors.append(str(error))
-            return Absent(unchecked, Severity.HARMLESS, "could not be looked at")
+            return Absent(unchecked, Severity.HARMLESS, "could not be checked")
         if isinstance(cause, OSError):
             return Absent(missing, Severity.CORRUPTION, f"is missing: {text}")
         if file_format == "luks" and not self._policy.secret_file:
-            return Absent(unchecked, Severity.HARMLESS, "is encrypted: to look at it, give its passphrase by --secret")
+            return Absent(unchecked, Severity.HARMLESS, "is encrypted: to check it, give its passphrase by --secret")
         return Absent(unusable, Severity.CORRUPTION, f"cannot be used: {text}")
 
 
 _NOT_THERE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
 
 
-# --- telling ----------------------------------------------------------------------------------------
+# --- reporting --------------------------------------------------------------------------------------
 
 
 def describe(report: Report) -> dict[str, Any]:

@@ -1,13 +1,12 @@
-"""Looking at an image and at all that it stands on, one image at a time; nothing is written.
+"""Examining one image of a chain: what is wrong with it, from the header to the base. Nothing is written.
 
 The journal is replayed in memory, also where the image is clean: bits only get set and entries never
 change, so a replay that changes a clean image shows that bitmap or table have lost something
-(format.md, "Journal"). What follows looks at the image as a replay leaves it. The rules are in
+(format.md, "Journal"). All later checks take the image as a replay leaves it. The rules are in
 `header.py` and `contents.py`.
 
-What cannot be looked at (an input error, a region that is too large) is an error and no finding. Holes
-are stepped over, however large they are; memory is bounded by the size of the regions, and these by
-MAX_REGION.
+What cannot be checked (an input error, a region that is too large) is an error, not a finding. Holes are
+skipped, whatever their size. Bitmap and table are held in memory once, up to MAX_REGION bytes each.
 """
 
 from __future__ import annotations
@@ -15,7 +14,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import TypeGuard
 
 from bitarray import bitarray
 
@@ -35,51 +33,19 @@ from fvdfs.check.contents import (
 )
 from fvdfs.check.findings import Findings, Kind, Range, Severity, bit_runs, bounded, join, numbered, span
 from fvdfs.check.header import HeaderCheck, check_header, check_state
+from fvdfs.check.layers import Absent, BaseZeros, CheckLayer, Filled, is_store, is_zero, read
 from fvdfs.cow.bitmap import Bitmap, bitmap_bytes
 from fvdfs.errors import ImageError
 from fvdfs.format import journal
 from fvdfs.format.header import HEADER_SPACE, PAGE, SECTOR, Header, Region, ceil_div, round_up
-from fvdfs.image.chain import MAX_REGION, load_image
-from fvdfs.image.image import Image
-from fvdfs.image.policy import Policy
+from fvdfs.image.chain import MAX_REGION
 from fvdfs.store.base import Store
 from fvdfs.store.references import PROBE_SIZE, detect
-
-PIECE = 1 << 20  # bytes that are read or copied at a time: bounds memory, and few calls for each GiB
-
-
-@dataclass(frozen=True, slots=True)
-class Absent:
-    """Why a file that an image names is not open."""
-
-    kind: Kind
-    severity: Severity
-    text: str
-    hint: str = "cannot be repaired: some blocks are nowhere else"
-
-
-@dataclass(slots=True)
-class CheckLayer:
-    """An image of a chain, its files open."""
-
-    path: str
-    meta: Store
-    data: Store | Absent | None = None
-    """None: nobody knows which file it is."""
-    base: CheckLayer | Store | Absent | None = None
-    is_base: bool = False
-    base_format: str = ""
-    """What the base is, as far as somebody has looked: the header need not say it."""
-
-
-def is_store(store: CheckLayer | Store | Absent | None) -> TypeGuard[Store]:
-    """Whether there is something to read from."""
-    return not (store is None or isinstance(store, CheckLayer | Absent))
 
 
 @dataclass(slots=True)
 class Examined:
-    """What a look at one image has found, and what repairing it needs."""
+    """What was found in one image, and what a repair needs to know."""
 
     findings: Findings
     errors: list[str] = field(default_factory=list)
@@ -87,19 +53,19 @@ class Examined:
     size: int = 0
     """Bytes of the file."""
     storage: int | None = None
-    """Bytes that the data has, as far as that is known."""
+    """Bytes of data; None: not known."""
     replayed: bool = False
-    """Whether it is known what the journal says, if there is one."""
+    """Whether the whole journal was replayed, or there is none."""
     storage_needed: int | None = None
-    """Bytes that it must have, where it has less."""
+    """Bytes of data that there must be, where there are fewer."""
     base_size: int | None = None
-    """Bytes that the base has, as far as that is known."""
+    """Bytes of the base; None: not known."""
     bitmap: Bitmap | None = None
     """As a replay leaves it."""
     scan: TableScan | None = None
     """Likewise."""
     bare: bitarray = field(default_factory=bitarray)
-    """Chunks that need a place with zeros."""
+    """Chunks that are not allocated, under local blocks that the base does not have as zeros."""
 
     @property
     def header(self) -> Header:
@@ -108,7 +74,7 @@ class Examined:
 
     @contextlib.contextmanager
     def attempt(self, what: str) -> Iterator[None]:
-        """Go on without what an error hides, and tell of it."""
+        """Record an error in the block, and go on behind it."""
         try:
             yield
         except OSError as error:
@@ -120,44 +86,13 @@ class Examined:
 # --- reading ----------------------------------------------------------------------------------------
 
 
-async def read(store: Store, offset: int, size: int) -> bytes:
-    """Bytes of a store, fewer where it ends before. Raises OSError."""
-    data = bytearray(size)
-    with memoryview(data) as view:
-        count = await store.pread(view, offset)
-    return bytes(data) if count == size else bytes(data[:count])
-
-
-class Filled:
-    """The parts of [start, stop) of a store, PIECE bytes at most, that may hold something else than zeros.
-
-    To be iterated over; raises OSError. However large a hole is, it takes few steps.
-    """
-
-    def __init__(self, store: Store, start: int, stop: int) -> None:
-        self._store = store
-        self._at = start
-        self._stop = stop
-
-    def __aiter__(self) -> Filled:
-        return self
-
-    async def __anext__(self) -> Range:
-        if self._at < self._stop:
-            self._at = await self._store.next_data(self._at, self._stop)
-        if self._at >= self._stop:
-            raise StopAsyncIteration
-        start, self._at = self._at, min((self._at + PIECE) // PAGE * PAGE, self._stop)
-        return start, self._at
-
-
 async def _load(layer: CheckLayer, found: Examined, region: Region | None) -> bytearray | None:
-    """All of a region. None where there is none, or it cannot be read."""
+    """The bytes of a region; None where there is none, or it cannot be read."""
     if region is None:
         return None
     what = f"{layer.path}: {region.name}"
     if region.size > MAX_REGION:
-        found.errors.append(f"{what}: of {region.size} bytes, more than the {MAX_REGION} that can be looked at")
+        found.errors.append(f"{what}: of {region.size} bytes, more than the {MAX_REGION} that can be checked")
         return None
     with found.attempt(what):
         data = bytearray(region.size)
@@ -170,7 +105,7 @@ async def _load(layer: CheckLayer, found: Examined, region: Region | None) -> by
 
 
 def _table_with_room(check: HeaderCheck, file_size: int) -> Region | None:
-    """The table with the room behind it, as far as that can have been table when the disk was larger."""
+    """The table, and the room behind it that may hold entries from when the disk was larger."""
     table = check.regions.get("table")
     if table is None:
         return None
@@ -181,11 +116,11 @@ def _table_with_room(check: HeaderCheck, file_size: int) -> Region | None:
     return Region(table.name, table.offset, max(table.size, room))
 
 
-# --- looking ----------------------------------------------------------------------------------------
+# --- the order of checks ----------------------------------------------------------------------------
 
 
 async def examine(layer: CheckLayer) -> Examined:
-    """Look at one image. What cannot be read is told, and the rest looked at. Raises NotFvd."""
+    """Check one image. What cannot be read is an error in the result; the rest is checked. Raises NotFvd."""
     found = Examined(Findings(layer.path))
     with found.attempt(layer.path):
         found.size = await layer.meta.size()
@@ -202,7 +137,7 @@ async def examine(layer: CheckLayer) -> Examined:
 async def _examine_contents(layer: CheckLayer, found: Examined) -> None:
     assert found.check is not None
     header = found.header
-    await _look_at_data_file(layer, found)
+    await _check_data_file(layer, found)
     bits = await _load(layer, found, found.check.regions.get("bitmap"))
     if bits is not None:
         report_bitmap_tail(header, bits, found.findings)
@@ -216,16 +151,16 @@ async def _examine_contents(layer: CheckLayer, found: Examined) -> None:
             why = f"{found.scan.damaged} entries of the table cannot be right: too many to go on"
             found.errors.append(f"{layer.path}: {why}")
     del table  # up to MAX_REGION bytes
-    await _look_at_journal(layer, found)
-    await _look_at_unneeded_bitmap(layer, found)
+    await _check_journal(layer, found)
+    await _check_unneeded_bitmap(layer, found)
     if found.scan is not None:
         report_table(found.scan, header, found.bitmap, found.findings)
-    await _look_at_storage(layer, found)
-    await _look_at_base(layer, found)
-    await _look_at_bits(layer, found)
+    await _check_storage(layer, found)
+    await _check_base(layer, found)
+    await _check_bits(layer, found)
 
 
-async def _look_at_data_file(layer: CheckLayer, found: Examined) -> None:
+async def _check_data_file(layer: CheckLayer, found: Examined) -> None:
     assert found.check is not None
     header, data = found.header, layer.data
     if isinstance(data, Absent):
@@ -242,8 +177,8 @@ async def _look_at_data_file(layer: CheckLayer, found: Examined) -> None:
 # --- the journal ---
 
 
-async def _look_at_journal(layer: CheckLayer, found: Examined) -> None:
-    """Replay it in memory, and tell what that changes, and what it cannot take."""
+async def _check_journal(layer: CheckLayer, found: Examined) -> None:
+    """Replay it in memory; report what that changes, and bad records."""
     assert found.check is not None
     header = found.header
     if header.journal_region is None:
@@ -279,7 +214,7 @@ _OWED = "left to the next mount, which has to see it to bring the base up to dat
 
 
 def _owes_base(header: Header) -> bool:
-    """Whether a mount has to know that the image was not closed (see `Image.begin_writing`)."""
+    """Whether a mount has to see that the image was not closed (see `Image.begin_writing`)."""
     return header.has_base and header.write_updates_base_img == "writeback"
 
 
@@ -298,7 +233,7 @@ def _report_record(skipped: journal.Skipped, header: Header, findings: Findings)
 
 
 async def _parse_only(layer: CheckLayer, found: Examined, region: Region) -> None:
-    """Look at the records by themselves, where there is nothing to replay them into."""
+    """Check the records alone, where there is nothing to replay them into."""
     async for start, stop in Filled(layer.meta, region.offset, region.end):
         data = await read(layer.meta, start, stop - start)
         for at in range(0, len(data), SECTOR):
@@ -311,7 +246,7 @@ async def _parse_only(layer: CheckLayer, found: Examined, region: Region) -> Non
 async def _replay(layer: CheckLayer, found: Examined, region: Region) -> None:
     header, bitmap, scan = found.header, found.bitmap, found.scan
     table = Table(scan.entries[:], header.chunks, len(scan.used)) if scan is not None else None
-    # Where the base is no longer needed, records of its bitmap are as normal as such past its end.
+    # Bitmap records are normal also where the base is no longer needed.
     unneeded = Bitmap(b"", 0) if header.base_img else None
     bits_before = bitmap.count_local() if bitmap is not None else 0
     async for start, stop in Filled(layer.meta, region.offset, region.end):
@@ -346,7 +281,7 @@ async def _replay(layer: CheckLayer, found: Examined, region: Region) -> None:
 
 
 def _take_entries(found: Examined, scan: TableScan, pages: list[tuple[int, bytes]]) -> int:
-    """Take over pages of the table that a replay has changed; how many entries that are."""
+    """Take over the pages of the table that a replay has changed; the number of changed entries."""
     changed = 0
     entries = scan.entries
     for page, content in pages:
@@ -363,8 +298,8 @@ def _take_entries(found: Examined, scan: TableScan, pages: list[tuple[int, bytes
 # --- bitmap and base ---
 
 
-async def _look_at_unneeded_bitmap(layer: CheckLayer, found: Examined) -> None:
-    """Where the base is said not to be needed any more, every bit must be set (format.md, "Reads, writes, copies")."""
+async def _check_unneeded_bitmap(layer: CheckLayer, found: Examined) -> None:
+    """Every bit must be set where the base is said not to be needed (format.md, "Reads, writes, copies")."""
     assert found.check is not None
     header = found.header
     if not header.base_img or not header.all_data_in_fvd_img or not found.check.layout_known:
@@ -383,7 +318,7 @@ async def _look_at_unneeded_bitmap(layer: CheckLayer, found: Examined) -> None:
         report_bitmap_of_complete(header, bits, blocks, found.findings)
 
 
-async def _look_at_base(layer: CheckLayer, found: Examined) -> None:
+async def _check_base(layer: CheckLayer, found: Examined) -> None:
     header, base, bitmap = found.header, layer.base, found.bitmap
     if not header.has_base or base is None:
         return
@@ -434,10 +369,10 @@ def _report_short_base(header: Header, bitmap: Bitmap | None, size: int, finding
     )
 
 
-async def _look_at_bits(layer: CheckLayer, found: Examined) -> None:
-    """Blocks that count as local, but have no chunk: harmless where the base is zero as well.
+async def _check_bits(layer: CheckLayer, found: Examined) -> None:
+    """Local blocks without a chunk: harmless where the base is zero as well.
 
-    (The original leaves such bits over zeros; format.md, "Left to the writer".)
+    The original leaves such bits over zeros (format.md, "Left to the writer").
     """
     header, bitmap, scan = found.header, found.bitmap, found.scan
     if not header.has_base or bitmap is None or scan is None:
@@ -445,9 +380,11 @@ async def _look_at_bits(layer: CheckLayer, found: Examined) -> None:
     found.bare = bitarray(scan.chunks)
     size = header.chunk_size
     unknown: list[Range] = []
-    zeros = _Zeros(layer, found)
+    zeros = BaseZeros(layer.base)
     for start, stop in bits_without_chunk(header, bitmap, scan):
-        zero = await zeros.are_in_base(start, stop)
+        zero: bool | None = None
+        with found.attempt(header.base_img):
+            zero = await zeros.hold(start, stop)
         if zero is None:
             join(unknown, start, stop)
         elif not zero:
@@ -472,67 +409,11 @@ async def _look_at_bits(layer: CheckLayer, found: Examined) -> None:
         )
 
 
-class _Zeros:
-    """Tells where the base of an image reads as zeros."""
-
-    def __init__(self, layer: CheckLayer, found: Examined) -> None:
-        self._layer = layer
-        self._found = found
-        self._image: Image | None = None
-        self._unreadable = False
-
-    async def are_in_base(self, start: int, stop: int) -> bool | None:
-        """Whether the base is zeros there; None: that cannot be told."""
-        base = self._layer.base
-        with self._found.attempt(self._found.header.base_img):
-            if isinstance(base, CheckLayer):
-                return await self._in_image(base, start, stop)
-            if is_store(base):
-                return await _is_zero(base, start, stop)
-        return None
-
-    async def _in_image(self, base: CheckLayer, start: int, stop: int) -> bool | None:
-        if self._image is None and not self._unreadable:
-            try:
-                self._image = await _load_base(base)
-            except ImageError:  # which is found there, too
-                self._unreadable = True
-        if self._image is None:
-            return None
-        for at in range(start, stop, PIECE):
-            if any(await self._image.read(at, min(PIECE, stop - at))):
-                return False
-        return True
-
-
-async def _load_base(layer: CheckLayer) -> Image:
-    """The image as it can be read. Raises ImageError, OSError."""
-    raw = await read(layer.meta, 0, HEADER_SPACE)
-    header = Header.decode(raw, layer.path)
-    header.check(layer.path, await layer.meta.size())
-    if not is_store(layer.data):
-        raise ImageError(layer.path, "its data file is missing")
-    base: Image | Store | None = None
-    if header.has_base:
-        below = layer.base
-        if below is None or isinstance(below, Absent):
-            raise ImageError(layer.path, "its base image is missing")
-        base = await _load_base(below) if isinstance(below, CheckLayer) else below
-    return await load_image(layer.path, header, raw.ljust(HEADER_SPACE, b"\0"), layer.meta, layer.data, base, Policy())
-
-
-async def _is_zero(store: Store, start: int, stop: int) -> bool:
-    async for at, end in Filled(store, start, stop):
-        if any(await read(store, at, end - at)):
-            return False
-    return True
-
-
 # --- the storage ---
 
 
-async def _look_at_storage(layer: CheckLayer, found: Examined) -> None:
-    """Whether it is long enough; and space in it that nothing refers to."""
+async def _check_storage(layer: CheckLayer, found: Examined) -> None:
+    """Whether it is long enough; space in it that nothing refers to."""
     assert found.check is not None
     header, scan = found.header, found.scan
     if found.storage is None or not found.check.layout_known:
@@ -547,12 +428,12 @@ async def _look_at_storage(layer: CheckLayer, found: Examined) -> None:
         return
     with found.attempt(data.name):
         if scan is not None:
-            await _look_for_leaks(data, header, scan, found.findings)
+            await _check_leaks(data, header, scan, found.findings)
         if not data.fixed_size:
-            await _look_behind(data, header, scan, found)
+            await _check_tail(data, header, scan, found)
 
 
-async def _look_for_leaks(data: Store, header: Header, scan: TableScan, findings: Findings) -> None:
+async def _check_leaks(data: Store, header: Header, scan: TableScan, findings: Findings) -> None:
     size = header.chunk_size
     for first, stop in scan.leaked():
         start, end = header.data_offset + first * size, header.data_offset + stop * size
@@ -568,18 +449,18 @@ async def _look_for_leaks(data: Store, header: Header, scan: TableScan, findings
 
 
 async def _takes_no_space(data: Store, start: int, stop: int) -> bool:
-    """Whether a range is a hole, but for pages that it shares with others."""
+    """Whether the whole pages in a range are a hole."""
     start, stop = round_up(start, PAGE), stop // PAGE * PAGE
     return start >= stop or await data.next_data(start, stop) == stop
 
 
-async def _look_behind(data: Store, header: Header, scan: TableScan | None, found: Examined) -> None:
-    """What is behind all that the image uses or has made ready."""
+async def _check_tail(data: Store, header: Header, scan: TableScan | None, found: Examined) -> None:
+    """What lies behind all that the image uses or has made ready."""
     end = header.data_offset + storage_limit(header, scan)
     size = await data.size()
     if scan is not None:
         used = header.data_offset + scan.end * header.chunk_size
-        if not await _is_zero(data, used, min(size, used + room_ahead(header, scan) * header.chunk_size)):
+        if not await is_zero(data, used, min(size, used + room_ahead(header, scan) * header.chunk_size)):
             found.findings.add(
                 Kind.STORAGE_TAIL,
                 Severity.LEAK,

@@ -149,7 +149,7 @@ def _raw_faults(raw: bytes) -> Iterator[_Fault]:
     """What a header must not have to be decoded; and bytes that mean nothing."""
     version = int.from_bytes(raw[4:8], "little")
     if version != VERSION:
-        why = f"only version {VERSION} is known; the rest is looked at as if it were that"
+        why = f"only version {VERSION} is known; the rest is checked as if it were that"
         yield _Fault("version", why, kind=Kind.HEADER_VERSION, value=version)
     for name, at, size in string_places():
         _, nul, fill = raw[at : at + size].partition(b"\0")
@@ -180,7 +180,7 @@ def _faults(header: Header) -> Iterator[_Fault]:
             yield _Fault(flag, "must be 0 or 1; it is taken as 1", 1, Severity.HARMLESS, Kind.HEADER_FLAG)
     yield from _size_faults(header, LIMITS_OF_DISK)
     if header.metadata_size % SECTOR and header.has_metadata:
-        why = f"is no multiple of {SECTOR}, which is usual only without a bitmap and a table; data starts below it"
+        why = f"is no multiple of {SECTOR}, which is usual only without bitmap and table; data starts below it"
         yield _Fault("metadata_size", why, severity=Severity.HARMLESS, kind=Kind.HEADER_ODD)
     if header.has_base:
         yield from _base_faults(header)
@@ -194,13 +194,13 @@ def _faults(header: Header) -> Iterator[_Fault]:
         yield _Fault(
             "compact_image",
             f"table_offset={header.table_offset} and chunk_size={header.chunk_size} are those of a compact image; "
-            "if it is one, nothing of what it reads now is right",
+            "if it is one, all that it reads now is wrong",
             kind=Kind.HEADER_COMPACT,
         )
     if header.has_metadata:
         yield from _size_faults(header, LIMITS_OF_JOURNAL)
     elif header.journal_size and not any(getattr(header, field) for field in ("base_img", *_OF_BASE, *_OF_TABLE)):
-        why = "means nothing in an image with neither a bitmap nor a table"
+        why = "means nothing in an image without bitmap and table"
         yield _Fault("journal_size", why, 0, Severity.HARMLESS, Kind.HEADER_ODD)
 
 
@@ -220,7 +220,7 @@ def _base_faults(header: Header) -> Iterator[_Fault]:
     if faults:
         return
     if header.base_img_size > _disk_size(header):
-        why = "what is past the end of the disk means nothing, as where the original has made the disk smaller"
+        why = "what is past the end of the disk means nothing: the original leaves that when it makes a disk smaller"
         yield _Fault("base_img_size", why, severity=Severity.HARMLESS, kind=Kind.HEADER_ODD)
     blocks = ceil_div(header.base_img_size, header.block_size)
     right = round_up(ceil_div(blocks, 8), PAGE)
@@ -270,7 +270,7 @@ def _compact_faults(header: Header) -> Iterator[_Fault]:
         why = f"must be at least a chunk, {right} bytes, and is taken as that"
         yield _Fault("storage_grow_unit", why, right, Severity.HARMLESS, Kind.HEADER_ODD)
     if header.need_zero_init:
-        why = "means nothing in an image with a table, whose missing chunks are zeros"
+        why = "means nothing in an image with a table: chunks that are not allocated are zeros"
         yield _Fault("need_zero_init", why, 0, Severity.HARMLESS, Kind.HEADER_ODD)
 
 
@@ -338,7 +338,7 @@ def _profile_fault(header: Header, regions: list[Region], doubtful: set[str], fi
 
 
 def check_state(check: HeaderCheck, findings: Findings) -> None:
-    """What the header says about table and journal together (format.md, "Values at creation")."""
+    """Whether the journal has room for the whole table (format.md, "Values at creation")."""
     header = check.header
     if (
         header.compact

@@ -1,21 +1,21 @@
 """Repairing an image.
 
-A power cut at any moment of a repair leaves an image that reads as before, or as it is to read, and
-that another repair completes (format.md, "Beyond the original"):
+A power cut at any moment of a repair leaves an image that reads as before the repair or as after it,
+and that another repair completes. Each step ends with a flush (format.md, "Beyond the original"):
 
-    1. header: fields that have one right value               flush
-    2. the storage made as long as it must be                 flush
-    3. header: `clean_shutdown` = 0, before any change of table or bitmap, flush
-    4. table, flush, bitmap, flush: as a replay of the journal leaves them. Nothing goes backwards here
-    5. the journal made empty, flush: from here on no old record can come back (rule 4)
-    6. copies of chunks, and new zeros, flush; only then the table that names them, flush; the bitmap
-    7. the space of leaked chunks given back, what a crash left behind the highest one cleared, flush
-    8. header: `clean_shutdown` = 1                           flush
+    1. header: fields that have one right value
+    2. the storage is made as long as it must be
+    3. header: `clean_shutdown` = 0, before any change of table or bitmap
+    4. table, flush, bitmap: as a replay of the journal leaves them. Nothing goes backwards here
+    5. the journal is cleared: from here on no old record can come back (rule 4)
+    6. copies of chunks and new zeros; flush; the table that names them; flush; the bitmap
+    7. the space of leaked chunks is given back; what a crash left behind the highest one is cleared
+    8. header: `clean_shutdown` = 1
 
 Data is in place, and flushed, before an entry names it, and each entry by itself is right, old or
-new. Leaked chunks in the middle of a file give back their space (a hole), but their numbers stay
-unused: whoever writes next takes the number above the highest, as the format has it; on a device,
-where nobody else could use the space, they are left. A file is cut at the end only.
+new. Leaked chunks in the middle of a file become holes, but their numbers stay unused: whoever writes
+next takes the number above the highest (format.md, "Chunk table"). On a device, where nobody else could
+use the space, they are left. A file is only ever cut at its end.
 """
 
 from __future__ import annotations
@@ -28,8 +28,9 @@ from bitarray import bitarray
 
 from fvdfs.alloc.table import encode_entries
 from fvdfs.check.contents import plan_table, without_tail
-from fvdfs.check.examine import PIECE, CheckLayer, Examined, Filled, is_store, read
+from fvdfs.check.examine import Examined
 from fvdfs.check.findings import Kind, Range
+from fvdfs.check.layers import PIECE, CheckLayer, Filled, is_store, read
 from fvdfs.format.header import PAGE, Header, Region, with_fields
 from fvdfs.image.commit import write_header
 from fvdfs.store.base import Buffer, Store, pwrite_pages
@@ -85,10 +86,10 @@ async def repair_image(layer: CheckLayer, found: Examined) -> None:
 
 
 async def _clear_behind(layer: CheckLayer, found: Examined) -> None:
-    """Have what a crash may have left behind the highest chunk of a device read as zeros. Raises OSError."""
+    """Zero what a crash may have left behind the highest chunk of a device. Raises OSError."""
     header, scan, data = found.header, found.scan, layer.data
     if scan is None or not is_store(data) or not data.fixed_size:
-        return  # a file is cut: see `_give_back`
+        return  # a file is cut instead: `_give_back`
     start = header.data_offset + scan.end * header.chunk_size
     stop = min(start + header.chunk_window * header.chunk_size, await data.size())
     if start < stop:
@@ -103,7 +104,7 @@ async def _extend(data: Store, size: int) -> None:
 
 
 class _HeaderOnDisk:
-    """The header's sectors."""
+    """The header of the image that is repaired, as it is on disk."""
 
     def __init__(self, meta: Store, raw: bytes) -> None:
         self._meta = meta
@@ -111,11 +112,11 @@ class _HeaderOnDisk:
         self.header = Header.decode(raw, meta.name)
 
     async def change(self, **fields: int | str) -> None:
-        """Change fields, and make that stable. Raises OSError."""
+        """Change fields of the header, and make that stable. Raises OSError."""
         await self.write(with_fields(self.header, **fields))
 
     async def write(self, header: Header) -> None:
-        """Make this the header, and make that stable. Raises OSError."""
+        """Replace the header, and make that stable. Raises OSError."""
         self._raw = await write_header(self._meta, header, self._raw)
         await self._meta.flush()
         self.header = header
@@ -145,7 +146,7 @@ async def _write_region(meta: Store, region: Region, new: Buffer) -> None:
 
 
 async def _rewrite(layer: CheckLayer, found: Examined) -> None:
-    """Write a table and a bitmap that are right; the journal is empty. Raises OSError, ImageError."""
+    """Write a table and a bitmap that are right; the journal must be empty. Raises OSError, ImageError."""
     header, scan = found.header, found.scan
     entries = None
     if scan is not None and found.findings.to_repair & _OF_TABLE:
@@ -161,9 +162,9 @@ async def _rewrite(layer: CheckLayer, found: Examined) -> None:
 async def _fill_chunks(
     data: Store, header: Header, used: int, copies: tuple[tuple[int, int], ...], zeros: Range, end: int
 ) -> None:
-    """Fill new chunks, from number `used` up to `end`, and make them stable; or leave the storage as it is.
+    """Fill the new chunks, numbers `used` to `end`, and make them stable.
 
-    Raises OSError, ENOSPC where there is no room.
+    Raises OSError, ENOSPC where there is no room; a file has its old length then.
     """
     if end == used:
         return
@@ -192,7 +193,7 @@ async def _fill_chunks(
 
 
 async def _give_back(layer: CheckLayer, found: Examined, wanted: set[Kind]) -> None:
-    """Give back the space that nothing refers to. Raises OSError."""
+    """Give back space that nothing refers to. Raises OSError."""
     header, scan, data = found.header, found.scan, layer.data
     assert scan is not None
     assert is_store(data)

@@ -28,9 +28,9 @@ from hypothesis import HealthCheck, given, settings
 
 from fvdfs.check import contents, examine, findings
 from fvdfs.check.check import Report, check_layers, describe, render
-from fvdfs.check.examine import Absent, CheckLayer
 from fvdfs.check.findings import Findings, Kind, Severity, bounded, span
 from fvdfs.check.header import check_header
+from fvdfs.check.layers import Absent, CheckLayer
 from fvdfs.cli import main
 from fvdfs.errors import FormatError, NotFvd, printable
 from fvdfs.format.creation import CreateOptions
