@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from fvdfs import __version__, daemon, mounts
 from fvdfs.errors import FvdError, UsageError, leading, printable
+from fvdfs.logs import LogFormatter
 from fvdfs.mountoptions import MOUNT_OPTIONS, passphrase_file
 from fvdfs.sizes import parse_size
 
@@ -104,7 +105,7 @@ def _log_to_terminal() -> None:
     """Show what is logged on the terminal, a line each."""
     logging.raiseExceptions = False
     terminal = logging.StreamHandler()
-    terminal.setFormatter(daemon.LogFormatter("fvdfs: %(message)s"))
+    terminal.setFormatter(LogFormatter("fvdfs: %(message)s"))
     logging.basicConfig(handlers=[terminal])
 
 

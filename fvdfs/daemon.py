@@ -1,47 +1,39 @@
-"""The process that serves a mount: its streams, descriptors, signals and log.
+"""The process that serves a mount: its streams, descriptors and signals.
 
-It owes its surroundings two things: to keep nothing of theirs, and to end only as it was told to. A
-process that dies leaves a dead mount, on which everything fails until somebody clears it away.
+It must keep nothing of its caller's, and end only when it is told to: a process that dies leaves a dead mount, on which
+everything fails until somebody clears it away.
 
-*Streams.* Descriptors 0 to 2 are opened on /dev/null where the caller closed them, before anything else could
-take their numbers. In the background the process keeps none of the caller's descriptors, so that nobody who
-waits for the end of a pipe waits for the mount; stderr stays until the mount is ready.
+*Streams.* Descriptors 0 to 2 are opened on /dev/null where the caller closed them, before anything else can take their
+numbers. In the background the process keeps none of the caller's descriptors, so that whoever waits for the end of a
+pipe does not wait for the mount; stderr stays until the mount is ready.
 
-*Signals.* Until it mounts, SIGTERM, SIGINT and SIGQUIT end the process at once: there is nothing to clear away.
-From then on `noted` takes them down until the event loop listens, and they unmount. SIGHUP reopens the log
-file. All others that would end a process are ignored; not those that tell of a defect (SIGSEGV, SIGABRT ...).
-Signals are ignored by a handler that does nothing: a program that is started has them as usual, then.
-
-*The log* must neither stop nor end the mount. A line that cannot be written at once, to a full disk, a pipe
-that nobody reads, a terminal that is gone, is given up, and counted.
+*Signals.* Until it mounts, SIGTERM, SIGINT and SIGQUIT end the process at once: there is nothing to clear away. From
+then on they unmount; those that come before the event loop listens are kept in `noted`. SIGHUP reopens the log file.
+All others that would end a process are ignored, except those of a defect (SIGSEGV, SIGABRT ...). They are ignored by a
+handler that does nothing, so that the programs we start get them as usual.
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
 import io
 import logging
 import os
 import resource
-import select
 import signal
-import socket
-import stat
 import sys
-import threading
 from collections.abc import Callable
 from types import FrameType
 from typing import TYPE_CHECKING, TextIO
 
 from fvdfs import mounts
-from fvdfs.errors import FvdError, UsageError, printable
+from fvdfs.errors import FvdError
+from fvdfs.logs import ReopenLog, set_up_log
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
 
-_LOOKED_AT = 4096  # bytes of a file that is to be a log
-LOG_PATIENCE = 0.1  # seconds for a line in a file that is on no disk of this host
+_MOST_DESCRIPTORS = (1 << 31) - 1  # an int, the largest there is
 STOP = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT)
 HANGUP = signal.SIGHUP
 _FAULTS = frozenset(
@@ -49,9 +41,6 @@ _FAULTS = frozenset(
 )
 _HARMLESS = frozenset({signal.SIGCHLD, signal.SIGCONT, signal.SIGURG, signal.SIGWINCH, signal.SIGTSTP})
 _FIXED = frozenset({signal.SIGKILL, signal.SIGSTOP})
-_SYSLOG = "/dev/log"
-_SYSLOG_DAEMON = 3 << 3
-_SYSLOG_LEVELS = {logging.CRITICAL: 2, logging.ERROR: 3, logging.WARNING: 4, logging.INFO: 6, logging.DEBUG: 7}
 
 log = logging.getLogger(__name__)
 
@@ -71,10 +60,8 @@ def _open_missing_streams() -> None:
         try:
             os.fstat(number)
         except OSError:
-            # What a command has to tell is not lost in silence where stdout is closed: to write to it fails.
-            descriptor = os.open(
-                os.devnull, os.O_RDONLY if number == 1 else os.O_RDWR
-            )  # the lowest free number: this one
+            # Read-only for stdout: a command that has something to tell fails, instead of losing it in silence.
+            descriptor = os.open(os.devnull, os.O_RDONLY if number == 1 else os.O_RDWR)
             if descriptor != number:
                 os.dup2(descriptor, number)
                 os.close(descriptor)
@@ -82,7 +69,7 @@ def _open_missing_streams() -> None:
 
 
 class _Output(io.FileIO):
-    """Standard output, whose errors tell that it is."""
+    """Standard output; its errors say so."""
 
     def write(self, data: ReadableBuffer, /) -> int:
         try:
@@ -102,13 +89,13 @@ class _Complaints(io.FileIO):
 
 
 def with_streams(run: Callable[[], int]) -> int:
-    """Run a command whose output takes any text, whatever the terminal's encoding; its exit code."""
+    """Run a command with streams that take any text, whatever the terminal's encoding; its exit code."""
     sys.stdout = _text_stream(_Output(1, "w", closefd=False), sys.stdout)
     sys.stderr = _text_stream(_Complaints(2, "w", closefd=False), sys.stderr)
     code = run()
     try:
         sys.stdout.flush()
-    except OSError:  # it was told; the interpreter is going to try again
+    except OSError:  # the command has said so; the interpreter would try again
         with open(os.devnull, "wb") as null:
             os.dup2(null.fileno(), 1)
     return code
@@ -142,7 +129,7 @@ def _nothing(_number: int, _frame: FrameType | None) -> None:
 
 
 def ignore_signals() -> None:
-    """Ignore what is no reason to end. Those to stop end the process, whatever the caller has blocked or ignored."""
+    """Ignore what is no reason to end; signals to stop end the process, whatever the caller has blocked or ignored."""
     for number in signal.valid_signals() - _FAULTS - _HARMLESS - _FIXED - set(STOP):
         signal.signal(number, _nothing)
     for number in (signal.SIGPIPE, signal.SIGTTIN, signal.SIGTTOU):
@@ -153,157 +140,9 @@ def ignore_signals() -> None:
 
 
 def note_signals() -> None:
-    """From now on a mount would be left behind: take down the signals that the event loop will act on."""
+    """Keep signals for the event loop: from now on an end would leave a mount behind."""
     for number in (*STOP, HANGUP):
         signal.signal(number, _note)
-
-
-# --- the log ------------------------------------------------------------------------------------
-
-
-class LogFormatter(logging.Formatter):
-    """One line a message, whatever the names in it are; the traceback of a defect follows as it is."""
-
-    def formatMessage(self, record: logging.LogRecord) -> str:
-        return printable(super().formatMessage(record))
-
-
-class _Lines(logging.Handler):
-    """Writes lines to a descriptor, without ever waiting for it."""
-
-    def __init__(self, descriptor: int) -> None:
-        super().__init__()
-        self._descriptor = descriptor
-        self._lost = 0
-
-    def emit(self, record: logging.LogRecord) -> None:
-        text = self.format(record)
-        if self._lost:
-            text = f"{self._lost} lines before this one could not be written\n{text}"
-        try:
-            self._write(f"{text}\n".encode(errors="backslashreplace"))
-            self._lost = 0
-        except OSError:
-            self._lost += 1
-
-    def _write(self, data: bytes) -> None:
-        poll = select.poll()
-        poll.register(self._descriptor, select.POLLOUT)
-        while data:
-            if not poll.poll(0):
-                raise BlockingIOError
-            data = data[os.write(self._descriptor, data[: select.PIPE_BUF]) :]
-
-
-class LogFile(_Lines):
-    """A log file that can be opened anew, after it was renamed."""
-
-    def __init__(self, path: str) -> None:
-        """Raises OSError."""
-        self._path = path
-        self._writer: threading.Thread | None = None
-        super().__init__(self._open())
-        self._device = os.fstat(self._descriptor).st_dev
-
-    def _write(self, data: bytes) -> None:
-        if os.major(self._device):
-            super()._write(data)
-            return
-        # A share that hangs is waited for once, and by a thread.
-        if self._writer is not None and self._writer.is_alive():
-            raise BlockingIOError
-        errors: list[OSError] = []
-
-        def write() -> None:
-            try:
-                os.write(self._descriptor, data)
-            except OSError as error:
-                errors.append(error)
-
-        self._writer = threading.Thread(target=write, daemon=True)
-        self._writer.start()
-        self._writer.join(LOG_PATIENCE)
-        if errors:
-            raise errors[0]
-
-    def _open(self) -> int:
-        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOCTTY | os.O_NONBLOCK | os.O_CLOEXEC
-        descriptor = os.open(self._path, flags, 0o666)
-        try:
-            _refuse_disk(descriptor)
-        except BaseException:
-            os.close(descriptor)
-            raise
-        return descriptor
-
-    def reopen(self, check: Callable[[str], None]) -> None:
-        """Go on in the file that has the name now, unless `check` raises OSError or FvdError for it. Blocks."""
-        try:
-            check(self._path)
-            descriptor = self._open()
-        except (OSError, FvdError) as error:
-            reason = (isinstance(error, OSError) and error.strerror) or error
-            log.error("%s: cannot be opened again, the old file is kept: %s", self._path, reason)
-            return
-        with self.lock or contextlib.nullcontext():
-            old, self._descriptor = self._descriptor, descriptor
-            self._device = os.fstat(descriptor).st_dev
-        os.close(old)
-
-
-def _refuse_disk(descriptor: int) -> None:
-    """Raise OSError where it is a device, or a file that holds what no log does: it may be a disk."""
-    mode = os.fstat(descriptor).st_mode
-    first = b""
-    if stat.S_ISREG(mode):
-        with contextlib.suppress(PermissionError), open(f"/proc/self/fd/{descriptor}", "rb") as file:
-            first = file.read(_LOOKED_AT)
-    if stat.S_ISBLK(mode) or b"\0" in first:
-        raise OSError(errno.EINVAL, "is no log, but perhaps a disk; choose another file")
-
-
-class _Syslog(logging.Handler):
-    """Sends lines to the system's log, without ever waiting for it."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        priority = _SYSLOG_DAEMON | _SYSLOG_LEVELS.get(record.levelno, 6)
-        data = f"<{priority}>{self.format(record)}".encode(errors="backslashreplace")
-        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
-            sender.setblocking(False)
-            sender.connect(_SYSLOG)
-            sender.send(data)
-
-
-ReopenLog = Callable[[Callable[[str], None]], None]
-
-
-def set_up_log(log_file: str | None, *, foreground: bool) -> ReopenLog:
-    """Log to the file, or to syslog in the background, and to the terminal.
-
-    Returns `LogFile.reopen`. Raises UsageError where there can be no file.
-    """
-    logging.raiseExceptions = False
-    root = logging.getLogger()
-    root.setLevel(logging.INFO)
-    reopen: ReopenLog = lambda _: None  # noqa: E731
-    if log_file:
-        try:
-            handler = LogFile(log_file)
-        except OSError as error:
-            raise UsageError(f"--log-file {log_file}: {error.strerror}") from error
-        handler.setFormatter(LogFormatter("%(asctime)s %(levelname)s %(message)s"))
-        root.addHandler(handler)
-        reopen = handler.reopen
-    elif not foreground and os.path.exists(_SYSLOG):
-        syslog = _Syslog()
-        syslog.setFormatter(LogFormatter(f"fvdfs[{os.getpid()}]: %(levelname)s %(message)s"))
-        root.addHandler(syslog)
-    if foreground or not log_file:
-        terminal = _Lines(2)
-        terminal.setLevel(logging.INFO if foreground else logging.WARNING)
-        terminal.setFormatter(LogFormatter("fvdfs: %(message)s"))
-        root.addHandler(terminal)
-    return reopen
 
 
 # --- foreground and background ------------------------------------------------------------------
@@ -323,8 +162,8 @@ def in_foreground(serve: Serve, log_file: str | None) -> int:
 def in_background(serve: Serve, log_file: str | None) -> int:
     """Serve in a process of its own; return when it is ready, or has failed. The exit code.
 
-    Until it is ready its messages go to the terminal as well. Who stops this process before that stops the other,
-    and waits until it has ended.
+    Until it is ready its messages go to the terminal as well. A signal that stops this process before that stops the
+    other one, and is waited for.
     """
     read_end, write_end = os.pipe()
     sys.stdout.flush()
@@ -396,9 +235,6 @@ def _serve_in_child(serve: Serve, log_file: str | None, write_end: int) -> None:
         log.critical("the mount has ended by an error", exc_info=True)
     finally:
         os._exit(code)
-
-
-_MOST_DESCRIPTORS = (1 << 31) - 1
 
 
 def complain(text: str) -> None:

@@ -1,11 +1,11 @@
 """Mount points: what is mounted where, by whom it is used, and when the last of it is gone.
 
-Nothing here looks *into* a mount: it might be dead, or hang. The kernel's list says what there is
-(/proc/self/mountinfo), and by the number of its device who else has it: bind mounts, other mount namespaces, open
-files. What this process may not see, it does not tell.
+Nothing here looks *into* a mount: it might be dead, or hang. The kernel lists what there is (/proc/self/mountinfo);
+the number of a mount's device tells who else has it: bind mounts, other mount namespaces, open files. Only what this
+process may see is found.
 
-A daemon holds a lock on the directory that its mount covers, from before it mounts until every image is closed. It is
-what others wait for who cannot see its process, in another PID namespace, say.
+A daemon holds a lock on the directory that its mount covers, from before it mounts until every image is closed. Whoever
+cannot see its process, in another PID namespace, say, waits for the lock.
 """
 
 from __future__ import annotations
@@ -28,12 +28,13 @@ from fvdfs.store.mountinfo import MountPoint, mount_points
 from fvdfs.store.paths import within
 
 DEAD = (errno.ENOTCONN, errno.ECONNABORTED)
-"""What everything fails with on a mount whose daemon has ended."""
+"""What every call fails with on a mount whose daemon has ended."""
 SHOWN = 5
 """Users of a mount that are named in a message."""
-LOCK_PATIENCE = 3.0  # seconds
-LOOK_PATIENCE = 3.0
-_UMOUNT_NOFOLLOW = 8
+LOCK_PATIENCE = 3.0  # seconds for another one to mount, or to close its images
+LOOK_PATIENCE = 3.0  # seconds for a mount to answer
+_LOCK_RETRY = 0.02  # seconds
+_UMOUNT_NOFOLLOW = 8  # of linux/fs.h
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -120,7 +121,7 @@ def ask(point: str) -> tuple[int, bytes]:
 
 
 def refuse_mounted(mountpoint: str) -> None:
-    """Raise UsageError where fvdfs is mounted already."""
+    """Raise UsageError where fvdfs is mounted there already, or was, and is dead."""
     mount = mount_at(mountpoint)
     if mount is not None and mount.is_ours:
         refuse_dead(mountpoint)
@@ -138,7 +139,7 @@ class Claim:
     locked: bool
 
     def identity(self) -> list[int]:
-        """What others know the directory by."""
+        """What others know the directory by: its device and inode."""
         status = os.fstat(self.descriptor)
         return [status.st_dev, status.st_ino]
 
@@ -150,7 +151,7 @@ class Claim:
 def claim(mountpoint: str) -> Claim | None:
     """Lock the directory, before mounting on it; None where it cannot be opened.
 
-    Raises UsageError where fvdfs is mounted there, also by somebody who was just a little earlier.
+    Raises UsageError where fvdfs is mounted there, also by somebody who was a moment earlier.
     """
     deadline = time.monotonic() + LOCK_PATIENCE
     while True:
@@ -168,7 +169,7 @@ def claim(mountpoint: str) -> Claim | None:
         if locked or time.monotonic() > deadline:
             return Claim(descriptor, bool(locked))
         os.close(descriptor)
-        time.sleep(0.02)  # somebody is mounting there, or has unmounted and still closes images
+        time.sleep(_LOCK_RETRY)  # somebody is mounting there, or has unmounted and still closes images
 
 
 def lock(descriptor: int, kind: int) -> bool | None:
@@ -183,7 +184,7 @@ def lock(descriptor: int, kind: int) -> bool | None:
 
 
 def is_unlocked(mountpoint: str, identity: list[int]) -> bool:
-    """Whether the directory that was covered shows again, and its daemon is done with it."""
+    """Whether the directory that was covered shows again, and its daemon has closed every image."""
     found = _look_at_lock(mountpoint)
     return found is not None and found[0] == identity and found[1] is True
 
@@ -211,7 +212,7 @@ def _look_at_lock(mountpoint: str) -> tuple[list[int], bool | None] | None:
 
 
 def connection(device: int) -> int | None:
-    """What tells the kernel's connection to a daemon from a later one with the same number; None: not to be seen."""
+    """What tells the kernel's connection to a daemon from a later one of the same number; None where /sys lacks it."""
     try:
         return os.stat(f"/sys/class/bdi/{os.major(device)}:{os.minor(device)}").st_ino
     except OSError:
@@ -219,7 +220,7 @@ def connection(device: int) -> int | None:
 
 
 def users(mount: MountPoint) -> list[str]:
-    """Who keeps the mount: what a person would look for. Only what this process may see."""
+    """Who keeps the mount, in words for a person; only what this process may see."""
     here = [other.path for other in _mounts_or_none("self") if other.device == mount.device]
     found = [f"{point} (mounted)" for point in here] + _loop_devices(mount)
     own = _namespace("self")
@@ -233,7 +234,7 @@ def users(mount: MountPoint) -> list[str]:
             continue
         namespaces.add(namespace)
         there = (other.path for other in _mounts_or_none(process) if other.device == mount.device)
-        points = [point for point in there if point not in here]  # others have a copy of what is mounted here
+        points = [point for point in there if point not in here]  # a namespace begins as a copy of ours
         if points:
             found.append(f"process {process} ({_command(process)}) has {points[0]} in its mount namespace")
     return found
@@ -283,7 +284,7 @@ def _command(process: str) -> str:
 
 
 def _open_files(process: str, mount: MountPoint) -> Iterator[str]:
-    """The files of the mount that a process has open, or where it stands."""
+    """What a process has of the mount: open files, its working and root directory, mapped files."""
     try:
         for name in os.listdir(f"/proc/{process}/fd"):
             with open(f"/proc/{process}/fdinfo/{name}", encoding="ascii") as file:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 
 from fvdfs import daemon, mounts
 from fvdfs.errors import UsageError
+from fvdfs.logs import ReopenLog
 from fvdfs.mountoptions import folders, listed, parse_mount_options, passphrase_file, program
 from fvdfs.sizes import parse_size
 from fvdfs.store.paths import real_path, within
@@ -45,7 +46,7 @@ def run(
     if log_file and within(real_path(log_file), os.path.realpath(mountpoint)):
         raise UsageError(f"--log-file {log_file}: would be hidden by the mount; choose another one")
 
-    def serve_folder(ready: Callable[[], None], reopen_log: daemon.ReopenLog) -> None:
+    def serve_folder(ready: Callable[[], None], reopen_log: ReopenLog) -> None:
         from fvdfs.image.policy import Policy
         from fvdfs.image.writing import Zeroes
         from fvdfs.ops.filesystem import Sync

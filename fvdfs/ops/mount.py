@@ -26,6 +26,7 @@ from fvdfs import daemon, mounts
 from fvdfs.errors import UsageError
 from fvdfs.image.image import Image
 from fvdfs.image.policy import Policy
+from fvdfs.logs import ReopenLog
 from fvdfs.ops.background import Background
 from fvdfs.ops.device import Device, fuse_descriptors
 from fvdfs.ops.filesystem import Filesystem, Sync
@@ -69,10 +70,6 @@ class MountOptions:
     prefetch_max: int = 0
     """Bytes a second, of all images; 0: no cap."""
     record_profiles: bool = False
-
-
-ReopenLog = Callable[[Callable[[str], None]], None]
-"""Opens the log file anew, unless what it is given raises OSError for its path; blocks."""
 
 
 def serve(options: MountOptions, ready: Callable[[], None], reopen_log: ReopenLog) -> None:

@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 
-from fvdfs.daemon import LogFormatter
 from fvdfs.errors import ImageError
 from fvdfs.format.creation import CreateOptions, new_header
 from fvdfs.format.header import DEFAULT_PROFILE_ROOM, HEADER_SIZE
+from fvdfs.logs import LogFormatter
 from fvdfs.sizes import parse_size
 from support import reference
 from support.golden import GOLDEN, MANIFEST, extract
