@@ -125,7 +125,7 @@ def string_places() -> Iterator[tuple[str, int, int]]:
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """The fields of the header, with the names of the format; sizes and offsets in bytes."""
+    """The fields of the header, as the format names them; sizes and offsets in bytes."""
 
     magic: int = MAGIC
     version: int = VERSION
@@ -254,12 +254,12 @@ class Header:
 
     @property
     def metadata_end(self) -> int:
-        """Where metadata ends: at the last sector boundary up to metadata_size (format.md, "Surprising values")."""
+        """Where metadata ends: metadata_size, rounded down to a sector (format.md, "Surprising values")."""
         return self.metadata_size // SECTOR * SECTOR
 
     @property
     def data_offset(self) -> int:
-        """Where data starts, in bytes, in the file that holds it."""
+        """Where data starts in the file that holds it."""
         return 0 if self.data_file else self.metadata_end
 
     @property
@@ -330,7 +330,7 @@ class Header:
 
     @property
     def table_capacity(self) -> int:
-        """Entries that table and journal have room for (format.md, "Regions" and "Values at creation")."""
+        """How many entries table and journal have room for (format.md, "Regions" and "Values at creation")."""
         assert self.compact
         ends = [region.offset for region in self.regions()] + [self.metadata_end]
         if self.profile_region is not None:

@@ -1,28 +1,28 @@
 """The journal: records of bitmap bits and table entries that became true since both were written.
 
-The specification of the on-disk journal (format.md, "Journal"). It is an array of independent
-512-byte sectors. A sector is written whole or not at all; there is no checksum. It holds records,
-packed from its start, until a word that is no record's magic, or its end:
+It is an array of independent 512-byte sectors, each written whole or not at all; there is no checksum.
+A sector holds records, packed from its start, up to a word that is no record's magic, or its end
+(format.md, "Journal"):
 
     bitmap record  u32 0x3F2AB8ED | u32 number of sectors | i64 first sector   (16 bytes)
     table record   u32 0xB4E6F7AC | u32 first entry | u32 n | n * u32 entries  (12 + 4n bytes)
 
-What fvdfs writes keeps to what the original can replay:
+fvdfs writes only what the original can replay:
 
 - A bitmap record is the last of its sector. fvdfs fills the rest of a sector with zeros.
-- Where an image has both regions, bits and the entries of all chunks under these blocks stand in
-  one sector, so that a bit never becomes visible without its chunk. A range of more blocks than fit
-  is cut at a block, and the chunk under the cut stands in both sectors. A layout whose single
-  blocks lie over more than 121 chunks cannot be journaled so: `encode` says so, and the caller
-  writes table and bitmap themselves, in this order.
+- Where an image has both regions, bits and the entries of all chunks under these blocks are in one
+  sector, so that a bit never becomes visible without its chunk. A range of more blocks than fit is cut
+  at a block, and the chunk under the cut is in both sectors. A layout where one block lies over more
+  than 121 chunks cannot be journaled: `encode` says so, and the caller writes the table, then the
+  bitmap.
 - Entries of chunks past the base need no bitmap record; several table records may share a sector.
 
-A session starts at the first sector again; sectors of earlier ones stay and are replayed too. This
-is harmless because bits only get set and entries never change. Whatever breaks this (a smaller
-disk) must clear the journal first.
+Each session starts at the first sector; sectors of earlier ones stay and are replayed too. This is
+harmless because bits only get set and entries never change. Whatever breaks this (a smaller disk) must
+clear the journal first.
 
-Replay trusts nothing: a record that is out of range, or contradicts what is known, is skipped with
-the rest of its sector, and reported with its place; other sectors count.
+Replay trusts nothing: a record that is out of range, or contradicts what is known, is skipped with the
+rest of its sector, and reported with its place; other sectors count (format.md, "Beyond the original").
 
 Pure: bytes in, decisions out.
 """
@@ -41,7 +41,7 @@ TABLE_MAGIC = 0xB4E6F7AC
 _WORD = struct.Struct("<I")
 _BITMAP = struct.Struct("<IIq")
 _TABLE = struct.Struct("<III")
-MAX_RECORD_SECTORS = (1 << 32) - 1  # of the disk, in one bitmap record
+MAX_RECORD_SECTORS = (1 << 32) - 1  # sectors of the disk in one bitmap record: what its field holds
 
 Range = tuple[int, int]
 """Half-open: [start, stop)."""
@@ -55,18 +55,18 @@ class Bits(Protocol):
 
 
 class Entries(Protocol):
-    """A chunk table that records are written of, and replayed into."""
+    """A chunk table whose entries are recorded, and that records are replayed into."""
 
     def __getitem__(self, chunk: int) -> int:
         """The number of the chunk in the storage, or UNALLOCATED."""
 
     def replay(self, first: int, entries: Sequence[int]) -> str | None:
-        """Take over the entries from `first` on, or none of them and say why."""
+        """Take over the entries from `first` on, or none of them; why not."""
 
 
 @dataclass(frozen=True, slots=True)
 class BitmapRecord:
-    """Every block that these sectors of the disk touch, in the base's range, is local."""
+    """All blocks of the base's range that these sectors of the disk touch are local."""
 
     sectors: int
     first_sector: int
@@ -99,7 +99,7 @@ class Skipped:
 
 
 def parse(sector: bytes) -> Iterator[tuple[int, Record | str]]:
-    """The records of a sector as (byte offset, record); instead of a bad one the reason, as the last."""
+    """The records of a sector as (byte offset, record); the first bad one ends them, as (byte offset, why)."""
     assert len(sector) == SECTOR
     at = 0
     while at + _WORD.size <= SECTOR:
@@ -129,12 +129,12 @@ def parse(sector: bytes) -> Iterator[tuple[int, Record | str]]:
 def replay(
     sectors: bytes, header: Header, bitmap: Bits | None, table: Entries | None, first_index: int = 0
 ) -> list[Skipped]:
-    """Apply journal sectors, in their order, to bitmap and table; report what was skipped.
+    """Apply journal sectors, in order, to bitmap and table; the records that were skipped.
 
-    `sectors`: a part of the journal, whole sectors, the first of them being number `first_index`.
+    `sectors`: a part of the journal, whole sectors from number `first_index` on.
     """
     skipped = []
-    blocks: list[Range] = []  # set at the end: a million records of all blocks are one range then
+    blocks: list[Range] = []  # merged and set at the end: a million records may name the same blocks
     for base in range(0, len(sectors), SECTOR):
         sector = sectors[base : base + SECTOR]
         for offset, record in parse(sector):
@@ -158,14 +158,14 @@ def replay(
 
 
 def _blocks_of(record: BitmapRecord, header: Header, bitmap: Bits | None, blocks: list[Range]) -> str | None:
-    """Add the blocks of the record to the list, or say why it is bad."""
+    """Add the blocks of the record to the list; if it is bad, why."""
     if bitmap is None:
         if header.base_img:
             return None  # from before all of its base was local
         return "a bitmap record, but the image has no bitmap"
     start = record.first_sector * SECTOR
     stop = start + record.sectors * SECTOR
-    # The original cuts a disk and leaves old records of what was cut off.
+    # A disk that the original has made smaller keeps records of what was cut off.
     if start < 0 or stop > max(header.virtual_disk_size, header.base_img_size):
         return (
             f"a bitmap record of {record.sectors} sectors from {record.first_sector} on a disk of "
@@ -193,10 +193,10 @@ def merge(ranges: Iterable[Range]) -> list[Range]:
 
 
 def encode(header: Header, table: Entries | None, blocks: Sequence[Range], chunks: Sequence[int]) -> list[bytes] | None:
-    """The sectors that make these blocks local and these chunks allocated.
+    """The sectors that record these blocks as local and these chunks as allocated.
 
-    `blocks`: merged ranges; `chunks`: in ascending order. None where the layout does not permit
-    sectors that each stand alone.
+    `blocks`: merged ranges; `chunks`: in ascending order. None where the layout needs more than one sector for
+    what must become visible together.
     """
     if table is None:
         return [_pad(record) for start, stop in blocks for record in _bitmap_records(header, start, stop)]
@@ -215,10 +215,10 @@ def encode(header: Header, table: Entries | None, blocks: Sequence[Range], chunk
                     return None
             last = (end - 1) // header.chunk_size
             if any(table[chunk] == UNALLOCATED for chunk in range(first, last + 1)):
-                return None  # a bit over a chunk without a place: the original can leave that, over zeros
+                return None  # the original can leave a bit over a chunk that is not allocated, over zeros
             records = list(_bitmap_records(header, start, cut))
             if len(records) > 1:
-                return None  # over 2 TiB in one sector: only with chunks of over 16 GiB
+                return None  # more than 2 TiB in one sector, which takes chunks of more than 16 GiB
             sectors.append(_pad(_table_record(table, first, last) + records[0]))
             covered.update(range(first, last + 1))
             start = cut
@@ -246,7 +246,7 @@ def _table_record(table: Entries, first: int, last: int) -> bytes:
 
 
 def _table_sectors(table: Entries, chunks: Sequence[int], space: int) -> list[bytes]:
-    """Table records for these chunks, `space` bytes of them a sector."""
+    """Sectors with table records of these chunks, at most `space` bytes of records each."""
     sectors: list[bytes] = []
     current = b""
     at = 0

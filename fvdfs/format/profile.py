@@ -5,11 +5,11 @@ first when another image of the same base is opened. On disk it is an array of e
 
     i64 offset in bytes | u32 length in units of `unit_of_PrefetchProfileEntry_len`        (12 bytes)
 
-at `prefetch_profile_offset`; as a file of its own, a text with an extent a line: offset and length in
-bytes, in decimal. Extents that were read one after the other are one entry.
+at `prefetch_profile_offset`. As a file of its own it is text, an extent a line: offset and length in
+bytes, in decimal. Adjacent extents that were read one after the other are one entry.
 
-A profile is advice. What of it makes no sense (it came from a disk of another size, or from a stranger)
-is left out, and nothing depends on the rest.
+A profile is advice: entries that make no sense (of a disk of another size, or from a stranger) are
+ignored, and nothing depends on the others.
 
 Pure: no I/O, no clock.
 """
@@ -29,7 +29,7 @@ Extent = tuple[int, int]
 
 
 def decode(data: bytes, entries: int, unit: int) -> list[Extent]:
-    """The extents in `data`; entries that are negative or empty are left out."""
+    """The extents in `data`, without negative and empty ones. `unit`: bytes."""
     extents = []
     for offset, length in PROFILE_ENTRY.iter_unpack(data[: entries * PROFILE_ENTRY.size]):
         if offset >= 0 and length > 0:
@@ -38,7 +38,7 @@ def decode(data: bytes, entries: int, unit: int) -> list[Extent]:
 
 
 def encode(extents: Iterable[Extent], unit: int, room: int) -> tuple[bytes, int]:
-    """The entries, rounded out to units, as far as `room` bytes go, and their number."""
+    """As many entries as fit into `room` bytes, rounded out to units of `unit` bytes; and their number."""
     data = bytearray()
     for start, stop in extents:
         if len(data) + PROFILE_ENTRY.size > room:
@@ -49,12 +49,12 @@ def encode(extents: Iterable[Extent], unit: int, room: int) -> tuple[bytes, int]
 
 
 def to_text(extents: Iterable[Extent]) -> str:
-    """The profile as a file of its own."""
+    """The text of a profile file."""
     return TEXT_HEAD + "".join(f"{start} {stop - start}\n" for start, stop in extents)
 
 
 def from_text(text: str, name: str) -> list[Extent]:
-    """The extents of such a file. Raises UsageError at a line that is none."""
+    """The extents in the text of the profile file `name`. Raises UsageError for a line that is none."""
     extents = []
     for number, line in enumerate(text.splitlines(), 1):
         words = line.partition("#")[0].split()
