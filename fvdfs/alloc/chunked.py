@@ -77,27 +77,27 @@ class ChunkedStorage:
         """The room at which growing ahead failed: not tried again until a write has made more."""
         self.spawn: Spawn | None = None
 
-    def runs(self, start: int, stop: int) -> Iterator[tuple[int, int, int | None]]:
+    def byte_runs(self, start: int, stop: int) -> Iterator[tuple[int, int, int | None]]:
         """Bytes [start, stop) of the disk as runs (start, stop, offset in the store; None: zeros).
 
         Raises OSError(EIO) at a chunk that is damaged.
         """
         size = self._chunk_size
         table = self._table
-        first, last = start // size, (stop - 1) // size
-        if table.shared and not table.shared.isdisjoint(range(first, last + 1)):
+        first, end = start // size, (stop - 1) // size + 1
+        if table.shared and not table.shared.isdisjoint(range(first, end)):
             raise OSError(errno.EIO, f"{self._store.name}: a chunk of bytes {start}..{stop} is allocated twice")
-        for chunk, count, number in table.runs(first, last):
+        for chunk, chunk_stop, number in table.chunk_runs(first, end):
             run_start = max(start, chunk * size)
-            run_stop = min(stop, (chunk + count) * size)
+            run_stop = min(stop, chunk_stop * size)
             if number == UNALLOCATED:
                 yield run_start, run_stop, None
             else:
                 yield run_start, run_stop, self._offset + number * size + run_start - chunk * size
 
     def place(self, start: int, stop: int) -> int | None:
-        """The offset in the store, where these bytes have one, in one piece. Raises as `runs`."""
-        (_, run_stop, where), *_ = self.runs(start, stop)
+        """The offset in the store, where these bytes have one, in one piece. Raises as `byte_runs`."""
+        (_, run_stop, where), *_ = self.byte_runs(start, stop)
         return where if run_stop == stop else None
 
     def holds(self, end: int) -> bool:
@@ -225,7 +225,7 @@ class ChunkedStorage:
         start = self._size
         stop = min(size, ceil_div(start, self._chunk_size) * self._chunk_size)
         if start < stop:
-            for run_start, run_stop, offset in self.runs(start, stop):
+            for run_start, run_stop, offset in self.byte_runs(start, stop):
                 if offset is not None:
                     await self._store.zero(offset, run_stop - run_start)
         self._table.grow(ceil_div(size, self._chunk_size))

@@ -25,8 +25,8 @@ class FlatStorage:
         self._ready = store.fixed_size
         self._resizing = trio.Lock()
 
-    def runs(self, start: int, stop: int) -> Iterator[tuple[int, int, int | None]]:
-        """Bytes [start, stop) of the disk as (start, stop, offset in the store); here one run."""
+    def byte_runs(self, start: int, stop: int) -> Iterator[tuple[int, int, int | None]]:
+        """Bytes [start, stop) of the disk as runs (start, stop, offset in the store); here one run."""
         yield start, stop, self._offset + start
 
     def place(self, start: int, stop: int) -> int | None:

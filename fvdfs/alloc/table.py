@@ -188,24 +188,23 @@ class Table:
         self.highest = max(live, default=-1)
         return freed
 
-    def runs(self, first: int, last: int) -> Iterator[tuple[int, int, int]]:
-        """Chunks first..last as runs (first, count, number) that lie together in the storage.
+    def chunk_runs(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
+        """Chunks [start, stop) as runs (start, stop, number of the first) that lie together in the storage.
 
-        `number` is UNALLOCATED for a run of chunks without a place.
+        The number is UNALLOCATED for a run of chunks that are not allocated.
         """
         entries = self._entries
-        chunk = first
-        while chunk <= last:
-            number = entries[chunk]
-            end = chunk + 1
+        while start < stop:
+            number = entries[start]
+            end = start + 1
             if number == UNALLOCATED:
-                while end <= last and entries[end] == UNALLOCATED:
+                while end < stop and entries[end] == UNALLOCATED:
                     end += 1
             else:
-                while end <= last and entries[end] == number + end - chunk:
+                while end < stop and entries[end] == number + end - start:
                     end += 1
-            yield chunk, end - chunk, number
-            chunk = end
+            yield start, end, number
+            start = end
 
     @property
     def dirty_pages(self) -> int:

@@ -52,7 +52,9 @@ def own_ranges(header: Header, bitmap: Bitmap | None, start: int, stop: int) -> 
     stop = min(stop, header.virtual_disk_size)
     base = header.base_size if bitmap is not None else 0
     if bitmap is not None and start < min(stop, base):
-        for first, end, local in bitmap.runs(start // header.block_size, ceil_div(min(stop, base), header.block_size)):
+        for first, end, local in bitmap.block_runs(
+            start // header.block_size, ceil_div(min(stop, base), header.block_size)
+        ):
             if local:
                 yield max(start, first * header.block_size), min(stop, base, end * header.block_size)
     if max(start, base) < stop:
@@ -63,7 +65,7 @@ def base_ranges(header: Header, bitmap: Bitmap, start: int) -> Iterator[Range]:
     """The parts of the disk, from byte `start` on, that are read from the base."""
     if start >= header.base_size:
         return
-    for first, end, local in bitmap.runs(start // header.block_size, header.blocks):
+    for first, end, local in bitmap.block_runs(start // header.block_size, header.blocks):
         if not local:
             yield max(start, first * header.block_size), min(header.base_size, end * header.block_size)
 

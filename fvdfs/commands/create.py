@@ -264,7 +264,7 @@ def _data_zeros(header: Header, bitmap: Bitmap | None) -> list[Span]:
         return []
     ranges = []
     if bitmap is not None:
-        for first, end, local in bitmap.runs(0, header.blocks):
+        for first, end, local in bitmap.block_runs(0, header.blocks):
             if local:
                 start = first * header.block_size
                 ranges.append((start, min(end * header.block_size, header.base_size) - start))

@@ -84,7 +84,7 @@ class Bitmap:
         found = self._local.find(1, start, stop)
         return found if found >= 0 else stop
 
-    def runs(self, start: int, stop: int) -> Iterator[tuple[int, int, bool]]:
+    def block_runs(self, start: int, stop: int) -> Iterator[tuple[int, int, bool]]:
         """The range as runs (start, stop, local) of blocks in the same state."""
         bits = self._local
         while start < stop:

@@ -47,7 +47,7 @@ def read_runs(geometry: Geometry, bitmap: Bitmap, start: int, stop: int) -> Iter
     first, end = geometry.blocks(start, stop)
     at = start
     tail_local = stop > geometry.base_size
-    for _, run_end, local in bitmap.runs(first, end):
+    for _, run_end, local in bitmap.block_runs(first, end):
         run_stop = min(run_end * geometry.block_size, geometry.base_size, stop)
         if run_end == end and local and tail_local:
             run_stop = stop

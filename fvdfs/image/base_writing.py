@@ -31,7 +31,7 @@ async def begin_base_writing(image: Core, locks: RangeLock, read: Read, *, crash
 
     writer = WriteBack(base, image.bitmap.blocks, image.header.block_size, copy, image.name)
     if crashed:
-        for first, end, local in image.bitmap.runs(0, image.bitmap.blocks):
+        for first, end, local in image.bitmap.block_runs(0, image.bitmap.blocks):
             if local:
                 writer.owe(first, end)
     await image.committer.change_header(clean_shutdown=0)

@@ -182,7 +182,7 @@ class Core:
             if not local:
                 found.append((run_start, run_stop, "base"))
                 continue
-            for piece_start, piece_stop, where in self.storage.runs(run_start, run_stop):
+            for piece_start, piece_stop, where in self.storage.byte_runs(run_start, run_stop):
                 end = piece_stop - piece_start + (where or 0)
                 hole = where is None or await self.data.next_data(where, end) == end
                 found.append((piece_start, piece_stop, "hole" if hole else "local"))
@@ -209,7 +209,7 @@ class Core:
             image, begin, end, local = run
             base = image.base
             if local:
-                for piece_start, piece_stop, where in image.storage.runs(begin, end):
+                for piece_start, piece_stop, where in image.storage.byte_runs(begin, end):
                     if where is not None:
                         data = piece_start + await skip(image.data, where, piece_start)
                         if data < piece_stop:
@@ -231,7 +231,7 @@ class Core:
 
     async def write_out(self, start: int, stop: int) -> None:
         """Have stored bytes leave memory for the disk, where that is possible; promises nothing."""
-        for run_start, run_stop, where in self.storage.runs(start, min(stop, self.size)):
+        for run_start, run_stop, where in self.storage.byte_runs(start, min(stop, self.size)):
             if where is not None:
                 await self.data.write_out(where, run_stop - run_start)
 

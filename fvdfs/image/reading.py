@@ -148,7 +148,7 @@ def _read_now(top: Core, start: int, view: memoryview, fetcher: _Source | None) 
 
 
 def _read_storage(image: Core, start: int, view: memoryview, todo: _Todo) -> None:
-    for piece_start, piece_stop, where in image.storage.runs(start, start + len(view)):
+    for piece_start, piece_stop, where in image.storage.byte_runs(start, start + len(view)):
         piece = view[piece_start - start : piece_stop - start]
         if where is None:
             _zero(piece)

@@ -283,7 +283,7 @@ class Writes:
         core = self.core
         await self._prepare(start, stop)
         try:
-            for run_start, run_stop, where in core.storage.runs(start, stop):
+            for run_start, run_stop, where in core.storage.byte_runs(start, stop):
                 assert where is not None
                 await core.data.pwrite(view[run_start - start : run_stop - start], where)
         finally:
@@ -298,7 +298,7 @@ class Writes:
         if start < core.geometry.base_size:
             await self._prepare(start, stop)
         try:
-            for run_start, run_stop, where in core.storage.runs(start, stop):
+            for run_start, run_stop, where in core.storage.byte_runs(start, stop):
                 if where is None:
                     continue
                 if self.zeroes is Zeroes.PUNCH:

@@ -148,20 +148,20 @@ def test_runs(entries: list[int], data: st.DataObject) -> None:
     """In order, without a gap, as long as can be; each chunk at its place."""
     table = load(dict(enumerate(entries)), len(entries))
     first = data.draw(st.integers(0, len(entries) - 1))
-    last = data.draw(st.integers(first, len(entries) - 1))
-    runs = list(table.runs(first, last))
+    end = data.draw(st.integers(first + 1, len(entries)))
+    runs = list(table.chunk_runs(first, end))
     found = list[int]()
-    for chunk, count, number in runs:
-        assert chunk == first + len(found)
-        found += [number if number == UNALLOCATED else number + index for index in range(count)]
-    assert found == entries[first : last + 1]
-    for (_, count, number), (_, _, following) in pairwise(runs):
-        assert following != (number if number == UNALLOCATED else number + count), "two runs that are one"
+    for start, stop, number in runs:
+        assert start == first + len(found)
+        found += [number if number == UNALLOCATED else number + index for index in range(stop - start)]
+    assert found == entries[first:end]
+    for (start, stop, number), (_, _, following) in pairwise(runs):
+        assert following != (number if number == UNALLOCATED else number + stop - start), "two runs that are one"
 
 
 def test_runs_do_not_join_the_last_number_and_unallocated() -> None:
     table = load({0: 0x7FFFFFFE, 1: 0x7FFFFFFF}, 3)
-    assert list(table.runs(0, 2)) == [(0, 2, 0x7FFFFFFE), (2, 1, UNALLOCATED)]
+    assert list(table.chunk_runs(0, 3)) == [(0, 2, 0x7FFFFFFE), (2, 3, UNALLOCATED)]
 
 
 # --- replay (format.md, "Journal" and "Beyond the original") ---------------------------------------------------------

@@ -99,7 +99,7 @@ class BitmapModel(RuleBasedStateMachine):
     def runs(self, data: st.DataObject) -> None:
         start, stop = self.block_range(data)
         at, before = start, None
-        for run_start, run_stop, local in self.bitmap.runs(start, stop):
+        for run_start, run_stop, local in self.bitmap.block_runs(start, stop):
             assert run_start == at < run_stop <= stop
             assert local is not before, "two runs of the same state"
             run = range(run_start, run_stop)
@@ -160,7 +160,7 @@ def test_bits_past_the_end_stay_as_on_disk() -> None:
     bitmap = Bitmap(b"\xf8\xff" + bytes(PAGE - 2), 3)
     assert bitmap.count_local() == 0
     assert bitmap.none_local(0, 3)
-    assert list(bitmap.runs(0, 3)) == [(0, 3, False)]
+    assert list(bitmap.block_runs(0, 3)) == [(0, 3, False)]
     bitmap.set_local(1, 2)
     assert bitmap.take_dirty_pages() == [(0, b"\xfa\xff" + bytes(PAGE - 2))]
 

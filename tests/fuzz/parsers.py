@@ -173,7 +173,7 @@ def fuzz_bitmap(data: bytes) -> bool:
                 dirty |= set(range(lowest // BLOCKS_PER_PAGE, highest // BLOCKS_PER_PAGE + 1))
             local_bits, committed, blocks = local_bits ^ gone, committed & mask(0, first), first
         elif kind == 6:
-            runs = list(bitmap.runs(first, stop)) if stop - first < 4096 else []
+            runs = list(bitmap.block_runs(first, stop)) if stop - first < 4096 else []
             for start, end, local in runs:
                 assert first <= start < end <= stop
                 assert local_bits & mask(start, end) == (mask(start, end) if local else 0)
@@ -289,10 +289,10 @@ def _check_table(table: Table, entries: list[int], room: int) -> None:
     if not table.damaged:
         assert table.numbers_left <= 0x7FFFFFFF
     if entries:
-        runs = list(table.runs(0, len(entries) - 1))
-        again = [
-            UNALLOCATED if number == UNALLOCATED else number + n for _, count, number in runs for n in range(count)
-        ]
+        runs = list(table.chunk_runs(0, len(entries)))
+        again = list[int]()
+        for start, stop, number in runs:
+            again += [number if number == UNALLOCATED else number + n for n in range(stop - start)]
         assert again == entries
     if room < UNALLOCATED:  # else: chunks have been allocated, who allocates them makes room first
         assert table.beyond == {chunk for chunk, n in enumerate(entries) if room <= n < UNALLOCATED}
