@@ -79,6 +79,10 @@ class Fetch:
         self.done = trio.Event()
         self.failed = True
 
+    def copy_to(self, view: memoryview, start: int) -> None:
+        """Fill the buffer with its bytes from `start` on."""
+        view[:] = self.data[start - self.start : start - self.start + len(view)]
+
 
 class Fetcher:
     """Reads of one image from its base."""
@@ -120,7 +124,7 @@ class Fetcher:
         if not self._owner.read_base_nowait(fetch.data, fetch.start):
             self._end(fetch)
             return False
-        view[:] = fetch.data[start - fetch.start : stop - fetch.start]
+        fetch.copy_to(view, start)
         self._arrived(fetch, copy=True)
         return True
 
@@ -148,48 +152,44 @@ class Fetcher:
         return len(view)
 
     async def _read(self, view: memoryview, start: int, copy: bool) -> None:
-        await together(
-            [
-                functools.partial(
-                    self._read_part, view[part_start - start : part_stop - start], part_start, fetch, copy
-                )
-                for part_start, part_stop, fetch in self._parts(start, start + len(view))
-            ]
-        )
+        calls: list[Callable[[], Awaitable[None]]] = []
+        for part_start, part_stop, fetch in self._parts(start, start + len(view)):
+            part = view[part_start - start : part_stop - start]
+            if fetch is not None:
+                calls.append(functools.partial(self._read_shared, part, part_start, fetch))
+            else:
+                calls.append(functools.partial(self._read_own, part, part_start, copy))
+        await together(calls)
 
-    async def _read_part(self, view: memoryview, start: int, fetch: Fetch | None, copy: bool) -> None:
-        """Fill the buffer from a fetch of others, or from one of our own (None)."""
-        if fetch is not None:
-            await fetch.done.wait()
-            if not fetch.failed:
-                view[:] = fetch.data[start - fetch.start : start - fetch.start + len(view)]
-                return
-            # It asked for other bytes as well, or was given up: ours may still come.
+    async def _read_shared(self, view: memoryview, start: int, fetch: Fetch) -> None:
+        """Fill the buffer from a fetch of others."""
+        await fetch.done.wait()
+        if fetch.failed:  # it asked for other bytes as well, or was given up: ours may still come
             await self._owner.read_base(view, start)
-            return
+        else:
+            fetch.copy_to(view, start)
+
+    async def _read_own(self, view: memoryview, start: int, copy: bool) -> None:
+        """Fill the buffer from a fetch that begins now."""
         stop = start + len(view)
-        mine = self._begin(*(self._round_out(start, stop) if copy else (start, stop)))
+        fetch = self._begin(*(self._round_out(start, stop) if copy else (start, stop)))
         try:
-            await self._owner.read_base(mine.data, mine.start)
-            mine.failed = False
-        except OSError:
-            if (mine.start, mine.stop) == (start, stop):
+            await self.fill(fetch)
+        except BaseException as error:
+            self.give_up(fetch)
+            if len(fetch.data) == len(view) or not isinstance(error, OSError):
                 raise
-        finally:
-            mine.done.set()
-            if mine.failed:
-                self._end(mine)
-        if mine.failed:
+        if fetch.failed:  # what was added by rounding out may be what cannot be read
             await self._owner.read_base(view, start)
             return
-        view[:] = mine.data[start - mine.start : stop - mine.start]
+        fetch.copy_to(view, start)
         if copy:
             try:
-                await self._wait_for_room(len(mine.data))
+                await self._wait_for_room(len(fetch.data))
             except BaseException:
-                self._end(mine)
+                self._end(fetch)
                 raise
-        self._arrived(mine, copy)
+        self._arrived(fetch, copy)
 
     def _parts(self, start: int, stop: int) -> list[tuple[int, int, Fetch | None]]:
         """The range as parts (start, stop, the fetch that has it on its way)."""

@@ -248,25 +248,28 @@ class Device:
 
     def _take_requests(self, linger: int, ring: uring.Ring | None) -> None:
         self._started = False
+        for _ in range(_PER_TURN):
+            length = self._next_request(linger, ring)
+            if not length:
+                return
+            self._dispatch(length)
+            if length > _SMALL and self._started:
+                return  # what a thread will be busy with for long had better begin
+
+    def _next_request(self, linger: int, ring: uring.Ring | None) -> int:
+        """Receive a request, for which to look for `linger` ns; its length, or 0. Raises OSError."""
         deadline = 0
-        left = _PER_TURN
-        while left:
+        while True:
             try:
-                length = os.readv(self._kernel, (self._head, self._payload))
+                return os.readv(self._kernel, (self._head, self._payload))
             except BlockingIOError:
                 now = time.perf_counter_ns()
                 deadline = deadline or now + linger
                 if now >= deadline or self._started:
-                    return
+                    return 0
                 if ring is not None:
                     ring.send()
                     ring.reap_now()
-            else:
-                left -= 1
-                deadline = 0
-                self._dispatch(length)
-                if length > _SMALL and self._started:
-                    return  # what a thread will be busy with for long had better begin
 
     def _dispatch(self, length: int) -> None:
         opcode, unique, fh, offset, size, own_flags, flags = TRANSFER.unpack_from(self._head)
