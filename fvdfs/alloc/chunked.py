@@ -54,6 +54,7 @@ class ChunkedStorage:
         size: int,
         grow_command: GrowCommand,
         window: int,
+        spawn: Spawn | None,
     ) -> None:
         self._store = store
         self._table = table
@@ -75,7 +76,7 @@ class ChunkedStorage:
         self._growing_ahead = False
         self._full_at: int | None = None
         """The room at which growing ahead failed: not tried again until a write has made more."""
-        self.spawn: Spawn | None = None
+        self._spawn = spawn
 
     def byte_runs(self, start: int, stop: int) -> Iterator[tuple[int, int, int | None]]:
         """Bytes [start, stop) of the disk as runs (start, stop, offset in the store; None: zeros).
@@ -132,18 +133,18 @@ class ChunkedStorage:
     # --- room -----------------------------------------------------------------------------------
 
     def _grow_ahead_if_short(self) -> None:
-        if self.spawn is None or self._growing_ahead or self._room in (None, self._full_at):
+        if self._spawn is None or self._growing_ahead or self._room in (None, self._full_at):
             return
         assert self._room is not None
         left = self._room - self._table.highest - 1
         unallocated = self._table.chunks - self._table.highest - 1
         if left < min(ceil_div(self._ahead, 2), unallocated):
             self._growing_ahead = True
-            self.spawn(self._grow_ahead)
+            self._spawn(self._grow_ahead)
 
     async def stop_growing(self) -> None:
         """Nothing in the background touches the store any more. (A command that grows it may go on.)"""
-        self.spawn = None
+        self._spawn = None
         self._stopped = True
         async with self._touching:
             pass

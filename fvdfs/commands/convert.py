@@ -20,6 +20,7 @@ from fvdfs import daemon
 from fvdfs.commands.create import make_image, never_appears, qemu_create
 from fvdfs.commands.newfiles import NewFile, NewFiles, host_files, permissions
 from fvdfs.commands.terminal import progress_bar
+from fvdfs.cow.planner import Zeroes
 from fvdfs.errors import ImageError, UsageError, leading, named
 from fvdfs.format.creation import CreateOptions
 from fvdfs.format.header import SECTOR, round_up
@@ -27,7 +28,6 @@ from fvdfs.image.chain import open_image, open_other
 from fvdfs.image.core import Core
 from fvdfs.image.image import Image
 from fvdfs.image.policy import FVD_FORMAT, HostStore, Policy, format_by_name
-from fvdfs.image.writing import Zeroes
 from fvdfs.mountoptions import folders, listed, parse_mount_options
 from fvdfs.store.base import Buffer, Store
 from fvdfs.store.host import open_path

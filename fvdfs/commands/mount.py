@@ -47,8 +47,8 @@ def run(
         raise UsageError(f"--log-file {log_file}: would be hidden by the mount; choose another one")
 
     def serve_folder(ready: Callable[[], None], reopen_log: ReopenLog) -> None:
+        from fvdfs.cow.planner import Zeroes
         from fvdfs.image.policy import Policy
-        from fvdfs.image.writing import Zeroes
         from fvdfs.ops.filesystem import Sync
         from fvdfs.ops.mount import MountOptions, serve
         from fvdfs.prefetch.scheduler import DEFAULT_JOBS

@@ -16,6 +16,7 @@ Pure: no I/O, no clock.
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -88,6 +89,17 @@ def plan_write(geometry: Geometry, bitmap: Bitmap | None, start: int, stop: int)
     if stop < last_stop and not bitmap.is_local(end - 1):
         tail = stop, last_stop
     return WritePlan(head[0] if head else start, tail[1] if tail else stop, head, tail, first, end)
+
+
+class Zeroes(enum.Enum):
+    """What becomes of zeros that a guest writes."""
+
+    OFF = "off"
+    """They are data like any other."""
+    ON = "on"
+    """They are not stored where zeros are read already."""
+    PUNCH = "punch"
+    """Their space is given back, too."""
 
 
 def zero_runs(start: int, data: memoryview) -> Iterator[tuple[int, int, bool]]:

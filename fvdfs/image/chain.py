@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 import trio
 
-from fvdfs.alloc.chunked import ChunkedStorage
+from fvdfs.alloc.chunked import ChunkedStorage, Spawn
 from fvdfs.alloc.flat import FlatStorage
 from fvdfs.alloc.growth import grow_command
 from fvdfs.alloc.table import Table, TooDamaged, decode_entries
@@ -313,10 +313,10 @@ def unstated_base_format(path: str, header: Header, policy: Policy) -> str:
     return policy.unstated_format(path, "base_img", header.base_img, shown) if shown else RAW
 
 
-async def load_chain(chain: Chain) -> Image:
+async def load_chain(chain: Chain, spawn: Spawn | None = None) -> Image:
     """Lock the files of the chain for reading, read all metadata, replay journals in memory.
 
-    Takes over the files, also where it fails. Only from the main thread. Raises ImageBusy,
+    `spawn`: see `Core`. Takes over the files, also where it fails. Only from the main thread. Raises ImageBusy,
     ImageError, UsageError where a program is missing, OSError.
     """
     try:
@@ -329,7 +329,7 @@ async def load_chain(chain: Chain) -> Image:
         base: Image | Store | None = chain.base
         for layer in reversed(chain.layers):
             base = await load_image(
-                layer.path, layer.header, layer.raw_header, layer.meta, layer.data, base, chain.policy
+                layer.path, layer.header, layer.raw_header, layer.meta, layer.data, base, chain.policy, spawn
             )
     except BaseException:
         await chain.aclose()
@@ -385,6 +385,7 @@ async def load_image(
     data: Store,
     base: Image | Store | None,
     policy: Policy,
+    spawn: Spawn | None = None,
 ) -> Image:
     """The image over these stores, its metadata read and its journal replayed in memory."""
     bitmap = table = None
@@ -407,6 +408,7 @@ async def load_image(
             size=header.virtual_disk_size,
             grow_command=command,
             window=header.chunk_window,
+            spawn=spawn,
         )
     else:
         storage = FlatStorage(data, header.data_offset, header.virtual_disk_size, command)
@@ -417,7 +419,7 @@ async def load_image(
             log.error("%s: %s", name, table.damage)
     raw = raw_header[: round_up(HEADER_SIZE, SECTOR)]
     committer = Committer(header, raw, meta, data, bitmap, table, journal_is_bad=skipped)
-    image = Image(
+    return Image(
         name=name,
         committer=committer,
         meta=meta,
@@ -426,10 +428,9 @@ async def load_image(
         storage=storage,
         bitmap=bitmap,
         table=table,
+        zeroes=policy.zeroes,
+        spawn=spawn,
     )
-    image.zeroes = policy.zeroes
-    image.base_may_be_written = base is not None and not isinstance(base, Image) and base.writable
-    return image
 
 
 async def _load_table(name: str, meta: Store, region: Region, chunks: int, storage_chunks: int) -> Table:

@@ -14,7 +14,7 @@ from fvdfs.alloc.flat import FlatStorage
 from fvdfs.alloc.table import Table
 from fvdfs.cow.bitmap import Bitmap
 from fvdfs.cow.fetching import Fetcher
-from fvdfs.cow.planner import Geometry, read_runs
+from fvdfs.cow.planner import Geometry, Zeroes, read_runs
 from fvdfs.cow.recorder import Recorder
 from fvdfs.cow.writethrough import BaseWriter
 from fvdfs.format.header import Header
@@ -78,7 +78,10 @@ class Core:
         storage: Storage,
         bitmap: Bitmap | None,
         table: Table | None,
+        zeroes: Zeroes,
+        spawn: Spawn | None,
     ) -> None:
+        """`spawn` runs what is better done before it is needed, or later; None: nobody does."""
         self.name = name
         self.base = base
         self.meta = meta
@@ -94,7 +97,8 @@ class Core:
         """Reads the base for copy-on-read and prefetching; None where there is neither."""
         self.recorder: Recorder | None = None
         """Takes down what is read first, for a profile."""
-        self.spawn: Spawn | None = None
+        self.spawn = spawn
+        self.zeroes = zeroes
         header = committer.header
         self.size = header.virtual_disk_size
         self.end = self.size
@@ -105,6 +109,11 @@ class Core:
     def header(self) -> Header:
         """The header as it is on disk."""
         return self.committer.header
+
+    @property
+    def base_may_be_written(self) -> bool:
+        """Whether it was opened so."""
+        return self.base is not None and not isinstance(self.base, Core) and self.base.writable
 
     @property
     def damage(self) -> str:

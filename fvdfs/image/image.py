@@ -14,12 +14,12 @@ from __future__ import annotations
 
 import trio
 
-from fvdfs.alloc.chunked import ChunkedStorage, Spawn
+from fvdfs.alloc.chunked import Spawn
 from fvdfs.alloc.table import Table
 from fvdfs.cow.bitmap import Bitmap
 from fvdfs.cow.fetching import Fetcher
 from fvdfs.cow.locks import Gate, RangeLock
-from fvdfs.cow.planner import Geometry
+from fvdfs.cow.planner import Geometry, Zeroes
 from fvdfs.errors import ReadOnlyImage
 from fvdfs.format.profile import Extent
 from fvdfs.image.base_writing import begin_base_writing
@@ -28,7 +28,7 @@ from fvdfs.image.core import Core, Storage, close_chain
 from fvdfs.image.profiling import read_profile, record_profile, write_profile
 from fvdfs.image.reading import Reads
 from fvdfs.image.resizing import Resizer
-from fvdfs.image.writing import PendingWrite, Writes, Zeroes
+from fvdfs.image.writing import PendingWrite, Writes
 from fvdfs.store.base import Buffer, Done, Pending, Store
 
 
@@ -59,10 +59,12 @@ class Image(Core):
         committer: Committer,
         meta: Store,
         data: Store,
-        base: Image | Store | None,
+        base: Core | Store | None,
         storage: Storage,
         bitmap: Bitmap | None,
         table: Table | None,
+        zeroes: Zeroes = Zeroes.OFF,
+        spawn: Spawn | None = None,
     ) -> None:
         super().__init__(
             name=name,
@@ -73,28 +75,14 @@ class Image(Core):
             storage=storage,
             bitmap=bitmap,
             table=table,
+            zeroes=zeroes,
+            spawn=spawn,
         )
-        self.base_may_be_written = False
         self._locks = RangeLock()
         self._gate = Gate()
         self._reads = Reads(self)
         self._resizer = Resizer(self, self._reads, self._gate)
         self._writes = Writes(self, self._reads, self._resizer, self._gate, self._locks)
-
-    @property
-    def zeroes(self) -> Zeroes:
-        """What becomes of zeros that are written."""
-        return self._writes.zeroes
-
-    @zeroes.setter
-    def zeroes(self, zeroes: Zeroes) -> None:
-        self._writes.zeroes = zeroes
-
-    def run_in_background(self, spawn: Spawn | None) -> None:
-        """What is better done before it is needed, or later, may be run by `spawn`."""
-        self.spawn = spawn
-        if isinstance(self.storage, ChunkedStorage):
-            self.storage.spawn = spawn
 
     @property
     def in_use(self) -> bool:

@@ -11,8 +11,8 @@ import os
 from dataclasses import dataclass, field
 from urllib.parse import parse_qs, urlsplit
 
+from fvdfs.cow.planner import Zeroes
 from fvdfs.errors import ImageError, Refused, UnstatedFormat, UsageError
-from fvdfs.image.writing import Zeroes
 from fvdfs.mountoptions import hint
 from fvdfs.store import paths
 from fvdfs.store.host import HostFile, open_path

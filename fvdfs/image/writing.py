@@ -10,7 +10,6 @@ No write waits for a flush, except where too much is pending: what makes it dura
 
 from __future__ import annotations
 
-import enum
 import errno
 
 import trio
@@ -18,7 +17,7 @@ import trio
 from fvdfs.alloc.chunked import ChunkedStorage
 from fvdfs.cow.bitmap import Bitmap
 from fvdfs.cow.locks import Claim, Gate, RangeLock
-from fvdfs.cow.planner import WritePlan, plan_write, zero_runs
+from fvdfs.cow.planner import WritePlan, Zeroes, plan_write, zero_runs
 from fvdfs.format.header import ceil_div
 from fvdfs.image.core import Core
 from fvdfs.image.reading import Reads
@@ -26,17 +25,6 @@ from fvdfs.image.resizing import Resizer
 from fvdfs.store.base import Buffer, Done
 
 ONE_READ = 64 << 10  # bytes; a shorter write between two parts of the base has both read in one piece
-
-
-class Zeroes(enum.Enum):
-    """What becomes of zeros that a guest writes."""
-
-    OFF = "off"
-    """They are data like any other."""
-    ON = "on"
-    """They are not stored where zeros are read already."""
-    PUNCH = "punch"
-    """Their space is given back, too."""
 
 
 class PendingWrite:
@@ -108,7 +96,6 @@ class Writes:
         self._resizer = resizer
         self.gate = gate
         self.locks = locks
-        self.zeroes = Zeroes.OFF
         self._allocating = trio.Lock()
         self._unsure_chunks = 0
         """Chunks of a device that were allocated since the last commit, at the most."""
@@ -150,7 +137,7 @@ class Writes:
             or start == stop
             or stop > core.size
             or self.gate.is_closed
-            or self.zeroes is not Zeroes.OFF
+            or core.zeroes is not Zeroes.OFF
             or core.base_writer is not None
             or core.committer.failed is not None
             or core.committer.overfull
@@ -270,7 +257,7 @@ class Writes:
     async def _store(self, start: int, stop: int, data: Buffer, *, skip_zeros: bool = False) -> None:
         """Put bytes [start, stop) of the disk into the storage, and tell the committer of it."""
         view = memoryview(data)
-        if self.zeroes is Zeroes.OFF and not skip_zeros:
+        if self.core.zeroes is Zeroes.OFF and not skip_zeros:
             await self._store_data(start, stop, view)
             return
         for piece_start, piece_stop, zeros in zero_runs(start, view):
@@ -301,7 +288,7 @@ class Writes:
             for run_start, run_stop, where in core.storage.byte_runs(start, stop):
                 if where is None:
                     continue
-                if self.zeroes is Zeroes.PUNCH:
+                if core.zeroes is Zeroes.PUNCH:
                     await core.data.zero(where, run_stop - run_start)
                     continue
                 end = where + run_stop - run_start

@@ -93,7 +93,8 @@ class Openings:
 
     async def _load(self, entry: Entry) -> tuple[Image, Snapshot | None]:
         status, chain = await trio.to_thread.run_sync(self._open_chain, entry.path)
-        image = await load_chain(chain)
+        spawn = self.background.spawn
+        image = await load_chain(chain, spawn)
         try:
             snapshot = await trio.to_thread.run_sync(snapshot_of, chain.stores())
             if snapshot is not None and snapshot.signatures[0] != signature(status):
@@ -109,9 +110,7 @@ class Openings:
             self._inodes.show(entry)
         entry.status = status
         data_elsewhere = image.data is not image.meta or image.meta.fixed_size
-        spawn = self.background.spawn
         entry.change_time.begin(chain.layers[0].meta, status.st_mtime_ns, spawn if data_elsewhere else None)
-        image.run_in_background(spawn)
         entry.busy = True
         entry.for_writing = False
         entry.unloaded = trio.Event()

@@ -60,13 +60,13 @@ async def opened(
     choice = CreateOptions(base_img="base.raw", block_size=BLOCK, copy_on_read=copy_on_read, **options)  # type: ignore[arg-type]
     create(path, SIZE // 512 * 512, choice, base_length=SIZE)
     base = GatedBase()
-    image = await load({"disk.fvd": MemoryStore(path.read_bytes(), "disk.fvd"), "base.raw": base})
     async with trio.open_nursery() as nursery:
 
         def spawn(work: Callable[[], Awaitable[None]]) -> None:
             nursery.start_soon(work)
 
-        image.run_in_background(spawn)
+        stores = {"disk.fvd": MemoryStore(path.read_bytes(), "disk.fvd"), "base.raw": base}
+        image = await load(stores, spawn=spawn)
         await image.begin_writing()
         if image.fetcher is not None:
             image.fetcher._max_outstanding = limit

@@ -26,10 +26,10 @@ import trio
 from fuzz.layouts import HEADERS, RAW_HEADERS, patch
 from fuzz.parsers import check_header, some_entry, some_records
 from fuzz.source import Source
+from fvdfs.cow.planner import Zeroes
 from fvdfs.errors import FvdError
 from fvdfs.format.header import Header, with_fields
 from fvdfs.image.image import Image
-from fvdfs.image.writing import Zeroes
 from fvdfs.store.base import Buffer
 from fvdfs.store.host import MAX_FILE_SIZE
 from support import reference

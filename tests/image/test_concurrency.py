@@ -184,13 +184,12 @@ async def cancel_once(built: dict[str, bytes], operation: Operation, nth: int) -
     stores = {name: MemoryStore(content, name, slow=True) for name, content in built.items()}
     for name, store in stores.items():
         store.writable = name.startswith("disk.")
-    image = await load(stores)
+    image = await load(stores, spawn=lambda work: background.start_soon(work))
     before = bytes(await image.read(0, image.size))
     bench = Bench(image, stores, before, {})
     instrument = CancelAt(nth)
     closes = operation is cancelled_close
     async with trio.open_nursery() as background:
-        image.run_in_background(lambda work: background.start_soon(work))
         await image.begin_writing(accept_unclean=True)
         trio.lowlevel.add_instrument(instrument)
         try:

@@ -276,8 +276,7 @@ class Machine(RuleBasedStateMachine):
 
     def _open(self) -> Image:
         async def main() -> Image:
-            image = await load(self.files.stores())
-            image.run_in_background(self._spawn)
+            image = await load(self.files.stores(), spawn=self._spawn)
             await image.begin_writing(accept_unclean=self.layout.policy.accept_unclean)
             return image
 

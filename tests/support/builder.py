@@ -10,6 +10,7 @@ from pathlib import Path
 
 import trio
 
+from fvdfs.alloc.chunked import Spawn
 from fvdfs.format.creation import CreateOptions, new_header
 from fvdfs.format.header import HEADER_SPACE, Header, with_fields
 from fvdfs.image.chain import load_image, open_image
@@ -116,7 +117,9 @@ def read_files(folder: Path) -> dict[str, bytes]:
     return {name: (folder / name).read_bytes() for name in os.listdir(folder)}
 
 
-async def load(stores: Mapping[str, Store], name: str = IMAGE) -> Image:
+async def load(
+    stores: Mapping[str, Store], name: str = IMAGE, *, policy: Policy | None = None, spawn: Spawn | None = None
+) -> Image:
     """Open the image over these stores, by the names of their files. Raises ImageError, OSError."""
     meta = stores[name]
     raw = bytearray(HEADER_SPACE)
@@ -129,7 +132,7 @@ async def load(stores: Mapping[str, Store], name: str = IMAGE) -> Image:
     if header.has_base:
         base_name = header.base_img
         base = await load(stores, base_name) if header.base_img_fmt == "fvd" else stores[base_name]
-    return await load_image(name, header, bytes(raw), meta, data, base, Policy())
+    return await load_image(name, header, bytes(raw), meta, data, base, policy or Policy(), spawn)
 
 
 def _options(

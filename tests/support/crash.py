@@ -40,10 +40,11 @@ import trio
 from trio.testing import MockClock
 
 from fvdfs.alloc.growth import GrowCommand
+from fvdfs.cow.planner import Zeroes
 from fvdfs.format.creation import CreateOptions
 from fvdfs.format.header import Header
 from fvdfs.image.image import Image
-from fvdfs.image.writing import Zeroes
+from fvdfs.image.policy import Policy
 from fvdfs.prefetch.prefetcher import Prefetcher
 from fvdfs.prefetch.scheduler import Scheduler
 from fvdfs.store.base import Store
@@ -451,11 +452,8 @@ class Simulation:
                 stores[name] = FaultStore(store, self.plan)
             else:
                 stores[name] = MemoryStore(data, name, writable=False)
-        self.image = image = await load(stores)
-        if fetch:
-            image.run_in_background(self.spawn)
-        image.zeroes = zeroes
-        image.base_may_be_written = bool(self.layout.options.update_base) and image.bitmap is not None
+        spawn = self.spawn if fetch else None
+        self.image = image = await load(stores, policy=Policy(zeroes=zeroes), spawn=spawn)
         if self.devices:
             image.storage._command = _Grower(IMAGE, ("grow",), "", self.stores[self.devices[0]])
         await image.begin_writing(accept_unclean=self.layout.policy.accept_unclean)

@@ -399,9 +399,8 @@ class Machine:
         raw = _new_image(size, block_size, tuple(sorted(fields.items())))
         own = SimulatedFile(raw, len(raw), who, self.disk, who, writable=True)
         base = SimulatedFile(b"", size, f"base of {who}", self.link, who, writable=False)
-        image = await load({IMAGE: own, BASE: base})
+        image = await load({IMAGE: own, BASE: base}, spawn=self._nursery.start_soon)
         image.name = who
-        image.run_in_background(self._nursery.start_soon)
         await image.begin_writing(accept_unclean=False)
         return image
 
