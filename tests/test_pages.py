@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from fvdfs.mountoptions import MOUNT_OPTIONS
+
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
 SOURCES = sorted([*PAGES, *ROOT.glob("fvdfs/**/*.py"), *ROOT.glob("tests/**/*.py"), *ROOT.glob("tests/**/*.sh")])
@@ -89,7 +91,7 @@ def test_what_is_missing_is_told(text: str, found: list[str]) -> None:
     assert list(missing(ROOT / "README.md", text)) == found
 
 
-# ---- docs/architecture.md names what is there, and pre-commit checks what tests/run.sh checks ----
+# ---- pages tell what is there, and pre-commit checks what tests/run.sh checks ----
 
 ARCHITECTURE = (ROOT / "docs/architecture.md").read_text()
 NAME = re.compile(r"`([A-Za-z_][a-z_]\w*(?:\.\w+)+)`")
@@ -130,6 +132,11 @@ def test_names_in_the_architecture_exist() -> None:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_files_in_pages_exist(page: Path) -> None:
     assert [name for name in FILE.findall(page.read_text()) if not any(ROOT.rglob(name))] == []
+
+
+def test_readme_tells_of_every_mount_option() -> None:
+    rows = "".join(re.findall(r"^\| (.+?) \|", (ROOT / "README.md").read_text(), re.MULTILINE))
+    assert [name for name in MOUNT_OPTIONS if not re.search(rf"`{name}\b", rows)] == []
 
 
 def test_pre_commit_checks_what_the_tests_check() -> None:
