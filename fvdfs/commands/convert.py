@@ -314,20 +314,18 @@ async def convert(
     source_name: str,
     target_name: str,
     *,
-    source_format: str = "",
-    target_format: str = "",
-    options: CreateOptions | None = None,
-    force: bool = False,
-    permission: Permission | None = None,
-    progress: Progress = lambda done, total: None,
+    source_format: str,
+    target_format: str,
+    options: CreateOptions,
+    force: bool,
+    permission: Permission,
+    progress: Progress,
 ) -> list[str]:
     """Make `target_name` an image with the content of `source_name`; remarks for the user.
 
-    The source's format is raw where none is given, unless its name is that of an FVD image (`format_by_name`); the
-    target's is that of its name. Raises UsageError, ImageError, OSError; what was at the target's name is then still
-    there, but on a device, which holds no image then.
+    An empty source format: by its name (`format_by_name`), and so an empty target format. Raises UsageError,
+    ImageError, OSError; what had the target's name is then still there, but a device then holds no image.
     """
-    permission = permission or Permission()
     if source_format and source_format not in BASE_FORMATS:
         raise UsageError(f"--source-format {source_format}: is not known; known are {', '.join(BASE_FORMATS)}")
     with named(source_name):
@@ -342,9 +340,7 @@ async def convert(
             if permission.secret_file:
                 files.protect_file(permission.secret_file)
             target_format = target_format or format_of_name(target_name)
-            target, more = await open_target(
-                files, target_name, target_format, source.size, options or CreateOptions(), permission
-            )
+            target, more = await open_target(files, target_name, target_format, source.size, options, permission)
             remarks += more
             header = b""
             try:

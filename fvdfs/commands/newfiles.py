@@ -52,7 +52,7 @@ _ENDING = (
     signal.SIGPROF,
     signal.SIGXCPU,
 )
-"""Signals that end a process that does not care for them. (Python turns SIGINT into KeyboardInterrupt.)"""
+"""Signals that end a process by default. (Python turns SIGINT into KeyboardInterrupt.)"""
 _NEW_FILE_MODE = 0o666  # what open(2) is asked for, before the umask
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -87,9 +87,9 @@ class NewFile:
 class NewFiles:
     """The files that one command makes, which take their names together. A context manager.
 
-    `force`: files that exist may be replaced. `mode`: the permissions that new ones may have at most; those
-    that replace one have its owner and permissions. With fewer than all, as of a copy (`permissions`), what the
-    folder gives to its group, or by a list, is not given either.
+    `force`: files that exist may be replaced; what replaces one gets its owner and permissions. `mode`: the most
+    permissions that other new files get. With fewer than all, as for a copy (`permissions`), what the folder would
+    give to its group, or by an access list, is not given either.
     """
 
     def __init__(self, *, force: bool, mode: int = _NEW_FILE_MODE) -> None:
@@ -127,24 +127,24 @@ class NewFiles:
         return tuple((file.path, file.place) for file in self.files)
 
     def protect(self, stores: Iterable[Store]) -> None:
-        """These are read: they must not be written, nor what they stand on."""
+        """These are read: neither they nor what they stand on may be written."""
         for store in stores:
             for file in host_files(store):
                 self.protect_identity(file.identity, file.name)
 
     def protect_file(self, path: str) -> None:
-        """Likewise; a file that is not there needs no protection."""
+        """The same for the file of this name, if there is one."""
         with contextlib.suppress(OSError):
             self.protect_identity(_identity(os.stat(path)), path)
 
     def protect_identity(self, identity: Identity, name: str) -> None:
-        """Likewise, of a file that is closed again."""
+        """The same for a file that is closed again; `name` is for messages."""
         self._read.setdefault(identity, name)
         for part in _with_all_below(identity):
             self._below_read.setdefault(part, name)
 
     def add(self, path: str) -> NewFile:
-        """A new, empty file that is going to be `path`; or the device of this name, as it is.
+        """A new, empty file that will be `path`; or the device of this name, as it is.
 
         Raises UsageError where that must not be, ImageBusy, OSError.
         """
@@ -193,15 +193,12 @@ class NewFiles:
         for file in self.files:
             if identity == (file.store if file.old is None else file.old).identity:
                 raise UsageError(f"{path} and {file.path} must be different files")
-        names = [self._below_read[identity]] if identity in self._below_read else []
-        for part in _with_all_below(identity)[
-            1:
-        ]:  # two parts of one device are two devices, two views of one file are not
-            if part in self._read or part[0] != _DEVICE:
-                names += [self._below_read[part]] if part in self._below_read else []
-        if names:
-            also = "" if names[0] == path else f" {names[0]}, which"
-            raise UsageError(f"{path}: this would overwrite{also or ' what'} is read; choose another name")
+        # Two parts of one device are two devices, but two loop devices over one file are one file.
+        shared = [part for part in _with_all_below(identity)[1:] if part in self._read or part[0] != _DEVICE]
+        for part in (identity, *shared):
+            if name := self._below_read.get(part):
+                what = "what" if name == path else f"{name}, which"
+                raise UsageError(f"{path}: this would overwrite {what} is read; choose another name")
 
     def _make(self, path: str, final: str, old: HostFile | None) -> NewFile:
         folder, name = os.path.split(final)
@@ -245,7 +242,7 @@ class NewFiles:
             _sync_folder(folder)
 
     def discard(self) -> None:
-        """Leave nothing of what has no name yet."""
+        """Remove the files that have no name yet."""
         for file in self.files:
             _remove(file)
             file.close()
@@ -260,7 +257,7 @@ def host_files(store: Store) -> list[HostFile]:
 
 
 def permissions(files: Iterable[HostFile]) -> int:
-    """The permissions that a copy of what these hold may have, where the owner is another one."""
+    """The most permissions of a copy of what these hold: whoever may not read them may not read the copy."""
     mode = _NEW_FILE_MODE
     for file in files:
         status = os.fstat(file.fileno())
@@ -313,7 +310,7 @@ def _acl(descriptor: int) -> bytes:
 
 
 def _remove_acl(descriptor: int) -> None:
-    """The list that the folder gives to new files."""
+    """Remove the access list that the folder gives to new files."""
     if _acl(descriptor):
         os.removexattr(descriptor, _ACL)
 
@@ -326,7 +323,7 @@ def _is_still(path: str, old: HostFile) -> bool:
 
 
 def _aside(file: NewFile) -> str:
-    """Where what it replaces lies for a moment."""
+    """Where what the file replaces lies for a moment."""
     return f"{file.place}.old"
 
 

@@ -12,10 +12,10 @@ import json
 import os
 import select
 import subprocess
-import sys
 import time
 
 from fvdfs import mounts
+from fvdfs.daemon import complain
 from fvdfs.errors import UsageError
 from fvdfs.store.mountinfo import MountPoint
 
@@ -39,7 +39,7 @@ def run(mountpoint: str) -> int:
     try:
         reason = _unmount_now(mount)
         if reason:
-            print(f"fvdfs: {mountpoint}: {reason}", file=sys.stderr)
+            complain(f"{mountpoint}: {reason}")
             return 1
         return daemon.wait()
     finally:
@@ -98,6 +98,7 @@ class _Daemon:
 
     def wait(self) -> int:
         """Wait until every image is closed, now that the mount point is free. The exit code."""
+        path = self._mount.path
         begun = time.monotonic()
         said = False
         while not self._has_ended():
@@ -109,20 +110,13 @@ class _Daemon:
                     if found
                     else ", by a mount namespace or a process not to be seen here"
                 )
-                print(
-                    f"fvdfs: {self._mount.path}: unmounted here, but still in use{by}: its images stay open until "
-                    "that ends",
-                    file=sys.stderr,
-                )
+                complain(f"{path}: unmounted here, but still in use{by}: its images stay open until that ends")
                 return STILL_OPEN
             if waited > PATIENCE_CLOSING and self._process is None and self._lock is None:
-                print(
-                    f"fvdfs: {self._mount.path}: unmounted; whether its images are closed cannot be seen from here",
-                    file=sys.stderr,
-                )
+                complain(f"{path}: unmounted; whether its images are closed cannot be seen from here")
                 return STILL_OPEN
             if waited > PATIENCE_CLOSING and not said:
-                print(f"fvdfs: {self._mount.path}: unmounted; its images are being closed", file=sys.stderr)
+                complain(f"{path}: unmounted; its images are being closed")
                 said = True
         return 0
 
