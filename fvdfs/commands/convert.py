@@ -210,16 +210,7 @@ async def open_target(
     if not is_local(path):
         raise UsageError(f"{path}: a new image must be a file or a device of this host")
     if file_format == FVD_FORMAT:
-        make = functools.partial(make_image, files, path, size, options, secret_file=permission.secret_file)
-        remarks = await trio.to_thread.run_sync(make)
-        named = [os.path.join(os.path.dirname(path), options.base_img)] if is_local(options.base_img) else []
-        named += [options.base_img] if not is_local(options.base_img) else []
-        policy = permission.policy(path, *(named if options.base_img else []))
-        roots = policy.roots + tuple(os.path.dirname(file.final) for file in files.files)
-        policy = replace(policy, roots=roots, unnamed=files.unnamed, zeroes=Zeroes.ON)
-        for file in files.files:
-            await trio.to_thread.run_sync(file.let_go)
-        return await open_image(path, policy, write=True), remarks
+        return await _open_fvd_target(files, path, size, options, permission)
     if options != CreateOptions():
         raise UsageError(f"{path}: options of FVD images do not go with the format {file_format}")
     if file_format not in ("raw", *QEMU_TARGETS):
@@ -236,6 +227,22 @@ async def open_target(
     name = os.path.join(os.path.dirname(path), os.path.basename(path))
     policy = Policy(unnamed=((name, file.place),))
     return StoreSide(await open_other(name, file_format, policy, writable=True), size), []
+
+
+async def _open_fvd_target(
+    files: NewFiles, path: str, size: int, options: CreateOptions, permission: Permission
+) -> tuple[Image, list[str]]:
+    make = functools.partial(make_image, files, path, size, options, secret_file=permission.secret_file)
+    remarks = await trio.to_thread.run_sync(make)
+    base = options.base_img
+    if base and is_local(base):
+        base = os.path.join(os.path.dirname(path), base)
+    policy = permission.policy(path, *([base] if base else []))
+    roots = policy.roots + tuple(os.path.dirname(file.final) for file in files.files)
+    policy = replace(policy, roots=roots, unnamed=files.unnamed, zeroes=Zeroes.ON)
+    for file in files.files:
+        await trio.to_thread.run_sync(file.let_go)
+    return await open_image(path, policy, write=True), remarks
 
 
 def _make_raw(file: NewFile, size: int) -> None:
@@ -341,26 +348,31 @@ async def convert(
                 files.protect_file(permission.secret_file)
             target_format = target_format or format_of_name(target_name)
             target, more = await open_target(files, target_name, target_format, source.size, options, permission)
-            remarks += more
-            header = b""
-            try:
-                if isinstance(target, Image) and files.files[-1].is_device:
-                    header = await _withhold_header(target)
-                over_base = isinstance(target, Image) and target.bitmap is not None
-                await copy(_Named(source, source_name), _Named(target, target_name), progress, over_base=over_base)
-            except BaseException:
-                with trio.CancelScope(shield=True):
-                    await _give_up(target)
-                raise
-            with trio.CancelScope(shield=True), named(target_name):
-                await target.close()
-            if header:
-                await trio.to_thread.run_sync(_restore_header, target_name, header)
+            on_device = files.files[-1].is_device
+            await _fill(_Named(source, source_name), target, target_name, progress, on_device=on_device)
             await trio.to_thread.run_sync(files.publish)
     finally:
         with trio.CancelScope(shield=True):
             await source.close()
-    return remarks
+    return remarks + more
+
+
+async def _fill(source: Side, target: Side, name: str, progress: Progress, *, on_device: bool) -> None:
+    """Copy, and close the target, which is whole then. Raises ImageError, OSError."""
+    header = b""
+    try:
+        if isinstance(target, Image) and on_device:
+            header = await _withhold_header(target)
+        over_base = isinstance(target, Image) and target.bitmap is not None
+        await copy(source, _Named(target, name), progress, over_base=over_base)
+    except BaseException:
+        with trio.CancelScope(shield=True):
+            await _give_up(target)
+        raise
+    with trio.CancelScope(shield=True), named(name):
+        await target.close()
+    if header:
+        await trio.to_thread.run_sync(_restore_header, name, header)
 
 
 async def _withhold_header(image: Image) -> bytes:
