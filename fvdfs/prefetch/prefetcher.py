@@ -18,7 +18,8 @@ import logging
 import math
 import random
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import trio
@@ -190,46 +191,54 @@ class Prefetcher:
         if requests:
             self._reason = f"starts {profile_delay:g} s after opening"
             await trio.sleep(profile_delay)
-            self._state = Activity.PROFILE
-            with self._scheduler.flow(link, caps(image.header)) as flow:
-                await self._keep_trying(flow, fetcher, ProfileOrder(image, fetcher, requests))
+            with self._sharing(link, Activity.PROFILE) as flow:
+                await self._fetch_profile(flow, fetcher, requests)
         if not self._whole:
             return
         if start > trio.current_time():
             self._state, self._reason = Activity.WAITING, "its delay is not over"
             with trio.move_on_at(start):
                 await self._now.wait()
-        self._state = Activity.RUNNING
-        with self._scheduler.flow(link, caps(image.header)) as flow:
-            await self._keep_trying(flow, fetcher, None)
+        with self._sharing(link, Activity.RUNNING) as flow:
+            await self._fetch_all(flow, fetcher)
 
-    async def _keep_trying(self, flow: Flow, fetcher: Fetcher, order: ProfileOrder | None) -> None:
-        """Copy until nothing is missing; after a failure wait and try again."""
-        state = self._state
-        retry = FIRST_RETRY
-        self._flow = flow
+    @contextmanager
+    def _sharing(self, link: Link, activity: Activity) -> Iterator[Flow]:
+        self._state = activity
+        with self._scheduler.flow(link, caps(self.image.header)) as flow:
+            self._flow = flow
+            try:
+                yield flow
+            finally:
+                self._flow = None
+
+    async def _fetch_profile(self, flow: Flow, fetcher: Fetcher, requests: Sequence[Extent]) -> None:
+        """Copy what a profile names. It is advice: after a failure the guest's own reads fetch the rest."""
         try:
-            while True:
-                before = self.copied
-                try:
-                    await self._pass(flow, fetcher, order)
-                    if order is not None or await self._finish():
-                        return
-                except _Failure as failure:
-                    if self.copied > before:
-                        retry = FIRST_RETRY
-                    self._fail(failure, retry)
-                    if order is not None:
-                        return  # advice only; whoever needs it will ask for it
-                    with trio.move_on_after(retry):
-                        await self._now.wait()
-                    retry = min(2 * retry, MAX_RETRY)
-                    self._state = state
-                else:
-                    if self.copied == before:
-                        await trio.sleep(IDLE_PASS)
-        finally:
-            self._flow = None
+            await self._pass(flow, fetcher, PROFILE_WORKERS, ProfileOrder(self.image, fetcher, requests))
+        except _Failure as failure:
+            self._fail(failure, FIRST_RETRY)
+
+    async def _fetch_all(self, flow: Flow, fetcher: Fetcher) -> None:
+        """Copy until nothing is missing; after a failure wait and try again."""
+        retry = FIRST_RETRY
+        while True:
+            before = self.copied
+            try:
+                await self._pass(flow, fetcher, self._slots())
+                if await self._finish():
+                    return
+            except _Failure as failure:
+                if self.copied > before:
+                    retry = FIRST_RETRY
+                self._fail(failure, retry)
+                with trio.move_on_after(retry):
+                    await self._now.wait()
+                retry = min(2 * retry, MAX_RETRY)
+                self._state = Activity.RUNNING
+            else:
+                if self.copied == before:
+                    await trio.sleep(IDLE_PASS)
 
     def _fail(self, failure: _Failure, retry: float) -> None:
         if self._complaint != str(failure):
@@ -259,9 +268,8 @@ class Prefetcher:
         self._state, self._reason = Activity.DONE, ""
         return True
 
-    async def _pass(self, flow: Flow, fetcher: Fetcher, order: ProfileOrder | None) -> None:
-        """Copy what is missing from here to the end. Raises _Failure."""
-        slots = self._slots() if order is None else PROFILE_WORKERS
+    async def _pass(self, flow: Flow, fetcher: Fetcher, slots: int, order: ProfileOrder | None = None) -> None:
+        """Copy, `slots` pieces at a time, to the end of the order; None: by address. Raises _Failure."""
         failures: list[_Failure] = []
         async with trio.open_nursery() as nursery:
             scope = nursery.cancel_scope
@@ -298,7 +306,8 @@ class Prefetcher:
                 await trio.sleep(pause)
             else:
                 await self._resume.wait()
-        async with self._scheduler.turn(flow, urgent=order is not None) as limit:
+        urgent = order is not None
+        async with self._scheduler.turn(flow, urgent=urgent) as limit:
             start, stop = order.next() if order is not None else self._next(limit, fetcher)
             if start >= stop:
                 return False
@@ -308,14 +317,14 @@ class Prefetcher:
                     await fetcher.fill(fetch, hole=True)
                 else:
                     self._scheduler.spend(flow, stop - start)
-                    await self._read(flow.link, fetcher, fetch, urgent=order is not None)
+                    await self._read(flow.link, fetcher, fetch, urgent=urgent)
             except BaseException:
                 fetcher.give_up(fetch)
                 raise
         self._scheduler.storing.start(trio.current_time())
         try:
             stored = await fetcher.store(fetch)
-            if order is None and stored:
+            if stored and not urgent:
                 await self.image.write_out(start, stop)
         except OSError as error:
             raise _Failure(start, stop, "storing", error) from error
