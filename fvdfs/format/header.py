@@ -316,9 +316,9 @@ class Header:
             return f"must be a multiple of {PAGE}"
         if profile.offset < HEADER_SPACE or profile.end > end:
             return f"the profile, of {profile.size} bytes, must be in {HEADER_SPACE}..{end}"
-        for other in regions:
-            if profile.offset < other.end and other.offset < profile.end:
-                return f"the profile, of {profile.size} bytes, overlaps the {other.name}"
+        overlapped = [other.name for other in regions if profile.offset < other.end and other.offset < profile.end]
+        if overlapped:
+            return f"the profile, of {profile.size} bytes, overlaps the {' and the '.join(overlapped)}"
         return ""
 
     @property

@@ -526,6 +526,40 @@ def test_regions_in_another_order() -> None:
         header.check("disk.fvd", 24575)
 
 
+PROFILE = {"prefetch_profile_offset": 24576, "prefetch_profile_entries": 1, "metadata_size": LENGTH}
+
+
+@pytest.mark.parametrize(
+    ("fields", "why"),
+    [
+        ({}, ""),
+        ({"prefetch_profile_entries": 1023}, ""),
+        ({"prefetch_profile_entries": 1025}, "of 16384 bytes, must be in 8192..36864"),
+        ({"prefetch_profile_entries": -1}, "prefetch_profile_entries=-1 must be 0..87381"),
+        ({"prefetch_profile_entries": 87382}, "prefetch_profile_entries=87382 must be 0..87381"),
+        ({"unit_of_PrefetchProfileEntry_len": 0}, "unit_of_PrefetchProfileEntry_len=0 must be 1.."),
+        ({"unit_of_PrefetchProfileEntry_len": (1 << 30) + 1}, "must be 1..1073741824"),
+        ({"prefetch_profile_offset": 24576 + 512}, "must be a multiple of 4096"),
+        ({"prefetch_profile_offset": 4096}, "must be in 8192..36864"),
+        ({"prefetch_profile_offset": -4096}, "must be in 8192..36864"),
+        ({"prefetch_profile_offset": LENGTH}, "must be in 8192..36864"),
+        ({"prefetch_profile_offset": 12288}, "of 4096 bytes, overlaps the table"),
+        ({"prefetch_profile_offset": 12288, "prefetch_profile_entries": 342}, "overlaps the table and the journal"),
+    ],
+)
+def test_where_a_profile_can_be(fields: dict[str, int | str], why: str) -> None:
+    header = with_fields(BOTH, **(PROFILE | fields))
+    fault = header.profile_fault(header.regions(), header.metadata_end)
+    assert why in fault
+    assert bool(why) == bool(fault) == (header.profile_region is None)
+
+
+def test_no_profile_is_no_fault() -> None:
+    header = with_fields(BOTH, prefetch_profile_offset=24576, metadata_size=LENGTH)
+    assert header.profile_fault(header.regions(), header.metadata_end) == ""
+    assert header.profile_region is None
+
+
 GEOMETRY = ["all_data_in_fvd_img", "virtual_disk_size", "metadata_size", "base_img_size", "bitmap_offset"]
 GEOMETRY += ["bitmap_size", "block_size", "compact_image", "table_offset", "chunk_size", "journal_offset"]
 GEOMETRY += ["journal_size"]
