@@ -1,17 +1,17 @@
 """Allocation by FVD: chunks in the order of first write, through the chunk table (format.md, "Chunk table").
 
-A new chunk reads as zeros: who allocates it need not cover it. What lies behind the highest used
-chunk belongs to nobody, but may be anything: a former owner's bytes, or chunks that a crash left
+A new chunk reads as zeros, so a write need not cover all of it. What lies behind the highest used
+chunk is free, but may hold anything: a former owner's bytes, or chunks that a crash left
 without an entry. So room is made ready before numbers are handed out:
 
 - A file is cut at the end of the highest used chunk, once a session, and extended again, sparse.
 - A device is zeroed, some chunks ahead; and where it is too small, made larger by a command.
 
-Whatever else writes to the image later takes what lies there as it is: the original does. So it is made
-to read as zeros also where this session hands out none of it (format.md, "Beyond the original"): a file is cut, a
+Other programs that write to the image later, the original among them, use what lies there as it is. So it is
+made to read as zeros also where this session hands out none of it (format.md, "Beyond the original"): a file is cut, a
 device zeroed, when an image is opened after a crash (`clear_behind`), and when the disk is cut (`give_back`).
 What a crash leaves on a device is bounded, so that not all of it need be zeroed: no more than `window`
-chunks are handed out before a commit has made their entries stable (`image.py` sees to that).
+chunks are handed out before a commit has made their entries stable (`image.writing` sees to that).
 
 Room is made ready off the write path, by a background task, as soon as little of it is left; only a
 write that overtakes that task waits. Entries appear in the table only when their place is ready;
@@ -143,7 +143,7 @@ class ChunkedStorage:
             self._spawn(self._grow_ahead)
 
     async def stop_growing(self) -> None:
-        """Nothing in the background touches the store any more. (A command that grows it may go on.)"""
+        """Have nothing in the background use the store any more. (A command that grows it may go on.)"""
         self._spawn = None
         self._stopped = True
         async with self._touching:

@@ -1,17 +1,17 @@
 """Reading the base, each byte once: single flight, copy-on-read.
 
-A *fetch* is a piece of the base that is being read, or that was read and is about to be stored. All
-who need a part of it meanwhile take it from there, so that a block crosses the link to the base once
+A *fetch* is a piece of the base that is being read, or that was read and is about to be stored. Reads that
+need a part of it meanwhile take it from there, so that a block crosses the link to the base once,
 however many ask for it. Fetches never overlap.
 
 With copy-on-read a read is rounded out to whole blocks, answered, and stored afterwards. Data that
-waits to be stored is bounded (max_outstanding_copy_on_read_data). A read that comes above the bound
-waits a moment for others to be stored, and if that does not help is not stored itself, as is what
-cannot be (the storage is full): the base still has it. Prefetching (`prefetch.py`) fetches
-in the same way, but waits until its data is stored.
+waits to be stored is bounded (max_outstanding_copy_on_read_data). A read above the bound waits
+`PATIENCE` for others to be stored; if that does not help, it is not stored. Nor is what finds the storage
+full. The base still has it. Prefetching (`prefetch.prefetcher`) fetches in the same way, but waits until its
+data is stored.
 
-What a read needs and what was added by rounding out are told apart where the base fails: the read
-fails only if the bytes that it asked for cannot be read.
+Where the base fails, a read fails only if the bytes that it asked for cannot be read, not if only
+those cannot that rounding out has added.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ STORE_RETRY = 10.0  # seconds without copying after the storage refused a copy
 
 
 class Observer(Protocol):
-    """Who wants to know of the reads of the base that somebody waits for."""
+    """Is told of the reads of the base that somebody waits for."""
 
     def foreground_started(self) -> None:
         """Such a read begins."""
 
     def foreground_finished(self, size: int) -> None:
-        """It has ended; `size` bytes came."""
+        """It has ended; `size` bytes were read."""
 
 
 class Owner(Protocol):
@@ -141,7 +141,7 @@ class Fetcher:
         await self._observed(view, start, False)
 
     async def _observed(self, view: memoryview, start: int, copy: bool) -> int:
-        observer = self.observer  # who is told of the end is who was told of the begin
+        observer = self.observer  # the same one for both calls
         if observer is not None:
             observer.foreground_started()
         try:

@@ -8,7 +8,7 @@ lies in the base's range goes to the base; all of it is in own storage as well.
 *writeback*     A write is answered when own storage has it. Blocks that the base lacks are *owed*; a
                 background task copies them there, and closing copies the rest and flushes the base
                 before the header becomes clean. Nothing on disk says which blocks are owed: the
-                header is unclean from the begin, and an image that was not closed owes all blocks
+                header is unclean from the start, and an image that was not closed owes all blocks
                 that are local.
 
 Whoever writes blocks, or copies owed ones, holds their range (`locks.py`), so that storage and base
@@ -35,7 +35,7 @@ RETRY_DELAY = 10.0  # seconds between attempts to reach a base that failed
 
 
 class BaseWriter(Protocol):
-    """What an image does about writes in the base's range."""
+    """How an image has writes in the base's range reach the base."""
 
     async def wrote(self, first: int, end: int, offset: int, data: Buffer) -> None:
         """Blocks [first, end), held by the caller, got `data` at byte `offset`. Raises OSError."""
@@ -107,7 +107,7 @@ class WriteBack:
         """Own storage alone makes the promise."""
 
     async def run(self) -> None:
-        """Copy what is owed, for ever, or until the image is closed."""
+        """Copy what is owed, until the image is closed."""
         with self._scope:
             while True:
                 await self._wake.wait()

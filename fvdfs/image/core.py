@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 from fvdfs.alloc.chunked import ChunkedStorage, Spawn
 from fvdfs.alloc.flat import FlatStorage
@@ -26,7 +27,7 @@ Storage = FlatStorage | ChunkedStorage
 
 
 class OwnData:
-    """The storage of an image: where it ends before something that it holds, it was cut, and that is an error."""
+    """Reads of an image's storage. If it ends before what it must hold, somebody has cut it: an error, and no zeros."""
 
     def __init__(self, data: Store, storage: Storage, committer: Committer) -> None:
         self._data = data
@@ -64,45 +65,36 @@ class OwnData:
         return f"{self._data.name} ends before byte {end}, up to which it holds data: it was cut"
 
 
+@dataclass(kw_only=True, eq=False)
 class Core:
     """The parts of an open image. Offsets and lengths are bytes of the virtual disk."""
 
-    def __init__(
-        self,
-        *,
-        name: str,
-        committer: Committer,
-        meta: Store,
-        data: Store,
-        base: Core | Store | None,
-        storage: Storage,
-        bitmap: Bitmap | None,
-        table: Table | None,
-        zeroes: Zeroes,
-        spawn: Spawn | None,
-    ) -> None:
-        """`spawn` runs what is better done before it is needed, or later; None: nobody does."""
-        self.name = name
-        self.base = base
-        self.meta = meta
-        self.data = data
-        self.own = OwnData(data, storage, committer)
-        self.bitmap = bitmap
-        self.table = table
-        self.storage = storage
-        self.committer = committer
+    name: str
+    committer: Committer
+    meta: Store
+    data: Store
+    base: Core | Store | None
+    storage: Storage
+    bitmap: Bitmap | None
+    table: Table | None
+    zeroes: Zeroes = Zeroes.OFF
+    """What becomes of zeros that are written."""
+    spawn: Spawn | None = None
+    """Runs work in the background: growth ahead of need, copies, write-back. None: nothing does."""
+
+    def __post_init__(self) -> None:
+        self.own = OwnData(self.data, self.storage, self.committer)
         self.writable = False
         self.base_writer: BaseWriter | None = None
+        """Makes writes reach the base, where the image asks for it and the mount allows it."""
         self.fetcher: Fetcher | None = None
         """Reads the base for copy-on-read and prefetching; None where there is neither."""
         self.recorder: Recorder | None = None
-        """Takes down what is read first, for a profile."""
-        self.spawn = spawn
-        self.zeroes = zeroes
-        header = committer.header
+        """Records what is read first, for a profile."""
+        header = self.committer.header
         self.size = header.virtual_disk_size
         self.end = self.size
-        """Where the disk ends for who has it open: where a write past its end has ended, within the last sector."""
+        """The end of the disk for those who have it open: that of the last write past it, within the last sector."""
         self.geometry = Geometry(header.block_size, header.base_size)
 
     @property
@@ -112,19 +104,19 @@ class Core:
 
     @property
     def base_may_be_written(self) -> bool:
-        """Whether it was opened so."""
+        """Whether the base was opened for writing."""
         return self.base is not None and not isinstance(self.base, Core) and self.base.writable
 
     @property
     def damage(self) -> str:
-        """Why it can only be read, as far as that goes; empty where nothing is known to be wrong."""
+        """Why the image is read-only, or cannot be read everywhere; empty where nothing is known to be wrong."""
         if self.table is not None and self.table.damaged:
             return self.table.damage
         return self.committer.failed or ""
 
     @property
     def needs_share(self) -> bool:
-        """Whether something that it stands on may not answer for ever, unlike a disk of this host."""
+        """Whether a part of the chain may hang, because a server or a program answers for it."""
         image: Core | Store | None = self
         while isinstance(image, Core):
             if _may_hang(image.meta) or _may_hang(image.data):
@@ -143,7 +135,7 @@ class Core:
 
     @property
     def is_remote(self) -> bool:
-        """Whether a read may have to ask another machine, as things are."""
+        """Whether a read may have to ask another machine, given what is local now."""
         layer: Core | Store | None = self
         while isinstance(layer, Core):
             if layer.data.is_remote:

@@ -14,22 +14,18 @@ from __future__ import annotations
 
 import trio
 
-from fvdfs.alloc.chunked import Spawn
-from fvdfs.alloc.table import Table
-from fvdfs.cow.bitmap import Bitmap
 from fvdfs.cow.fetching import Fetcher
 from fvdfs.cow.locks import Gate, RangeLock
-from fvdfs.cow.planner import Geometry, Zeroes
+from fvdfs.cow.planner import Geometry
 from fvdfs.errors import ReadOnlyImage
 from fvdfs.format.profile import Extent
 from fvdfs.image.base_writing import begin_base_writing
-from fvdfs.image.commit import Committer
-from fvdfs.image.core import Core, Storage, close_chain
+from fvdfs.image.core import Core, close_chain
 from fvdfs.image.profiling import read_profile, record_profile, write_profile
 from fvdfs.image.reading import Reads
 from fvdfs.image.resizing import Resizer
 from fvdfs.image.writing import PendingWrite, Writes
-from fvdfs.store.base import Buffer, Done, Pending, Store
+from fvdfs.store.base import Buffer, Done, Pending
 
 
 class PendingFsync:
@@ -52,32 +48,8 @@ class PendingFsync:
 class Image(Core):
     """An open image; `chain` makes them. Offsets and lengths are bytes of the virtual disk."""
 
-    def __init__(
-        self,
-        *,
-        name: str,
-        committer: Committer,
-        meta: Store,
-        data: Store,
-        base: Core | Store | None,
-        storage: Storage,
-        bitmap: Bitmap | None,
-        table: Table | None,
-        zeroes: Zeroes = Zeroes.OFF,
-        spawn: Spawn | None = None,
-    ) -> None:
-        super().__init__(
-            name=name,
-            committer=committer,
-            meta=meta,
-            data=data,
-            base=base,
-            storage=storage,
-            bitmap=bitmap,
-            table=table,
-            zeroes=zeroes,
-            spawn=spawn,
-        )
+    def __post_init__(self) -> None:
+        super().__post_init__()
         self._locks = RangeLock()
         self._gate = Gate()
         self._reads = Reads(self)
@@ -94,17 +66,17 @@ class Image(Core):
     def begin_read(self, offset: int, view: memoryview) -> int | Pending:
         """Fill the buffer with the bytes from `offset` on, as far as that needs no waiting.
 
-        The number of bytes that it holds, fewer than it could only at the end of the disk, or what is still to be
-        waited for. Raises OSError.
+        The number of bytes, fewer than the buffer has only at the end of the disk; or the read that has to wait, which
+        has that result. Raises OSError.
         """
         return self._reads.begin(offset, view)
 
     def begin_write(self, offset: int, data: memoryview) -> Pending:
-        """`write`, in a way that may need no task; for that the buffer has to be a writable one."""
+        """`write` as a pending request; to be started, it needs a writable buffer."""
         return PendingWrite(self._writes, offset, data)
 
     def begin_fsync(self) -> Pending:
-        """`fsync`, in a way that may need no task."""
+        """`fsync` as a pending request."""
         return PendingFsync(self)
 
     async def read(self, offset: int, length: int) -> bytearray:
@@ -155,7 +127,7 @@ class Image(Core):
         return await self._writes.store_copy(start, data)
 
     def start_fetching(self, *, copy_on_read: bool) -> Fetcher | None:
-        """Read the base by a fetcher from now on; None where the image has no base, or cannot be written."""
+        """Read the base by a fetcher from now on; None where there is no base, or copies cannot be stored."""
         if self.bitmap is None or not self.writable or self.spawn is None:
             return None
         if self.fetcher is None:
@@ -165,10 +137,7 @@ class Image(Core):
         return self.fetcher
 
     async def release_base(self) -> bool:
-        """Where nothing is missing any more: make that durable, and let go of the base; whether it is so.
-
-        Raises OSError.
-        """
+        """Close the base if every block is local, which becomes durable first; whether it is so. Raises OSError."""
         bitmap = self.bitmap
         if bitmap is None or not self.writable or self.base_writer is not None or self.committer.failed is not None:
             return False
@@ -194,7 +163,7 @@ class Image(Core):
         """`profiling.record_profile`."""
         return record_profile(self)
 
-    # --- begin and end --------------------------------------------------------------------------
+    # --- opening for writing, closing --------------------------------------------------------------------------
 
     async def begin_writing(self, *, accept_unclean: bool = False) -> None:
         """Permit writes from now on; the caller holds the locks on the files.
@@ -225,9 +194,9 @@ class Image(Core):
             self.start_fetching(copy_on_read=True)
 
     async def stop_writing(self) -> None:
-        """Undo `begin_writing`: make all stable, leave clean headers, and be read from then on. Nobody may write now.
+        """Undo `begin_writing`: make all stable and the header clean. No write may be under way.
 
-        Raises OSError; the image has failed, or can be tried again.
+        Raises OSError; the image has failed, or it can be tried again.
         """
         fetcher, self.fetcher = self.fetcher, None
         if fetcher is not None:
@@ -240,7 +209,7 @@ class Image(Core):
         self.writable = False
 
     async def close(self) -> None:
-        """Commit everything, leave clean headers, and give up all files. Raises OSError of the commit."""
+        """`end_writing`, then close all files. Raises OSError of the commit."""
         with trio.CancelScope(shield=True):
             try:
                 await self.end_writing()
@@ -248,7 +217,7 @@ class Image(Core):
                 await close_chain(self)
 
     async def end_writing(self) -> None:
-        """Commit everything, and leave clean headers; nothing is written again. Raises OSError of the commit."""
+        """Commit everything and make the header clean; nothing is written again. Raises OSError of the commit."""
         with trio.CancelScope(shield=True):
             try:
                 if self.fetcher is not None:

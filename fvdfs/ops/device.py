@@ -1,18 +1,19 @@
-"""The kernel's end of a mount: which requests take the short path.
+"""The kernel's end of a mount: READ, WRITE and FSYNC are answered here, all else by libfuse.
 
 pyfuse3, and libfuse under it, answer one request a turn of the event loop, each in a task of its own.
-For opening, listing and the like that is right. For the requests that a disk is made of, READ, WRITE
-and FSYNC, it is most of what they cost. So they are answered here: all that the kernel has queued is
-received in one turn, what needs no waiting is answered at once, and what can be started (`Pending`) when it has
-ended, both without a task; only the rest is handed to one. Everything else goes to libfuse
-through a socket that stands in the place of its descriptor of /dev/fuse, and its answers come back that
-way. The messages are the kernel's stable interface (linux/fuse.h).
+That is right for opening, listing and the like, but most of the cost of READ, WRITE and FSYNC, which are
+what a disk is used by. So these take a shorter way. All requests that the kernel has queued are received in one turn:
 
-The messages stand in `wire`.
+1. what needs no waiting is answered at once;
+2. what can be started without a task (`Pending.start`) is answered when it has ended;
+3. the rest is done by a task (`Pending.finish`).
 
-Direct I/O (O_DIRECT) that does not begin and end at a sector is answered with EINVAL, as file systems on disks do:
-by that a program, QEMU for one, finds out in which pieces a disk can be read and written. That it could be done counts
-as no answer: QEMU then takes 4096, and a disk of an odd number of sectors for one that it cannot write.
+Everything else goes to libfuse through a socket that takes the place of its descriptor of /dev/fuse, and its answers
+come back that way. The messages are in `wire`.
+
+Direct I/O (O_DIRECT) that does not begin and end at a sector is answered with EINVAL, as by file systems on disks:
+programs, QEMU for one, find out in this way in which units they can read and write. If it were done, QEMU would take
+4096 for the unit, and could not write a disk with an odd number of sectors.
 """
 
 from __future__ import annotations
@@ -63,29 +64,29 @@ LINGER = 50_000
 a request has come within twice the time after an answer: then sleeping and being woken would cost more."""
 
 _PER_TURN = 32  # requests that are received before other tasks get their turn
-_IDLE_TASKS = 16
-_SMALL = 64 << 10  # bytes; a smaller write is copied out of the buffer that it was received in
-_SPARE_BUFFERS = 16
-_LARGEST = 2 << 20  # what the kernel wants a reader of INIT to offer; and no answer of libfuse is larger
+_IDLE_TASKS = 16  # that wait for work: to wake one costs less than to make one
+_SMALL = 64 << 10  # bytes; a write up to this size is copied out of the buffer that it was received in
+_SPARE_BUFFERS = 16  # of the longest message, about 1 MiB each
+_LARGEST = 2 << 20  # bytes; the buffer for INIT that the kernel asks for; no answer of libfuse is larger
 
 
 class Requests(Protocol):
-    """Who answers the requests that take the short path. What fails raises any Exception."""
+    """Who does READ, WRITE and FSYNC. What fails raises an exception, which `error_number` turns into an answer."""
 
     def begin_read(self, fh: int, offset: int, buffer: memoryview, /) -> int | Pending:
-        """Fill the buffer as far as that needs no waiting; how many bytes there are, or what is left."""
+        """`Image.begin_read`."""
 
     def begin_write(self, fh: int, offset: int, data: memoryview, /) -> Pending:
-        """Write all of the data, a writable buffer."""
+        """Write all of the data, which is in a writable buffer."""
 
     def begin_fsync(self, fh: int, /) -> Pending | None:
-        """Have what was written survive a power cut; None: that is not wanted."""
+        """Make durable what was written; None: the mount does not do so."""
 
     def set_mtime(self, inode: int, mtime_ns: int, /) -> pyfuse3.EntryAttributes | None:
-        """Set the time of change, if that is no more than to remember it; the attributes then."""
+        """Set the time of change, if it need only be remembered; the attributes then, else None."""
 
     def error_number(self, error: Exception, fh: int, what: str, /) -> int:
-        """The errno with which a request is answered that failed; what only the log can say, it says there."""
+        """The errno to answer a failed request with; logs what the errno does not tell."""
 
 
 _Main = Callable[[], Awaitable[None]]
@@ -105,7 +106,7 @@ class _Request:
 
 
 class Device:
-    """/dev/fuse of one mount, and the socket that libfuse has got instead of it."""
+    """/dev/fuse of one mount, and the socket that libfuse has instead of it."""
 
     def __init__(self, requests: Requests, known: set[int]) -> None:
         """Exchange INIT on the mount that pyfuse3 has just made. `known`: the descriptors of /dev/fuse from before.
@@ -135,9 +136,9 @@ class Device:
         self._answered = 0  # when, ns
         self.ending = trio.Event()
         """Set when the mount is gone, or is to go."""
-        self._started = False  # whether a task has got work in this turn
-        self._begun = 0  # requests that go on without a task
-        self._unanswered: set[int] = set()  # those that are under way at all
+        self._started = False  # whether a task was given work in this turn
+        self._begun = 0  # requests under way without a task
+        self._unanswered: set[int] = set()  # all requests under way
         self._ended: trio.Event | None = None
         self._to_libfuse, self._for_libfuse = trio.open_memory_channel[bytearray](math.inf)
 
@@ -254,7 +255,7 @@ class Device:
                 return
             self._dispatch(length)
             if length > _SMALL and self._started:
-                return  # what a thread will be busy with for long had better begin
+                return  # a long write: have its thread begin
 
     def _next_request(self, linger: int, ring: uring.Ring | None) -> int:
         """Receive a request, for which to look for `linger` ns; its length, or 0. Raises OSError."""
@@ -293,16 +294,15 @@ class Device:
     def _begin_read(self, unique: int, fh: int, offset: int, size: int) -> None:
         pooled = _SMALL < size <= self._max_write
         buffer = self._take_buffer() if pooled else memoryview(bytearray(OUT_HEADER.size + size))
-        answer = functools.partial(self._answer_read, unique, buffer)
         try:
             found = self._requests.begin_read(fh, offset, buffer[OUT_HEADER.size : OUT_HEADER.size + size])
         except Exception as error:
             self._refuse(unique, fh, "read", error)
             return
         if isinstance(found, int):
-            answer(found)
+            self._answer_read(unique, buffer, found)
         else:
-            self._begin(_Request(unique, fh, "read", found, answer))
+            self._begin(_Request(unique, fh, "read", found, functools.partial(self._answer_read, unique, buffer)))
 
     def _begin_write(self, unique: int, fh: int, offset: int, size: int) -> None:
         data = self._take(size)
@@ -397,7 +397,7 @@ class Device:
         return data
 
     def _take_buffer(self) -> memoryview:
-        """Room for the longest message; what is in it is anybody's. A new one costs the kernel a fault a page."""
+        """Room for the longest message, with old bytes in it. A new one each time would cost a page fault a page."""
         return self._spare.pop() if self._spare else memoryview(bytearray(OUT_HEADER.size + self._max_write))
 
     def _give_back(self, part: memoryview) -> None:

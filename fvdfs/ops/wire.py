@@ -1,4 +1,4 @@
-"""The messages of the kernel's FUSE interface (linux/fuse.h), as far as the short path reads or writes them.
+"""The messages of the kernel's FUSE interface (linux/fuse.h), as far as `device` reads or writes them.
 
 libfuse's answer to INIT leaves out what matters most here, so it is amended:
 

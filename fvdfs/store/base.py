@@ -36,7 +36,7 @@ Done = Callable[[int], None]
 
 
 class Pending(Protocol):
-    """A request that may have to wait. Who has one calls `start`, and where that says False awaits `finish`."""
+    """A request that may have to wait. Call `start`, and where that says False await `finish`: once, to its end."""
 
     def start(self, done: Done, /) -> bool:
         """Do it without a task; `done` is told the number of bytes, or a negative errno. False: it takes a task."""

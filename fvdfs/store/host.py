@@ -26,12 +26,13 @@ _DENIALS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ETXTBSY)
 
 # Threads of each store, so that a slow one keeps only its own busy.
 READERS = 8
-COLD = 16  # about so many reads were not in the page cache; the next ones will not be either
-READ_BATCH = 4
-WAITERS = 4
+READ_BATCH = 4  # calls that a reader takes at a time
+WAITERS = 4  # that flush, zero and resize
+
+COLD = 16  # reads, about, that were not in the page cache; the next ones will not be either
 
 LONG_WRITE = 512 << 10  # bytes; such writes are sent on to the disk at once, so that a flush has less to wait for
-LARGE = 256 << 10  # bytes; more is not copied by the event loop, but by a thread, the kernel's or ours
+LARGE = 256 << 10  # bytes; more is copied by a thread, the kernel's or ours, not by the event loop
 
 
 MAX_FILE_SIZE = (1 << 63) - 1  # an offset of a file has 63 bits
@@ -77,7 +78,7 @@ class HostFile:
         """What tells two names of one file or device from two files."""
         self.server = f"disk {os.major(device)}:{os.minor(device)}"
         self.may_hang = not self.fixed_size and _may_hang(fd, device)
-        """Whether a server, or a program, answers for the file: then any call may wait for it, for ever."""
+        """Whether a server or a program answers for the file, so that any call may hang."""
         self._usage = status.st_blocks * 512
         self._claim = -1
         self.file_lock = FileLock(fd, name)
@@ -90,7 +91,7 @@ class HostFile:
         self._flusher = Flusher(fd, self._waiter)
 
     def fileno(self) -> int:
-        """The descriptor, for who names the file or says who may use it; its bytes go through the other calls."""
+        """The descriptor, to name the file or set its permissions; its bytes go through the other calls."""
         return self._fd
 
     @property
@@ -118,14 +119,14 @@ class HostFile:
             os.utime(self._fd, ns=(status.st_atime_ns, mtime_ns))
         except PermissionError:
             if status.st_mtime_ns < mtime_ns:
-                os.utime(self._fd)  # the present is what anybody may set who may write
+                os.utime(self._fd)  # the present time needs only permission to write
 
     @property
     def is_remote(self) -> bool:
         return self.file_lock.is_remote
 
     def claim_device(self) -> None:
-        """Keep everybody else who asks for it from using the device. Raises ImageBusy, OSError."""
+        """Open a device exclusively, which keeps out others that do the same. Raises ImageBusy, OSError."""
         if not self.fixed_size or self._claim >= 0:
             return
         try:
@@ -156,9 +157,9 @@ class HostFile:
         return False
 
     def _is_cold(self) -> bool:
-        """Whether to try without waiting would be in vain, going by the last reads, and cost what is scarce.
+        """Whether not even to try a read without waiting: the last ones failed, and the event loop is busy.
 
-        Even a try that fails costs the event loop what it takes to send the disk a request.
+        A try that fails takes it as long as to send the disk a request.
         """
         if self._misses < COLD:
             return False

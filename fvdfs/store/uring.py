@@ -6,8 +6,8 @@ into a ring of memory that both sides share, and its result appears in another o
 descriptor readable. Calls that are handed over together (`Ring.gathered`) cost one entry to the kernel,
 and one notification of a virtual disk, which is most of what a small read costs.
 
-Only what the stores need is here. Where the kernel lacks io_uring, or it is forbidden (as in many
-containers), or all its places are taken, the stores use threads (`worker.py`). The rings are the
+Only what the stores need is here. Where the kernel lacks io_uring, or forbids it (as in many
+containers), or the ring is full, the stores use threads (`worker`). The rings are the
 kernel's stable interface (linux/io_uring.h, io_uring(7)).
 """
 
@@ -28,10 +28,10 @@ import trio
 from fvdfs.store.base import uncancellable
 
 CALLS = 512  # that may be under way
-BUSY = 2
+BUSY = 2  # groups of linked calls under way from which on the ring counts as busy
 LONGEST = 3  # calls that are linked
-GATHERED = 6  # calls that are handed over together: more, and the disk would have nothing to do meanwhile
-KERNEL_THREADS = 512  # that these may block: one dead server must not hold up what others could do
+GATHERED = 6  # calls that are handed over together: with more, the disk would be idle meanwhile
+KERNEL_THREADS = 512  # that calls may block: so many, lest one dead server hold up all others
 NOT_DONE = (-errno.ECANCELED, -errno.EAGAIN, -errno.EINTR)
 """Results of calls that the kernel has not done: it could not take them, or the one before in the link did not end
 well. They say nothing about the file."""
@@ -110,7 +110,7 @@ class Ring:
 
     @property
     def is_busy(self) -> bool:
-        """Whether so much is under way that the time of the event loop counts more than that of one call."""
+        """Whether so much is under way that the event loop's time is scarcer than that of one call."""
         return len(self._under_way) >= BUSY
 
     @property
@@ -147,7 +147,7 @@ class Ring:
 
     @contextmanager
     def gathered(self) -> Iterator[None]:
-        """Hand over what begins meanwhile not at once, but some together, and the last at the end."""
+        """Hand over calls that begin meanwhile together, `GATHERED` at a time, the last ones at the end."""
         self._gathering = True
         try:
             yield

@@ -1,12 +1,12 @@
 """Threads for calls that may block but are mostly short, such as a write to the page cache.
 
-`trio.to_thread` costs more than such a call: for each one a thread is woken, and the event loop after
-it. A `Worker` has threads of its own, which take all that is queued when they wake, and hand back the
-results together: when many calls are under way, as with a queue depth of 16, one wake-up serves many.
+`trio.to_thread` costs more than such a call: each one wakes a thread, and then the event loop. A `Worker`
+has threads of its own, which take all that is queued when they wake, and hand back the results
+together. So when many calls are under way, as with a queue depth of 16, one wake-up serves many.
 
-Calls that are queued together are done one after the other by a thread; a worker for calls that wait for
-a disk has several threads, each of which takes few at a time. A thread is started when there is more to
-do than the others have taken, up to the limit, and ends with the worker.
+A thread does the calls that it has taken one after the other; a worker for calls that wait for a disk has
+several threads, each of which takes few at a time. A thread is started when more calls are queued
+than idle threads can take, up to the limit, and ends with the worker.
 """
 
 from __future__ import annotations
