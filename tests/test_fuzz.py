@@ -136,7 +136,7 @@ async def _all_at_once(source: base.Store, size: int, offset: int) -> bytearray:
         ("open", Image, "fsync", _nothing),
         ("formats", locations, "_quoted", _unquoted),
         ("formats", references, "_text", _any_text),
-        ("open", "fvdfs.image.chain", "pread_exactly", _all_at_once),
+        ("open", "fvdfs.image.loading", "pread_exactly", _all_at_once),
     ],
     ids=lambda value: getattr(value, "__name__", str(value)),
 )

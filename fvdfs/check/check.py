@@ -24,7 +24,8 @@ from fvdfs.check.layers import Absent, CheckLayer, is_store, read
 from fvdfs.check.repair import repair_image
 from fvdfs.errors import FvdError, ImageBusy, ImageError, Refused, UnstatedFormat, UsageError, printable
 from fvdfs.format.header import HEADER_SPACE, Header
-from fvdfs.image.chain import lock_for_reading, open_named, unstated_base_format
+from fvdfs.image.chain import open_named, unstated_base_format
+from fvdfs.image.locking import lock_for_reading
 from fvdfs.image.policy import FVD_FORMAT, HostStore, Policy
 from fvdfs.store.host import HostFile, open_path
 from fvdfs.store.locations import is_local

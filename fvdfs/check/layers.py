@@ -11,8 +11,8 @@ from typing import TypeGuard
 from fvdfs.check.findings import Kind, Range, Severity
 from fvdfs.errors import ImageError
 from fvdfs.format.header import HEADER_SPACE, PAGE, Header
-from fvdfs.image.chain import load_image
 from fvdfs.image.image import Image
+from fvdfs.image.loading import load_image
 from fvdfs.image.policy import Policy
 from fvdfs.store.base import Store
 

@@ -24,9 +24,9 @@ from fvdfs.cow.planner import Zeroes
 from fvdfs.errors import ImageError, UsageError, leading, named
 from fvdfs.format.creation import CreateOptions
 from fvdfs.format.header import SECTOR, round_up
-from fvdfs.image.chain import open_image, open_other
 from fvdfs.image.core import Core
 from fvdfs.image.image import Image
+from fvdfs.image.loading import open_image, open_other
 from fvdfs.image.policy import FVD_FORMAT, HostStore, Policy, format_by_name
 from fvdfs.mountoptions import folders, listed, parse_mount_options
 from fvdfs.store.base import Buffer, Store

@@ -11,8 +11,9 @@ import trio
 
 from fvdfs.errors import FvdError, ImageBusy, printable
 from fvdfs.format.header import Header
-from fvdfs.image.chain import Chain, load_chain, open_chain
+from fvdfs.image.chain import Chain, open_chain
 from fvdfs.image.image import Image
+from fvdfs.image.loading import load_chain
 from fvdfs.image.policy import Policy
 from fvdfs.sizes import human_size
 

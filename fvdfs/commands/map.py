@@ -17,7 +17,7 @@ from fvdfs.commands.attributes import explained, facts
 from fvdfs.commands.newfiles import NewFiles
 from fvdfs.commands.terminal import plain_console
 from fvdfs.errors import UsageError, named
-from fvdfs.image.chain import open_image
+from fvdfs.image.loading import open_image
 from fvdfs.image.map import BAR_CELLS, image_map, merged, totals
 from fvdfs.image.policy import Policy
 from fvdfs.sizes import human_size

@@ -1,47 +1,21 @@
-"""Opening an image with all that it stands on: data file, base image, the base's base.
+"""The files of an image and of all that it stands on: data file, base image, the base's base.
 
-What names inside an image may lead to, `policy` says.
+What names inside an image may lead to, `policy` says. What is opened here is locked by `locking` and read by `loading`.
 """
 
 from __future__ import annotations
 
-import errno
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-import trio
-
-from fvdfs.alloc.chunked import ChunkedStorage, Spawn
-from fvdfs.alloc.flat import FlatStorage
-from fvdfs.alloc.growth import grow_command
-from fvdfs.alloc.table import Table, TooDamaged, decode_entries
-from fvdfs.cow.bitmap import Bitmap, bitmap_bytes
+from fvdfs.alloc.table import decode_entries
 from fvdfs.cow.writethrough import MODES
-from fvdfs.errors import (
-    FormatError,
-    ImageBusy,
-    ImageError,
-    NotPermitted,
-    UnsupportedFeature,
-)
-from fvdfs.format import journal
-from fvdfs.format.header import (
-    HEADER_SIZE,
-    HEADER_SPACE,
-    SECTOR,
-    TABLE_ENTRY_SIZE,
-    UNALLOCATED,
-    Header,
-    Region,
-    round_up,
-)
-from fvdfs.image.commit import Committer
-from fvdfs.image.core import Core, usage_of
-from fvdfs.image.image import Image
+from fvdfs.errors import FormatError, ImageBusy, ImageError, UnsupportedFeature
+from fvdfs.format.header import HEADER_SPACE, TABLE_ENTRY_SIZE, UNALLOCATED, Header
+from fvdfs.image.core import usage_of
 from fvdfs.image.policy import FVD_FORMAT, RAW_FORMATS, HostStore, Policy, looks_like, resolve
-from fvdfs.store.base import Store, pread_exactly
 from fvdfs.store.host import HostFile, open_as_permitted
 from fvdfs.store.locations import is_local
 from fvdfs.store.qemu_store import QemuStore
@@ -50,10 +24,6 @@ from fvdfs.store.references import BASE_FORMATS, FORMATS, RAW
 log = logging.getLogger(__name__)
 
 MAX_REGION = 1 << 30  # bytes; bitmap and table are held in memory, the journal is read at a replay
-_PIECE = 1 << 20  # bytes of metadata that are read at a time
-_REPORTED_RECORDS = 10  # bad journal records that are logged one by one
-ASKING_TIME = 1.0  # seconds that another process may take to stop writing
-ASKING_INTERVAL = 0.02  # seconds between attempts to lock
 
 
 @dataclass(slots=True)
@@ -285,18 +255,6 @@ def _open_layer(path: str, meta: HostFile, policy: Policy, *, writable: bool, wi
     return Layer(path, meta, data, header, bytes(raw))
 
 
-def _look_at_size(layer: Layer, size: int) -> None:
-    header = layer.header
-    if size < header.base_size - SECTOR + 1:
-        log.warning(
-            "%s: base_img=%s is %d bytes long, base_img_size says %d: what is missing reads as zeros",
-            layer.path,
-            header.base_img,
-            size,
-            header.base_size,
-        )
-
-
 def unstated_base_format(path: str, header: Header, policy: Policy) -> str:
     """The base's format of the image at `path`, whose header does not state it. Blocks.
 
@@ -311,226 +269,3 @@ def unstated_base_format(path: str, header: Header, policy: Policy) -> str:
     finally:
         base.close()
     return policy.unstated_format(path, "base_img", header.base_img, shown) if shown else RAW
-
-
-async def load_chain(chain: Chain, spawn: Spawn | None = None) -> Image:
-    """Lock the files of the chain for reading, read all metadata, replay journals in memory.
-
-    `spawn`: see `Core`. Takes over the files, also where it fails. Only from the main thread. Raises ImageBusy,
-    ImageError, UsageError where a program is missing, OSError.
-    """
-    try:
-        for store in chain.stores():
-            if isinstance(store, QemuStore):
-                await store.start()
-        await lock_for_reading(chain.stores(), chain.layers)
-        if chain.base is not None:
-            _look_at_size(chain.layers[-1], await chain.base.size())
-        base: Image | Store | None = chain.base
-        for layer in reversed(chain.layers):
-            base = await load_image(
-                layer.path, layer.header, layer.raw_header, layer.meta, layer.data, base, chain.policy, spawn
-            )
-    except BaseException:
-        await chain.aclose()
-        raise
-    assert isinstance(base, Image)
-    return base
-
-
-async def lock_for_reading(stores: Sequence[HostStore], layers: Sequence[Layer] = ()) -> None:
-    """Lock all for reading, then check that the headers of these layers are as they were read.
-
-    Who writes to one of them only to keep copies is asked to stop, for `ASKING_TIME`. Raises ImageBusy, OSError.
-    """
-    deadline = trio.current_time() + ASKING_TIME
-    while True:
-        try:
-            await trio.to_thread.run_sync(_lock_for_reading_now, stores, layers)
-            return
-        except ImageBusy:
-            if trio.current_time() > deadline or not await trio.to_thread.run_sync(_ask, stores):
-                raise
-        await trio.sleep(ASKING_INTERVAL)
-
-
-def _lock_for_reading_now(stores: Sequence[HostStore], layers: Sequence[Layer]) -> None:
-    for store in stores:
-        store.lock(exclusive=False)
-    for layer in layers:
-        layer.check_unchanged()
-
-
-def _ask(stores: Sequence[HostStore]) -> bool:
-    """Ask whoever holds a lock to let us in; False where there are no such locks."""
-    try:
-        for store in stores:
-            if isinstance(store, HostFile):
-                store.file_lock.ask()
-    except OSError:
-        return False
-    return True
-
-
-def is_asked_for(image: Image) -> bool:
-    """Whether somebody wants to read what `lock_for_writing` has locked. May wait for a server. Raises OSError."""
-    return any(isinstance(store, HostFile) and store.file_lock.is_asked_for() for store in _written(image))
-
-
-async def load_image(
-    name: str,
-    header: Header,
-    raw_header: bytes,
-    meta: Store,
-    data: Store,
-    base: Image | Store | None,
-    policy: Policy,
-    spawn: Spawn | None = None,
-) -> Image:
-    """The image over these stores, its metadata read and its journal replayed in memory."""
-    bitmap = table = None
-    command = grow_command(name, policy.grow_command, header.add_storage_cmd)
-    storage: FlatStorage | ChunkedStorage
-    if header.has_base:
-        bits = await pread_exactly(meta, bitmap_bytes(header.blocks), header.bitmap_offset)
-        bitmap = Bitmap(bits, header.blocks)
-    if header.compact:
-        region = header.table_region
-        assert region is not None
-        storage_size = await data.size() - header.data_offset
-        table = await _load_table(name, meta, region, header.chunks, max(0, storage_size // header.chunk_size))
-        storage = ChunkedStorage(
-            data,
-            table,
-            data_offset=header.data_offset,
-            chunk_size=header.chunk_size,
-            grow_unit=header.storage_grow_unit,
-            size=header.virtual_disk_size,
-            grow_command=command,
-            window=header.chunk_window,
-            spawn=spawn,
-        )
-    else:
-        storage = FlatStorage(data, header.data_offset, header.virtual_disk_size, command)
-    skipped = not header.clean and await _replay(name, header, meta, bitmap, table)
-    if table is not None:
-        table.replay_done()
-        if table.damaged:
-            log.error("%s: %s", name, table.damage)
-    raw = raw_header[: round_up(HEADER_SIZE, SECTOR)]
-    committer = Committer(header, raw, meta, data, bitmap, table, journal_is_bad=skipped)
-    return Image(
-        name=name,
-        committer=committer,
-        meta=meta,
-        data=data,
-        base=base,
-        storage=storage,
-        bitmap=bitmap,
-        table=table,
-        zeroes=policy.zeroes,
-        spawn=spawn,
-    )
-
-
-async def _load_table(name: str, meta: Store, region: Region, chunks: int, storage_chunks: int) -> Table:
-    entries = decode_entries(b"")
-    for at in range(0, region.size, _PIECE):
-        size = min(_PIECE, region.size - at)
-        entries += decode_entries(await pread_exactly(meta, size, region.offset + at))
-    try:
-        return Table(entries, chunks, storage_chunks)
-    except TooDamaged:
-        raise FormatError(name, "chunk table: most of it cannot be right; see what fvdfs check says of it") from None
-
-
-async def _replay(name: str, header: Header, meta: Store, bitmap: Bitmap | None, table: Table | None) -> bool:
-    """Apply the journal to bitmap and table in memory; whether a record had to be skipped."""
-    region = header.journal_region
-    if region is None:
-        if header.has_metadata:
-            log.warning("%s: clean_shutdown=0 and no journal: its metadata may be incomplete", name)
-        return False
-    skipped: list[journal.Skipped] = []
-    for at in range(0, region.size, _PIECE):
-        size = min(_PIECE, region.size - at)
-        data = bytes(await pread_exactly(meta, size, region.offset + at))
-        skipped += journal.replay(data, header, bitmap, table, at // SECTOR)
-    for report in skipped[:_REPORTED_RECORDS]:
-        log.warning("%s: %s", name, report)
-    if len(skipped) > _REPORTED_RECORDS:
-        log.warning("%s: %d more journal records skipped", name, len(skipped) - _REPORTED_RECORDS)
-    log.info("%s: was not closed; its journal has been replayed", name)
-    return bool(skipped)
-
-
-async def lock_for_writing(image: Image) -> None:
-    """Make the locks on the image's own files exclusive, all or none.
-
-    Raises ImageBusy, or NotPermitted where the files are not open for writing.
-    """
-    await trio.to_thread.run_sync(_lock_for_writing, image.name, _written(image))
-
-
-async def unlock_for_writing(image: Image) -> None:
-    """Make the locks shared again. Raises OSError."""
-    stores = [store for store in _written(image) if isinstance(store, HostStore)]
-    await trio.to_thread.run_sync(lambda: [store.lock(exclusive=False) for store in stores])
-
-
-def _written(image: Image) -> list[Store]:
-    """What an image that is open for writing may write to."""
-    stores: list[Store] = [image.meta] if image.data is image.meta else [image.meta, image.data]
-    if image.base_may_be_written:
-        assert image.base is not None
-        assert not isinstance(image.base, Core)
-        stores.append(image.base)
-    return stores
-
-
-def _lock_for_writing(name: str, stores: list[Store]) -> None:
-    locked: list[HostStore] = []
-    try:
-        for store in stores:
-            if not store.writable:
-                denied = (isinstance(store, HostStore) and store.denied) or errno.EACCES
-                reason = f"no permission to write to it ({os.strerror(denied)})"
-                raise NotPermitted(store.name, reason, denied)
-            if isinstance(store, HostStore):
-                store.lock(exclusive=True)
-                locked.append(store)
-                store.claim_device()
-    except (ImageError, OSError) as error:
-        for store in locked:
-            store.lock(exclusive=False)
-        if isinstance(error, ImageBusy) and error.image != name:
-            raise ImageBusy(name, str(error)) from error
-        raise
-
-
-async def open_image(path: str, policy: Policy, *, write: bool = False) -> Image:
-    """Open the image at `path`, for tools that need no mount. Errors as the functions above."""
-    image = await load_chain(open_chain(path, policy))
-    if write:
-        try:
-            await lock_for_writing(image)
-            await image.begin_writing(accept_unclean=policy.accept_unclean)
-        except BaseException:
-            await image.close()
-            raise
-    return image
-
-
-async def open_other(name: str, file_format: str, policy: Policy, *, writable: bool) -> QemuStore:
-    """Open an image of another format, for tools that need no mount. Only from the main thread.
-
-    Raises ImageError, UsageError where a program is missing, OSError.
-    """
-    short = os.path.basename(name) if is_local(name) else name  # a path starts at the folder of the first name
-    store = QemuStore(name, "image", short, file_format, policy, writable=writable)
-    try:
-        await store.start()
-    except BaseException:
-        await store.aclose()
-        raise
-    return store

@@ -14,8 +14,8 @@ import logging
 import trio
 
 from fvdfs.errors import ImageBusy, ImageError
-from fvdfs.image.chain import is_asked_for, lock_for_writing, unlock_for_writing
 from fvdfs.image.image import Image
+from fvdfs.image.locking import is_asked_for, lock_for_writing, unlock_for_writing
 from fvdfs.image.policy import Policy
 from fvdfs.ops.background import Background, stop_prefetching
 from fvdfs.ops.inodes import Entry

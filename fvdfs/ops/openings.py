@@ -21,8 +21,9 @@ from collections.abc import Awaitable, Callable
 import trio
 
 from fvdfs.errors import ImageBusy
-from fvdfs.image.chain import Chain, load_chain, open_chain
+from fvdfs.image.chain import Chain, open_chain
 from fvdfs.image.image import Image
+from fvdfs.image.loading import load_chain
 from fvdfs.ops.background import Background, stop_prefetching
 from fvdfs.ops.folder import Folder
 from fvdfs.ops.freshness import Snapshot, signature, snapshot_of

@@ -23,8 +23,10 @@ import trio
 
 from fvdfs.commands.create import create_image
 from fvdfs.format.creation import CreateOptions
-from fvdfs.image.chain import load_image, lock_for_writing, open_chain, open_image
+from fvdfs.image.chain import open_chain
 from fvdfs.image.image import Image
+from fvdfs.image.loading import load_image, open_image
+from fvdfs.image.locking import lock_for_writing
 from fvdfs.image.policy import Policy
 from fvdfs.store.base import Buffer, Store, append_by_steps
 

@@ -35,7 +35,7 @@ from fvdfs.cli import main
 from fvdfs.errors import FormatError, NotFvd, printable
 from fvdfs.format.creation import CreateOptions
 from fvdfs.format.header import HEADER_SPACE, Header, with_fields
-from fvdfs.image.chain import open_image
+from fvdfs.image.loading import open_image
 from fvdfs.image.policy import Policy
 from fvdfs.store.base import Buffer, Store
 from support import reference

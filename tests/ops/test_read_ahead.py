@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from fvdfs.image.chain import open_image
+from fvdfs.image.loading import open_image
 from fvdfs.image.policy import Policy
 from fvdfs.store import filelock
 from fvdfs.store.host import open_path

@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 
 from fvdfs.errors import ImageBusy
-from fvdfs.image.chain import load_chain, open_chain, open_image
+from fvdfs.image.chain import open_chain
+from fvdfs.image.loading import load_chain, open_image
 from fvdfs.image.policy import Policy
 from fvdfs.store import filelock
 from fvdfs.store.host import HostFile, open_path

@@ -13,8 +13,8 @@ import trio
 from fvdfs.alloc.chunked import Spawn
 from fvdfs.format.creation import CreateOptions, new_header
 from fvdfs.format.header import HEADER_SPACE, Header, with_fields
-from fvdfs.image.chain import load_image, open_image
 from fvdfs.image.image import Image
+from fvdfs.image.loading import load_image, open_image
 from fvdfs.image.policy import Policy
 from fvdfs.store.base import Store
 

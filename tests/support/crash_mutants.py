@@ -39,7 +39,7 @@ MODULES = (
     "fvdfs.image.profiling",
     "fvdfs.alloc.chunked",
     "fvdfs.alloc.flat",
-    "fvdfs.image.chain",
+    "fvdfs.image.loading",
 )
 FLUSHES = {"flush", "_flush"}
 OF_STORE = {"append_by_steps", "Stepwise.append_stable"}  # what else that module has is not simulated

@@ -1,0 +1,180 @@
+"""Loading an image: its chain is locked, its metadata read, its journal replayed in memory."""
+
+from __future__ import annotations
+
+import logging
+import os
+
+from fvdfs.alloc.chunked import ChunkedStorage, Spawn
+from fvdfs.alloc.flat import FlatStorage
+from fvdfs.alloc.growth import grow_command
+from fvdfs.alloc.table import Table, TooDamaged, decode_entries
+from fvdfs.cow.bitmap import Bitmap, bitmap_bytes
+from fvdfs.errors import FormatError
+from fvdfs.format import journal
+from fvdfs.format.header import HEADER_SIZE, SECTOR, Header, Region, round_up
+from fvdfs.image.chain import Chain, Layer, open_chain
+from fvdfs.image.commit import Committer
+from fvdfs.image.image import Image
+from fvdfs.image.locking import lock_for_reading, lock_for_writing
+from fvdfs.image.policy import Policy
+from fvdfs.store.base import Store, pread_exactly
+from fvdfs.store.locations import is_local
+from fvdfs.store.qemu_store import QemuStore
+
+log = logging.getLogger(__name__)
+
+_PIECE = 1 << 20  # bytes of metadata that are read at a time
+_REPORTED_RECORDS = 10  # bad journal records that are logged one by one
+
+
+async def load_chain(chain: Chain, spawn: Spawn | None = None) -> Image:
+    """Lock the files of the chain for reading, read all metadata, replay journals in memory.
+
+    `spawn`: see `Core`. Takes over the files, also where it fails. Only from the main thread. Raises ImageBusy,
+    ImageError, UsageError where a program is missing, OSError.
+    """
+    try:
+        for store in chain.stores():
+            if isinstance(store, QemuStore):
+                await store.start()
+        await lock_for_reading(chain.stores(), chain.layers)
+        if chain.base is not None:
+            _look_at_size(chain.layers[-1], await chain.base.size())
+        base: Image | Store | None = chain.base
+        for layer in reversed(chain.layers):
+            base = await load_image(
+                layer.path, layer.header, layer.raw_header, layer.meta, layer.data, base, chain.policy, spawn
+            )
+    except BaseException:
+        await chain.aclose()
+        raise
+    assert isinstance(base, Image)
+    return base
+
+
+def _look_at_size(layer: Layer, size: int) -> None:
+    header = layer.header
+    if size < header.base_size - SECTOR + 1:
+        log.warning(
+            "%s: base_img=%s is %d bytes long, base_img_size says %d: what is missing reads as zeros",
+            layer.path,
+            header.base_img,
+            size,
+            header.base_size,
+        )
+
+
+async def load_image(
+    name: str,
+    header: Header,
+    raw_header: bytes,
+    meta: Store,
+    data: Store,
+    base: Image | Store | None,
+    policy: Policy,
+    spawn: Spawn | None = None,
+) -> Image:
+    """The image over these stores, its metadata read and its journal replayed in memory."""
+    bitmap = table = None
+    command = grow_command(name, policy.grow_command, header.add_storage_cmd)
+    storage: FlatStorage | ChunkedStorage
+    if header.has_base:
+        bits = await pread_exactly(meta, bitmap_bytes(header.blocks), header.bitmap_offset)
+        bitmap = Bitmap(bits, header.blocks)
+    if header.compact:
+        region = header.table_region
+        assert region is not None
+        storage_size = await data.size() - header.data_offset
+        table = await _load_table(name, meta, region, header.chunks, max(0, storage_size // header.chunk_size))
+        storage = ChunkedStorage(
+            data,
+            table,
+            data_offset=header.data_offset,
+            chunk_size=header.chunk_size,
+            grow_unit=header.storage_grow_unit,
+            size=header.virtual_disk_size,
+            grow_command=command,
+            window=header.chunk_window,
+            spawn=spawn,
+        )
+    else:
+        storage = FlatStorage(data, header.data_offset, header.virtual_disk_size, command)
+    skipped = not header.clean and await _replay(name, header, meta, bitmap, table)
+    if table is not None:
+        table.replay_done()
+        if table.damaged:
+            log.error("%s: %s", name, table.damage)
+    raw = raw_header[: round_up(HEADER_SIZE, SECTOR)]
+    committer = Committer(header, raw, meta, data, bitmap, table, journal_is_bad=skipped)
+    return Image(
+        name=name,
+        committer=committer,
+        meta=meta,
+        data=data,
+        base=base,
+        storage=storage,
+        bitmap=bitmap,
+        table=table,
+        zeroes=policy.zeroes,
+        spawn=spawn,
+    )
+
+
+async def _load_table(name: str, meta: Store, region: Region, chunks: int, storage_chunks: int) -> Table:
+    entries = decode_entries(b"")
+    for at in range(0, region.size, _PIECE):
+        size = min(_PIECE, region.size - at)
+        entries += decode_entries(await pread_exactly(meta, size, region.offset + at))
+    try:
+        return Table(entries, chunks, storage_chunks)
+    except TooDamaged:
+        raise FormatError(name, "chunk table: most of it cannot be right; see what fvdfs check says of it") from None
+
+
+async def _replay(name: str, header: Header, meta: Store, bitmap: Bitmap | None, table: Table | None) -> bool:
+    """Apply the journal to bitmap and table in memory; whether a record had to be skipped."""
+    region = header.journal_region
+    if region is None:
+        if header.has_metadata:
+            log.warning("%s: clean_shutdown=0 and no journal: its metadata may be incomplete", name)
+        return False
+    skipped: list[journal.Skipped] = []
+    for at in range(0, region.size, _PIECE):
+        size = min(_PIECE, region.size - at)
+        data = bytes(await pread_exactly(meta, size, region.offset + at))
+        skipped += journal.replay(data, header, bitmap, table, at // SECTOR)
+    for report in skipped[:_REPORTED_RECORDS]:
+        log.warning("%s: %s", name, report)
+    if len(skipped) > _REPORTED_RECORDS:
+        log.warning("%s: %d more journal records skipped", name, len(skipped) - _REPORTED_RECORDS)
+    log.info("%s: was not closed; its journal has been replayed", name)
+    return bool(skipped)
+
+
+async def open_image(path: str, policy: Policy, *, write: bool = False) -> Image:
+    """Open the image at `path`, for tools that need no mount. Errors as the functions above."""
+    image = await load_chain(open_chain(path, policy))
+    if write:
+        try:
+            await lock_for_writing(image)
+            await image.begin_writing(accept_unclean=policy.accept_unclean)
+        except BaseException:
+            await image.close()
+            raise
+    return image
+
+
+async def open_other(name: str, file_format: str, policy: Policy, *, writable: bool) -> QemuStore:
+    """Open an image of another format, for tools that need no mount. Only from the main thread.
+
+    Raises ImageError, UsageError where a program is missing, OSError.
+    """
+    short = os.path.basename(name) if is_local(name) else name  # a path starts at the folder of the first name
+    store = QemuStore(name, "image", short, file_format, policy, writable=writable)
+    try:
+        await store.start()
+    except BaseException:
+        await store.aclose()
+        raise
+    return store
