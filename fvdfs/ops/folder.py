@@ -2,8 +2,8 @@
 
 `DIR/NAME.fvd` appears as `NAME.raw` if it holds an FVD image that can be opened. Nothing watches the folder: each
 lookup and listing looks at the files as they are then, in a thread, and reads a header only where a file has changed
-since. Looking needs no lock; opening does (`locking.py`). A look that takes too long is answered by what was known before
-(`looks.py`).
+since. Looking needs no lock; opening does (`locking.py`). A look that takes too long is answered by what was known
+before (`looks.py`).
 
 No pyfuse3 here: this is what the handlers in `filesystem.py` translate to.
 """
