@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import errno
 import functools
+import logging
 import math
 import os
 import socket
@@ -49,6 +50,7 @@ from fvdfs.ops.wire import (
     IN_HEADER,
     INIT_OUT,
     INVALIDATE,
+    NAMES,
     OUT_HEADER,
     SETATTR,
     TRANSFER,
@@ -58,6 +60,8 @@ from fvdfs.ops.wire import (
 )
 from fvdfs.store import uring
 from fvdfs.store.base import Buffer, Pending
+
+log = logging.getLogger(__name__)
 
 LINGER = 50_000
 """Nanoseconds for which a turn goes on looking for requests and results after the last one. It is only done where
@@ -108,9 +112,10 @@ class _Request:
 class Device:
     """/dev/fuse of one mount, and the socket that libfuse has instead of it."""
 
-    def __init__(self, requests: Requests, known: set[int]) -> None:
+    def __init__(self, requests: Requests, known: set[int], *, debug: bool = False) -> None:
         """Exchange INIT on the mount that pyfuse3 has just made. `known`: the descriptors of /dev/fuse from before.
 
+        `debug`: log the requests that are answered here, as libfuse does with the others.
         Raises UsageError where the kernel does not speak as expected.
         """
         (self._libfuses,) = fuse_descriptors() - known
@@ -127,6 +132,7 @@ class Device:
         finally:
             theirs.close()
         self._requests = requests
+        self._debug = debug
         self._head = bytearray(TRANSFER.size)
         self._max_write = max_write
         self._spare: list[memoryview] = []
@@ -274,6 +280,8 @@ class Device:
 
     def _dispatch(self, length: int) -> None:
         opcode, unique, fh, offset, size, own_flags, flags = TRANSFER.unpack_from(self._head)
+        if self._debug and opcode in (FUSE_READ, FUSE_WRITE, FUSE_FSYNC, FUSE_INTERRUPT):
+            self._log_request()
         if opcode == FUSE_READ:
             if flags & os.O_DIRECT and (offset | size) % SECTOR:
                 self._answer(unique, errno.EINVAL)
@@ -380,8 +388,17 @@ class Device:
         attributes = self._requests.set_mtime(inode, mtime * 10**9 + nsec)
         if attributes is None:
             return False
+        if self._debug:
+            self._log_request()
         self._answer(unique, 0, encode(attributes))
         return True
+
+    def _log_request(self) -> None:
+        length, opcode, unique, inode, _, _, pid, *_ = IN_HEADER.unpack_from(self._head)
+        _, _, _, offset, size, _, _ = TRANSFER.unpack_from(self._head)
+        where = f", offset: {offset}, size: {size}" if opcode in (FUSE_READ, FUSE_WRITE) else ""
+        line = f"unique: {unique}, opcode: {NAMES[opcode]} ({opcode}), nodeid: {inode}, insize: {length}, pid: {pid}"
+        log.info("%s%s", line, where, extra={"admitted": True})  # however many there are of a kind
 
     def _end(self) -> None:
         self._begun -= 1

@@ -111,7 +111,7 @@ def serve(options: MountOptions, ready: Callable[[], None], reopen_log: ReopenLo
     gc.set_threshold(*GC_THRESHOLDS)
     try:
         _forbid_ways_back(options, mount)
-        device = Device(filesystem, descriptors)
+        device = Device(filesystem, descriptors, debug=options.debug)
 
         def give_up() -> None:
             device.refuse_rest()

@@ -28,6 +28,13 @@ FUSE_INIT = 26
 FUSE_INTERRUPT = 36
 FUSE_NOTIFY_INVAL_INODE = 2
 FUSE_HANDLE_KILLPRIV_V2 = 1 << 28
+NAMES = {
+    FUSE_SETATTR: "SETATTR",
+    FUSE_READ: "READ",
+    FUSE_WRITE: "WRITE",
+    FUSE_FSYNC: "FSYNC",
+    FUSE_INTERRUPT: "INTERRUPT",
+}
 IN_HEADER = struct.Struct("=IIQQIIIHH")  # len opcode unique nodeid uid gid pid total_extlen padding
 INIT_IN = struct.Struct("=IIII")  # major minor max_readahead flags
 INIT_OUT = struct.Struct("=IIIIHHI")  # major minor max_readahead flags max_background congestion_threshold max_write

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from fvdfs.ops.wire import CONGESTION_THRESHOLD, FUSE_HANDLE_KILLPRIV_V2, MAX_BACKGROUND, amend
-from support.mounts import MIB, Mount, mounted, must
+from support.mounts import FVDFS, MIB, Mount, mounted, must, wait_until
 
 REQUEST = struct.pack("=IIQQIIIHHIIII", 56, 26, 1, 0, 0, 0, 0, 0, 0, 7, 45, 1 << 17, FUSE_HANDLE_KILLPRIV_V2 | 1)
 
@@ -131,3 +131,25 @@ def test_a_reader_that_is_killed_leaves_nothing_behind(mount: Mount) -> None:
     with open(mount.raw("a"), "rb") as disk:
         assert disk.read(8 * MIB) == (mount.folder / "base.raw").read_bytes()
     assert "Traceback" not in mount.log
+
+
+def test_debug_shows_every_request(folder: Path) -> None:
+    """Also those that libfuse does not see."""
+    must("create", folder / "a.fvd", "1M")
+    point = folder.parent / "point"
+    point.mkdir()
+    command = [*FVDFS, "mount", "-f", "--debug", str(folder), str(point)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as daemon:
+        try:
+            wait_until(lambda: os.path.ismount(point) and (point / "a.raw").exists())
+            with open(point / "a.raw", "r+b", buffering=0) as disk:
+                assert disk.read(4096) == bytes(4096)
+                for _ in range(20):
+                    disk.write(b"x" * 4096)
+                    os.fsync(disk)
+        finally:
+            must("umount", point)
+            _, log = daemon.communicate(timeout=20)
+    counts = {name: log.count(f"opcode: {name} (") for name in ("LOOKUP", "OPEN", "READ", "WRITE", "FSYNC", "RELEASE")}
+    assert all(counts.values()), f"{counts}: {log}"
+    assert counts["FSYNC"] == counts["WRITE"] == 20
