@@ -1,14 +1,14 @@
-"""Whether files are as they were: what their times tell, and when these tell nothing.
+"""Whether files are unchanged, as far as their times tell.
 
 The kernel keeps pages of a disk that nobody has open. They are right as long as no file under the disk has changed:
 the image, its data file, its base, and whatever these stand on. A change shows in the size and the times of a file; in
-that of its inode (ctime) also where somebody has put the others back.
+the time of its inode (ctime) even where somebody has put the others back.
 
-Nothing is told
+Times tell nothing
 
-- by a time so recent that a second change may have the same (git calls such files racy): the clock of a file system
-  goes in ticks, of some milliseconds, or of a second or two where it keeps whole seconds. A time to come is a recent
-  one, too: a clock was set back.
+- while they are so recent that a second change may get the same one (git calls such files racy): the clock of a file
+  system goes in ticks, of some milliseconds, or of a second or two where it keeps whole seconds. A time in the future
+  counts as recent: a clock was set back;
 - of what is behind a device or a server.
 """
 
@@ -49,7 +49,7 @@ def same_file(one: os.stat_result, other: os.stat_result) -> bool:
 
 
 def is_settled(ctime_ns: int, now_ns: int) -> bool:
-    """Whether any change after `now_ns` shows in the time: it is older than what the clock may have stood still for."""
+    """Whether any change after `now_ns` will show in the time: it is older than a tick."""
     tick = TICK if ctime_ns % SECOND else WHOLE_SECONDS_TICK
     return ctime_ns < now_ns - tick
 

@@ -1,12 +1,12 @@
 """How far the kernel reads ahead for a mount, and how much it gathers of writes: files below /sys/class/bdi.
 
-There is one value of each for a mount, but an open file keeps the read-ahead that holds when its opening is answered
+There is one value of each for a mount, but an open file keeps the read-ahead that is set when its opening is answered
 (`file_ra_state_init` in the kernel). So it is set for each opening, by what a miss costs there. Two openings at the
-same moment may get one another's: that costs speed, and nothing else. Only root may set them.
+same moment may get each other's: that costs only speed. Only root may set them.
 
-A long read through the page cache gets faster with what is read ahead. But a page that is missing at a fault of
-mmap(2) has the kernel read all of it, around the page, each time, until a hundred faults have shown that it is in vain.
-Where the disk is on this host that costs little.
+More read-ahead makes a long read through the page cache faster. But at a page fault of mmap(2) the kernel reads as
+much around each missing page, until a hundred faults have shown that it is in vain. On a disk of this host that costs
+little.
 
 Measured over NBD, 30 pages spread over a file of 400 MiB by mmap (in brackets: computed), and dd of 100 to 300 MiB,
 on two busy cores:

@@ -1,12 +1,12 @@
 """Looks at files that may be on a share that hangs: what takes too long is not waited for.
 
-A *look* is a call about one thing (a key: a path), done in a thread. Whoever wants to know waits for it, but not longer
-than `PATIENCE`, and then makes do with what was known before; the look goes on, and what it finds is taken up when
+A *look* is a call about one thing (its key, a path for example), done in a thread. Whoever wants to know waits for it,
+but not longer than `PATIENCE`, and then uses what was known before; the look goes on, and its result is taken up when
 it ends. There is one look at a thing at a time, so that a share that hangs costs one thread for each thing on it,
-however many ask. Who comes while one is under way gets the next one, since what he asks about may have changed.
+however many ask. Whoever asks while a look is under way gets the next one, since the thing may have changed.
 
-A few threads share what there is to do. When all of them are at looks that take long, another one takes over the
-rest. No task waits in here for a look's end: one that never ends keeps nobody from ending.
+A few threads share the work. When all of them are at looks that take long, another thread takes over the rest. No task
+waits for the end of a look: one that never ends keeps nobody from ending.
 """
 
 from __future__ import annotations
@@ -41,20 +41,20 @@ def late(path: bytes) -> OSError:
 
 
 class Look(Generic[T]):
-    """At one thing."""
+    """A call about one thing."""
 
     def __init__(
         self, key: Hashable, call: Callable[[], Any], then: Callable[[Any], T] | None, behind: Look[T] | None
     ) -> None:
         self.key = key
         self.behind = behind
-        """The one at the same thing that has to end before this begins."""
+        """The look at the same thing that has to end before this one begins."""
         self.next: Look[T] | None = None
         self.asked = time.monotonic()
         self.begun = 0.0
-        """When; 0 before."""
+        """When it has begun; 0 before."""
         self.thread = 0
-        """Which one does it."""
+        """The thread that does it."""
         self.ended = trio.Event()
         self._call = call
         self._then = then
@@ -62,7 +62,7 @@ class Look(Generic[T]):
         self._result: outcome.Outcome[T] | None = None
 
     def run(self) -> None:
-        """Do it. In a thread."""
+        """Make the call. In a thread."""
         self.thread = threading.get_ident()
         self.begun = time.monotonic()
         self._found = outcome.capture(self._call)
@@ -101,9 +101,9 @@ class Looks:
     def begin(
         self, key: Hashable, call: Callable[[], Any], then: Callable[[Any], T] | None = None, *, threads: int = THREADS
     ) -> Look[T]:
-        """A look at this thing that does not begin before now; `then` makes the result, in the event loop.
+        """A look at this thing that begins now or later; `then` makes the result of it, in the event loop.
 
-        `threads` may be at work before it is given one of its own.
+        It gets a thread of its own unless `threads` are at work.
         """
         last = self._last.get(key)
         if last is not None and not last.begun:

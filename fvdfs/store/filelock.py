@@ -10,10 +10,10 @@ openings in one process exclude each other like any two. There are two kinds, ta
   it. A reader here does as a backing file of QEMU's: it reads what must not change, and lets nobody write or resize;
   many readers of one file get on with each other, and with QEMU's. A writer uses these two permissions as well.
 
-Who writes only to keep copies of what others read from a base need not keep anybody out: who wants in says so on a
-third byte (`ask`), and the other looks there now and then (`is_asked_for`) and becomes a reader.
+Whoever writes only to keep copies of a base need not keep anybody out: others ask on a third byte (`ask`), and the
+writer looks there now and then (`is_asked_for`) and becomes a reader.
 
-fvdfs's own come first, so that between two of fvdfs the error says what is true; with QEMU's alone they would exclude
+fvdfs's own are taken first, so that between two mounts of fvdfs the error says so; with QEMU's alone they would exclude
 each other the same way. What fails leaves the locks as they were.
 """
 
@@ -30,10 +30,10 @@ from fvdfs.errors import ImageBusy
 
 log = logging.getLogger(__name__)
 
-_OWN = 0x7FFF_4656_4400_0000
+_OWN = 0x7FFF_4656_4400_0000  # the byte of fvdfs's own lock: behind any data, with "FVD" in it
 _ASKING = _OWN + 1
-_USED = 100
-_NOT_SHARED = 200
+_USED = 100  # QEMU's RAW_LOCK_PERM_BASE
+_NOT_SHARED = 200  # QEMU's RAW_LOCK_SHARED_BASE
 _CONSISTENT_READ, _WRITE, _RESIZE = 0, 1, 3  # QEMU's BLK_PERM_*, as bits
 
 _OFD_GETLK = getattr(fcntl, "F_OFD_GETLK", 36)
@@ -93,7 +93,7 @@ class FileLock:
             raise
 
     def ask(self) -> None:
-        """Let those who keep us out know that we want in, until we are. Raises OSError."""
+        """Ask those who keep us out to let us in; the question stands until we are. Raises OSError."""
         self._set(fcntl.F_RDLCK, _ASKING)
         self._asks = True
 

@@ -1,7 +1,7 @@
 """Where a name leads: to a local file, or through one of QEMU's protocols.
 
-A name written as `json:{...}` is turned into the same few forms, so that there is one list of what is allowed; every
-option that could make QEMU open something else of this host is refused. Nothing is opened here.
+`json:{...}` is turned into the same few forms as a URL, so that there is one list of what is allowed; options that
+could make QEMU open anything else on this host are refused. Nothing is opened here.
 
 Errors are `ImageError`s whose image is the name that was given. Pure.
 """
@@ -122,7 +122,7 @@ def _authority(scheme: str, parts: SplitResult, port: int | None) -> str:
 
 
 def _protocol(name: str, scheme: str, parts: SplitResult, port: int) -> tuple[Options, str]:
-    """QEMU's options for a URL whose parts are sane, and what follows the host in its one spelling."""
+    """QEMU's options for a URL that was checked, and what follows the host in its one spelling."""
     host = parts.hostname or ""
     path = unquote(parts.path)
     if "\0" in path or "\0" in unquote(parts.username or ""):
@@ -194,7 +194,7 @@ def within(url: str, prefix: str) -> bool:
 
 
 def join(base: Location, name: str) -> str:
-    """A name inside the remote image at `base`, as a name that stands for itself.
+    """A name inside the remote image at `base`, made absolute.
 
     Raises ImageError where relative names mean nothing.
     """
@@ -206,7 +206,7 @@ def join(base: Location, name: str) -> str:
 
 
 def _quoted(name: str, text: str, safe: str = "/") -> str:
-    """Text as a part of a URL; `name`: what it comes from. Raises ImageError where no URL can say it."""
+    """Text as a part of a URL; `name` is for the error. Raises ImageError where it is not UTF-8."""
     try:
         return quote(text, safe=safe)
     except UnicodeEncodeError:

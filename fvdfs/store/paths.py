@@ -1,14 +1,14 @@
 """Following paths without asking a file system that waits for us.
 
-A thread of a mount that asks its own mount for something waits for its own process. While the event loop runs it is
-answered; when the process is killed meanwhile nobody ever answers: the thread cannot end, so the process cannot, so
-its /dev/fuse stays open, and all who use the mount hang. The same goes for a mount of fvdfs that leads back to this
-one, and for whatever stands on a file of ours (a loop device, a file system on it, bindfs). So the process that serves
-a mount follows paths one name at a time, by handles (O_PATH), and looks which device it has come to before it asks that
-device for anything: `statx` tells it without asking the file system. Devices that lead back are refused.
+A thread of a mount that asks its own mount for something waits for its own process. Where the process is killed
+meanwhile, nobody ever answers: the thread cannot end, so the process cannot, so its /dev/fuse stays open, and all who
+use the mount hang. The same goes for another mount of fvdfs that leads back to this one, and for whatever stands on a
+file of ours (a loop device, a file system on it, bindfs). So the process that serves a mount follows paths one name at
+a time, by handles (O_PATH), and looks which device a handle is on before it asks that device for anything: `statx`
+tells without asking the file system. Devices that lead back are refused.
 
-Nor does anybody wait for a share that others wait for already: a thread enters a device only if no other one has been
-stuck in it for long (`NoAnswer`).
+A thread enters a device only if no other thread has been stuck in it for long (`NoAnswer`): so a share that hangs stops
+few threads.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from fvdfs.store.devices import files_below
 from fvdfs.store.mountinfo import layers, mount_points
 
 PATIENCE = 2.0
-"""Seconds after which a look at an image counts as one that is not answered. A disk that has to spin up takes longer,
-but is no share (`Walker.is_slow`); a server in reach answers in milliseconds, also at the far side of the world."""
+"""Seconds after which a look at an image counts as not answered. A server answers in milliseconds, also at the far side
+of the world. A disk that has to spin up takes longer, but is no share (`Walker.is_at_share`)."""
 
 _MAX_LINKS = 40  # as the kernel
-_TRUST = 1.0  # seconds for which a device counts as it was judged
+_TRUST = 1.0  # seconds for which the judgement of a device holds
 _HANDLE = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
 
 _AT_SYMLINK_NOFOLLOW = 0x100
@@ -51,7 +51,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 class NoAnswer(FvdError):
-    """A share does not answer; others wait for it already."""
+    """No answer comes in time, or others wait for it already."""
 
 
 class LeadsBack(OSError):
@@ -74,7 +74,7 @@ class Kind:
 
 
 def kind(handle: int, name: bytes = b"") -> Kind:
-    """Of the file that the handle is of, or of a name in it, which may be a link. Raises OSError."""
+    """Of the file behind a handle, or of a name in that folder, which may be a link. Raises OSError."""
     buffer = ctypes.create_string_buffer(_STATX.size)
     flags = _AT_STATX_DONT_SYNC | _AT_SYMLINK_NOFOLLOW | (0 if name else _AT_EMPTY_PATH)
     if _libc.statx(handle, name, flags, _STATX_TYPE_AND_MODE, buffer):
@@ -85,7 +85,7 @@ def kind(handle: int, name: bytes = b"") -> Kind:
 
 
 def born(handle: int) -> int:
-    """When the file that the handle is of was made, in ns; 0 where that is not known. Raises OSError."""
+    """When the file behind a handle was made, in ns; 0 where that is not known. Raises OSError."""
     buffer = ctypes.create_string_buffer(_STATX_BORN.size)
     if _libc.statx(handle, b"", _AT_EMPTY_PATH, _STATX_BTIME, buffer):
         code = ctypes.get_errno()
@@ -128,7 +128,7 @@ class Walker:
     """Follows paths for the threads of one process."""
 
     def __init__(self, own_device: int = -1) -> None:
-        """`own_device`: of the mount that this process serves; -1: none, and everything is followed as it is."""
+        """`own_device`: of the mount that this process serves; -1: none, and any path is followed."""
         self.own_device = own_device
         self._judged: dict[int, tuple[float, str]] = {}
         self._folders: dict[bytes, int] = {}
@@ -140,9 +140,9 @@ class Walker:
 
     @contextlib.contextmanager
     def looking(self, *, patient: bool = False) -> Iterator[None]:
-        """Whatever this thread does meanwhile may take long: others learn from it where not to go.
+        """What this thread does meanwhile may take long: others learn from it where not to go.
 
-        A patient one waits for a share all the same.
+        A patient thread waits for a share all the same.
         """
         thread = threading.get_ident()
         if patient:
@@ -303,7 +303,7 @@ class Walker:
         self.enter(device)
 
     def _judge(self, device: int, above: frozenset[int]) -> None:
-        """Raise LeadsBack where it is a device that stands on our mount. `above`: those that stand on it."""
+        """Raise LeadsBack where a device stands on our mount. `above`: the devices that stand on this one."""
         if device in above:
             return
         if device == self.own_device:
@@ -345,5 +345,5 @@ def _step(at: int, name: bytes, *, more: bool) -> int:
 
 
 def is_share(device: int) -> bool:
-    """Whether somebody else than this host's disks answers for a device, or may: then no answer may ever come."""
+    """Whether a device is no disk of this host: then no answer may ever come."""
     return os.major(device) == 0

@@ -1,15 +1,15 @@
 """One qemu-storage-daemon: started, its export attached, watched, stopped.
 
-The daemon exports the image as a file over FUSE, on an empty file in a private folder. As soon as that
-file is open here, mount and folder are taken away: the open file keeps the export alive, and whatever
-happens later, nothing is left to clean up. The daemon ends with this process, by a signal that the
-kernel sends when the thread that started it ends; so `start` belongs into the main thread.
+The daemon exports the image as a file over FUSE, on an empty file in a private folder. As soon as that file is open
+here, mount and folder are removed: the open file keeps the export alive, and nothing is left to clean up later. The
+daemon ends with this process, by a signal that the kernel sends when the thread that started it ends; so `start` must
+be called in the main thread.
 
-It opens no file by itself: it inherits descriptors that are open and locked already. When it stands, its open files
-are compared with those that it was given, in case that the image was changed in between.
+It opens no file by itself: it inherits descriptors that are open and locked already. When it runs, its open files are
+compared with those that it was given: the image may have been changed in between.
 
-Punching a hole in the export is no more than a hint to QEMU 7.2, which leaves parts of clusters as they
-were: zeros are made by zeroing the range after that.
+Punching a hole in the export is only a hint to QEMU 7.2, which leaves parts of clusters as they were: so the range is
+zeroed after that.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ log = logging.getLogger(__name__)
 PROGRAM = "qemu-storage-daemon"
 START_TIMEOUT = 10.0  # seconds until the export answers; a server may be far away
 STOP_TIMEOUT = 10.0  # seconds to write out what is left, then it is killed
-MIB = 1 << 20
-_POLL_INTERVAL = 0.002
+MIB = 1 << 20  # bytes
+_POLL_INTERVAL = 0.002  # seconds between looks whether it is ready
 _PACKAGES = {
     PROGRAM: "qemu-system-common",
     "setpriv": "util-linux",
@@ -93,9 +93,9 @@ class StorageDaemon:
     def __init__(
         self, name: str, descriptors: Sequence[tuple[int, str]], secret_file: str = "", locked: Sequence[int] = ()
     ) -> None:
-        """For messages, `name`; the descriptors that it gets, with a name for each; where a passphrase is, if any;
+        """`name`: of the image, for messages. `descriptors`: what it opens files by, and their names.
 
-        descriptors whose locks shall last as long as it does.
+        `secret_file`: with the passphrase of an encrypted image. `locked`: descriptors whose locks last as long as it.
         """
         self._locked = locked
         self._secret_file = secret_file
@@ -105,7 +105,7 @@ class StorageDaemon:
         self.users = 0
         """Operations under way."""
         self.gone = False
-        """Whether another one has taken its place."""
+        """Whether it was given up: another one takes its place."""
         self.flush_failed = False
         """Whether a flush has failed: what that lost, the next one does not tell of."""
         self._descriptors = descriptors
@@ -240,9 +240,9 @@ class StorageDaemon:
     def _attach(self, writable: bool) -> None:
         """Open the export, and take mount and folder away."""
         disk = os.path.join(self._folder, "disk")
-        # What is only read is read past the page cache: the kernel would fetch what nobody wants, 128 KiB at a time.
-        # Root could open it for writing as well, whatever its mode says: what it is for is known, and not tried.
-        # (Writing so through QEMU 7.2's export garbles the first bytes of a buffer that does not begin on a page.)
+        # Reads of a read-only export bypass the page cache: the kernel would read ahead, 128 KiB at a time. Writes do
+        # not: with O_DIRECT, QEMU 7.2's export garbles the first bytes of a buffer that does not begin on a page.
+        # Root could open a read-only export for writing as well: so that is not tried, but told by `writable`.
         fd = os.open(disk, (os.O_RDWR if writable else os.O_RDONLY | os.O_DIRECT) | os.O_CLOEXEC)
         export = _Export(fd, self.name, writable)
         try:
@@ -260,7 +260,7 @@ class StorageDaemon:
             raise
 
     def _take_away(self) -> None:
-        """Remove mount and folder, where they are; the export stays, as long as it is open."""
+        """Remove mount and folder, if they are there; the export stays as long as it is open."""
         if not self._folder or not os.path.isdir(self._folder):
             return
         disk = os.path.join(self._folder, "disk")
@@ -289,9 +289,9 @@ class StorageDaemon:
                 raise Refused(self.name, f"it made QEMU open {where}, which it did not name before; it was changed")
 
     def stop(self, *, gently: bool = False) -> None:
-        """End the process, and let go of the export. Blocks, for `STOP_TIMEOUT` seconds at most.
+        """End the process, and close the export. Blocks, for `STOP_TIMEOUT` seconds at most.
 
-        `gently`: with time to write what is left, not a promise that it does.
+        `gently`: it has that time to write what is left.
         """
         with self._guard:
             self._stopping = True

@@ -1,7 +1,7 @@
-"""The words for QEMU: what it is to open, and nothing else.
+"""What QEMU is told to open, as `BlockdevOptions`.
 
-Every file is one that is open already, named by its descriptor, and locked; the backing file and the data file are
-always given, be it as "none", so QEMU follows no name by itself. Pure.
+Files are open and locked already, and named by their descriptors. The backing file and the data file are always given,
+even if as "none", so that QEMU follows no name by itself. Pure.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Node:
 def blockdevs(node: Node, *, writable: bool, node_name: str) -> list[Options]:
     """The `BlockdevOptions` of an image, after those of its backing files, which are read only in any case.
 
-    These are nodes of their own: QEMU would take what stands inside another for a change of what the image names.
+    Backing files are nodes of their own: QEMU would take one inside the image's for a change of what the image names.
     """
     found: list[Options] = []
     top = _blockdev(node, writable, found)

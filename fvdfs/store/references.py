@@ -1,7 +1,7 @@
 """What else QEMU would open for an image: its backing file, its data file.
 
-Names inside an image are an attacker's words, so they are found here, before QEMU sees the image, by a reader that
-trusts no offset and no length, and each is judged as any name is. A format whose references cannot be seen is not
+An attacker may have written the names inside an image. So they are found here, before QEMU sees the image, by a reader
+that trusts no offset and no length; then each is judged like any name. A format whose references cannot be found is not
 opened.
 
 Sizes and offsets are in bytes. Errors are `ImageError`s whose image is the name that was given. Pure.
