@@ -18,6 +18,7 @@ import dataclasses
 import struct
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from fvdfs.errors import FormatError, NotFvd, UsageError
 
@@ -65,109 +66,72 @@ class Region:
         return self.offset + self.size
 
 
-# Name and struct code, in the order of the file, without gaps.
-_FIELDS: tuple[tuple[str, str], ...] = (
-    ("magic", "I"),
-    ("version", "I"),
-    ("all_data_in_fvd_img", "i"),
-    ("virtual_disk_size", "q"),
-    ("metadata_size", "q"),
-    ("base_img", "1024s"),
-    ("base_img_fmt", "16s"),
-    ("base_img_size", "q"),
-    ("bitmap_offset", "q"),
-    ("bitmap_size", "q"),
-    ("block_size", "i"),
-    ("copy_on_read", "i"),
-    ("max_outstanding_copy_on_read_data", "q"),
-    ("data_file", "1024s"),
-    ("data_file_fmt", "16s"),
-    ("prefetch_start_delay", "i"),
-    ("prefetch_profile_offset", "q"),
-    ("prefetch_profile_entries", "q"),
-    ("num_prefetch_slots", "i"),
-    ("bytes_per_prefetch", "i"),
-    ("prefetch_read_throughput_measure_time", "i"),
-    ("prefetch_write_throughput_measure_time", "i"),
-    ("prefetch_perf_calc_alpha", "i"),
-    ("prefetch_min_read_throughput", "i"),
-    ("prefetch_min_write_throughput", "i"),
-    ("prefetch_max_read_throughput", "i"),
-    ("prefetch_max_write_throughput", "i"),
-    ("prefetch_throttle_time", "i"),
-    ("compact_image", "i"),
-    ("table_offset", "q"),
-    ("chunk_size", "q"),
-    ("storage_grow_unit", "q"),
-    ("add_storage_cmd", "2048s"),
-    ("journal_offset", "q"),
-    ("journal_size", "q"),
-    ("clean_shutdown", "i"),
-    ("need_zero_init", "i"),
-    ("generate_prefetch_profile", "i"),
-    ("unit_of_PrefetchProfileEntry_len", "i"),
-    ("profile_directed_prefetch_start_delay", "i"),
-    ("write_updates_base_img", "16s"),
-)
-_STRUCT = struct.Struct("<" + "".join(code for _, code in _FIELDS))
-assert _STRUCT.size == HEADER_SIZE
+def _field(code: str, default: int | str) -> Any:
+    """A field of the header: its code in `struct`, and its value where nothing is said."""
+    return dataclasses.field(default=default, metadata={"code": code})
 
 
-def string_places() -> Iterator[tuple[str, int, int]]:
-    """The fields that hold strings: name, offset in the file, size in bytes."""
-    at = 0
-    for name, code in _FIELDS:
-        size = struct.calcsize(f"<{code}")
-        if code.endswith("s"):
-            yield name, at, size
-        at += size
+def _u32(default: int) -> Any:
+    return _field("I", default)
+
+
+def _i32(default: int = 0) -> Any:
+    return _field("i", default)
+
+
+def _i64(default: int = 0) -> Any:
+    return _field("q", default)
+
+
+def _chars(size: int) -> Any:
+    return _field(f"{size}s", "")
 
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """The fields of the header, as the format names them; sizes and offsets in bytes."""
+    """The fields of the header, in the order of the file, as the format names them; sizes and offsets in bytes."""
 
-    magic: int = MAGIC
-    version: int = VERSION
-    all_data_in_fvd_img: int = 1
-    virtual_disk_size: int = 0
-    metadata_size: int = HEADER_SPACE
-    base_img: str = ""
-    base_img_fmt: str = ""
-    base_img_size: int = 0
-    bitmap_offset: int = 0
-    bitmap_size: int = 0
-    block_size: int = 0
-    copy_on_read: int = 0
-    max_outstanding_copy_on_read_data: int = 0
-    data_file: str = ""
-    data_file_fmt: str = ""
-    prefetch_start_delay: int = 0
-    prefetch_profile_offset: int = 0
-    prefetch_profile_entries: int = 0
-    num_prefetch_slots: int = 0
-    bytes_per_prefetch: int = 0
-    prefetch_read_throughput_measure_time: int = 0
-    prefetch_write_throughput_measure_time: int = 0
-    prefetch_perf_calc_alpha: int = 0
-    prefetch_min_read_throughput: int = 0
-    prefetch_min_write_throughput: int = 0
-    prefetch_max_read_throughput: int = 0
-    prefetch_max_write_throughput: int = 0
-    prefetch_throttle_time: int = 0
-    compact_image: int = 0
-    table_offset: int = 0
-    chunk_size: int = 0
-    storage_grow_unit: int = 0
-    add_storage_cmd: str = ""
-    journal_offset: int = 0
-    journal_size: int = 0
-    clean_shutdown: int = 1
-    need_zero_init: int = 0
-    generate_prefetch_profile: int = 0
-    unit_of_PrefetchProfileEntry_len: int = 0
-    profile_directed_prefetch_start_delay: int = 0
-    write_updates_base_img: str = ""
+    magic: int = _u32(MAGIC)
+    version: int = _u32(VERSION)
+    all_data_in_fvd_img: int = _i32(1)
+    virtual_disk_size: int = _i64()
+    metadata_size: int = _i64(HEADER_SPACE)
+    base_img: str = _chars(1024)
+    base_img_fmt: str = _chars(16)
+    base_img_size: int = _i64()
+    bitmap_offset: int = _i64()
+    bitmap_size: int = _i64()
+    block_size: int = _i32()
+    copy_on_read: int = _i32()
+    max_outstanding_copy_on_read_data: int = _i64()
+    data_file: str = _chars(1024)
+    data_file_fmt: str = _chars(16)
+    prefetch_start_delay: int = _i32()
+    prefetch_profile_offset: int = _i64()
+    prefetch_profile_entries: int = _i64()
+    num_prefetch_slots: int = _i32()
+    bytes_per_prefetch: int = _i32()
+    prefetch_read_throughput_measure_time: int = _i32()
+    prefetch_write_throughput_measure_time: int = _i32()
+    prefetch_perf_calc_alpha: int = _i32()
+    prefetch_min_read_throughput: int = _i32()
+    prefetch_min_write_throughput: int = _i32()
+    prefetch_max_read_throughput: int = _i32()
+    prefetch_max_write_throughput: int = _i32()
+    prefetch_throttle_time: int = _i32()
+    compact_image: int = _i32()
+    table_offset: int = _i64()
+    chunk_size: int = _i64()
+    storage_grow_unit: int = _i64()
+    add_storage_cmd: str = _chars(2048)
+    journal_offset: int = _i64()
+    journal_size: int = _i64()
+    clean_shutdown: int = _i32(1)
+    need_zero_init: int = _i32()
+    generate_prefetch_profile: int = _i32()
+    unit_of_PrefetchProfileEntry_len: int = _i32()
+    profile_directed_prefetch_start_delay: int = _i32()
+    write_updates_base_img: str = _chars(16)
 
     @classmethod
     def decode(cls, data: bytes, image: str) -> Header:
@@ -365,6 +329,21 @@ class Header:
             yield from out_of_limits(self, LIMITS_OF_JOURNAL)
         for fault in misplaced(self, self.regions(), file_size):
             yield fault.field, fault.why
+
+
+_FIELDS = tuple((field.name, field.metadata["code"]) for field in dataclasses.fields(Header))
+_STRUCT = struct.Struct("<" + "".join(code for _, code in _FIELDS))
+assert _STRUCT.size == HEADER_SIZE
+
+
+def string_places() -> Iterator[tuple[str, int, int]]:
+    """The fields that hold strings: name, offset in the file, size in bytes."""
+    at = 0
+    for name, code in _FIELDS:
+        size = struct.calcsize(f"<{code}")
+        if code.endswith("s"):
+            yield name, at, size
+        at += size
 
 
 NEEDS_BASE = "the image says that it needs a base image, but base_img is empty"
