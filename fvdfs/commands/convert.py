@@ -12,24 +12,23 @@ import functools
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 import trio
 
 from fvdfs import daemon
 from fvdfs.commands.create import make_image, never_appears, qemu_create
 from fvdfs.commands.newfiles import NewFile, NewFiles, host_files, permissions
+from fvdfs.commands.sides import NamedSide, Side, StoreSide, stores_of
 from fvdfs.commands.terminal import progress_bar
 from fvdfs.cow.planner import Zeroes
 from fvdfs.errors import ImageError, UsageError, leading, named
 from fvdfs.format.creation import CreateOptions
 from fvdfs.format.header import SECTOR, round_up
-from fvdfs.image.core import Core
 from fvdfs.image.image import Image
 from fvdfs.image.loading import open_image, open_other
 from fvdfs.image.policy import FVD_FORMAT, HostStore, Policy, format_by_name
 from fvdfs.mountoptions import folders, listed, parse_mount_options
-from fvdfs.store.base import Buffer, Store
+from fvdfs.store.base import Buffer
 from fvdfs.store.host import open_path
 from fvdfs.store.locations import is_local, parse_location
 from fvdfs.store.qemu_store import QemuStore
@@ -76,55 +75,6 @@ def run(
     for remark in remarks:
         daemon.complain(remark)
     return 0
-
-
-class Side(Protocol):
-    """What is converted from or to. Sizes and offsets in bytes. All methods raise OSError."""
-
-    size: int
-
-    async def read(self, offset: int, length: int) -> Buffer:
-        """Bytes from `offset` on."""
-
-    async def next_data(self, start: int, stop: int) -> int:
-        """The first byte of [start, stop) that may be no zero; `stop` where there is none."""
-
-    async def write(self, offset: int, data: Buffer) -> None:
-        """Write all of `data`."""
-
-    async def fsync(self) -> None:
-        """Make it stable."""
-
-    async def close(self) -> None:
-        """Finish; what was written is then complete."""
-
-
-class StoreSide:
-    """A store as a side: a raw file, or another format behind one."""
-
-    def __init__(self, store: Store, size: int, *, keep_open: bool = False) -> None:
-        """`keep_open`: the store is somebody else's to close."""
-        self.store = store
-        self.size = size
-        self._keep_open = keep_open
-
-    async def read(self, offset: int, length: int) -> Buffer:
-        buffer = bytearray(length)
-        await self.store.pread(memoryview(buffer), offset)
-        return buffer
-
-    async def next_data(self, start: int, stop: int) -> int:
-        return await self.store.next_data(start, stop)
-
-    async def write(self, offset: int, data: Buffer) -> None:
-        await self.store.pwrite(data, offset)
-
-    async def fsync(self) -> None:
-        await self.store.flush()
-
-    async def close(self) -> None:
-        if not self._keep_open:
-            await self.store.aclose()
 
 
 def format_of_name(path: str) -> str:
@@ -189,18 +139,6 @@ async def open_source(name: str, file_format: str, permission: Permission) -> tu
         with trio.CancelScope(shield=True):
             await store.aclose()
         raise
-
-
-def stores_of(side: Side) -> list[Store]:
-    """All that it stands on."""
-    if isinstance(side, StoreSide):
-        return [side.store]
-    found: list[Store] = []
-    image: Core | Store | None = side if isinstance(side, Image) else None
-    while isinstance(image, Core):
-        found += [image.meta, image.data]
-        image = image.base
-    return found if image is None else [*found, image]
 
 
 async def open_target(
@@ -349,7 +287,7 @@ async def convert(
             target_format = target_format or format_of_name(target_name)
             target, more = await open_target(files, target_name, target_format, source.size, options, permission)
             on_device = files.files[-1].is_device
-            await _fill(_Named(source, source_name), target, target_name, progress, on_device=on_device)
+            await _fill(NamedSide(source, source_name), target, target_name, progress, on_device=on_device)
             await trio.to_thread.run_sync(files.publish)
     finally:
         with trio.CancelScope(shield=True):
@@ -364,7 +302,7 @@ async def _fill(source: Side, target: Side, name: str, progress: Progress, *, on
         if isinstance(target, Image) and on_device:
             header = await _withhold_header(target)
         over_base = isinstance(target, Image) and target.bitmap is not None
-        await copy(source, _Named(target, name), progress, over_base=over_base)
+        await copy(source, NamedSide(target, name), progress, over_base=over_base)
     except BaseException:
         with trio.CancelScope(shield=True):
             await _give_up(target)
@@ -400,32 +338,3 @@ async def _give_up(target: Side) -> None:
         target.writable = False  # nothing is committed
     with contextlib.suppress(OSError):
         await target.close()
-
-
-class _Named:
-    """A side whose errors name it."""
-
-    def __init__(self, side: Side, name: str) -> None:
-        self._side = side
-        self._name = name
-        self.size = side.size
-
-    async def read(self, offset: int, length: int) -> Buffer:
-        with named(self._name):
-            return await self._side.read(offset, length)
-
-    async def next_data(self, start: int, stop: int) -> int:
-        with named(self._name):
-            return await self._side.next_data(start, stop)
-
-    async def write(self, offset: int, data: Buffer) -> None:
-        with named(self._name):
-            await self._side.write(offset, data)
-
-    async def fsync(self) -> None:
-        with named(self._name):
-            await self._side.fsync()
-
-    async def close(self) -> None:
-        with named(self._name):
-            await self._side.close()
