@@ -10,7 +10,7 @@ import trio.testing
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fvdfs.cow.locks import RangeLock
+from fvdfs.cow.locks import Gate, RangeLock
 
 
 @pytest.mark.trio
@@ -263,3 +263,46 @@ async def real_times(claims: list[Claim]) -> Times:
 def test_each_waits_for_all_earlier_ones_that_overlap_and_no_others(claims: list[Claim]) -> None:
     clock = trio.testing.MockClock(autojump_threshold=0)
     assert trio.run(real_times, claims, clock=clock) == expected_times(claims)
+
+
+async def test_who_closes_a_gate_waits_for_those_inside_and_lets_nobody_in(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    gate, order = Gate(), list[str]()
+
+    async def close() -> None:
+        async with gate.closed():
+            order.append("closed")
+            assert not gate
+            await trio.sleep(1)
+            order.append("opens")
+
+    async def enter(name: str) -> None:
+        while gate.is_closed:
+            await gate.wait_until_open()
+        with gate.passed():
+            order.append(name)
+            await trio.sleep(1)
+            order.append(f"{name} leaves")
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(enter, "first")
+        await trio.testing.wait_all_tasks_blocked()
+        assert gate
+        nursery.start_soon(close)
+        await trio.testing.wait_all_tasks_blocked()
+        assert gate.is_closed
+        nursery.start_soon(enter, "second")
+    assert order == ["first", "first leaves", "closed", "opens", "second", "second leaves"]
+    assert not gate
+    assert not gate.is_closed
+
+
+async def test_who_gives_up_closing_a_gate_leaves_it_open(autojump_clock: trio.testing.MockClock) -> None:
+    gate = Gate()
+    gate.enter()
+    with trio.move_on_after(1):
+        async with gate.closed():
+            raise AssertionError
+    assert not gate.is_closed
+    gate.leave()

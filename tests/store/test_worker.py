@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+import functools
 import threading
 import time
 
 import pytest
 import trio
 
+from fvdfs.store.base import Done, result_of
 from fvdfs.store.worker import Worker
 
 
@@ -30,6 +33,29 @@ async def test_results_and_errors_come_back_to_who_asked() -> None:
         await worker.run(lambda: 1 // 0)
     assert await worker.run(lambda: threading.current_thread().name) == "results"
     worker.close()
+
+
+async def test_what_is_started_needs_no_task() -> None:
+    """Its result, or the errno of its OSError, is told."""
+    worker = Worker("started")
+
+    def fail() -> int:
+        raise OSError(errno.ENOSPC, "full")
+
+    assert await result_of(functools.partial(worker.start, lambda: 5)) == 5
+    with pytest.raises(OSError) as caught:
+        await result_of(functools.partial(worker.start, fail))
+    assert caught.value.errno == errno.ENOSPC
+    worker.close()
+
+
+async def test_a_result_may_be_there_at_once_or_not_come_from_here() -> None:
+    def at_once(done: Done) -> bool:
+        done(7)
+        return True
+
+    assert await result_of(at_once) == 7
+    assert await result_of(lambda _: False) is None
 
 
 async def test_one_thread_does_calls_in_order() -> None:
