@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Sequence
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+
+import trio
 
 from fvdfs.alloc.chunked import Spawn
 from fvdfs.format.profile import Extent
@@ -11,6 +15,8 @@ from fvdfs.image.image import Image
 from fvdfs.ops.inodes import Entry
 from fvdfs.prefetch.prefetcher import Prefetcher
 from fvdfs.prefetch.scheduler import Scheduler
+
+log = logging.getLogger(__name__)
 
 
 class Background:
@@ -22,6 +28,14 @@ class Background:
         self._record_profiles = record_profiles
         self.spawn: Spawn | None = None
         """Starts a task; None where there are none."""
+
+    @contextlib.asynccontextmanager
+    async def running(self) -> AsyncIterator[trio.Nursery]:
+        """Tasks can be started while this lasts, in this nursery; at its end they are cancelled."""
+        async with trio.open_nursery() as nursery:
+            self.spawn = lambda work: nursery.start_soon(_guard, work)
+            yield nursery
+            nursery.cancel_scope.cancel()
 
     def wants_to_write(self, image: Image) -> bool:
         """Whether an image that is only read has something to write all the same."""
@@ -67,6 +81,14 @@ class Background:
         profile_delay = max(0, image.header.profile_directed_prefetch_start_delay)
         self.spawn(functools.partial(prefetcher.run, profile=profile, profile_delay=profile_delay, delay=delay))
         return prefetcher
+
+
+async def _guard(work: Callable[[], Awaitable[None]]) -> None:
+    """Do what an image wants done; its failure must not end the mount."""
+    try:
+        await work()
+    except Exception:
+        log.exception("a task in the background has ended by an error")
 
 
 async def stop_prefetching(entry: Entry) -> None:

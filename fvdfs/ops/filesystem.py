@@ -1,8 +1,6 @@
 """The FUSE handlers: translate arguments, call the image, translate errors. No policy.
 
-pyfuse3 runs each request in a task of its own; READ, WRITE and FSYNC do not reach it (`device.py`). A request that
-fails in a way nobody foresaw is logged with its traceback and answered with EIO: it must not end the mount.
-"""
+pyfuse3 runs each request in a task of its own; READ, WRITE and FSYNC do not reach it (`device.py`)."""
 
 from __future__ import annotations
 
@@ -10,7 +8,6 @@ import enum
 import errno
 import functools
 import json
-import logging
 import os
 import stat
 from collections.abc import Callable, Coroutine, Sequence
@@ -21,10 +18,11 @@ import trio
 from pyfuse3 import EntryAttributes, FileHandleT, FileInfo, FileNameT, FlagT, FUSEError, InodeT, ModeT
 
 from fvdfs import xattrs
-from fvdfs.errors import FvdError, ImageBusy, NotPermitted, ReadOnlyImage, Refused, shortage
 from fvdfs.image.image import Image
 from fvdfs.image.map import image_map
 from fvdfs.ops import control
+from fvdfs.ops.answers import error_number
+from fvdfs.ops.commits import RegularCommits
 from fvdfs.ops.complaints import Complaints
 from fvdfs.ops.inodes import ROOT_INODE, Attributes, Entry
 from fvdfs.ops.kernel_limits import KernelLimits
@@ -32,15 +30,10 @@ from fvdfs.ops.openings import Openings
 from fvdfs.ops.requests import Fsync, Write
 from fvdfs.store.base import Pending
 
-log = logging.getLogger(__name__)
-
 P = ParamSpec("P")
 T = TypeVar("T")
 
 ATTRIBUTE_TIMEOUT = 3600.0  # seconds; the kernel itself drops what its own writes change
-COMMIT_INTERVAL = 5.0  # seconds after which a write is committed that nobody flushed
-# Errors that are plain answers, not worth a line in the log.
-_ANSWERS = frozenset({errno.ENOENT, errno.EPERM, errno.EROFS, errno.ESTALE, errno.ENAMETOOLONG, errno.ENODATA})
 # What nobody can do in a mount, and the answer. pyfuse3's own is ENOSYS; it stays where the kernel takes that for
 # "do not ask": poll, fsyncdir, access (it checks permissions itself), readlink (there are no links).
 NEVER_DONE = {
@@ -99,53 +92,15 @@ class Filesystem(pyfuse3.Operations):
         self._listings: dict[int, list[Entry]] = {}
         self._last_listing: list[Entry] = []
         self._next_handle = 1
-        self._written = trio.Event()
-        self._committing: set[Image] = set()
+        self.commits = RegularCommits(self.folder.inodes)
         self.daemon = b"{}"
         """What the mount says of the process that serves it (`xattrs.DAEMON`)."""
         self.complaints = Complaints()
         self.limits = KernelLimits()
 
     def fuse_error(self, error: BaseException, what: str) -> FUSEError:
-        """The answer to a request that failed, after saying in the log what only the log can say."""
-        if isinstance(error, FUSEError):
-            return error
-        if isinstance(error, OSError) and error.errno:
-            if error.errno not in _ANSWERS:
-                self.complaints.say(f"{what}: {error}", f"{what}: {os.strerror(error.errno)}")
-            return FUSEError(error.errno)
-        if isinstance(error, FvdError):
-            self.complaints.say(str(error), str(error))
-            if isinstance(error, ImageBusy):
-                return FUSEError(errno.EBUSY)
-            if isinstance(error, ReadOnlyImage):
-                return FUSEError(errno.EROFS)
-            if isinstance(error, NotPermitted):
-                return FUSEError(error.errno)
-            return FUSEError(errno.EACCES if isinstance(error, Refused) else shortage(error) or errno.EIO)
-        self.complaints.say(f"{what}: unforeseen error", f"{what}: {type(error).__name__}", trace=error)
-        return FUSEError(errno.EIO)
-
-    async def commit_regularly(self) -> None:
-        """Commit what nobody flushes, so that a crash loses no more than the last seconds. Runs for ever."""
-        async with trio.open_nursery() as nursery:
-            while True:
-                await self._written.wait()
-                await trio.sleep(COMMIT_INTERVAL)
-                self._written = trio.Event()
-                for entry in self.folder.inodes.open():
-                    image = entry.image
-                    if image is not None and image.committer.uncommitted and image not in self._committing:
-                        nursery.start_soon(self._commit, image)  # none waits for another one's disk
-
-    async def _commit(self, image: Image) -> None:
-        self._committing.add(image)
-        try:
-            await image.fsync()
-        except OSError as error:
-            log.error("%s: commit: %s", image.name, error)
-        finally:
-            self._committing.remove(image)
+        """The answer to a request that failed."""
+        return error if isinstance(error, FUSEError) else FUSEError(error_number(error, what, self.complaints))
 
     # --- attributes -----------------------------------------------------------------------------
 
@@ -397,7 +352,7 @@ class Filesystem(pyfuse3.Operations):
         return Write(self._handles[fh][0], self._images[fh], offset, data, stable=stable, written=self._note_write)
 
     def _note_write(self, entry: Entry) -> None:
-        self._written.set()
+        self.commits.note_write()
         self._was_written(entry)
 
     def _was_written(self, entry: Entry) -> None:

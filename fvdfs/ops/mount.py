@@ -203,15 +203,13 @@ async def _serve(
     async with trio.open_nursery() as last, use_ring() if options.io_uring else contextlib.nullcontext():
         last.start_soon(_end_in_time, filesystem, device, give_up)
         try:
-            async with trio.open_nursery() as nursery:
-                filesystem.openings.background.spawn = lambda work: nursery.start_soon(_guard, work)
+            async with filesystem.openings.background.running() as nursery:
                 nursery.start_soon(_obey_signals, options.mountpoint, filesystem, device, mount, reopen_log)
-                nursery.start_soon(filesystem.commit_regularly)
+                nursery.start_soon(filesystem.commits.run)
                 nursery.start_soon(filesystem.complaints.sum_up)
                 nursery.start_soon(_announce, filesystem, ready)
                 # One task each: requests for an image whose base hangs must not be all that there may be.
                 await device.serve(functools.partial(pyfuse3.main, max_tasks=MAX_REQUESTS))
-                nursery.cancel_scope.cancel()
         finally:
             with trio.CancelScope(shield=True):
                 await filesystem.openings.close_all()
@@ -245,14 +243,6 @@ def _end_at_once(left: list[Image], give_up: Callable[[], None]) -> NoReturn:
         give_up()
     logging.shutdown()
     os._exit(1 if left else 0)
-
-
-async def _guard(work: Callable[[], Awaitable[None]]) -> None:
-    """Run what an image wants done in the background; its failure must not end the mount."""
-    try:
-        await work()
-    except Exception:
-        log.exception("a task in the background has ended by an error")
 
 
 async def _announce(filesystem: Filesystem, ready: Callable[[], None]) -> None:

@@ -25,7 +25,7 @@ from fvdfs.errors import ImageError
 from fvdfs.format.header import HEADER_SIZE, Header, with_fields
 from fvdfs.image import chain
 from fvdfs.image.policy import Policy
-from fvdfs.ops.filesystem import COMMIT_INTERVAL
+from fvdfs.ops.commits import COMMIT_INTERVAL
 from support import reference
 from support.devices import loop_device, small_disk
 from support.mounts import MIB, Mount, fvdfs, mounted, must, wait_for_end, wait_for_log
