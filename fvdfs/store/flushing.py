@@ -69,12 +69,12 @@ class Flusher:
         """Whether the next write had better be done by `write_ahead`."""
         return self._single >= EXPECTED and self._ahead is None
 
-    def write_ahead(self, ring: uring.Ring, write: uring.Call, written: Callable[[int], None], size: int) -> None:
-        """Write `size` bytes, and flush at once; `written` is told the result of the write, and calls `changed`."""
+    def write_ahead(self, ring: uring.Ring, write: uring.Call, written: Callable[[list[int]], None], size: int) -> None:
+        """`ring.begin((write,), written)`, of `size` bytes, and a flush at once; `written` calls `changed`."""
         self._ahead = ahead = _Ahead()
 
         def first_ended(result: int) -> None:
-            written(result)
+            written([result])
             ahead.covers_all = result == size and self._changes == 1
 
         def ended(results: list[int]) -> None:

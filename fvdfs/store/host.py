@@ -211,24 +211,29 @@ class HostFile:
         if ring is None or self.may_hang or size > LARGE:
             return False
 
-        def written(count: int) -> None:
+        def ended(results: list[int]) -> None:
+            count = results[0]
             if count == size or (count < 0 and count not in uring.NOT_DONE):
                 self._flusher.changed()
                 done(count)
             else:
-                have = max(0, count)
-                self._writer.start(lambda: have + self.pwrite_now(data[have:], offset + have), rest_written)
-
-        def rest_written(count: int) -> None:
-            self._flusher.changed()
-            done(count)
+                self._complete_write(data, offset, max(0, count), done)
 
         write = (uring.WRITE, self._fd, data, offset)
         if self._flusher.is_expected:
-            self._flusher.write_ahead(ring, write, written, size)
+            self._flusher.write_ahead(ring, write, ended, size)
         else:
-            ring.begin((write,), lambda results: written(results[0]))
+            ring.begin((write,), ended)
         return True
+
+    def _complete_write(self, data: memoryview, offset: int, have: int, done: Done) -> None:
+        """Write what follows the first `have` bytes, by a thread."""
+
+        def ended(count: int) -> None:
+            self._flusher.changed()
+            done(count)
+
+        self._writer.start(lambda: have + self.pwrite_now(data[have:], offset + have), ended)
 
     async def pwrite(self, data: Buffer, offset: int) -> None:
         await self._writer.run(lambda: self.pwrite_now(data, offset))
