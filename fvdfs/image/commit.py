@@ -181,11 +181,17 @@ class Committer:
 
         return self._data.start_flush(ended)
 
-    async def checkpoint(self) -> None:
-        """A commit that leaves nothing in the journal. Raises OSError."""
+    async def checkpoint(self, *, clear_journal: bool = False) -> None:
+        """A commit to bitmap and table, after which no record of the journal counts. Raises OSError.
+
+        `clear_journal`: before a change that old records would undo. The journal is empty and stable then. A commit
+        between the two would lose its records.
+        """
         async with self._lock:
             with trio.CancelScope(shield=True):
                 await self._commit(checkpoint=True)
+                if clear_journal:
+                    await self._clear_journal()
 
     async def _commit(self, *, checkpoint: bool) -> None:
         self._check_failed()
@@ -294,16 +300,7 @@ class Committer:
         if not self.header.clean and self.header.has_metadata:
             if self._meta is not self._data:
                 await self._flush(self._meta)
-            await self.checkpoint()
-            if self.journal_is_bad:
-                await self.clear_journal()
-
-    async def clear_journal(self) -> None:
-        """Empty the journal, stably, before a change that old records would undo. Raises OSError."""
-        async with self._lock:
-            self._check_failed()
-            with trio.CancelScope(shield=True):
-                await self._clear_journal()
+            await self.checkpoint(clear_journal=self.journal_is_bad)
 
     async def _clear_journal(self) -> None:
         region = self.header.journal_region

@@ -82,10 +82,9 @@ class Resizer:
         if core.bitmap is not None:
             core.bitmap.shrink(core.bitmap.blocks)
         core.committer.data_written()
-        await core.committer.checkpoint()
-        if not self._journal_cleared:  # the original cuts a disk and leaves records of what was cut off
-            await core.committer.clear_journal()
-            self._journal_cleared = True
+        # The original cuts a disk and leaves records of what was cut off.
+        await core.committer.checkpoint(clear_journal=not self._journal_cleared)
+        self._journal_cleared = True
         await self._cut_base_range(core.header.virtual_disk_size)
         await core.committer.change_header(virtual_disk_size=size)
 
@@ -96,9 +95,10 @@ class Resizer:
 
     async def _shrink_to(self, size: int) -> None:
         core = self._core
-        await self._checkpoint_unclean()
+        if core.header.clean and core.header.has_metadata:
+            await core.committer.change_header(clean_shutdown=0)
         # From here on bits and entries go backwards: old records must not come back.
-        await core.committer.clear_journal()
+        await core.committer.checkpoint(clear_journal=True)
         self._journal_cleared = True
         header = core.header
         await self._shrink_header(size)
@@ -134,10 +134,3 @@ class Resizer:
             region = with_fields(header, base_img_size=size).bitmap_region
             bitmap_size = region.size if region is not None else header.bitmap_size
             await core.committer.change_header(base_img_size=size, bitmap_size=bitmap_size)
-
-    async def _checkpoint_unclean(self) -> None:
-        """Bitmap and table on disk are as in memory, and the header says that they may change."""
-        core = self._core
-        if core.header.clean and core.header.has_metadata:
-            await core.committer.change_header(clean_shutdown=0)
-        await core.committer.checkpoint()

@@ -68,6 +68,33 @@ def test_flushes_that_meet_a_commit_share_the_next(tmp_path: Path) -> None:
     trio.run(main)
 
 
+def test_growing_keeps_the_records_of_flushes_meanwhile(tmp_path: Path) -> None:
+    """It empties the journal, in which such a flush may just have put what it promised."""
+    next(layout for layout in LAYOUTS if layout.name == "cow-512").build(tmp_path)
+    files = read_files(tmp_path)
+
+    async def grow_and_write(stores: dict[str, MemoryStore]) -> None:
+        image = await load(stores)
+        await image.begin_writing()
+
+        async def write() -> None:
+            await image.write(100_000, b"flushed")
+            await image.fsync()
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(image.resize, image.size + 8192)
+            nursery.start_soon(write)
+
+    async def read(stores: dict[str, MemoryStore]) -> bytes:
+        return bytes(await (await load(stores)).read(100_000, 7))
+
+    for _ in range(20):  # trio's turns are in no order
+        stores = {name: MemoryStore(content, name, slow=True) for name, content in files.items()}
+        trio.run(grow_and_write, stores)
+        left = {name: MemoryStore(store.data, name) for name, store in stores.items()}
+        assert trio.run(read, left) == b"flushed"
+
+
 def test_disk_does_not_outgrow_the_format(tmp_path: Path) -> None:
     """Its header would be refused from then on."""
     LAYOUTS[0].build(tmp_path)
