@@ -400,12 +400,12 @@ async def test_a_cut_that_failed_does_not_give_back_what_is_in_use_again(tmp_pat
     checkpoint = image.committer.checkpoint
     calls = 0
 
-    async def fails() -> None:
+    async def fails(*, clear_journal: bool = False) -> None:
         nonlocal calls
         calls += 1
         if calls == 2:
             raise OSError(errno.ENOSPC, "no space")
-        await checkpoint()
+        await checkpoint(clear_journal=clear_journal)
 
     image.committer.checkpoint = fails  # type: ignore[method-assign]
     with pytest.raises(OSError, match="no space"):

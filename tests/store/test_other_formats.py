@@ -162,7 +162,7 @@ def test_a_base_on_an_nbd_server(folder: Path, content: bytes, tmp_path: Path) -
         expected = bytearray(content + bytes(2 * MIB))
         with mounted(folder) as mount:
             assert not mount.raw("a").exists()
-            assert "-o allow_url=nbd+unix://" in mount.log
+            assert "-o 'allow_url=nbd+unix://" in mount.log
         with mounted(folder, "-o", "allow_url=nbd+unix:///") as mount:
             assert mount.raw("a").read_bytes() == expected
             scribble(mount.raw("a"), expected, 3)

@@ -82,8 +82,8 @@ def images(folder: Path) -> Path:
         must("create", folder / f"{name}.fvd", "1M")
     (folder / "base.raw").write_bytes(bytes(MIB))
     for name in ("over", "over-fvd"):
-        must("create", folder / f"{name}.new", "--base", folder / "base.raw")
-    must("create", folder / "apart.new", "1M", "--data-file", "base.raw", "--force")
+        must("create", folder / f"{name}.new.fvd", "--base", folder / "base.raw")
+    must("create", folder / "apart.new.fvd", "1M", "--data-file", "base.raw", "--force")
     return folder
 
 
@@ -107,8 +107,8 @@ def test_a_name_that_leads_into_the_own_mount(images: Path, image: str, fields: 
     if "socket" in fields.get("base_img", ""):
         fields = {"base_img": f"nbd+unix:///?socket={images}/mnt/socket"}
     with mounted_at(images, images / "mnt", "-o", "allow_url=nbd+unix:///") as mount:
-        name_in_header(images / f"{image}.new", **{"base_img_fmt": "raw"} | fields)
-        os.rename(images / f"{image}.new", images / "bad.fvd")
+        name_in_header(images / f"{image}.new.fvd", **{"base_img_fmt": "raw"} | fields)
+        os.rename(images / f"{image}.new.fvd", images / "bad.fvd")
         must_be_refused(mount, "bad", "leads into this mount itself")
 
 
@@ -125,8 +125,8 @@ def test_a_mount_point_that_is_named_as_an_image(images: Path) -> None:
 
 def test_a_loop_device_on_a_file_of_the_own_mount(images: Path, tmp_path: Path) -> None:
     with mounted_at(images, tmp_path / "mnt", "-o", "base_path=/dev") as mount, loop_device(mount.raw("a")) as device:
-        name_in_header(images / "over.new", base_img=str(device), base_img_fmt="raw")
-        os.rename(images / "over.new", images / "bad.fvd")
+        name_in_header(images / "over.new.fvd", base_img=str(device), base_img_fmt="raw")
+        os.rename(images / "over.new.fvd", images / "bad.fvd")
         assert read(mount.raw("bad")) != 0
         wait_for_log(mount, "leads into this mount itself")
         assert read(mount.raw("other")) == 0
@@ -140,8 +140,8 @@ def test_a_file_system_on_a_disk_of_the_own_mount(images: Path, tmp_path: Path) 
             subprocess.run(["mount", device, tmp_path / "inside"], check=True, timeout=60)
             try:
                 (tmp_path / "inside" / "base.raw").write_bytes(bytes(4096))
-                name_in_header(images / "over.new", base_img=f"{tmp_path}/inside/base.raw", base_img_fmt="raw")
-                os.rename(images / "over.new", images / "bad.fvd")
+                name_in_header(images / "over.new.fvd", base_img=f"{tmp_path}/inside/base.raw", base_img_fmt="raw")
+                os.rename(images / "over.new.fvd", images / "bad.fvd")
                 assert read(mount.raw("bad")) != 0
                 wait_for_log(mount, "leads into this mount itself")
                 assert read(mount.raw("other")) == 0
@@ -154,8 +154,8 @@ def test_another_program_that_shows_the_own_mount(images: Path, tmp_path: Path) 
     with mounted_at(images, tmp_path / "mnt", "-o", f"base_path={tmp_path}") as mount:
         subprocess.run(["bindfs", mount.point, tmp_path / "shown"], check=True, timeout=30)
         try:
-            name_in_header(images / "over.new", base_img=f"{tmp_path}/shown/a.raw", base_img_fmt="raw")
-            os.rename(images / "over.new", images / "bad.fvd")
+            name_in_header(images / "over.new.fvd", base_img=f"{tmp_path}/shown/a.raw", base_img_fmt="raw")
+            os.rename(images / "over.new.fvd", images / "bad.fvd")
             must_be_refused(mount, "bad", "leads into this mount itself")
         finally:
             subprocess.run(["umount", "-l", tmp_path / "shown"], check=True)
@@ -167,14 +167,14 @@ def test_two_mounts_that_lead_to_each_other(tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
         (tmp_path / "base.raw").write_bytes(bytes(MIB))
         must("create", tmp_path / name / "other.fvd", "1M")
-        must("create", tmp_path / name / "bad.new", "--base", tmp_path / "base.raw")
+        must("create", tmp_path / name / "bad.new.fvd", "--base", tmp_path / "base.raw")
     with (
         mounted_at(tmp_path / "one", tmp_path / "mnt1", *options) as first,
         mounted_at(tmp_path / "two", tmp_path / "mnt2", *options) as second,
     ):
         for name, other in (("one", second), ("two", first)):
-            name_in_header(tmp_path / name / "bad.new", base_img=str(other.raw("bad")), base_img_fmt="raw")
-            os.rename(tmp_path / name / "bad.new", tmp_path / name / "bad.fvd")
+            name_in_header(tmp_path / name / "bad.new.fvd", base_img=str(other.raw("bad")), base_img_fmt="raw")
+            os.rename(tmp_path / name / "bad.new.fvd", tmp_path / name / "bad.fvd")
         for mount in (first, second):
             assert read(mount.raw("bad")) != 0
             wait_for_log(mount, "a mount of fvdfs: name the image itself")
