@@ -191,16 +191,22 @@ class Core:
 
     async def next_data(self, start: int, stop: int) -> int:
         """The first byte of [start, stop) of the disk that may be no zero, as `Store.next_data`. Raises OSError."""
-        known: dict[Store, tuple[int, int]] = {}  # from where to where a store holds nothing
+        holes: dict[Store, tuple[int, int]] = {}  # the last one found in each: where it was looked for, where it ends
+        for piece_start, piece_stop, store, where in self._pieces(start, stop):
+            first, end = holes.get(store, (0, -1))
+            if not first <= where <= end:
+                end = await store.next_data(where, where + stop - piece_start)
+                holes[store] = where, end
+            data = piece_start + end - where
+            if data < piece_stop:
+                return data
+        return stop
 
-        async def skip(store: Store, begin: int, at: int) -> int:
-            """How many bytes from `begin` on, byte `at` of the disk, are nowhere."""
-            first, data = known.get(store, (0, -1))
-            if not first <= begin <= data:
-                data = await store.next_data(begin, begin + stop - at)
-                known[store] = (begin, data)
-            return data - begin
+    def _pieces(self, start: int, stop: int) -> Iterator[tuple[int, int, Store, int]]:
+        """What of bytes [start, stop) is stored anywhere in the chain: (start, stop, store, offset in the store).
 
+        In order, without recursion: a chain may be of any depth.
+        """
         layers = [self._layer_runs(start, stop)]
         while layers:
             run = next(layers[-1], None)
@@ -212,23 +218,12 @@ class Core:
             if local:
                 for piece_start, piece_stop, where in image.storage.byte_runs(begin, end):
                     if where is not None:
-                        data = piece_start + await skip(image.data, where, piece_start)
-                        if data < piece_stop:
-                            return data
-            elif isinstance(base, Core):
-                if begin < base.size:
-                    layers.append(base._layer_runs(begin, min(end, base.size)))
-            else:
-                data = begin if base is None else begin + await skip(base, begin, begin)
-                if data < end:
-                    return data
-        return stop
-
-    def _layer_runs(self, start: int, stop: int) -> Iterator[tuple[Core, int, int, bool]]:
-        bitmap = self.bitmap
-        runs = read_runs(self.geometry, bitmap, start, stop) if bitmap is not None else ((start, stop, True),)
-        for run_start, run_stop, local in runs:
-            yield self, run_start, run_stop, local
+                        yield piece_start, piece_stop, image.data, where
+            elif not isinstance(base, Core):
+                assert base is not None
+                yield begin, end, base, begin
+            elif begin < base.size:
+                layers.append(base._layer_runs(begin, min(end, base.size)))
 
     async def write_out(self, start: int, stop: int) -> None:
         """Have stored bytes leave memory for the disk, where that is possible; promises nothing."""
