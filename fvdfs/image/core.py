@@ -225,6 +225,10 @@ class Core:
             elif begin < base.size:
                 layers.append(base._layer_runs(begin, min(end, base.size)))
 
+    def _layer_runs(self, start: int, stop: int) -> Iterator[tuple[Core, int, int, bool]]:
+        for run_start, run_stop, local in self.local_runs(start, stop):
+            yield self, run_start, run_stop, local
+
     async def write_out(self, start: int, stop: int) -> None:
         """Have stored bytes leave memory for the disk, where that is possible; promises nothing."""
         for run_start, run_stop, where in self.storage.byte_runs(start, min(stop, self.size)):
