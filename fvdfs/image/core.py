@@ -226,7 +226,10 @@ class Core:
                 layers.append(base._layer_runs(begin, min(end, base.size)))
 
     def _layer_runs(self, start: int, stop: int) -> Iterator[tuple[Core, int, int, bool]]:
-        for run_start, run_stop, local in self.local_runs(start, stop):
+        """As `local_runs`, but one at a time: a whole disk may have millions."""
+        bitmap = self.bitmap
+        runs = read_runs(self.geometry, bitmap, start, stop) if bitmap is not None else ((start, stop, True),)
+        for run_start, run_stop, local in runs:
             yield self, run_start, run_stop, local
 
     async def write_out(self, start: int, stop: int) -> None:
