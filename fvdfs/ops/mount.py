@@ -1,8 +1,8 @@
 """Serving a mount: from the mount system call to the last clean header.
 
-The mount point can lose its meaning while we serve: it is unmounted lazily, or something else is mounted over it,
-and files stay open, or a bind mount or another mount namespace keeps the mount. So what the kernel still has of a disk
-is asked for by inode number, and nothing is unmounted by a name that leads elsewhere.
+While we serve, the mount point may come to lead elsewhere: it is unmounted lazily while files stay open, or something
+else is mounted over it, or only a bind mount or another mount namespace keeps the mount. So what the kernel still holds
+of a disk is asked for by inode number, and nothing is unmounted by a name that leads elsewhere.
 """
 
 from __future__ import annotations
@@ -41,16 +41,16 @@ from fvdfs.store.uring import use_ring
 
 log = logging.getLogger(__name__)
 
-DRAIN_PATIENCE = 20.0  # seconds without a write of an image that the kernel still has something of
-DRAINS = 16  # side by side
-MAX_REQUESTS = 1 << 20
-GRACE = 2.0  # seconds in which everything has ended normally
+DRAIN_PATIENCE = 20.0  # seconds without a write to an image that the kernel still holds data of
+DRAINS = 16  # images that are drained side by side
+MAX_REQUESTS = 1 << 20  # tasks, and threads: no limit, since each image has its own
+GRACE = 2.0  # seconds in which everything normally ends
 END_PATIENCE = 10.0
-"""Seconds without progress after which the process ends although images are not closed: only bases on shares are waited
-for, and what was written is safe."""
+"""Seconds without progress after which the process ends although images are not closed, where only bases on shares are
+waited for: what was written is safe."""
 SAVE_PATIENCE = 120.0
 """The same while there is data to be saved, or a disk to be waited for."""
-GC_THRESHOLDS = (20_000, 50, 100)  # a request leaves little to be collected; the default looks every 700 objects
+GC_THRESHOLDS = (20_000, 50, 100)  # a request leaves little to collect; the default collects every 700 objects
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,7 +162,7 @@ def _look_before_mounting(options: MountOptions, point: str) -> None:
 
 
 def _forbid_ways_back(options: MountOptions, mount: MountPoint | None) -> None:
-    """Have nobody follow a path into the mount that was just made, or what stands on it. Raises UsageError."""
+    """Let no path be followed into the mount that was just made, or what stands on it. Raises UsageError."""
     policy = options.policy
     if mount is not None:
         policy.walker.own_device = mount.device
@@ -172,7 +172,7 @@ def _forbid_ways_back(options: MountOptions, mount: MountPoint | None) -> None:
 
 
 def _way_back(policy: Policy, path: str) -> str:
-    """Why the path must not be followed; empty where it may be, or cannot: whoever needs it will say so."""
+    """Why the path must not be followed; empty where it may be, or where it cannot: whoever needs it will say so."""
     try:
         policy.walker.check(path)
     except LeadsBack as error:
@@ -218,7 +218,7 @@ async def _serve(
 
 
 async def _end_in_time(filesystem: Filesystem, device: Device, give_up: Callable[[], None]) -> None:
-    """See to it that the process ends though something hangs that cannot be cancelled: a call to a share."""
+    """End the process even if something hangs that cannot be cancelled: a call to a share."""
     await device.ending.wait()
     await trio.sleep(GRACE)
     openings = filesystem.openings
@@ -279,8 +279,9 @@ async def _drain_kernel_cache(
 ) -> None:
     """Have the kernel hand over what it has accepted from writers but not yet sent to us, of all images side by side.
 
-    fsync does it in long pieces, where a path leads there still; what is left, inode by inode, in pages. It is done by
-    another process: a thread of ours that waits for our own answers could not end if we are killed meanwhile.
+    fsync does that in long pieces, while a path still leads there; otherwise it is done inode by inode, in pages.
+    Another process calls fsync: a thread of ours that waits for our own answers could not end if we are killed
+    meanwhile.
     """
     reachable = await trio.to_thread.run_sync(_is_still, mount)
     limiter = trio.CapacityLimiter(DRAINS)
@@ -308,7 +309,7 @@ async def _drain_kernel_cache(
 
 
 async def _while_written(work: Callable[[], Awaitable[None]], image: Image) -> bool:
-    """Do the work; False where it was given up since no write reaches the image any more."""
+    """Do the work; False where it was given up because no write reaches the image any more."""
     async with trio.open_nursery() as nursery:
         ended = trio.Event()
 
