@@ -1,0 +1,279 @@
+"""READ, WRITE and FSYNC without a mount: a `Device` between a kernel and a libfuse that the test plays."""
+
+from __future__ import annotations
+
+import errno
+import os
+import random
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import pyfuse3
+import pytest
+import trio
+import trio.testing
+
+from fvdfs.errors import UsageError
+from fvdfs.format.creation import CreateOptions
+from fvdfs.image.image import Image
+from fvdfs.image.policy import Policy
+from fvdfs.ops.background import Background
+from fvdfs.ops.device import Device
+from fvdfs.ops.filesystem import Filesystem, Sync
+from fvdfs.ops.folder import Folder
+from fvdfs.ops.inodes import ROOT_INODE
+from fvdfs.ops.openings import Openings
+from fvdfs.ops.wire import (
+    FATTR_FH,
+    FATTR_TIMES,
+    FUSE_NOTIFY_INVAL_INODE,
+    FUSE_SETATTR,
+    FUSE_WRITE_CACHE,
+    IN_HEADER,
+    SETATTR,
+)
+from fvdfs.store.host import HostFile
+from fvdfs.store.uring import use_ring
+from support.builder import KIB, create
+from support.fakes import SECTOR
+from support.kernel import GETATTR, MAX_WRITE, Kernel, Libfuse, run_device
+
+SIZE = 4096 * KIB
+BASE = random.Random(1).randbytes(SIZE // 2)
+ROOT: Any = ROOT_INODE
+CTX: Any = None
+Work = Callable[[Kernel, int], Awaitable[None]]
+
+
+class Served:
+    """An image, half of it over a base, open through the handlers; and who asks for it."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        (folder / "base.raw").write_bytes(BASE)
+        create(folder / "a.fvd", SIZE, CreateOptions(base_img="base.raw", block_size=4096), base_length=len(BASE))
+        self.folder = folder
+        self.monkeypatch = monkeypatch
+        self.device: Device
+        self.libfuse: Libfuse
+        self.inode = 0
+
+    def run(self, work: Work, *, sync: Sync = Sync.FLUSH, ring: bool = False) -> None:
+        """Have `work` ask; it gets the handle of the image."""
+        openings = Openings(Folder(str(self.folder), Policy(roots=(str(self.folder),))), Background())
+        filesystem = Filesystem(openings, writeback=True, shrink=False, sync=sync)
+
+        async def with_image(kernel: Kernel, device: Device, libfuse: Libfuse) -> None:
+            self.device, self.libfuse = device, libfuse
+            attributes = await filesystem.lookup(ROOT, pyfuse3.FileNameT(b"a.raw"), CTX)
+            self.inode = attributes.st_ino
+            info = await filesystem.open(attributes.st_ino, pyfuse3.FlagT(os.O_RDWR), CTX)
+            await work(kernel, info.fh)
+            await filesystem.release(info.fh)
+
+        async def with_ring(kernel: Kernel, device: Device, libfuse: Libfuse) -> None:
+            async with use_ring():
+                await with_image(kernel, device, libfuse)
+
+        run_device(filesystem, with_ring if ring else with_image, self.monkeypatch)
+
+
+@pytest.fixture
+def served(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Served:
+    return Served(folder, monkeypatch)
+
+
+def failing(code: int) -> Callable[..., Awaitable[Any]]:
+    async def fail(*_: object, **__: object) -> Any:
+        raise OSError(code, os.strerror(code))
+
+    return fail
+
+
+@pytest.mark.parametrize("ring", [False, True], ids=["threads", "ring"])
+@pytest.mark.parametrize("sync", Sync)
+def test_what_is_written_is_read(served: Served, sync: Sync, ring: bool) -> None:
+    async def work(kernel: Kernel, fh: int) -> None:
+        rng = random.Random(2)
+        content = bytearray(BASE.ljust(SIZE, b"\0"))
+        for size in (1, SECTOR, 5000, 64 * KIB, 64 * KIB + 1, MAX_WRITE):
+            offset = rng.randrange(SIZE - size)
+            data = content[offset : offset + size] = rng.randbytes(size)
+            assert await kernel.write(fh, offset, data) == size
+            await kernel.fsync(fh)
+            assert await kernel.read(fh, offset, size) == data
+        for offset in range(0, SIZE, MAX_WRITE):
+            assert await kernel.read(fh, offset, MAX_WRITE) == content[offset : offset + MAX_WRITE]
+        assert await kernel.read(fh, SIZE - 100, 4096) == content[-100:]
+        assert await kernel.read(fh, SIZE, 4096) == b""
+
+    served.run(work, sync=sync, ring=ring)
+
+
+@pytest.mark.parametrize("ring", [False, True], ids=["threads", "ring"])
+def test_requests_side_by_side_get_their_own_answers(served: Served, ring: bool) -> None:
+    async def work(kernel: Kernel, fh: int) -> None:
+        for first in range(0, 100, 5):
+            numbers = range(first, first + 5)
+            reads = {kernel.send_read(fh, number * 4096, 4096): number for number in numbers}
+            writes = [kernel.send_write(fh, len(BASE) + number * 4096, bytes([number]) * 4096) for number in numbers]
+            for unique, number in reads.items():
+                assert await kernel.answer(unique) == BASE[number * 4096 :][:4096]
+            for unique in writes:
+                await kernel.answer(unique)
+        for number in range(100):
+            assert await kernel.read(fh, len(BASE) + number * 4096, 4096) == bytes([number]) * 4096
+
+    served.run(work, ring=ring)
+
+
+def test_direct_io_of_no_whole_sector_is_refused(served: Served) -> None:
+    async def work(kernel: Kernel, fh: int) -> None:
+        for offset, size in ((1, SECTOR), (0, SECTOR - 1), (100, SECTOR - 100)):
+            for call in (
+                kernel.read(fh, offset, size, os.O_DIRECT),
+                kernel.write(fh, offset, bytes(size), os.O_DIRECT),
+            ):
+                with pytest.raises(OSError) as caught:
+                    await call
+                assert caught.value.errno == errno.EINVAL
+            assert await kernel.write(fh, offset, bytes(size), os.O_DIRECT, FUSE_WRITE_CACHE) == size, "a page"
+        assert await kernel.read(fh, SECTOR, SECTOR, os.O_DIRECT) == BASE[SECTOR : 2 * SECTOR]
+
+    served.run(work)
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.ENOSPC])
+def test_errors_reach_who_asked(served: Served, caplog: pytest.LogCaptureFixture, code: int) -> None:
+    async def work(kernel: Kernel, fh: int) -> None:
+        async def fails(call: Awaitable[object]) -> None:
+            with pytest.raises(OSError) as caught:
+                await call
+            assert caught.value.errno == code
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(HostFile, "pread_nowait", lambda *_: False)
+            patch.setattr(HostFile, "pread", failing(code))
+            await fails(kernel.read(fh, 0, 4096))
+            patch.setattr(HostFile, "pwrite", failing(code))
+            await fails(kernel.write(fh, len(BASE), bytes(4096)))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Image, "fsync", failing(code))
+            await fails(kernel.fsync(fh))
+        for what in ("read", "write", "fsync"):
+            assert any(f": {what}: " in record.getMessage() for record in caplog.records)
+        assert await kernel.read(fh, 0, 4096) == BASE[:4096], "it goes on"
+        assert await kernel.write(fh, 0, b"new") == 3
+        await kernel.fsync(fh)
+
+    served.run(work)
+
+
+def test_an_interrupt_changes_nothing(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing here can be interrupted: the request is answered once, when it has ended; others go on meanwhile."""
+
+    async def work(kernel: Kernel, fh: int) -> None:
+        begun, goes_on = trio.Event(), trio.Event()
+        read = HostFile.pread
+
+        async def waiting(file: HostFile, buffer: memoryview, offset: int) -> int:
+            begun.set()
+            await goes_on.wait()
+            return await read(file, buffer, offset)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(HostFile, "pread_nowait", lambda *_: False)
+            patch.setattr(HostFile, "pread", waiting)
+            slow = kernel.send_read(fh, 0, 4096)
+            with trio.fail_after(20):
+                await begun.wait()
+        kernel.interrupt(slow)
+        assert await kernel.write(fh, len(BASE), b"meanwhile") == 9
+        assert slow not in kernel.answers
+        goes_on.set()
+        assert await kernel.answer(slow) == BASE[:4096]
+        assert slow | 1 not in kernel.answered
+        assert served.libfuse.requests == []
+
+    served.run(work)
+
+
+def test_what_hangs_can_be_refused_and_is_waited_for(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the end of a mount: who waits gets EIO, and a request that ends after all is answered to nobody."""
+    ends: list[str] = []
+
+    async def work(kernel: Kernel, fh: int) -> None:
+        begun, goes_on = trio.Event(), trio.Event()
+
+        async def waiting(*_: object, **__: object) -> None:
+            begun.set()
+            await goes_on.wait()
+            ends.append("written")
+
+        monkeypatch.setattr(HostFile, "pwrite", waiting)
+        slow = kernel.send_write(fh, len(BASE), bytes(4096))
+        with trio.fail_after(20):
+            await begun.wait()
+        served.device.refuse_rest()
+        with pytest.raises(OSError) as caught:
+            await kernel.answer(slow)
+        assert caught.value.errno == errno.EIO
+        goes_on.set()
+        await trio.testing.wait_all_tasks_blocked(0.01)
+        assert ends == ["written"]
+
+    served.run(work)
+
+
+def test_other_requests_are_libfuses(served: Served) -> None:
+    """In between, and whole; so is what nobody knows."""
+
+    async def work(kernel: Kernel, fh: int) -> None:
+        for opcode, body in ((GETATTR, bytes(16)), (999, b""), (999, bytes(100_000))):
+            reading, other = kernel.send_read(fh, 0, 512), kernel.send(opcode, body)
+            with pytest.raises(OSError) as caught:
+                await kernel.answer(other)
+            assert caught.value.errno == errno.ENOSYS
+            assert await kernel.answer(reading) == BASE[:512]
+            request = served.libfuse.requests.pop()
+            assert IN_HEADER.unpack_from(request)[1:3] == (opcode, other)
+            assert request[IN_HEADER.size :] == body
+
+    served.run(work)
+
+
+def test_a_time_of_change_alone_is_remembered_at_once(served: Served) -> None:
+    async def work(kernel: Kernel, fh: int) -> None:
+        def send(valid: int) -> int:
+            return kernel.send(FUSE_SETATTR, SETATTR.pack(0, valid, 7, 8)[IN_HEADER.size :], served.inode)
+
+        assert len(await kernel.answer(send(FATTR_TIMES | FATTR_FH))) > 0
+        assert served.libfuse.requests == []
+        with pytest.raises(OSError) as caught:
+            await kernel.answer(send(FATTR_TIMES | 1))  # and the mode
+        assert caught.value.errno == errno.ENOSYS
+        assert len(served.libfuse.requests) == 1
+
+    served.run(work)
+
+
+def test_pages_are_forgotten_by_number(served: Served) -> None:
+    async def work(kernel: Kernel, fh: int) -> None:
+        await served.device.forget_pages(17)
+        code, data = await kernel.message(0)
+        assert -code == FUSE_NOTIFY_INVAL_INODE
+        assert int.from_bytes(data[:8], "little") == 17
+
+    served.run(work)
+
+
+def test_a_mount_whose_first_request_is_not_init_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    descriptors = set(os.listdir("/proc/self/fd"))
+
+    async def never(*_: object) -> None:
+        raise AssertionError
+
+    filesystem = Filesystem(Openings(Folder(str(folder), Policy()), Background()), writeback=True, shrink=False)
+    with pytest.raises(UsageError, match="not INIT"):
+        run_device(filesystem, never, monkeypatch, first=GETATTR)
+    assert set(os.listdir("/proc/self/fd")) == descriptors
