@@ -40,7 +40,7 @@ def paragraphs(page: str) -> Iterator[str]:
 
 
 @cache
-def tests_of(file: str) -> frozenset[str]:
+def names_in(file: str) -> frozenset[str]:
     tree = ast.parse((TESTS / file).read_text())
     functions = (node for node in tree.body if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef))
     return frozenset(node.name for node in functions if node.name.startswith("test_"))
@@ -65,7 +65,7 @@ def test_no_paragraph_is_without_a_test(page: str) -> None:
 def test_every_test_exists() -> None:
     named = [(test["file"], test["name"]) for test in TEST.finditer(INDEX.read_text())]
     assert len(named) > 100
-    assert [(file, name) for file, name in named if name not in tests_of(file)] == []
+    assert [(file, name) for file, name in named if name not in names_in(file)] == []
 
 
 def test_every_row_is_read() -> None:

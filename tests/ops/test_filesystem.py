@@ -206,17 +206,17 @@ async def test_a_change_of_attributes_is_one_of_the_image(images: Path, filesyst
     assert await answer(filesystem.setattr(ROOT, *attributes_to_set(st_mode=0o700), None, CTX)) == errno.EPERM
 
 
-async def test_the_time_of_change_is_only_remembered_while_the_image_is_written(images: Path) -> None:
-    for writeback in (True, False):
-        filesystem = new_filesystem(images, writeback=writeback)
-        inode = (await looked_up(filesystem)).st_ino
-        assert filesystem.set_mtime(inode, 5) is None, "closed"
-        async with opened(filesystem, os.O_RDONLY):
-            assert filesystem.set_mtime(inode, 5) is None
-        async with opened(filesystem):
-            remembered = filesystem.set_mtime(inode, 5)
-            assert (remembered is not None and remembered.st_mtime_ns == 5) is writeback
-        assert ((images / "a.fvd").stat().st_mtime_ns == 5) is writeback
+@pytest.mark.parametrize("writeback", [True, False])
+async def test_the_time_of_change_is_only_remembered_while_the_image_is_written(images: Path, writeback: bool) -> None:
+    filesystem = new_filesystem(images, writeback=writeback)
+    inode = (await looked_up(filesystem)).st_ino
+    assert filesystem.set_mtime(inode, 5) is None, "closed"
+    async with opened(filesystem, os.O_RDONLY):
+        assert filesystem.set_mtime(inode, 5) is None
+    async with opened(filesystem):
+        remembered = filesystem.set_mtime(inode, 5)
+        assert (remembered is not None and remembered.st_mtime_ns == 5) is writeback
+    assert ((images / "a.fvd").stat().st_mtime_ns == 5) is writeback
 
 
 async def test_an_image_that_was_resized_elsewhere_is_stale(images: Path, filesystem: Filesystem) -> None:

@@ -138,7 +138,7 @@ def test_direct_io_of_no_whole_sector_is_refused(served: Served) -> None:
                     await call
                 assert caught.value.errno == errno.EINVAL
             assert await kernel.write(fh, offset, bytes(size), os.O_DIRECT, FUSE_WRITE_CACHE) == size, "a page"
-        assert await kernel.read(fh, SECTOR, SECTOR, os.O_DIRECT) == BASE[SECTOR : 2 * SECTOR]
+        assert await kernel.read(fh, 4096, SECTOR, os.O_DIRECT) == BASE[4096 : 4096 + SECTOR]
 
     served.run(work)
 
