@@ -30,9 +30,20 @@ EQUIVALENT: dict[str, str] = {
     f"image: fsync: swapped {_HELD}: … flush | {_DIRTY}: … commit": (
         "base and image do not name each other's data; the answer waits for both"
     ),
-    f"resizing: _checkpoint_unclean: swapped {_UNCLEAN} | await core.committer.checkpoint()": (
+    f"resizing: _shrink_to: swapped {_UNCLEAN} | await core.committer.checkpoint(clear_journal=True)": (
         "a checkpoint that writes anything has clean_shutdown=0 stable before"
     ),
+    "resizing: _shrink_to: without core.committer.data_written()": (
+        "the simulations do not see it; test_what_a_cut_gives_back_is_stable_when_the_image_is_closed does"
+    ),
+    "image: begin_writing: without self.committer.data_written()": (
+        "the simulations do not see it; test_what_a_recovery_clears_is_stable_when_the_image_is_closed does"
+    ),
+    f"image: stop_writing: swapped if fetcher is not None: … close | {_HELD}: … close": (
+        "what the fetcher stores comes from the base, and does not go there"
+    ),
+    "chunked: give_back: swapped for first, stop in _runs((number for number in freed if number < used)): … zero | "
+    "if self._store.fixed_size: … resize, zero": "one is about chunks below the highest in use, one about those above",
     "image: begin_writing: swapped await self.committer.recover() | "
     "if self.base_may_be_written: … begin_base_writing": (
         "the second writes clean_shutdown=0 alone, which is there already where something is to be recovered"
@@ -44,7 +55,7 @@ EQUIVALENT: dict[str, str] = {
         "the profile has flushes of its own, and says nothing about the rest of the header"
     ),
 }
-"""Mutants that break nothing, and why."""
+"""Mutants that break nothing, and why; or the test that sees what they break."""
 
 
 @pytest.mark.slow

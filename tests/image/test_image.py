@@ -389,6 +389,41 @@ async def test_what_is_cut_off_on_a_device_reads_as_zeros_when_its_numbers_come_
     assert not any(store.data[start + 10 * 4096 : start + 64 * 4096])
 
 
+async def apart(tmp_path: Path, **changes: int) -> tuple[Image, CrashStore]:
+    """A compact image whose data file has a leftover behind its one chunk in use, with these fields of its header."""
+    path, data = tmp_path / "disk.fvd", tmp_path / "data"
+    options = CreateOptions(compact=True, chunk_size=4096, grow_unit=4096, data_file="data")
+    create(path, 64 * 4096, options)
+    stores = {name: CrashStore(content, name) for name, content in read_files(tmp_path).items()}
+    image = await load(stores)
+    await image.begin_writing()
+    await image.write(0, b"a" * 4096)
+    await image.close()
+    header = with_fields(image.header, **changes).encode()
+    meta = CrashStore(header + bytes(stores[IMAGE].data[len(header) :]), IMAGE)
+    store = CrashStore(bytes(stores["data"].data) + b"left" * 4096, "data")
+    assert data.name == store.name
+    image = await load({IMAGE: meta, "data": store})
+    await image.begin_writing()
+    return image, store
+
+
+async def test_what_a_recovery_clears_is_stable_when_the_image_is_closed(tmp_path: Path) -> None:
+    image, store = await apart(tmp_path, clean_shutdown=0)
+    await image.close()
+    for seed in range(8):
+        assert store.crash(random.Random(seed)).rstrip(b"\0") == b"a" * 4096
+
+
+async def test_what_a_cut_gives_back_is_stable_when_the_image_is_closed(tmp_path: Path) -> None:
+    image, store = await apart(tmp_path)
+    await image.write(4096, b"b" * 20 * 4096)
+    await image.resize(4096, shrink=True)
+    await image.close()
+    for seed in range(8):
+        assert store.crash(random.Random(seed)).rstrip(b"\0") == b"a" * 4096
+
+
 async def test_a_cut_that_failed_does_not_give_back_what_is_in_use_again(tmp_path: Path) -> None:
     path = tmp_path / "disk.fvd"
     create(path, 64 * 4096, CreateOptions(compact=True, chunk_size=4096, grow_unit=4096))

@@ -124,6 +124,8 @@ class Survivors:
         found = b"".join(reference.read_disk(self.folder / IMAGE))
         if closed:
             self.check(cut_short=cut_short)
+            if not (self.devices or self.has_leftovers):
+                self.check_behind()
             return found
         if strict:
             self.check(cut_short=cut_short, closed=False)
