@@ -59,6 +59,7 @@ EQUIVALENT: dict[str, str] = {
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_every_mutant_fails(tmp_path: Path) -> None:
     """Each change of the code that orders durable steps is noticed, but for those that change nothing."""
     simulations = Simulations(tmp_path)

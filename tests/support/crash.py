@@ -32,7 +32,7 @@ import os
 import random
 import struct
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -150,13 +150,12 @@ class Survivors:
 
     def check_behind(self) -> None:
         """What the next one to write would find in a new chunk."""
-        image = reference.Image(self.folder / IMAGE)
-        if image.table:
-            image.storage.seek(image.data_start + (max(image.owner, default=-1) + 1) * image.header.chunk_size)
-            rest = image.storage.read()
-            usable = len(rest) // image.header.chunk_size * image.header.chunk_size if self.devices else len(rest)
-            assert not any(rest[:usable]), "a crash has left something behind the highest chunk"
-        image.close()
+        with closing(reference.Image(self.folder / IMAGE)) as image:
+            if image.table:
+                image.storage.seek(image.data_start + (max(image.owner, default=-1) + 1) * image.header.chunk_size)
+                rest = image.storage.read()
+                usable = len(rest) // image.header.chunk_size * image.header.chunk_size if self.devices else len(rest)
+                assert not any(rest[:usable]), "a crash has left something behind the highest chunk"
 
 
 @contextmanager
