@@ -25,6 +25,7 @@ FVDFS_CRASH_EFFORT scales how many states are tried.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 import math
@@ -32,7 +33,7 @@ import os
 import random
 import struct
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -150,7 +151,7 @@ class Survivors:
 
     def check_behind(self) -> None:
         """What the next one to write would find in a new chunk."""
-        with closing(reference.Image(self.folder / IMAGE)) as image:
+        with contextlib.closing(reference.Image(self.folder / IMAGE)) as image:
             if image.table:
                 image.storage.seek(image.data_start + (max(image.owner, default=-1) + 1) * image.header.chunk_size)
                 rest = image.storage.read()
