@@ -34,13 +34,11 @@ import outcome
 import pyfuse3
 import trio
 
-from fvdfs.errors import UsageError
 from fvdfs.format.header import SECTOR
 from fvdfs.ops.wire import (
     FATTR_FH,
     FATTR_TIMES,
     FUSE_FSYNC,
-    FUSE_INIT,
     FUSE_INTERRUPT,
     FUSE_NOTIFY_INVAL_INODE,
     FUSE_READ,
@@ -112,34 +110,30 @@ class _Request:
 class Device:
     """/dev/fuse of one mount, and the socket that libfuse has instead of it."""
 
-    def __init__(self, requests: Requests, known: set[int], *, debug: bool = False) -> None:
-        """Exchange INIT on the mount that pyfuse3 has just made. `known`: the descriptors of /dev/fuse from before.
+    def __init__(self, requests: Requests, kernel: int, *, debug: bool = False) -> None:
+        """`kernel`: the descriptor of /dev/fuse, not used yet; `close` closes it.
 
         `debug`: log the requests that are answered here, as libfuse does with the others.
-        Raises UsageError where the kernel does not speak as expected.
         """
-        (self._libfuses,) = fuse_descriptors() - known
-        self._kernel = os.dup(self._libfuses)
-        self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        try:
-            for end in (self._socket, theirs):
-                end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _LARGEST)
-                end.setblocking(False)
-            max_write = self._exchange_init(theirs)
-        except BaseException:
-            self.close()
-            raise
-        finally:
-            theirs.close()
         self._requests = requests
         self._debug = debug
+        self._kernel = kernel
+        os.set_blocking(kernel, False)
+        self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        for end in (self._socket, theirs):
+            end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _LARGEST)
+            end.setblocking(False)
+        self.libfuses_end = f"/dev/fd/{theirs.detach()}"
+        """What libfuse is to take for a mount point; it closes it."""
         self._head = bytearray(TRANSFER.size)
-        self._max_write = max_write
+        self._max_write = 0  # bytes of the largest WRITE that the kernel sends, once INIT is exchanged
+        self._payload = memoryview(bytearray())
         self._spare: list[memoryview] = []
-        self._payload = self._take_buffer()
         self._idle: list[trio.lowlevel.Task] = []
         self._idle_limit = _IDLE_TASKS
         self._answered = 0  # when, ns
+        self.connected = trio.Event()
+        """Set when the kernel and libfuse have agreed on how to talk."""
         self.ending = trio.Event()
         """Set when the mount is gone, or is to go."""
         self._started = False  # whether a task was given work in this turn
@@ -148,39 +142,8 @@ class Device:
         self._ended: trio.Event | None = None
         self._to_libfuse, self._for_libfuse = trio.open_memory_channel[bytearray](math.inf)
 
-    def _exchange_init(self, theirs: socket.socket) -> int:
-        """Have libfuse answer INIT, and the kernel get the answer amended; the largest WRITE that it will send."""
-        request = os.read(self._kernel, _LARGEST)
-        if IN_HEADER.unpack_from(request)[1] != FUSE_INIT:
-            raise UsageError("the kernel's first request is not INIT: is another FUSE program attached to this mount?")
-        os.dup2(theirs.fileno(), self._libfuses, inheritable=False)
-        self._socket.send(request)
-        answer = amend(request, trio.run(self._first_answer))
-        os.write(self._kernel, answer)
-        os.set_blocking(self._kernel, False)
-        return int(INIT_OUT.unpack_from(answer, OUT_HEADER.size)[-1])
-
-    async def _first_answer(self) -> bytes:
-        """Have libfuse handle the one request that waits for it."""
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(pyfuse3.main)
-            await trio.lowlevel.wait_readable(self._socket)
-            nursery.cancel_scope.cancel()
-        return self._socket.recv(_LARGEST)
-
-    def close(self, *, unmount: bool = True) -> None:
-        """End the connection to the kernel. libfuse gets its descriptor back, so that it can unmount.
-
-        Without `unmount` it gets one that looks as if the mount were gone: it unmounts by name alone, and something
-        else may have the name.
-        """
-        if unmount:
-            os.dup2(self._kernel, self._libfuses, inheritable=False)
-        else:
-            reader, writer = os.pipe()
-            os.dup2(writer, self._libfuses, inheritable=False)
-            os.close(writer)
-            os.close(reader)  # with nobody who reads, poll() says POLLERR
+    def close(self) -> None:
+        """End the connection to the kernel."""
         os.close(self._kernel)
         self._socket.close()
 
@@ -218,9 +181,7 @@ class Device:
         """Answer what the kernel asks while `main`, pyfuse3's loop, does its part; then finish what is under way."""
         async with trio.open_nursery() as self._workers:
             async with trio.open_nursery() as lines:
-                lines.start_soon(self._receive)
-                lines.start_soon(self._pass_on)
-                lines.start_soon(self._hand_back)
+                lines.start_soon(self._converse, lines)
                 await main()
                 lines.cancel_scope.cancel()
             self._hand_back_now()
@@ -234,16 +195,38 @@ class Device:
 
     # --- requests ---------------------------------------------------------------------------------
 
+    async def _converse(self, lines: trio.Nursery) -> None:
+        """Exchange INIT, then all other messages, until the mount is gone."""
+        try:
+            await self._exchange_init()
+            lines.start_soon(self._pass_on)
+            lines.start_soon(self._hand_back)
+            await self._receive()
+        except OSError as error:
+            if error.errno != errno.ENODEV:
+                raise
+            self.terminate()
+
+    async def _exchange_init(self) -> None:
+        """Have libfuse answer INIT, the kernel's first request, and the kernel get the answer amended."""
+        await trio.lowlevel.wait_readable(self._kernel)
+        request = os.read(self._kernel, _LARGEST)
+        self._socket.send(request)
+        await trio.lowlevel.wait_readable(self._socket)
+        answer = amend(request, self._socket.recv(_LARGEST))
+        os.write(self._kernel, answer)
+        self._max_write = int(INIT_OUT.unpack_from(answer, OUT_HEADER.size)[-1])
+        self._payload = self._take_buffer()
+        self.connected.set()
+
     async def _receive(self) -> None:
+        """Raises OSError; ENODEV: it was unmounted."""
         while True:
             await trio.lowlevel.wait_readable(self._kernel)
             soon = time.perf_counter_ns() - self._answered < 2 * LINGER
             try:
                 self._take_turn(LINGER if soon else 0)
             except OSError as error:
-                if error.errno == errno.ENODEV:  # unmounted
-                    self.terminate()
-                    return
                 if error.errno not in (errno.ENOENT, errno.EINTR):  # a request was taken back
                     raise
 
@@ -472,15 +455,3 @@ class Device:
 
 def _given_up(_: Callable[[], None]) -> trio.lowlevel.Abort:
     return trio.lowlevel.Abort.SUCCEEDED
-
-
-def fuse_descriptors() -> set[int]:
-    """The open descriptors of /dev/fuse."""
-    found = set()
-    for name in os.listdir("/proc/self/fd"):
-        try:
-            if os.readlink(f"/proc/self/fd/{name}") == "/dev/fuse":
-                found.add(int(name))
-        except OSError:
-            continue  # the descriptor of this listing
-    return found

@@ -27,8 +27,9 @@ from fvdfs.errors import UsageError
 from fvdfs.image.image import Image
 from fvdfs.image.policy import Policy
 from fvdfs.logs import ReopenLog
+from fvdfs.ops.attach import attach, detach
 from fvdfs.ops.background import Background
-from fvdfs.ops.device import Device, fuse_descriptors
+from fvdfs.ops.device import Device
 from fvdfs.ops.filesystem import Filesystem, Sync
 from fvdfs.ops.folder import Folder
 from fvdfs.ops.inodes import Entry
@@ -85,50 +86,30 @@ def serve(options: MountOptions, ready: Callable[[], None], reopen_log: ReopenLo
     background = Background(scheduler, record_profiles=options.record_profiles)
     openings = Openings(Folder(options.folder, options.policy), background)
     filesystem = Filesystem(openings, writeback=options.writeback, shrink=options.shrink, sync=options.sync)
-    fuse_options = set(pyfuse3.default_options) | {
-        f"fsname={_escape(options.folder)}",
-        "subtype=fvdfs",
-    }
-    if options.allow_other:
-        fuse_options.add("allow_other")
-    if not options.policy.writable:
-        fuse_options.add("ro")
-    if options.debug:
-        fuse_options.add("debug")
-    claim = mounts.claim(options.mountpoint)
-    filesystem.daemon = json.dumps(_identity(claim)).encode()
-    descriptors = fuse_descriptors()
-    daemon.note_signals()
-    try:
-        pyfuse3.init(filesystem, options.mountpoint, fuse_options)
-    except RuntimeError as error:
-        raise UsageError(
-            f"{options.mountpoint}: cannot mount: {error}; is /dev/fuse there (package fuse3), and may you use it?"
-        ) from error
-    # Not by a look at the mount point: nothing is answered yet.
-    mount = next((mount for mount in reversed(mount_points()) if mount.path == point), None)
-    gc.freeze()
-    gc.set_threshold(*GC_THRESHOLDS)
-    try:
+    with contextlib.ExitStack() as stack:
+        if claim := mounts.claim(options.mountpoint):
+            stack.callback(claim.release)
+        filesystem.daemon = json.dumps(_identity(claim)).encode()
+        daemon.note_signals()
+        words = ["allow_other"] * options.allow_other + ["ro"] * (not options.policy.writable)
+        kernel = attach(options.mountpoint, options.folder, words)
+        # Not by a look at the mount point: nothing is answered yet.
+        mount = next((mount for mount in reversed(mount_points()) if mount.path == point), None)
+        stack.callback(_unmount, point, mount)
+        device = Device(filesystem, kernel, debug=options.debug)
+        stack.callback(device.close)
         _forbid_ways_back(options, mount)
-        device = Device(filesystem, descriptors, debug=options.debug)
+        pyfuse3.init(filesystem, device.libfuses_end, {"debug"} if options.debug else set())
+        stack.callback(pyfuse3.close)
+        gc.freeze()
+        gc.set_threshold(*GC_THRESHOLDS)
 
         def give_up() -> None:
             device.refuse_rest()
-            device.close(unmount=_is_still(mount))
-            pyfuse3.close()
-            if claim is not None:
-                claim.release()
+            stack.close()
 
-        try:
-            with filesystem.complaints.filtering():
-                trio.run(_serve, options, filesystem, device, mount, ready, reopen_log, give_up)
-        finally:
-            device.close(unmount=_is_still(mount))
-    finally:
-        pyfuse3.close()
-        if claim is not None:
-            claim.release()
+        with filesystem.complaints.filtering():
+            trio.run(_serve, options, filesystem, device, mount, ready, reopen_log, give_up)
 
 
 def _identity(claim: mounts.Claim | None) -> dict[str, object]:
@@ -146,6 +127,12 @@ def _is_still(mount: MountPoint | None) -> bool:
         return True
     there = [other.number for other in mount_points() if other.path == mount.path]
     return there[-1:] == [mount.number]
+
+
+def _unmount(point: str, mount: MountPoint | None) -> None:
+    """Unmount, unless the mount is gone, or something else has its place."""
+    if _is_still(mount):
+        detach(point)
 
 
 def _look_before_mounting(options: MountOptions, point: str) -> None:
@@ -182,12 +169,6 @@ def _way_back(policy: Policy, path: str) -> str:
     return ""
 
 
-def _escape(value: str) -> str:
-    """A value inside a comma-separated list of mount options, in ASCII."""
-    text = value.encode("ascii", "backslashreplace").decode()
-    return text.replace("\\", "\\\\").replace(",", "\\,")
-
-
 async def _serve(
     options: MountOptions,
     filesystem: Filesystem,
@@ -207,7 +188,7 @@ async def _serve(
                 nursery.start_soon(_obey_signals, options.mountpoint, filesystem, device, mount, reopen_log)
                 nursery.start_soon(filesystem.commits.run)
                 nursery.start_soon(filesystem.complaints.sum_up)
-                nursery.start_soon(_announce, filesystem, ready)
+                nursery.start_soon(_announce, filesystem, device, ready)
                 # One task each: requests for an image whose base hangs must not be all that there may be.
                 await device.serve(functools.partial(pyfuse3.main, max_tasks=MAX_REQUESTS))
         finally:
@@ -245,8 +226,9 @@ def _end_at_once(left: list[Image], give_up: Callable[[], None]) -> NoReturn:
     os._exit(1 if left else 0)
 
 
-async def _announce(filesystem: Filesystem, ready: Callable[[], None]) -> None:
-    """Say that the mount is ready, once the kernel and we have agreed on how to talk."""
+async def _announce(filesystem: Filesystem, device: Device, ready: Callable[[], None]) -> None:
+    """Say that the mount is ready, once requests are answered and the folder was looked at."""
+    await device.connected.wait()
     with trio.move_on_after(PATIENCE):
         try:
             await filesystem.folder.scan()

@@ -103,6 +103,14 @@ def test_a_user_without_privileges_mounts_and_uses_disks(users: Path) -> None:
     assert fvdfs_as(NOBODY, "info", users / "a.fvd").code == 0
 
 
+def test_why_a_user_cannot_mount_is_said_in_one_line(users: Path) -> None:
+    os.chown(users.parent / "disks", 0, 0)
+    done = fvdfs_as(NOBODY, "mount", users, users.parent / "disks")
+    assert done.code == 2
+    assert done.err.count("\n") == 1
+    assert f"{users.parent}/disks: cannot mount: user has no write access to mountpoint" in done.err
+
+
 def test_other_users_and_root_are_kept_out_unless_allowed(users: Path) -> None:
     with mounted_as(NOBODY, users) as point:
         for uid in (OTHER, 0):
