@@ -8,7 +8,7 @@ what a disk is used by. So these take a shorter way. All requests that the kerne
 2. what can be started without a task (`Pending.start`) is answered when it has ended;
 3. the rest is done by a task (`Pending.finish`).
 
-Everything else goes to libfuse through a socket that takes the place of its descriptor of /dev/fuse, and its answers
+Everything else goes to libfuse through a socket, which it was given for /dev/fuse (`attach.py`), and its answers
 come back that way. The messages are in `wire`.
 
 Direct I/O (O_DIRECT) that does not begin and end at a sector is answered with EINVAL, as by file systems on disks:
