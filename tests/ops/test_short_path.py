@@ -14,7 +14,6 @@ import pytest
 import trio
 import trio.testing
 
-from fvdfs.errors import UsageError
 from fvdfs.format.creation import CreateOptions
 from fvdfs.image.image import Image
 from fvdfs.image.policy import Policy
@@ -265,15 +264,3 @@ def test_pages_are_forgotten_by_number(served: Served) -> None:
         assert int.from_bytes(data[:8], "little") == 17
 
     served.run(work)
-
-
-def test_a_mount_whose_first_request_is_not_init_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    descriptors = set(os.listdir("/proc/self/fd"))
-
-    async def never(*_: object) -> None:
-        raise AssertionError
-
-    filesystem = Filesystem(Openings(Folder(str(folder), Policy()), Background()), writeback=True, shrink=False)
-    with pytest.raises(UsageError, match="not INIT"):
-        run_device(filesystem, never, monkeypatch, first=GETATTR)
-    assert set(os.listdir("/proc/self/fd")) == descriptors

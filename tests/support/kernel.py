@@ -18,7 +18,6 @@ import pyfuse3
 import pytest
 import trio
 
-from fvdfs.ops import device
 from fvdfs.ops.device import Device, Requests
 from fvdfs.ops.wire import FUSE_FSYNC, FUSE_INIT, FUSE_INTERRUPT, FUSE_READ, FUSE_WRITE, IN_HEADER, OUT_HEADER
 
@@ -128,27 +127,27 @@ class Libfuse:
         assert self._end is not None
         self._end.cancel()
 
+    def close(self) -> None:
+        """In the place of `pyfuse3.close`."""
+        os.close(self._descriptor)
+
 
 def run_device(
     requests: Requests,
     work: Callable[[Kernel, Device, Libfuse], Awaitable[None]],
     monkeypatch: pytest.MonkeyPatch,
-    *,
-    first: int = FUSE_INIT,
 ) -> None:
-    """Serve while `work` asks; then terminate, and wait for what is under way. `first`: the kernel's first request."""
+    """Serve while `work` asks; then terminate, and wait for what is under way."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with ours, theirs:
         for end in (ours, theirs):
             end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, BUFFER)
-        libfuse = Libfuse(theirs.fileno())
-        monkeypatch.setattr(device, "fuse_descriptors", lambda: {theirs.fileno()})
-        monkeypatch.setattr(pyfuse3, "main", libfuse.main)
-        monkeypatch.setattr(pyfuse3, "terminate", libfuse.terminate)
         kernel = Kernel(ours)
-        init = kernel.send(first, _INIT.pack(7, 38, 1 << 17, 0xFFFFFFFF))
-        served = Device(requests, set())
+        init = kernel.send(FUSE_INIT, _INIT.pack(7, 38, 1 << 17, 0xFFFFFFFF))
         ours.setblocking(False)
+        served = Device(requests, theirs.detach())
+        libfuse = Libfuse(int(os.path.basename(served.libfuses_end)))
+        monkeypatch.setattr(pyfuse3, "terminate", libfuse.terminate)
 
         async def main() -> None:
             async with trio.open_nursery() as outer:
@@ -164,3 +163,4 @@ def run_device(
             trio.run(main)
         finally:
             served.close()
+            libfuse.close()
