@@ -123,8 +123,8 @@ def _ended_by(error: BaseException) -> int:
     if isinstance(error, FvdError):
         daemon.complain(str(error))
         return error.exit_code
-    if isinstance(error, KeyboardInterrupt):
-        return 130
+    if isinstance(error, KeyboardInterrupt) or isinstance(error.__cause__, KeyboardInterrupt):
+        return 130  # the cause: where it came while a class was made, in an import, Python raises RuntimeError from it
     if isinstance(error, OSError):
         daemon.complain(mounts.explained(error))
     elif isinstance(error, MemoryError):
