@@ -349,10 +349,9 @@ async def test_an_error_that_a_flush_ahead_took_from_one_under_way(
     file: HostFile, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     flushes = Flushes(monkeypatch)
+    held = Told[Callable[[], None]]()
     async with uring.use_ring():
         await write_and_flush(file, EXPECTED)
-        flusher = file._flusher
-        ask = flusher.ask
 
         async def flush() -> None:
             with pytest.raises(OSError) as caught:
@@ -360,12 +359,14 @@ async def test_an_error_that_a_flush_ahead_took_from_one_under_way(
             assert caught.value.errno == errno.EIO
 
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(flush)
-            flusher.ask = lambda: None  # type: ignore[method-assign]  # nothing is learnt
-            await trio.lowlevel.checkpoint()
-            flusher.ask = ask  # type: ignore[method-assign]
+            with monkeypatch.context() as patch:
+                change_begin(patch, lambda _, done, first: (lambda results: held.tell(lambda: done(results)), first))
+                patch.setattr(file._flusher, "ask", lambda: None)  # nothing is learnt
+                nursery.start_soon(flush)
+                await held.wait(1)
             flushes.errors = [errno.EIO]
             await write_started(file)
+            held.pop()()
             assert flushes.errors == []
 
 
