@@ -22,6 +22,7 @@ from support.crash import EFFORT, SCENARIOS, SUBJECTS, Effort, Subject, applies,
 from support.fakes import SECTOR, Clock, CrashStore
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("subject", SUBJECTS, ids=lambda subject: subject.name)
 def test_every_state(subject: Subject, tmp_path: Path) -> None:
     counts = simulate(subject, tmp_path, Effort.scaled(EFFORT))

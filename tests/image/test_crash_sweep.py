@@ -38,12 +38,14 @@ def _quiet() -> Iterator[None]:
 layouts = pytest.mark.parametrize("layout", [small(layout) for layout in LAYOUTS], ids=lambda layout: layout.name)
 
 
+@pytest.mark.slow
 @layouts
 @pytest.mark.parametrize("fault", FAULTS)
 def test_faults(layout: Layout, fault: str, tmp_path: Path) -> None:
     assert inject_faults(layout, fault, tmp_path) > (30 if FAULTS[fault][0] == errno.EIO else 15)
 
 
+@pytest.mark.slow
 @layouts
 def test_power_cuts(layout: Layout, tmp_path: Path) -> None:
     """The power is cut after each change and flush."""

@@ -680,11 +680,13 @@ def run(layout: Layout, files_class: Callable[[Path, Path], Files], tmp_path: Pa
     assert counts.total() >= steps
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
 def test_in_memory(layout: Layout, tmp_path: Path) -> None:
     run(layout, MemoryFiles, tmp_path, STEPS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS[::5], ids=lambda layout: layout.name)
 def test_real_files(layout: Layout, tmp_path: Path) -> None:
     run(layout, RealFiles, tmp_path, STEPS // 4)

@@ -770,6 +770,7 @@ def test_an_idle_link_is_used(kind: Kind, fair: bool) -> None:
     assert whole >= (0.5 if kind is FASTEST else 0.88)
 
 
+@pytest.mark.slow
 @ORDERS
 @pytest.mark.parametrize("depth", [1, 4])
 @pytest.mark.parametrize("kind", [MEDIUM, SLOW, FAR, CAPPED, Kind("100 MB/s", 100e6)], ids=lambda kind: kind.name)
