@@ -112,14 +112,16 @@ def names_of(node: ast.AST) -> list[str]:
 
 @cache
 def defined() -> frozenset[str]:
-    """`module.name`, `module.Class.name` and `Class.name` of all that fvdfs defines."""
+    """All that fvdfs defines: `Class.name`; with its module, `module.name`; with its room, `room.module.name`."""
     found = set()
     for path in ROOT.glob("fvdfs/**/*.py"):
         for node in ast.parse(path.read_text()).body:
-            found |= {f"{path.stem}.{name}" for name in names_of(node)}
+            names = set(names_of(node))
             if isinstance(node, ast.ClassDef):
                 members = {f"{node.name}.{name}" for part in ast.walk(node) for name in names_of(part)}
-                found |= members | {f"{path.stem}.{member}" for member in members}
+                found |= members
+                names |= members
+            found |= {f"{module}.{name}" for module in (path.stem, f"{path.parent.name}.{path.stem}") for name in names}
     return frozenset(found)
 
 
