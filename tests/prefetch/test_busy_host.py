@@ -3,7 +3,7 @@
 Many simulations (`simulation.py`), each with caps, delays, images and chances of its own, in which programs wait
 for a processor for up to a tick of 4 ms on each of their ways. The bounds are those that a long series with real
 servers has to keep (`bench/series.py`): 0.9 of what `dd` gets in 19 of 20, and down to 0.3 within a second in 19
-of 20; with as much room as so few runs need.
+of 20; with as much room as chance needs in so few runs (`may_miss`).
 """
 
 from __future__ import annotations
@@ -26,6 +26,16 @@ CAPS = (2e6, 10e6, 50e6, 200e6)
 FAST = 1e9
 SECONDS = 8.0
 CAME, LEFT = 5.0, 9.0
+
+
+def may_miss(runs: int) -> int:
+    """How many runs may miss a bound that 19 of 20 keep: by chance alone, more do so in less than one series of ten."""
+    chance = 0.0
+    for missed in range(runs):
+        chance += math.comb(runs, missed) * 0.05**missed * 0.95 ** (runs - missed)
+        if chance > 0.9:
+            return missed
+    raise ValueError(runs)
 
 
 @dataclass(frozen=True)
@@ -110,8 +120,8 @@ def alone(host: Host, change: Callable[[SimulatedLink], None] | None = None) -> 
 def test_who_is_alone_gets_what_is_there() -> None:
     shares = {host: alone(host) / dd(host, SECONDS) for host in hosts()}
     missed = {host: share for host, share in shares.items() if share < 0.9}
-    assert len(missed) <= RUNS * 0.1, missed
-    assert min(shares.values()) > 0.6, missed
+    assert len(missed) <= may_miss(RUNS), missed
+    assert min(shares.values()) > 0.6, missed  # no promise: to find a run that has stopped for seconds
 
 
 @pytest.mark.slow
@@ -126,9 +136,10 @@ def test_a_rate_that_changes_for_good_is_ours(part: float) -> None:
 
         reference = dd(Host(host.seed, new, host.delay, 1, 0.1, host.policed, host.fair), SECONDS)
         shares[host] = alone(host, change) / reference
+    # Not 0.9: the change is looked into, which may go on in the time that is measured.
     missed = {host: share for host, share in shares.items() if share < 0.85}
-    assert len(missed) <= 2, missed
-    assert min(shares.values()) > 0.4, missed
+    assert len(missed) <= may_miss(len(shares)), missed
+    assert min(shares.values()) > 0.4, missed  # no promise: to find a run that holds the change against others for good
 
 
 @pytest.mark.slow
@@ -163,8 +174,8 @@ def test_a_rival_gets_the_link(depth: int, size: int) -> None:
         lost.append(1 - got / min(host.cap, dd(host, 4, depth, size)))
         well.append(gone <= 1 or lost[-1] < 0.2)
     print(sorted(lost))  # shown where it fails
-    assert sum(well) >= len(well) - 2
-    assert sum(lost) / len(lost) < 0.2
+    assert sum(well) >= len(well) - may_miss(len(well))
+    assert sum(lost) / len(lost) < 0.2  # on average no more than counts as room for both above
 
 
 def test_holes_are_no_measure_for_data() -> None:
@@ -179,7 +190,7 @@ def test_holes_are_no_measure_for_data() -> None:
             data = sum(entry.size for entry in logs[0].entries if entry.size > 4096 and entry.end > 5)
             return data / 25 / link.rate
 
-    assert simulate(main) > 0.8
+    assert simulate(main) > 0.8  # not 0.9: the holes between the data take time, too
 
 
 def test_a_base_of_holes_is_got_through() -> None:
@@ -207,7 +218,7 @@ def test_a_link_of_two_megabytes_is_used_whatever_the_images_minimum_says() -> N
             await trio.sleep(30)
             return rate(logs, 0, 30) / 2e6
 
-    assert simulate(main) > 0.9
+    assert simulate(main) > 0.9  # as whoever is alone gets
 
 
 def test_a_queue_that_is_long_before_anybody_comes_is_nobodys() -> None:
@@ -220,4 +231,4 @@ def test_a_queue_that_is_long_before_anybody_comes_is_nobodys() -> None:
             await trio.sleep(60)
             return rate(logs, 30, 60)
 
-    assert simulate(main) > 2e6
+    assert simulate(main) > 2e6  # no promise: to find prefetching that makes way for its own queue
