@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fvdfs.alloc.table import ENTRIES_PER_PAGE, NOT_JOURNALED, Table, decode_entries, new_table
+from fvdfs.alloc.table import ENTRIES_PER_PAGE, NOT_JOURNALED, Table, TooDamaged, decode_entries, new_table
 from fvdfs.format.header import MAX_CHUNKS, PAGE, UNALLOCATED
 
 ROOM = 1000  # chunks that the storage has room for, where it does not matter
@@ -89,6 +89,29 @@ def test_chunk_used_twice_on_two_pages() -> None:
     table = load({5: 7, ENTRIES_PER_PAGE + 5: 7, 2 * ENTRIES_PER_PAGE + 1: 8}, chunks=2 * ENTRIES_PER_PAGE + 2)
     assert table.shared == {5, ENTRIES_PER_PAGE + 5}
     assert table.highest == 8
+
+
+def test_damage_in_words() -> None:
+    assert load({0: 4, 3: 5}).damage == ""
+    table = load({0: 4, 3: 4, 5: 500}, room=100)
+    shared, beyond = "2 chunks share their place with others", "1 chunks lie past the end of the storage"
+    assert table.damage == f"chunk table: {shared}, {beyond}"
+    table.replay(7, [100])
+    assert table.damage == f"chunk table: {shared}, {beyond}, the journal names places past the end of the storage"
+
+
+def test_what_a_replay_puts_right_is_no_damage() -> None:
+    table = load({0: 4, 3: 4, 5: 6, 6: 6})
+    assert table.replay(3, [5]) is None
+    table.replay_done()
+    assert table.shared == {5, 6}
+
+
+def test_more_damage_than_can_be_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fvdfs.alloc.table.MAX_DAMAGED", 2)
+    assert load({0: 1, 1: 1, 2: 500}, room=100).damaged
+    with pytest.raises(TooDamaged):
+        load({0: 1, 1: 1, 2: 500, 3: 501}, room=100)
 
 
 def test_what_is_behind_the_last_entry_means_nothing() -> None:

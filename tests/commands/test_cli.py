@@ -17,7 +17,6 @@ from fvdfs.errors import ImageError
 from fvdfs.format.creation import CreateOptions, new_header
 from fvdfs.format.header import DEFAULT_PROFILE_ROOM, HEADER_SIZE
 from fvdfs.logs import LogFormatter
-from fvdfs.sizes import parse_size
 from support import reference
 from support.golden import GOLDEN, MANIFEST, extract
 from support.mounts import MIB, fvdfs, mounted, must
@@ -81,14 +80,6 @@ def test_create_writes_the_header_of_the_original(entry: dict[str, Any], folder:
         with open(image, "rb") as one, open(theirs, "rb") as other:
             assert one.read(HEADER_SIZE) == other.read(HEADER_SIZE)
     assert reference.check(image, "fvdfs") == []
-
-
-@pytest.mark.parametrize(
-    ("text", "size"),
-    [("512", 512), ("64K", 65536), ("10M", 10 << 20), ("20G", 20 << 30), ("2T", 2 << 40), ("1k", 1024)],
-)
-def test_sizes(text: str, size: int) -> None:
-    assert parse_size(text) == size
 
 
 @pytest.mark.parametrize("text", ["", "K", "-1", "1.5G", "10Q", "1KB", "0x10", "²"])

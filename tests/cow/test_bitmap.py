@@ -223,6 +223,17 @@ def test_shrink() -> None:
 
 
 @pytest.mark.parametrize(("start", "stop"), [(-1, 2), (3, 2), (0, 9)])
+def test_a_page_that_has_not_changed_stays_committed() -> None:
+    """Only of a page that has changed there is anything to note."""
+    bitmap = Bitmap(encode({BLOCKS_PER_PAGE}, 2 * PAGE), 2 * BLOCKS_PER_PAGE)
+    bitmap.set_local(0, 1)
+    bitmap.mark_committed(BLOCKS_PER_PAGE, BLOCKS_PER_PAGE + 1)
+    bitmap.pages_written([(1, encode({0}, PAGE))])
+    assert bitmap.all_committed(BLOCKS_PER_PAGE, BLOCKS_PER_PAGE + 1)
+    assert not bitmap.all_committed(0, 1)
+    assert bytes(bitmap.pages) == encode({0, BLOCKS_PER_PAGE}, 2 * PAGE)
+
+
 def test_range_must_lie_in_the_bitmap(start: int, stop: int) -> None:
     with pytest.raises(AssertionError):
         Bitmap(bytes(PAGE), 8).set_local(start, stop)

@@ -439,6 +439,9 @@ def test_recorder() -> None:
     recorder.touched(20480, 1 << 30, written=False)
     assert recorder.extents == [(4096, 12288), (0, 4096), (12288, 20480)]  # there is room for three
     recorder = Recorder(10 * 4096 + 512, 9)
+    recorder.touched(20480, 20580, written=True)  # too little of a page to spare its base
+    recorder.touched(11 * 4096, 12 * 4096, written=False)  # past the base
+    assert recorder.extents == []
     recorder.touched(20480, 24576 + 100, written=True)
     recorder.touched(20480, 1 << 30, written=False)
     assert recorder.extents == [(24576, 45056)]

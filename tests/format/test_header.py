@@ -353,6 +353,12 @@ def test_table_capacity() -> None:
     large = with_fields(last, metadata_size=0, data_file="data", virtual_disk_size=1025 * 12288, journal_size=0)
     assert large.table_capacity == 2048
     assert with_fields(last, journal_size=0, metadata_size=MAX_DISK_SIZE).table_capacity == MAX_CHUNKS
+    profile = {
+        "prefetch_profile_offset": 28672,
+        "prefetch_profile_entries": 1,
+        "unit_of_PrefetchProfileEntry_len": 4096,
+    }
+    assert with_fields(last, metadata_size=40960, journal_size=0, **profile).table_capacity == 2048, "up to a profile"
 
 
 # --- decoding and check ---------------------------------------------------------------------------

@@ -260,6 +260,13 @@ def test_record_of_a_kind_that_the_image_has_no_region_for(header: Header, bad: 
         assert metadata.allocated == {0: 1}
 
 
+def test_bitmap_records_from_before_the_base_was_let_go_are_normal() -> None:
+    """The original leaves them in the journal."""
+    header = with_fields(BOTH, all_data_in_fvd_img=1)
+    metadata = Metadata(header)
+    assert replay(full(entries(0, 1), bits(0, 4)), header, None, metadata.table) == []
+
+
 def test_sectors_are_counted_from_the_first_of_the_journal() -> None:
     skipped = replay(bytes(SECTOR) + full(bits(-1, 1)), FLAT, Metadata(FLAT).bitmap, None, first_index=40)
     assert place(skipped) == [(41, 0)]
