@@ -81,17 +81,14 @@ class Gate:
 
     def __init__(self) -> None:
         self._inside = 0
-        self._empty: trio.Event | None = None  # while it is closed
+        self.is_closed = False
+        """Whether nobody may enter."""
+        self._empty = trio.Event()
         self._open = trio.Event()
 
     def __bool__(self) -> bool:
         """Whether anybody is inside."""
         return self._inside > 0
-
-    @property
-    def is_closed(self) -> bool:
-        """Whether nobody may enter."""
-        return self._empty is not None
 
     async def wait_until_open(self) -> None:
         """Wait for the end of whoever closed it."""
@@ -103,7 +100,7 @@ class Gate:
 
     def leave(self) -> None:
         self._inside -= 1
-        if self._empty is not None and not self._inside:
+        if self.is_closed and not self._inside:
             self._empty.set()
 
     @contextmanager
@@ -118,12 +115,13 @@ class Gate:
     @asynccontextmanager
     async def closed(self) -> AsyncIterator[None]:
         """Keep all out while the block runs, which begins when the last one has left."""
-        self._empty = trio.Event()
+        self.is_closed = True
         try:
             if self._inside:
+                self._empty = trio.Event()
                 await self._empty.wait()
             yield
         finally:
-            self._empty = None
+            self.is_closed = False
             self._open.set()
             self._open = trio.Event()

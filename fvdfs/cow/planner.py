@@ -19,10 +19,8 @@ from __future__ import annotations
 import enum
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
 
 from fvdfs.cow.bitmap import Bitmap
-from fvdfs.format.header import ceil_div
 
 ZERO_UNIT = 64 << 10
 _ZEROS = bytes(ZERO_UNIT)
@@ -37,10 +35,12 @@ class Geometry:
 
     def blocks(self, start: int, stop: int) -> tuple[int, int]:
         """The blocks [first, end) of the base's range that bytes [start, stop) touch; may be empty."""
-        stop = min(stop, self.base_size)
+        if stop > self.base_size:
+            stop = self.base_size
         if start >= stop:
             return 0, 0
-        return start // self.block_size, ceil_div(stop, self.block_size)
+        size = self.block_size
+        return start // size, (stop + size - 1) // size
 
 
 def read_runs(geometry: Geometry, bitmap: Bitmap, start: int, stop: int) -> Iterator[tuple[int, int, bool]]:
@@ -59,7 +59,8 @@ def read_runs(geometry: Geometry, bitmap: Bitmap, start: int, stop: int) -> Iter
         yield at, stop, True
 
 
-class WritePlan(NamedTuple):
+@dataclass(slots=True)  # not frozen: that would triple what it costs to make one
+class WritePlan:
     """What a write does.
 
     Bytes [start, stop) are stored: those from the base in `head` and `tail` (None: nothing), with
@@ -80,7 +81,7 @@ def plan_write(geometry: Geometry, bitmap: Bitmap | None, start: int, stop: int)
     """How to store bytes [start, stop); without a bitmap there is no base."""
     first, end = geometry.blocks(start, stop)
     if bitmap is None or first == end or bitmap.all_local(first, end):
-        return WritePlan(start, stop, None, None, first, end, missing=False)
+        return WritePlan(start, stop, None, None, first, end, False)
     size = geometry.block_size
     head = tail = None
     if start > first * size and not bitmap.is_local(first):

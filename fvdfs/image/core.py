@@ -34,15 +34,13 @@ class OwnData:
         self._storage = storage
         self._committer = committer
 
-    def pread_nowait(self, view: memoryview, offset: int) -> bool:
-        return self._data.pread_nowait(view, offset)
-
     def start_pread(self, view: memoryview, offset: int, done: Done) -> bool:
         end = offset + len(view)
-        held = self._storage.holds(end)
+        if not self._storage.holds(end):
+            return self._data.start_pread(view, offset, done)
 
         def ended(count: int) -> None:
-            done(-errno.EIO if 0 <= count < len(view) and held and self._is_cut(end) else count)
+            done(-errno.EIO if 0 <= count < len(view) and self._is_cut(end) else count)
 
         return self._data.start_pread(view, offset, ended)
 

@@ -18,11 +18,13 @@ from fvdfs.store.base import Done, Store, together
 class _Source(Protocol):
     """What bytes are read from: a store, the storage of an image, the fetcher."""
 
-    def pread_nowait(self, view: memoryview, offset: int, /) -> bool: ...
-
     def start_pread(self, view: memoryview, offset: int, done: Done, /) -> bool: ...
 
     async def pread(self, view: memoryview, offset: int, /) -> int: ...
+
+
+class _QuickSource(_Source, Protocol):
+    def pread_nowait(self, view: memoryview, offset: int, /) -> bool: ...
 
 
 _Todo = list[tuple[_Source, memoryview, int]]
@@ -31,14 +33,13 @@ _Todo = list[tuple[_Source, memoryview, int]]
 class PendingRead:
     """A read that has to wait (`store.base.Pending`)."""
 
-    __slots__ = ("_count", "_done", "_ended", "_pending", "_todo")
+    __slots__ = ("_count", "_ended", "_pending", "_todo")
 
     def __init__(self, count: int, todo: _Todo, pending: set[PendingRead]) -> None:
         """A read of `count` bytes, of which some are still to be read; until its end it is one of those `pending`."""
         self._count = count
         self._todo = todo
         self._pending = pending
-        self._done: Done | None = None
         self._ended: trio.Event | None = None
         pending.add(self)
 
@@ -47,16 +48,16 @@ class PendingRead:
         if len(self._todo) != 1:
             return False
         source, view, offset = self._todo[0]
-        self._done = done
-        return source.start_pread(view, offset, self._started_has_ended)
 
-    def _started_has_ended(self, result: int) -> None:
-        assert self._done is not None
-        if result >= 0:
-            _zero(self._todo[0][1][result:])
-            result = self._count
-        self._end()
-        self._done(result)
+        def ended(result: int) -> None:
+            if result >= 0:
+                if result < len(view):
+                    _zero(view[result:])
+                result = self._count
+            self._end()
+            done(result)
+
+        return source.start_pread(view, offset, ended)
 
     async def finish(self) -> int:
         try:
@@ -121,7 +122,7 @@ class Reads:
             await read_padded(base, view, start)
 
 
-def _read_now(top: Core, start: int, view: memoryview, fetcher: _Source | None) -> _Todo:
+def _read_now(top: Core, start: int, view: memoryview, fetcher: _QuickSource | None) -> _Todo:
     """Fill the buffer with the disk's bytes from `start` on, as far as that needs no waiting; the rest.
 
     Goes down the chain of base images without recursion: a chain may be of any depth. `fetcher` reads the first base.
@@ -152,8 +153,8 @@ def _read_storage(image: Core, start: int, view: memoryview, todo: _Todo) -> Non
         piece = view[piece_start - start : piece_stop - start]
         if where is None:
             _zero(piece)
-        else:
-            _try(image.own, piece, where, todo)
+        elif not image.data.pread_nowait(piece, where):
+            todo.append((image.own, piece, where))
 
 
 def _zero_behind(base: Core, start: int, view: memoryview) -> memoryview:
@@ -163,7 +164,7 @@ def _zero_behind(base: Core, start: int, view: memoryview) -> memoryview:
     return view[:length]
 
 
-def _try(source: _Source, view: memoryview, offset: int, todo: _Todo) -> None:
+def _try(source: _QuickSource, view: memoryview, offset: int, todo: _Todo) -> None:
     if not source.pread_nowait(view, offset):
         todo.append((source, view, offset))
 

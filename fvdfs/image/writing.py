@@ -30,53 +30,41 @@ ONE_READ = 64 << 10  # bytes; a shorter write between two parts of the base has 
 class PendingWrite:
     """A write (`store.base.Pending`)."""
 
-    __slots__ = ("_bitmap", "_claim", "_data", "_done", "_offset", "_plan", "_writes")
+    __slots__ = ("_data", "_offset", "_writes")
 
     def __init__(self, writes: Writes, offset: int, data: memoryview) -> None:
         self._writes = writes
         self._offset = offset
         self._data = data
-        self._bitmap: Bitmap | None = None
-        self._plan: WritePlan | None = None
-        self._claim: Claim | None = None
-        self._done: Done | None = None
 
     def start(self, done: Done, /) -> bool:
         """Where one call to the storage is all that it takes; the data is a writable buffer."""
         writes, offset = self._writes, self._offset
-        stop = offset + len(self._data)
+        core, stop = writes.core, offset + len(self._data)
         where = writes.place(offset, stop)
         if where is None:
             return False
-        self._bitmap, plan = writes.plan(offset, stop)
-        if plan.head or plan.tail:
-            return False
+        bitmap, plan, claim = core.bitmap, plan_write(core.geometry, core.bitmap, offset, stop), None
         if plan.missing:
-            self._claim = writes.locks.hold_nowait(plan.first, plan.end)
-            if self._claim is None:
+            if plan.head or plan.tail:
                 return False
-        self._plan, self._done = plan, done
+            claim = writes.locks.hold_nowait(plan.first, plan.end)
+            if claim is None:
+                return False
+
+        def ended(result: int) -> None:
+            core.committer.data_written()
+            if result >= 0:
+                writes.stored(bitmap, plan)
+                writes.ended(offset, stop)
+            writes.leave(claim)
+            done(result)
+
         writes.gate.enter()
-        if writes.core.data.start_pwrite(self._data, where, self._started_has_ended):
-            return True
-        self._leave()
-        return False
-
-    def _started_has_ended(self, result: int) -> None:
-        writes = self._writes
-        assert self._plan is not None
-        assert self._done is not None
-        writes.core.committer.data_written()
-        if result >= 0:
-            writes.stored(self._bitmap, self._plan)
-            writes.ended(self._offset, self._offset + len(self._data))
-        self._leave()
-        self._done(result)
-
-    def _leave(self) -> None:
-        if self._claim is not None:
-            self._writes.locks.release(self._claim)
-        self._writes.gate.leave()
+        if not core.data.start_pwrite(self._data, where, ended):
+            writes.leave(claim)
+            return False
+        return True
 
     async def finish(self) -> int:
         """A disk that ends before is grown where the format can. Raises as `Image.write`."""
@@ -102,11 +90,6 @@ class Writes:
 
     # --- what both ways of a write share ----------------------------------------------------------
 
-    def plan(self, start: int, stop: int) -> tuple[Bitmap | None, WritePlan]:
-        """How to store bytes [start, stop), by the bitmap as it is now, which is to be told."""
-        bitmap = self.core.bitmap
-        return bitmap, plan_write(self.core.geometry, bitmap, start, stop)
-
     def stored(self, bitmap: Bitmap | None, plan: WritePlan) -> None:
         """All that was planned is in the storage; blocks that were missing are still held."""
         first, end = plan.first, plan.end
@@ -120,7 +103,8 @@ class Writes:
     def ended(self, start: int, stop: int) -> None:
         """A write was successful, and is about to be answered."""
         core = self.core
-        core.end = max(core.end, stop)
+        if stop > core.end:
+            core.end = stop
         if core.recorder is not None:
             core.recorder.touched(start, stop, written=True)
 
@@ -145,6 +129,12 @@ class Writes:
         ):
             return None
         return core.storage.place(start, stop)
+
+    def leave(self, claim: Claim | None) -> None:
+        """Let others have the blocks, and pass the gate."""
+        if claim is not None:
+            self.locks.release(claim)
+        self.gate.leave()
 
     # --- with one ---------------------------------------------------------------------------------
 
@@ -179,14 +169,14 @@ class Writes:
 
     async def _write(self, start: int, stop: int, data: memoryview) -> None:
         core = self.core
-        bitmap, plan = self.plan(start, stop)
+        bitmap, plan = core.bitmap, plan_write(core.geometry, core.bitmap, start, stop)
         shared = core.base_writer is not None and plan.first < plan.end
         if not plan.missing and not shared:
             await self._store(start, stop, data)
             self.stored(bitmap, plan)
             return
         async with self.locks.hold(plan.first, plan.end):
-            bitmap, plan = self.plan(start, stop)  # others held these blocks before
+            bitmap, plan = core.bitmap, plan_write(core.geometry, core.bitmap, start, stop)  # others held them before
             whole = await self._complete(plan, data) if plan.head or plan.tail else data
             await self._store(plan.start, plan.stop, whole)
             self.stored(bitmap, plan)

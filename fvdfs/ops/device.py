@@ -27,7 +27,6 @@ import socket
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
 from typing import Protocol
 
 import outcome
@@ -91,20 +90,7 @@ class Requests(Protocol):
         """The errno to answer a failed request with; logs what the errno does not tell."""
 
 
-_Main = Callable[[], Awaitable[None]]
-
-
-@dataclass(slots=True)
-class _Request:
-    """A READ, WRITE or FSYNC that is under way."""
-
-    unique: int
-    fh: int
-    what: str
-    """For the log."""
-    pending: Pending
-    answer: Callable[[int], None]
-    """Sends the answer, given the result."""
+_Work = Callable[[], Awaitable[None]]
 
 
 class Device:
@@ -177,7 +163,7 @@ class Device:
             if error.errno not in (errno.ENOENT, errno.ENODEV):  # it has nothing of it, or the mount is gone
                 raise
 
-    async def serve(self, main: _Main) -> None:
+    async def serve(self, main: _Work) -> None:
         """Answer what the kernel asks while `main`, pyfuse3's loop, does its part; then finish what is under way."""
         async with trio.open_nursery() as self._workers:
             async with trio.open_nursery() as lines:
@@ -293,70 +279,72 @@ class Device:
         if isinstance(found, int):
             self._answer_read(unique, buffer, found)
         else:
-            self._begin(_Request(unique, fh, "read", found, functools.partial(self._answer_read, unique, buffer)))
+            self._begin(unique, fh, "read", found, functools.partial(self._answer_read, unique, buffer))
 
     def _begin_write(self, unique: int, fh: int, offset: int, size: int) -> None:
         data = self._take(size)
         answer = functools.partial(self._answer_write, unique, data)
-        self._begin(_Request(unique, fh, "write", self._requests.begin_write(fh, offset, data), answer))
+        self._begin(unique, fh, "write", self._requests.begin_write(fh, offset, data), answer)
 
     def _begin_fsync(self, unique: int, fh: int) -> None:
         pending = self._requests.begin_fsync(fh)
         if pending is None:
             self._answer(unique)
         else:
-            self._begin(_Request(unique, fh, "fsync", pending, lambda _: self._answer(unique)))
+            self._begin(unique, fh, "fsync", pending, lambda _: self._answer(unique))
 
-    def _begin(self, request: _Request) -> None:
-        """Start it, and answer when it has ended; where it cannot be started, a task does it."""
+    def _begin(self, unique: int, fh: int, what: str, pending: Pending, answer: Callable[[int], None]) -> None:
+        """Start a request, and answer when it has ended, given the result; where it cannot be started, a task does it.
+
+        `what`: its name, for the log.
+        """
 
         def done(result: int) -> None:
             self._end()
-            self._unanswered.discard(request.unique)
+            self._unanswered.discard(unique)
             if result >= 0:
-                request.answer(result)
+                answer(result)
             else:
-                error = OSError(-result, os.strerror(-result))
-                self._refuse(request.unique, request.fh, request.what, error)
+                self._refuse(unique, fh, what, OSError(-result, os.strerror(-result)))
 
         self._begun += 1
-        self._unanswered.add(request.unique)
+        self._unanswered.add(unique)
         try:
-            started = request.pending.start(done)
+            started = pending.start(done)
         except Exception as error:
             self._end()
-            self._unanswered.discard(request.unique)
-            self._refuse(request.unique, request.fh, request.what, error)
+            self._unanswered.discard(unique)
+            self._refuse(unique, fh, what, error)
             return
         if not started:
             self._end()
-            self._have_done(request)
+            self._have_done(functools.partial(self._do, unique, fh, what, pending, answer))
 
-    def _have_done(self, request: _Request) -> None:
-        """Have a task do it, then answer: one that has nothing to do if there is one."""
+    def _have_done(self, work: _Work) -> None:
+        """Have a task do it: one that has nothing to do if there is one."""
         self._started = True
         if self._idle:
-            trio.lowlevel.reschedule(self._idle.pop(), outcome.Value(request))
+            trio.lowlevel.reschedule(self._idle.pop(), outcome.Value(work))
         else:
-            self._workers.start_soon(self._work, request)
+            self._workers.start_soon(self._work, work)
 
-    async def _work(self, request: _Request | None) -> None:
-        while request is not None:
-            await self._do(request)
+    async def _work(self, work: _Work | None) -> None:
+        while work is not None:
+            await work()
             if len(self._idle) >= self._idle_limit:
                 return
             self._idle.append(trio.lowlevel.current_task())
-            request = await trio.lowlevel.wait_task_rescheduled(_given_up)
+            work = await trio.lowlevel.wait_task_rescheduled(_given_up)
 
-    async def _do(self, request: _Request) -> None:
+    async def _do(self, unique: int, fh: int, what: str, pending: Pending, answer: Callable[[int], None]) -> None:
         try:
-            result = await request.pending.finish()
+            result = await pending.finish()
         except Exception as error:
-            self._refuse(request.unique, request.fh, request.what, error)
+            self._refuse(unique, fh, what, error)
         else:
-            request.answer(result)
+            answer(result)
         finally:
-            self._unanswered.discard(request.unique)
+            self._unanswered.discard(unique)
 
     def _refuse(self, unique: int, fh: int, what: str, error: Exception) -> None:
         """Answer a request that failed."""

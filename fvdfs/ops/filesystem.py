@@ -27,7 +27,7 @@ from fvdfs.ops.complaints import Complaints
 from fvdfs.ops.inodes import ROOT_INODE, Attributes, Entry
 from fvdfs.ops.kernel_limits import KernelLimits
 from fvdfs.ops.openings import Openings
-from fvdfs.ops.requests import Fsync, Write
+from fvdfs.ops.requests import DurableWrite, Fsync, Write
 from fvdfs.store.base import Pending
 
 P = ParamSpec("P")
@@ -348,8 +348,8 @@ class Filesystem(pyfuse3.Operations):
 
     def begin_write(self, fh: int, offset: int, data: memoryview, /) -> Pending:
         """`Image.write`; with `sync=always`, durable when it has ended."""
-        stable = self._sync is Sync.ALWAYS
-        return Write(self._handles[fh][0], self._images[fh], offset, data, stable=stable, written=self._note_write)
+        write = DurableWrite if self._sync is Sync.ALWAYS else Write
+        return write(self._handles[fh][0], self._images[fh], offset, data, self._note_write)
 
     def _note_write(self, entry: Entry) -> None:
         self.commits.note_write()

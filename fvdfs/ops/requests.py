@@ -14,59 +14,59 @@ from fvdfs.store.base import Done
 
 
 class Write:
-    """`Image.write`; with `stable`, durable when it has ended."""
+    """`Image.write`."""
 
-    __slots__ = ("_beyond", "_done", "_entry", "_image", "_pending", "_stable", "_written")
+    __slots__ = ("_beyond", "_entry", "_pending", "_written")
 
     def __init__(
-        self,
-        entry: Entry,
-        image: Image,
-        offset: int,
-        data: memoryview,
-        *,
-        stable: bool,
-        written: Callable[[Entry], None],
+        self, entry: Entry, image: Image, offset: int, data: memoryview, written: Callable[[Entry], None]
     ) -> None:
         """`written` is told that it was successful."""
         self._entry = entry
-        self._image = image
-        self._stable = stable
         self._written = written
         self._pending = image.begin_write(offset, data)
         self._beyond = offset + len(data) > image.end
-        self._done: Done | None = None
 
     def start(self, done: Done, /) -> bool:
-        if self._stable:
-            return False
-        self._done = done
-        return self._pending.start(self._started_has_ended)
+        def ended(result: int) -> None:
+            if result >= 0:
+                self._written(self._entry)
+            else:
+                self._failed()
+            done(result)
 
-    def _started_has_ended(self, result: int) -> None:
-        assert self._done is not None
-        if result >= 0:
-            self._written(self._entry)
-        else:
-            self._failed()
-        self._done(result)
+        return self._pending.start(ended)
 
     async def finish(self) -> int:
         try:
             count = await self._pending.finish()
             self._written(self._entry)
-            if self._stable:
-                await self._image.fsync()
-                await self._entry.change_time.store()
+            await self._make_durable()
         except Exception:
             self._failed()
             raise
         return count
 
+    async def _make_durable(self) -> None:
+        """That is for an fsync to do."""
+
     def _failed(self) -> None:
         """The kernel may have kept what could not be written, and believe that the disk is longer by it."""
         self._entry.cached = None
         self._entry.misjudged |= self._beyond
+
+
+class DurableWrite(Write):
+    """`Image.write`, and `Image.fsync`."""
+
+    def start(self, done: Done, /) -> bool:
+        return False
+
+    async def _make_durable(self) -> None:
+        image = self._entry.image
+        assert image is not None
+        await image.fsync()
+        await self._entry.change_time.store()
 
 
 class Fsync:
