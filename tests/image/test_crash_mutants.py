@@ -18,7 +18,7 @@ EQUIVALENT: dict[str, str] = {
     "commit: _write: without batch.data_written = True": (
         "blocks and chunks are reported along with their data: it is set already, or there are pages"
     ),
-    f"commit: recover: swapped {_META} | await self.checkpoint()": (
+    f"commit: recover: swapped {_META} | await self.checkpoint(clear_journal=self.journal_is_bad)": (
         "the checkpoint writes only what a replay has rebuilt, from records written after clean_shutdown=0 was stable"
     ),
     "writing: _store_zeros: swapped if start < core.geometry.base_size: … _prepare | try: … pwrite, zero": (
