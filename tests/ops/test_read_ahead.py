@@ -15,7 +15,7 @@ import pytest
 
 from fvdfs.image.loading import open_image
 from fvdfs.image.policy import Policy
-from fvdfs.store import host
+from fvdfs.store import filelock
 from fvdfs.store.host import open_path
 from support.mounts import MIB, Mount, mounted, must, wait_until
 
@@ -104,7 +104,7 @@ async def test_a_file_on_a_file_system_of_a_network_is_remote(folder: Path, monk
     image = await open_image(str(folder / "a.fvd"), Policy())
     assert not image.is_remote
     await image.close()
-    monkeypatch.setattr(host, "type_of_file_system", lambda fd: 0x6969)
+    monkeypatch.setattr(filelock, "type_of_file_system", lambda fd: 0x6969)
     image = await open_image(str(folder / "a.fvd"), Policy())
     assert image.is_remote
     await image.close()
