@@ -756,6 +756,7 @@ def first_second(logs: list[Log], start: float, good: Callable[[float], bool]) -
 
 @ORDERS
 @pytest.mark.parametrize("kind", LINKS, ids=lambda kind: kind.name)
+@pytest.mark.slow
 def test_an_idle_link_is_used(kind: Kind, fair: bool) -> None:
     end = 0.9 if kind is FASTEST else 6.0 if kind is CAPPED else 12.0
 
@@ -852,6 +853,7 @@ def test_a_slow_disk_is_used() -> None:
 
 @ORDERS
 @pytest.mark.parametrize("different", [False, True], ids=["alike", "different"])
+@pytest.mark.slow
 def test_ten_images_share_fairly(different: bool, fair: bool) -> None:
     async def main() -> list[float]:
         link = MEDIUM.make(fair=fair)
@@ -891,6 +893,7 @@ def test_who_was_paused_is_not_owed_the_time() -> None:
 
 
 @pytest.mark.parametrize("jobs", [1, 4])
+@pytest.mark.slow
 def test_fifty_images_keep_to_the_jobs(jobs: int) -> None:
     async def main() -> tuple[int, float]:
         link = MEDIUM.make()
