@@ -91,7 +91,6 @@ FIRST_YIELD = 0.75  # seconds
 MAX_YIELD = 4.0
 SHARE = 8  # one part in so many of the time has a request of ours under way while others are there
 LONGEST_REST = 2.0  # seconds between such requests
-HALVED = 0.67  # of the normal progress: so one more client would have it who takes as much as we do
 DOUBTS = 2  # times that a link that is no slower alone is left to others all the same, after they were found there
 LASTING = 3  # times that others have to be found, one after the other, until the original's rule counts
 FIRST_RECHECK = 2.0  # seconds after which it is looked again whether less progress was of our own making
@@ -395,9 +394,7 @@ class LinkWatch:
             self._contended(now, seconds)
         elif all(sum(not probe.late for probe in kind) > KIND - LATE for kind in kinds):
             # No slower alone than in a crowd of our own: the link is slower than it was. Or that was measured badly.
-            slow = 2 * sum(probe.slow for probe in self._probes) > KIND
-            halved = self.rate.fast < HALVED * self.rate.normal
-            if self._doubts < DOUBTS and ((self._found and slow) or halved):
+            if self._found and self._doubts < DOUBTS and 2 * sum(probe.slow for probe in self._probes) > KIND:
                 self._doubts += 1
                 self._contended(now, seconds)
             else:

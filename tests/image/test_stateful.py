@@ -50,7 +50,7 @@ from support.fakes import (
 
 T = TypeVar("T")
 
-STEPS = int(os.environ.get("FVDFS_STATEFUL_STEPS", "1000"))
+STEPS = int(os.environ.get("FVDFS_STATEFUL_STEPS", "500"))
 SEED = os.environ.get("FVDFS_STATEFUL_SEED", "")
 STEPS_PER_EXAMPLE = 40
 MAX_LENGTH = 200 * KIB

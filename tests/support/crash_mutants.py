@@ -252,7 +252,7 @@ class Simulations:
             SCENARIOS[scenario](sim_of)
 
 
-EFFORT = Effort(states=24, second_cuts=0, kills=1)
+EFFORT = Effort(states=12, second_cuts=0, kills=1)
 
 
 @contextlib.contextmanager
