@@ -156,6 +156,11 @@ class Prefetcher:
         self._whole = True
         self._resume.set()
         self._now.set()
+
+    async def _wait_for_now(self, seconds: float) -> None:
+        """Wait so long, or until `go_on` is called, or not at all where it has been."""
+        with trio.move_on_after(seconds):
+            await self._now.wait()
         self._now = trio.Event()
 
     async def stop(self) -> None:
@@ -197,8 +202,7 @@ class Prefetcher:
             return
         if start > trio.current_time():
             self._state, self._reason = Activity.WAITING, "its delay is not over"
-            with trio.move_on_at(start):
-                await self._now.wait()
+            await self._wait_for_now(start - trio.current_time())
         with self._sharing(link, Activity.RUNNING) as flow:
             await self._fetch_all(flow, fetcher)
 
@@ -232,8 +236,7 @@ class Prefetcher:
                 if self.copied > before:
                     retry = FIRST_RETRY
                 self._fail(failure, retry)
-                with trio.move_on_after(retry):
-                    await self._now.wait()
+                await self._wait_for_now(retry)
                 retry = min(2 * retry, MAX_RETRY)
                 self._state = Activity.RUNNING
             else:

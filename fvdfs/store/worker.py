@@ -50,13 +50,21 @@ class Worker:
 
     def start(self, call: Callable[[], int], done: Done) -> bool:
         """Do the call without a task, and tell `done`, later, what it returns, or the errno of its OSError."""
-        self._queue_call(call, lambda ended: done(_result(ended)))
+        try:
+            self._queue_call(call, lambda ended: done(_result(ended)))
+        except OSError as error:
+            done(-(error.errno or errno.EIO))
         return True
 
     def _queue_call(self, call: Callable[[], Any], tell: _Tell) -> None:
         if self._queue.qsize() >= self._idle and self._threads < self._limit:
-            self._threads += 1
-            threading.Thread(target=self._work, name=self._name, daemon=True).start()
+            try:
+                threading.Thread(target=self._work, name=self._name, daemon=True).start()
+            except RuntimeError as error:  # the host has no room for one more
+                if not self._threads:
+                    raise OSError(errno.ENOMEM, f"{self._name}: {error}") from error
+            else:
+                self._threads += 1
         self._queue.put((call, tell, trio.lowlevel.current_trio_token()))
 
     def close(self) -> None:

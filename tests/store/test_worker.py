@@ -140,3 +140,20 @@ def test_threads_end_with_the_worker() -> None:
     while threads("ends"):
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+async def test_a_thread_that_cannot_be_started_fails_the_call_and_no_later_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    worker = Worker("worker")
+
+    def fails(_: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", fails)
+        told: list[int] = []
+        assert worker.start(lambda: 0, told.append)
+        assert told == [-errno.ENOMEM]
+        with pytest.raises(OSError, match="start new thread"):
+            await worker.run(lambda: 1)
+    assert await worker.run(lambda: 2) == 2
+    worker.close()
