@@ -100,10 +100,9 @@ class Resizer:
         # From here on bits and entries go backwards: old records must not come back.
         await core.committer.checkpoint(clear_journal=True)
         self._journal_cleared = True
-        header = core.header
         await self._shrink_header(size)
         core.size = size
-        core.geometry = Geometry(header.block_size, core.header.base_size)
+        core.geometry = Geometry(core.header.block_size, core.header.base_size)
         if core.bitmap is not None:
             core.bitmap.shrink(core.header.blocks)
         await core.storage.shrink(size)
