@@ -37,7 +37,7 @@ from fvdfs.ops.openings import Openings
 from fvdfs.prefetch.pressure import DiskPressure
 from fvdfs.prefetch.scheduler import DEFAULT_JOBS, Scheduler
 from fvdfs.store.mountinfo import MountPoint, mount_points
-from fvdfs.store.paths import PATIENCE, LeadsBack, NoAnswer, Walker, in_time, real_path, within
+from fvdfs.store.paths import PATIENCE, LeadsBack, NoAnswer, in_time, real_path, within
 from fvdfs.store.uring import use_ring
 
 log = logging.getLogger(__name__)
@@ -161,18 +161,12 @@ def _forbid_ways_back(options: MountOptions, mount: MountPoint | None) -> None:
 def _way_back(policy: Policy, path: str) -> str:
     """Why the path must not be followed; empty where it may be, or where it cannot: whoever needs it will say so."""
     try:
-        _check(policy.walker, path)
+        policy.walker.check(path)
     except LeadsBack as error:
         return error.reason
     except (OSError, NoAnswer):
         pass
     return ""
-
-
-def _check(walker: Walker, path: str | bytes) -> None:
-    """`Walker.check` in a thread that does nothing else."""
-    with walker.looking():
-        walker.check(path)
 
 
 async def _serve(
@@ -253,9 +247,7 @@ async def _obey_signals(
             while daemon.noted:
                 number = daemon.noted.pop(0)
                 if number == daemon.HANGUP:
-                    await trio.to_thread.run_sync(
-                        reopen_log, functools.partial(_check, filesystem.folder.policy.walker)
-                    )
+                    await trio.to_thread.run_sync(reopen_log, filesystem.folder.policy.walker.check)
                     continue
                 log.info("%s: signal %s", mountpoint, signal.Signals(number).name)
                 await _drain_kernel_cache(mountpoint, filesystem, device, mount)

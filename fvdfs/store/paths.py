@@ -140,19 +140,26 @@ class Walker:
 
     @contextlib.contextmanager
     def looking(self, *, patient: bool = False) -> Iterator[None]:
-        """What this thread does meanwhile may take long: others learn from it where not to go.
+        """What this thread does meanwhile may take long: others learn from it where not to go. May be nested.
 
         A patient thread waits for a share all the same.
         """
         thread = threading.get_ident()
-        if patient:
-            self._patient.add(thread)
+        with self._lock:
+            before = self._inside.get(thread)
+            becomes_patient = patient and thread not in self._patient
+            if becomes_patient:
+                self._patient.add(thread)
         try:
             yield
         finally:
             with self._lock:
-                self._inside.pop(thread, None)
-                self._patient.discard(thread)
+                if before is None:
+                    self._inside.pop(thread, None)
+                else:
+                    self._inside[thread] = before
+                if becomes_patient:
+                    self._patient.discard(thread)
 
     def enter(self, device: int) -> None:
         """This thread is about to ask a device. Raises NoAnswer where another one has waited there for long."""
@@ -254,7 +261,7 @@ class Walker:
 
     def check(self, path: str | bytes) -> None:
         """Raise LeadsBack where the path, as far as it exists, leads back. Raises NoAnswer, OSError of another kind."""
-        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        with self.looking(), contextlib.suppress(FileNotFoundError, NotADirectoryError):
             os.close(self.open(path))
 
     def _open(self, path: bytes, above: frozenset[int]) -> int:

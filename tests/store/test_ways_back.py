@@ -11,13 +11,16 @@ import os
 import signal
 import subprocess
 import tempfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from fvdfs.format.header import HEADER_SIZE, Header, with_fields
+from fvdfs.store import paths
 from fvdfs.store.mountinfo import mount_points
+from fvdfs.store.paths import Walker
 from support.devices import loop_device
 from support.mounts import MIB, Mount, fvdfs, must, wait_for_end, wait_for_log
 
@@ -234,3 +237,16 @@ def test_a_folder_inside_a_mount_of_fvdfs(images: Path, tmp_path: Path) -> None:
     (tmp_path / "again").mkdir()
     with mounted_at(images, tmp_path / "mnt") as mount:
         must_not_mount(mount.point, tmp_path / "again", "a mount of fvdfs")
+
+
+def test_a_check_leaves_no_thread_behind_as_waiting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor does it end the look that it is a part of."""
+    monkeypatch.setattr(paths, "is_share", lambda device: True)
+    walker, thread = Walker(own_device=0), threading.get_ident()
+    walker.check(str(tmp_path))
+    assert not walker.is_at_share(thread)
+    with walker.looking():
+        walker.enter(1)
+        walker.check(str(tmp_path))
+        assert walker.is_at_share(thread)
+    assert not walker.is_at_share(thread)
