@@ -12,13 +12,14 @@ import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from fvdfs.commands.create import create_image
 from fvdfs.format.creation import CreateOptions
 from support import reference
-from support.mounts import FVDFS, MIB, fvdfs, mounted, must, wait_for_end, wait_for_log, wait_until
+from support.mounts import FVDFS, MIB, fvdfs, mounted, must, running, wait_for_end, wait_for_log, wait_until
 
 HARMLESS = ["SIGHUP", "SIGPIPE", "SIGUSR1", "SIGUSR2", "SIGALRM", "SIGVTALRM", "SIGPROF", "SIGIO", "SIGPWR", "SIGTTOU"]
 PID = "user.fvdfs.pid"
@@ -44,16 +45,15 @@ def is_dead(path: Path) -> bool:
 
 
 @contextlib.contextmanager
-def in_foreground(folder: Path, point: Path, *options: str, **how: object) -> Iterator[subprocess.Popen[bytes]]:
+def in_foreground(folder: Path, point: Path, *options: str, **how: object) -> Iterator[subprocess.Popen[Any]]:
     """`mount -f`, in a process that is ended whatever happens."""
-    process = subprocess.Popen([*FVDFS, "mount", "-f", folder, point, *options], **how)  # type: ignore[call-overload]
-    try:
-        wait_until(lambda: os.path.ismount(point) and os.listdir(point))
-        yield process
-    finally:
-        with contextlib.suppress(ProcessLookupError):
+    with running(*FVDFS, "mount", "-f", folder, point, *options, **how) as process:
+        try:
+            wait_until(lambda: os.path.ismount(point) and os.listdir(point))
+            yield process
+        finally:
             process.terminate()
-        process.wait(30)
+            process.wait(30)
 
 
 # --- signals ------------------------------------------------------------------------------------
@@ -160,10 +160,10 @@ def test_sighup_does_not_lead_the_log_into_the_mount(folder: Path) -> None:
 def test_who_stops_the_command_before_the_mount_is_ready_leaves_no_mount(folder: Path, point: Path, name: str) -> None:
     """At many moments: whenever it is too late, the mount is there, and whole."""
     for delay in range(12):
-        process = subprocess.Popen([*FVDFS, "mount", folder, point], stderr=subprocess.PIPE)
-        time.sleep(0.05 * delay)
-        process.send_signal(getattr(signal, name))
-        _, err = process.communicate(timeout=60)
+        with running(*FVDFS, "mount", folder, point, stderr=subprocess.PIPE) as process:
+            time.sleep(0.05 * delay)
+            process.send_signal(getattr(signal, name))
+            _, err = process.communicate(timeout=60)
         assert b"Traceback" not in err or name == "SIGINT"  # while Python itself starts
         if process.returncode == 0:
             assert os.listdir(point) == ["a.raw"]
@@ -190,27 +190,21 @@ def test_a_signal_to_the_process_itself_at_any_moment_leaves_no_dead_mount(
     folder: Path, point: Path, name: str
 ) -> None:
     for delay in range(12):
-        process = subprocess.Popen([*FVDFS, "mount", "-f", folder, point], stderr=subprocess.DEVNULL)
-        time.sleep(0.1 + 0.05 * delay)
-        process.send_signal(getattr(signal, name))
-        if name not in ("SIGHUP", "SIGUSR1"):
+        with running(*FVDFS, "mount", "-f", folder, point, stderr=subprocess.DEVNULL) as process:
+            time.sleep(0.1 + 0.05 * delay)
+            process.send_signal(getattr(signal, name))
+            if name in ("SIGHUP", "SIGUSR1"):
+                time.sleep(0.3)
+                process.send_signal(signal.SIGTERM)
             process.wait(60)
-            assert not is_dead(point)
-            assert not os.path.ismount(point)
-            continue
-        time.sleep(0.3)
-        process.send_signal(signal.SIGTERM)
-        process.wait(60)
         assert not is_dead(point)
         assert not os.path.ismount(point)
 
 
 def test_a_command_that_was_killed_does_not_take_the_mount_with_it(folder: Path, point: Path) -> None:
     """Stopped right away, so that it is killed before the other process can tell it anything."""
-    process = subprocess.Popen([*FVDFS, "mount", folder, point], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    wait_until(lambda: len(processes_that_serve(point)) == 2 or process.poll() is not None)
-    process.kill()
-    process.communicate(timeout=60)
+    with running(*FVDFS, "mount", folder, point, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        wait_until(lambda: len(processes_that_serve(point)) == 2 or process.poll() is not None)
     wait_until(lambda: os.path.ismount(point) and not is_dead(point))
     assert os.listdir(point) == ["a.raw"]
     must("umount", point)
@@ -231,15 +225,15 @@ def test_closed_streams_do_no_harm(folder: Path, point: Path, closed: tuple[int,
     command: list[str | Path] = [*FVDFS, "mount", folder, point, "--log-file", log]
     if foreground:
         command.append("-f")
-    process = subprocess.Popen(command, preexec_fn=close)
-    wait_until(lambda: os.path.ismount(point) and os.listdir(point) == ["a.raw"])
-    pid = int(os.getxattr(point, PID))
-    for number in closed:
-        assert os.readlink(f"/proc/{pid}/fd/{number}") == "/dev/null"
-    (folder / "bad.fvd").write_bytes(b"no image" * 1024)
-    assert os.listdir(point) == ["a.raw"]
-    subprocess.run([*FVDFS, "umount", point], check=True, preexec_fn=close)
-    assert process.wait(30) == 0
+    with running(*command, preexec_fn=close) as process:
+        wait_until(lambda: os.path.ismount(point) and os.listdir(point) == ["a.raw"])
+        pid = int(os.getxattr(point, PID))
+        for number in closed:
+            assert os.readlink(f"/proc/{pid}/fd/{number}") == "/dev/null"
+        (folder / "bad.fvd").write_bytes(b"no image" * 1024)
+        assert os.listdir(point) == ["a.raw"]
+        subprocess.run([*FVDFS, "umount", point], check=True, preexec_fn=close)
+        assert process.wait(30) == 0
     assert "Traceback" not in log.read_text()
 
 

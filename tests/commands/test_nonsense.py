@@ -12,7 +12,7 @@ import pytest
 from fvdfs.errors import UsageError
 from fvdfs.mountoptions import folders, hint, listed, parse_mount_options
 from support.devices import loop_device
-from support.mounts import FVDFS, MIB, fvdfs, mounted, must
+from support.mounts import FVDFS, MIB, fvdfs, mounted, must, running
 
 HUGE = "9" * 30
 
@@ -243,17 +243,17 @@ def test_relative_names_are_those_of_the_caller(folder: Path, tmp_path: Path, fl
         must("create", device, "64M", "--compact", "--chunk-size", "64K", "--grow-unit", "1M")
         (folder / "a.fvd").symlink_to(device)
         options = ["-o", "grow_command=./grow,writeback=off", "--log-file", "log"]
-        process = subprocess.Popen([*FVDFS, "mount", *flags, "images", "point", *options], cwd=tmp_path)
-        try:
-            if not flags:
+        with running(*FVDFS, "mount", *flags, "images", "point", *options, cwd=tmp_path) as process:
+            try:
+                if not flags:
+                    assert process.wait(60) == 0
+                while not os.path.ismount(point) or not os.listdir(point):
+                    assert process.poll() in (None, 0)
+                with open(point / "a.raw", "r+b", buffering=0) as file:
+                    for _ in range(24):
+                        file.write(b"x" * MIB)
+                    os.fsync(file)
+            finally:
+                assert fvdfs("umount", point).code == 0
                 assert process.wait(60) == 0
-            while not os.path.ismount(point) or not os.listdir(point):
-                assert process.poll() in (None, 0)
-            with open(point / "a.raw", "r+b", buffering=0) as file:
-                for _ in range(24):
-                    file.write(b"x" * MIB)
-                os.fsync(file)
-        finally:
-            assert fvdfs("umount", point).code == 0
-            assert process.wait(60) == 0
     assert "growing its storage" in (tmp_path / "log").read_text()

@@ -13,21 +13,12 @@ from pathlib import Path
 import pytest
 
 from fvdfs.commands.umount import STILL_OPEN
+from fvdfs.store.mountinfo import mount_points
 from support import reference
-from support.mounts import FVDFS, MIB, Finished, fvdfs, mounted, must, wait_for_end, wait_until
+from support.mounts import FVDFS, MIB, Finished, fvdfs, mounted, must, running, wait_for_end, wait_until
+from support.namespaces import in_mount_namespace
 
 PID = "user.fvdfs.pid"
-
-
-@contextlib.contextmanager
-def process(*command: str | Path) -> Iterator[subprocess.Popen[bytes]]:
-    """A process that is ended whatever happens."""
-    running = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    try:
-        yield running
-    finally:
-        running.kill()
-        running.wait(30)
 
 
 @contextlib.contextmanager
@@ -68,12 +59,26 @@ def test_a_bind_mount_keeps_the_images_open(folder: Path, tmp_path: Path) -> Non
 def test_another_mount_namespace_keeps_the_images_open(folder: Path) -> None:
     must("create", folder / "a.fvd", "4M")
     with mounted(folder) as mount:
-        with process("unshare", "-m", "--propagation", "private", "sleep", "1000") as other:
+        with running(*in_mount_namespace("sleep", "1000", keep=(mount.point,))) as other:
             wait_until(lambda: Path(f"/proc/{other.pid}/comm").read_text() == "sleep\n")
             done = fvdfs("umount", mount.point)
             assert (done.code, done.err.count("\n")) == (STILL_OPEN, 1), done.err
             assert f"process {other.pid} (sleep) has {mount.point} in its mount namespace" in done.err
         wait_for_end(mount.pid)
+        mount.pid = 0
+
+
+def test_a_namespace_that_a_test_makes_keeps_no_mount_of_another_test(folder: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    with (
+        mounted(folder) as kept,
+        mounted(other) as mount,
+        running(*in_mount_namespace("sleep", "1000", keep=(kept.point,))) as holder,
+    ):
+        wait_until(lambda: Path(f"/proc/{holder.pid}/comm").read_text() == "sleep\n")
+        assert [point.path for point in mount_points(str(holder.pid)) if point.is_ours] == [str(kept.point)]
+        assert fvdfs("umount", mount.point) == Finished(0, "", "")
         mount.pid = 0
 
 
@@ -85,7 +90,7 @@ def test_a_daemon_in_another_namespace_is_waited_for(folder: Path, tmp_path: Pat
     point.mkdir()
     script = '"$@" && exec sleep 1000'
     command: list[str | Path] = ["unshare", *flags.split(), "sh", "-c", script, "sh", *FVDFS, "mount", folder, point]
-    with process(*command), unmounted(point):
+    with running(*command), unmounted(point):
         wait_until(lambda: os.path.ismount(point))
         content = random.Random(7).randbytes(4 * MIB)
         with open(point / "a.raw", "r+b") as file:
@@ -108,7 +113,7 @@ def test_umount_from_another_pid_namespace(folder: Path) -> None:
 def test_who_keeps_it_busy_is_named(folder: Path, tmp_path: Path) -> None:
     must("create", folder / "a.fvd", "4M")
     with mounted(folder) as mount:
-        with process("sh", "-c", f"exec sleep 1000 < {mount.raw('a')}") as reader:
+        with running("sh", "-c", f"exec sleep 1000 < {mount.raw('a')}") as reader:
             wait_until(lambda: Path(f"/proc/{reader.pid}/comm").read_text() == "sleep\n")
             done = fvdfs("umount", mount.point)
             assert (done.code, done.err.count("\n")) == (1, 1)
@@ -225,12 +230,11 @@ def test_of_many_that_mount_at_once_one_does(folder: Path, tmp_path: Path) -> No
     must("create", folder / "a.fvd", "4M")
     point = tmp_path / "point"
     point.mkdir()
-    with unmounted(point):
-        running = [
-            subprocess.Popen([*FVDFS, "mount", folder, point], stderr=subprocess.PIPE, text=True) for _ in range(5)
-        ]
-        said = [each.communicate(timeout=60)[1] for each in running]
-        assert sorted(each.returncode for each in running) == [0, 2, 2, 2, 2], said
+    with unmounted(point), contextlib.ExitStack() as stack:
+        command: list[str | Path] = [*FVDFS, "mount", folder, point]
+        processes = [stack.enter_context(running(*command, stderr=subprocess.PIPE, text=True)) for _ in range(5)]
+        said = [each.communicate(timeout=60)[1] for each in processes]
+        assert sorted(each.returncode for each in processes) == [0, 2, 2, 2, 2], said
         assert sum("mounted there already" in text for text in said) == 4
         must("umount", point)
         assert not os.path.ismount(point)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import mmap
 import os
 import random
-import signal
 import struct
 import subprocess
 import sys
@@ -17,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from fvdfs.ops.wire import CONGESTION_THRESHOLD, FUSE_HANDLE_KILLPRIV_V2, MAX_BACKGROUND, amend
-from support.mounts import FVDFS, MIB, Mount, mounted, must, wait_until
+from support.mounts import FVDFS, MIB, Mount, mounted, must, running, wait_until
 
 REQUEST = struct.pack("=IIQQIIIHHIIII", 56, 26, 1, 0, 0, 0, 0, 0, 0, 7, 45, 1 << 17, FUSE_HANDLE_KILLPRIV_V2 | 1)
 
@@ -124,10 +123,8 @@ def test_a_reader_that_is_killed_leaves_nothing_behind(mount: Mount) -> None:
     program = "import os, sys\ndisk = os.open(sys.argv[1], os.O_RDONLY)\n"
     program += "while os.pread(disk, 1 << 24, 0): os.posix_fadvise(disk, 0, 0, os.POSIX_FADV_DONTNEED)"
     for _ in range(10):
-        reader = subprocess.Popen([sys.executable, "-I", "-S", "-c", program, str(mount.raw("a"))])
-        time.sleep(0.1)
-        reader.send_signal(signal.SIGKILL)
-        reader.wait(10)
+        with running(sys.executable, "-I", "-S", "-c", program, mount.raw("a")):
+            time.sleep(0.1)
     with open(mount.raw("a"), "rb") as disk:
         assert disk.read(8 * MIB) == (mount.folder / "base.raw").read_bytes()
     assert "Traceback" not in mount.log
@@ -139,7 +136,7 @@ def test_debug_shows_every_request(folder: Path) -> None:
     point = folder.parent / "point"
     point.mkdir()
     command = [*FVDFS, "mount", "-f", "--debug", str(folder), str(point)]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as daemon:
+    with running(*command, stderr=subprocess.PIPE, text=True) as daemon:
         try:
             wait_until(lambda: os.path.ismount(point) and (point / "a.raw").exists())
             with open(point / "a.raw", "r+b", buffering=0) as disk:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import json
@@ -19,7 +20,7 @@ from fvdfs.format.header import HEADER_SIZE, Header, with_fields
 from fvdfs.prefetch.pressure import DiskPressure
 from support import reference
 from support.devices import small_disk
-from support.mounts import MIB, Mount, fvdfs, mounted, must, wait_until
+from support.mounts import MIB, Mount, fvdfs, mounted, must, running, wait_until
 
 SIZE = 24 * MIB
 CONTENT = random.Random(7).randbytes(SIZE)
@@ -36,20 +37,19 @@ def base(folder: Path) -> Path:
 @pytest.fixture
 def server(folder: Path, base: Path) -> Iterator[list[str]]:
     """The same base behind an NBD server of 8 MB/s: the options of `create`."""
-    process = serve(folder)
-    yield ["--base", f"nbd+unix:///?socket={folder}/nbd.sock", "--base-format", "raw"]
-    process.kill()
-    process.wait()
+    with serve(folder):
+        yield ["--base", f"nbd+unix:///?socket={folder}/nbd.sock", "--base-format", "raw"]
 
 
-def serve(folder: Path) -> subprocess.Popen[bytes]:
-    """Start the NBD server, and wait until it listens."""
+@contextlib.contextmanager
+def serve(folder: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """The NBD server, once it listens."""
     socket = folder / "nbd.sock"
     socket.unlink(missing_ok=True)
     command = ["nbdkit", "-f", "-r", "-U", str(socket), "--filter=rate", "file", str(folder / "base.raw"), "rate=64M"]
-    process = subprocess.Popen([*command, "burstiness=0.1"], stderr=subprocess.DEVNULL)
-    wait_until(socket.exists)
-    return process
+    with running(*command, "burstiness=0.1", stderr=subprocess.DEVNULL) as process:
+        wait_until(socket.exists)
+        yield process
 
 
 def is_done(mount: Mount, name: str = "disk") -> bool:
@@ -171,8 +171,7 @@ def test_unmounted_while_reads_are_under_way(folder: Path, base: Path) -> None:
     """What is under way ends first; then the mount is gone, and so is its process."""
     socket = folder / "nbd.sock"
     command = ["nbdkit", "-f", "-r", "-U", str(socket), "--filter=delay", "file", str(base), "rdelay=1"]
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
-    try:
+    with running(*command, stderr=subprocess.DEVNULL):
         wait_until(socket.exists)
         must("create", folder / "disk.fvd", "32M", "--base", f"nbd+unix:///?socket={socket}", "--base-format", "raw")
         with mounted(folder, "-o", "allow_url=nbd+unix:///") as mount:
@@ -181,9 +180,6 @@ def test_unmounted_while_reads_are_under_way(folder: Path, base: Path) -> None:
             mount.umount()
             assert "unmounted" in mount.log
         assert json.loads(must("info", folder / "disk.fvd", "--json"))["clean_shutdown"] == 1
-    finally:
-        process.kill()
-        process.wait()
 
 
 def test_the_cap_of_the_mount(folder: Path, base: Path) -> None:
@@ -204,10 +200,10 @@ def test_the_cap_of_the_mount(folder: Path, base: Path) -> None:
 
 
 def test_a_server_that_dies_and_comes_back(folder: Path, base: Path) -> None:
-    process = serve(folder)
     source = f"nbd+unix:///?socket={folder}/nbd.sock"
-    must("create", folder / "disk.fvd", "32M", "--base", source, "--base-format", "raw", "--copy-on-read")
-    try:
+    with contextlib.ExitStack() as stack:
+        process = stack.enter_context(serve(folder))
+        must("create", folder / "disk.fvd", "32M", "--base", source, "--base-format", "raw", "--copy-on-read")
         with mounted(folder, "-o", "allow_url=nbd+unix:///,prefetch_max=6M") as mount, open(mount.raw("disk"), "r+b"):
             must("prefetch", "start", mount.raw("disk"))
             wait_until(lambda: mount.status("disk")["prefetched"] > 2 * MIB)
@@ -224,12 +220,9 @@ def test_a_server_that_dies_and_comes_back(folder: Path, base: Path) -> None:
             )
             assert done.returncode
             assert os.strerror(errno.EIO) in done.stderr
-            process = serve(folder)
+            stack.enter_context(serve(folder))
             wait_until(lambda: is_done(mount), timeout=90)
             assert read_direct(mount.raw("disk"), 0, SIZE) == CONTENT
-    finally:
-        process.kill()
-        process.wait()
 
 
 def test_killed_while_prefetching(folder: Path, base: Path) -> None:

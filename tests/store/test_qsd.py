@@ -36,7 +36,8 @@ from fvdfs.store.host import HostFile
 from fvdfs.store.qemu_daemon import StorageDaemon
 from fvdfs.store.qemu_store import QemuStore
 from fvdfs.store.qemu_supervisor import Supervisor
-from support.mounts import wait_until
+from support.mounts import running, wait_until
+from support.namespaces import in_mount_namespace
 from support.qsd import Inside, named, opened
 
 MIB = 1 << 20
@@ -378,8 +379,8 @@ async def test_missing_program(folder: Path, monkeypatch: pytest.MonkeyPatch) ->
 async def test_missing_driver(folder: Path) -> None:
     """With no modules to load, as without the package that holds them."""
     inside = 'mount -t tmpfs none /usr/lib/*-linux-gnu*/qemu && exec "$@"'
-    hide = ["unshare", "--mount", "sh", "-c", inside, "sh"]
-    if (await trio.run_process([*hide, "true"], capture_stderr=True, check=False)).returncode:
+    hide = ["sh", "-c", inside, "sh"]
+    if (await trio.run_process(in_mount_namespace(*hide, "true"), capture_stderr=True, check=False)).returncode:
         pytest.skip("QEMU's modules cannot be hidden here")
     script = (
         "import sys, trio; sys.path[:0] = sys.argv[2:]; from pathlib import Path; from support.qsd import opened\n"
@@ -387,7 +388,7 @@ async def test_missing_driver(folder: Path) -> None:
         "    async with opened(Path(sys.argv[1]), 'https://h/x', 'raw', 'https://h'): pass\n"
         "trio.run(main)"
     )
-    command = [*hide, sys.executable, "-c", script, str(folder), str(TESTS)]
+    command = in_mount_namespace(*hide, sys.executable, "-c", script, folder, TESTS)
     done = await trio.run_process(command, capture_stdout=True, capture_stderr=True, check=False)
     assert (
         "UsageError: https://h/x: QEMU lacks the driver for this: apt install qemu-block-extra" in done.stderr.decode()
@@ -406,12 +407,8 @@ def free_port() -> int:
 
 @contextlib.contextmanager
 def nbdkit(*arguments: str | Path) -> Iterator[None]:
-    process = subprocess.Popen(["nbdkit", "--foreground", "--exit-with-parent", *map(str, arguments)])
-    try:
+    with running("nbdkit", "--foreground", "--exit-with-parent", *arguments):
         yield
-    finally:
-        process.kill()
-        process.wait()
 
 
 async def reachable(family: socket.AddressFamily, address: str | tuple[str, int]) -> None:

@@ -84,6 +84,16 @@ class Mount:
         return found
 
 
+@contextlib.contextmanager
+def running(*command: str | Path, **how: Any) -> Iterator[subprocess.Popen[Any]]:
+    """A process, with the keywords of Popen, that is killed at the end if it still runs, and whose pipes are closed."""
+    with subprocess.Popen(command, **how) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
 def wait_until(
     condition: Callable[[], object], timeout: float = 30, complaint: Callable[[], str] = lambda: "it does not happen"
 ) -> None:
