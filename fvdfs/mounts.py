@@ -17,6 +17,7 @@ import os
 import select
 import shlex
 import signal
+import struct
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -35,6 +36,11 @@ LOCK_PATIENCE = 3.0  # seconds for another one to mount, or to close its images
 LOOK_PATIENCE = 3.0  # seconds for a mount to answer
 _LOCK_RETRY = 0.02  # seconds
 _UMOUNT_NOFOLLOW = 8  # of linux/fs.h
+_AT_FDCWD, _AT_STATX_DONT_SYNC = -100, 0x4000  # of linux/fcntl.h
+_STATX_MNT_ID = 0x1000  # of linux/stat.h
+_STATX_SIZE = 256  # bytes of struct statx
+_STATX_FIELDS = "=I132xIIQ"
+"""Of struct statx: stx_mask; stx_dev_major, stx_dev_minor, stx_mnt_id."""
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -67,7 +73,7 @@ def refuse_dead(path: str) -> None:
     at = place(path)
     while (mount := mount_at(at)) is None and at != "/":
         at = os.path.dirname(at)
-    if mount is not None and mount.is_ours and is_dead(mount.path):
+    if mount is not None and mount.is_ours and is_dead(mount):
         raise UsageError(
             f"{mount.path}: the fvdfs that served this mount has ended; clear it away with: "
             f"fvdfs umount {shlex.quote(mount.path)}"
@@ -85,22 +91,25 @@ def explained(error: OSError) -> str:
     return printable(f"{name}: " * bool(name) + (error.strerror or str(error)))
 
 
-def is_dead(point: str) -> bool:
-    """Whether the daemon of the mount there has ended. One that does not answer has not."""
-    return ask(point)[0] in DEAD
+def is_dead(mount: MountPoint) -> bool:
+    """Whether the daemon of the mount has ended. One that does not answer has not."""
+    return ask(mount)[0] in DEAD
 
 
-def ask(point: str) -> tuple[int, bytes]:
+def ask(mount: MountPoint) -> tuple[int, bytes]:
     """What a mount says of its daemon, and the error number where it does not; EAGAIN where there is no answer.
 
-    A process of its own asks: it can be killed where a thread would wait for ever, and keep the mount busy.
+    A process of its own asks: it can be killed where a thread would wait for ever, and keep the mount busy. For root it
+    becomes the user who mounted, since the kernel lets nobody else ask.
     """
     read_end, write_end = os.pipe()
     child = os.fork()
     if not child:
         try:
             signal.set_wakeup_fd(-1)
-            os.write(write_end, b"0 " + os.getxattr(point, xattrs.DAEMON))
+            if os.geteuid() == 0:
+                _become_owner(mount)
+            os.write(write_end, b"0 " + os.getxattr(mount.path, xattrs.DAEMON))
         except OSError as error:
             os.write(write_end, b"%d " % (error.errno or 0))
         finally:
@@ -118,6 +127,16 @@ def ask(point: str) -> tuple[int, bytes]:
         time.sleep(0.001)
     number, _, value = answer.partition(b" ")
     return (int(number), value) if number else (errno.EAGAIN, b"")
+
+
+def _become_owner(mount: MountPoint) -> None:
+    """Be the user who mounted, for good. Raises OSError."""
+    options = dict(option.partition("=")[::2] for option in mount.options.split(","))
+    user, group = (int(options.get(name, "0")) for name in ("user_id", "group_id"))
+    if user:
+        os.setgroups([])
+        os.setresgid(group, group, group)
+        os.setresuid(user, user, user)
 
 
 def refuse_mounted(mountpoint: str) -> None:
@@ -183,10 +202,10 @@ def lock(descriptor: int, kind: int) -> bool | None:
     return True
 
 
-def is_unlocked(mountpoint: str, identity: list[int]) -> bool:
-    """Whether the directory that was covered shows again, and its daemon has closed every image."""
+def is_unlocked(mountpoint: str, identity: list[object]) -> bool | None:
+    """Whether the daemon has closed every image; None where the directory that it covered, or its lock, is not seen."""
     found = _look_at_lock(mountpoint)
-    return found is not None and found[0] == identity and found[1] is True
+    return found[1] if found is not None and found[0] == identity else None
 
 
 def is_locked(mountpoint: str) -> bool:
@@ -222,13 +241,13 @@ def connection(device: int) -> int | None:
 def users(mount: MountPoint) -> list[str]:
     """Who keeps the mount, in words for a person; only what this process may see."""
     here = [other.path for other in _mounts_or_none("self") if other.device == mount.device]
-    found = [f"{point} (mounted)" for point in here] + _loop_devices(mount)
+    found = [f"{point} (mounted)" for point in here] + _loop_devices(*here)
     own = _namespace("self")
     namespaces = {own}
     for process in _processes():
-        files = list(_open_files(process, mount))
-        if files:
-            found.append(f"process {process} ({_command(process)}) has {files[0]} open")
+        file = next((file.path for file in _open_files(process) if file.device == mount.device), None)
+        if file is not None:
+            found.append(f"process {process} ({_command(process)}) has {file} open")
         namespace = _namespace(process)
         if namespace in namespaces:
             continue
@@ -243,12 +262,13 @@ def users(mount: MountPoint) -> list[str]:
 def busy_with(mount: MountPoint) -> list[str]:
     """Who keeps this mount point from being unmounted."""
     below = [f"{other.path} (mounted)" for other in _mounts_or_none("self") if other.parent == mount.number]
-    files = [
-        f"process {process} ({_command(process)}) has {name} open"
-        for process in _processes()
-        for name in list(_open_files(process, mount))[:1]
-    ]
-    return [*below, *_loop_devices(mount), *files]
+    found = [*below, *_loop_devices(mount.path)]
+    for process in _processes():
+        for file in _open_files(process):
+            if file.device == mount.device and file.mount in (mount.number, None):
+                found.append(f"process {process} ({_command(process)}) has {file.path} open")
+                break
+    return found
 
 
 def listed(found: list[str]) -> str:
@@ -283,26 +303,47 @@ def _command(process: str) -> str:
         return "?"
 
 
-def _open_files(process: str, mount: MountPoint) -> Iterator[str]:
-    """What a process has of the mount: open files, its working and root directory, mapped files."""
+@dataclass(frozen=True, slots=True)
+class _OpenFile:
+    """What a process has of a file system."""
+
+    path: str
+    device: int
+    mount: int | None
+    """Which of its mounts; the kernel uses the number again once that is gone. None: not known."""
+
+
+def _open_files(process: str) -> Iterator[_OpenFile]:
+    """What a process has: open files, its working and root directory, mapped files."""
     try:
-        for name in os.listdir(f"/proc/{process}/fd"):
-            with open(f"/proc/{process}/fdinfo/{name}", encoding="ascii") as file:
-                if f"mnt_id:\t{mount.number}\n" in file.read():
-                    yield os.readlink(f"/proc/{process}/fd/{name}")
-        for link in ("cwd", "root"):
-            target = os.readlink(f"/proc/{process}/{link}")
-            if within(target, mount.path):
-                yield target
+        links = [f"fd/{name}" for name in os.listdir(f"/proc/{process}/fd")]
+        for link in (f"/proc/{process}/{name}" for name in ("cwd", "root", *links)):
+            try:
+                yield _OpenFile(os.readlink(link), *_device_and_mount(link))
+            except OSError:
+                continue  # just closed, or on a file system that does not tell
         with open(f"/proc/{process}/maps", encoding="utf-8", errors="surrogateescape") as file:
-            device = f" {os.major(mount.device):02x}:{os.minor(mount.device):02x} "
             for line in file:
-                if device in line:
-                    yield line.split(maxsplit=5)[5].rstrip("\n")
+                words = line.rstrip("\n").split(maxsplit=5)
+                if len(words) == 6 and words[5].startswith("/"):
+                    major, minor = words[3].split(":")
+                    yield _OpenFile(words[5], os.makedev(int(major, 16), int(minor, 16)), None)
     except OSError:
         return  # it has ended, or is not ours to look at
 
 
-def _loop_devices(mount: MountPoint) -> list[str]:
-    """Loop devices over files of the mount: no process has these open."""
-    return [f"{device} is over {file}" for device, file in loop_devices() if within(file, mount.path)]
+def _device_and_mount(path: str) -> tuple[int, int | None]:
+    """What stat has of neither: the file system is not asked, and need not answer. Raises OSError."""
+    answer = ctypes.create_string_buffer(_STATX_SIZE)
+    if _libc.statx(_AT_FDCWD, os.fsencode(path), _AT_STATX_DONT_SYNC, _STATX_MNT_ID, answer):
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number), path)
+    known, major, minor, mount = struct.unpack_from(_STATX_FIELDS, answer)
+    return os.makedev(major, minor), mount if known & _STATX_MNT_ID else None
+
+
+def _loop_devices(*points: str) -> list[str]:
+    """Loop devices over files below mount points: no process has these open."""
+    return [
+        f"{device} is over {file}" for device, file in loop_devices() if any(within(file, point) for point in points)
+    ]

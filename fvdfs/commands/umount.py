@@ -78,19 +78,21 @@ class _Daemon:
         self._mount = mount
         self._connection = mounts.connection(mount.device)
         self._process: int | None = None
-        self._lock: list[int] | None = None
-        error, answer = mounts.ask(mount.path)
+        self._lock: list[object] | None = None
+        error, answer = mounts.ask(mount)
         self._dead = error in mounts.DEAD
-        identity = json.loads(answer) if answer else {}
-        if identity.get("pid_namespace") == _own_namespace():
+        identity = _identity(answer)
+        process = identity.get("pid")
+        if isinstance(process, int) and identity.get("pid_namespace") == _own_namespace():
             try:
-                self._process = os.pidfd_open(int(identity["pid"]))
+                self._process = os.pidfd_open(process)
             except ProcessLookupError:
                 self._dead = True
-            except (OSError, ValueError):
+            except (OSError, OverflowError):
                 pass
-        if isinstance(identity.get("locks"), list):
-            self._lock = identity["locks"]
+        lock = identity.get("locks")
+        if isinstance(lock, list):
+            self._lock = lock
 
     def close(self) -> None:
         if self._process is not None:
@@ -112,7 +114,7 @@ class _Daemon:
                 )
                 complain(f"{path}: unmounted here, but still in use{by}: its images stay open until that ends")
                 return STILL_OPEN
-            if waited > PATIENCE_CLOSING and self._process is None and self._lock is None:
+            if waited > PATIENCE_CLOSING and not self._is_seen():
                 complain(f"{path}: unmounted; whether its images are closed cannot be seen from here")
                 return STILL_OPEN
             if waited > PATIENCE_CLOSING and not said:
@@ -131,11 +133,26 @@ class _Daemon:
         time.sleep(LOOK)
         return False
 
+    def _is_seen(self) -> bool:
+        """Whether its end would be noticed."""
+        if self._process is not None:
+            return True
+        return self._lock is not None and mounts.is_unlocked(self._mount.path, self._lock) is not None
+
     def _is_kept(self) -> bool:
         """Whether the kernel still has the mount, somewhere."""
         if self._connection is not None:
             return mounts.connection(self._mount.device) == self._connection
         return bool(mounts.users(self._mount))
+
+
+def _identity(answer: bytes) -> dict[str, object]:
+    """What a daemon says of itself; it may be anybody's, and say anything."""
+    try:
+        identity = json.loads(answer)
+    except (ValueError, RecursionError):
+        return {}
+    return identity if isinstance(identity, dict) else {}
 
 
 def _own_namespace() -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import random
 import signal
@@ -12,7 +13,10 @@ from pathlib import Path
 
 import pytest
 
+from fvdfs import mounts
+from fvdfs.commands import umount
 from fvdfs.commands.umount import STILL_OPEN
+from fvdfs.mounts import mount_at
 from fvdfs.store.mountinfo import mount_points
 from support import reference
 from support.mounts import FVDFS, MIB, Finished, fvdfs, mounted, must, running, wait_for_end, wait_until
@@ -129,6 +133,56 @@ def test_who_keeps_it_busy_is_named(folder: Path, tmp_path: Path) -> None:
         finally:
             subprocess.run(["losetup", "-d", device], check=True)
         wait_until(lambda: fvdfs("umount", mount.point).code == 0)
+        mount.pid = 0
+
+
+def test_only_those_who_use_the_mount_are_named(folder: Path, tmp_path: Path) -> None:
+    """The kernel gives the number of a mount that is gone to another one."""
+    must("create", folder / "a.fvd", "4M")
+    (tmp_path / "copy").mkdir()
+    other = tmp_path / "other"
+    other.mkdir()
+    with mounted(folder) as mount, unmounted(tmp_path / "copy", other):
+        subprocess.run(["mount", "--bind", mount.point, tmp_path / "copy"], check=True)
+        was = mount_at(str(mount.point))
+        assert was is not None
+        with open(mount.raw("a"), "rb") as file:
+            assert [f"process {os.getpid()} " in user for user in mounts.busy_with(was)] == [True]
+            assert f"has {file.name} open" in mounts.busy_with(was)[0]
+        with open(tmp_path / "copy/a.raw", "rb") as file:
+            assert not mounts.busy_with(was), "that is of another mount"
+            subprocess.run(["umount", mount.point], check=True)
+            (mount.point / "b.raw").touch()
+            with open(mount.point / "b.raw", "rb"), contextlib.chdir(mount.point):
+                named = mounts.users(dataclasses.replace(was, number=mount_number(mount.point / "b.raw")))
+            (mount.point / "b.raw").unlink()
+            assert len(named) == 2
+            assert "copy (mounted)" in named[0]
+            assert f"has {file.name} open" in named[1]
+        must("umount", tmp_path / "copy")
+        mount.pid = 0
+
+
+def mount_number(path: Path) -> int:
+    """The kernel's number of the mount that the file lies on."""
+    with open(path, "rb") as file:
+        text = Path(f"/proc/self/fdinfo/{file.fileno()}").read_text()
+    return int(text.partition("mnt_id:")[2].split()[0])
+
+
+@pytest.mark.parametrize(
+    "answer", [b"", b"[]", b"{", b"[" * 100_000, b'{"pid": [], "locks": 1}', b'{"pid": %d, "locks": []}' % 10**30]
+)
+def test_a_mount_may_say_anything_of_its_daemon(
+    folder: Path, answer: bytes, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A user's mount that root unmounts, say."""
+    answer = answer.replace(b'"pid"', b'"pid_namespace": "%s", "pid"' % os.fsencode(os.readlink("/proc/self/ns/pid")))
+    monkeypatch.setattr(mounts, "ask", lambda _: (0, answer))
+    with mounted(folder) as mount:
+        assert umount.run(str(mount.point)) == STILL_OPEN
+        assert "cannot be seen from here" in capsys.readouterr().err
+        wait_for_end(mount.pid)
         mount.pid = 0
 
 

@@ -10,6 +10,7 @@ import errno
 import os
 import re
 import shutil
+import signal
 import socket
 import stat
 import subprocess
@@ -24,7 +25,7 @@ import pytest
 
 from fvdfs.format.header import HEADER_SIZE, Header, with_fields
 from fvdfs.ops.complaints import LINES
-from support.mounts import FVDFS, MIB, Finished, Mount, fvdfs, mounted, must
+from support.mounts import FVDFS, MIB, Finished, Mount, fvdfs, mounted, must, wait_for_end
 
 NOBODY = 65534
 OTHER = 65533  # a user who is neither root nor the one who mounts
@@ -101,6 +102,25 @@ def test_a_user_without_privileges_mounts_and_uses_disks(users: Path) -> None:
         assert python_as(NOBODY, READ, point / "a.raw").out == "4096\n"
         assert "a.raw" in fvdfs_as(NOBODY, "status", point).out
     assert fvdfs_as(NOBODY, "info", users / "a.fvd").code == 0
+
+
+def test_root_unmounts_what_a_user_has_mounted(users: Path) -> None:
+    """It waits until every image is closed, though the kernel shows it nothing of the mount; also of a dead one."""
+    point = users.parent / "disks"
+    try:
+        for killed in (True, False):
+            assert fvdfs_as(NOBODY, "mount", users, point).code == 0
+            assert python_as(NOBODY, WRITE, point / "a.raw").code == 0
+            if killed:
+                pid = int(python_as(NOBODY, PID, point).out)
+                os.kill(pid, signal.SIGKILL)
+                wait_for_end(pid)
+                assert "has ended; clear it away with" in fvdfs("mount", users, point).err
+            assert fvdfs("umount", point) == Finished(0, "", "")
+            assert not os.path.ismount(point)
+    finally:
+        subprocess.run(["umount", "-l", point], check=False, stderr=subprocess.DEVNULL)
+    assert fvdfs_as(NOBODY, "check", users / "a.fvd").code == 0
 
 
 def test_why_a_user_cannot_mount_is_said_in_one_line(users: Path) -> None:

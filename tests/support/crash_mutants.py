@@ -19,6 +19,7 @@ import inspect
 import itertools
 import signal
 import sys
+import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -195,7 +196,10 @@ def mutants() -> Iterator[Mutant]:
 
 
 class Simulations:
-    """The simulations that mutants run through; those that run the mutant's function, the last killers first."""
+    """The simulations that mutants run through: those that run the mutant's function, first the last killers.
+
+    The others follow by the time that they take.
+    """
 
     def __init__(self, scratch: Path, pairs: Sequence[tuple[str, str]] = PAIRS) -> None:
         self._subjects = {subject.name: subject for subject in SUBJECTS}
@@ -212,6 +216,7 @@ class Simulations:
 
     def run_all(self) -> None:
         """Without a mutant; they must not fail."""
+        seconds = {}
         for pair in self._pairs:
             seen: set[CodeType] = set()
 
@@ -219,21 +224,29 @@ class Simulations:
                 if event == "call":
                     seen.add(frame.f_code)
 
+            begun = time.process_time()
             sys.setprofile(profile)
             try:
                 self._run(*pair)
             finally:
                 sys.setprofile(None)
             self._runs[pair] = seen
+            seconds[pair] = time.process_time() - begun
+        self._pairs.sort(key=seconds.__getitem__)
 
-    def kill(self, mutant: Mutant) -> str:
-        """Which simulation fails with the mutant, and how; empty: none."""
+    def kill(self, mutant: Mutant, *, one_of_each: bool = False) -> str:
+        """Which simulation fails with the mutant, and how; empty: none.
+
+        With `one_of_each` it runs through one simulation of each scenario only.
+        """
+        tried = set()
         original = mutant.function.__code__
         mutant.function.__code__ = mutant.code
         try:
             for pair in tuple(self._pairs):
-                if original not in self._runs[pair]:
+                if original not in self._runs[pair] or (one_of_each and pair[1] in tried):
                     continue
+                tried.add(pair[1])
                 try:
                     self._run(*pair)
                 except Exception as error:
