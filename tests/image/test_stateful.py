@@ -33,7 +33,7 @@ from fvdfs.store.base import Store
 from fvdfs.store.host import HostFile
 from support import reference
 from support.builder import IMAGE, KIB, LAYOUTS, Layout, load, read_files
-from support.crash import quiet
+from support.crash import overwrite, quiet
 from support.fakes import (
     SECTOR,
     Clock,
@@ -114,7 +114,7 @@ class MemoryFiles:
         for name, store in self._inner.items():
             if self._written.get(name) != bytes(store.data):
                 self._written[name] = bytes(store.data)
-                (self._scratch / name).write_bytes(store.data)
+                overwrite(self._scratch / name, store.data)
         return self._scratch
 
     def pace(self, pauses: int | None) -> None:

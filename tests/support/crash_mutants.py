@@ -211,6 +211,7 @@ class Simulations:
             built.mkdir()
             self._files[name] = self._subjects[name].build(built)
         self._pairs = list(pairs)
+        self._cheapest: tuple[tuple[str, str], ...] = ()
         self._runs: dict[tuple[str, str], set[CodeType]] = {}
         """The functions that each runs."""
 
@@ -233,6 +234,7 @@ class Simulations:
             self._runs[pair] = seen
             seconds[pair] = time.process_time() - begun
         self._pairs.sort(key=seconds.__getitem__)
+        self._cheapest = tuple(self._pairs)
 
     def kill(self, mutant: Mutant, *, one_of_each: bool = False) -> str:
         """Which simulation fails with the mutant, and how; empty: none.
@@ -243,7 +245,7 @@ class Simulations:
         original = mutant.function.__code__
         mutant.function.__code__ = mutant.code
         try:
-            for pair in tuple(self._pairs):
+            for pair in self._cheapest if one_of_each else tuple(self._pairs):
                 if original not in self._runs[pair] or (one_of_each and pair[1] in tried):
                     continue
                 tried.add(pair[1])
