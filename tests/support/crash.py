@@ -86,7 +86,7 @@ async def open_for_writing(layout: Layout, stores: Mapping[str, Store]) -> Image
     return image
 
 
-def overwrite(path: Path, content: bytes) -> None:
+def overwrite(path: Path, content: bytes | bytearray) -> None:
     """Make this the file's content. ext4 would flush a file that was cut to nothing first, each time it is closed."""
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC)
     try:
