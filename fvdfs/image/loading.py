@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import AsyncIterator
 
 from fvdfs.alloc.chunked import ChunkedStorage, Spawn
 from fvdfs.alloc.flat import FlatStorage
@@ -121,11 +122,16 @@ async def load_image(
     )
 
 
+async def _pieces(meta: Store, region: Region) -> AsyncIterator[tuple[int, bytearray]]:
+    """The bytes of a region, piece by piece, each with its offset there. Raises OSError."""
+    for at in range(0, region.size, _PIECE):
+        yield at, await pread_exactly(meta, min(_PIECE, region.size - at), region.offset + at)
+
+
 async def _load_table(name: str, meta: Store, region: Region, chunks: int, storage_chunks: int) -> Table:
     entries = decode_entries(b"")
-    for at in range(0, region.size, _PIECE):
-        size = min(_PIECE, region.size - at)
-        entries += decode_entries(await pread_exactly(meta, size, region.offset + at))
+    async for _, data in _pieces(meta, region):
+        entries += decode_entries(data)
     try:
         return Table(entries, chunks, storage_chunks)
     except TooDamaged:
@@ -140,10 +146,8 @@ async def _replay(name: str, header: Header, meta: Store, bitmap: Bitmap | None,
             log.warning("%s: clean_shutdown=0 and no journal: its metadata may be incomplete", name)
         return False
     skipped: list[journal.Skipped] = []
-    for at in range(0, region.size, _PIECE):
-        size = min(_PIECE, region.size - at)
-        data = bytes(await pread_exactly(meta, size, region.offset + at))
-        skipped += journal.replay(data, header, bitmap, table, at // SECTOR)
+    async for at, data in _pieces(meta, region):
+        skipped += journal.replay(bytes(data), header, bitmap, table, at // SECTOR)
     for report in skipped[:_REPORTED_RECORDS]:
         log.warning("%s: %s", name, report)
     if len(skipped) > _REPORTED_RECORDS:
