@@ -46,6 +46,7 @@ RATE_WINDOW = 5.0  # seconds over which the rate that users see is averaged
 IDLE_PASS = 0.5  # seconds before blocks that others had claimed are looked at again
 PROFILE_WORKERS = 3  # requests of a profile under way: a job of the mount is left for others
 PROFILE_REQUEST = 256 << 10  # bytes; extents are joined up to this size, so that the guest's reads find gaps
+PROFILE_TRIES = 2  # at each part of a profile
 PROFILE_GAP = 64 << 10  # bytes between extents of a profile that are fetched along with them
 
 
@@ -217,11 +218,20 @@ class Prefetcher:
                 self._flow = None
 
     async def _fetch_profile(self, flow: Flow, fetcher: Fetcher, requests: Sequence[Extent]) -> None:
-        """Copy what a profile names. It is advice: after a failure the guest's own reads fetch the rest."""
-        try:
-            await self._pass(flow, fetcher, PROFILE_WORKERS, ProfileOrder(self.image, fetcher, requests))
-        except _Failure as failure:
-            self._fail(failure, FIRST_RETRY)
+        """Copy what a profile names. It is advice: what fails twice is left to the guest's own reads."""
+        retry, failed = FIRST_RETRY, True
+        orders = [ProfileOrder(self.image, fetcher, requests) for _ in range(PROFILE_TRIES)]
+        while orders and failed:
+            order, failed = orders.pop(), False
+            while order.has_more():
+                before = self.copied
+                try:
+                    await self._pass(flow, fetcher, PROFILE_WORKERS, order)
+                except _Failure as failure:
+                    failed = True
+                    order.leave_out(failure.start)
+                    retry = await self._wait_after(failure, retry, progress=self.copied > before)
+                    self._state = Activity.PROFILE
 
     async def _fetch_all(self, flow: Flow, fetcher: Fetcher) -> None:
         """Copy until nothing is missing; after a failure wait and try again."""
@@ -233,21 +243,26 @@ class Prefetcher:
                 if await self._finish():
                     return
             except _Failure as failure:
-                if self.copied > before:
-                    retry = FIRST_RETRY
-                self._fail(failure, retry)
-                await self._wait_for_now(retry)
-                retry = min(2 * retry, MAX_RETRY)
+                self._skip(failure)
+                retry = await self._wait_after(failure, retry, progress=self.copied > before)
                 self._state = Activity.RUNNING
             else:
                 if self.copied == before:
                     await trio.sleep(IDLE_PASS)
 
-    def _fail(self, failure: _Failure, retry: float) -> None:
+    async def _wait_after(self, failure: _Failure, retry: float, *, progress: bool) -> float:
+        """Say what failed, and wait so long, or the shortest time after `progress`. The next wait, in seconds."""
+        if progress:
+            retry = FIRST_RETRY
         if self._complaint != str(failure):
             self._complaint = str(failure)
             log.error("%s: prefetching: %s; it is tried again", self.image.name, failure)
         self._state, self._reason = Activity.FAILED, f"{failure}; again in {retry:g} s"
+        await self._wait_for_now(retry)
+        return min(2 * retry, MAX_RETRY)
+
+    def _skip(self, failure: _Failure) -> None:
+        """Go on in smaller parts, or behind a block that fails again and again."""
         block_size = self.image.base_range()[0]
         self._at = failure.start
         if failure.stop - failure.start > block_size:
@@ -337,6 +352,8 @@ class Prefetcher:
         self._scheduler.disk.written(now, stop - start, seconds)
         if self._scheduler.disk.beset:
             self._rule.wrote(now, stop - start, seconds)
+        if order is not None:
+            order.under_way.remove((start, stop))
         self.copied += stored
         self._recent.append((now, stored))
         self._forget_old()
@@ -414,6 +431,17 @@ class ProfileOrder:
         self._image = image
         self._fetcher = fetcher
         self._requests = deque(requests)
+        self.under_way: list[Extent] = []
+        """Pieces that were given out, and are not copied yet."""
+
+    def leave_out(self, start: int) -> None:
+        """Of what was under way, all but the piece that begins there comes again."""
+        self._requests.extendleft(piece for piece in reversed(self.under_way) if piece[0] != start)
+        self.under_way.clear()
+
+    def has_more(self) -> bool:
+        """Whether `next` has not come to the end yet."""
+        return bool(self._requests)
 
     def next(self) -> tuple[int, int]:
         """The next piece; empty where the profile ends."""
@@ -426,6 +454,7 @@ class ProfileOrder:
             if found < end:
                 if end < stop:
                     self._requests.appendleft((end, stop))
+                self.under_way.append((found, end))
                 return found, end
         return 0, 0
 

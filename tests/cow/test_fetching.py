@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import functools
 import random
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -376,6 +377,27 @@ async def test_a_base_that_fails_is_tried_again(tmp_path: Path, autojump_clock: 
             await trio.sleep(70)
         assert prefetcher.state.value == "done"
         assert image.header.all_data_in_fvd_img == 1
+
+
+async def test_a_profile_goes_on_when_its_base_answers_again(
+    tmp_path: Path, autojump_clock: trio.testing.MockClock
+) -> None:
+    """Parts that failed are tried once more at the end; a place that cannot be read keeps nothing else from coming."""
+    blocks = [9, 1, 12, 4, 15]
+    profile = [(block * BLOCK, (block + 1) * BLOCK) for block in blocks]
+    async with opened(tmp_path) as (image, base):
+        base.bad = range(SIZE)
+        prefetcher = Prefetcher(image, Scheduler(pressure=lambda: None), whole=False)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(functools.partial(prefetcher.run, profile=profile))
+            await trio.sleep(0.5)
+            assert prefetcher.state.value == "failed"
+            assert "a bad sector; again in 1 s" in prefetcher.reason
+            base.bad = range(12 * BLOCK, 12 * BLOCK + 1)
+        assert prefetcher.state.value == "off"
+        assert local(image) == sorted({*blocks} - {12})
+        tries = base.asked.count((12 * BLOCK, 13 * BLOCK))
+        assert tries == 3, "with others that failed, then by itself, then at the end"
 
 
 async def test_pause_and_stop(tmp_path: Path, autojump_clock: trio.testing.MockClock) -> None:
