@@ -52,8 +52,10 @@ from fvdfs.ops.wire import (
     SETATTR,
     TRANSFER,
     WRITTEN,
+    agrees,
     amend,
     encode,
+    is_whole,
 )
 from fvdfs.store import uring
 from fvdfs.store.base import Buffer, Pending
@@ -201,6 +203,9 @@ class Device:
         await trio.lowlevel.wait_readable(self._socket)
         answer = amend(request, self._socket.recv(_LARGEST))
         os.write(self._kernel, answer)
+        if not agrees(answer):
+            log.error("the kernel and libfuse know no common version of FUSE")
+            raise OSError(errno.ENODEV, os.strerror(errno.ENODEV))
         self._max_write = int(INIT_OUT.unpack_from(answer, OUT_HEADER.size)[-1])
         self._payload = self._take_buffer()
         self.connected.set()
@@ -248,9 +253,21 @@ class Device:
                     ring.reap_now()
 
     def _dispatch(self, length: int) -> None:
-        opcode, unique, fh, offset, size, own_flags, flags = TRANSFER.unpack_from(self._head)
+        declared, opcode, unique, fh, offset, size, own_flags, flags = TRANSFER.unpack_from(self._head)
+        if not is_whole(length, declared, opcode, size, self._max_write):
+            if length >= IN_HEADER.size:
+                self._answer(unique, errno.EINVAL)
+            return
         if self._debug and opcode in (FUSE_READ, FUSE_WRITE, FUSE_FSYNC, FUSE_INTERRUPT):
             self._log_request()
+        try:
+            self._take_up(length, opcode, unique, fh, offset, size, own_flags, flags)
+        except Exception as error:
+            self._refuse(unique, fh, NAMES.get(opcode, "request").lower(), error)
+
+    def _take_up(
+        self, length: int, opcode: int, unique: int, fh: int, offset: int, size: int, own_flags: int, flags: int
+    ) -> None:
         if opcode == FUSE_READ:
             if flags & os.O_DIRECT and (offset | size) % SECTOR:
                 self._answer(unique, errno.EINVAL)
@@ -271,11 +288,7 @@ class Device:
     def _begin_read(self, unique: int, fh: int, offset: int, size: int) -> None:
         pooled = _SMALL < size <= self._max_write
         buffer = self._take_buffer() if pooled else memoryview(bytearray(OUT_HEADER.size + size))
-        try:
-            found = self._requests.begin_read(fh, offset, buffer[OUT_HEADER.size : OUT_HEADER.size + size])
-        except Exception as error:
-            self._refuse(unique, fh, "read", error)
-            return
+        found = self._requests.begin_read(fh, offset, buffer[OUT_HEADER.size : OUT_HEADER.size + size])
         if isinstance(found, int):
             self._answer_read(unique, buffer, found)
         else:
@@ -366,7 +379,7 @@ class Device:
 
     def _log_request(self) -> None:
         length, opcode, unique, inode, _, _, pid, *_ = IN_HEADER.unpack_from(self._head)
-        _, _, _, offset, size, _, _ = TRANSFER.unpack_from(self._head)
+        _, _, _, _, offset, size, _, _ = TRANSFER.unpack_from(self._head)
         where = f", offset: {offset}, size: {size}" if opcode in (FUSE_READ, FUSE_WRITE) else ""
         line = f"unique: {unique}, opcode: {NAMES[opcode]} ({opcode}), nodeid: {inode}, insize: {length}, pid: {pid}"
         log.info("%s%s", line, where, extra={"admitted": True})  # however many there are of a kind

@@ -363,8 +363,11 @@ class Filesystem(pyfuse3.Operations):
         return None if self._sync is Sync.NONE else Fsync(self._handles[fh][0], self._images[fh])
 
     def error_number(self, error: Exception, fh: int, what: str, /) -> int:
-        """`fuse_error`, of a request to an open file."""
-        return self.fuse_error(error, f"{self._images[fh].name}: {what}").errno
+        """`fuse_error`, of a request to an open file; EBADF where there is none of that handle."""
+        image = self._images.get(FileHandleT(fh))
+        if image is None and isinstance(error, KeyError):
+            return errno.EBADF
+        return self.fuse_error(error, f"{image.name}: {what}" if image is not None else what).errno
 
     def set_mtime(self, inode: int, mtime_ns: int, /) -> EntryAttributes | None:
         """Remember the time of change of an image that is open for writing, where the kernel keeps it; else None.

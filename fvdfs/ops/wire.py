@@ -39,9 +39,9 @@ IN_HEADER = struct.Struct("=IIQQIIIHH")  # len opcode unique nodeid uid gid pid 
 INIT_IN = struct.Struct("=IIII")  # major minor max_readahead flags
 INIT_OUT = struct.Struct("=IIIIHHI")  # major minor max_readahead flags max_background congestion_threshold max_write
 OUT_HEADER = struct.Struct("=IiQ")  # len error unique
-# READ and WRITE without its data, header and all: opcode unique fh offset size, its own flags, flags of the open file.
+# READ, and WRITE without its data, header and all: len opcode unique fh offset size, its own flags, those of the file.
 # FSYNC has its fh there, too.
-TRANSFER = struct.Struct("=4xIQ8x16xQQII8xI4x")
+TRANSFER = struct.Struct("=IIQ8x16xQQII8xI4x")
 # SETATTR: nodeid, valid, mtime and its nanoseconds.
 SETATTR = struct.Struct("=16xQ16xI36xQ8x4xI24x")
 FUSE_WRITE_CACHE = 1 << 0  # written by the kernel, for whoever changed the page
@@ -50,7 +50,21 @@ FATTR_TIMES = 1 << 5 | 1 << 10  # of the last change of content, and of attribut
 # The answer: timeout s and ns; ino size blocks atime mtime ctime, their ns, mode nlink uid gid rdev blksize.
 ATTRIBUTES = struct.Struct("=QI4xQQQqqqIIIIIIIII4x")
 WRITTEN = struct.Struct("=I4x")  # size
+SHORTEST = {FUSE_SETATTR: SETATTR.size, FUSE_READ: TRANSFER.size, FUSE_FSYNC: IN_HEADER.size + 16}
+"""Bytes of the requests that are answered here, but WRITE, which has its data behind what READ has."""
 INVALIDATE = struct.Struct("=Qqq")  # inode offset length; 0: all
+
+
+def is_whole(length: int, declared: int, opcode: int, size: int, largest: int) -> bool:
+    """Whether a message of `length` bytes is as long as it says, and as its kind must be.
+
+    `size`: bytes to read or write; `largest`: how many that may be.
+    """
+    if length != declared or length < SHORTEST.get(opcode, IN_HEADER.size):
+        return False
+    if opcode == FUSE_WRITE:
+        return length == TRANSFER.size + size
+    return opcode != FUSE_READ or size <= largest
 
 
 def encode(attributes: pyfuse3.EntryAttributes) -> bytes:
@@ -78,10 +92,14 @@ def encode(attributes: pyfuse3.EntryAttributes) -> bytes:
     )
 
 
+def agrees(answer: bytes) -> bool:
+    """Whether an answer to INIT says yes."""
+    return len(answer) >= OUT_HEADER.size + INIT_OUT.size and OUT_HEADER.unpack_from(answer)[1] == 0
+
+
 def amend(request: bytes, answer: bytes) -> bytes:
-    """libfuse's answer to the INIT request, with our fields in it; as it is where it says no."""
-    _, error, _ = OUT_HEADER.unpack_from(answer)
-    if error or len(answer) < OUT_HEADER.size + INIT_OUT.size:
+    """libfuse's answer to the INIT request, with our fields in it; as it is where it says no or one is cut short."""
+    if not agrees(answer) or len(request) < IN_HEADER.size + INIT_IN.size:
         return answer
     offered = INIT_IN.unpack_from(request, IN_HEADER.size)[3]
     major, minor, read_ahead, flags, _, _, max_write = INIT_OUT.unpack_from(answer, OUT_HEADER.size)

@@ -43,6 +43,16 @@ def test_a_refusal_stays_one(answer: bytes) -> None:
     assert amend(REQUEST, answer) == answer
 
 
+@pytest.mark.parametrize("length", range(len(REQUEST)))
+def test_an_init_that_is_cut_short_is_not_amended(length: int) -> None:
+    assert amend(REQUEST[:length], init_answer(1)) == init_answer(1)
+
+
+@pytest.mark.parametrize("length", range(len(init_answer(1)) - 36))
+def test_an_answer_to_init_that_is_cut_short_is_not_amended(length: int) -> None:
+    assert amend(REQUEST, init_answer(1)[:length]) == init_answer(1)[:length]
+
+
 @pytest.fixture(params=["on", "off"])
 def mount(request: pytest.FixtureRequest, folder: Path) -> Iterator[Mount]:
     """A disk of 16 MiB, half of it over a base, with and without io_uring."""

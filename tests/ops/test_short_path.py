@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import random
+import struct
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -26,8 +27,13 @@ from fvdfs.ops.openings import Openings
 from fvdfs.ops.wire import (
     FATTR_FH,
     FATTR_TIMES,
+    FUSE_FSYNC,
+    FUSE_INIT,
+    FUSE_INTERRUPT,
     FUSE_NOTIFY_INVAL_INODE,
+    FUSE_READ,
     FUSE_SETATTR,
+    FUSE_WRITE,
     FUSE_WRITE_CACHE,
     IN_HEADER,
     SETATTR,
@@ -239,6 +245,76 @@ def test_other_requests_are_libfuses(served: Served) -> None:
             assert request[IN_HEADER.size :] == body
 
     served.run(work)
+
+
+def test_a_request_that_is_cut_short_is_refused(served: Served) -> None:
+    """Or says another length than it has, or asks for more than was agreed; what is no header is left alone."""
+
+    def request(fh: int, size: int, data: bytes = b"") -> bytes:
+        return bytes(IN_HEADER.size) + struct.pack("=QQII16x", fh, 0, size, 0) + data
+
+    async def work(kernel: Kernel, fh: int) -> None:
+        whole, setattr_ = request(fh, 512), SETATTR.pack(0, FATTR_TIMES, 7, 8)
+        wrong = [
+            *((FUSE_READ, whole[:length], None) for length in range(IN_HEADER.size, len(whole))),
+            *((FUSE_WRITE, whole[:length], None) for length in range(IN_HEADER.size, len(whole))),
+            *((FUSE_FSYNC, whole[:length], None) for length in range(IN_HEADER.size, IN_HEADER.size + 16)),
+            *((FUSE_SETATTR, setattr_[:length], None) for length in range(IN_HEADER.size, len(setattr_))),
+            *((opcode, whole, declared) for opcode in (FUSE_READ, GETATTR) for declared in (0, 79, 81, 2**32 - 1)),
+            *((FUSE_READ, request(fh, size), None) for size in (MAX_WRITE + 1, 2**32 - 1)),
+            *((FUSE_WRITE, request(fh, size, b"x" * 512), None) for size in (0, 511, 513, MAX_WRITE, 2**32 - 1)),
+        ]
+        for opcode, message, declared in wrong:
+            assert await kernel.message(kernel.send_message(opcode, message, declared)) == (errno.EINVAL, b"")
+        for opcode in (FUSE_READ, FUSE_WRITE, FUSE_FSYNC):
+            data = b"x" * 512 if opcode == FUSE_WRITE else b""
+            assert await kernel.message(kernel.send_message(opcode, request(fh + 1, 512, data))) == (errno.EBADF, b"")
+        for length in range(1, IN_HEADER.size):
+            kernel.send_message(FUSE_READ, bytes(length))
+        answered = len(kernel.answered)
+        assert await kernel.read(fh, 0, len(BASE[:MAX_WRITE])) == BASE[:MAX_WRITE]
+        assert len(kernel.answered) == answered + 1
+        assert served.libfuse.requests == []
+
+    served.run(work)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_nothing_that_a_kernel_sends_ends_the_mount(served: Served, seed: int) -> None:
+    rng = random.Random(seed)
+    numbers = (0, 1, 511, 512, MAX_WRITE, 2**31, 2**32 - 1, 2**63 - 1, 2**63, 2**64 - 1)
+
+    def some(bits: int) -> int:
+        return int(rng.choice(numbers) % 2**bits)
+
+    async def work(kernel: Kernel, fh: int) -> None:
+        for _ in range(300):
+            opcode = rng.choice((FUSE_READ, FUSE_WRITE, FUSE_FSYNC, FUSE_SETATTR, FUSE_INTERRUPT, GETATTR, some(32)))
+            handle = fh if rng.random() < 0.7 else some(64)
+            fields = struct.pack("=QQIIQII", handle, some(64), some(32), some(32), some(64), some(32), some(32))
+            message = bytes(IN_HEADER.size) + fields + bytes(rng.choice((0, 0, 48, 512, MAX_WRITE)))
+            if rng.random() < 0.2:
+                message = message[: rng.randrange(1, len(message))]
+            number = kernel.send_message(opcode, message, some(32) if rng.random() < 0.1 else None)
+            if len(message) >= IN_HEADER.size and opcode not in (FUSE_INIT, FUSE_INTERRUPT):
+                await kernel.message(number)
+        assert await kernel.write(fh, 4096, b"y" * 4096) == 4096
+        assert await kernel.read(fh, 4096, 4096) == b"y" * 4096
+
+    served.run(work)
+
+
+def test_a_libfuse_that_refuses_init_ends_the_mount(
+    served: Served, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(Libfuse, "init_error", errno.EPROTO)
+
+    async def work(kernel: Kernel, fh: int) -> None:
+        await served.device.ending.wait()
+        assert not served.device.connected.is_set()
+
+    served.run(work)
+    assert "no common version of FUSE" in caplog.text
 
 
 def test_a_time_of_change_alone_is_remembered_at_once(served: Served) -> None:

@@ -48,6 +48,13 @@ class Kernel:
         self._end.send(IN_HEADER.pack(IN_HEADER.size + len(body), opcode, self._last, inode, 0, 0, 0, 0, 0) + body)
         return self._last
 
+    def send_message(self, opcode: int, message: bytes, declared: int | None = None) -> int:
+        """Send a message whose header may be cut short, or say another length than it has; its number."""
+        self._last += 2
+        header = IN_HEADER.pack(len(message) if declared is None else declared, opcode, self._last, 1, 0, 0, 0, 0, 0)
+        self._end.send(header[: len(message)] + message[len(header) :])
+        return self._last
+
     def send_read(self, fh: int, offset: int, size: int, flags: int = 0) -> int:
         return self.send(FUSE_READ, _READ.pack(fh, offset, size, 0, flags))
 
@@ -103,6 +110,8 @@ class Kernel:
 class Libfuse:
     """Answers INIT, and every other request with ENOSYS; what there was of these."""
 
+    init_error = 0
+
     def __init__(self, descriptor: int) -> None:
         self._descriptor = descriptor
         self._end: trio.CancelScope | None = None
@@ -115,7 +124,9 @@ class Libfuse:
                 await trio.lowlevel.wait_readable(self._descriptor)
                 request = os.read(self._descriptor, BUFFER)
                 _, opcode, unique, *_rest = IN_HEADER.unpack_from(request)
-                if opcode == FUSE_INIT:
+                if opcode == FUSE_INIT and self.init_error:
+                    os.write(self._descriptor, OUT_HEADER.pack(OUT_HEADER.size, -self.init_error, unique))
+                elif opcode == FUSE_INIT:
                     body = _INIT_ANSWER.pack(7, 38, 1 << 17, 1, 12, 9, MAX_WRITE)
                     os.write(self._descriptor, OUT_HEADER.pack(OUT_HEADER.size + len(body), 0, unique) + body)
                 else:
@@ -154,7 +165,9 @@ def run_device(
                 outer.start_soon(kernel.receive)
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(served.serve, libfuse.main)
-                    assert len(await kernel.answer(init)) == _INIT_ANSWER.size
+                    answered = await kernel.message(init)
+                    assert answered[0] == libfuse.init_error
+                    assert len(answered[1]) == (0 if libfuse.init_error else _INIT_ANSWER.size)
                     await work(kernel, served, libfuse)
                     served.terminate()
                 outer.cancel_scope.cancel()
