@@ -391,7 +391,7 @@ async def test_what_is_cut_off_on_a_device_reads_as_zeros_when_its_numbers_come_
 
 async def apart(tmp_path: Path, **changes: int) -> tuple[Image, CrashStore]:
     """A compact image whose data file has a leftover behind its one chunk in use, with these fields of its header."""
-    path, data = tmp_path / "disk.fvd", tmp_path / "data"
+    path = tmp_path / "disk.fvd"
     options = CreateOptions(compact=True, chunk_size=4096, grow_unit=4096, data_file="data")
     create(path, 64 * 4096, options)
     stores = {name: CrashStore(content, name) for name, content in read_files(tmp_path).items()}
@@ -401,8 +401,8 @@ async def apart(tmp_path: Path, **changes: int) -> tuple[Image, CrashStore]:
     await image.close()
     header = with_fields(image.header, **changes).encode()
     meta = CrashStore(header + bytes(stores[IMAGE].data[len(header) :]), IMAGE)
+    assert bytes(stores["data"].data).rstrip(b"\0") == b"a" * 4096, "there is no leftover yet"
     store = CrashStore(bytes(stores["data"].data) + b"left" * 4096, "data")
-    assert data.name == store.name
     image = await load({IMAGE: meta, "data": store})
     await image.begin_writing()
     return image, store
