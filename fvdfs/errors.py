@@ -98,6 +98,10 @@ class UnstatedFormat(ImageError):
         self.looks_like = looks_like
 
 
+class Locked(ImageError):
+    """A file of the image is encrypted, and its passphrase is missing or wrong."""
+
+
 class Refused(ImageError):
     """The image points somewhere the user did not allow; the text names the option that would."""
 

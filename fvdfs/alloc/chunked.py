@@ -78,6 +78,11 @@ class ChunkedStorage:
         """The room at which growing ahead failed: not tried again until a write has made more."""
         self._spawn = spawn
 
+    @property
+    def damage(self) -> str:
+        """What is wrong with it, in words; empty: nothing."""
+        return self._table.damage
+
     def byte_runs(self, start: int, stop: int) -> Iterator[tuple[int, int, int | None]]:
         """Bytes [start, stop) of the disk as runs (start, stop, offset in the store; None: zeros).
 

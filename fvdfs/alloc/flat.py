@@ -1,11 +1,13 @@
 """Allocation by the host: virtual byte v is at data start + v (format.md, "Storage without a table").
 
 The layout of a raw image. In a file of a file system it is sparse, and the file system decides
-where blocks go; a short file reads as zeros past its end. On a device it takes its place as it is.
+where blocks go. On a device it takes its place as it is. Storage that was never used may be empty, and
+reads as zeros; one that ends early was cut, and what is missing cannot be read (`Header.is_cut`).
 """
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterator
 
 import trio
@@ -17,16 +19,32 @@ from fvdfs.store.base import Store
 class FlatStorage:
     """The identity mapping over a store."""
 
-    def __init__(self, store: Store, data_offset: int, size: int, grow_command: GrowCommand) -> None:
+    def __init__(
+        self, store: Store, data_offset: int, size: int, grow_command: GrowCommand, *, length: int, is_cut: bool
+    ) -> None:
+        """`length`: bytes of data that the store has; `is_cut`: whether it has had more."""
         self._store = store
         self._offset = data_offset
         self._size = size
         self._command = grow_command
-        self._ready = store.fixed_size
+        self._ready = length >= size
+        self._cut_at = length if is_cut else None
         self._resizing = trio.Lock()
 
+    @property
+    def damage(self) -> str:
+        """What is wrong with it, in words; empty: nothing."""
+        if self._cut_at is None:
+            return ""
+        return f"storage: was cut at byte {self._cut_at} of {self._size}"
+
     def byte_runs(self, start: int, stop: int) -> Iterator[tuple[int, int, int | None]]:
-        """Bytes [start, stop) of the disk as runs (start, stop, offset in the store); here one run."""
+        """Bytes [start, stop) of the disk as runs (start, stop, offset in the store); here one run.
+
+        Raises OSError(EIO) where the storage was cut before `stop`.
+        """
+        if self._cut_at is not None and stop > self._cut_at:
+            raise OSError(errno.EIO, f"{self._store.name}: bytes {start}..{stop} of the disk were cut off")
         yield start, stop, self._offset + start
 
     def place(self, start: int, stop: int) -> int | None:
@@ -34,8 +52,8 @@ class FlatStorage:
         return self._offset + start
 
     def holds(self, end: int) -> bool:
-        """Whether the store must reach to this offset: it may be short until it is written to for the first time."""
-        return self._ready and not self._store.fixed_size and end <= self._offset + self._size
+        """Whether the store must reach to this offset: it may be empty until it is written to for the first time."""
+        return self._ready and end <= self._offset + self._size
 
     def prepare_nowait(self, start: int, stop: int) -> bool:
         """Whether these bytes can be written without `prepare`."""
@@ -45,11 +63,13 @@ class FlatStorage:
         """Make room for these bytes; the chunks that were allocated for it (here none).
 
         The original extends the file to the whole disk before its first request (format.md,
-        "Storage without a table"), and so refuses none of what is written here. Raises OSError.
+        "Storage without a table"), and so refuses none of what is written here. The length is stable before
+        anything is written: one in between would look like that of a file that was cut. Raises OSError.
         """
         async with self._resizing:
             if not self._ready and await self._store.size() < self._offset + self._size:
                 await self._store.resize(self._offset + self._size)
+                await self._store.flush()
             self._ready = True
         return []
 

@@ -22,7 +22,7 @@ from fvdfs.check.findings import Finding, Findings, Kind, Severity
 from fvdfs.check.header import check_header
 from fvdfs.check.layers import Absent, CheckLayer, is_store, read
 from fvdfs.check.repair import repair_image
-from fvdfs.errors import FvdError, ImageBusy, ImageError, Refused, UnstatedFormat, UsageError, printable
+from fvdfs.errors import FvdError, ImageBusy, ImageError, Locked, Refused, UnstatedFormat, UsageError, printable
 from fvdfs.format.header import HEADER_SPACE, Header
 from fvdfs.image.chain import open_named, unstated_base_format
 from fvdfs.image.locking import lock_for_reading
@@ -216,9 +216,9 @@ class _Opening:
         except Refused as error:
             if own and self._policy.writable and is_local(name):
                 raise
-            return self._absent(error, file_format, Kind.DATA_MISSING, Kind.DATA_UNUSABLE, Kind.DATA_UNCHECKED)
+            return self._absent(error, Kind.DATA_MISSING, Kind.DATA_UNUSABLE, Kind.DATA_UNCHECKED)
         except (FvdError, OSError) as error:
-            return self._absent(error, file_format, Kind.DATA_MISSING, Kind.DATA_UNUSABLE, Kind.DATA_UNCHECKED)
+            return self._absent(error, Kind.DATA_MISSING, Kind.DATA_UNUSABLE, Kind.DATA_UNCHECKED)
         return store
 
     async def _open_base(self, layer: CheckLayer, header: Header) -> HostStore | Absent:
@@ -242,10 +242,10 @@ class _Opening:
         except ImageBusy:
             raise
         except (FvdError, OSError) as error:
-            return self._absent(error, file_format, Kind.BASE_MISSING, Kind.BASE_UNUSABLE, Kind.BASE_UNCHECKED)
+            return self._absent(error, Kind.BASE_MISSING, Kind.BASE_UNUSABLE, Kind.BASE_UNCHECKED)
         return store
 
-    def _absent(self, error: Exception, file_format: str, missing: Kind, unusable: Kind, unchecked: Kind) -> Absent:
+    def _absent(self, error: Exception, missing: Kind, unusable: Kind, unchecked: Kind) -> Absent:
         """The finding about an image that a file which it names cannot be opened."""
         text = error.reason if isinstance(error, ImageError) else str(error)
         cause = error if isinstance(error, OSError) else error.__cause__
@@ -253,13 +253,13 @@ class _Opening:
             return Absent(Kind.BASE_FORMAT, Severity.CORRUPTION, text, "cannot be repaired before that is settled")
         if isinstance(error, Refused):
             return Absent(unchecked, Severity.HARMLESS, "a URL is not followed: what is there was not checked")
-        if isinstance(error, UsageError) or (isinstance(cause, OSError) and cause.errno not in _NOT_THERE):
+        if isinstance(error, Locked) and not self._policy.secret_file:
+            return Absent(unchecked, Severity.HARMLESS, "is encrypted: to check it, give its passphrase by --secret")
+        if isinstance(error, Locked | UsageError) or (isinstance(cause, OSError) and cause.errno not in _NOT_THERE):
             self._errors.append(str(error))
             return Absent(unchecked, Severity.HARMLESS, "could not be checked")
         if isinstance(cause, OSError):
             return Absent(missing, Severity.CORRUPTION, f"is missing: {text}")
-        if file_format == "luks" and not self._policy.secret_file:
-            return Absent(unchecked, Severity.HARMLESS, "is encrypted: to check it, give its passphrase by --secret")
         return Absent(unusable, Severity.CORRUPTION, f"cannot be used: {text}")
 
 

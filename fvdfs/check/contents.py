@@ -354,11 +354,9 @@ def report_storage(
     if header.compact:
         return _report_short_chunk(header, bitmap, scan, storage, findings) if scan is not None else None
     size = header.virtual_disk_size
-    if storage >= size:
+    if not header.is_cut(storage, any_local=bitmap is not None and bitmap.count_local() > 0):
         return None
     lost = bounded(own_ranges(header, bitmap, storage, size))
-    if storage == 0 and (header.need_zero_init or bitmap is None or bitmap.count_local() == 0):
-        return None  # never written to
     findings.add(
         Kind.STORAGE_SHORT,
         Severity.CORRUPTION,

@@ -16,8 +16,9 @@ from dataclasses import dataclass, replace
 import trio
 
 from fvdfs import daemon
-from fvdfs.commands.create import make_image, never_appears, qemu_create
+from fvdfs.commands.create import make_image, never_appears
 from fvdfs.commands.newfiles import NewFile, NewFiles, host_files, permissions
+from fvdfs.commands.otherfiles import qemu_create
 from fvdfs.commands.sides import NamedSide, Side, StoreSide, stores_of
 from fvdfs.commands.terminal import progress_bar
 from fvdfs.cow.planner import Zeroes

@@ -10,7 +10,6 @@ from __future__ import annotations
 import errno
 import os
 import stat
-import subprocess
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -18,6 +17,7 @@ from fvdfs import daemon
 from fvdfs.alloc.table import new_table
 from fvdfs.commands.base import BaseImage, inspect_base
 from fvdfs.commands.newfiles import NewFile, NewFiles
+from fvdfs.commands.otherfiles import make_data_file
 from fvdfs.commands.profile import read_profile
 from fvdfs.cow.bitmap import Bitmap, bitmap_bytes
 from fvdfs.errors import UsageError
@@ -39,7 +39,7 @@ from fvdfs.image.policy import FVD_FORMAT, RAW_FORMATS
 from fvdfs.mountoptions import hint
 from fvdfs.store.host import HostFile, open_path
 from fvdfs.store.locations import is_local
-from fvdfs.store.references import RAW
+from fvdfs.store.references import LUKS, RAW
 
 _ZEROS = bytes(1 << 20)
 Part = tuple[int, bytes]
@@ -52,8 +52,8 @@ def run(image: str, size: int | None, options: CreateOptions, *, profile: str, f
     """Make an image, and tell the user what to know about it. Raises as `create_image`."""
     if profile and not options.base_img:
         raise UsageError("--profile needs a base image: give --base")
-    if secret and not options.base_img:
-        raise UsageError("--secret needs a base image: give --base")
+    if secret and not options.base_img and options.data_file_fmt != LUKS:
+        raise UsageError("--secret is for encrypted files: give --base, or --data-file with --data-format luks")
     if remark := never_appears(image):
         raise UsageError(remark)
     device = _data_path(image, options.data_file) if options.data_file else image
@@ -141,7 +141,7 @@ def make_image(
         assert data_path is not None
         _fill(files.add(data_path), data_size, data_zeros, [], files.force)
     else:
-        _make_other(files, data_path, options.data_file_fmt, header.virtual_disk_size)
+        make_data_file(files, data_path, options.data_file_fmt, header, data_zeros, secret_file)
     _fill(files.add(path), image_size, zeros, parts, files.force)
 
     rounded = f"{path}: the disk gets {size} bytes, in whole sectors" if virtual_size not in (None, size) else None
@@ -316,30 +316,6 @@ def _look_at_device(store: HostFile, size: int, force: bool) -> None:
     store.pread_now(memoryview(first), 0)
     if any(first) and not force:
         raise UsageError(f"{store.name}: the device does not look empty; --force to overwrite it")
-
-
-def _make_other(files: NewFiles, path: str | None, file_format: str, size: int) -> None:
-    """Make a data file of another format, which must not exist yet."""
-    if path is None:
-        raise UsageError("--data-file: what is made together with the image must be a file or a device of this host")
-    if os.path.lexists(path):
-        raise UsageError(f"--data-file {path} exists already; choose another name, or remove it")
-    try:
-        qemu_create(files.add(path), file_format, size)
-    except UsageError as error:
-        raise UsageError(f"--data-file: {error}") from None
-
-
-def qemu_create(file: NewFile, file_format: str, size: int) -> None:
-    """Make a new file an image of a format of QEMU's. Raises UsageError."""
-    command = ["qemu-img", "create", "-q", "-f", file_format, "--", file.place, str(size)]
-    try:
-        subprocess.run(command, check=True, capture_output=True)
-    except FileNotFoundError:
-        raise UsageError("qemu-img is missing: install the package qemu-utils") from None
-    except subprocess.CalledProcessError as error:
-        said: str = os.fsdecode(error.stderr).strip().replace(file.place, file.path)
-        raise UsageError(said or f"qemu-img ended with exit code {error.returncode}") from None
 
 
 def _mark_holes(bitmap: Bitmap, header: Header, path: str, unit: int) -> None:

@@ -51,13 +51,16 @@ def describe(path: str, *, secret_file: str = "") -> dict[str, Any]:
             problems.append(str(error))
     else:
         chain.close()
+    if image is not None and image.damage:
+        problems.append(f"{image.damage}; fvdfs check says what is lost")
     result: dict[str, Any] = {
         "image": path,
         "virtual_size": header.virtual_disk_size,
         "allocated": usage,
         "layout": _layout(header.compact, bool(header.data_file), header.has_base),
         "clean": header.clean,
-        "writable_without_repair": header.clean or not header.has_metadata or header.journal_region is not None,
+        "writable_without_repair": not (image and image.damage)
+        and (header.clean or not header.has_metadata or header.journal_region is not None),
         "base_chain": base_chain,
         "problems": problems,
     }

@@ -226,6 +226,17 @@ class Header:
         """Where data starts in the file that holds it."""
         return 0 if self.data_file else self.metadata_end
 
+    def is_cut(self, storage: int, *, any_local: bool) -> bool:
+        """Whether an image without a table has had more data than these bytes (format.md, "Storage without a table").
+
+        `any_local`: whether a bit is set.
+        """
+        assert not self.compact
+        if storage >= SECTOR:  # less may be what an odd metadata_size leaves to a new image
+            return storage < self.virtual_disk_size
+        released = bool(self.base_img) and self.base_img_size > 0 and not self.has_base
+        return (any_local or released) and not self.need_zero_init
+
     @property
     def bitmap_region(self) -> Region | None:
         """The part of the bitmap that is in use, in whole pages (format.md, "Bitmap")."""

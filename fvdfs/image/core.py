@@ -108,9 +108,7 @@ class Core:
     @property
     def damage(self) -> str:
         """Why the image is read-only, or cannot be read everywhere; empty where nothing is known to be wrong."""
-        if self.table is not None and self.table.damaged:
-            return self.table.damage
-        return self.committer.failed or ""
+        return self.storage.damage or self.committer.failed or ""
 
     @property
     def needs_share(self) -> bool:
@@ -242,6 +240,15 @@ class Core:
 
     def _allocated_chunks(self) -> int:
         return self.table.allocated() if self.table is not None else 0
+
+
+def damaged_layers(image: Core) -> Iterator[tuple[str, str]]:
+    """The images of the chain that are damaged, from the top: name, and `Core.damage`."""
+    layer: Core | Store | None = image
+    while isinstance(layer, Core):
+        if layer.damage:
+            yield layer.name, layer.damage
+        layer = layer.base
 
 
 def usage_of(header: Header, meta: Store, data: Store, allocated_chunks: Callable[[], int]) -> int:

@@ -175,8 +175,8 @@ class Image(Core):
         if self.writable:
             return
         header = self.header
-        if self.table is not None and self.table.damaged:
-            raise ReadOnlyImage(self.name, f"{self.table.damage}: the image can only be read")
+        if self.storage.damage:
+            raise ReadOnlyImage(self.name, f"{self.storage.damage}: the image can only be read")
         if not header.clean and header.has_metadata and header.journal_region is None and not accept_unclean:
             raise ReadOnlyImage(
                 self.name,

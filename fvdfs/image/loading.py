@@ -16,6 +16,7 @@ from fvdfs.format import journal
 from fvdfs.format.header import HEADER_SIZE, SECTOR, Header, Region, round_up
 from fvdfs.image.chain import Chain, Layer, open_chain
 from fvdfs.image.commit import Committer
+from fvdfs.image.core import damaged_layers
 from fvdfs.image.image import Image
 from fvdfs.image.locking import lock_for_reading, lock_for_writing
 from fvdfs.image.policy import Policy
@@ -80,14 +81,17 @@ async def load_image(
     bitmap = table = None
     command = grow_command(name, policy.grow_command, header.add_storage_cmd)
     storage: FlatStorage | ChunkedStorage
+    length = max(0, await data.size() - header.data_offset)
     if header.has_base:
         bits = await pread_exactly(meta, bitmap_bytes(header.blocks), header.bitmap_offset)
         bitmap = Bitmap(bits, header.blocks)
     if header.compact:
         region = header.table_region
         assert region is not None
-        storage_size = await data.size() - header.data_offset
-        table = await _load_table(name, meta, region, header.chunks, max(0, storage_size // header.chunk_size))
+        table = await _load_table(name, meta, region, header.chunks, length // header.chunk_size)
+    skipped = not header.clean and await _replay(name, header, meta, bitmap, table)
+    if table is not None:
+        table.replay_done()
         storage = ChunkedStorage(
             data,
             table,
@@ -100,12 +104,9 @@ async def load_image(
             spawn=spawn,
         )
     else:
-        storage = FlatStorage(data, header.data_offset, header.virtual_disk_size, command)
-    skipped = not header.clean and await _replay(name, header, meta, bitmap, table)
-    if table is not None:
-        table.replay_done()
-        if table.damaged:
-            log.error("%s: %s", name, table.damage)
+        size = header.virtual_disk_size
+        is_cut = length < size and header.is_cut(length, any_local=bitmap is not None and bitmap.count_local() > 0)
+        storage = FlatStorage(data, header.data_offset, size, command, length=length, is_cut=is_cut)
     raw = raw_header[: round_up(HEADER_SIZE, SECTOR)]
     committer = Committer(header, raw, meta, data, bitmap, table, journal_is_bad=skipped)
     return Image(
@@ -157,15 +158,20 @@ async def _replay(name: str, header: Header, meta: Store, bitmap: Bitmap | None,
 
 
 async def open_image(path: str, policy: Policy, *, write: bool = False) -> Image:
-    """Open the image at `path`, for tools that need no mount. Errors as the functions above."""
+    """Open the image at `path`, for tools that need no mount. Errors as the functions above.
+
+    Also FormatError where an image of the chain is damaged: nobody is to take a copy of it for a good one.
+    """
     image = await load_chain(open_chain(path, policy))
-    if write:
-        try:
+    try:
+        for name, damage in damaged_layers(image):
+            raise FormatError(name, f"{damage}; fvdfs check {name} says what is lost")
+        if write:
             await lock_for_writing(image)
             await image.begin_writing(accept_unclean=policy.accept_unclean)
-        except BaseException:
-            await image.close()
-            raise
+    except BaseException:
+        await image.close()
+        raise
     return image
 
 

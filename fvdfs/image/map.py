@@ -6,6 +6,7 @@ image's own storage), in the *base*, or a *hole* (allocated nowhere: they read a
 
 from __future__ import annotations
 
+import errno
 from typing import Any
 
 from fvdfs.format.header import SECTOR, ceil_div, round_up
@@ -16,7 +17,9 @@ BAR_CELLS = 64  # of a map shown as a bar, at most: a line of a terminal
 
 
 async def image_map(image: Image, cells: int = CELLS) -> dict[str, Any]:
-    """The map of an open image, ready for JSON; sizes in bytes. Raises OSError."""
+    """The map of an open image, ready for JSON; sizes in bytes. Raises OSError, EIO where the image is damaged."""
+    if image.damage:
+        raise OSError(errno.EIO, f"{image.name}: {image.damage}")
     size = max(SECTOR, round_up(ceil_div(image.size, cells), SECTOR))
     found = []
     for start in range(0, image.size, size):

@@ -22,6 +22,7 @@ import trio
 
 from fvdfs.errors import ImageBusy
 from fvdfs.image.chain import Chain, open_chain
+from fvdfs.image.core import damaged_layers
 from fvdfs.image.image import Image
 from fvdfs.image.loading import load_chain
 from fvdfs.ops.background import Background, stop_prefetching
@@ -109,6 +110,8 @@ class Openings:
         current = self._inodes.at(entry.path)
         if current is None or not current.busy:  # one that was opened by its old number is the one to be seen
             self._inodes.show(entry)
+        for name, damage in damaged_layers(image):
+            log.error("%s: %s", name, damage)
         entry.status = status
         data_elsewhere = image.data is not image.meta or image.meta.fixed_size
         entry.change_time.begin(chain.layers[0].meta, status.st_mtime_ns, spawn if data_elsewhere else None)

@@ -31,7 +31,7 @@ from typing import IO
 
 import trio
 
-from fvdfs.errors import FvdError, ImageError, Refused, UsageError
+from fvdfs.errors import FvdError, ImageError, Locked, Refused, UsageError
 from fvdfs.store.host import (
     FALLOC_FL_KEEP_SIZE,
     FALLOC_FL_PUNCH_HOLE,
@@ -70,6 +70,9 @@ def _failure(name: str, line: str) -> FvdError:
         return UsageError(f"{name}: QEMU lacks the driver for this: apt install {_BLOCK_PACKAGE} ({line})")
     if "'fuse'" in line:
         return UsageError(f"{name}: {PROGRAM} is built without FUSE exports ({line})")
+    if "Invalid password" in line:
+        right = "name the file with the right one: --secret FILE, or -o secret=FILE for a mount"
+        return Locked(name, f"the passphrase is wrong: {right} ({line})")
     return ImageError(name, f"QEMU cannot open it: {line}")
 
 
@@ -81,6 +84,14 @@ class _Export(HostFile):
         if not fallocate(self._fd, FALLOC_FL_ZERO_RANGE | FALLOC_FL_KEEP_SIZE, offset, length):
             for at in range(offset, offset + length, MIB):
                 self.pwrite_now(bytes(min(MIB, offset + length - at)), at)
+
+    async def extend(self, start: int, stop: int) -> None:
+        """Make it `stop` bytes long, and have bytes [start, stop) read as zeros. Raises OSError.
+
+        Of an encrypted image: QEMU does not extend one by itself, but where it is going to write the zeros.
+        """
+        if not await self._waiter.run(lambda: fallocate(self._fd, FALLOC_FL_ZERO_RANGE, start, stop - start)):
+            raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
 
     def flush_now(self) -> None:
         """`flush` for callers that are in a thread already."""

@@ -18,12 +18,12 @@ from urllib.parse import parse_qs, urlsplit
 
 import trio
 
-from fvdfs.errors import FormatError, ImageError, UnsupportedFeature
+from fvdfs.errors import FormatError, ImageError, Locked, UnsupportedFeature
 from fvdfs.store.host import HostFile, open_as_permitted
 from fvdfs.store.locations import Location, join, parse_location
 from fvdfs.store.qemu_daemon import StorageDaemon
 from fvdfs.store.qemu_nodes import Node, blockdevs
-from fvdfs.store.references import FORMATS, PROBE_SIZE, RAW, Reader, Reference, detect, references
+from fvdfs.store.references import FORMATS, LUKS, PROBE_SIZE, RAW, Reader, Reference, detect, references
 
 log = logging.getLogger(__name__)
 
@@ -211,12 +211,12 @@ class QemuFiles:
         return [(opened.handle, opened.path) for opened in self._opened if opened.handle >= 0]
 
     def secret_file(self) -> str:
-        """The file with the passphrase; empty where nothing is encrypted. Raises ImageError where none is named."""
+        """The file with the passphrase; empty where nothing is encrypted. Raises Locked where none is named."""
         for opened in self._opened:
-            if opened.format == "luks":
+            if opened.format == LUKS:
                 if self._access.secret_file:
                     return self._access.secret_file
-                raise ImageError(
+                raise Locked(
                     opened.path,
                     "is encrypted: name the file with its passphrase: --secret FILE, or -o secret=FILE for a mount",
                 )
@@ -228,6 +228,11 @@ class QemuFiles:
     def is_raw(self) -> bool:
         """Whether the top image is raw."""
         return self._top.format == RAW
+
+    @property
+    def is_encrypted(self) -> bool:
+        """Whether the top image is encrypted."""
+        return self._top.format == LUKS
 
     @property
     def is_raw_device(self) -> bool:

@@ -38,6 +38,8 @@ class QemuStore(Stepwise):
         self._options: list[Options] = []
         self._growing = trio.Lock()
         self._has_holes = True
+        self._garbage_from: int | None = None
+        """Where an encrypted image was extended by bytes that do not read as zeros yet."""
         file = self._files.file
         self.name = self._files.name
         self.writable = writable and (file is None or file.writable)
@@ -112,16 +114,26 @@ class QemuStore(Stepwise):
     async def _truncate(self, daemon: StorageDaemon, size: int) -> None:
         if not self._files.is_raw:
             size = -(-size // _SECTOR) * _SECTOR
-        if size == daemon.size:
+        if self._files.is_encrypted and size < daemon.size:  # QEMU does not cut one
+            await daemon.export.zero(size, daemon.size - size)
+            return
+        if self._files.is_encrypted and self._garbage_from is None:
+            self._garbage_from = daemon.size
+        start = self._garbage_from
+        if size == (daemon.size if start is None else start):
             return
         try:
-            await daemon.export.resize(size)
+            if start is not None:
+                await daemon.export.extend(start, size)
+            else:
+                await daemon.export.resize(size)
         except OSError as error:
             if is_dead(daemon, error) or size < daemon.size:
                 raise
             why = f"it ends at {daemon.size} bytes, {size} are needed, and QEMU cannot extend it"
             raise OSError(errno.ENOSPC, f"{self.name}: {why}: {error.strerror}") from error
         daemon.size = size
+        self._garbage_from = None
 
     async def zero(self, offset: int, length: int) -> None:
         async def zero(daemon: StorageDaemon) -> None:

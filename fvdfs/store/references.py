@@ -21,6 +21,8 @@ from fvdfs.errors import FormatError, UnsupportedFeature
 Reader = Callable[[int, int], bytes]
 """Reads (offset, length) of an image; fewer bytes where it ends before. Lengths are at most `MAX_READ`."""
 RAW = "raw"
+LUKS = "luks"
+"""Encrypted; nothing in it is zeros by itself."""
 PROBE_SIZE = 512
 MAX_READ = 2 << 20
 _MAGICS = (
@@ -31,7 +33,7 @@ _MAGICS = (
     (0, b"# Disk DescriptorFile", "vmdk"),
     (0, b"vhdxfile", "vhdx"),
     (0, b"conectix", "vpc"),
-    (0, b"LUKS\xba\xbe", "luks"),
+    (0, b"LUKS\xba\xbe", LUKS),
     (0, b"QED\0", "qed"),
     (0, b"WithoutFreeSpace", "parallels"),
     (0, b"WithouFreSpacExt", "parallels"),
@@ -269,8 +271,8 @@ def _parallels(name: str, read: Reader, _size: int) -> list[Reference]:
 
 def _luks(name: str, read: Reader, _size: int) -> list[Reference]:
     first = read(0, PROBE_SIZE)
-    if detect(first) != "luks":
-        _wrong_magic(name, "luks", first)
+    if detect(first) != LUKS:
+        _wrong_magic(name, LUKS, first)
     return []
 
 
@@ -284,7 +286,7 @@ FORMATS: dict[str, Callable[[str, Reader, int], list[Reference]]] = {
     "vhdx": _vhdx,
     "vpc": _vpc,
     "parallels": _parallels,
-    "luks": _luks,
+    LUKS: _luks,
 }
 """The formats that are opened, with what finds their references."""
 

@@ -27,7 +27,7 @@ from fvdfs.format.header import HEADER_SIZE, Header
 from fvdfs.ops.complaints import LINES, PERIOD, Complaints
 from support import reference
 from support.devices import loop_device, small_disk
-from support.mounts import MIB, Mount, mounted, must, wait_until
+from support.mounts import MIB, Mount, fvdfs, mounted, must, wait_until
 
 CHUNK = 64 << 10
 EXT4_SHUTDOWN = 0x8004587D  # EXT4_IOC_SHUTDOWN; its argument 2: without writing out the journal
@@ -177,12 +177,82 @@ def test_a_file_that_is_cut_while_it_is_open(folder: Path, layout: str) -> None:
             assert caught.value.errno == errno.EIO
             assert data.stat().st_size == end - 5 * CHUNK - 4096, "it is not made longer again"
         wait_until_closed(mount, "bad")
-        if layout != "plain":
-            assert fails(raw, 15 * CHUNK), "nor are they zeros after it was opened anew"
-            assert read(raw, 10 * CHUNK) == b"a" * 4096
+        assert fails(raw, 15 * CHUNK), "nor are they zeros after it was opened anew"
+        assert read(raw, 10 * CHUNK) == b"a" * 4096
+        with pytest.raises(OSError) as caught:
+            os.open(raw, os.O_RDWR)
+        assert caught.value.errno == errno.EROFS
+
+
+LAYOUTS: dict[str, tuple[list[str], str]] = {
+    "plain": ([], "bad.fvd"),
+    "over a base": (["-b", "base.raw", "-F", "raw", "--copy-on-read"], "bad.fvd"),
+    "no journal": (["-b", "base.raw", "-F", "raw", "--journal-size", "none"], "bad.fvd"),
+    "data file": (["--data-file", "bad.data"], "bad.data"),
+    "compact": (["--compact", "--chunk-size", "64K", "--grow-unit", "64K"], "bad.fvd"),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_file_that_was_cut_while_nobody_had_it_open(folder: Path, tmp_path: Path, layout: str) -> None:
+    """As by a copy that did not end. Whatever is tried with it, nothing takes what is missing for zeros."""
+    options, data = LAYOUTS[layout]
+    (folder / "base.raw").write_bytes(b"base" * (MIB // 8))
+    with with_a_good_one(folder) as mount:
+        image = folder / "bad.fvd"
+        must("create", image, "1M", *options)
+        raw = mount.raw("bad")
+        for chunk in range(16):
+            write(raw, chunk * CHUNK, b"%x" % chunk * CHUNK)
+        wait_until_closed(mount, "bad")
+        end = (folder / data).stat().st_size
+        cut = end - 4 * CHUNK
+        if layout == "compact":
+            cut = Header.decode(image.read_bytes()[:HEADER_SIZE], "").metadata_size + 12 * CHUNK
+        os.truncate(folder / data, cut)
+        with opened(raw, os.O_RDONLY):
+            assert read(raw, 11 * CHUNK) == b"b" * 4096, "what is there is still read"
+            assert fails(raw, 12 * CHUNK)
+            assert fails(raw, 15 * CHUNK)
             with pytest.raises(OSError) as caught:
                 os.open(raw, os.O_RDWR)
             assert caught.value.errno == errno.EROFS
+            why = mount.status("bad")["failed"]
+            assert why
+            assert why in must("status", mount.point)
+            assert f"{image}: {why}" in mount.log
+            assert fvdfs("map", raw).code == 1
+        wait_until_closed(mount, "bad")
+        for done in (fvdfs("convert", image, tmp_path / "copy.raw"), fvdfs("map", image)):
+            assert done.code == 1
+            assert done.err == f"fvdfs: {image}: {why}; fvdfs check {image} says what is lost\n"
+        assert not (tmp_path / "copy.raw").exists()
+        assert [problem for problem in json.loads(must("info", image, "--json"))["problems"] if why in problem]
+        assert (folder / data).stat().st_size == cut, "it is not made longer again"
+    done = fvdfs("check", image)
+    assert done.code == 2
+    assert "bytes 786432..1048576 of the disk read as zeros" in done.out
+    must("create", folder / "top.fvd", "-b", "bad.fvd", "-F", "fvd")
+    done = fvdfs("convert", folder / "top.fvd", tmp_path / "copy.raw")
+    assert (done.code, why in done.err) == (1, True), "the base of an image"
+
+
+def test_images_that_were_never_used_are_not_cut(folder: Path) -> None:
+    """The original extends a new file before its first request (format.md, "Storage without a table")."""
+    (folder / "base.raw").write_bytes(b"base" * (MIB // 8))
+    for name, options in (("plain", []), ("cow", ["-b", "base.raw", "-F", "raw"]), ("data", ["--data-file", "d"])):
+        image = folder / f"{name}.fvd"
+        must("create", image, "1M", *options)
+        os.truncate(image, Header.decode(image.read_bytes()[:HEADER_SIZE], "").metadata_size)
+    os.truncate(folder / "d", 0)
+    with mounted(folder) as mount:
+        for name in ("plain", "cow", "data"):
+            assert read(mount.raw(name), MIB - 4096) == bytes(4096)
+            write(mount.raw(name), 4096, b"x" * 4096)
+            assert read(mount.raw(name), 4096) == b"x" * 4096
+            assert mount.status(name)["failed"] == ""
+    for name in ("plain", "cow", "data"):
+        must("check", folder / f"{name}.fvd")
 
 
 def test_a_base_that_is_cut_while_it_is_open_reads_as_the_format_says(folder: Path) -> None:
