@@ -621,7 +621,7 @@ fields("unknown format of the base", COW, Kind.BASE_UNUSABLE, place="base_img", 
 fields("base no FVD image", COW, Kind.BASE_UNUSABLE, place="base_img", repaired=False)(base_img_fmt="fvd")
 fields("FVD base elsewhere", COW, Kind.BASE_UNUSABLE, repaired=False)(base_img="json:{}", base_img_fmt="fvd")
 fields("base elsewhere", COW, Kind.BASE_UNCHECKED, HARMLESS, repaired=False)(base_img="nbd://localhost/x")
-fields("encrypted base", COW, Kind.BASE_UNCHECKED, HARMLESS, place="base_img", repaired=False)(base_img_fmt="luks")
+fields("base not encrypted", COW, Kind.BASE_UNUSABLE, place="base_img", repaired=False)(base_img_fmt="luks")
 fields("image on itself", COW, Kind.CHAIN_LOOP, place="base_img", repaired=False)(base_img=IMAGE, base_img_fmt="fvd")
 fields("image on itself, raw", COW, Kind.CHAIN_LOOP, repaired=False)(base_img=IMAGE)
 

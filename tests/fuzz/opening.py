@@ -218,7 +218,7 @@ def _reference_reads(folder: Folder, image: Image) -> bytes | None:
     length = len(folder.files[IMAGE])
     if header.bitmap_size > length or bool(header.bitmap_size) != header.has_base or not header.base_img_size >= 0:
         return None
-    if image.table is not None and image.table.damaged:
+    if image.damage:
         return None
     if header.data_offset > 1 << 40 or header.journal_size > length:
         return None

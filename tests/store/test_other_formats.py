@@ -324,8 +324,63 @@ def test_an_encrypted_base(folder: Path, content: bytes, tmp_path: Path) -> None
         must("convert", *options, folder / source, tmp_path / "plain.raw", "--secret", key)
         assert (tmp_path / "plain.raw").read_bytes() == content
         (tmp_path / "plain.raw").unlink()
+    assert "is encrypted: to check it, give its passphrase" in must("check", folder / "a.fvd")
     key.write_text("wrong")
+    done = fvdfs("check", folder / "a.fvd", "--secret", key)
+    assert done.code == 1, "nobody knows whether it is corrupt"
+    assert "the passphrase is wrong: name the file with the right one" in done.out
+    assert "corruption" not in done.out
     with mounted(folder, "-o", f"secret={key}") as mount:
         with pytest.raises(OSError, match="Input/output"):
             mount.raw("a").read_bytes()
         assert "Invalid password" in mount.log
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["flat", "compact", "cow"])
+def test_an_encrypted_data_file(folder: Path, content: bytes, tmp_path: Path, layout: str) -> None:
+    """It reads as zeros where nothing was written, also after a cut, and a wrong passphrase is no damage."""
+    options = {
+        "flat": [],
+        "compact": ["--compact", "--chunk-size", "64K", "--grow-unit", "1M"],
+        "cow": ["-b", "base.raw", "-F", "raw"],
+    }[layout]
+    key, image = tmp_path / "key, or not", folder / "a.fvd"
+    key.write_text("open sesame")
+    (folder / "a.luks").write_bytes(b"something else")
+    words: list[str | Path] = ["create", image, "4M", *options, "--data-file", "a.luks", "--data-format", "luks"]
+    done = fvdfs(*words, "--force")
+    assert (done.code, "name the file with its passphrase: --secret FILE" in done.err) == (2, True)
+    done = fvdfs(*words, "--secret", key)
+    assert (done.code, "--force to overwrite it" in done.err) == (2, True)
+    assert (folder / "a.luks").read_bytes() == b"something else"
+    for _ in range(5):  # see above
+        done = fvdfs(*words, "--secret", key, "--force")
+        if "CPU usage" not in done.err:
+            break
+    assert done.code == 0, done.err
+    disk = bytearray((content if layout == "cow" else b"")[: 4 * MIB].ljust(4 * MIB, b"\0"))
+    with mounted(folder, "-o", f"shrink,secret={str(key).replace(',', chr(92) + ',')}") as mount:
+        raw = mount.raw("a")
+        assert raw.read_bytes() == disk
+        disk[1_000_000:1_000_007] = b"written"
+        disk[-7:] = b"the end"
+        with open(raw, "r+b") as file:
+            file.seek(1_000_000)
+            file.write(b"written")
+            file.seek(4 * MIB - 7)
+            file.write(b"the end")
+            os.fsync(file.fileno())
+        os.truncate(raw, 3 * MIB)
+        os.truncate(raw, 4 * MIB)
+        disk[3 * MIB :] = bytes(MIB)
+        mount.remount()
+        assert raw.read_bytes() == disk
+    assert b"written" not in (folder / "a.luks").read_bytes()
+    assert fvdfs("check", image, "--secret", key).code == 0
+    assert "is encrypted: to check it" in must("check", image)
+    must("convert", image, tmp_path / "copy.raw", "--secret", key)
+    assert (tmp_path / "copy.raw").read_bytes() == disk
+    key.write_text("wrong")
+    done = fvdfs("check", image, "--secret", key)
+    assert (done.code, "the passphrase is wrong" in done.out) == (1, True)
