@@ -124,7 +124,8 @@ def _ended_by(error: BaseException) -> int:
         daemon.complain(str(error))
         return error.exit_code
     if isinstance(error, KeyboardInterrupt) or isinstance(error.__cause__, KeyboardInterrupt):
-        return 130  # the cause: where it came while a class was made, in an import, Python raises RuntimeError from it
+        # The cause: where it came while a class was made, in an import, Python raises RuntimeError from it.
+        return daemon.INTERRUPTED
     if isinstance(error, OSError):
         daemon.complain(mounts.explained(error))
     elif isinstance(error, MemoryError):
@@ -425,6 +426,4 @@ def entry() -> None:
     """The program `fvdfs`."""
     daemon.prepare()
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
-    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-    sys.exit(daemon.with_streams(main))
+    sys.exit(daemon.run_program(main))

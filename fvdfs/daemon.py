@@ -11,6 +11,8 @@ pipe does not wait for the mount; stderr stays until the mount is ready.
 then on they unmount; those that come before the event loop listens are kept in `noted`. SIGHUP reopens the log file.
 All others that would end a process are ignored, except those of a defect (SIGSEGV, SIGABRT ...). They are ignored by a
 handler that does nothing, so that the programs we start get them as usual.
+
+Commands that serve no mount end by Ctrl-C (`run_program`, `run_loop`).
 """
 
 from __future__ import annotations
@@ -22,9 +24,10 @@ import os
 import resource
 import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Awaitable, Callable
 from types import FrameType
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, TextIO, TypeVar
 
 from fvdfs import mounts
 from fvdfs.errors import FvdError
@@ -41,6 +44,11 @@ _FAULTS = frozenset(
 )
 _HARMLESS = frozenset({signal.SIGCHLD, signal.SIGCONT, signal.SIGURG, signal.SIGWINCH, signal.SIGTSTP})
 _FIXED = frozenset({signal.SIGKILL, signal.SIGSTOP})
+
+INTERRUPTED = 130
+"""The exit code of a command that Ctrl-C has ended: as a shell has it, 128 + SIGINT."""
+_AGAIN = 0.01  # seconds until an interrupt is tried again that came where nothing can be raised
+T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
@@ -143,6 +151,49 @@ def note_signals() -> None:
     """Keep signals for the event loop: from now on an end would leave a mount behind."""
     for number in (*STOP, HANGUP):
         signal.signal(number, _note)
+
+
+def run_loop(call: Callable[[], Awaitable[T]]) -> T:
+    """Run an event loop for a command. Raises KeyboardInterrupt, and as `call`.
+
+    Ctrl-C ends it at a checkpoint of the main task. Anywhere else it could strike where trio starts a task on behalf of
+    one of ours, which trio does not survive, or where we clean up. SIGPIPE is ignored meanwhile: a signal that comes
+    while trio closes its wakeup socket is written where nobody reads.
+    """
+    import trio  # takes long, and not every command needs it
+
+    before = signal.signal(signal.SIGPIPE, signal.SIG_IGN)
+    try:
+        return trio.run(call, restrict_keyboard_interrupt_to_checkpoints=True)
+    finally:
+        signal.signal(signal.SIGPIPE, before)
+
+
+def run_program(main: Callable[[], int]) -> int:
+    """Run a command with `with_streams`; its exit code. Ctrl-C is a KeyboardInterrupt meanwhile, and then ignored."""
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_DFL:  # a shell has it ignored in the background
+        return with_streams(main)
+    sys.unraisablehook = _unraisable
+    try:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        return with_streams(main)
+    except KeyboardInterrupt:  # while the command said how it has ended
+        return INTERRUPTED
+    finally:
+        try:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+        except KeyboardInterrupt:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _unraisable(problem: sys.UnraisableHookArgs) -> None:
+    """What nobody can catch. Ctrl-C in a finalizer comes once more, elsewhere."""
+    if isinstance(problem.exc_value, KeyboardInterrupt):
+        again = threading.Timer(_AGAIN, os.kill, (os.getpid(), signal.SIGINT))
+        again.daemon = True
+        again.start()
+    elif "wakeup fd" not in (problem.err_msg or ""):  # which trio has just closed; the signal is not lost
+        sys.__unraisablehook__(problem)
 
 
 # --- foreground and background ------------------------------------------------------------------

@@ -244,10 +244,10 @@ def users(mount: MountPoint) -> list[str]:
     found = [f"{point} (mounted)" for point in here] + _loop_devices(*here)
     own = _namespace("self")
     namespaces = {own}
-    for process in _processes():
+    for process in processes():
         file = next((file.path for file in _open_files(process) if file.device == mount.device), None)
         if file is not None:
-            found.append(f"process {process} ({_command(process)}) has {file} open")
+            found.append(f"process {process} ({command(process)}) has {file} open")
         namespace = _namespace(process)
         if namespace in namespaces:
             continue
@@ -255,7 +255,7 @@ def users(mount: MountPoint) -> list[str]:
         there = (other.path for other in _mounts_or_none(process) if other.device == mount.device)
         points = [point for point in there if point not in here]  # a namespace begins as a copy of ours
         if points:
-            found.append(f"process {process} ({_command(process)}) has {points[0]} in its mount namespace")
+            found.append(f"process {process} ({command(process)}) has {points[0]} in its mount namespace")
     return found
 
 
@@ -263,10 +263,10 @@ def busy_with(mount: MountPoint) -> list[str]:
     """Who keeps this mount point from being unmounted."""
     below = [f"{other.path} (mounted)" for other in _mounts_or_none("self") if other.parent == mount.number]
     found = [*below, *_loop_devices(mount.path)]
-    for process in _processes():
+    for process in processes():
         for file in _open_files(process):
             if file.device == mount.device and file.mount in (mount.number, None):
-                found.append(f"process {process} ({_command(process)}) has {file.path} open")
+                found.append(f"process {process} ({command(process)}) has {file.path} open")
                 break
     return found
 
@@ -277,7 +277,8 @@ def listed(found: list[str]) -> str:
     return ", ".join(found[:SHOWN]) + (f" and {more} more" if more > 0 else "")
 
 
-def _processes() -> list[str]:
+def processes() -> list[str]:
+    """The numbers of all processes."""
     return sorted((name for name in os.listdir("/proc") if name.isdigit()), key=int)
 
 
@@ -295,7 +296,8 @@ def _mounts_or_none(process: str) -> list[MountPoint]:
         return []
 
 
-def _command(process: str) -> str:
+def command(process: str) -> str:
+    """The name of the program that a process runs, as ps(1) shows it."""
     try:
         with open(f"/proc/{process}/comm", encoding="utf-8", errors="replace") as file:
             return file.read().strip()

@@ -9,19 +9,19 @@ never; then all are examined once more, to tell what is left.
 from __future__ import annotations
 
 import errno
+import functools
 import os
 from collections import Counter
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
 from typing import Any
 
-import trio
-
 from fvdfs.check.examine import Examined, examine
 from fvdfs.check.findings import Finding, Findings, Kind, Severity
 from fvdfs.check.header import check_header
 from fvdfs.check.layers import Absent, CheckLayer, is_store, read
 from fvdfs.check.repair import repair_image
+from fvdfs.daemon import run_loop
 from fvdfs.errors import FvdError, ImageBusy, ImageError, Locked, Refused, UnstatedFormat, UsageError, printable
 from fvdfs.format.header import HEADER_SPACE, Header
 from fvdfs.image.chain import open_named, unstated_base_format
@@ -71,7 +71,8 @@ def check_image(path: str, *, repair: bool = False, secret_file: str = "", roots
     """
     try:
         roots = (os.path.realpath(os.path.dirname(path) or "."), *roots)
-        return trio.run(_check_image, path, repair, os.path.abspath(secret_file) if secret_file else "", roots)
+        secret_file = os.path.abspath(secret_file) if secret_file else ""
+        return run_loop(functools.partial(_check_image, path, repair, secret_file, roots))
     except MemoryError:
         raise ImageError(path, "its metadata is larger than the memory that there is for it") from None
 

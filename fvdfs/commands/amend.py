@@ -7,11 +7,11 @@ command ends.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
 
-import trio
-
 from fvdfs.commands.base import inspect_base
+from fvdfs.daemon import run_loop
 from fvdfs.errors import UsageError
 from fvdfs.format.header import HEADER_SIZE, SECTOR, round_up
 from fvdfs.image.chain import Layer, open_chain
@@ -40,10 +40,7 @@ def change_header(layer: Layer, **changes: int | str) -> None:
     raw = layer.raw_header[: round_up(HEADER_SIZE, SECTOR)]
     committer = Committer(layer.header, raw, layer.meta, layer.meta, None, None)
 
-    async def change() -> None:
-        await committer.change_header(**changes)
-
-    trio.run(change)
+    run_loop(functools.partial(committer.change_header, **changes))
 
 
 def run(image: str, *, base_format: str, secret: str) -> int:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-import trio
-
-from fvdfs.commands.newfiles import Identity, host_files
+from fvdfs.commands.in_use import Identity
+from fvdfs.commands.newfiles import host_files
+from fvdfs.daemon import run_loop
 from fvdfs.errors import ImageError, UnstatedFormat, UsageError
 from fvdfs.image.chain import open_chain
 from fvdfs.image.policy import FVD_FORMAT, RAW_FORMATS, Policy, format_by_name
@@ -40,7 +41,7 @@ def inspect_base(image: str, name: str, base_format: str, secret_file: str = "")
     path = os.path.join(os.path.dirname(image), name)
     try:
         if not is_local(name) or base_format not in (*RAW_FORMATS, FVD_FORMAT):
-            return trio.run(_inspect_other, image, name, base_format, secret_file)
+            return run_loop(functools.partial(_inspect_other, image, name, base_format, secret_file))
         if not base_format:
             base_format, looks_like = format_by_name(path)
             if looks_like:

@@ -70,7 +70,7 @@ def run(
             permission=permission,
             progress=progress,
         )
-        remarks = trio.run(work)
+        remarks = daemon.run_loop(work)
     if target_format == FVD_FORMAT and (remark := never_appears(target)):
         remarks.append(remark)
     for remark in remarks:
@@ -158,6 +158,7 @@ async def open_target(
     if exists(path) and not files.force:
         raise UsageError(f"{path} exists already; choose another name, or --force to overwrite it")
     file = await trio.to_thread.run_sync(files.add, path)
+    await trio.to_thread.run_sync(files.refuse_parts)
     if file_format == "raw":
         await trio.to_thread.run_sync(_make_raw, file, size)
         return StoreSide(file.store, size, keep_open=True), []

@@ -134,15 +134,20 @@ def make_image(
     data_size = 0 if header.compact else header.virtual_disk_size  # sparse; chunks are added as they are needed
     data_zeros = _data_zeros(header, bitmap)
     image_size = header.metadata_size
+    data_file = None
     if not options.data_file:
         zeros += [(header.metadata_size + at, size) for at, size in data_zeros]
         image_size += data_size
     elif _is_raw(options):
         assert data_path is not None
-        _fill(files.add(data_path), data_size, data_zeros, [], files.force)
+        data_file = files.add(data_path)
     else:
         make_data_file(files, data_path, options.data_file_fmt, header, data_zeros, secret_file)
-    _fill(files.add(path), image_size, zeros, parts, files.force)
+    image = files.add(path)
+    files.refuse_parts()
+    if data_file is not None:
+        _fill(data_file, data_size, data_zeros, [], files.force)
+    _fill(image, image_size, zeros, parts, files.force)
 
     rounded = f"{path}: the disk gets {size} bytes, in whole sectors" if virtual_size not in (None, size) else None
     outside = [] if _is_device(path) else _outside(path, data_path, base, options)

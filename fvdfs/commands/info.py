@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 from typing import Any
 
-import trio
-
+from fvdfs.daemon import run_loop
 from fvdfs.errors import FvdError, ImageBusy, printable
 from fvdfs.format.header import Header
 from fvdfs.image.chain import Chain, open_chain
@@ -44,7 +44,7 @@ def describe(path: str, *, secret_file: str = "") -> dict[str, Any]:
     base_chain = _names(chain)
     if not problems:
         try:
-            image = trio.run(load_chain, chain)
+            image = run_loop(functools.partial(load_chain, chain))
         except ImageBusy as error:
             problems.append(f"{error.reason}; until then only the header can be shown")
         except (FvdError, OSError) as error:
@@ -72,7 +72,7 @@ def describe(path: str, *, secret_file: str = "") -> dict[str, Any]:
         if image.table is not None:
             result["allocated_chunks"] = image.table.allocated()
             result["chunks"] = header.chunks
-        trio.run(image.close)
+        run_loop(image.close)
     return result | fields(header)
 
 

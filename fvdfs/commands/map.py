@@ -10,12 +10,12 @@ import os
 import sys
 from typing import Any
 
-import trio
 from rich.text import Text
 
 from fvdfs.commands.attributes import explained, facts
 from fvdfs.commands.newfiles import NewFiles
 from fvdfs.commands.terminal import plain_console
+from fvdfs.daemon import run_loop
 from fvdfs.errors import UsageError, named
 from fvdfs.image.loading import open_image
 from fvdfs.image.map import BAR_CELLS, image_map, merged, totals
@@ -53,7 +53,7 @@ def read_map(path: str, *, secret_file: str = "") -> dict[str, Any]:
         finally:
             await image.close()
 
-    return trio.run(read)
+    return run_loop(read)
 
 
 def print_map(found: dict[str, Any]) -> None:

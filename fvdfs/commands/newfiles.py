@@ -8,9 +8,9 @@ power cut, perhaps also a file `.NAME.*.part`.
 A device cannot be renamed. It is written in place, and who fills it sees to it that it is no image before it
 is a whole one.
 
-What stands under the name already is overwritten only where the user said so, and never while anybody has it
-open (the locks of `HostFile.lock` are held on it until it is replaced), nor where the command reads it, be it
-by another name, through a loop device, or as a part of a device. All calls block.
+What has the name already is overwritten only where the user said so, and never while anybody has it open (it stays
+locked until it is replaced; `in_use` finds users without locks), nor where the command reads it, be it by another
+name, through a loop device, or as a part of a device. All calls block.
 """
 
 from __future__ import annotations
@@ -23,24 +23,21 @@ import secrets
 import signal
 import stat
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import FrameType, TracebackType
 
+from fvdfs.commands.in_use import DEVICE, Identity, identity_at, identity_of, images_with, refuse_open, with_all_below
 from fvdfs.errors import UsageError
 from fvdfs.store.base import Store
-from fvdfs.store.devices import stands_on
 from fvdfs.store.host import HostFile, open_host_file
 from fvdfs.store.qemu_store import QemuStore
-
-Identity = tuple[int, int]
-"""As of `HostFile.identity`."""
 
 _ACL = "system.posix_acl_access"
 _RENAME_NOREPLACE = 1
 _AT_FDCWD = -100
 _MAX_NAME = 200  # bytes of a name that are repeated in the temporary one
-_DEVICE = -1
 _ENDING = (
+    signal.SIGINT,
     signal.SIGTERM,
     signal.SIGHUP,
     signal.SIGPIPE,
@@ -52,7 +49,7 @@ _ENDING = (
     signal.SIGPROF,
     signal.SIGXCPU,
 )
-"""Signals that end a process by default. (Python turns SIGINT into KeyboardInterrupt.)"""
+"""Signals that end a process by default, or by a KeyboardInterrupt. (In an event loop that is trio's own affair.)"""
 _NEW_FILE_MODE = 0o666  # what open(2) is asked for, before the umask
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -100,14 +97,19 @@ class NewFiles:
         """In the order in which they were added."""
         self._read: dict[Identity, str] = {}
         self._below_read: dict[Identity, str] = {}
-        self._handlers: dict[int, signal.Handlers] = {}
+        self._handlers: dict[int, Callable[[int, FrameType | None], object] | signal.Handlers] = {}
+        self._undisturbed = False
+        """Whether signals that end us have to wait."""
+        self._noted: list[int] = []
+        """Those that came; the first is obeyed."""
 
     def __enter__(self) -> NewFiles:
         if threading.current_thread() is threading.main_thread():
             for number in _ENDING:
-                if signal.getsignal(number) is signal.SIG_DFL:
+                handler = signal.getsignal(number)
+                if handler is signal.SIG_DFL or handler is signal.default_int_handler:
+                    self._handlers[number] = handler
                     signal.signal(number, self._end)
-                    self._handlers[number] = signal.SIG_DFL
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
@@ -116,10 +118,26 @@ class NewFiles:
             signal.signal(number, handler)
 
     def _end(self, number: int, _frame: FrameType | None) -> None:
+        self._noted.append(number)
+        if self._undisturbed:
+            return
         for file in self.files:
             _remove(file)
+        if number == signal.SIGINT:
+            raise KeyboardInterrupt
         signal.signal(number, signal.SIG_DFL)
         signal.raise_signal(number)
+
+    @contextlib.contextmanager
+    def _in_one_go(self) -> Iterator[None]:
+        """No signal ends us in the middle of this. (The handler runs in the main thread, this perhaps in another.)"""
+        self._undisturbed = True
+        try:
+            yield
+        finally:
+            self._undisturbed = False
+            if self._noted:
+                signal.raise_signal(self._noted[0])
 
     @property
     def unnamed(self) -> tuple[tuple[str, str], ...]:
@@ -134,13 +152,13 @@ class NewFiles:
 
     def protect_file(self, path: str) -> None:
         """The same for the file of this name, if there is one."""
-        with contextlib.suppress(OSError):
-            self.protect_identity(_identity(os.stat(path)), path)
+        if identity := identity_at(path):
+            self.protect_identity(identity, path)
 
     def protect_identity(self, identity: Identity, name: str) -> None:
         """The same for a file that is closed again; `name` is for messages."""
         self._read.setdefault(identity, name)
-        for part in _with_all_below(identity):
+        for part in with_all_below(identity):
             self._below_read.setdefault(part, name)
 
     def add(self, path: str) -> NewFile:
@@ -154,15 +172,25 @@ class NewFiles:
         try:
             old = self._open_old(path, final)
             if old is not None and old.fixed_size:
-                file = NewFile(path, final, path, old, None)
+                self.files.append(NewFile(path, final, path, old, None))
             else:
-                file = self._make(path, final, old)
+                with self._in_one_go():
+                    self.files.append(self._make(path, final, old))
         except OSError as error:
             if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EISDIR):
                 raise UsageError(f"{path}: {error.strerror}") from error
             raise OSError(error.errno, f"{path}: {error.strerror}") from error
-        self.files.append(file)
-        return file
+        return self.files[-1]
+
+    def refuse_parts(self) -> None:
+        """Raise UsageError where a file to be replaced is the base or data file of an image in its folder."""
+        replaced = [(file.old or file.store).identity for file in self.files]
+        for file in self.files:
+            found = images_with(file.old.identity, os.path.dirname(file.final)) if file.old is not None else ()
+            for image, identity, part in found:
+                if identity not in replaced:
+                    what = f"is the {part} of {image}, whose content would change"
+                    raise UsageError(f"{file.path}: {what}; choose another name")
 
     def _open_old(self, path: str, final: str) -> HostFile | None:
         """What is there, open and locked; None: nothing. Raises UsageError where it must not be replaced."""
@@ -176,13 +204,14 @@ class NewFiles:
                 raise UsageError(f"{path}: neither a regular file nor a block device")
             if not stat.S_ISBLK(status.st_mode) and not self.force:
                 raise UsageError(f"{path} exists already; choose another name, or --force to overwrite it")
-            self._refuse_what_is_read(path, _identity(status))
+            self._refuse_what_is_read(path, identity_of(status))
             old = open_host_file(handle, path, writable=True)
         finally:
             os.close(handle)
         try:
             old.lock(exclusive=True)
             old.claim_device()
+            refuse_open(path, old.identity)
         except BaseException:
             old.close()
             raise
@@ -194,7 +223,7 @@ class NewFiles:
             if identity == (file.store if file.old is None else file.old).identity:
                 raise UsageError(f"{path} and {file.path} must be different files")
         # Two parts of one device are two devices, but two loop devices over one file are one file.
-        shared = [part for part in _with_all_below(identity)[1:] if part in self._read or part[0] != _DEVICE]
+        shared = [part for part in with_all_below(identity)[1:] if part in self._read or part[0] != DEVICE]
         for part in (identity, *shared):
             if name := self._below_read.get(part):
                 what = "what" if name == path else f"{name}, which"
@@ -220,24 +249,27 @@ class NewFiles:
     def publish(self) -> None:
         """Make them stable, and give them their names, the last of them last.
 
-        Raises UsageError where somebody else has taken a name meanwhile, OSError; what was there then has its
-        name again, and what is new is still to be discarded.
+        Raises UsageError where somebody else has taken a name meanwhile, ImageBusy where somebody has opened what is to
+        be replaced, OSError; what was there then has its name again, and what is new is still to be discarded.
         """
         new = [file for file in self.files if not file.is_device]
         for file in new:
             _set_permissions(file, self._mode, is_copy=self._is_copy)
             os.fsync(file.store.fileno())
         for file in new:
-            if file.old is not None and not _is_still(file.final, file.old):
+            if file.old is not None and identity_at(file.final) != file.old.identity:
                 raise UsageError(f"{file.path}: was replaced by somebody else meanwhile")
+            if file.old is not None:
+                refuse_open(file.path, file.old.identity)
         # Of several, half of the old and half of the new would be neither: the old ones go first.
         aside = [file for file in new if file.old is not None] if len(new) > 1 else []
-        _rename_all(new, aside)
-        for file in new:
-            self.files.remove(file)
-            file.close()
-        for file in aside:
-            os.unlink(_aside(file))
+        with self._in_one_go():
+            _rename_all(new, aside)
+            for file in new:
+                self.files.remove(file)
+                file.close()
+            for file in aside:
+                os.unlink(_aside(file))
         for folder in sorted({os.path.dirname(file.final) for file in new}):
             _sync_folder(folder)
 
@@ -315,13 +347,6 @@ def _remove_acl(descriptor: int) -> None:
         os.removexattr(descriptor, _ACL)
 
 
-def _is_still(path: str, old: HostFile) -> bool:
-    try:
-        return _identity(os.stat(path)) == old.identity
-    except FileNotFoundError:
-        return False
-
-
 def _aside(file: NewFile) -> str:
     """Where what the file replaces lies for a moment."""
     return f"{file.place}.old"
@@ -376,23 +401,3 @@ def _sync_folder(path: str) -> None:
             raise
     finally:
         os.close(descriptor)
-
-
-# --- what stands on what ------------------------------------------------------------------------
-
-
-def _identity(status: os.stat_result) -> tuple[int, int]:
-    return (_DEVICE, status.st_rdev) if stat.S_ISBLK(status.st_mode) else (status.st_dev, status.st_ino)
-
-
-def _with_all_below(identity: Identity) -> list[Identity]:
-    """The file or device, and all that a device stands on: its disk, its parts, the file behind a loop device."""
-    found = [identity]
-    for kind, device in found:
-        if kind == _DEVICE:
-            below, file = stands_on(device)
-            found += [(_DEVICE, other) for other in below]
-            if file:
-                with contextlib.suppress(OSError):
-                    found.append(_identity(os.stat(file)))
-    return found

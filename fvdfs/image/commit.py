@@ -202,7 +202,9 @@ class Committer:
             await self._write(batch)
         except BaseException as error:
             self._put_back(batch)
-            if not isinstance(error, OSError) or error.errno not in OUT_OF_SPACE:
+            if not isinstance(error, Exception):  # somebody ends all this: no failure of the image
+                self.fail("a commit was interrupted", logging.INFO)
+            elif not isinstance(error, OSError) or error.errno not in OUT_OF_SPACE:
                 self.fail(f"{error}")
             raise
         if self._bitmap:
@@ -407,11 +409,11 @@ class Committer:
         self.fail(f"a flush of {store.name} failed: {error}")
         raise OSError(errno.EIO, f"flush of {store.name}: {error}") from error
 
-    def fail(self, why: str) -> None:
+    def fail(self, why: str, level: int = logging.ERROR) -> None:
         """Write nothing more."""
         if self.failed is None:
             self.failed = why
-            log.error("%s: %s; read-only from now on", self._meta.name, why)
+            log.log(level, "%s: %s; read-only from now on", self._meta.name, why)
 
     def _check_failed(self) -> None:
         if self.failed is not None:

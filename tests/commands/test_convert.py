@@ -117,6 +117,69 @@ def test_what_anybody_has_open_is_not_overwritten(chain: Path) -> None:
     assert ".part" not in "".join(names(chain))
 
 
+def test_a_file_under_a_loop_device_is_not_replaced(chain: Path) -> None:
+    """The device would go on with the old file, and what is written to it would be lost."""
+    target = chain / "other.raw"
+    target.write_bytes(CONTENT)
+    (chain / "link").hardlink_to(target)
+    with loop_device(target) as device:
+        for name in ("other.raw", "link"):
+            expected = f"{device} is over it; detach that first: losetup -d {device}"
+            assert expected in refuses("convert", chain / "base.raw", chain / name, "-O", "raw", "--force", code=1)
+            assert expected in refuses("create", chain / "a.fvd", "1M", "--data-file", name, "--force", code=1)
+        with loop_device(device) as upper:
+            assert f"{upper} is over it" in refuses(
+                "convert", chain / "base.raw", device, "-O", "raw", "--force", code=1
+            )
+    assert target.read_bytes() == CONTENT
+    must("convert", chain / "base.raw", target, "--force")
+
+
+def test_a_file_that_a_program_without_locks_has_open_is_not_replaced(chain: Path) -> None:
+    target = chain / "other.raw"
+    target.write_bytes(bytes(MIB))
+    with target.open("rb") as file, subprocess.Popen(["sleep", "60"], stdin=file) as process:
+        file.close()
+        try:
+            for _ in range(2):
+                error = refuses("convert", chain / "base.raw", target, "--force", code=1)
+                assert f"process {process.pid} (sleep) has it open; close it there first" in error
+            assert target.read_bytes() == bytes(MIB)
+        finally:
+            process.kill()
+    must("convert", chain / "base.raw", target, "--force")
+
+
+def test_a_file_that_is_opened_while_its_successor_is_made(folder: Path, tmp_path: Path) -> None:
+    (folder / "a.raw").write_bytes(b"old")
+    with stalled(tmp_path, folder / "a.raw", "--force") as process, (folder / "a.raw").open("rb"):
+        (tmp_path / "aside" / "go").touch()
+        _, error = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert f"process {os.getpid()}" in error
+    assert (folder / "a.raw").read_bytes() == b"old"
+    assert names(folder) == ["a.raw"]
+
+
+def test_a_part_of_another_image_is_not_replaced(chain: Path) -> None:
+    """Also where nobody has that image open."""
+    must("create", chain / "other.fvd", "1M", "--data-file", "other.data")
+    before = {path.name: path.read_bytes() for path in chain.iterdir()}
+    for target, image, part in (
+        ("mid.fvd", "top.fvd", "base"),
+        ("other.data", "other.fvd", "data file"),
+    ):
+        expected = f"is the {part} of {chain / image}, whose content would change; choose another name"
+        assert expected in refuses("create", chain / "new.fvd", "1M", "--data-file", target, "--force")
+        assert expected in refuses("convert", chain / "base.raw", chain / target, "-O", "raw", "--force")
+        if target.endswith(".fvd"):
+            assert expected in refuses("create", chain / target, "1M", "--force")
+    assert {path.name: path.read_bytes() for path in chain.iterdir()} == before
+    must("create", chain / "other.fvd", "2M", "--data-file", "other.data", "--force")
+    must("create", chain / "top.fvd", "2M", "--force")
+    must("create", chain / "mid.fvd", "2M", "--force")  # nothing stands on it now
+
+
 def test_a_picture_overwrites_nothing_but_a_picture(chain: Path) -> None:
     for layer in LAYERS:
         assert "exists already" in refuses("map", chain / "top.fvd", "--png", chain / layer)

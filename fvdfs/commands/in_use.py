@@ -1,0 +1,98 @@
+"""What a file is to others before a command replaces it: open somewhere, under a device, part of an image. Blocks.
+
+Whoever has a replaced file open goes on in the old one, and what is written there is lost. Those with locks are kept
+out by the locks (`HostFile.lock`); the kernel lists the others, as far as this user may see them: loop devices, and
+processes that have the file open, by whatever name.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import stat
+from collections.abc import Iterator
+
+from fvdfs import mounts
+from fvdfs.errors import FvdError, ImageBusy
+from fvdfs.image.chain import open_chain
+from fvdfs.image.policy import Policy, resolve
+from fvdfs.store.devices import loop_devices, stands_on
+
+Identity = tuple[int, int]
+"""As of `HostFile.identity`."""
+DEVICE = -1
+"""The first part of the identity of a device."""
+
+
+def identity_of(status: os.stat_result) -> Identity:
+    """As of `HostFile.identity`."""
+    return (DEVICE, status.st_rdev) if stat.S_ISBLK(status.st_mode) else (status.st_dev, status.st_ino)
+
+
+def identity_at(path: str) -> Identity | None:
+    """Of the file of this name; None where there is none, or none to be seen."""
+    try:
+        return identity_of(os.stat(path))
+    except (OSError, ValueError):
+        return None
+
+
+def with_all_below(identity: Identity) -> list[Identity]:
+    """The file or device, and all that a device stands on: its disk, its parts, the file behind a loop device."""
+    found = [identity]
+    for kind, device in found:
+        if kind == DEVICE:
+            below, file = stands_on(device)
+            found += [(DEVICE, other) for other in below]
+            if file and (behind := identity_at(file)):
+                found.append(behind)
+    return found
+
+
+def refuse_open(path: str, identity: Identity) -> None:
+    """Raise ImageBusy where somebody else has this file open, or it is under a loop device.
+
+    Of devices only the latter is looked at: programs that look at all devices open them for a moment at any time.
+    """
+    for device, file in loop_devices():
+        if identity_at(file) == identity:
+            raise ImageBusy(path, f"{device} is over it; detach that first: losetup -d {device}")
+    if identity[0] == DEVICE:
+        return
+    for process in mounts.processes():
+        if process != str(os.getpid()) and _has_open(process, identity):
+            raise ImageBusy(path, f"process {process} ({mounts.command(process)}) has it open; close it there first")
+
+
+def _has_open(process: str, identity: Identity) -> bool:
+    folder = f"/proc/{process}"
+    try:
+        for name in os.listdir(f"{folder}/fd"):
+            with open(f"{folder}/fdinfo/{name}", encoding="ascii", errors="replace") as file:
+                # Only a file of this number is asked for its device: others may be on a share that hangs.
+                if f"ino:\t{identity[1]}\n" in file.read() and identity_at(f"{folder}/fd/{name}") == identity:
+                    return True
+    except OSError:
+        pass  # it has ended, or is not ours to look at
+    return False
+
+
+def images_with(identity: Identity, folder: str) -> Iterator[tuple[str, Identity, str]]:
+    """The images of a folder that have this file as their base or data file: path, identity, and as what."""
+    with contextlib.suppress(OSError):
+        for name in sorted(os.listdir(folder)):
+            if name.endswith(".fvd"):
+                with contextlib.suppress(FvdError, OSError):
+                    yield from _use(os.path.join(folder, name), identity)
+
+
+def _use(image: str, identity: Identity) -> Iterator[tuple[str, Identity, str]]:
+    chain = open_chain(image, Policy(writable=False), top_only=True)
+    layer = chain.layers[0]
+    own = layer.meta.identity
+    chain.close()
+    header = layer.header
+    if header.has_base and identity_at(resolve(image, header.base_img)) == identity:
+        yield image, own, "base"
+    elif header.data_file and identity_at(resolve(image, header.data_file)) == identity:
+        yield image, own, "data file"

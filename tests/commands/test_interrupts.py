@@ -1,0 +1,123 @@
+"""Ctrl-C, and other signals that end a command, at any time: nothing left behind, and never a traceback."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import support
+from support.mounts import FVDFS, MIB, must
+
+CONTENT = random.Random(5).randbytes(MIB)
+COMMANDS = {
+    "create": ["create", "new.fvd", "-b", "base.raw", "--data-file", "new.data"],
+    "convert to fvd": ["convert", "base.raw", "new.fvd"],
+    "convert to qcow2": ["convert", "top.fvd", "new.qcow2"],
+    "convert from qcow2": ["convert", "-f", "qcow2", "low.qcow2", "new.fvd"],
+    "map": ["map", "top.fvd", "--png", "new.png"],
+    "info": ["info", "top.fvd"],
+    "check": ["check", "top.fvd"],
+    "amend": ["amend", "top.fvd", "-F", "raw"],
+}
+
+
+@pytest.fixture
+def folder(folder: Path) -> Path:
+    (folder / "base.raw").write_bytes(CONTENT)
+    must("create", folder / "top.fvd", "-b", "base.raw", "--base-format", "raw", "--journal-size", "64K")
+    source = [folder / "base.raw", folder / "low.qcow2"]
+    subprocess.run(["qemu-img", "convert", "-O", "qcow2", *source], check=True)
+    return folder
+
+
+def signalled(
+    folder: Path, words: list[str], *, number: str = "SIGINT", first: int = 1, step: int = 1, function: str = ""
+) -> list[tuple[int, str, list[str]]]:
+    """How the command ended, for a signal at each `step`th line; the last run was not reached by it."""
+    program = [sys.executable, "-m", "support.interrupts", number, str(first), str(step), function, *words]
+    path = [str(Path(support.__file__).parent.parent), *sys.path]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, path))}
+    done = subprocess.run(program, cwd=folder, env=environment, stdout=subprocess.PIPE, check=True)
+    found: list[tuple[int, str, list[str]]] = [tuple(run) for run in json.loads(done.stdout)]
+    assert found[-1][0] == 0, found[-1]
+    return found[:-1]
+
+
+def sweep(folder: Path, words: list[str], step: int) -> None:
+    ended = signalled(folder, words, first=random.Random(step).randrange(1, step), step=step)
+    assert ended
+    for code, said, left in ended:
+        assert code in (130, -signal.SIGINT), said  # by the signal itself: before the command has begun
+        assert "Traceback" not in said
+        assert "fvdfs: " not in said
+        assert not [name for name in left if ".part" in name or name.startswith("no ")]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_ctrl_c_at_any_line(folder: Path, command: str) -> None:
+    sweep(folder, COMMANDS[command], 19973)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", COMMANDS)
+def test_ctrl_c_at_many_lines(folder: Path, command: str) -> None:
+    sweep(folder, COMMANDS[command], 499)
+
+
+def test_ctrl_c_where_trio_starts_a_task(folder: Path) -> None:
+    """Called by a task of ours, trio's own code is not guarded against it."""
+    ended = signalled(folder, COMMANDS["convert to fvd"], function="spawn_impl", step=23)
+    assert len(ended) > 3
+    assert {code for code, _, _ in ended} == {130}
+    assert {said for _, said, _ in ended} == {""}
+    assert not [name for _, _, left in ended for name in left if ".part" in name]
+
+
+@pytest.mark.parametrize("function", ["_make", "_rename_all", "discard"])
+@pytest.mark.parametrize("number", ["SIGINT", "SIGTERM"])
+def test_a_signal_where_files_get_their_names(folder: Path, number: str, function: str) -> None:
+    """Both of the old files are there, or both of the new ones, and nothing else."""
+    must("create", folder / "new.fvd", "2M", "--data-file", "new.data")
+    ends = (130,) if number == "SIGINT" else (-signal.SIGTERM,)
+    ended = signalled(folder, [*COMMANDS["create"], "--force"], number=number, function=function, step=11)
+    for code, said, left in ended:
+        assert code in (*ends, 0), said
+        assert "Traceback" not in said
+        assert left in ([], ["new.data", "new.fvd"]), said
+
+
+def at_random_times(folder: Path, times: int) -> None:
+    with open(folder / "base.raw", "r+b") as base:
+        for at in range(0, 64 * MIB, MIB):
+            base.seek(at)
+            base.write(CONTENT)
+    before = sorted(path.name for path in folder.iterdir())
+    moments = random.Random(7)
+    for target in ["new.raw", "new.fvd", "new.qcow2"] * (times // 3):
+        command = [*FVDFS, "convert", "base.raw", target]
+        with subprocess.Popen(command, cwd=folder, stderr=subprocess.PIPE, text=True) as process:
+            time.sleep(moments.uniform(0.1, 1.0))
+            process.send_signal(signal.SIGINT)
+            _, said = process.communicate(timeout=60)
+        assert process.returncode in (0, 130, -signal.SIGINT), said
+        assert said == ""
+        if (folder / target).exists():
+            (folder / target).unlink()
+        assert sorted(path.name for path in folder.iterdir()) == before
+
+
+def test_ctrl_c_at_random_times(folder: Path) -> None:
+    at_random_times(folder, 6)
+
+
+@pytest.mark.slow
+def test_ctrl_c_at_many_random_times(folder: Path) -> None:
+    at_random_times(folder, 60)
