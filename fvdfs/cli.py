@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from fvdfs.format.creation import CreateOptions
 
 MAX_DELAY = (1 << 31) - 1  # seconds; the header's field holds no more
+_URLS = "allow_url=PREFIX: URLs that bases and data files may have"
 _EMPTY_VALUE = re.compile("--[a-z-]+=")
 
 
@@ -161,6 +162,7 @@ def _parser() -> argparse.ArgumentParser:
     info.set_defaults(run=_info)
     info.add_argument("image", metavar="IMAGE")
     info.add_argument("--json", action="store_true")
+    _add_names(info, _URLS)
     _add_secret(info)
 
     check = commands.add_parser(
@@ -233,10 +235,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     profile.add_argument("image", metavar="IMAGE")
 
-    map_ = commands.add_parser("map", help="show what of a disk is local, in the base, or nowhere")
+    map_ = commands.add_parser("map", help="show what of a disk is stored in the image, in the base, or nowhere")
     map_.set_defaults(run=_map)
     map_.add_argument("image", metavar="IMAGE|RAW", help="an image, or a raw file in a mount")
     map_.add_argument("--json", action="store_true")
+    _add_names(map_, _URLS)
     map_.add_argument("--png", default="", metavar="FILE", help="draw a picture")
     _add_secret(map_)
 
@@ -341,7 +344,7 @@ def _create(arguments: argparse.Namespace) -> int:
 def _info(arguments: argparse.Namespace) -> int:
     from fvdfs.commands.info import run
 
-    return run(arguments.image, as_json=arguments.json, secret=arguments.secret)
+    return run(arguments.image, as_json=arguments.json, options=arguments.options, secret=arguments.secret)
 
 
 def _check(arguments: argparse.Namespace) -> int:
@@ -413,7 +416,9 @@ def _profile(arguments: argparse.Namespace) -> int:
 def _map(arguments: argparse.Namespace) -> int:
     from fvdfs.commands.map import run
 
-    return run(arguments.image, as_json=arguments.json, png=arguments.png, secret=arguments.secret)
+    return run(
+        arguments.image, as_json=arguments.json, png=arguments.png, options=arguments.options, secret=arguments.secret
+    )
 
 
 def _umount(arguments: argparse.Namespace) -> int:

@@ -44,6 +44,14 @@ def named(name: str) -> Iterator[None]:
         raise OSError(error.errno, f"{name}: {text}") from error
 
 
+def told(error: OSError) -> str:
+    """An error of the system in words: which file, where that is known, and what."""
+    name = error.filename
+    if isinstance(name, bytes):
+        name = name.decode("utf-8", "surrogateescape")
+    return (f"{name}: " if isinstance(name, str) and name else "") + (error.strerror or str(error))
+
+
 def shortage(error: BaseException) -> int:
     """The error number where it is the host, or this process, that lacks something, and not the image; else 0."""
     seen: BaseException | None = error

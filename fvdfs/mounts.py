@@ -23,7 +23,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from fvdfs import xattrs
-from fvdfs.errors import UsageError, printable
+from fvdfs.errors import UsageError, printable, told
 from fvdfs.store.devices import loop_devices
 from fvdfs.store.mountinfo import MountPoint, mount_points
 from fvdfs.store.paths import within
@@ -88,7 +88,7 @@ def explained(error: OSError) -> str:
             refuse_dead(name)
         except UsageError as explanation:
             return str(explanation)
-    return printable(f"{name}: " * bool(name) + (error.strerror or str(error)))
+    return printable(told(error))
 
 
 def is_dead(mount: MountPoint) -> bool:

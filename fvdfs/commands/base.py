@@ -8,7 +8,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from fvdfs.commands.in_use import Identity
-from fvdfs.commands.newfiles import host_files
 from fvdfs.daemon import run_loop
 from fvdfs.errors import ImageError, UnstatedFormat, UsageError
 from fvdfs.image.chain import open_chain
@@ -16,7 +15,7 @@ from fvdfs.image.policy import FVD_FORMAT, RAW_FORMATS, Policy, format_by_name
 from fvdfs.store.base import Store
 from fvdfs.store.host import open_path
 from fvdfs.store.locations import is_local
-from fvdfs.store.qemu_store import QemuStore
+from fvdfs.store.qemu_store import QemuStore, host_files
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ import trio
 
 from fvdfs import daemon
 from fvdfs.commands.create import make_image, never_appears
-from fvdfs.commands.newfiles import NewFile, NewFiles, host_files, permissions
+from fvdfs.commands.newfiles import NewFile, NewFiles, permissions
 from fvdfs.commands.otherfiles import qemu_create
 from fvdfs.commands.sides import NamedSide, Side, StoreSide, stores_of
 from fvdfs.commands.terminal import progress_bar
@@ -32,7 +32,7 @@ from fvdfs.mountoptions import folders, listed, parse_mount_options
 from fvdfs.store.base import Buffer
 from fvdfs.store.host import open_path
 from fvdfs.store.locations import is_local, parse_location
-from fvdfs.store.qemu_store import QemuStore
+from fvdfs.store.qemu_store import QemuStore, host_files
 from fvdfs.store.references import BASE_FORMATS, PROBE_SIZE, detect
 
 PIECE = 1 << 20  # bytes that are read at a time
@@ -129,13 +129,12 @@ async def open_source(name: str, file_format: str, permission: Permission) -> tu
         store = await open_other(name, stated or "raw", permission.policy(name), writable=False)
     try:
         await trio.to_thread.run_sync(store.lock, False)
+        side = StoreSide(store, round_up(await store.size(), SECTOR))
         if isinstance(store, QemuStore) and not stated:
-            first = bytearray(PROBE_SIZE)
-            await store.pread(memoryview(first), 0)
-            looks_like = detect(bytes(first))
+            looks_like = detect(bytes(await side.read(0, PROBE_SIZE)))
         if looks_like:
             remarks.append(f"{name} looks like {looks_like}, but is read as raw; if that is wrong: -f {looks_like}")
-        return StoreSide(store, round_up(await store.size(), SECTOR)), remarks
+        return side, remarks
     except BaseException:
         with trio.CancelScope(shield=True):
             await store.aclose()
@@ -189,9 +188,7 @@ def _make_raw(file: NewFile, size: int) -> None:
     if not file.is_device:
         os.ftruncate(file.store.fileno(), size)
         return
-    have = file.store.size_now()
-    if have < size:
-        raise UsageError(f"{file.path}: the device has {have} bytes, {size} are needed")
+    file.check_room(size)
     file.store.zero_now(0, size)
 
 

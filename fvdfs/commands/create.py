@@ -299,7 +299,9 @@ def _fill(file: NewFile, size: int, zeros: Sequence[Span], parts: Sequence[Part]
             for offset, data in parts:
                 store.pwrite_now(data, offset)
             return
-        _look_at_device(store, size, force)
+        file.check_room(size)
+        if not force and _holds_something(store):
+            raise UsageError(f"{file.path}: the device does not look empty; --force to overwrite it")
         for offset, length in zeros:
             store.zero_now(offset, length)
         for part in (parts[1:], parts[:1]):
@@ -313,14 +315,10 @@ def _fill(file: NewFile, size: int, zeros: Sequence[Span], parts: Sequence[Part]
         raise OSError(error.errno, f"{file.path}: {error.strerror}") from error
 
 
-def _look_at_device(store: HostFile, size: int, force: bool) -> None:
-    have = store.size_now()
-    if have < size:
-        raise UsageError(f"{store.name}: the device has {have} bytes, {size} are needed")
-    first = bytearray(min(have, HEADER_SPACE))
-    store.pread_now(memoryview(first), 0)
-    if any(first) and not force:
-        raise UsageError(f"{store.name}: the device does not look empty; --force to overwrite it")
+def _holds_something(device: HostFile) -> bool:
+    first = bytearray(HEADER_SPACE)
+    device.pread_now(memoryview(first), 0)
+    return any(first)
 
 
 def _mark_holes(bitmap: Bitmap, header: Header, path: str, unit: int) -> None:

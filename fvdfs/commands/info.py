@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import os
+from collections.abc import Sequence
 from typing import Any
 
 from fvdfs.daemon import run_loop
@@ -14,18 +14,21 @@ from fvdfs.format.header import Header
 from fvdfs.image.chain import Chain, open_chain
 from fvdfs.image.image import Image
 from fvdfs.image.loading import load_chain
-from fvdfs.image.policy import Policy
+from fvdfs.image.policy import Policy, resolve
+from fvdfs.mountoptions import listed, parse_mount_options
 from fvdfs.sizes import human_size
+from fvdfs.store.locations import is_local
 
 
-def run(image: str, *, as_json: bool, secret: str) -> int:
-    """Print what is known of an image. Raises as `describe`."""
-    facts = describe(image, secret_file=secret)
+def run(image: str, *, as_json: bool, options: Sequence[str], secret: str) -> int:
+    """Print what is known of an image. Raises UsageError, and as `describe`."""
+    urls = listed(parse_mount_options(options, ("allow_url",)), "allow_url")
+    facts = describe(image, secret_file=secret, allowed_urls=urls)
     print(json.dumps(facts, indent=2) if as_json else render(facts))
     return 0
 
 
-def describe(path: str, *, secret_file: str = "") -> dict[str, Any]:
+def describe(path: str, *, secret_file: str = "", allowed_urls: tuple[str, ...] = ()) -> dict[str, Any]:
     """Everything that is known of the image at `path`, ready for JSON: header fields, and what they mean.
 
     Raises ImageError where it is no image. What only hides a part, as a missing base, or an image in
@@ -33,7 +36,7 @@ def describe(path: str, *, secret_file: str = "") -> dict[str, Any]:
     """
     problems: list[str] = []
     image: Image | None = None
-    policy = Policy(writable=False, secret_file=secret_file)
+    policy = Policy(writable=False, secret_file=secret_file, allowed_urls=allowed_urls)
     try:
         chain = open_chain(path, policy)
     except FvdError as error:
@@ -89,7 +92,7 @@ def _names(chain: Chain) -> list[dict[str, str]]:
             names.append(
                 {
                     "name": header.base_img,
-                    "path": os.path.join(os.path.dirname(layer.path), header.base_img),
+                    "path": resolve(layer.path, header.base_img) if is_local(header.base_img) else header.base_img,
                     "format": header.base_img_fmt or layer.base_format or "not stated",
                 }
             )

@@ -1,4 +1,4 @@
-"""`fvdfs map`: what of a disk is local, in the base, or stored nowhere. Blocks.
+"""`fvdfs map`: what of a disk is stored in the image, what in its base, and what nowhere. Blocks.
 
 The process that serves a mount is asked, through an extended attribute; an image that is not mounted is read.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 from rich.text import Text
@@ -20,17 +21,19 @@ from fvdfs.errors import UsageError, named
 from fvdfs.image.loading import open_image
 from fvdfs.image.map import BAR_CELLS, image_map, merged, totals
 from fvdfs.image.policy import Policy
+from fvdfs.mountoptions import listed, parse_mount_options
 from fvdfs.sizes import human_size
 from fvdfs.xattrs import MAP
 
-COLOURS = {"local": (46, 139, 87), "base": (70, 110, 180), "hole": (225, 225, 225)}
+COLOURS = {"stored": (46, 139, 87), "base": (70, 110, 180), "hole": (225, 225, 225)}
 SQUARE, PER_ROW = 12, 50  # pixels of a cell's side in a picture, and cells in a row of it
 _PNG = b"\x89PNG\r\n\x1a\n"
 
 
-def run(image: str, *, as_json: bool, png: str, secret: str) -> int:
+def run(image: str, *, as_json: bool, png: str, options: Sequence[str], secret: str) -> int:
     """Show the map as a bar, as JSON, as a picture. Raises as `read_map` and `draw_map`."""
-    found = read_map(image, secret_file=secret)
+    urls = listed(parse_mount_options(options, ("allow_url",)), "allow_url")
+    found = read_map(image, secret_file=secret, allowed_urls=urls)
     if png:
         draw_map(found, png, image)
     if as_json:
@@ -40,14 +43,15 @@ def run(image: str, *, as_json: bool, png: str, secret: str) -> int:
     return 0
 
 
-def read_map(path: str, *, secret_file: str = "") -> dict[str, Any]:
+def read_map(path: str, *, secret_file: str = "", allowed_urls: tuple[str, ...] = ()) -> dict[str, Any]:
     """The map of an image, or of a raw file in a mount. Raises UsageError, ImageError, OSError."""
     if path.endswith(".raw"):
         with explained(path):
             return facts(path, MAP)
 
     async def read() -> dict[str, Any]:
-        image = await open_image(path, Policy(writable=False, secret_file=secret_file))
+        policy = Policy(writable=False, secret_file=secret_file, allowed_urls=allowed_urls)
+        image = await open_image(path, policy)
         try:
             return await image_map(image)
         finally:
@@ -59,14 +63,14 @@ def read_map(path: str, *, secret_file: str = "") -> dict[str, Any]:
 def print_map(found: dict[str, Any]) -> None:
     """The map as a bar on the terminal, with a legend."""
     bar = Text()
-    signs, mixed_sign = {"local": "█", "base": "░", "hole": "·"}, "▓"
+    signs, mixed_sign = {"stored": "█", "base": "░", "hole": "·"}, "▓"
     try:
         "█░·▓".encode(sys.stdout.encoding or "ascii")
     except UnicodeEncodeError:
-        signs, mixed_sign = {"local": "#", "base": "-", "hole": "."}, "+"
+        signs, mixed_sign = {"stored": "#", "base": "-", "hole": "."}, "+"
     for counts in merged(found, BAR_CELLS):
         state = found["states"][counts.index(max(counts))]
-        mixed = state == "local" and counts[found["states"].index("base")] > 0
+        mixed = state == "stored" and counts[found["states"].index("base")] > 0
         bar.append(mixed_sign if mixed else signs[state], style="rgb({},{},{})".format(*COLOURS[state]))
     console = plain_console()
     console.print(bar)

@@ -30,7 +30,7 @@ from fvdfs.commands.in_use import DEVICE, Identity, identity_at, identity_of, im
 from fvdfs.errors import UsageError
 from fvdfs.store.base import Store
 from fvdfs.store.host import HostFile, open_host_file
-from fvdfs.store.qemu_store import QemuStore
+from fvdfs.store.qemu_store import host_files
 
 _ACL = "system.posix_acl_access"
 _RENAME_NOREPLACE = 1
@@ -70,6 +70,11 @@ class NewFile:
         """What is there now, locked; None: nothing."""
         self.is_device = store.fixed_size
 
+    def check_room(self, size: int) -> None:
+        """Raise UsageError where it is a device of fewer bytes."""
+        if self.is_device and (have := self.store.size_now()) < size:
+            raise UsageError(f"{self.path}: the device has {have} bytes, {size} are needed")
+
     def let_go(self) -> None:
         """Close a device, so that somebody else can open it, who then has to sync it as well."""
         if self.is_device:
@@ -98,10 +103,9 @@ class NewFiles:
         self._read: dict[Identity, str] = {}
         self._below_read: dict[Identity, str] = {}
         self._handlers: dict[int, Callable[[int, FrameType | None], object] | signal.Handlers] = {}
-        self._undisturbed = False
-        """Whether signals that end us have to wait."""
+        self._undisturbed = False  # whether signals that end us have to wait
         self._noted: list[int] = []
-        """Those that came; the first is obeyed."""
+        """The signals that came; the first is obeyed."""
 
     def __enter__(self) -> NewFiles:
         if threading.current_thread() is threading.main_thread():
@@ -193,7 +197,7 @@ class NewFiles:
                     raise UsageError(f"{file.path}: {what}; choose another name")
 
     def _open_old(self, path: str, final: str) -> HostFile | None:
-        """What is there, open and locked; None: nothing. Raises UsageError where it must not be replaced."""
+        """What is there, open and locked; None: nothing. Raises UsageError, ImageBusy, OSError."""
         try:
             handle = os.open(final, os.O_PATH | os.O_CLOEXEC)
         except FileNotFoundError:
@@ -279,13 +283,6 @@ class NewFiles:
             _remove(file)
             file.close()
         self.files.clear()
-
-
-def host_files(store: Store) -> list[HostFile]:
-    """The files and devices of this host behind a store."""
-    if isinstance(store, QemuStore):
-        return store.host_files
-    return [store] if isinstance(store, HostFile) else []
 
 
 def permissions(files: Iterable[HostFile]) -> int:

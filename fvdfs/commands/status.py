@@ -40,7 +40,10 @@ def run(mountpoint: str, *, as_json: bool, watch: bool) -> int:
 
 
 def status(mountpoint: str) -> dict[str, Any]:
-    """The state of every image of a mount, ready for JSON. Raises UsageError where it is no mount, OSError."""
+    """The state of every image of a mount, ready for JSON; of one that cannot be asked, the state is "unreadable".
+
+    Raises UsageError where it is no mount, OSError.
+    """
     try:
         pid = int(os.getxattr(mountpoint, PID))
     except (OSError, ValueError):
@@ -51,8 +54,10 @@ def status(mountpoint: str) -> dict[str, Any]:
             path = os.path.join(mountpoint, name)
             images.append(facts(path, STATUS))
         except OSError as error:
-            if error.errno not in (errno.ENOENT, errno.ESTALE):  # gone meanwhile
+            if error.errno in mounts.DEAD:
                 raise
+            if error.errno not in (errno.ENOENT, errno.ESTALE):  # gone meanwhile
+                images.append({"name": name, "open": False, "state": "unreadable", "failed": error.strerror})
     return {"mountpoint": mountpoint, "pid": pid, "images": images}
 
 
@@ -62,7 +67,8 @@ def print_status(mountpoint: str) -> None:
     for title in ("disk", "size", "local", "state", "rate", "left", "why"):
         table.add_column(title, overflow="fold")
     for image in status(mountpoint)["images"]:
-        table.add_row(printable(image["name"]), human_size(image["virtual_size"]).partition(" (")[0], *_columns(image))
+        size = human_size(image["virtual_size"]).partition(" (")[0] if "virtual_size" in image else ""
+        table.add_row(printable(image["name"]), size, *_columns(image))
     plain_console(width=None if sys.stdout.isatty() else WIDE).print(table)
 
 

@@ -173,7 +173,7 @@ class Core:
         return tuple(read_runs(geometry, bitmap, start, stop))
 
     async def extents(self, start: int, stop: int) -> list[tuple[int, int, str]]:
-        """Bytes [start, stop) of the disk as runs (start, stop, "local", "base" or "hole"). Raises OSError."""
+        """Bytes [start, stop) of the disk as runs (start, stop, "stored", "base" or "hole"). Raises OSError."""
         found = []
         for run_start, run_stop, local in self.local_runs(start, stop):
             if not local:
@@ -182,7 +182,7 @@ class Core:
             for piece_start, piece_stop, where in self.storage.byte_runs(run_start, run_stop):
                 end = piece_stop - piece_start + (where or 0)
                 hole = where is None or await self.data.next_data(where, end) == end
-                found.append((piece_start, piece_stop, "hole" if hole else "local"))
+                found.append((piece_start, piece_stop, "hole" if hole else "stored"))
         return found
 
     async def next_data(self, start: int, stop: int) -> int:

@@ -1,7 +1,8 @@
-"""The map of a disk, for `fvdfs map`: what is local, in the base, or stored nowhere.
+"""The map of a disk, for `fvdfs map`: what is stored in the image, what in its base, and what nowhere.
 
-The disk is cut into cells of equal size; the map has, for each, how many bytes are *local* (in the
-image's own storage), in the *base*, or a *hole* (allocated nowhere: they read as zeros).
+The disk is cut into cells of equal size; the map has, for each, how many bytes are *stored* (in the
+image's own storage), in the *base*, or a *hole* (allocated nowhere: they read as zeros). Both what is stored and
+what is a hole are *local*: not read from the base.
 """
 
 from __future__ import annotations
@@ -23,11 +24,11 @@ async def image_map(image: Image, cells: int = CELLS) -> dict[str, Any]:
     size = max(SECTOR, round_up(ceil_div(image.size, cells), SECTOR))
     found = []
     for start in range(0, image.size, size):
-        counts = {"local": 0, "base": 0, "hole": 0}
+        counts = {"stored": 0, "base": 0, "hole": 0}
         for run_start, run_stop, state in await image.extents(start, min(start + size, image.size)):
             counts[state] += run_stop - run_start
-        found.append([counts["local"], counts["base"], counts["hole"]])
-    return {"virtual_size": image.size, "cell_size": size, "states": ["local", "base", "hole"], "cells": found}
+        found.append([counts["stored"], counts["base"], counts["hole"]])
+    return {"virtual_size": image.size, "cell_size": size, "states": ["stored", "base", "hole"], "cells": found}
 
 
 def totals(image_map: dict[str, Any]) -> dict[str, int]:

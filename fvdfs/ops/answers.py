@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 
-from fvdfs.errors import FvdError, ImageBusy, NotPermitted, ReadOnlyImage, Refused, shortage
+from fvdfs.errors import FvdError, ImageBusy, NotPermitted, ReadOnlyImage, Refused, shortage, told
 from fvdfs.ops.complaints import Complaints
 
 # Errors that are plain answers, not worth a line in the log.
@@ -19,7 +19,7 @@ def error_number(error: BaseException, what: str, complaints: Complaints) -> int
     """
     if isinstance(error, OSError) and error.errno:
         if error.errno not in _ANSWERS:
-            complaints.say(f"{what}: {error}", f"{what}: {os.strerror(error.errno)}")
+            complaints.say(f"{what}: {told(error)}", f"{what}: {os.strerror(error.errno)}")
         return error.errno
     if isinstance(error, FvdError):
         complaints.say(str(error), str(error))

@@ -197,4 +197,6 @@ class Openings:
                 try:
                     await self._unload(entry)
                 except OSError as error:
-                    log.error("%s: closing failed, it will be replayed when next opened: %s", entry.path, error)
+                    log.error(
+                        "%s: closing failed, it will be replayed when next opened: %s", os.fsdecode(entry.path), error
+                    )

@@ -23,7 +23,6 @@ from fvdfs.store.worker import Worker
 # (a device as well), a file that is swapped to or runs.
 _DENIALS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ETXTBSY)
 
-
 # Threads of each store, so that a slow one keeps only its own busy.
 READERS = 8
 READ_BATCH = 4  # calls that a reader takes at a time
@@ -33,7 +32,6 @@ COLD = 16  # reads, about, that were not in the page cache; the next ones will n
 
 LONG_WRITE = 512 << 10  # bytes; such writes are sent on to the disk at once, so that a flush has less to wait for
 LARGE = 256 << 10  # bytes; more is copied by a thread, the kernel's or ours, not by the event loop
-
 
 MAX_FILE_SIZE = (1 << 63) - 1  # an offset of a file has 63 bits
 
@@ -91,12 +89,7 @@ class HostFile:
         self._flusher = Flusher(fd, self._waiter)
 
     def fileno(self) -> int:
-        """The descriptor, to name the file or set its permissions; its bytes go through the other calls."""
-        return self._fd
-
-    @property
-    def descriptor(self) -> int:
-        """What it is open as."""
+        """The descriptor, to hand it on, or for attributes of the file; its bytes go through the other calls."""
         return self._fd
 
     def status(self) -> os.stat_result:
@@ -130,7 +123,7 @@ class HostFile:
         if not self.fixed_size or self._claim >= 0:
             return
         try:
-            self._claim = os.open(f"/proc/self/fd/{self._fd}", os.O_RDONLY | os.O_EXCL | os.O_CLOEXEC)
+            self._claim = reopen(self._fd, os.O_RDONLY | os.O_EXCL, self.name)
         except OSError as error:
             if error.errno != errno.EBUSY:
                 raise
@@ -358,6 +351,14 @@ def _may_hang(fd: int, device: int) -> bool:
     return not os.major(device) and type_of_file_system(fd) not in _LOCAL_FILE_SYSTEMS
 
 
+def reopen(handle: int, flags: int, name: str) -> int:
+    """Open what a descriptor stands for once more. Raises OSError, which names the file by `name`."""
+    try:
+        return os.open(f"/proc/self/fd/{handle}", flags | os.O_CLOEXEC)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, name) from None
+
+
 def open_host_file(handle: int, name: str, *, writable: bool) -> HostFile:
     """Open what the O_PATH descriptor `handle` stands for, which stays the caller's.
 
@@ -367,11 +368,10 @@ def open_host_file(handle: int, name: str, *, writable: bool) -> HostFile:
     mode = os.fstat(handle).st_mode
     if not stat.S_ISREG(mode) and not stat.S_ISBLK(mode):
         raise ImageError(name, "neither a regular file nor a block device")
-    flags = os.O_CLOEXEC | (os.O_RDWR if writable else os.O_RDONLY)
-    fd = os.open(f"/proc/self/fd/{handle}", flags)
+    fd = reopen(handle, os.O_RDWR if writable else os.O_RDONLY, name)
     if writable and stat.S_ISBLK(mode) and _is_read_only(fd):
         os.close(fd)
-        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), name)
     return HostFile(fd, name, writable)
 
 

@@ -228,6 +228,8 @@ class Walker:
         handle = self.open(path)
         try:
             yield handle
+        except OSError as error:  # it may have the handle's name
+            raise OSError(error.errno, error.strerror, path) from None
         finally:
             os.close(handle)
 

@@ -13,7 +13,7 @@ import os
 
 import trio
 
-from fvdfs.store.base import Buffer, Stepwise
+from fvdfs.store.base import Buffer, Stepwise, Store
 from fvdfs.store.host import HostFile
 from fvdfs.store.locations import Options
 from fvdfs.store.qemu_daemon import StorageDaemon
@@ -65,7 +65,7 @@ class QemuStore(Stepwise):
 
     async def _start_daemon(self) -> StorageDaemon:
         files = self._files
-        locked = [file.descriptor for file in files.host_files]
+        locked = [file.fileno() for file in files.host_files]
         daemon = StorageDaemon(self.name, files.descriptors, files.secret_file(), locked)
         await daemon.start(self._options, writable=self.writable)
         try:
@@ -215,3 +215,10 @@ class QemuStore(Stepwise):
         if self._supervisor is not None:
             self._supervisor.stop()
         self._files.close()
+
+
+def host_files(store: Store) -> list[HostFile]:
+    """The files and devices of this host behind a store."""
+    if isinstance(store, QemuStore):
+        return store.host_files
+    return [store] if isinstance(store, HostFile) else []

@@ -319,6 +319,7 @@ def test_what_may_not_be_read(images: Path, nobody: list[str]) -> None:
         assert done.returncode in (1, 2), (words, done)
         assert "Traceback" not in done.stderr
         assert done.stderr.count("\n") == 1, (words, done.stderr)
+        assert "/proc/" not in done.stderr
 
 
 def test_a_full_disk(images: Path, tmp_path: Path) -> None:

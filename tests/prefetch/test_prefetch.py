@@ -357,7 +357,7 @@ def test_attributes_and_map(folder: Path, base: Path, tmp_path: Path) -> None:
         assert shown["images"][0]["local_bytes"] == 6 * MIB
     assert mapped == json.loads(must("map", folder / "disk.fvd", "--json"))
     sums = [sum(column) for column in zip(*mapped["cells"], strict=True)]
-    assert dict(zip(mapped["states"], sums, strict=True)) == {"local": 6 * MIB, "base": 18 * MIB, "hole": 8 * MIB}
+    assert dict(zip(mapped["states"], sums, strict=True)) == {"stored": 6 * MIB, "base": 18 * MIB, "hole": 8 * MIB}
     text = must("map", folder / "disk.fvd")
     assert "18.8%" in text
     assert "56.2%" in text
