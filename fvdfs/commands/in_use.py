@@ -67,13 +67,14 @@ def refuse_open(path: str, identity: Identity) -> None:
 def _has_open(process: str, identity: Identity) -> bool:
     folder = f"/proc/{process}"
     try:
-        for name in os.listdir(f"{folder}/fd"):
-            with open(f"{folder}/fdinfo/{name}", encoding="ascii", errors="replace") as file:
-                # Only a file of this number is asked for its device: others may be on a share that hangs.
-                if f"ino:\t{identity[1]}\n" in file.read() and identity_at(f"{folder}/fd/{name}") == identity:
-                    return True
+        names = os.listdir(f"{folder}/fd")
     except OSError:
-        pass  # it has ended, or is not ours to look at
+        return False  # it has ended, or is not ours to look at
+    for name in names:
+        with contextlib.suppress(OSError), open(f"{folder}/fdinfo/{name}", "rb") as file:  # or just closed
+            # Only a file of this number is asked for its device: others may be on a share that hangs.
+            if b"ino:\t%d\n" % identity[1] in file.read() and identity_at(f"{folder}/fd/{name}") == identity:
+                return True
     return False
 
 
