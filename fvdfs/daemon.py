@@ -158,10 +158,13 @@ def run_loop(call: Callable[[], Awaitable[T]]) -> T:
 
     Ctrl-C ends it at a checkpoint of the main task. Anywhere else it could strike where trio starts a task on behalf of
     one of ours, which trio does not survive, or where we clean up. SIGPIPE is ignored meanwhile: a signal that comes
-    while trio closes its wakeup socket is written where nobody reads.
+    while trio closes its wakeup socket is written where nobody reads. In another thread than the main one Ctrl-C does
+    nothing.
     """
     import trio  # takes long, and not every command needs it
 
+    if threading.current_thread() is not threading.main_thread():
+        return trio.run(call)
     before = signal.signal(signal.SIGPIPE, signal.SIG_IGN)
     try:
         return trio.run(call, restrict_keyboard_interrupt_to_checkpoints=True)

@@ -227,3 +227,9 @@ def test_every_room_is_drawn() -> None:
 def test_every_module_that_this_file_names_exists() -> None:
     assert set(MODULES) >= set(LOW)
     assert {room(module) for module in PURE} == set(IMPURE)
+
+
+def test_commands_run_event_loops_in_one_way() -> None:
+    """By `daemon.run_loop`, which is safe from Ctrl-C; a mount has signals of its own."""
+    callers = {module for module, path in MODULES.items() if "trio.run(" in path.read_text()}
+    assert callers == {"fvdfs.daemon", "fvdfs.ops.mount"}

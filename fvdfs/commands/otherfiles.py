@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import subprocess
 from collections.abc import Sequence
 
-import trio
-
 from fvdfs.commands.newfiles import NewFile, NewFiles
+from fvdfs.daemon import run_loop
 from fvdfs.errors import UsageError
 from fvdfs.format.header import Header
 from fvdfs.image.policy import Policy
@@ -38,7 +38,7 @@ def make_data_file(
     except UsageError as error:
         raise UsageError(f"--data-file: {error}") from None
     if is_encrypted and zeros:
-        trio.run(_write_zeros, file, file_format, zeros, secret)
+        run_loop(functools.partial(_write_zeros, file, file_format, zeros, secret))
 
 
 async def _write_zeros(file: NewFile, file_format: str, zeros: Sequence[tuple[int, int]], secret: str) -> None:
