@@ -7,16 +7,13 @@ memory, where the power is cut after every change of the repair, and where every
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import functools
 import json
 import os
 import random
 import struct
-import subprocess
-import sys
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -33,108 +30,32 @@ from fvdfs.check.header import check_header
 from fvdfs.check.layers import Absent, CheckLayer
 from fvdfs.cli import main
 from fvdfs.errors import FormatError, NotFvd, printable
-from fvdfs.format.creation import CreateOptions
-from fvdfs.format.header import HEADER_SPACE, Header, with_fields
+from fvdfs.format.header import HEADER_SPACE, Header
 from fvdfs.image.loading import open_image
 from fvdfs.image.policy import Policy
 from fvdfs.store.base import Buffer, Store
 from support import reference
 from support.builder import IMAGE, LAYOUTS, Layout, create, load, read_files
+from support.damage import (
+    BOTH,
+    BY_NAME,
+    COMPACT,
+    CORRUPTION,
+    COW,
+    DATA_FILE,
+    HARMLESS,
+    LEAK,
+    MISSING,
+    UNALLOCATED,
+    Good,
+    check,
+    kinds,
+    run,
+)
 from support.fakes import CALLS, Clock, CrashStore, FaultPlan, FaultStore, MemoryStore
 from support.golden import MANIFEST, extract
-from support.mounts import MIB, fvdfs, mounted, must
+from support.mounts import MIB
 from support.records import bits, raw_entries
-from support.workload import small
-
-BY_NAME = {layout.name: small(layout) for layout in LAYOUTS}
-CORRUPTION, LEAK, HARMLESS = Severity
-UNALLOCATED = 0xFFFFFFFF
-MISSING = "no-such-file"
-
-
-class Good:
-    """A good image with data in it, in files, and means to damage it."""
-
-    def __init__(self, layout: Layout, folder: Path) -> None:
-        self.layout = layout
-        self.folder = folder
-        self.path = folder / IMAGE
-        layout.build(folder)
-        self.fill()
-        self.header = Header.decode(self.path.read_bytes()[:HEADER_SPACE], IMAGE)
-        self.content = self.read()
-
-    def fill(self, *, crash: bool = False, seed: int = 1) -> None:
-        """Write here and there; with `crash`, the files stay as they are before the image is closed."""
-
-        async def work() -> dict[str, bytes]:
-            image = await open_image(str(self.path), self.layout.policy, write=True)
-            rng = random.Random(seed)
-            for _ in range(8):
-                offset = rng.randrange(image.size)
-                await image.write(offset, rng.randbytes(min(rng.randrange(1, 30_000), image.size - offset)))
-            await image.fsync()
-            files = read_files(self.folder)
-            await image.close()
-            return files
-
-        files = trio.run(work)
-        if crash:
-            for name, content in files.items():
-                (self.folder / name).write_bytes(content)
-            self.content = self.read()
-
-    def read(self) -> bytes:
-        """The whole disk, by the reference reader."""
-        return b"".join(reference.read_disk(self.path))
-
-    def write(self, offset: int, data: bytes, name: str = IMAGE) -> None:
-        with (self.folder / name).open("r+b") as file:
-            file.seek(offset)
-            file.write(data)
-
-    def put(self, **fields: int | str | bytes) -> None:
-        """Set fields of the header."""
-        for name, value in fields.items():
-            index = reference.NAMES.index(name)
-            raw = value.encode() if isinstance(value, str) else value
-            offset = struct.calcsize("<" + "".join(reference.CODES[:index]))
-            self.write(offset, struct.pack(f"<{reference.CODES[index]}", raw))
-
-    def truncate(self, length: int, name: str = IMAGE) -> None:
-        os.truncate(self.folder / name, length)
-
-    @property
-    def entries(self) -> list[int]:
-        """The table as it is on disk."""
-        raw = self.path.read_bytes()[self.header.table_offset :]
-        return list(struct.unpack_from(f"<{self.header.chunks}I", raw))
-
-    def allocated(self) -> list[int]:
-        """Chunks with a place."""
-        return [chunk for chunk, entry in enumerate(self.entries) if entry != UNALLOCATED]
-
-    def set_entry(self, chunk: int, entry: int) -> None:
-        self.write(self.header.table_offset + 4 * chunk, struct.pack("<I", entry))
-
-    def clear_journal(self) -> None:
-        self.write(self.header.journal_offset, bytes(self.header.journal_size))
-
-    def set_sector(self, sector: int, *records: bytes) -> None:
-        """Fill a sector of the journal."""
-        self.write(self.header.journal_offset + 512 * sector, b"".join(records).ljust(512, b"\0"))
-
-    def zeroed(self, *chunks: int) -> bytes:
-        """The content, but zeros in what own storage holds of these chunks."""
-        content = bytearray(self.content)
-        image = reference.Image(self.path)
-        size = self.header.chunk_size
-        for chunk in chunks:
-            for at in range(chunk * size, min((chunk + 1) * size, len(content)), 512):
-                if at >= self.header.base_size or image.bit(at // self.header.block_size):
-                    content[at : at + 512] = bytes(512)
-        image.close()
-        return bytes(content)
 
 
 @dataclass(frozen=True)
@@ -188,9 +109,7 @@ def fields(name: str, layout: str, kind: Kind, severity: Severity = CORRUPTION, 
     return add
 
 
-COW, COMPACT, BOTH = "cow-7680", "compact-4k", "compact-cow-7680-64k"
 FINE = "compact-cow-512-4k"
-DATA_FILE = "cow-data-file"
 
 # --- header ---
 
@@ -687,26 +606,6 @@ def data_file_looks_like_qcow2(good: Good) -> bytes:
 # --- trying them all ---
 
 
-def run(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> tuple[int, str]:
-    """The command, in this process: exit code and output."""
-    capsys.readouterr()
-    code = main(["check", *map(str, arguments)])
-    output = capsys.readouterr()
-    assert output.err == ""
-    return code, output.out
-
-
-def check(capsys: pytest.CaptureFixture[str], path: Path, *options: str) -> dict[str, Any]:
-    code, output = run(capsys, path, "--json", *options)
-    report: dict[str, Any] = json.loads(output)
-    assert report["exit_code"] == code
-    return report
-
-
-def kinds(report: Mapping[str, Any]) -> set[str]:
-    return {finding["kind"] for finding in report["findings"]}
-
-
 def test_every_kind_of_damage_is_tried() -> None:
     assert {damage.kind for damage in DAMAGES} == set(Kind)
 
@@ -1034,6 +933,7 @@ async def _load_and_read(files: Mapping[str, bytes | bytearray]) -> bytes:
     return bytes(await image.read(0, image.size))
 
 
+@pytest.mark.slow
 @settings(
     max_examples=int(os.environ.get("FVDFS_CHECK_EXAMPLES", "300")),
     deadline=None,
@@ -1089,6 +989,7 @@ def test_any_damage(name: str, changes: list[tuple[str, Any, Any]], goods: dict[
             assert after == before, "a repair has changed the disk"
 
 
+@pytest.mark.slow
 @settings(max_examples=500, deadline=None)
 @given(
     name=st.sampled_from(FUZZED),
@@ -1132,6 +1033,7 @@ def test_the_rules_are_those_of_the_header(
 LEAKY = {"block-over-chunks": 1, "crash-written-over-copied-compact": 6}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("golden", MANIFEST, ids=lambda golden: str(golden["name"]))
 def test_a_golden_image_is_clean(golden: dict[str, Any], folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = extract(golden["name"], folder)
@@ -1166,49 +1068,6 @@ def test_a_good_image_is_clean(layout: Layout, folder: Path, capsys: pytest.Capt
     assert read_files(folder) == before
 
 
-CREATED = {
-    "plain": ["3M"],
-    "over a base": ["3M", "-b", "base.raw"],
-    "compact": ["3M", "--compact", "--chunk-size", "64K"],
-    "compact, over a base": ["-b", "base.raw", "--compact", "--block-size", "4K"],
-    "compact, in a data file": ["3M", "--compact", "--data-file", "data.raw", "--journal-size", "none"],
-    "holes": ["3M", "-b", "base.raw", "--detect-holes", "64K"],
-    "large": ["20T", "--compact"],
-    "large, over a base": ["10T", "-b", "base.raw", "--block-size", "512", "--data-file", "data.raw"],
-    "over an empty base": ["1M", "-b", "empty"],
-    "with a bitmap of 768 MiB": ["-b", "vast", "--block-size", "512"],
-}
-
-
-@pytest.mark.parametrize("name", CREATED)
-def test_a_new_image_is_clean(name: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (folder / "base.raw").write_bytes(bytes(MIB) + b"b" * MIB)
-    (folder / "empty").touch()
-    (folder / "vast").touch()
-    os.truncate(folder / "vast", 3 << 40)
-    must("create", folder / "a.fvd", *CREATED[name])
-    assert run(capsys, folder / "a.fvd") == (0, f"{folder / 'a.fvd'}: clean\n")
-
-
-def test_what_is_in_use_is_busy(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    must("create", folder / "a.fvd", "1M", "--compact")
-    must("create", folder / "b.fvd", "1M", "-b", "a.fvd", "-F", "fvd")
-    with mounted(folder) as mount:
-        with open(mount.raw("a"), "r+b") as file:
-            file.write(b"x")
-            for name, options in (("a", []), ("a", ["--repair"]), ("b", [])):
-                done = fvdfs("check", folder / f"{name}.fvd", *options)
-                assert done.code == 1
-                assert done.err.count("\n") == 1
-                assert "in use" in done.err or "open for writing" in done.err
-                assert not done.out
-        mount.remount()
-        with open(mount.raw("a"), "rb") as file:
-            file.read(1)
-            assert run(capsys, folder / "a.fvd")[0] == 0
-            assert fvdfs("check", folder / "a.fvd", "--repair").code == 1
-
-
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -1232,33 +1091,12 @@ def test_what_is_no_image(
         assert message in output.err
 
 
-def test_the_program(folder: Path) -> None:
-    """Exit codes and streams of the real program."""
-    good = Good(BY_NAME[COMPACT], folder)
-    assert fvdfs("check", good.path).code == 0
-    good.clear_journal()
-    good.set_entry(good.allocated()[2], UNALLOCATED)
-    done = fvdfs("check", good.path)
-    assert (done.code, done.err) == (3, "")
-    assert "1 leak; 1 repairable with --repair\n" in done.out
-    good.set_entry(0, 0x7FFFFFFF)
-    done = fvdfs("check", good.path)
-    assert done.code == 2
-    assert "1 corruption, 2 leaks; 1 repairable with --repair\n" in done.out or "1 corruption, 1 leak; " in done.out
-    done = fvdfs("check", good.path, "--repair")
-    assert done.code == 3
-    assert "[repaired: takes them as never written]" in done.out
-    assert "1 repaired; left: " in done.out
-    done = fvdfs("check", good.path, "--repair")
-    assert done.code == 0
-    assert "repaired; " in done.out
-
-
 # --- crashes of the mount -------------------------------------------------------------------------
 
 HARMLESS_AFTER_CRASH = {Kind.REPLAY_PENDING, Kind.BITMAP_TAIL, Kind.TABLE_TAIL, Kind.TABLE_BIT_31}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", BY_NAME.values(), ids=lambda layout: layout.name)
 def test_a_power_cut_leaves_no_corruption(layout: Layout, folder: Path) -> None:
     """What a mount leaves behind at any moment is at most a leak; and a repair changes nothing of the disk."""
@@ -1475,50 +1313,6 @@ def test_bits_without_a_chunk_over_an_image(folder: Path, capsys: pytest.Capture
     assert kinds(check(capsys, good.path)) == {Kind.CHUNK_LEAKED}
 
 
-def test_other_formats(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A base and a data file that QEMU opens; the data is repaired through it."""
-    (folder / "base.raw").write_bytes(random.Random(3).randbytes(MIB))
-    subprocess.run(
-        ["qemu-img", "convert", "-f", "raw", "-O", "qcow2", folder / "base.raw", folder / "base.qcow2"], check=True
-    )
-    path = folder / "a.fvd"
-    must("create", path, "-b", "base.qcow2", "-F", "qcow2", "--compact", "--chunk-size", "64K", "--block-size", "64K",
-         "--data-file", "data.qcow2", "--data-format", "qcow2")  # fmt: skip
-    with mounted(folder) as mount, open(mount.raw("a"), "r+b") as file:
-        file.write(b"x" * 5 * 65536)
-    report = check(capsys, path)
-    assert report["findings"] == []
-    assert report["chain"][1] == {"image": str(folder / "base.qcow2"), "format": "qcow2", "size": MIB}
-    header = Header.decode(path.read_bytes()[:HEADER_SPACE], "")
-    with path.open("r+b") as image:
-        image.seek(header.journal_offset)
-        image.write(bytes(header.journal_size))
-        image.seek(header.table_offset + 4)
-        image.write(struct.pack("<II", 0, 0x7FFFFFF0))
-    assert kinds(check(capsys, path)) == {Kind.CHUNK_SHARED, Kind.CHUNK_BEYOND_STORAGE, Kind.CHUNK_LEAKED}
-    report = check(capsys, path, "--repair")
-    assert report["errors"] == []
-    assert report["left"][CORRUPTION] == 0
-    with mounted(folder) as mount:
-        content = b"x" * 2 * 65536 + bytes(65536) + b"x" * 2 * 65536
-        assert mount.raw("a").read_bytes()[: 5 * 65536] == content
-    (folder / "base.qcow2").write_bytes(b"x" * MIB)
-    assert Kind.BASE_UNUSABLE in kinds(check(capsys, path))
-
-
-def test_a_program_that_is_missing_is_no_fault_of_the_image(
-    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    good = Good(BY_NAME[COW], folder)
-    good.put(base_img_fmt="qcow2")
-    subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", folder / "base.raw", "2M"], check=True)
-    monkeypatch.setenv("PATH", str(folder))
-    report = check(capsys, good.path, "--repair")
-    assert report["exit_code"] == 1
-    assert "apt install" in report["errors"][0]
-    assert kinds(report) == {Kind.BASE_UNCHECKED}
-
-
 # --- much damage, much space ----------------------------------------------------------------------
 
 
@@ -1588,51 +1382,6 @@ def test_a_region_that_is_too_large(
     report = check(capsys, good.path)
     assert report["exit_code"] == 1
     assert any(region in error for error in report["errors"])
-
-
-HOSTILE = """
-import resource, sys
-resource.setrlimit(resource.RLIMIT_AS, (1 << 32, 1 << 32))
-from fvdfs.cli import main
-sys.exit(main(["check", *sys.argv[1:]]))
-"""
-
-
-@pytest.mark.parametrize("name", ["journal", "table", "bitmap", "storage"])
-@pytest.mark.parametrize("options", [[], ["--repair"]], ids=["look", "repair"])
-def test_holes_of_terabytes_take_neither_time_nor_memory(name: str, options: list[str], folder: Path) -> None:
-    size = 8 << 40
-    path = folder / IMAGE
-    start = 1 << 20
-    header = create(path, MIB, CreateOptions(compact=True, chunk_size=4096, journal_size=4096))
-    match name:
-        case "journal":
-            changes = {"journal_offset": start, "journal_size": 4 << 40, "metadata_size": 5 << 40}
-        case "table":
-            changes = {"table_offset": start, "virtual_disk_size": 128 << 40, "chunk_size": 1 << 20,
-                       "metadata_size": 1 << 40}  # fmt: skip
-        case "bitmap":
-            header = create(path, MIB, CreateOptions(base_img="base.raw", block_size=512), base_length=MIB)
-            (folder / "base.raw").touch()
-            os.truncate(folder / "base.raw", 4 << 40)
-            changes = {"bitmap_offset": start, "virtual_disk_size": 2 << 40, "base_img_size": 2 << 40,
-                       "bitmap_size": 1 << 29, "metadata_size": 2 << 40, "journal_size": 0}  # fmt: skip
-        case _:
-            changes = {"virtual_disk_size": 4 << 40, "chunk_size": 1 << 40, "storage_grow_unit": 1 << 40}
-    with path.open("r+b") as file:
-        file.write(with_fields(header, **changes).encode())
-        file.truncate(size)
-    done = subprocess.run(
-        [sys.executable, "-c", HOSTILE, str(path), "--json", *options],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=120,
-    )
-    assert "Traceback" not in done.stderr
-    assert done.stderr == ""
-    assert json.loads(done.stdout)["exit_code"] == done.returncode
-    assert path.stat().st_blocks * 512 < 64 * MIB
 
 
 # --- parts ----------------------------------------------------------------------------------------
@@ -1724,40 +1473,3 @@ def test_a_journal_that_cannot_be_replayed_is_kept(folder: Path, capsys: pytest.
     report = check(capsys, good.path, "--repair")
     assert report["exit_code"] == 0
     assert good.read() == good.content
-
-
-@contextlib.contextmanager
-def read_only(folder: Path) -> Iterator[None]:
-    """The folder, on a file system that cannot be written to."""
-    subprocess.run(["mount", "--bind", folder, folder], check=True)
-    try:
-        subprocess.run(["mount", "-o", "remount,bind,ro", folder], check=True)
-        yield
-    finally:
-        subprocess.run(["umount", folder], check=True)
-
-
-def test_a_file_that_cannot_be_written(folder: Path) -> None:
-    good = Good(BY_NAME[COMPACT], folder)
-    good.put(clean_shutdown=0)
-    files = read_files(folder)
-    with read_only(folder):
-        done = fvdfs("check", good.path, "--repair")
-        assert done.code == 1
-        assert "Read-only file system" in done.err
-        assert fvdfs("check", good.path).code == 0
-    assert read_files(folder) == files
-
-
-def test_a_data_file_that_cannot_be_written(folder: Path) -> None:
-    good = Good(BY_NAME[DATA_FILE], folder)
-    other = folder / "data"
-    other.mkdir()
-    (folder / "disk.data").rename(other / "disk.data")
-    good.put(data_file="data/disk.data", clean_shutdown=0)
-    with read_only(other):
-        done = fvdfs("check", good.path, "--repair")
-        assert (done.code, done.out) == (1, "")
-        assert f"{other / 'disk.data'}: no permission to write to it" in done.err
-        assert fvdfs("check", good.path).code == 0
-    assert fvdfs("check", good.path, "--repair").code == 0
