@@ -143,6 +143,8 @@ class Image:
         """Apply the whole journal to the bitmap and the table in memory."""
         for index in range(len(self.journal) // SECTOR):
             sector = self.journal[index * SECTOR : (index + 1) * SECTOR]
+            if sector == bytes(SECTOR):
+                continue  # no record; most are like that
             for report in self._replay_sector(sector):
                 self.reports.append(f"journal sector {index}: {report}")
 
@@ -235,18 +237,20 @@ class Image:
 
     def read_own(self, start: int, length: int) -> bytes:
         """From own storage, or zeros (format.md, "Storage without a table" and "Chunk table")."""
-        size, out = self.header.chunk_size, b""
-        while len(out) < length:
-            at, step = start + len(out), length - len(out)
+        size, out, end = self.header.chunk_size, [], start + length
+        while start < end:
+            at, step = start, end - start
             if self.table:
                 entry, inside = self.table[at // size], at % size
                 at, step = entry * size + inside, min(step, size - inside)
                 if entry == MISSING:
-                    out += bytes(step)
+                    out.append(bytes(step))
+                    start += step
                     continue
             self.storage.seek(self.data_start + at)
-            out += self.storage.read(step).ljust(step, b"\0")
-        return out
+            out.append(self.storage.read(step).ljust(step, b"\0"))
+            start += step
+        return b"".join(out)
 
     def read(self, start: int, length: int) -> bytes:
         """`length` bytes of the virtual disk from `start`; zeros past its end."""
@@ -416,7 +420,7 @@ def _check_contents(image: Image, writer: str) -> Iterator[str]:
             if image.table[chunk] != MISSING:
                 continue
             at, to = max(start, chunk * h.chunk_size), min(end, (chunk + 1) * h.chunk_size)
-            if writer == "fvdfs" or any(image.read_base(at, to - at)):
+            if writer == "fvdfs" or image.read_base(at, to - at).strip(b"\0"):
                 yield f"bit without chunk: block {block}, chunk {chunk}"
 
 
