@@ -361,7 +361,7 @@ def report_storage(
         Kind.STORAGE_SHORT,
         Severity.CORRUPTION,
         "storage",
-        f"must be {size} bytes long: it was cut off; {span(lost)} read as zeros",
+        f"must be {size} bytes long: it was cut off; {span(lost)} cannot be read",
         value=storage,
         remedy="" if fixed_size else f"extends it to {size} bytes of storage, with zeros",
         hint="make the device larger again" if fixed_size else "",
