@@ -31,6 +31,7 @@ import fvdfs.commands.info
 import fvdfs.commands.map
 import fvdfs.commands.profile
 
+LONGEST = 20  # seconds of a run
 DEFECT = 99  # the exit code where an exception passes all
 
 
@@ -60,6 +61,7 @@ def interrupted(words: list[str], number: int, at: int, function: str, output: i
     os.dup2(output, 2)
     sys.argv = ["fvdfs", *words]
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.alarm(LONGEST)
     sys.settrace(called)
     code = DEFECT
     try:
@@ -77,8 +79,8 @@ def interrupted(words: list[str], number: int, at: int, function: str, output: i
 
 def runs(words: list[str], number: int, first: int, step: int, function: str) -> Iterator[tuple[int, str, list[str]]]:
     before = {path.name: path.read_bytes() for path in Path().iterdir()}
-    at = first
-    while True:
+    at, parent = first, os.getppid()
+    while os.getppid() == parent:
         with tempfile.TemporaryFile() as output:
             child = os.fork()
             if not child:
