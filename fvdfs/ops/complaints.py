@@ -1,9 +1,8 @@
 """What the log says of requests that fail: enough to see what is wrong, and not a line for each.
 
 A guest on a failing disk tries again thousands of times a second: a line each time would fill the host's disk. So
-would a user who opens and closes a disk for ever that is complained of each time. So complaints of requests are
-counted by kind, and so is every other line of the log, in whichever thread (`filtering`): by its text, and by the
-first name in it.
+would a user who reopens a bad disk in a loop. So complaints of requests are counted by kind, and so is every other
+line of the log, in whichever thread (`filtering`): by its text, and by the first name in it.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The kernel's end of a mount: READ, WRITE and FSYNC are answered here, all else by libfuse.
 
 pyfuse3, and libfuse under it, answer one request a turn of the event loop, each in a task of its own.
-That is right for opening, listing and the like, but most of the cost of READ, WRITE and FSYNC, which are
-what a disk is used by. So these take a shorter way. All requests that the kernel has queued are received in one turn:
+That is fine for opening and listing; for READ, WRITE and FSYNC, most of a disk's traffic, it would be most of the cost.
+So these take a shorter way. All requests that the kernel has queued are received in one turn:
 
 1. what needs no waiting is answered at once;
 2. what can be started without a task (`Pending.start`) is answered when it has ended;
@@ -86,7 +86,7 @@ class Requests(Protocol):
         """Make durable what was written; None: the mount does not do so."""
 
     def set_mtime(self, inode: int, mtime_ns: int, /) -> pyfuse3.EntryAttributes | None:
-        """Set the time of change, if it need only be remembered; the attributes then, else None."""
+        """Set the mtime, if it need only be remembered; the attributes then, else None."""
 
     def error_number(self, error: Exception, fh: int, what: str, /) -> int:
         """The errno to answer a failed request with; logs what the errno does not tell."""
@@ -364,7 +364,7 @@ class Device:
         self._answer(unique, self._requests.error_number(error, fh, what))
 
     def _set_times(self, unique: int) -> bool:
-        """Answer a SETATTR of the time of change alone, which the kernel sends before FSYNC; False for another."""
+        """Answer a SETATTR of the mtime alone, which the kernel sends before FSYNC; False for another."""
         request = self._head + self._payload[: SETATTR.size - len(self._head)]
         inode, valid, mtime, nsec = SETATTR.unpack(request)
         if valid & ~FATTR_FH != FATTR_TIMES:

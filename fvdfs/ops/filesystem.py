@@ -1,4 +1,5 @@
-"""The FUSE handlers: translate arguments, call the image, translate errors. No policy.
+"""The FUSE handlers: translate arguments, call the image, translate errors. No policy but `-o sync` and
+`-o shrink`.
 
 pyfuse3 runs each request in a task of its own; READ, WRITE and FSYNC do not reach it (`device.py`)."""
 
@@ -200,7 +201,7 @@ class Filesystem(pyfuse3.Operations):
             )
             await in_thread(functools.partial(os.utime, path, ns=times))
             if fields.update_mtime:
-                entry.change_time.set(attr.st_mtime_ns)
+                entry.mtime.set(attr.st_mtime_ns)
 
     async def _truncate(self, inode: int, size: int, *, by_descriptor: bool) -> None:
         entry, _ = await self.openings.open(inode, write=True)
@@ -356,7 +357,7 @@ class Filesystem(pyfuse3.Operations):
         self._was_written(entry)
 
     def _was_written(self, entry: Entry) -> None:
-        entry.change_time.written(kernel_tells=self.enable_writeback_cache)
+        entry.mtime.written(kernel_tells=self.enable_writeback_cache)
 
     def begin_fsync(self, fh: int, /) -> Pending | None:
         """`Image.fsync`; None with `sync=none`."""
@@ -370,14 +371,14 @@ class Filesystem(pyfuse3.Operations):
         return self.fuse_error(error, f"{image.name}: {what}" if image is not None else what).errno
 
     def set_mtime(self, inode: int, mtime_ns: int, /) -> EntryAttributes | None:
-        """Remember the time of change of an image that is open for writing, where the kernel keeps it; else None.
+        """Remember the mtime of an image that is open for writing, where the kernel keeps it; else None.
 
         The host's file system would commit its journal for each, and the file's time changes anyway, by the writes.
         """
         entry = self.folder.inodes.get(inode)
         if not self.enable_writeback_cache or entry is None or entry.image is None or not entry.image.writable:
             return None
-        entry.change_time.set(mtime_ns)
+        entry.mtime.set(mtime_ns)
         return self._file_attributes(inode, entry.attributes)
 
     @handler
@@ -385,7 +386,7 @@ class Filesystem(pyfuse3.Operations):
         entry, write = self._handles[fh]
         if write and entry.image is not None and self._sync is not Sync.NONE:
             await entry.image.fsync()
-            await entry.change_time.store()
+            await entry.mtime.store()
 
     @handler
     async def release(self, fh: FileHandleT) -> None:

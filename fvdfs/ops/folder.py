@@ -105,7 +105,7 @@ class Folder:
     # --- looks ------------------------------------------------------------------------------------
 
     async def _until_judged(self, path: bytes) -> None:
-        """Where an image is being closed that will get another inode number by that, wait for it, but not for ever."""
+        """If the image is closing, and will get a new inode number, wait for that, up to `PATIENCE`."""
         known = self.inodes.at(path)
         if known is not None and known.lock.locked() and known.is_misjudged:
             with trio.move_on_after(PATIENCE):

@@ -25,7 +25,7 @@ import trio
 
 from fvdfs.image.image import Image
 from fvdfs.ops.freshness import Snapshot
-from fvdfs.ops.times import ChangeTime
+from fvdfs.ops.times import Mtime
 from fvdfs.prefetch.prefetcher import Prefetcher
 
 ROOT_INODE = 1
@@ -92,7 +92,7 @@ class Entry:
         self.last_status: dict[str, Any] = {}
         """What of the status is still true now that the image is closed."""
         self.status = seen.status
-        self.change_time = ChangeTime()
+        self.mtime = Mtime()
         self.misjudged = False
         """Whether the kernel may believe in a size or a time of it that is wrong, and cannot be told."""
         self.opened = False
@@ -103,8 +103,8 @@ class Entry:
     @property
     def attributes(self) -> Attributes:
         """What is known without looking at the file again."""
-        mtime_ns = self.change_time.ns if self.busy else self.status.st_mtime_ns
-        ctime_ns = max(self.status.st_ctime_ns, self.change_time.written_ns)
+        mtime_ns = self.mtime.ns if self.busy else self.status.st_mtime_ns
+        ctime_ns = max(self.status.st_ctime_ns, self.mtime.written_ns)
         image = self.image
         size, usage = (self.size, self.usage) if image is None else (image.end, image.usage())
         return Attributes(size, usage, self.status, mtime_ns, ctime_ns)

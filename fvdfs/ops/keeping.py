@@ -81,7 +81,7 @@ class Keeping:
         try:
             with trio.CancelScope(shield=True):
                 await image.stop_writing()
-                await entry.change_time.restore()
+                await entry.mtime.restore()
                 await unlock_for_writing(image)
         except OSError as error:
             log.error("%s: nobody else can open it: %s", image.name, error)

@@ -114,7 +114,7 @@ class Openings:
             log.error("%s: %s", name, damage)
         entry.status = status
         data_elsewhere = image.data is not image.meta or image.meta.fixed_size
-        entry.change_time.begin(chain.layers[0].meta, status.st_mtime_ns, spawn if data_elsewhere else None)
+        entry.mtime.begin(chain.layers[0].meta, status.st_mtime_ns, spawn if data_elsewhere else None)
         entry.busy = True
         entry.for_writing = False
         entry.unloaded = trio.Event()
@@ -126,7 +126,7 @@ class Openings:
             return status, open_chain(os.fsdecode(path), self._policy)
 
     async def _have_pages_right(self, entry: Entry, snapshot: Snapshot | None) -> bool:
-        """Whether what the kernel has of an image that was just loaded is right, if only because it has dropped it."""
+        """Whether the kernel's cached pages of an image just loaded are valid; invalid ones are dropped first."""
         right = not entry.opened or (entry.cached is not None and entry.cached.is_still(snapshot))
         entry.opened, entry.cached = True, None
         if not right and self.forget_pages is not None:
@@ -162,7 +162,7 @@ class Openings:
                 try:
                     await image.end_writing()
                 finally:
-                    entry.status = await entry.change_time.end(was_writable=was_writable)
+                    entry.status = await entry.mtime.end(was_writable=was_writable)
             except BaseException:
                 entry.cached = None  # the kernel may have what could not be written
                 raise

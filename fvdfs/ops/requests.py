@@ -1,5 +1,5 @@
-"""WRITE and FSYNC to an open disk, with what a mount does beside: it keeps the time of change, and whether the kernel
-may believe what is not so.
+"""WRITE and FSYNC to an open disk, with what a mount does beside: it records the mtime, and whether the kernel's
+cached size may be wrong.
 
 Both are `store.base.Pending`.
 """
@@ -66,11 +66,11 @@ class DurableWrite(Write):
         image = self._entry.image
         assert image is not None
         await image.fsync()
-        await self._entry.change_time.store()
+        await self._entry.mtime.store()
 
 
 class Fsync:
-    """`Image.fsync`, and the file's time of change."""
+    """`Image.fsync`, and the file's mtime."""
 
     __slots__ = ("_entry", "_pending")
 
@@ -79,9 +79,9 @@ class Fsync:
         self._pending = image.begin_fsync()
 
     def start(self, done: Done, /) -> bool:
-        return not self._entry.change_time.is_behind and self._pending.start(done)
+        return not self._entry.mtime.is_behind and self._pending.start(done)
 
     async def finish(self) -> int:
         result = await self._pending.finish()
-        await self._entry.change_time.store()
+        await self._entry.mtime.store()
         return result

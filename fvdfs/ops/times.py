@@ -1,4 +1,4 @@
-"""The time of change (mtime) of a disk while its image is open.
+"""The mtime of a disk while its image is open.
 
 The disk's time is that of its image file, but not everything that changes the one changes the other: data may lie in
 another file, and no reader sees copies from the base, the journal or the header. So the time is kept here while the
@@ -25,8 +25,8 @@ log = logging.getLogger(__name__)
 STORE_INTERVAL = 0.05  # seconds between two times that a file gets, if no flush comes
 
 
-class ChangeTime:
-    """The time of change of one disk, in ns."""
+class Mtime:
+    """The mtime of one disk, in ns."""
 
     def __init__(self) -> None:
         self.written_ns = 0
@@ -113,4 +113,4 @@ async def _store(file: HostFile, ns: int) -> None:
     try:
         await file.keep_mtime(ns)
     except OSError as error:
-        log.warning("%s: its time of change cannot be set: %s", file.name, error.strerror)
+        log.warning("%s: its mtime cannot be set: %s", file.name, error.strerror)

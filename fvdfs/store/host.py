@@ -101,7 +101,7 @@ class HostFile:
         return None if self.fixed_size else [self.status()]
 
     async def keep_mtime(self, mtime_ns: int) -> None:
-        """Have it tell this as the time of its last change, or a later one where it is not ours. Raises OSError."""
+        """Have it tell this as its mtime, or a later time where it is not ours. Raises OSError."""
         await self._waiter.run(lambda: self._keep_mtime(mtime_ns))
 
     def _keep_mtime(self, mtime_ns: int) -> None:

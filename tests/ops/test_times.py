@@ -1,4 +1,4 @@
-"""The time of change of a disk: what changes the disk changes it, in every layout and mode, and nothing else does."""
+"""The mtime of a disk: what changes the disk changes it, in every layout and mode, and nothing else does."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def changed(mount: Mount) -> int:
 
 
 def expect_change_since(mount: Mount, before: int) -> int:
-    """The time of change, which is not before that, and neither is that of the inode."""
+    """The mtime, which is not before that, and neither is the ctime."""
     status = mount.raw("a").stat()
     assert status.st_mtime_ns >= before - CLOCK_TICK
     assert status.st_ctime_ns >= before - CLOCK_TICK
