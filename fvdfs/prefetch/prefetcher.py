@@ -3,7 +3,7 @@
 A prefetcher is a task of the mount. It looks for missing blocks in address order and copies them, at most
 `bytes_per_prefetch` at a time, through `num_prefetch_slots` workers, each of which reads and then stores
 (format.md, "Reads, writes, copies"). When a worker may go on is decided by the scheduler, which knows the other
-images and the load (`scheduler.py`), and by the image's own rule (`contention.FloorRule`). A worker writes out to
+images and the load (`scheduler.py`), and by the image's own rule (`pacing.FloorRule`). A worker writes out to
 the disk what it has stored before it goes on, so that a guest's flush never waits for more than the slots hold.
 When nothing is missing the image releases its base.
 
@@ -30,7 +30,8 @@ from fvdfs.format.creation import DEFAULT_PREFETCH
 from fvdfs.format.header import Header, ceil_div, round_up
 from fvdfs.format.profile import Extent
 from fvdfs.image.image import Image
-from fvdfs.prefetch.contention import GOOD_REQUEST, FloorRule, Pacer
+from fvdfs.prefetch.linkwatch import GOOD_REQUEST
+from fvdfs.prefetch.pacing import FloorRule, Pacer
 from fvdfs.prefetch.profile import plan
 from fvdfs.prefetch.scheduler import Flow, Link, Scheduler
 

@@ -1,8 +1,8 @@
 """Whose turn it is to prefetch: the images of one mount share what they may use, fairly.
 
-Each image is a flow. A request gets its turn when the link to its base, the local disk, the caps and the
-number of jobs permit (`contention.py` decides about the first two). Among those that may go, the flow that
-was served least goes first (start-time fair queueing): ten images on one server each get a tenth, and
+Each image is a flow. A request gets its turn when the link to its base, the local disk, the caps and the number
+of jobs permit (`linkwatch.py` and `diskwatch.py` decide about the first two). Among those that may go, the flow
+that was served least goes first (start-time fair queueing): ten images on one server each get a tenth, and
 fifty together never have more requests under way than `jobs`.
 
 What a profile asks for the guest is about to need: it goes before all others, and waits only for jobs and
@@ -19,7 +19,10 @@ from contextlib import asynccontextmanager, contextmanager
 
 import trio
 
-from fvdfs.prefetch.contention import DiskWatch, LinkWatch, Pacer, State, Stopwatch
+from fvdfs.prefetch.diskwatch import DiskWatch
+from fvdfs.prefetch.linkwatch import LinkWatch
+from fvdfs.prefetch.manners import State
+from fvdfs.prefetch.pacing import Pacer, Stopwatch
 
 DEFAULT_JOBS = 4  # requests of one mount under way
 SLACK = 8 << 20  # bytes that a flow may have fallen behind the others and still catch up

@@ -19,7 +19,7 @@ import trio
 sys.path.insert(0, str(Path(__file__).parents[2]))
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from fvdfs.prefetch.contention import State
+from fvdfs.prefetch.manners import State
 from support.simulation import Guest, Log, SimulatedLink, States, machine, percentile, rival, simulate
 
 FILE = Path(__file__).parents[2] / "docs" / "controller.svg"

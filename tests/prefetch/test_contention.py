@@ -1,6 +1,6 @@
 """Prefetching steps back when others want the link or the disk, and shares fairly: rules, then simulations.
 
-The rules of `fvdfs.prefetch.contention` are tried with times made up here. The simulations (`simulation.py`)
+The rules of `fvdfs.prefetch` are tried with times made up here. The simulations (`simulation.py`)
 run prefetchers and their scheduler for seconds of virtual time, and look at who got how much.
 """
 
@@ -15,29 +15,10 @@ from dataclasses import dataclass
 import pytest
 import trio
 
-from fvdfs.prefetch.contention import (
-    CALM,
-    FALLEN,
-    FIRST_YIELD,
-    GOOD_REQUEST,
-    GUEST_ACTIVE,
-    GUEST_PATIENCE,
-    MAX_TRUST,
-    MAX_YIELD,
-    PAUSE_TO_LOOK,
-    PRESSURE_HIGH,
-    PRESSURE_LOW,
-    SMALLEST_REQUEST,
-    TRICKLE,
-    WARM_UP,
-    DiskWatch,
-    FloorRule,
-    LinkWatch,
-    Manners,
-    Pacer,
-    RateWatch,
-    State,
-)
+from fvdfs.prefetch.diskwatch import MAX_TRUST, PAUSE_TO_LOOK, PRESSURE_HIGH, PRESSURE_LOW, TRICKLE, DiskWatch
+from fvdfs.prefetch.linkwatch import GOOD_REQUEST, GUEST_ACTIVE, GUEST_PATIENCE, SMALLEST_REQUEST, LinkWatch
+from fvdfs.prefetch.manners import CALM, FALLEN, FIRST_YIELD, MAX_YIELD, WARM_UP, Manners, RateWatch, State
+from fvdfs.prefetch.pacing import FloorRule, Pacer
 from fvdfs.prefetch.prefetcher import Activity, Prefetcher
 from support.builder import KIB
 from support.simulation import (

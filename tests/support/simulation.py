@@ -43,7 +43,7 @@ from trio.testing import MockClock
 from fvdfs.format.creation import CreateOptions
 from fvdfs.format.header import with_fields
 from fvdfs.image.image import Image
-from fvdfs.prefetch.contention import Manners, State
+from fvdfs.prefetch.manners import Manners, State
 from fvdfs.prefetch.prefetcher import Prefetcher
 from fvdfs.prefetch.scheduler import DEFAULT_JOBS, Link, Scheduler
 from fvdfs.store.base import Buffer, Stepwise

@@ -41,39 +41,19 @@ Not found are rivals whose load does not grow when ours shrinks, and who therefo
 of a few KiB, one after another, wait for our requests of `LONGEST_REQUEST`. Nor is a single reader found on a link
 that serves a request in less time than programs wait for a processor on the way: it is lost in the noise.
 
-The disk is watched by the kernel's pressure information (the share of time in which some task waits for
-it; `DiskWatch`) while others than us use it (`pressure.py`), and where there is none by the progress of own writes.
-Pressure is ours if it is gone when we pause; then it is not asked again for a while. A disk that others never leave
-alone still gets a few requests a second.
-
-Beside these stands the rule of the original (`FloorRule`; format.md, "Reads, writes, copies"): throughput is measured
-in rounds, and an image whose average is below a minimum tosses a coin: pause for a random time, or forget the
-average and go on, so that not all who compete pause together. The original takes less than the minimum (5 MiB/s, if
-nothing else was said) for congestion. Here it counts only while others have been found there several times in a row
-(`beset`): below it, the image does not even take an eighth. A link that is slower by nature is used.
-
 Times are seconds, sizes bytes. `now` never goes backwards.
 """
 
 from __future__ import annotations
 
-import enum
 import math
-import random
 import statistics
 from collections import deque
 from dataclasses import dataclass
 
-FAST = 0.25  # seconds; the average that shows a change
-SLOW = 5.0  # seconds; the average that it is compared with
-FALLEN = 0.9  # of the slow average: less than this is suspicious
-LEAST_FALLEN = 0.5  # the same, where suspicion was in vain again and again
-DOUBT = 0.04  # by so much less each time that it was in vain
-FORGIVEN = 30.0  # seconds of progress in which that is forgotten
-SURE = 0.1  # seconds that it has to be so: the average of the moment is then near what it falls to
-WARM_UP = 0.3  # seconds of progress before it is judged
-REQUEST_COST = 16 << 10  # a request counts as so many bytes more, so that small ones do not look slow
+from fvdfs.prefetch.manners import CALM, LASTING, REQUEST_COST, SETTLE, Manners, RateWatch, State
 
+SURE = 0.1  # seconds that it has to be so: the average of the moment is then near what it falls to
 PROBE_SIZE = 64 << 10  # the smallest
 MAX_PROBE = 512 << 10
 PROBE_TIME = 0.04  # seconds that a large probe should take
@@ -81,22 +61,16 @@ SMALL = 4  # times smaller are the small ones
 KIND = 4  # probes of each size, if it comes to that
 LATE = 3  # of a size have to be late
 GAPS = (1.5, 1.8, 1.3, 2.0, 1.4, 1.9, 1.6, 1.7)  # times what a probe should take, before it; not in step with a rival
-SETTLE = 0.05  # seconds between the end of the last own request and the first probe; and the longest gap, four times
 SLOWER = 1.15  # times as long as in the crowd of our own
 SLOWER_THAN_IDLE = 1.4  # times as long as a single one when nobody was there
 NOISE = 0.0005  # seconds of delay that mean nothing
 HOPS = 5  # times that a request waits for a processor, at us and at the programs behind us
 REMEMBERED = 9  # times of single requests of a size, of which the middle one counts
-FIRST_YIELD = 0.75  # seconds
-MAX_YIELD = 4.0
 SHARE = 8  # one part in so many of the time has a request of ours under way while others are there
 LONGEST_REST = 2.0  # seconds between such requests
 DOUBTS = 2  # times that a link that is no slower alone is left to others all the same, after they were found there
-LASTING = 3  # times that others have to be found, one after the other, until the original's rule counts
 FIRST_RECHECK = 2.0  # seconds after which it is looked again whether less progress was of our own making
 MAX_RECHECK = 60.0
-CALM = 5.0  # seconds of running after which a yield begins small again
-
 LONGEST_REQUEST = 0.03  # seconds that a request should take on an idle link
 GOOD_REQUEST = 256 << 10  # bytes; where processors are short, larger ones take longer: sockets hold no more
 SHORT_REQUEST = 0.0025  # seconds; a link that is so quick gets larger ones, which cost us less a byte
@@ -108,89 +82,6 @@ LONGEST_BESIDE_GUEST = 0.004  # the same, while a guest reads from there as well
 GUEST_PATIENCE = 0.02  # seconds that a request waits for guests' reads to end, if they never do
 GUEST_ACTIVE = 1.0  # seconds after a guest's read during which another is expected
 SMALLEST_REQUEST = 64 << 10
-
-
-class State(enum.Enum):
-    """What prefetching may do with a resource."""
-
-    RUN = "run"
-    CHECK = "check"
-    YIELD = "yield"
-
-
-class RateWatch:
-    """Progress: the average of the moment, and what is normal."""
-
-    def __init__(self, low: float = FALLEN) -> None:
-        """`low`: the part of the normal progress below which it has fallen."""
-        self._most = self._low = low
-        self.fast = 0.0
-        self.normal = 0.0
-        self._seen = 0.0
-        self._work = 0.0
-        self._on_trial = False
-
-    def add(self, work: float, seconds: float) -> None:
-        """So much work was done in so many seconds of being at it."""
-        self._work += work
-        if seconds <= 0:
-            return  # it counts with what ends next
-        rate, self._work = self._work / seconds, 0.0
-        self._seen += seconds
-        self._low += (self._most - self._low) * -math.expm1(-seconds / FORGIVEN)
-        # Running means at first, so that the first samples weigh alike.
-        self.fast += (rate - self.fast) * max(-math.expm1(-seconds / FAST), min(1.0, seconds / self._seen))
-        if self._on_trial:
-            self._on_trial = self._seen < WARM_UP or self.fallen
-        else:
-            self.normal += (rate - self.normal) * max(-math.expm1(-seconds / SLOW), min(1.0, seconds / self._seen))
-
-    @property
-    def fallen(self) -> bool:
-        """Whether the progress of the moment is well below the normal one."""
-        return self._seen >= WARM_UP and self.fast < self._low * self.normal
-
-    def accept(self) -> None:
-        """What is now is normal. It takes more to be suspicious again, for a while."""
-        self.normal = self.fast
-        self._low = max(min(LEAST_FALLEN, self._most), self._low - DOUBT)
-        self._seen = min(self._seen, WARM_UP)
-        self._on_trial = False
-
-    def restart(self) -> None:
-        """The moment begins anew; what is normal stays, until as much is seen again."""
-        self._seen = 0.0
-        self._on_trial = True
-
-
-class Manners:
-    """RUN, CHECK and YIELD, and how long."""
-
-    def __init__(self) -> None:
-        self.state = State.RUN
-        self.since = 0.0
-        self.until = 0.0
-        self._yield = FIRST_YIELD
-
-    def suspect(self, now: float) -> None:
-        """Something is slower than it should be."""
-        if now - self.since > CALM:
-            self._yield = FIRST_YIELD
-        self._enter(State.CHECK, now)
-
-    def clear(self, now: float) -> None:
-        """Nobody else is there."""
-        self._enter(State.RUN, now)
-
-    def contended(self, now: float) -> None:
-        """Others are at it."""
-        self._enter(State.YIELD, now)
-        self.until = now + self._yield
-        self._yield = min(2 * self._yield, MAX_YIELD)
-
-    def _enter(self, state: State, now: float) -> None:
-        self.state = state
-        self.since = now
 
 
 @dataclass(slots=True)
@@ -424,226 +315,3 @@ class LinkWatch:
         if self.manners.state is State.RUN and not says_nothing:
             self.rate.add(work, now - self._busy_since)
         self._busy_since = now
-
-
-PRESSURE_HIGH = 0.3  # of the time some task waits for the disk
-PRESSURE_LOW = 0.15
-DISK_FALLEN = 0.5  # of the normal progress of writes, which vary much
-PRESSURE_WINDOW = 0.4  # seconds
-PAUSE_TO_LOOK = 0.4  # seconds without own requests, to see whose pressure it is
-FIRST_TRUST = 2.0  # seconds that pressure is not asked after it was found to be ours
-MAX_TRUST = 15.0
-TRICKLE = 0.25  # seconds; one request in so many is stored however busy others keep the disk
-
-
-class DiskWatch:
-    """The disk where copies are stored."""
-
-    def __init__(self) -> None:
-        self.manners = Manners()
-        self._rate = RateWatch(DISK_FALLEN)
-        self._last: tuple[float, float] | None = None
-        """The last sample of pressure."""
-        self._window: tuple[float, float] | None = None
-        """The sample with which the window that is being measured began."""
-        self._trust = FIRST_TRUST
-        self._trusted_until = -math.inf
-        self._share = 0.0  # of the last window, in which somebody waited
-        self._found = 0
-        self._last_turn = math.inf  # none yet
-
-    @property
-    def beset(self) -> bool:
-        """Whether others are there, and not for a moment only."""
-        return self.manners.state is not State.RUN and self._found >= LASTING
-
-    def took(self, now: float) -> None:
-        """A request has had its turn."""
-        self._last_turn = now
-
-    def delay(self, now: float) -> float:
-        """Seconds until something may be copied again; at the longest, until it is time for the next trickle."""
-        return min(self._delay(now), max(0.0, self._last_turn + TRICKLE - now))
-
-    def _delay(self, now: float) -> float:
-        manners = self.manners
-        if manners.state is State.YIELD:
-            if now < manners.until:
-                return manners.until - now
-            if self._last is None:
-                manners.suspect(now)
-        if manners.state is State.CHECK and self._last is None:
-            return max(0.0, manners.since + PAUSE_TO_LOOK - now)
-        return 0.0 if manners.state is State.RUN else math.inf
-
-    def pressure(self, now: float, stalled: float) -> None:
-        """A sample: seconds in which somebody has waited for the disk while others than us used it, in all."""
-        self._last = (now, stalled)
-        if self._begins_to_look(now) or self._window is None:
-            self._window = self._last
-        state = self.manners.state
-        seconds = now - self._window[0]
-        if seconds < (PAUSE_TO_LOOK if state is State.CHECK else PRESSURE_WINDOW):
-            return
-        self._share = (stalled - self._window[1]) / seconds
-        self._window = self._last
-        if state is State.RUN and self._share > PRESSURE_HIGH and now >= self._trusted_until:
-            self.manners.suspect(now)
-        elif state is State.CHECK and self._share > PRESSURE_LOW:
-            self._found_others(now)
-            self._trust = FIRST_TRUST
-        elif state is State.CHECK:
-            self._found_ours(now)
-
-    def _begins_to_look(self, now: float) -> bool:
-        """Whether the samples up to now say nothing about whose pressure it is; a yield that ends becomes a check."""
-        manners = self.manners
-        if manners.state is State.YIELD and now >= manners.until - PAUSE_TO_LOOK:
-            manners.suspect(now)
-            return True
-        # Our last requests may still have been under way then.
-        is_settling = self._window is None or self._window[0] < manners.since + SETTLE
-        return manners.state is State.CHECK and is_settling
-
-    def written(self, now: float, size: int, seconds: float) -> None:
-        """A copy was stored. Without pressure information that is all there is to go by; with it, a reason to look."""
-        manners = self.manners
-        if manners.state is State.RUN:
-            self._rate.add(size + REQUEST_COST, seconds)
-            if self._rate.fallen and (now >= self._trusted_until if self._last is None else self._share > PRESSURE_LOW):
-                manners.suspect(now)
-        elif manners.state is State.CHECK and seconds > 0 and self._last is None:
-            if (size + REQUEST_COST) / seconds < DISK_FALLEN * self._rate.normal:
-                self._found_others(now)
-                self._rate.restart()
-            else:
-                self._found_ours(now)
-
-    def _found_others(self, now: float) -> None:
-        self._found += 1
-        self.manners.contended(now)
-
-    def _found_ours(self, now: float) -> None:
-        self._rate.accept()
-        self._found = 0
-        self._trusted_until = now + self._trust
-        self._trust = min(2 * self._trust, MAX_TRUST)
-        self.manners.clear(now)
-
-
-# --- the rule of the original ---------------------------------------------------------------------
-
-
-class _Rounds:
-    """The moving average of a throughput over rounds, each of so much time at work."""
-
-    def __init__(self, measure_time: float, alpha: float, minimum: float) -> None:
-        self._measure_time = measure_time
-        self._alpha = alpha
-        self._minimum = minimum
-        self.average: float | None = None
-        self._bytes = 0
-        self._seconds = 0.0
-
-    def add(self, size: int, seconds: float) -> bool:
-        """Count it; whether a round has ended with too low an average."""
-        self._bytes += size
-        self._seconds += seconds
-        if self._seconds <= self._measure_time:
-            return False
-        throughput = self._bytes / self._seconds
-        self._bytes, self._seconds = 0, 0.0
-        if self.average is None:
-            self.average = throughput
-        else:
-            self.average = self._alpha * self.average + (1 - self._alpha) * throughput
-        return self.average < self._minimum
-
-    def forget(self) -> None:
-        self.average = None
-        self._bytes, self._seconds = 0, 0.0
-
-
-class Stopwatch:
-    """The time in which at least one of several things is under way."""
-
-    def __init__(self) -> None:
-        self._under_way = 0
-        self._since = 0.0
-
-    def start(self, now: float) -> None:
-        """One begins."""
-        if not self._under_way:
-            self._since = now
-        self._under_way += 1
-
-    def stop(self, now: float) -> float:
-        """One has ended; seconds since the last one ended, or the first began."""
-        self._under_way -= 1
-        spent, self._since = now - self._since, now
-        return spent
-
-
-class FloorRule:
-    """Pause an image at random where its reads or writes are too slow. Minima in bytes a second."""
-
-    def __init__(
-        self,
-        *,
-        read_time: float,
-        write_time: float,
-        alpha: float,
-        min_read: float,
-        min_write: float,
-        throttle_time: float,
-        rng: random.Random,
-    ) -> None:
-        """`alpha`: weight of the old average, 0..1; `throttle_time` <= 0: never pause."""
-        self._reads = _Rounds(read_time, alpha, min_read)
-        self._writes = _Rounds(write_time, alpha, min_write)
-        self._throttle_time = throttle_time
-        self._rng = rng
-        self._paused_until = -math.inf
-        self.reason = ""
-
-    def read(self, now: float, size: int, seconds: float) -> None:
-        """So much was read from the base, in so many seconds."""
-        if self._reads.add(size, seconds):
-            self._toss(now, self._reads, "reading from the base")
-
-    def wrote(self, now: float, size: int, seconds: float) -> None:
-        """So much was stored, in so many seconds."""
-        if self._writes.add(size, seconds):
-            self._toss(now, self._writes, "storing")
-
-    def _toss(self, now: float, rounds: _Rounds, what: str) -> None:
-        average = rounds.average
-        assert average is not None
-        if self._throttle_time > 0 and self._rng.random() < 0.5:
-            self._paused_until = now + self._rng.uniform(0, self._throttle_time)
-            self.reason = f"{what} gets {average / 1024:.0f} KiB/s, below the image's minimum"
-        rounds.forget()
-
-    def delay(self, now: float) -> float:
-        """Seconds until the image may go on."""
-        return max(0.0, self._paused_until - now)
-
-
-class Pacer:
-    """A cap on throughput, with a short burst."""
-
-    BURST = 0.1  # seconds of the rate that may be sent at once after a rest
-
-    def __init__(self, rate: float) -> None:
-        """`rate`: bytes a second; 0: no cap."""
-        self._rate = rate
-        self._next = -math.inf
-
-    def delay(self, now: float) -> float:
-        """Seconds until the next request may be sent."""
-        return max(0.0, self._next - now) if self._rate else 0.0
-
-    def spent(self, now: float, size: int) -> None:
-        """So much is sent now."""
-        if self._rate:
-            self._next = max(self._next, now - self.BURST) + size / self._rate
