@@ -313,7 +313,7 @@ def random_reads(disk: Path, seconds: float, offset: int, size: int) -> dict[str
 
 def replay(trace: Ranges, disk: Path) -> float:
     """Seconds to read these ranges, one after another, past every cache."""
-    descriptor = os.open(disk, os.O_RDWR | os.O_DIRECT)  # what is open only for reading copies nothing
+    descriptor = os.open(disk, os.O_RDONLY | os.O_DIRECT)
     start = time.monotonic()
     try:
         with mmap.mmap(-1, 32 * MIB) as area, memoryview(area) as buffer:
