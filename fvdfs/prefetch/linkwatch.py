@@ -56,7 +56,7 @@ from fvdfs.prefetch.manners import CALM, LASTING, REQUEST_COST, SETTLE, Manners,
 SURE = 0.1  # seconds that it has to be so: the average of the moment is then near what it falls to
 PROBE_SIZE = 64 << 10  # the smallest
 MAX_PROBE = 512 << 10
-PROBE_TIME = 0.04  # seconds that a large probe should take
+PROBE_TIME = 0.15  # seconds that a large probe should take; one smaller than a rival's requests overtakes them
 SMALL = 4  # times smaller are the small ones
 KIND = 4  # probes of each size, if it comes to that
 LATE = 3  # of a size have to be late
@@ -136,6 +136,7 @@ class LinkWatch:
 
     def look(self, now: float) -> None:
         """See whether others are there."""
+        self.rate.catch_up()
         self.manners.suspect(now)
         self._probes.clear()
         self._fallen_at = math.inf

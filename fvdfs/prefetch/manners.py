@@ -44,12 +44,18 @@ class RateWatch:
         self._seen = 0.0
         self._work = 0.0
         self._on_trial = False
+        self._fallen_work = 0.0  # since it fell
+        self._fallen_seconds = 0.0
 
     def add(self, work: float, seconds: float) -> None:
         """So much work was done in so many seconds of being at it."""
         self._work += work
         if seconds <= 0:
             return  # it counts with what ends next
+        if not self.fallen:
+            self._fallen_work = self._fallen_seconds = 0.0
+        self._fallen_work += self._work
+        self._fallen_seconds += seconds
         rate, self._work = self._work / seconds, 0.0
         self._seen += seconds
         self._low += (self._most - self._low) * -math.expm1(-seconds / FORGIVEN)
@@ -64,6 +70,11 @@ class RateWatch:
     def fallen(self) -> bool:
         """Whether the progress of the moment is well below the normal one."""
         return self._seen >= WARM_UP and self.fast < self._low * self.normal
+
+    def catch_up(self) -> None:
+        """The average of the moment is that since the fall: before, part of it is of better times."""
+        if self.fallen and self._fallen_seconds > 0:
+            self.fast = min(self.fast, self._fallen_work / self._fallen_seconds)
 
     def accept(self) -> None:
         """What is now is normal. It takes more to be suspicious again, for a while."""

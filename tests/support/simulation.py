@@ -165,9 +165,12 @@ class SimulatedLink:
 
     async def _hop(self) -> None:
         """Programs on the way wait for a processor."""
-        for _ in range(HOPS if self._late else 0):
-            if self._rng.random() < 0.5:
-                await trio.sleep(self._rng.uniform(0, self._late))
+        for _ in range(HOPS):
+            await self._wait_for_processor()
+
+    async def _wait_for_processor(self) -> None:
+        if self._late and self._rng.random() < 0.5:
+            await trio.sleep(self._rng.uniform(0, self._late))
 
     def log(self, who: str) -> Log:
         """What this user got."""
@@ -241,6 +244,25 @@ class SimulatedLink:
         if self._sharing:
             self._shared_work += self.rate * (now - self._shared_at) / self._sharing
         self._shared_at = now
+
+
+class NbdkitLink(SimulatedLink):
+    """As nbdkit's rate filter: a request takes the tokens there are, and sleeps until the rest should be there.
+
+    Then it tries again. Small requests overtake large ones, and who wakes up late lets tokens gather.
+    """
+
+    async def _serve(self, now: float, size: int) -> float:
+        missing = float(size)
+        while True:
+            self._pay(trio.current_time(), 0)
+            if self._tokens >= missing:
+                self._tokens -= missing
+                return now
+            missing -= self._tokens
+            self._tokens = 0.0
+            await trio.sleep(missing / self._cap)
+            await self._wait_for_processor()
 
 
 class SimulatedDisk(SimulatedLink):
