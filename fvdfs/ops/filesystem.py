@@ -93,7 +93,7 @@ class Filesystem(pyfuse3.Operations):
         self._listings: dict[int, list[Entry]] = {}
         self._last_listing: list[Entry] = []
         self._next_handle = 1
-        self.commits = RegularCommits(self.folder.inodes)
+        self.commits = RegularCommits()
         self.daemon = b"{}"
         """What the mount says of the process that serves it (`xattrs.DAEMON`)."""
         self.complaints = Complaints()
@@ -353,7 +353,8 @@ class Filesystem(pyfuse3.Operations):
         return write(self._handles[fh][0], self._images[fh], offset, data, self._note_write)
 
     def _note_write(self, entry: Entry) -> None:
-        self.commits.note_write()
+        if entry.image is not None:
+            self.commits.note_write(entry.image)
         self._was_written(entry)
 
     def _was_written(self, entry: Entry) -> None:
