@@ -288,20 +288,23 @@ class HostFile:
 
     async def append_stable(self, data: Buffer, offset: int, *, flush_first: bool) -> None:
         flush_first = not await self._flusher.is_covered() and flush_first
+        ring = uring.ring() if not self.may_hang else None
+        if ring is None:
+            await append_by_steps(self, data, offset, flush_first=flush_first)
+            return
         flush = (uring.FSYNC, self._fd, None, 0)
         write = (uring.WRITE, self._fd, memoryview(bytearray(data)), offset)
         calls = (flush, write, flush) if flush_first else (write, flush)
-        ring = uring.ring() if not self.may_hang else None
-        results = await ring.do(*calls) if ring is not None else None
-        if results is None:
-            await append_by_steps(self, data, offset, flush_first=flush_first)
-            return
-        for call, result in zip(calls, results, strict=True):
-            if call is flush and result < 0:
+        results = await ring.do(*calls)
+        for number, (call, result) in enumerate(zip(calls, results, strict=True)):
+            if result == (len(data) if call is write else 0):
+                continue
+            if result >= 0 or result in uring.NOT_DONE:  # the chain ended here, and the disk did not fail
+                await append_by_steps(self, data, offset, flush_first=flush_first and number == 0)
+                return
+            if call is flush:
                 raise FlushError(-result, os.strerror(-result))
-            if call is write and result < len(data):
-                error = -result if result < 0 else errno.EIO
-                raise OSError(error, f"{self.name}: {os.strerror(error)}: at byte {offset}")
+            raise OSError(-result, f"{self.name}: {os.strerror(-result)}: at byte {offset}")
         await self._flusher.settled()
 
     async def size(self) -> int:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import logging
 import mmap
 import os
 import struct
@@ -26,6 +27,8 @@ import outcome
 import trio
 
 from fvdfs.store.base import uncancellable
+
+log = logging.getLogger(__name__)
 
 CALLS = 512  # that may be under way
 BUSY = 2  # groups of linked calls under way from which on the ring counts as busy
@@ -79,7 +82,7 @@ class Ring:
             raise
         # The calls themselves are kept since the kernel uses their buffers.
         self._under_way: dict[
-            int, tuple[Sequence[Call], list[int], Callable[[list[int]], None], Callable[[int], None] | None]
+            int, tuple[Sequence[Call], dict[int, int], Callable[[list[int]], None], Callable[[int], None] | None]
         ] = {}
         self._last_id = 0
         self._unsent = 0  # calls in the ring that the kernel has not been told of
@@ -126,21 +129,21 @@ class Ring:
     ) -> None:
         """Do the calls, each after the one before has wholly succeeded.
 
-        `done` is told their results later: how many bytes, or a negative errno; those after a failed or short one are
-        -ECANCELED. All of them are where the kernel could not take them. `first_done` is told of the first before.
+        `done` is told their results later, in this order: how many bytes, or a negative errno; those after a failed or
+        short one, and those that the kernel could not take, are -ECANCELED. `first_done` is told of the first before.
         """
         words = self._words
         self._last_id += 1
-        tail, left = words[self._sq_tail], len(calls)
+        tail, user_data, left = words[self._sq_tail], self._last_id * LONGEST, len(calls)
         for opcode, fd, data, offset in calls:
             left -= 1
             address, length, flags = (0, 0, _FSYNC_DATASYNC) if data is None else (_address(data), len(data), 0)
             place = (tail & self._sq_mask) * _SQE.size
             how = opcode >> 8 | (_IO_LINK if left else 0)
-            _SQE.pack_into(self._sqes, place, opcode & 0xFF, how, 0, fd, offset, address, length, flags, self._last_id)
-            tail = tail + 1 & 0xFFFFFFFF
+            _SQE.pack_into(self._sqes, place, opcode & 0xFF, how, 0, fd, offset, address, length, flags, user_data)
+            tail, user_data = tail + 1 & 0xFFFFFFFF, user_data + 1
         words[self._sq_tail] = tail
-        self._under_way[self._last_id] = calls, [], done, first_done
+        self._under_way[self._last_id] = calls, {}, done, first_done
         self._unsent += len(calls)
         if not self._gathering or self._unsent >= GATHERED:
             self.send()
@@ -156,13 +159,13 @@ class Ring:
             self.send()
 
     def send(self) -> None:
-        """Hand over what was gathered."""
+        """Hand over what was gathered. An error says that the kernel has taken no more of it."""
         while self._unsent:
             try:
                 self._unsent -= _system_call(_ENTER, self._fd, self._unsent, 0, 0, 0, 0)
             except OSError as error:
                 if error.errno not in (errno.EAGAIN, errno.EBUSY, errno.ENOMEM):
-                    raise
+                    log.error("io_uring: %s", error)
                 self._take_back()
 
     def _take_back(self) -> None:
@@ -173,13 +176,12 @@ class Ring:
             self._loop.run_sync_soon(self._tell, user_data, -errno.ECANCELED)
         self._unsent = 0
 
-    async def do(self, *calls: Call) -> list[int] | None:
-        """`begin`, and wait for the results; None where it could not begin. Cannot be cancelled."""
+    async def do(self, *calls: Call) -> list[int]:
+        """`begin`, and wait for the results. Cannot be cancelled."""
         await trio.lowlevel.checkpoint_if_cancelled()
         task = trio.lowlevel.current_task()
         self.begin(calls, lambda results: trio.lowlevel.reschedule(task, outcome.Value(results)))
-        results = cast("list[int]", await trio.lowlevel.wait_task_rescheduled(uncancellable))
-        return None if results[0] in NOT_DONE else results
+        return cast("list[int]", await trio.lowlevel.wait_task_rescheduled(uncancellable))
 
     def reap_now(self) -> None:
         """Tell of those calls that have ended."""
@@ -192,13 +194,15 @@ class Ring:
             self._tell(user_data, result)
 
     def _tell(self, user_data: int, result: int) -> None:
-        calls, results, done, first_done = self._under_way[user_data]
-        results.append(result)
-        if first_done is not None and len(results) == 1:
+        """Take the result of one call: in order, but what was taken back may come before what goes on."""
+        group, number = divmod(user_data, LONGEST)
+        calls, results, done, first_done = self._under_way[group]
+        results[number] = result
+        if first_done is not None and number == 0:
             first_done(result)
         if len(results) == len(calls):
-            del self._under_way[user_data]
-            done(results)
+            del self._under_way[group]
+            done([results[each] for each in range(len(calls))])
 
     async def reap(self) -> None:
         """Tell of calls as they end. Runs for ever."""

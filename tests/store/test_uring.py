@@ -133,6 +133,9 @@ class Entries:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.calls: list[int] = []
         self.refuse = 0
+        self.error = errno.EAGAIN
+        self.in_part = False
+        """Whether the next time the first call alone is taken."""
         self._real = uring._system_call
         monkeypatch.setattr(uring, "_system_call", self._call)
 
@@ -140,8 +143,11 @@ class Entries:
         if number == uring._ENTER:
             if self.refuse:
                 self.refuse -= 1
-                raise OSError(errno.EAGAIN, "no memory")
+                raise OSError(self.error, os.strerror(self.error))
             self.calls.append(arguments[1])
+            if self.in_part:
+                self.in_part, self.refuse = False, 1
+                return self._real(number, arguments[0], 1, *arguments[2:])
         return self._real(number, *arguments)
 
 
@@ -166,10 +172,13 @@ async def test_gathered_calls_are_handed_over_together(file: HostFile, monkeypat
     assert buffers[0] == CONTENT[512:1024]
 
 
+@pytest.mark.parametrize("error", [errno.EAGAIN, errno.EINVAL])
 async def test_what_the_kernel_does_not_take_is_done_by_threads(
-    file: HostFile, monkeypatch: pytest.MonkeyPatch
+    file: HostFile, monkeypatch: pytest.MonkeyPatch, error: int
 ) -> None:
+    """Whatever its reason is."""
     entries = Entries(monkeypatch)
+    entries.error = error
     told = Told[int]()
     buffer, data = bytearray(512), bytearray(b"w" * 512)
     async with uring.use_ring():
@@ -196,6 +205,44 @@ async def test_what_the_kernel_does_not_take_is_done_by_threads(
         await told.wait(3)
         assert told[2] == 512
         assert buffer == CONTENT[4096:4608], "the ring is in order"
+
+
+async def test_a_link_of_which_the_kernel_takes_a_part_ends_in_order(
+    file: HostFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it does not take is known at once; the call that it has taken goes on, and uses its buffer."""
+    entries = Entries(monkeypatch)
+    read, write = os.pipe()
+    buffer = bytearray(1)
+    first, ended = Told[int](), Told[list[int]]()
+    async with uring.use_ring():
+        ring = uring.ring()
+        assert ring is not None
+        entries.in_part = True
+        calls = ((uring.READ, read, memoryview(buffer), 0), (uring.FSYNC, file._fd, None, 0))
+        ring.begin(calls, ended.tell, first.tell)
+        await trio.sleep(0.01)
+        assert entries.refuse == 0
+        assert first == []
+        os.write(write, b"x")
+        await ended.wait(1)
+    assert first == [1]
+    assert ended == [[1, -errno.ECANCELED]]
+    os.close(read)
+    os.close(write)
+
+
+@pytest.mark.parametrize("flush_first", [False, True])
+async def test_a_journal_record_of_which_the_kernel_takes_a_part_is_completed_by_threads(
+    file: HostFile, monkeypatch: pytest.MonkeyPatch, flush_first: bool
+) -> None:
+    entries = Entries(monkeypatch)
+    async with uring.use_ring():
+        entries.in_part = True
+        await file.append_stable(b"record", 4096, flush_first=flush_first)
+        assert entries.calls[:1] == [3 if flush_first else 2], "one chain"
+        assert entries.calls[1:] == [1], "then a flush of its own"
+    assert os.pread(file._fd, 6, 4096) == b"record"
 
 
 Done = Callable[[list[int]], None]
@@ -233,6 +280,34 @@ async def test_what_the_kernel_does_in_part_is_completed_by_threads(
         end = memoryview(bytearray(512))
         assert await result_of(functools.partial(file.start_pread, end, len(CONTENT) - 100)) == 100
         assert end[:100] == CONTENT[-100:]
+
+
+@pytest.mark.parametrize(
+    ("at", "result"), [(0, -errno.ECANCELED), (0, -errno.EINTR), (1, -errno.EINTR), (1, 2), (2, -errno.EINTR)]
+)
+async def test_a_journal_record_that_is_done_in_part_is_completed_by_threads(
+    file: HostFile, monkeypatch: pytest.MonkeyPatch, at: int, result: int
+) -> None:
+    """Or that was interrupted: no failure of the disk."""
+    chains: list[list[int]] = []
+
+    def end(calls: Sequence[uring.Call], tell: Done, first: FirstDone) -> tuple[Done, FirstDone]:
+        chains.append([call[0] for call in calls])
+        if len(calls) == 1:
+            return tell, first
+
+        def ended(results: list[int]) -> None:
+            os.pwrite(file._fd, bytes(6), 4096)
+            tell([*results[:at], result, -errno.ECANCELED, -errno.ECANCELED][:3])
+
+        return ended, first
+
+    async with uring.use_ring():
+        change_begin(monkeypatch, end)
+        await file.append_stable(b"record", 4096, flush_first=True)
+    flushes = [[uring.FSYNC]] * (1 if at else 2)
+    assert chains == [[uring.FSYNC, uring.WRITE, uring.FSYNC], *flushes]
+    assert os.pread(file._fd, 6, 4096) == b"record"
 
 
 class Flushes:
@@ -561,15 +636,25 @@ async def test_a_cold_file_is_tried_less_often_while_much_is_under_way(
 
 
 @pytest.mark.parametrize("with_ring", [True, False])
-async def test_a_journal_record_between_flushes(file: HostFile, with_ring: bool) -> None:
+async def test_a_journal_record_between_flushes(
+    file: HostFile, monkeypatch: pytest.MonkeyPatch, with_ring: bool
+) -> None:
     if not with_ring:
         await file.append_stable(b"record", 4096, flush_first=True)
         assert os.pread(file._fd, 6, 4096) == b"record"
         return
+    chains: list[list[int]] = []
+
+    def note(calls: Sequence[uring.Call], done: Done, first_done: FirstDone) -> tuple[Done, FirstDone]:
+        chains.append([call[0] for call in calls])
+        return done, first_done
+
     async with uring.use_ring():
+        change_begin(monkeypatch, note)
         await file.append_stable(b"record", 4096, flush_first=False)
         await file.append_stable(b"second", 4102, flush_first=True)
         assert os.pread(file._fd, 12, 4096) == b"recordsecond"
+    assert chains == [[uring.WRITE, uring.FSYNC], [uring.FSYNC, uring.WRITE, uring.FSYNC]]
 
 
 @pytest.mark.parametrize("with_ring", [True, False])
