@@ -6,12 +6,11 @@ however many ask for it. Fetches never overlap.
 
 With copy-on-read a read is rounded out to whole blocks, answered, and stored afterwards. Data that
 waits to be stored is bounded (max_outstanding_copy_on_read_data). A read above the bound waits
-`PATIENCE` for others to be stored; if that does not help, it is not stored. Nor is what finds the storage
-full. The base still has it. Prefetching (`prefetch.prefetcher`) fetches in the same way, but waits until its
-data is stored.
+`PATIENCE` for others to be stored; if that does not help, it is not stored. If the storage is full, it is
+not stored either. The base still has it. Prefetching (`prefetch.prefetcher`) fetches in the same way, but
+waits until its data is stored.
 
-Where the base fails, a read fails only if the bytes that it asked for cannot be read, not if only
-those cannot that rounding out has added.
+Where the base fails in bytes that only rounding out has added, the read does not fail.
 """
 
 from __future__ import annotations
@@ -120,10 +119,13 @@ class Fetcher:
         first, end = self._round_out(start, stop)
         if self._must_wait(end - first):
             return False
-        fetch = self._begin(first, end)
-        if not self._owner.read_base_nowait(fetch.data, fetch.start):
-            self._end(fetch)
+        fetch = Fetch(first, end)
+        try:
+            if not self._owner.read_base_nowait(fetch.data, fetch.start):
+                return False
+        except OSError:  # perhaps of what was added by rounding out: a read that waits finds out
             return False
+        self._fetches.append(fetch)
         fetch.copy_to(view, start)
         self._arrived(fetch, copy=True)
         return True

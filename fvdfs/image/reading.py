@@ -57,7 +57,11 @@ class PendingRead:
             self._end()
             done(result)
 
-        return source.start_pread(view, offset, ended)
+        try:
+            return source.start_pread(view, offset, ended)
+        except BaseException:
+            self._end()
+            raise
 
     async def finish(self) -> int:
         try:

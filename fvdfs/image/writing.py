@@ -3,9 +3,16 @@
 A write whose blocks are all local goes straight to the storage. One that touches a block which is not local holds
 these blocks (`cow.locks`), completes the first and the last from the base where it covers them only in part, stores
 all in one piece, and then, without a checkpoint between, sets the bits and tells the committer. A copy sets bits as a
-write does, under the same locks, but tells the committer nothing: a bit that is lost costs nothing.
+write does, under the same locks, but does not report `blocks_stored` (data and chunks it does report): a bit that is
+lost costs nothing.
 
-No write waits for a flush, except where too much is pending: what makes it durable, and in which order, is `commit`.
+What makes a write durable, and in which order, is `commit`. Only these writes wait for a flush themselves:
+
+- the first of a session that needs a chunk: the header says first that the image is in use (`mark_unclean`);
+- on a device, one that would leave too many chunks without a stable entry (`_keep_in_window`);
+- the first to storage without a table that is still empty (`FlatStorage.prepare`);
+- one past the end of the disk, which grows (`resizing`);
+- one after which too much is pending (`Committer.overfull`).
 """
 
 from __future__ import annotations
@@ -61,10 +68,14 @@ class PendingWrite:
             done(result)
 
         writes.gate.enter()
-        if not core.data.start_pwrite(self._data, where, ended):
+        try:
+            started = core.data.start_pwrite(self._data, where, ended)
+        except BaseException:
             writes.leave(claim)
-            return False
-        return True
+            raise
+        if not started:
+            writes.leave(claim)
+        return started
 
     async def finish(self) -> int:
         """A disk that ends before is grown where the format can. Raises as `Image.write`."""
@@ -147,7 +158,7 @@ class Writes:
             raise OSError(errno.EIO, f"{core.name}: read-only since an earlier error: {core.committer.failed}")
 
     async def write(self, offset: int, data: memoryview) -> None:
-        """Write data, which is not empty, in a task."""
+        """Write data, which is not empty, in a task. Raises OSError: EROFS, EFBIG, ENOSPC as `Image.write`, EIO."""
         self.check()
         core = self.core
         stop = offset + len(data)

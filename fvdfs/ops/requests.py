@@ -35,7 +35,11 @@ class Write:
                 self._failed()
             done(result)
 
-        return self._pending.start(ended)
+        try:
+            return self._pending.start(ended)
+        except BaseException:
+            self._failed()
+            raise
 
     async def finish(self) -> int:
         try:

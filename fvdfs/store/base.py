@@ -7,6 +7,7 @@ storage, a new size included.
 Work that may have to wait has one shape on every floor. At a store it is a pair of calls, in an image a `Pending`:
 
 1. `start_X(..., done)`, or `Pending.start(done)`, does it without a task. False: that cannot be; nothing has happened.
+   An exception says so as well, and that the work has failed: `done` is not told then, and there is no second step.
 2. Then `await X(...)`, or `Pending.finish()`, does it in a task.
 3. `done` is told the result, or a negative errno, once; perhaps before the starting call returns.
 4. An answer is final. What failed is not done again; what the kernel has not even taken, or done in part, the store
@@ -69,7 +70,10 @@ class Store(Protocol):
         """Whether reading it asks another machine."""
 
     def pread_nowait(self, buffer: memoryview, offset: int) -> bool:
-        """Fill the whole buffer if that needs no waiting, else say False (the buffer may then hold parts)."""
+        """Fill the whole buffer if that needs no waiting, else say False (the buffer may then hold parts).
+
+        Raises OSError, EIO for one, where that shows at once.
+        """
 
     def start_pread(self, buffer: memoryview, offset: int, done: Done) -> bool:
         """`pread` without a task."""
@@ -113,10 +117,10 @@ class Store(Protocol):
         """The current size. Raises OSError."""
 
     async def resize(self, size: int) -> None:
-        """Cut or extend the store to this size; new bytes read as zeros. Raises OSError."""
+        """Truncate or extend the store to this size; new bytes read as zeros. Raises OSError."""
 
     def usage(self) -> int:
-        """Bytes that it really takes where it lies."""
+        """Bytes that it really takes where it lies. Raises OSError."""
 
     async def aclose(self) -> None:
         """Give up the store; nothing is flushed."""

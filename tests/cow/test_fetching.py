@@ -39,17 +39,26 @@ class GatedBase(MemoryStore):
         self.asked: list[tuple[int, int]] = []
         self.was_asked = trio.Event()
         self.bad: range = range(0)
+        self.cached = False
+        """Whether reads need not wait, and fail at once."""
 
     def pread_nowait(self, buffer: memoryview, offset: int) -> bool:
-        return False
+        if not self.cached:
+            return False
+        self._fail_where_bad(buffer, offset)
+        self._read(buffer, offset)
+        return True
 
     async def pread(self, buffer: memoryview, offset: int) -> int:
         self.asked.append((offset, offset + len(buffer)))
         self.was_asked.set()
         await self.gate.wait()
+        self._fail_where_bad(buffer, offset)
+        return await super().pread(buffer, offset)
+
+    def _fail_where_bad(self, buffer: memoryview, offset: int) -> None:
         if self.bad and offset < self.bad.stop and self.bad.start < offset + len(buffer):
             raise OSError(errno.EIO, "a bad sector")
-        return await super().pread(buffer, offset)
 
 
 @asynccontextmanager
@@ -95,7 +104,7 @@ async def test_a_read_is_rounded_out_stored_and_not_repeated(tmp_path: Path) -> 
         assert len(base.asked) == 1
 
 
-async def test_a_copy_is_stored_after_the_answer_and_tells_the_committer_nothing(tmp_path: Path) -> None:
+async def test_a_copy_is_stored_after_the_answer_and_its_bit_is_not_reported(tmp_path: Path) -> None:
     async with opened(tmp_path) as (image, _base):
         await image.read(0, 1)
         assert local(image) == []
@@ -360,6 +369,21 @@ async def test_who_is_told_that_a_read_ends_was_told_that_it_began(tmp_path: Pat
             image.fetcher.observer = link
             base.gate.set()
         assert link.watch._guests == 0
+
+
+async def test_a_base_that_fails_without_waiting_fails_only_the_bytes_that_it_lacks(tmp_path: Path) -> None:
+    """What was added by rounding out is nobody's; and no fetch stays behind that others, or closing, would wait for."""
+    async with opened(tmp_path) as (image, base):
+        base.cached = True
+        base.bad = range(3 * BLOCK + 100, 3 * BLOCK + 101)
+        assert await image.read(3 * BLOCK, 100) == CONTENT[3 * BLOCK : 3 * BLOCK + 100]
+        with pytest.raises(OSError, match="a bad sector"):
+            await image.read(3 * BLOCK, BLOCK)
+        base.bad = range(0)
+        with trio.fail_after(10):
+            assert await image.read(3 * BLOCK, BLOCK) == CONTENT[3 * BLOCK : 4 * BLOCK]
+            await settle()
+        assert local(image) == [3]
 
 
 async def test_a_base_that_fails_is_tried_again(tmp_path: Path, autojump_clock: trio.testing.MockClock) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import random
 import struct
 from pathlib import Path
@@ -311,6 +312,8 @@ class FailsOnce(MemoryStore):
     """Of calls that are started, the next one fails."""
 
     error = 0
+    raises = False
+    """Instead of telling."""
 
     def start_pread(self, buffer: memoryview, offset: int, done: Done) -> bool:
         return self._fail(done) or super().start_pread(buffer, offset, done)
@@ -321,24 +324,29 @@ class FailsOnce(MemoryStore):
     def _fail(self, done: Done) -> bool:
         """At once, which is allowed, too."""
         error, self.error = self.error, 0
+        if error and self.raises:
+            raise OSError(error, os.strerror(error))
         if error:
             done(-error)
         return error != 0
 
 
-async def test_what_failed_without_a_task_is_answered_so_and_not_done_again(tmp_path: Path) -> None:
-    path = tmp_path / "disk.fvd"
-    create(path, 64 * 4096, CreateOptions())
-    store = FailsOnce(path.read_bytes(), "disk.fvd", slow=True)
-    image = await load({"disk.fvd": store})
+@pytest.mark.parametrize("raises", [False, True])
+async def test_what_failed_without_a_task_is_answered_so_and_not_done_again(tmp_path: Path, raises: bool) -> None:
+    """And holds up nobody: a shrink waits for all writes and reads."""
+    create(tmp_path / "disk.fvd", 64 * 4096, CreateOptions(base_img="base.raw", block_size=4096), base_length=64 * 4096)
+    store = FailsOnce((tmp_path / "disk.fvd").read_bytes(), "disk.fvd", slow=True)
+    store.raises = raises
+    image = await load({"disk.fvd": store, "base.raw": MemoryStore(bytes(64 * 4096))})
     await image.begin_writing()
     await write_as_mounted(image, 0, b"a" * 4096)
     calls = store.calls.copy()
     store.error = errno.ENOSPC
     with pytest.raises(OSError) as caught:
-        await write_as_mounted(image, 0, b"b" * 4096)
+        await write_as_mounted(image, 4096, b"b" * 4096)  # a block that is not local
     assert caught.value.errno == errno.ENOSPC
     assert not image.in_use
+    assert not image._locks
     store.error = errno.EIO
     with pytest.raises(OSError) as caught:
         await read_as_mounted(image, 0, 4096)
@@ -346,7 +354,9 @@ async def test_what_failed_without_a_task_is_answered_so_and_not_done_again(tmp_
     assert not image.in_use
     assert (store.calls["pread"], store.calls["pwrite"]) == (calls["pread"], calls["pwrite"])
     assert await read_as_mounted(image, 0, 4096) == b"a" * 4096
-    await image.close()
+    with trio.fail_after(10):
+        await image.resize(4096, shrink=True)
+        await image.close()
 
 
 async def device_image(tmp_path: Path, chunks: int) -> tuple[Image, CrashStore]:
@@ -379,7 +389,7 @@ async def test_what_a_crash_may_leave_on_a_device_is_bounded(tmp_path: Path) -> 
         await again.close()
 
 
-async def test_what_is_cut_off_on_a_device_reads_as_zeros_when_its_numbers_come_again(tmp_path: Path) -> None:
+async def test_what_a_shrink_frees_on_a_device_reads_as_zeros_when_its_numbers_come_again(tmp_path: Path) -> None:
     image, store = await device_image(tmp_path, 64)
     await image.write(0, b"x" * 64 * 4096)
     await image.resize(10 * 4096, shrink=True)
@@ -415,7 +425,7 @@ async def test_what_a_recovery_clears_is_stable_when_the_image_is_closed(tmp_pat
         assert store.crash(random.Random(seed)).rstrip(b"\0") == b"a" * 4096
 
 
-async def test_what_a_cut_gives_back_is_stable_when_the_image_is_closed(tmp_path: Path) -> None:
+async def test_what_a_shrink_gives_back_is_stable_when_the_image_is_closed(tmp_path: Path) -> None:
     image, store = await apart(tmp_path)
     await image.write(4096, b"b" * 20 * 4096)
     await image.resize(4096, shrink=True)
@@ -424,7 +434,7 @@ async def test_what_a_cut_gives_back_is_stable_when_the_image_is_closed(tmp_path
         assert store.crash(random.Random(seed)).rstrip(b"\0") == b"a" * 4096
 
 
-async def test_a_cut_that_failed_does_not_give_back_what_is_in_use_again(tmp_path: Path) -> None:
+async def test_a_shrink_that_failed_does_not_give_back_what_is_in_use_again(tmp_path: Path) -> None:
     path = tmp_path / "disk.fvd"
     create(path, 64 * 4096, CreateOptions(compact=True, chunk_size=4096, grow_unit=4096))
     store = MemoryStore(path.read_bytes(), "disk.fvd")

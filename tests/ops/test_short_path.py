@@ -8,6 +8,7 @@ import random
 import struct
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyfuse3
@@ -24,6 +25,7 @@ from fvdfs.ops.filesystem import Filesystem, Sync
 from fvdfs.ops.folder import Folder
 from fvdfs.ops.inodes import ROOT_INODE
 from fvdfs.ops.openings import Openings
+from fvdfs.ops.requests import Write
 from fvdfs.ops.wire import (
     FATTR_FH,
     FATTR_TIMES,
@@ -172,6 +174,22 @@ def test_errors_reach_who_asked(served: Served, caplog: pytest.LogCaptureFixture
         await kernel.fsync(fh)
 
     served.run(work)
+
+
+def test_a_write_that_fails_as_it_begins_is_one_that_failed() -> None:
+    """The kernel may have kept its bytes, and believe that the disk is longer by them."""
+
+    def start(_: object) -> bool:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    entry: Any = SimpleNamespace(cached=object(), misjudged=False)
+    image: Any = SimpleNamespace(begin_write=lambda *_: SimpleNamespace(start=start), end=0)
+    told: list[int] = []
+    with pytest.raises(OSError, match="No space"):
+        Write(entry, image, 0, memoryview(bytearray(SECTOR)), lambda _: None).start(told.append)
+    assert entry.cached is None
+    assert entry.misjudged
+    assert told == []
 
 
 def test_an_interrupt_changes_nothing(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
