@@ -7,7 +7,7 @@ takes several values (`Option.separator`) may be given more than once; another o
 messages are quoted for a shell, and work also as they stand: an option that begins with a quote is taken apart as a
 shell would.
 
-To add one, give it a row in `MOUNT_OPTIONS` and use it in `commands/mount.py`.
+To add one, give it a row in `_ROWS` and use it in `commands/mount.py`.
 
 Reading options looks at nothing; `folders`, `passphrase_file` and `program` look whether what is named is there.
 """

@@ -4,12 +4,13 @@ A new chunk reads as zeros, so a write need not cover all of it. What lies behin
 chunk is free, but may hold anything: a former owner's bytes, or chunks that a crash left
 without an entry. So room is made ready before numbers are handed out:
 
-- A file is cut at the end of the highest used chunk, once a session, and extended again, sparse.
+- A file is truncated at the end of the highest used chunk, once a session, and extended again, sparse.
 - A device is zeroed, some chunks ahead; and where it is too small, made larger by a command.
 
 Other programs that write to the image later, the original among them, use what lies there as it is. So it is
-made to read as zeros also where this session hands out none of it (format.md, "Beyond the original"): a file is cut, a
-device zeroed, when an image is opened after a crash (`clear_behind`), and when the disk is cut (`give_back`).
+made to read as zeros also where this session hands out none of it (format.md, "Beyond the original"): a file is
+truncated, a device zeroed, when an image is opened after a crash (`clear_behind`), and when the disk shrinks
+(`give_back`).
 What a crash leaves on a device is bounded, so that not all of it need be zeroed: no more than `window`
 chunks are handed out before a commit has made their entries stable (`image.writing` sees to that).
 
@@ -56,6 +57,7 @@ class ChunkedStorage:
         window: int,
         spawn: Spawn | None,
     ) -> None:
+        """Offsets, sizes and units in bytes; `window` in chunks."""
         self._store = store
         self._table = table
         self._offset = data_offset
@@ -70,7 +72,7 @@ class ChunkedStorage:
         self._touching = trio.Lock()
         self._stopped = False
         self._freed: list[int] = []
-        """Numbers that a cut has freed, and whose space is still to be given back."""
+        """Numbers that a shrink has freed, and whose space is still to be given back."""
         ahead = min(ZERO_AHEAD, self._grow_unit) if store.fixed_size else self._grow_unit
         self._ahead = max(1, ahead // chunk_size)
         self._growing_ahead = False
@@ -107,7 +109,7 @@ class ChunkedStorage:
         return where if run_stop == stop else None
 
     def holds(self, end: int) -> bool:
-        """Whether the store must reach to this offset, which is in a chunk that the table has, or had."""
+        """Whether the store must reach to this offset of its own, which is in a chunk that the table has, or had."""
         return bool(self._table.beyond) or end <= self._end(self._table.highest + 1)
 
     def prepare_nowait(self, start: int, stop: int) -> bool:
@@ -249,13 +251,13 @@ class ChunkedStorage:
         self._room = None
 
     async def give_back(self) -> None:
-        """The table on disk is without them, and nobody reads them: give back the space of chunks that were cut off.
+        """The table on disk is without them, and nobody reads them: give back the space of chunks past its end.
 
         Raises OSError.
         The numbers above the highest are going to be handed out again, by whoever writes next: they read as zeros.
         Others stay unused; in a file they take no space any more, on a device nobody else could use it.
         """
-        # Some may be in use again, where the cut that freed them could not be completed.
+        # Some may be in use again, where the shrink that freed them could not be completed.
         freed, self._freed = sorted(set(self._freed) - self._table.named(self._freed)), []
         if not freed:
             return

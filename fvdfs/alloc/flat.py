@@ -2,7 +2,7 @@
 
 The layout of a raw image. In a file of a file system it is sparse, and the file system decides
 where blocks go. On a device it takes its place as it is. Storage that was never used may be empty, and
-reads as zeros; one that ends early was cut, and what is missing cannot be read (`Header.is_cut`).
+reads as zeros; one that ends early was truncated, and what is missing cannot be read (`Header.is_truncated`).
 """
 
 from __future__ import annotations
@@ -20,30 +20,30 @@ class FlatStorage:
     """The identity mapping over a store."""
 
     def __init__(
-        self, store: Store, data_offset: int, size: int, grow_command: GrowCommand, *, length: int, is_cut: bool
+        self, store: Store, data_offset: int, size: int, grow_command: GrowCommand, *, length: int, is_truncated: bool
     ) -> None:
-        """`length`: bytes of data that the store has; `is_cut`: whether it has had more."""
+        """`length`: bytes of data that the store has; `is_truncated`: whether it has had more."""
         self._store = store
         self._offset = data_offset
         self._size = size
         self._command = grow_command
         self._ready = length >= size
-        self._cut_at = length if is_cut else None
+        self._truncated_at = length if is_truncated else None
         self._resizing = trio.Lock()
 
     @property
     def damage(self) -> str:
         """What is wrong with it, in words; empty: nothing."""
-        if self._cut_at is None:
+        if self._truncated_at is None:
             return ""
-        return f"storage: was cut at byte {self._cut_at} of {self._size}"
+        return f"storage: was cut at byte {self._truncated_at} of {self._size}"
 
     def byte_runs(self, start: int, stop: int) -> Iterator[tuple[int, int, int | None]]:
         """Bytes [start, stop) of the disk as runs (start, stop, offset in the store); here one run.
 
-        Raises OSError(EIO) where the storage was cut before `stop`.
+        Raises OSError(EIO) where the storage was truncated before `stop`.
         """
-        if self._cut_at is not None and stop > self._cut_at:
+        if self._truncated_at is not None and stop > self._truncated_at:
             raise OSError(errno.EIO, f"{self._store.name}: bytes {start}..{stop} of the disk were cut off")
         yield start, stop, self._offset + start
 
@@ -52,7 +52,7 @@ class FlatStorage:
         return self._offset + start
 
     def holds(self, end: int) -> bool:
-        """Whether the store must reach to this offset: it may be empty until it is written to for the first time."""
+        """Whether the store must reach to this offset of its own: it may be empty until the first write."""
         return self._ready and end <= self._offset + self._size
 
     def prepare_nowait(self, start: int, stop: int) -> bool:
@@ -64,7 +64,7 @@ class FlatStorage:
 
         The original extends the file to the whole disk before its first request (format.md,
         "Storage without a table"), and so refuses none of what is written here. The length is stable before
-        anything is written: one in between would look like that of a file that was cut. Raises OSError.
+        anything is written: one in between would look like that of a file that was truncated. Raises OSError.
         """
         async with self._resizing:
             if not self._ready and await self._store.size() < self._offset + self._size:

@@ -8,7 +8,7 @@ is set, and no number is ever given twice: two virtual chunks must never share o
 Bit 31 on disk says "not yet journaled" about the original's memory; it is ignored here and stored
 as 0.
 
-A chunk whose number occurs twice, or lies past the end of the storage (where the file was cut
+A chunk whose number occurs twice, or lies past the end of the storage (where the file was truncated
 short), is remembered as damaged: nobody can tell whose the bytes are.
 
 Pure: no I/O, no clock.
@@ -52,7 +52,7 @@ class Table:
         """Virtual chunks whose entry lies past the end of the storage."""
         self.shared: set[int] = set()
         """Virtual chunks whose entry occurs more than once."""
-        self.cut = False
+        self.truncated = False
         """Whether a journal record names a place past the end of the storage: what it showed is not known."""
         self._used = bitarray(min(storage_chunks, MAX_CHUNKS))
         self.highest = -1
@@ -90,7 +90,7 @@ class Table:
 
     @property
     def damaged(self) -> bool:
-        return bool(self.beyond or self.shared or self.cut)
+        return bool(self.beyond or self.shared or self.truncated)
 
     @property
     def damage(self) -> str:
@@ -100,7 +100,7 @@ class Table:
             found.append(f"{len(self.shared)} chunks share their place with others")
         if self.beyond:
             found.append(f"{len(self.beyond)} chunks lie past the end of the storage")
-        if self.cut:
+        if self.truncated:
             found.append("the journal names places past the end of the storage")
         return f"chunk table: {', '.join(found)}" if found else ""
 
@@ -136,7 +136,7 @@ class Table:
             if entry == UNALLOCATED:
                 return f"entry {chunk} is 0x{UNALLOCATED:X}"
             if number >= self._storage_chunks:
-                self.cut = True
+                self.truncated = True
                 return f"entry {chunk} is {number}, but the storage ends at chunk {self._storage_chunks}"
             if self._entries[chunk] != number and self._used[number]:
                 return f"entry {chunk} is {number}, a chunk that is in use already"

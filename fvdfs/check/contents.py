@@ -354,7 +354,7 @@ def report_storage(
     if header.compact:
         return _report_short_chunk(header, bitmap, scan, storage, findings) if scan is not None else None
     size = header.virtual_disk_size
-    if not header.is_cut(storage, any_local=bitmap is not None and bitmap.count_local() > 0):
+    if not header.is_truncated(storage, any_local=bitmap is not None and bitmap.count_local() > 0):
         return None
     lost = bounded(own_ranges(header, bitmap, storage, size))
     findings.add(

@@ -305,7 +305,7 @@ def _lay_out(header: Header, doubtful: set[str], file_size: int) -> _Layout:
         regions = list(_regions(header, doubtful))
         remedy, unusable = f"sets {field} to {start}, the only place for it", set()
     kinds = {True: Kind.REGION_CUT, False: Kind.REGION_MISPLACED}
-    faults = [_Fault(fault.field, fault.why, kind=kinds[fault.cut], remedy=remedy) for fault in wrong]
+    faults = [_Fault(fault.field, fault.why, kind=kinds[fault.truncated], remedy=remedy) for fault in wrong]
     return _Layout(header, regions, faults, unusable)
 
 

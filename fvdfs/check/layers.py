@@ -80,6 +80,7 @@ class Filled:
 
 
 async def is_zero(store: Store, start: int, stop: int) -> bool:
+    """Whether bytes [start, stop) of a store read as zeros. Raises OSError."""
     async for at, end in Filled(store, start, stop):
         if any(await read(store, at, end - at)):
             return False

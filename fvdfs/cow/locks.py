@@ -5,7 +5,7 @@ holds their range, so that two of them never complete one block at the same time
 overwrites what a guest wrote meanwhile. First come, first served: a request waits for every earlier
 one that overlaps it, also for those that still wait, so nobody starves.
 
-Whoever changes the storage or the bitmap passes the gate; a shrink closes it.
+Writes and copies pass the gate; a shrink closes it.
 """
 
 from __future__ import annotations

@@ -226,10 +226,10 @@ class Header:
         """Where data starts in the file that holds it."""
         return 0 if self.data_file else self.metadata_end
 
-    def is_cut(self, storage: int, *, any_local: bool) -> bool:
-        """Whether an image without a table has had more data than these bytes (format.md, "Storage without a table").
+    def is_truncated(self, storage: int, *, any_local: bool) -> bool:
+        """Whether an image without a table has had more data (format.md, "Storage without a table").
 
-        `any_local`: whether a bit is set.
+        `storage`: bytes of data that there are; `any_local`: whether a bit is set.
         """
         assert not self.compact
         if storage >= SECTOR:  # less may be what an odd metadata_size leaves to a new image
@@ -397,7 +397,7 @@ class Misplaced:
     why: str
     regions: tuple[str, ...]
     """The names of those concerned."""
-    cut: bool = False
+    truncated: bool = False
     """Whether it ends past the file."""
 
 
@@ -413,7 +413,7 @@ def misplaced(header: Header, regions: Iterable[Region], file_size: int) -> Iter
             yield Misplaced(field, why, (region.name, last.name))
         if region.end > file_size:
             why = f"the {region.name} ends at {region.end}, the file at {file_size}"
-            yield Misplaced(field, why, (region.name,), cut=True)
+            yield Misplaced(field, why, (region.name,), truncated=True)
         elif region.end > last.end:
             last = region
     if not header.data_file and header.metadata_end < last.end:

@@ -165,7 +165,7 @@ def _blocks_of(record: BitmapRecord, header: Header, bitmap: Bits | None, blocks
         return "a bitmap record, but the image has no bitmap"
     start = record.first_sector * SECTOR
     stop = start + record.sectors * SECTOR
-    # A disk that the original has made smaller keeps records of what was cut off.
+    # A disk that the original has made smaller keeps records of what was past its new end.
     if start < 0 or stop > max(header.virtual_disk_size, header.base_img_size):
         return (
             f"a bitmap record of {record.sectors} sectors from {record.first_sector} on a disk of "

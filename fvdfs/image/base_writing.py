@@ -47,6 +47,6 @@ async def _write_back(
     async with locks.hold(first, end):
         start = first * image.geometry.block_size
         stop = min(end * image.geometry.block_size, image.geometry.base_size)
-        if start < stop:  # else: cut off since it was written
+        if start < stop:  # else: the disk has shrunk since it was written
             await base.pwrite(await read(start, stop - start), start)
         writer.copied(first, end)

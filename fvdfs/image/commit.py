@@ -1,5 +1,6 @@
 """Making writes durable, in order.
 
+What a flush has put on the disk is *stable*; a write is *durable* when its data and all that names it is stable.
 A guest's write is answered when its data is in the store and its bits and entries are set in
 memory; nothing on disk names the data yet. A *commit* makes up for that, at a flush, at closing, and
 at the latest a few seconds after a write. It takes what is pending when it begins, and writes
@@ -11,8 +12,8 @@ at the latest a few seconds after a write. It takes what is pending when it begi
 
 so that data is stable before the record that makes it visible, and the record before the flush is
 answered (format.md, "Beyond the original"). A crash between any two steps leaves, for every sector,
-its old or its new content. Commits run one at a time; all that is asked for while one runs share the
-next.
+its old or its new content. Commits of metadata run one at a time; all that is asked for while one runs share the
+next. Where data alone is pending a flush is enough, and may run beside a commit (`start_commit`).
 
 A *checkpoint* writes pages in place of 3 and 4 where the image has no journal, the journal is full
 (a recycle), or the pages take less than the sectors would:
@@ -55,7 +56,7 @@ MAX_PENDING = 1 << 16  # block ranges; more are committed at once, to bound memo
 
 @dataclass(slots=True)
 class _Batch:
-    """What one commit makes durable: what was pending when it began, and what will show that on disk.
+    """What one commit makes stable: what was pending when it began, and what will show that on disk.
 
     The latter are journal sectors or, at a checkpoint, pages; nothing where only data was written.
     """
@@ -133,7 +134,7 @@ class Committer:
 
     @property
     def dirty(self) -> bool:
-        """Whether something that was reported is not durable yet; true while a commit runs."""
+        """Whether something that was reported is not stable yet; true while a commit runs."""
         return self._data_written or self.uncommitted or self._lock.locked()
 
     @property
@@ -149,7 +150,7 @@ class Committer:
     # --- commits --------------------------------------------------------------------------------
 
     async def commit(self) -> None:
-        """Make all that was reported up to now durable.
+        """Make all that was reported up to now stable.
 
         Raises OSError; EIO once the image has failed.
         """
@@ -293,6 +294,8 @@ class Committer:
 
     async def recover(self) -> None:
         """Make stable what a replay rebuilt, and what an earlier process may have left in the page cache.
+
+        The caller holds the locks on the files, and nothing was written yet.
 
         We have read, and build on, all that a killed process wrote, flushed or not. An image without
         metadata does not even show that its process was killed: its data counts as written now.

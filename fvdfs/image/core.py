@@ -27,7 +27,7 @@ Storage = FlatStorage | ChunkedStorage
 
 
 class OwnData:
-    """Reads of an image's storage. If it ends before what it must hold, somebody has cut it: an error, and no zeros."""
+    """Reads of an image's storage. If it ends before what it must hold, it was truncated: an error, no zeros."""
 
     def __init__(self, data: Store, storage: Storage, committer: Committer) -> None:
         self._data = data
@@ -40,7 +40,7 @@ class OwnData:
             return self._data.start_pread(view, offset, done)
 
         def ended(count: int) -> None:
-            done(-errno.EIO if 0 <= count < len(view) and self._is_cut(end) else count)
+            done(-errno.EIO if 0 <= count < len(view) and self._is_truncated(end) else count)
 
         return self._data.start_pread(view, offset, ended)
 
@@ -48,11 +48,11 @@ class OwnData:
         end = offset + len(view)
         held = self._storage.holds(end)
         count = await self._data.pread(view, offset)
-        if count < len(view) and held and self._is_cut(end):
+        if count < len(view) and held and self._is_truncated(end):
             raise OSError(errno.EIO, self._too_short(end))
         return count
 
-    def _is_cut(self, end: int) -> bool:
+    def _is_truncated(self, end: int) -> bool:
         """Whether it is too short now, as when the read began; else its size was changed meanwhile."""
         if not self._storage.holds(end):
             return False

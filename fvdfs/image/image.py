@@ -137,7 +137,7 @@ class Image(Core):
         return self.fetcher
 
     async def release_base(self) -> bool:
-        """Close the base if every block is local, which becomes durable first; whether it is so. Raises OSError."""
+        """Close the base if every block is local, which becomes stable first; whether it is so. Raises OSError."""
         bitmap = self.bitmap
         if bitmap is None or not self.writable or self.base_writer is not None or self.committer.failed is not None:
             return False

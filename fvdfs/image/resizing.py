@@ -1,7 +1,7 @@
 """Changes of the size of an open image's disk.
 
-What is new reads as zeros before the size says that it is there. A cut waits for all writers, and gives back what is
-cut off only when nothing on disk, and no read, refers to it any more.
+What is new reads as zeros before the size says that it is there. A shrink waits for all writers, and gives back
+what is past the new end only when nothing on disk, and no read, refers to it any more.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Resizer:
         """Whether it holds no records from before this opening."""
 
     async def resize(self, size: int, *, shrink: bool = False) -> None:
-        """Make the disk this long, rounded up to a sector; the new part reads as zeros.
+        """Make the disk this long, in bytes, rounded up to a sector; the new part reads as zeros.
 
         Raises OSError: EPERM for a smaller size without `shrink`, EFBIG where the table has no room
         for more chunks, EROFS where the image is not open for writing.
@@ -50,7 +50,11 @@ class Resizer:
             core.end = core.size
 
     async def reach(self, stop: int) -> None:
-        """Grow the disk so that it holds bytes up to `stop`, unless somebody has done it meanwhile."""
+        """Grow the disk so that it holds bytes up to `stop`, unless somebody has done it meanwhile.
+
+        Raises OSError: EFBIG where the format or the table has no room, ENOSPC where the storage has none, EIO once
+        the image has failed.
+        """
         core = self._core
         async with self.lock:
             if stop > core.size:
@@ -78,14 +82,14 @@ class Resizer:
     async def _grow_to(self, size: int) -> None:
         core = self._core
         await core.storage.grow(size)
-        # What is new is zeros on disk, and bits and entries from before an earlier cut are gone, before they count.
+        # What is new is zeros on disk, and bits and entries from before an earlier shrink are gone, before they count.
         if core.bitmap is not None:
             core.bitmap.shrink(core.bitmap.blocks)
         core.committer.data_written()
-        # The original cuts a disk and leaves records of what was cut off.
+        # The original shrinks a disk and leaves records of what was past its new end.
         await core.committer.checkpoint(clear_journal=not self._journal_cleared)
         self._journal_cleared = True
-        await self._cut_base_range(core.header.virtual_disk_size)
+        await self._shrink_base_range(core.header.virtual_disk_size)
         await core.committer.change_header(virtual_disk_size=size)
 
     async def _shrink(self, size: int) -> None:
@@ -107,17 +111,17 @@ class Resizer:
             core.bitmap.shrink(core.header.blocks)
         await core.storage.shrink(size)
         await core.committer.checkpoint()
-        await self._reads.wait()  # of what was cut off, perhaps, whose place may soon be another's
+        await self._reads.wait()  # past the new end, perhaps, of places that may soon be another's
         await core.storage.give_back()
         core.committer.data_written()
 
     async def _shrink_header(self, size: int) -> None:
-        """Cut the base's range, then the disk: the fields are in different sectors, and no later growth must find
+        """Shrink the base's range, then the disk: the fields are in different sectors, and no later growth must find
         the first past the second. Raises OSError; the header is then as it was, or the image has failed.
         """
         core = self._core
         header = core.header
-        await self._cut_base_range(size)
+        await self._shrink_base_range(size)
         try:
             await core.committer.change_header(virtual_disk_size=size)
         except OSError:
@@ -125,7 +129,7 @@ class Resizer:
                 await core.committer.restore_header(base_img_size=header.base_img_size, bitmap_size=header.bitmap_size)
             raise
 
-    async def _cut_base_range(self, size: int) -> None:
+    async def _shrink_base_range(self, size: int) -> None:
         """Have the base provide nothing past this byte, whatever becomes of the disk's size. Raises OSError."""
         core = self._core
         header = core.header

@@ -68,6 +68,7 @@ def is_whole(length: int, declared: int, opcode: int, size: int, largest: int) -
 
 
 def encode(attributes: pyfuse3.EntryAttributes) -> bytes:
+    """The answer to GETATTR or SETATTR (`fuse_attr_out`)."""
     atime, mtime, ctime = (
         divmod(time_ns, 10**9) for time_ns in (attributes.st_atime_ns, attributes.st_mtime_ns, attributes.st_ctime_ns)
     )

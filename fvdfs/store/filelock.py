@@ -5,10 +5,11 @@ openings in one process exclude each other like any two. There are two kinds, ta
 
 * fvdfs's own, on one byte far behind any data: shared for who reads, exclusive for who writes.
 * QEMU's image locks (`raw_apply_lock_bytes` and `raw_check_lock_bytes` in its block/file-posix.c), all of them shared.
-  Byte 100 + N is locked by whoever uses permission N, byte 200 + N by whoever does not share it. After locking, each
-  looks whether somebody refuses what it uses, or uses what it refuses, by asking for an exclusive lock without taking
-  it. A reader here does as a backing file of QEMU's: it reads what must not change, and lets nobody write or resize;
-  many readers of one file get on with each other, and with QEMU's. A writer uses these two permissions as well.
+  A lock on byte 100 + N says "I use permission N", one on byte 200 + N "others must not use permission N". After
+  locking, each looks whether somebody refuses what it uses, or uses what it refuses, by asking for an exclusive lock
+  without taking it. A reader here does as a backing file of QEMU's: it reads what must not change, and lets nobody
+  write or resize; many readers of one file get on with each other, and with QEMU's. A writer uses these two permissions
+  as well.
 
 Whoever writes only to keep copies of a base need not keep anybody out: others ask on a third byte (`ask`), and the
 writer looks there now and then (`is_asked_for`) and becomes a reader.

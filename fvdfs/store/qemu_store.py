@@ -114,7 +114,7 @@ class QemuStore(Stepwise):
     async def _truncate(self, daemon: StorageDaemon, size: int) -> None:
         if not self._files.is_raw:
             size = -(-size // _SECTOR) * _SECTOR
-        if self._files.is_encrypted and size < daemon.size:  # QEMU does not cut one
+        if self._files.is_encrypted and size < daemon.size:  # QEMU does not truncate one
             await daemon.export.zero(size, daemon.size - size)
             return
         if self._files.is_encrypted and self._garbage_from is None:

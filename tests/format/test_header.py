@@ -329,23 +329,25 @@ def test_what_an_image_has() -> None:
     assert (prefetched.base_size, prefetched.blocks) == (0, 0)
 
 
-def test_storage_that_was_cut() -> None:
+def test_storage_that_was_truncated() -> None:
     """Shorter than the disk, unless it may never have been used (format.md, "Storage without a table")."""
     plain = new_header(MIB, None, CreateOptions())
     over = new_header(MIB, MIB, CreateOptions(base_img="base"))
     for header in (plain, over, with_fields(over, need_zero_init=1)):
         for any_local in (False, True):
-            assert header.is_cut(MIB - 512, any_local=any_local)
-            assert header.is_cut(512, any_local=any_local)
-            assert not header.is_cut(MIB, any_local=any_local)
-            assert not header.is_cut(MIB + 5, any_local=any_local)
+            assert header.is_truncated(MIB - 512, any_local=any_local)
+            assert header.is_truncated(512, any_local=any_local)
+            assert not header.is_truncated(MIB, any_local=any_local)
+            assert not header.is_truncated(MIB + 5, any_local=any_local)
     odd = 511  # of an image whose metadata_size is no multiple of 512
     for length in (0, odd):
-        assert not plain.is_cut(length, any_local=False)
-        assert not over.is_cut(length, any_local=False)
-        assert over.is_cut(length, any_local=True)
-        assert not with_fields(over, need_zero_init=1).is_cut(length, any_local=True), "they are holes"
-        assert with_fields(over, all_data_in_fvd_img=1).is_cut(length, any_local=False), "prefetching has finished"
+        assert not plain.is_truncated(length, any_local=False)
+        assert not over.is_truncated(length, any_local=False)
+        assert over.is_truncated(length, any_local=True)
+        assert not with_fields(over, need_zero_init=1).is_truncated(length, any_local=True), "they are holes"
+        assert with_fields(over, all_data_in_fvd_img=1).is_truncated(length, any_local=False), (
+            "prefetching has finished"
+        )
 
 
 def test_place_of_the_data() -> None:

@@ -34,7 +34,7 @@ EQUIVALENT: dict[str, str] = {
         "a checkpoint that writes anything has clean_shutdown=0 stable before"
     ),
     "resizing: _shrink_to: without core.committer.data_written()": (
-        "the simulations do not see it; test_what_a_cut_gives_back_is_stable_when_the_image_is_closed does"
+        "the simulations do not see it; test_what_a_shrink_gives_back_is_stable_when_the_image_is_closed does"
     ),
     "image: begin_writing: without self.committer.data_written()": (
         "the simulations do not see it; test_what_a_recovery_clears_is_stable_when_the_image_is_closed does"

@@ -145,7 +145,7 @@ def test_a_damaged_chunk_table(folder: Path, kind: str) -> None:
 
 
 @pytest.mark.parametrize("layout", ["plain", "compact", "data file"])
-def test_a_file_that_is_cut_while_it_is_open(folder: Path, layout: str) -> None:
+def test_a_file_that_is_truncated_while_it_is_open(folder: Path, layout: str) -> None:
     options = {
         "plain": [],
         "compact": ["--compact", "--chunk-size", "64K", "--grow-unit", "64K"],
@@ -194,7 +194,7 @@ LAYOUTS: dict[str, tuple[list[str], str]] = {
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_file_that_was_cut_while_nobody_had_it_open(folder: Path, tmp_path: Path, layout: str) -> None:
+def test_a_file_that_was_truncated_while_nobody_had_it_open(folder: Path, tmp_path: Path, layout: str) -> None:
     """As by a copy that did not end. Whatever is tried with it, nothing takes what is missing for zeros."""
     options, data = LAYOUTS[layout]
     (folder / "base.raw").write_bytes(b"base" * (MIB // 8))
@@ -237,7 +237,7 @@ def test_a_file_that_was_cut_while_nobody_had_it_open(folder: Path, tmp_path: Pa
     assert (done.code, why in done.err) == (1, True), "the base of an image"
 
 
-def test_images_that_were_never_used_are_not_cut(folder: Path) -> None:
+def test_images_that_were_never_used_are_not_truncated(folder: Path) -> None:
     """The original extends a new file before its first request (format.md, "Storage without a table")."""
     (folder / "base.raw").write_bytes(b"base" * (MIB // 8))
     for name, options in (("plain", []), ("cow", ["-b", "base.raw", "-F", "raw"]), ("data", ["--data-file", "d"])):
@@ -255,7 +255,7 @@ def test_images_that_were_never_used_are_not_cut(folder: Path) -> None:
         must("check", folder / f"{name}.fvd")
 
 
-def test_a_base_that_is_cut_while_it_is_open_reads_as_the_format_says(folder: Path) -> None:
+def test_a_base_that_is_truncated_while_it_is_open_reads_as_the_format_says(folder: Path) -> None:
     """A base that is shorter than it was reads as followed by zeros: that alone is not damage."""
     (folder / "base.raw").write_bytes(b"base" * (MIB // 4))
     with with_a_good_one(folder) as mount:

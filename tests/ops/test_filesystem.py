@@ -178,7 +178,7 @@ async def test_an_image_is_closed_with_its_last_handle(filesystem: Filesystem) -
 
 
 @pytest.mark.parametrize("shrink", [True, False])
-async def test_a_disk_is_cut_only_where_the_mount_allows_it(images: Path, shrink: bool) -> None:
+async def test_a_disk_shrinks_only_where_the_mount_allows_it(images: Path, shrink: bool) -> None:
     filesystem = new_filesystem(images, shrink=shrink)
     inode = (await looked_up(filesystem)).st_ino
 

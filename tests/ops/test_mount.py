@@ -163,7 +163,7 @@ def test_a_link_to_a_device_that_holds_an_image_appears(folder: Path, tmp_path: 
             assert read_at(mount.raw("disk"), 5 * MIB, 20) == b"\0\0\0on a device\0\0\0\0\0\0"
 
 
-def test_a_disk_is_cut_or_grown_by_truncate(folder: Path) -> None:
+def test_a_disk_shrinks_or_grows_by_truncate(folder: Path) -> None:
     base = random.Random(5).randbytes(MIB)
     (folder / "base.raw").write_bytes(base)
     must("create", folder / "a.fvd", "-b", "base.raw", "--block-size", "64K")
@@ -847,7 +847,7 @@ def test_an_error_of_the_storage_reaches_the_writer(folder: Path, tmp_path: Path
             wait_for_log(mount, "No space left on device")
 
 
-def test_a_cut_gives_back_space(folder: Path) -> None:
+def test_a_shrink_gives_back_space(folder: Path) -> None:
     """Of a compact disk, wherever its chunks lie: check finds no leak, and what was cut off does not come back."""
     image = folder / "disk.fvd"
     must("create", image, "32M", "--compact", "--chunk-size", "256K")
