@@ -97,4 +97,5 @@ async def test_an_image_that_failed_is_left_alone(
         await trio.sleep(10 * COMMIT_INTERVAL)
         assert running.image.committer.failed is not None
         assert running.plan.failures == 1
+        assert not running._commits._written, "it is not tried for ever"
         assert sum("commit:" in record.getMessage() for record in caplog.records) == 1
