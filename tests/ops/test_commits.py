@@ -94,7 +94,7 @@ async def test_an_image_that_failed_is_left_alone(
     async with Running.begin(tmp_path) as running:
         running.plan.error, running.plan.nth = errno.EIO, running.plan.calls + 2
         await running.write(40)
-        await trio.sleep(10 * COMMIT_INTERVAL)
+        await trio.sleep(9.5 * COMMIT_INTERVAL)
         assert running.image.committer.failed is not None
         assert running.plan.failures == 1
         assert not running._commits._written, "it is not tried for ever"
