@@ -195,7 +195,8 @@ def _unraisable(problem: sys.UnraisableHookArgs) -> None:
         again = threading.Timer(_AGAIN, os.kill, (os.getpid(), signal.SIGINT))
         again.daemon = True
         again.start()
-    elif "wakeup fd" not in (problem.err_msg or ""):  # which trio has just closed; the signal is not lost
+    elif not (isinstance(problem.exc_value, BrokenPipeError) and problem.object is None):
+        # That is the wakeup fd of signals, which trio has just closed; the signal is not lost.
         sys.__unraisablehook__(problem)
 
 

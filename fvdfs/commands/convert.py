@@ -157,7 +157,7 @@ async def open_target(
     if exists(path) and not files.force:
         raise UsageError(f"{path} exists already; choose another name, or --force to overwrite it")
     file = await trio.to_thread.run_sync(files.add, path)
-    await trio.to_thread.run_sync(files.refuse_parts)
+    await trio.to_thread.run_sync(files.look_at_images)
     if file_format == "raw":
         await trio.to_thread.run_sync(_make_raw, file, size)
         return StoreSide(file.store, size, keep_open=True), []

@@ -144,7 +144,7 @@ def make_image(
     else:
         make_data_file(files, data_path, options.data_file_fmt, header, data_zeros, secret_file)
     image = files.add(path)
-    files.refuse_parts()
+    files.look_at_images()
     if data_file is not None:
         _fill(data_file, data_size, data_zeros, [], files.force)
     _fill(image, image_size, zeros, parts, files.force)

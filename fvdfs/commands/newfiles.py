@@ -27,6 +27,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import FrameType, TracebackType
 
 from fvdfs.commands.in_use import DEVICE, Identity, identity_at, identity_of, images_with, refuse_open, with_all_below
+from fvdfs.daemon import complain
 from fvdfs.errors import UsageError
 from fvdfs.store.base import Store
 from fvdfs.store.host import HostFile, open_host_file
@@ -186,15 +187,20 @@ class NewFiles:
             raise OSError(error.errno, f"{path}: {error.strerror}") from error
         return self.files[-1]
 
-    def refuse_parts(self) -> None:
-        """Raise UsageError where a file to be replaced is the base or data file of an image in its folder."""
+    def look_at_images(self) -> None:
+        """What images in its folder make of a file that is to be replaced: their base changes, which is said.
+
+        Raises UsageError where it is the data file of another one.
+        """
         replaced = [(file.old or file.store).identity for file in self.files]
         for file in self.files:
             found = images_with(file.old.identity, os.path.dirname(file.final)) if file.old is not None else ()
             for image, identity, part in found:
-                if identity not in replaced:
-                    what = f"is the {part} of {image}, whose content would change"
-                    raise UsageError(f"{file.path}: {what}; choose another name")
+                if identity in replaced:
+                    continue
+                if part == "data file":
+                    raise UsageError(f"{file.path}: is the data file of {image}; choose another name")
+                complain(f"{file.path}: was the base of {image}, whose content changes with it")
 
     def _open_old(self, path: str, final: str) -> HostFile | None:
         """What is there, open and locked; None: nothing. Raises UsageError, ImageBusy, OSError."""

@@ -150,7 +150,10 @@ def test_commands(folder: Path, arguments: list[str], message: str) -> None:
         ("new.fvd 1M --data-file data --data-format ''", "is empty"),
         ("new.fvd 1M --grow-command ./grow", "neither IMAGE nor --data-file is one"),
         ("new.fvd 1M --data-file data --grow-command ./grow", "neither IMAGE nor --data-file is one"),
-        ("new.fvd 1M --secret a.fvd", "--secret needs a base image"),
+        (
+            "new.fvd 1M --secret a.fvd",
+            "--secret is for encrypted files: give --base, or --data-file with --data-format luks",
+        ),
         ("new.fvd 1M --base base.raw --secret /nosuch", "No such file"),
         ("new.fvd 1M --base a.fvd --base-format fvd --update-base writeback", "an FVD image is never written to"),
         ("new.fvd 1M --base base.raw --update-base maybe", "invalid choice"),

@@ -789,6 +789,18 @@ def leftovers(sim_of: Callable[[], Simulation]) -> None:
         sim.step(sim.close)
 
 
+def unused(sim_of: Callable[[], Simulation]) -> None:
+    """A new image of the original, which has no storage yet: it must never look as if that had been cut off."""
+    first = sim_of()
+    header = _header(first.files)
+    name = header.data_file or IMAGE
+    files = {**first.files, name: first.files[name][: header.data_offset]}
+    sim = Simulation(first.subject, files, first.survivors.folder, first.effort, first.counts)
+    sim.step(sim.open)
+    sim.step(sim.write(700, 100), sim.flush)
+    sim.step(sim.close)
+
+
 def cut_elsewhere(sim_of: Callable[[], Simulation]) -> None:
     """A disk that the original has made smaller: the base's range, bits, entries, records and storage stay.
 
@@ -942,6 +954,7 @@ SCENARIOS: dict[str, Callable[[Callable[[], Simulation]], None]] = {
     "writing to the base": lambda sim_of: writing_base(sim_of()),
     "closing": lambda sim_of: closing(sim_of()),
     "leftovers": leftovers,
+    "unused": unused,
     "cut elsewhere": cut_elsewhere,
     "recovering": recovering,
     "killing": killing,
@@ -955,6 +968,8 @@ def applies(scenario: str, subject: Subject) -> bool:
         return scenario == "writing to the base" and bool(options.update_base)
     if scenario == "leftovers":
         return not subject.device
+    if scenario == "unused":
+        return not (subject.device or options.compact or subject.layout.all_local)
     if scenario == "cut elsewhere":
         return not subject.layout.all_local
     if scenario in ("copying", "closing"):
