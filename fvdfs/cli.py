@@ -268,7 +268,12 @@ def _add_layout(command: argparse.ArgumentParser) -> None:
     command.add_argument("--chunk-size", type=_unit, default=0, metavar="N", help="default: 1M")
     command.add_argument("--grow-unit", type=_unit, default=0, metavar="N", help="default: 100M")
     command.add_argument("--journal-size", type=_journal_size, metavar="N|none", help="default: 16M")
-    command.add_argument("--data-file", default="", metavar="FILE", help="keep the data in a file of its own")
+    command.add_argument(
+        "--data-file",
+        default="",
+        metavar="FILE|auto",
+        help="keep the data in a file of its own; auto: IMAGE.data",
+    )
     command.add_argument("--data-format", default="", metavar="FMT", help="raw (default)")
     command.add_argument("--copy-on-read", action="store_true", help="keep what is read from the base")
     command.add_argument(
@@ -304,8 +309,9 @@ def _add_layout(command: argparse.ArgumentParser) -> None:
 # Each imports what it runs only now: some take long to import.
 
 
-def _layout(arguments: argparse.Namespace) -> CreateOptions:
-    """What `_add_layout` has read. Raises UsageError."""
+def _layout(arguments: argparse.Namespace, image: str) -> CreateOptions:
+    """What `_add_layout` has read, for this new image. Raises UsageError."""
+    from fvdfs.commands.create import data_file_name
     from fvdfs.format.creation import CreateOptions
 
     if arguments.update_base in ("writethrough", "writeback") and arguments.base_format == "fvd":
@@ -318,7 +324,7 @@ def _layout(arguments: argparse.Namespace) -> CreateOptions:
         chunk_size=arguments.chunk_size,
         grow_unit=arguments.grow_unit,
         journal_size=arguments.journal_size,
-        data_file=arguments.data_file,
+        data_file=data_file_name(arguments.data_file, image),
         data_file_fmt=arguments.data_format,
         copy_on_read=arguments.copy_on_read,
         prefetch_delay=arguments.prefetch_delay,
@@ -334,7 +340,7 @@ def _create(arguments: argparse.Namespace) -> int:
     return run(
         arguments.image,
         arguments.size,
-        _layout(arguments),
+        _layout(arguments, arguments.image),
         profile=arguments.profile,
         force=arguments.force,
         secret=arguments.secret,
@@ -373,7 +379,7 @@ def _convert(arguments: argparse.Namespace) -> int:
         arguments.target,
         source_format=arguments.source_format,
         target_format=arguments.target_format,
-        layout=_layout(arguments),
+        layout=_layout(arguments, arguments.target),
         options=arguments.options,
         force=arguments.force,
         secret=arguments.secret,

@@ -18,6 +18,7 @@ PARTS = {
     "user.fvdfs.local_share": "local_share",
     "user.fvdfs.rate": "rate",
     "user.fvdfs.image": "image",
+    "user.fvdfs.passthrough": "passthrough",
 }
 """Of a raw file: single entries of its status."""
 ACLS = ("system.posix_acl_access", "system.posix_acl_default")

@@ -55,6 +55,16 @@ class FlatStorage:
         """Whether the store must reach to this offset of its own: it may be empty until the first write."""
         return self._ready and end <= self._offset + self._size
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether the store has all bytes of the disk."""
+        return self._ready
+
+    def has_grown(self, length: int, size: int) -> None:
+        """Others have written past the end: the store has `length` bytes of data now, the disk `size`."""
+        self._size = size
+        self._ready = length >= size
+
     def prepare_nowait(self, start: int, stop: int) -> bool:
         """Whether these bytes can be written without `prepare`."""
         return self._ready

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from bitarray import bitarray
 
@@ -136,8 +136,8 @@ async def examine(layer: CheckLayer) -> Examined:
 
 async def _examine_contents(layer: CheckLayer, found: Examined) -> None:
     assert found.check is not None
-    header = found.header
     await _check_data_file(layer, found)
+    header = found.header
     bits = await _load(layer, found, found.check.regions.get("bitmap"))
     if bits is not None:
         report_bitmap_tail(header, bits, found.findings)
@@ -168,6 +168,8 @@ async def _check_data_file(layer: CheckLayer, found: Examined) -> None:
     elif is_store(data) and (header.data_file or "metadata_size" not in found.check.doubtful):
         with found.attempt(data.name):
             found.storage = max(0, await data.size() - header.data_offset)
+            if not data.fixed_size:
+                found.check = replace(found.check, header=header.with_length(found.storage))
             guess = detect(await read(data, 0, PROBE_SIZE)) if header.data_file and not header.data_file_fmt else None
             if guess:
                 text = f"empty means raw, but {header.data_file} looks like {guess}; a guest may have written that"
@@ -206,6 +208,8 @@ def _report_unclean(header: Header, findings: Findings) -> None:
         severity = Severity.CORRUPTION
     else:
         text, severity = "the image was not closed, but has nothing that could be incomplete", Severity.HARMLESS
+        if header.length_counts:
+            text = f"{text}; its disk is as long as its data file, {header.virtual_disk_size} bytes"
     remedy = "" if _owes_base(header) else "sets it to 1"
     findings.add(Kind.UNCLEAN, severity, "clean_shutdown", text, value=0, remedy=remedy, hint=_OWED)
 

@@ -31,7 +31,7 @@ from fvdfs.check.contents import plan_table, without_tail
 from fvdfs.check.examine import Examined
 from fvdfs.check.findings import Kind, Range
 from fvdfs.check.layers import PIECE, CheckLayer, Filled, is_store, read
-from fvdfs.format.header import PAGE, Header, Region, with_fields
+from fvdfs.format.header import PAGE, SECTOR, Header, Region, round_up, with_fields
 from fvdfs.image.commit import write_header
 from fvdfs.store.base import Buffer, Store, pwrite_pages
 
@@ -53,6 +53,7 @@ async def repair_image(layer: CheckLayer, found: Examined) -> None:
     wanted = found.findings.to_repair
     meta, data = layer.meta, layer.data
     header = _HeaderOnDisk(meta, found.check.raw)
+    await _make_whole(layer, found)
     if found.check.changed:
         await header.write(found.header)
     if Kind.STORAGE_SHORT in wanted and found.storage_needed is not None:
@@ -83,6 +84,16 @@ async def repair_image(layer: CheckLayer, found: Examined) -> None:
         if not found.findings.corrupt:
             await _clear_behind(layer, found)
         await header.change(clean_shutdown=1)
+
+
+async def _make_whole(layer: CheckLayer, found: Examined) -> None:
+    """Have the data file of a disk that is as long as this end with a whole sector. Raises OSError."""
+    size = found.header.virtual_disk_size
+    if found.header.length_counts and found.storage is not None and round_up(found.storage, SECTOR) == size:
+        assert is_store(layer.data)
+        if found.storage < size:
+            await _extend(layer.data, size)
+        await layer.data.flush()
 
 
 async def _clear_behind(layer: CheckLayer, found: Examined) -> None:

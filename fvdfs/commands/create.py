@@ -48,6 +48,15 @@ Span = tuple[int, int]
 """Offset and size of something in a file, in bytes."""
 
 
+AUTO = "auto"
+"""For --data-file: beside the image, with its name."""
+
+
+def data_file_name(chosen: str, image: str) -> str:
+    """The name of the data file that the user has chosen for this image."""
+    return f"{os.path.basename(image)}.data" if chosen == AUTO else chosen
+
+
 def run(image: str, size: int | None, options: CreateOptions, *, profile: str, force: bool, secret: str) -> int:
     """Make an image, and tell the user what to know about it. Raises as `create_image`."""
     if profile and not options.base_img:

@@ -64,7 +64,7 @@ def status(mountpoint: str) -> dict[str, Any]:
 def print_status(mountpoint: str) -> None:
     """The state of every image as a table on the terminal."""
     table = Table(box=None, pad_edge=False)
-    for title in ("disk", "size", "local", "state", "rate", "left", "why"):
+    for title in ("disk", "size", "local", "state", "rate", "left", "why", "passed through"):
         table.add_column(title, overflow="fold")
     for image in status(mountpoint)["images"]:
         size = human_size(image["virtual_size"]).partition(" (")[0] if "virtual_size" in image else ""
@@ -72,13 +72,14 @@ def print_status(mountpoint: str) -> None:
     plain_console(width=None if sys.stdout.isatty() else WIDE).print(table)
 
 
-def _columns(image: dict[str, Any]) -> tuple[str, str, str, str, str]:
+def _columns(image: dict[str, Any]) -> tuple[str, str, str, str, str, str]:
     share = f"{image['local_share']:.1%}" if "local_share" in image else ""
     if "rate" not in image:  # closed, or being closed
-        return share, image["state"], "", "", image.get("failed", "")
+        return share, image["state"], "", "", image.get("failed", ""), ""
     rate = f"{image['rate'] / 1e6:.1f} MB/s" if image["rate"] else ""
     left = _duration(image["eta"]) if image["eta"] is not None else ""
-    return share, image["state"], rate, left, image["failed"] or image["reason"]
+    passthrough = "on" if image["passthrough"] == "on" else f"no: {image['passthrough']}"
+    return share, image["state"], rate, left, image["failed"] or image["reason"], passthrough
 
 
 def _duration(seconds: int) -> str:
@@ -112,7 +113,7 @@ def watch_status(mountpoint: str) -> None:
             for name, image in images.items():
                 if name not in tasks:
                     tasks[name] = progress.add_task(printable(name), state="", rate="", left="", why="")
-                _, state, rate, left, why = _columns(image)
+                _, state, rate, left, why, _ = _columns(image)
                 total = image["base_size"] or 1
                 done = image["local_bytes"] if image["base_size"] else 1
                 progress.update(tasks[name], total=total, completed=done, state=state, rate=rate, left=left, why=why)

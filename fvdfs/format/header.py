@@ -226,12 +226,29 @@ class Header:
         """Where data starts in the file that holds it."""
         return 0 if self.data_file else self.metadata_end
 
+    @property
+    def length_counts(self) -> bool:
+        """Whether the disk is as long as its data file: an image without metadata that was not closed.
+
+        The kernel had the file, and makes it longer without telling anybody (format.md, "Left to the writer").
+        """
+        in_file = bool(self.data_file) and self.data_file_fmt in ("", "raw")
+        return in_file and not self.clean and not self.has_metadata
+
+    def with_length(self, storage: int) -> Header:
+        """The header with the disk's true size, where its data has this many bytes (`length_counts`)."""
+        if not self.length_counts or not self.virtual_disk_size < storage <= MAX_DISK_SIZE:
+            return self
+        return with_fields(self, virtual_disk_size=round_up(storage, SECTOR))
+
     def is_truncated(self, storage: int, *, any_local: bool) -> bool:
         """Whether an image without a table has had more data (format.md, "Storage without a table").
 
         `storage`: bytes of data that there are; `any_local`: whether a bit is set.
         """
         assert not self.compact
+        if self.length_counts:
+            storage = round_up(storage, SECTOR)
         if storage >= SECTOR:  # less may be what an odd metadata_size leaves to a new image
             return storage < self.virtual_disk_size
         released = bool(self.base_img) and self.base_img_size > 0 and not self.has_base

@@ -34,6 +34,7 @@ class Layer:
     meta: HostFile
     data: HostStore
     header: Header
+    """As on disk, but for the size of a disk that the kernel made longer (`Header.with_length`)."""
     raw_header: bytes
     base_format: str = ""
     """The base's format, once somebody has looked: the header need not state it."""
@@ -63,12 +64,19 @@ class Layer:
         """
         raw = bytearray(len(self.raw_header))
         self.meta.pread_now(memoryview(raw), 0)
-        if raw == self.raw_header:
+        if raw == self.raw_header and not self.header.length_counts:
             return
-        header = Header.decode(bytes(raw), self.path)
+        header = _as_long_as(Header.decode(bytes(raw), self.path), self.data)
         if replace(header, clean_shutdown=self.header.clean_shutdown) != self.header:
             raise ImageBusy(self.path, "it was changed while it was opened; try again")
         self.header, self.raw_header = header, bytes(raw)
+
+
+def _as_long_as(header: Header, data: HostStore) -> Header:
+    """The header with the disk's true size. Blocks. Raises OSError."""
+    if not header.length_counts or not isinstance(data, HostFile) or data.fixed_size:
+        return header
+    return header.with_length(data.size_now())
 
 
 @dataclass(slots=True)
@@ -252,6 +260,7 @@ def _open_layer(path: str, meta: HostFile, policy: Policy, *, writable: bool, wi
         if data.identity == meta.identity:
             data.close()
             raise FormatError(path, f"data_file={header.data_file}: this is the image itself")
+        header = _as_long_as(header, data)
     return Layer(path, meta, data, header, bytes(raw))
 
 

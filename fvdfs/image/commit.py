@@ -104,6 +104,8 @@ class Committer:
         self._pending_blocks: list[journal.Range] = []
         self._pending_chunks: set[int] = set()
         self._data_written = False
+        self._unseen_writes = False
+        self._still_used = False
         self.writes = 0
         """Data writes so far."""
         self._journal_next = 0  # sector
@@ -135,7 +137,12 @@ class Committer:
     @property
     def dirty(self) -> bool:
         """Whether something that was reported is not stable yet; true while a commit runs."""
-        return self._data_written or self.uncommitted or self._lock.locked()
+        return self._data_written or self._unseen_writes or self.uncommitted or self._lock.locked()
+
+    @property
+    def unseen_writes(self) -> bool:
+        """Whether the kernel writes to the data by itself: then each commit has to flush, and it may get longer."""
+        return self._unseen_writes
 
     @property
     def uncommitted(self) -> bool:
@@ -216,7 +223,8 @@ class Committer:
 
     def _take_pending(self, *, checkpoint: bool) -> _Batch:
         """All that is pending, which then no longer is, and the sectors or pages that show it."""
-        batch = _Batch(journal.merge(self._pending_blocks), sorted(self._pending_chunks), self._data_written)
+        data_written = self._data_written or self._unseen_writes
+        batch = _Batch(journal.merge(self._pending_blocks), sorted(self._pending_chunks), data_written)
         self._pending_blocks.clear()
         self._pending_chunks.clear()
         self._data_written = False
@@ -325,7 +333,9 @@ class Committer:
             with trio.CancelScope(shield=True):
                 await self._commit(checkpoint=True)
                 await self._clear_journal()
-                await self._write_header(all_data_in_fvd_img=1)
+                # Without a table there is no metadata any more that could be incomplete.
+                clean = self.header.clean_shutdown if self.header.compact else 1
+                await self._write_header(all_data_in_fvd_img=1, clean_shutdown=clean)
                 await self._flush(self._meta)
             # A block that a write has reported meanwhile was local before.
             self._pending_blocks.clear()
@@ -340,6 +350,21 @@ class Committer:
                     with trio.CancelScope(shield=True):
                         await self._write_header(clean_shutdown=0)
                         await self._flush(self._meta)
+
+    async def begin_unseen_writes(self) -> None:
+        """From now on the kernel may write to the data by itself.
+
+        The header says before that the image is not closed: then the disk is as long as its data
+        (`Header.length_counts`). Raises OSError.
+        """
+        await self.mark_unclean()
+        self._unseen_writes = True
+
+    def end_unseen_writes(self, *, still_used: bool) -> None:
+        """The kernel gives this to no further opening; `still_used`: programs that have it may go on writing."""
+        self._data_written |= self._unseen_writes
+        self._still_used = still_used and self._unseen_writes
+        self._unseen_writes = False
 
     async def change_header(self, **changes: int | str) -> None:
         """Change fields of the header, and make it stable. Raises OSError."""
@@ -379,8 +404,10 @@ class Committer:
         async with self._lock:
             self._check_failed()
             with trio.CancelScope(shield=True):
-                if self._data_written or self.uncommitted or self._dirty_pages:
+                if self._data_written or self._unseen_writes or self.uncommitted or self._dirty_pages:
                     await self._commit(checkpoint=True)
+                if self._still_used:
+                    return
                 if not self.header.clean or self._header_unsure:
                     await self._write_header(clean_shutdown=1)
                     await self._flush(self._meta)

@@ -19,6 +19,7 @@ from fvdfs.cow.locks import Gate, RangeLock
 from fvdfs.cow.planner import Geometry
 from fvdfs.errors import ReadOnlyImage
 from fvdfs.format.profile import Extent
+from fvdfs.image import passing
 from fvdfs.image.base_writing import begin_base_writing
 from fvdfs.image.core import Core, close_chain
 from fvdfs.image.profiling import read_profile, record_profile, write_profile
@@ -112,6 +113,16 @@ class Image(Core):
         """
         await self._resizer.resize(size, shrink=shrink)
 
+    async def pass_through(self) -> None:
+        """The kernel uses the data by itself from now on (`passing`). Raises OSError."""
+        if self.writable:
+            await passing.let_write(self)
+
+    def look_at_length(self, length: int) -> None:
+        """The data file was seen to have this many bytes (`passing`)."""
+        if not self._resizer.lock.locked():
+            passing.follow_length(self, length)
+
     # --- the base -------------------------------------------------------------------------------
 
     def read_base_nowait(self, view: memoryview, start: int) -> bool:
@@ -184,6 +195,7 @@ class Image(Core):
                 "it can be read, and written with -o accept_unclean once you have looked at it",
             )
         await self.committer.recover()
+        await passing.recover_length(self)
         if not header.clean:
             await self.storage.clear_behind()
             self.committer.data_written()
@@ -205,6 +217,7 @@ class Image(Core):
             await self.base_writer.close()
             self.base_writer = None
         await write_profile(self)
+        await passing.settle(self)
         await self.committer.close()
         self.writable = False
 

@@ -14,6 +14,7 @@ from fvdfs.cow.locks import Gate
 from fvdfs.cow.planner import Geometry
 from fvdfs.format.header import MAX_DISK_SIZE, SECTOR, ceil_div, round_up, with_fields
 from fvdfs.image.core import Core
+from fvdfs.image.passing import look_at_length, make_whole
 from fvdfs.image.reading import Reads
 
 
@@ -41,11 +42,13 @@ class Resizer:
             raise OSError(errno.EROFS, f"{core.name}: not open for writing")
         size = round_up(size, SECTOR)
         async with self.lock:
+            await look_at_length(core)
+            if size < core.size and not shrink:
+                raise OSError(errno.EPERM, f"{core.name}: the disk can be cut only where -o shrink is given")
+            await make_whole(core)
             if size > core.size:
                 await self._grow(size)
             elif size < core.size:
-                if not shrink:
-                    raise OSError(errno.EPERM, f"{core.name}: the disk can be cut only where -o shrink is given")
                 await self._shrink(size)
             core.end = core.size
 

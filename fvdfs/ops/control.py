@@ -10,6 +10,7 @@ from typing import Any
 
 from fvdfs.ops.inodes import Entry
 from fvdfs.ops.openings import Openings
+from fvdfs.ops.passthrough import ON
 from fvdfs.prefetch.prefetcher import Prefetcher
 from fvdfs.prefetch.prefetcher import status as status_of_image
 
@@ -20,6 +21,7 @@ _COMMAND_SHOWN = 20  # characters of what somebody wrote to an attribute
 
 def status(entry: Entry) -> dict[str, Any]:
     """What a user wants to know of an image, ready for JSON."""
+    entry.look()
     found: dict[str, Any] = {
         "name": os.fsdecode(entry.name),
         "image": os.fsdecode(entry.path),
@@ -28,7 +30,8 @@ def status(entry: Entry) -> dict[str, Any]:
     if entry.image is None:
         state = "closing" if entry.busy else "closed"
         return found | entry.last_status | {"virtual_size": entry.size, "state": state}
-    return found | status_of_image(entry.image, entry.prefetcher)
+    passthrough = entry.passthrough if isinstance(entry.passthrough, str) else ON
+    return found | status_of_image(entry.image, entry.prefetcher) | {"passthrough": passthrough or "opening"}
 
 
 async def control_prefetch(openings: Openings, entry: Entry, command: str) -> None:

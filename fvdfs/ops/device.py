@@ -19,11 +19,13 @@ programs, QEMU for one, find out in this way in which units they can read and wr
 from __future__ import annotations
 
 import errno
+import fcntl
 import functools
 import logging
 import math
 import os
 import socket
+import struct
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import nullcontext
@@ -40,6 +42,7 @@ from fvdfs.ops.wire import (
     FUSE_FSYNC,
     FUSE_INTERRUPT,
     FUSE_NOTIFY_INVAL_INODE,
+    FUSE_OPEN,
     FUSE_READ,
     FUSE_SETATTR,
     FUSE_WRITE,
@@ -56,6 +59,8 @@ from fvdfs.ops.wire import (
     amend,
     encode,
     is_whole,
+    passes_through,
+    with_backing,
 )
 from fvdfs.store import uring
 from fvdfs.store.base import Buffer, Pending
@@ -70,6 +75,9 @@ _PER_TURN = 32  # requests that are received before other tasks get their turn
 _IDLE_TASKS = 16  # that wait for work: to wake one costs less than to make one
 _SMALL = 64 << 10  # bytes; a write up to this size is copied out of the buffer that it was received in
 _SPARE_BUFFERS = 16  # of the longest message, about 1 MiB each
+_BACKING = struct.Struct("=iIQ")  # descriptor flags padding
+_BACKING_NUMBER = struct.Struct("=I")
+_BACKING_OPEN, _BACKING_CLOSE = 0x4010_E501, 0x4004_E502  # ioctls of linux/fuse.h
 _LARGEST = 2 << 20  # bytes; the buffer for INIT that the kernel asks for; no answer of libfuse is larger
 
 
@@ -85,6 +93,9 @@ class Requests(Protocol):
     def begin_fsync(self, fh: int, /) -> Pending | None:
         """Make durable what was written; None: the mount does not do so."""
 
+    def backing_of(self, fh: int, /) -> int:
+        """The number of the file that the kernel has for a handle (`Device.open_backing`); 0: none."""
+
     def set_mtime(self, inode: int, mtime_ns: int, /) -> pyfuse3.EntryAttributes | None:
         """Set the mtime, if it need only be remembered; the attributes then, else None."""
 
@@ -98,10 +109,11 @@ _Work = Callable[[], Awaitable[None]]
 class Device:
     """/dev/fuse of one mount, and the socket that libfuse has instead of it."""
 
-    def __init__(self, requests: Requests, kernel: int, *, debug: bool = False) -> None:
+    def __init__(self, requests: Requests, kernel: int, *, debug: bool = False, passthrough: bool = False) -> None:
         """`kernel`: the descriptor of /dev/fuse, not used yet; `close` closes it.
 
-        `debug`: log the requests that are answered here, as libfuse does with the others.
+        `debug`: log the requests that are answered here, as libfuse does with the others. `passthrough`: ask the
+        kernel whether it can read and write files by itself.
         """
         self._requests = requests
         self._debug = debug
@@ -124,6 +136,10 @@ class Device:
         """Set when the kernel and libfuse have agreed on how to talk."""
         self.ending = trio.Event()
         """Set when the mount is gone, or is to go."""
+        self._wants_passthrough = passthrough
+        self.has_passthrough = False
+        """Whether the kernel can; known once it is connected."""
+        self._opening: set[int] = set()  # OPENs that libfuse has not answered yet
         self._started = False  # whether a task was given work in this turn
         self._begun = 0  # requests under way without a task
         self._unanswered: set[int] = set()  # all requests under way
@@ -165,6 +181,18 @@ class Device:
             if error.errno not in (errno.ENOENT, errno.ENODEV):  # it has nothing of it, or the mount is gone
                 raise
 
+    def open_backing(self, descriptor: int) -> int:
+        """Give the kernel a file to read and write by itself; its number. Waits for nothing.
+
+        Raises OSError: EPERM without CAP_SYS_ADMIN, ELOOP where the file is on a stacked file system.
+        """
+        message = bytearray(_BACKING.pack(descriptor, 0, 0))
+        return int(fcntl.ioctl(self._kernel, _BACKING_OPEN, message))
+
+    def close_backing(self, number: int) -> None:
+        """Give no further opening this file; those that have it keep it. Waits for nothing. Raises OSError."""
+        fcntl.ioctl(self._kernel, _BACKING_CLOSE, bytearray(_BACKING_NUMBER.pack(number)))
+
     async def serve(self, main: _Work) -> None:
         """Answer what the kernel asks while `main`, pyfuse3's loop, does its part; then finish what is under way."""
         async with trio.open_nursery() as self._workers:
@@ -201,11 +229,12 @@ class Device:
         request = os.read(self._kernel, _LARGEST)
         self._socket.send(request)
         await trio.lowlevel.wait_readable(self._socket)
-        answer = amend(request, self._socket.recv(_LARGEST))
+        answer = amend(request, self._socket.recv(_LARGEST), passthrough=self._wants_passthrough)
         os.write(self._kernel, answer)
         if not agrees(answer):
             log.error("the kernel and libfuse know no common version of FUSE")
             raise OSError(errno.ENODEV, os.strerror(errno.ENODEV))
+        self.has_passthrough = passes_through(answer)
         self._max_write = int(INIT_OUT.unpack_from(answer, OUT_HEADER.size)[-1])
         self._payload = self._take_buffer()
         self.connected.set()
@@ -283,6 +312,8 @@ class Device:
         elif opcode == FUSE_FSYNC:
             self._begin_fsync(unique, fh)
         elif opcode != FUSE_INTERRUPT:  # nothing here can be interrupted
+            if opcode == FUSE_OPEN and self.has_passthrough:
+                self._opening.add(unique)
             self._to_libfuse.send_nowait((self._head + self._payload[: max(0, length - len(self._head))])[:length])
 
     def _begin_read(self, unique: int, fh: int, offset: int, size: int) -> None:
@@ -446,10 +477,18 @@ class Device:
             await trio.lowlevel.wait_readable(self._socket)
             self._hand_back_now()
 
+    def _completed(self, answer: bytes) -> bytes:
+        """What libfuse has answered, with what it does not know of."""
+        unique = OUT_HEADER.unpack_from(answer)[2]
+        if unique not in self._opening:
+            return answer
+        self._opening.remove(unique)
+        return with_backing(answer, self._requests.backing_of)
+
     def _hand_back_now(self) -> None:
         try:
             while True:
-                self._send(self._socket.recv(_LARGEST))
+                self._send(self._completed(self._socket.recv(_LARGEST)))
         except BlockingIOError:
             return
 

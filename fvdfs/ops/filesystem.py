@@ -28,6 +28,7 @@ from fvdfs.ops.complaints import Complaints
 from fvdfs.ops.inodes import ROOT_INODE, Attributes, Entry
 from fvdfs.ops.kernel_limits import KernelLimits
 from fvdfs.ops.openings import Openings
+from fvdfs.ops.passthrough import Passthrough
 from fvdfs.ops.requests import DurableWrite, Fsync, Write
 from fvdfs.store.base import Pending
 
@@ -111,7 +112,7 @@ class Filesystem(pyfuse3.Operations):
         entry.st_ino = InodeT(inode)
         entry.generation = 0
         entry.entry_timeout = 0
-        entry.attr_timeout = ATTRIBUTE_TIMEOUT
+        entry.attr_timeout = 0 if attributes.passed_through else ATTRIBUTE_TIMEOUT
         entry.st_mode = ModeT(stat.S_IFREG | (status.st_mode & 0o777))
         entry.st_nlink = 1
         entry.st_uid = status.st_uid
@@ -176,6 +177,7 @@ class Filesystem(pyfuse3.Operations):
         if inode == ROOT_INODE:
             raise FUSEError(errno.EPERM)
         entry = self.folder.inodes[inode]
+        entry.look()  # before the time is set
         if fields.update_size:
             await self._truncate(inode, attr.st_size, by_descriptor=fh is not None)
         try:
@@ -250,6 +252,7 @@ class Filesystem(pyfuse3.Operations):
         entry, _ = await self.openings.open(inode, write=False, keep_copies=False)
         try:
             assert entry.image is not None
+            entry.look()
             return json.dumps(await image_map(entry.image)).encode()
         finally:
             await self.openings.close(entry)
@@ -360,6 +363,12 @@ class Filesystem(pyfuse3.Operations):
     def _was_written(self, entry: Entry) -> None:
         entry.mtime.written(kernel_tells=self.enable_writeback_cache)
 
+    def backing_of(self, fh: int, /) -> int:
+        """What OPEN's answer says of the kernel's own way to the data (`passthrough.py`); 0: there is none."""
+        opened = self._handles.get(fh)
+        passthrough = opened[0].passthrough if opened is not None else ""
+        return passthrough.number if isinstance(passthrough, Passthrough) else 0
+
     def begin_fsync(self, fh: int, /) -> Pending | None:
         """`Image.fsync`; None with `sync=none`."""
         return None if self._sync is Sync.NONE else Fsync(self._handles[fh][0], self._images[fh])
@@ -385,6 +394,7 @@ class Filesystem(pyfuse3.Operations):
     @handler
     async def flush(self, fh: FileHandleT) -> None:
         entry, write = self._handles[fh]
+        entry.look()
         if write and entry.image is not None and self._sync is not Sync.NONE:
             await entry.image.fsync()
             await entry.mtime.store()

@@ -25,6 +25,7 @@ import trio
 
 from fvdfs.image.image import Image
 from fvdfs.ops.freshness import Snapshot
+from fvdfs.ops.passthrough import Passthrough
 from fvdfs.ops.times import Mtime
 from fvdfs.prefetch.prefetcher import Prefetcher
 
@@ -45,6 +46,8 @@ class Attributes:
     status: os.stat_result
     mtime_ns: int
     ctime_ns: int
+    passed_through: bool = False
+    """Whether the kernel writes to the disk without telling."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +81,8 @@ class Entry:
         self.closing: Image | None = None
         """The image while it is being closed."""
         self.prefetcher: Prefetcher | None = None
+        self.passthrough: Passthrough | str = ""
+        """The kernel's own way to the data of an open image; in words, why there is none."""
         self.busy = False
         """Whether the image is open, or still being closed: the file changes, and is what we think it is."""
         self.opens = 0
@@ -100,14 +105,21 @@ class Entry:
         self.cached: Snapshot | None = None
         """How the files were when the image was loaded last; None: nobody can tell."""
 
+    def look(self) -> None:
+        """Take up what the kernel has done to the disk without telling (`passthrough.py`). Waits for nothing."""
+        if isinstance(self.passthrough, Passthrough):
+            self.passthrough.look()
+
     @property
     def attributes(self) -> Attributes:
-        """What is known without looking at the file again."""
+        """What is known without looking at the image file again."""
+        self.look()
         mtime_ns = self.mtime.ns if self.busy else self.status.st_mtime_ns
         ctime_ns = max(self.status.st_ctime_ns, self.mtime.written_ns)
         image = self.image
         size, usage = (self.size, self.usage) if image is None else (image.end, image.usage())
-        return Attributes(size, usage, self.status, mtime_ns, ctime_ns)
+        passed_through = isinstance(self.passthrough, Passthrough)
+        return Attributes(size, usage, self.status, mtime_ns, ctime_ns, passed_through)
 
     @property
     def is_misjudged(self) -> bool:

@@ -34,6 +34,7 @@ from fvdfs.ops.filesystem import Filesystem, Sync
 from fvdfs.ops.folder import Folder
 from fvdfs.ops.inodes import Entry
 from fvdfs.ops.openings import Openings
+from fvdfs.ops.passthrough import Passthroughs, obstacle_of_mount
 from fvdfs.prefetch.pressure import DiskPressure
 from fvdfs.prefetch.scheduler import DEFAULT_JOBS, Scheduler
 from fvdfs.store.mountinfo import MountPoint, mount_points
@@ -84,7 +85,12 @@ def serve(options: MountOptions, ready: Callable[[], None], reopen_log: ReopenLo
         jobs=options.prefetch_jobs, max_rate=options.prefetch_max, pressure=DiskPressure(options.folder)
     )
     background = Background(scheduler, record_profiles=options.record_profiles)
-    openings = Openings(Folder(options.folder, options.policy), background)
+    passthroughs = Passthroughs(
+        obstacle_of_mount(
+            writeback=options.writeback, always_sync=options.sync is Sync.ALWAYS, zeroes=options.policy.zeroes
+        )
+    )
+    openings = Openings(Folder(options.folder, options.policy), background, passthroughs)
     filesystem = Filesystem(openings, writeback=options.writeback, shrink=options.shrink, sync=options.sync)
     with contextlib.ExitStack() as stack:
         if claim := mounts.claim(options.mountpoint):
@@ -96,7 +102,8 @@ def serve(options: MountOptions, ready: Callable[[], None], reopen_log: ReopenLo
         # Not by a look at the mount point: nothing is answered yet.
         mount = next((mount for mount in reversed(mount_points()) if mount.path == point), None)
         stack.callback(_unmount, point, mount)
-        device = Device(filesystem, kernel, debug=options.debug)
+        device = Device(filesystem, kernel, debug=options.debug, passthrough=passthroughs.wanted)
+        passthroughs.kernel = device
         stack.callback(device.close)
         _forbid_ways_back(options, mount)
         pyfuse3.init(filesystem, device.libfuses_end, {"debug"} if options.debug else set())

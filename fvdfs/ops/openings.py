@@ -30,6 +30,7 @@ from fvdfs.ops.folder import Folder
 from fvdfs.ops.freshness import Snapshot, signature, snapshot_of
 from fvdfs.ops.inodes import Entry
 from fvdfs.ops.keeping import Keeping, begin_writing
+from fvdfs.ops.passthrough import Passthrough, Passthroughs
 from fvdfs.prefetch.prefetcher import status
 
 log = logging.getLogger(__name__)
@@ -41,11 +42,12 @@ BUSY_RETRY = 0.05
 class Openings:
     """The open images of a folder. All methods run in the event loop."""
 
-    def __init__(self, folder: Folder, background: Background) -> None:
+    def __init__(self, folder: Folder, background: Background, passthroughs: Passthroughs | None = None) -> None:
         self.folder = folder
         self._inodes = folder.inodes
         self._policy = folder.policy
         self.background = background
+        self.passthroughs = passthroughs or Passthroughs()
         self._keeping = Keeping(folder.policy, background)
         self.forget_pages: Callable[[int], Awaitable[None]] | None = None
         """Has the kernel drop its pages of an inode that nobody has open."""
@@ -81,11 +83,19 @@ class Openings:
                 if write:
                     if not self._policy.writable:
                         raise OSError(errno.EROFS, "mounted read-only")
+                    if isinstance(entry.passthrough, Passthrough) and (failed := entry.image.committer.failed):
+                        raise OSError(errno.EIO, f"read-only since an earlier error: {failed}")
                     if not entry.image.writable:
                         await begin_writing(entry, entry.image, self._policy, self.background)
                     entry.for_writing = True
                 elif keep_copies and fresh:
                     await self._keeping.begin(entry, entry.image)
+                if fresh:
+                    entry.passthrough = await self.passthroughs.begin(entry.image, entry.mtime)
+                if isinstance(entry.passthrough, Passthrough):
+                    keep = False  # there is nothing to keep
+                    if entry.image.writable:
+                        await entry.passthrough.let_write()
             except BaseException:
                 if not entry.opens:
                     await self._unload(entry)
@@ -113,8 +123,11 @@ class Openings:
         for name, damage in damaged_layers(image):
             log.error("%s: %s", name, damage)
         entry.status = status
+        changed_ns = status.st_mtime_ns
+        if image.header.length_counts:  # perhaps nobody has seen the last writes
+            changed_ns = max((changed_ns, *(part.st_mtime_ns for part in chain.layers[0].data.statuses() or ())))
         data_elsewhere = image.data is not image.meta or image.meta.fixed_size
-        entry.mtime.begin(chain.layers[0].meta, status.st_mtime_ns, spawn if data_elsewhere else None)
+        entry.mtime.begin(chain.layers[0].meta, changed_ns, spawn if data_elsewhere else None)
         entry.busy = True
         entry.for_writing = False
         entry.unloaded = trio.Event()
@@ -149,6 +162,7 @@ class Openings:
         assert entry.image is not None
         entry.unloaded.set()
         await stop_prefetching(entry)
+        await self._end_passthrough(entry)
         now = status(entry.image, None)
         entry.last_status = {key: now[key] for key in ("base_size", "local_bytes", "local_share", "failed")}
         entry.misjudged = entry.is_misjudged
@@ -172,6 +186,14 @@ class Openings:
                 entry.busy = False
                 if entry.misjudged:
                     self._inodes.hide(entry)
+
+    async def _end_passthrough(self, entry: Entry) -> None:
+        passthrough, entry.passthrough = entry.passthrough, ""
+        if isinstance(passthrough, Passthrough):
+            try:
+                await passthrough.end()
+            except OSError as error:
+                log.error("%s: %s", os.fsdecode(entry.path), error)
 
     def unclosed(self) -> list[tuple[Entry, Image]]:
         """The images that are open or being closed."""

@@ -79,6 +79,7 @@ class Fsync:
     __slots__ = ("_entry", "_pending")
 
     def __init__(self, entry: Entry, image: Image) -> None:
+        entry.look()
         self._entry = entry
         self._pending = image.begin_fsync()
 

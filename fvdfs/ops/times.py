@@ -61,9 +61,9 @@ class Mtime:
         self._was_set, self._written_since = True, False
         self._store_soon()
 
-    def written(self, *, kernel_tells: bool) -> None:
-        """The disk was written. `kernel_tells`: the kernel is going to set the time."""
-        self.written_ns = time.time_ns()
+    def written(self, *, kernel_tells: bool, at_ns: int = 0) -> None:
+        """The disk was written, now, or at `at_ns`. `kernel_tells`: the kernel is going to set the time."""
+        self.written_ns = max(self.written_ns, at_ns) if at_ns else time.time_ns()
         self._written_since = True
         if not kernel_tells:
             self._ns = self.written_ns

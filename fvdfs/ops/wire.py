@@ -5,6 +5,8 @@ libfuse's answer to INIT leaves out what matters most here, so it is amended:
 - FUSE_HANDLE_KILLPRIV_V2. Without it the kernel asks for the extended attribute security.capability
   before *every* write, one more request each time. With it the file system promises to drop set-uid
   bits and capabilities on writing itself; ours has none to drop (`filesystem.py` never shows them).
+- FUSE_PASSTHROUGH, where it is asked for. Then the kernel may read and write a file by itself (`passthrough.py`), which
+  also OPEN's answer has to say. It does not go together with its write-back cache.
 - max_background, the number of read-ahead and writeback requests that may be under way, 12 otherwise. Those of an image
   whose base hangs count, so there are far more than a disk needs; read-ahead stops at a smaller number by itself.
 
@@ -14,6 +16,7 @@ A kernel that does not offer a flag is not answered with it. Pure: bytes in, byt
 from __future__ import annotations
 
 import struct
+from collections.abc import Callable
 
 import pyfuse3
 
@@ -21,13 +24,18 @@ MAX_BACKGROUND = 256  # requests
 CONGESTION_THRESHOLD = 48
 
 FUSE_SETATTR = 4
+FUSE_OPEN = 14
 FUSE_READ = 15
 FUSE_WRITE = 16
 FUSE_FSYNC = 20
 FUSE_INIT = 26
 FUSE_INTERRUPT = 36
 FUSE_NOTIFY_INVAL_INODE = 2
+FUSE_WRITEBACK_CACHE = 1 << 16
 FUSE_HANDLE_KILLPRIV_V2 = 1 << 28
+FUSE_INIT_EXT = 1 << 30
+FUSE_PASSTHROUGH = 1 << 5  # of flags2
+STACK_DEPTH = 1  # of file systems on file systems: what the kernel writes to must not be stacked itself
 NAMES = {
     FUSE_SETATTR: "SETATTR",
     FUSE_READ: "READ",
@@ -38,6 +46,12 @@ NAMES = {
 IN_HEADER = struct.Struct("=IIQQIIIHH")  # len opcode unique nodeid uid gid pid total_extlen padding
 INIT_IN = struct.Struct("=IIII")  # major minor max_readahead flags
 INIT_OUT = struct.Struct("=IIIIHHI")  # major minor max_readahead flags max_background congestion_threshold max_write
+INIT_IN_MORE = struct.Struct("=16xI")  # flags2
+INIT_OUT_MORE = struct.Struct("=II")  # flags2 max_stack_depth
+_MORE_AT = 32  # bytes from INIT_OUT to INIT_OUT_MORE
+OPEN_OUT = struct.Struct("=QIi")  # fh open_flags backing_id
+FOPEN_KEEP_CACHE = 1 << 1
+FOPEN_PASSTHROUGH = 1 << 7
 OUT_HEADER = struct.Struct("=IiQ")  # len error unique
 # READ, and WRITE without its data, header and all: len opcode unique fh offset size, its own flags, those of the file.
 # FSYNC has its fh there, too.
@@ -98,14 +112,55 @@ def agrees(answer: bytes) -> bool:
     return len(answer) >= OUT_HEADER.size + INIT_OUT.size and OUT_HEADER.unpack_from(answer)[1] == 0
 
 
-def amend(request: bytes, answer: bytes) -> bytes:
-    """libfuse's answer to the INIT request, with our fields in it; as it is where it says no or one is cut short."""
+def amend(request: bytes, answer: bytes, *, passthrough: bool = False) -> bytes:
+    """libfuse's answer to the INIT request, with our fields in it; as it is where it says no or one is cut short.
+
+    `passthrough`: ask for FUSE_PASSTHROUGH.
+    """
     if not agrees(answer) or len(request) < IN_HEADER.size + INIT_IN.size:
         return answer
     offered = INIT_IN.unpack_from(request, IN_HEADER.size)[3]
     major, minor, read_ahead, flags, _, _, max_write = INIT_OUT.unpack_from(answer, OUT_HEADER.size)
     flags |= offered & FUSE_HANDLE_KILLPRIV_V2
     amended = bytearray(answer)
+    if passthrough and _can_pass_through(request, flags, answer):
+        flags |= FUSE_INIT_EXT
+        INIT_OUT_MORE.pack_into(amended, OUT_HEADER.size + _MORE_AT, FUSE_PASSTHROUGH, STACK_DEPTH)
     fields = (major, minor, read_ahead, flags, MAX_BACKGROUND, CONGESTION_THRESHOLD, max_write)
     INIT_OUT.pack_into(amended, OUT_HEADER.size, *fields)
+    return bytes(amended)
+
+
+def _can_pass_through(request: bytes, flags: int, answer: bytes) -> bool:
+    """Whether the kernel offers it, and nothing in the answer forbids it."""
+    if len(request) < IN_HEADER.size + INIT_IN_MORE.size:
+        return False
+    if not INIT_IN.unpack_from(request, IN_HEADER.size)[3] & FUSE_INIT_EXT or flags & FUSE_WRITEBACK_CACHE:
+        return False
+    (offered,) = INIT_IN_MORE.unpack_from(request, IN_HEADER.size)
+    return bool(offered & FUSE_PASSTHROUGH) and len(answer) >= OUT_HEADER.size + _MORE_AT + INIT_OUT_MORE.size
+
+
+def passes_through(answer: bytes) -> bool:
+    """Whether an answer to INIT asks for FUSE_PASSTHROUGH."""
+    at = OUT_HEADER.size + _MORE_AT
+    if len(answer) < at + INIT_OUT_MORE.size or not INIT_OUT.unpack_from(answer, OUT_HEADER.size)[3] & FUSE_INIT_EXT:
+        return False
+    return bool(INIT_OUT_MORE.unpack_from(answer, at)[0] & FUSE_PASSTHROUGH)
+
+
+def with_backing(answer: bytes, backing: Callable[[int], int]) -> bytes:
+    """libfuse's answer to OPEN, in which the kernel is told to use the file that it has for this handle.
+
+    `backing`: the number of that file for a handle; 0: there is none, and the answer stays as it is.
+    """
+    if OUT_HEADER.unpack_from(answer)[1] or len(answer) < OUT_HEADER.size + OPEN_OUT.size:
+        return answer
+    handle, flags, _ = OPEN_OUT.unpack_from(answer, OUT_HEADER.size)
+    number = backing(handle)
+    if not number:
+        return answer
+    amended = bytearray(answer)
+    flags = flags & ~FOPEN_KEEP_CACHE | FOPEN_PASSTHROUGH
+    OPEN_OUT.pack_into(amended, OUT_HEADER.size, handle, flags, number)
     return bytes(amended)

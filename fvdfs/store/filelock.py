@@ -14,6 +14,10 @@ openings in one process exclude each other like any two. There are two kinds, ta
 Whoever writes only to keep copies of a base need not keep anybody out: others ask on a third byte (`ask`), and the
 writer looks there now and then (`is_asked_for`) and becomes a reader.
 
+The kernel may have a file to write to by itself (`ops/passthrough.py`), and for longer than our process lives. So the
+opening that it has holds a lock of its own, on a fourth byte, shared or exclusive as ours is. Whoever takes the lock
+looks there too.
+
 fvdfs's own are taken first, so that between two mounts of fvdfs the error says so; with QEMU's alone they would exclude
 each other the same way. What fails leaves the locks as they were.
 """
@@ -33,6 +37,7 @@ log = logging.getLogger(__name__)
 
 _OWN = 0x7FFF_4656_4400_0000  # the byte of fvdfs's own lock: behind any data, with "FVD" in it
 _ASKING = _OWN + 1
+_LENT = _OWN + 2  # of the opening that the kernel has
 _USED = 100  # QEMU's RAW_LOCK_PERM_BASE
 _NOT_SHARED = 200  # QEMU's RAW_LOCK_SHARED_BASE
 _CONSISTENT_READ, _WRITE, _RESIZE = 0, 1, 3  # QEMU's BLK_PERM_*, as bits
@@ -68,6 +73,8 @@ class FileLock:
         self._name = name
         self._own = fcntl.F_UNLCK
         self._asks = False
+        self._lent = -1
+        """The descriptor of the opening that the kernel has."""
         self._qemu: frozenset[int] = frozenset()
         self.with_qemu = True
         """Whether QEMU's locks are taken and respected."""
@@ -85,13 +92,34 @@ class FileLock:
         try:
             if not self._take_own(exclusive):
                 return
+            self._refuse_lent(exclusive)
             if self.with_qemu and kind not in _MANDATORY:
                 self._take_qemu(exclusive)
+            if self._lent >= 0:
+                self._set(self._own, _LENT, self._lent)
         except BaseException:
             if self._own != before:
                 self._set(before, _OWN)
                 self._own = before
             raise
+
+    def lend(self, descriptor: int) -> None:
+        """The kernel gets another opening of the file, which holds a lock from now on, of the kind that ours has.
+
+        Raises OSError where the file system has no locks.
+        """
+        if self._own == fcntl.F_UNLCK:
+            raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+        self._set(self._own, _LENT, descriptor)
+        self._lent = descriptor
+
+    def end_lending(self) -> bool:
+        """The opening that the kernel got is closed as far as it is ours; whether a program still uses it.
+
+        Raises OSError.
+        """
+        self._lent = -1
+        return self._is_held(_LENT)
 
     def ask(self) -> None:
         """Ask those who keep us out to let us in; the question stands until we are. Raises OSError."""
@@ -127,6 +155,15 @@ class FileLock:
             self._asks = False
         return True
 
+    def _refuse_lent(self, exclusive: bool) -> None:
+        """Raise ImageBusy where a program still writes to the file by way of a mount that has ended, or reads it."""
+        kind = fcntl.F_WRLCK if exclusive else fcntl.F_RDLCK
+        if self._is_held(_LENT, kind, self._lent):
+            raise ImageBusy(
+                self._name,
+                "still used by way of a mount whose fvdfs has ended; unmount it, and end the programs that use it",
+            )
+
     def _take_qemu(self, exclusive: bool) -> None:
         used = _used(exclusive)
         wanted = frozenset([_USED + n for n in used] + [_NOT_SHARED + n for n in _REFUSED])
@@ -152,12 +189,14 @@ class FileLock:
             self._set(fcntl.F_UNLCK, at)
         self._qemu = wanted
 
-    def _set(self, kind: int, at: int) -> None:
-        fcntl.fcntl(self._fd, _OFD_SETLK, _LOCK.pack(kind, os.SEEK_SET, at, 1, 0))
+    def _set(self, kind: int, at: int, descriptor: int = -1) -> None:
+        fd = self._fd if descriptor < 0 else descriptor
+        fcntl.fcntl(fd, _OFD_SETLK, _LOCK.pack(kind, os.SEEK_SET, at, 1, 0))
 
-    def _is_held(self, at: int) -> bool:
-        """Whether any other open file has locked this byte."""
-        answer = fcntl.fcntl(self._fd, _OFD_GETLK, _LOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, at, 1, 0))
+    def _is_held(self, at: int, kind: int = fcntl.F_WRLCK, descriptor: int = -1) -> bool:
+        """Whether any other opening has locked this byte, so that it keeps out this kind of lock."""
+        fd = self._fd if descriptor < 0 else descriptor
+        answer = fcntl.fcntl(fd, _OFD_GETLK, _LOCK.pack(kind, os.SEEK_SET, at, 1, 0))
         return bool(_LOCK.unpack(answer)[0] != fcntl.F_UNLCK)
 
 

@@ -29,7 +29,8 @@ from bench.lab import kept_memory
 from bench.targets import TARGETS, Served, Target
 from bench.workloads import FIO, GUESTS, LESS_IS_BETTER, UNITS, Figure, Guests, measure_fio
 
-RAW, MAIN = "raw file", "fvdfs cow"
+RAW, MAIN, PASSTHROUGH = "raw file", "fvdfs cow", "fvdfs passthrough"
+OF_RAW = 0.95  # of the raw file's figure, that passthrough shall reach
 
 
 @dataclass(frozen=True)
@@ -133,6 +134,16 @@ def goals_table(results: Results) -> str:
     return "\n".join(lines)
 
 
+def passthrough_table(results: Results) -> str:
+    lines = ["| | raw file | passthrough | of raw | goal | |", "|---" * 6 + "|"]
+    for workload in FIO:
+        raw, mine = results.median(RAW, workload), results.median(PASSTHROUGH, workload)
+        if raw is not None and mine is not None:
+            met = "reached" if mine / raw >= OF_RAW else "**missed**"
+            lines.append(f"| {workload} | {raw:.4g} | {mine:.4g} | {mine / raw:.2f} | {OF_RAW}x raw | {met} |")
+    return "\n".join(lines)
+
+
 def draw(results: Results, workloads: Sequence[str], file: Path) -> None:
     """Bars: each workload on fvdfs and its peers, as a ratio to the best peer."""
     import matplotlib as mpl
@@ -197,7 +208,7 @@ def main() -> None:
             print(f"round {number + 1} of {arguments.rounds} done", file=sys.stderr)
     print(f"Medians of {arguments.rounds} rounds; in brackets the ratio to the best peer of the same kind:\n")
     print(figures_table(results, list(targets), workloads))
-    print(f"\nThe goals:\n\n{goals_table(results)}")
+    print(f"\nThe goals:\n\n{goals_table(results)}\n\n{passthrough_table(results)}")
     print(f"\nCPU time of the servers:\n\n{cost_table(results, list(targets), workloads)}")
     if arguments.picture:
         draw(results, workloads, arguments.picture)

@@ -55,7 +55,9 @@ class Target:
         yield from self.serve(folder, base)
 
 
-def _fvdfs(*options: str, device: bool = False) -> Serve:
+def _fvdfs(*options: str, device: bool = False, mount: str = "", data: str = "") -> Serve:
+    """`data`: the data file, which gets the content of the base."""
+
     def serve(work: Path, base: Path) -> Iterator[Served]:
         folder, point = work / "images", work / "disks"
         folder.mkdir()
@@ -70,7 +72,9 @@ def _fvdfs(*options: str, device: bool = False) -> Serve:
                 loop = command("losetup", "-f", "--show", backing).strip()
                 image.symlink_to(loop)
             command(*FVDFS, "create", loop or image, str(SIZE), *chosen)
-            command(*FVDFS, "mount", folder, point, "-o", f"base_path={base.parent}")
+            if data:
+                shutil.copyfile(base, folder / data)
+            command(*FVDFS, "mount", folder, point, "-o", f"base_path={base.parent}{mount}")
             try:
                 yield Served(point / "disk.raw", (int(os.getxattr(point, "user.fvdfs.pid")),))
             finally:
@@ -132,6 +136,10 @@ TARGETS = {
     "fvdfs cow": Target(_fvdfs(*_COW), cow=True, guests=True),
     "fvdfs cow on device": Target(_fvdfs(*_COW, device=True), cow=True),
     "fvdfs compact cow": Target(_fvdfs(*_COW, "--compact", "--block-size", "64K"), cow=True),
+    "fvdfs cow, writeback=off": Target(_fvdfs(*_COW, mount=",writeback=off"), cow=True),
+    "fvdfs passthrough": Target(
+        _fvdfs("--data-file", "auto", mount=",writeback=off", data="disk.fvd.data"), guests=True
+    ),
     "fvdfs plain": Target(_fvdfs()),
     "fvdfs compact": Target(_fvdfs("--compact")),
     "fvdfs compact on device": Target(_fvdfs("--compact", device=True)),

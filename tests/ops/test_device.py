@@ -15,7 +15,19 @@ from pathlib import Path
 
 import pytest
 
-from fvdfs.ops.wire import CONGESTION_THRESHOLD, FUSE_HANDLE_KILLPRIV_V2, MAX_BACKGROUND, amend
+from fvdfs.ops.wire import (
+    CONGESTION_THRESHOLD,
+    FOPEN_KEEP_CACHE,
+    FOPEN_PASSTHROUGH,
+    FUSE_HANDLE_KILLPRIV_V2,
+    FUSE_INIT_EXT,
+    FUSE_PASSTHROUGH,
+    FUSE_WRITEBACK_CACHE,
+    MAX_BACKGROUND,
+    amend,
+    passes_through,
+    with_backing,
+)
 from support.mounts import FVDFS, MIB, Mount, mounted, must, running, wait_until
 
 REQUEST = struct.pack("=IIQQIIIHHIIII", 56, 26, 1, 0, 0, 0, 0, 0, 0, 7, 45, 1 << 17, FUSE_HANDLE_KILLPRIV_V2 | 1)
@@ -51,6 +63,46 @@ def test_an_init_that_is_cut_short_is_not_amended(length: int) -> None:
 @pytest.mark.parametrize("length", range(len(init_answer(1)) - 36))
 def test_an_answer_to_init_that_is_cut_short_is_not_amended(length: int) -> None:
     assert amend(REQUEST, init_answer(1)[:length]) == init_answer(1)[:length]
+
+
+NEW_REQUEST = struct.pack(
+    "=IIQQIIIHHIIIII44x", 104, 26, 1, 0, 0, 0, 0, 0, 0, 7, 45, 1 << 17, FUSE_INIT_EXT | 1, FUSE_PASSTHROUGH
+)
+
+
+def test_passthrough_is_asked_for() -> None:
+    answer = amend(NEW_REQUEST, init_answer(1), passthrough=True)
+    assert struct.unpack_from("=I", answer, 16 + 12)[0] == 1 | FUSE_INIT_EXT
+    assert struct.unpack_from("=II", answer, 16 + 32) == (FUSE_PASSTHROUGH, 1)
+    assert passes_through(answer)
+
+
+@pytest.mark.parametrize(
+    ("request_", "flags", "wanted"),
+    [
+        (NEW_REQUEST, 1, False),
+        (NEW_REQUEST, 1 | FUSE_WRITEBACK_CACHE, True),
+        (NEW_REQUEST[:-48] + bytes(48), 1, True),
+        (NEW_REQUEST[: 40 + 16], 1, True),
+        (REQUEST, 1, True),
+    ],
+    ids=["not wanted", "write-back", "not offered", "cut short", "old kernel"],
+)
+def test_passthrough_is_not_asked_for(request_: bytes, flags: int, wanted: bool) -> None:
+    answer = amend(request_, init_answer(flags), passthrough=wanted)
+    assert not passes_through(answer)
+    assert struct.unpack_from("=I", answer, 16 + 12)[0] & FUSE_INIT_EXT == 0
+
+
+def test_an_answer_to_open_tells_the_backing() -> None:
+    answer = struct.pack("=IiQQIi", 32, 0, 7, 5, FOPEN_KEEP_CACHE, 0)
+    assert with_backing(answer, {5: 3}.__getitem__) == struct.pack("=IiQQIi", 32, 0, 7, 5, FOPEN_PASSTHROUGH, 3)
+    assert with_backing(answer, {5: 0}.__getitem__) == answer
+
+
+@pytest.mark.parametrize("answer", [struct.pack("=IiQ", 16, -5, 7), struct.pack("=IiQQ", 24, 0, 7, 5)])
+def test_a_refused_open_tells_no_backing(answer: bytes) -> None:
+    assert with_backing(answer, {5: 3}.__getitem__) == answer
 
 
 @pytest.fixture(params=["on", "off"])
