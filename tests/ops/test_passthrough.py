@@ -461,6 +461,24 @@ def test_a_data_file_that_is_cut_while_it_is_open(mount: Mount, data: Path) -> N
         assert caught.value.errno == errno.EIO
 
 
+def test_the_data_file_gets_its_name_by_itself(folder: Path, tmp_path: Path) -> None:
+    """`--data-file auto`, in every command that makes images."""
+    (folder / "source.raw").write_bytes(CONTENT)
+    must("convert", folder / "source.raw", folder / "a.fvd", "--data-file", "auto")
+    assert header_of(folder).data_file == "a.fvd.data"
+    assert (folder / "a.fvd.data").read_bytes() == CONTENT
+    done = fvdfs("create", folder / "a.fvd", "1M", "--data-file", "auto")
+    assert "exists already" in done.err
+    must("create", folder / "a.fvd", "1M", "--data-file", "auto", "--force")
+    assert (folder / "a.fvd.data").read_bytes() == bytes(MIB)
+    (tmp_path / "device").write_bytes(bytes(SIZE))
+    with loop_device(tmp_path / "device") as device:
+        done = fvdfs("create", device, "1M", "--data-file", "auto")
+        assert "an image on a device has no folder; give an absolute name" in done.err
+    with mounted(folder, *OPTIONS) as mount, opened(mount):
+        assert passthrough(mount) == "on"
+
+
 # --- when it does not -------------------------------------------------------------------------------------
 
 LAYOUTS = {
