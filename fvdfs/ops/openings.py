@@ -114,6 +114,10 @@ class Openings:
             if image.size != entry.size:
                 self._inodes.hide(entry)
                 raise OSError(errno.ESTALE, f"{os.fsdecode(entry.path)}: the disk has been resized elsewhere")
+            changed = [status]
+            if image.header.length_counts:  # perhaps nobody has seen the last writes
+                parts = await trio.to_thread.run_sync(chain.layers[0].data.statuses)
+                changed += parts or []
         except BaseException:
             await image.close()
             raise
@@ -123,10 +127,8 @@ class Openings:
         for name, damage in damaged_layers(image):
             log.error("%s: %s", name, damage)
         entry.status = status
-        changed_ns = status.st_mtime_ns
-        if image.header.length_counts:  # perhaps nobody has seen the last writes
-            changed_ns = max((changed_ns, *(part.st_mtime_ns for part in chain.layers[0].data.statuses() or ())))
         data_elsewhere = image.data is not image.meta or image.meta.fixed_size
+        changed_ns = max(part.st_mtime_ns for part in changed)
         entry.mtime.begin(chain.layers[0].meta, changed_ns, spawn if data_elsewhere else None)
         entry.busy = True
         entry.for_writing = False

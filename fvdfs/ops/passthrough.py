@@ -153,13 +153,11 @@ class Passthroughs:
 
         Raises OSError.
         """
-        if self._obstacle:
-            return self._obstacle
+        if obstacle := obstacle_of_image(image) or self._obstacle:
+            return obstacle
         kernel = self.kernel
         if kernel is None or not kernel.has_passthrough:
             return "the kernel does not offer it; Linux 6.9 and newer do"
-        if obstacle := obstacle_of_image(image):
-            return obstacle
         try:
             return await self._begin(kernel, image, mtime)
         except OSError as error:
