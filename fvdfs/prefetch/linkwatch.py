@@ -14,14 +14,15 @@ does, as in the micro-experiments of PCC (Dong et al., NSDI 2015):
          does progress come back?
 
 CHECK sends single requests, small and large ones in turns, with gaps. If only we are there, a single request is
-served at least at the rate at which several of ours at a time were just before; behind a bucket of tokens at
+served at least at the rate at which several of ours at a time were since the fall; behind a bucket of tokens at
 once, since the gap has saved for it. If others are there they take what we leave, and a single one gets a
-smaller part than several did. So both halves of the comparison are of the last second, and neither is a memory of
-better times. What a single request took when nobody was there is remembered as well (the middle one of some): no
-slower than that is never late, and what it took beside being served is not held against it. Nor is what programs
-wait for a processor here (`lag`). It takes three late ones of four of a size to say that others are there. A check
-costs half of the progress or less while it lasts, so being suspicious is cheap; where it was in vain again and again
-it takes a deeper fall.
+smaller part than several did; the large ones feel them even where a cap serves small requests first. So both
+halves of the comparison are of the last second, and neither is a memory of better times. What a single request
+took when nobody was there is remembered as well (the middle one of some): no slower than that is never late,
+and what it took beside being served is not held against it. Nor is what programs wait for a processor here
+(`lag`). It takes three late ones of four of a size to say that others are there. A check costs half of the
+progress or less while it lasts, so being suspicious is cheap; where it was in vain again and again it takes a
+deeper fall.
 
 YIELD does not stop: one request at a time, an eighth of the time. So nothing starves where the judgement errs, and
 what others lose is bounded. Then it runs, for a trial: has the progress come back that was normal before, others have
@@ -37,9 +38,11 @@ of a second against that of the last seconds. It is the same for one image or fi
 reads that guests wait for count as progress: they are not rivals to be yielded to by a pause, but go
 first at every single request (`LinkWatch.delay`). Holes say nothing: a server may find them sooner than data.
 
-Not found are rivals whose load does not grow when ours shrinks, and who therefore lose no throughput, but time: reads
-of a few KiB, one after another, wait for our requests of `LONGEST_REQUEST`. Nor is a single reader found on a link
-that serves a request in less time than programs wait for a processor on the way: it is lost in the noise.
+Not found are rivals whose load does not grow when ours shrinks, and who therefore lose no throughput, but time:
+reads of a few KiB, one after another, wait for our requests of `LONGEST_REQUEST`. Nor is a single reader found
+on a link that serves a request in less time than programs wait for a processor on the way: it is lost in the
+noise. Nor, on a link of 2 MB/s whose cap serves small requests first (nbdkit's does), one whose requests are
+larger than ours: they do not slow ours down.
 
 Times are seconds, sizes bytes. `now` never goes backwards.
 """
