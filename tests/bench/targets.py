@@ -136,7 +136,7 @@ TARGETS = {
     "fvdfs cow": Target(_fvdfs(*_COW), cow=True, guests=True),
     "fvdfs cow on device": Target(_fvdfs(*_COW, device=True), cow=True),
     "fvdfs compact cow": Target(_fvdfs(*_COW, "--compact", "--block-size", "64K"), cow=True),
-    "fvdfs cow, writeback=off": Target(_fvdfs(*_COW, mount=",writeback=off"), cow=True),
+    "fvdfs cow writeback=off": Target(_fvdfs(*_COW, mount=",writeback=off"), cow=True),
     "fvdfs passthrough": Target(
         _fvdfs("--data-file", "auto", mount=",writeback=off", data="disk.fvd.data"), guests=True
     ),
