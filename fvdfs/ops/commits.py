@@ -30,6 +30,11 @@ class RegularCommits:
         self._written.add(image)
         self._some.set()
 
+    def forget(self, image: Image) -> None:
+        """It is closed, and takes memory for nothing."""
+        self._written.discard(image)
+        self._failing.discard(image)
+
     async def run(self) -> None:
         """Commit what was written, `COMMIT_INTERVAL` after the first write. Runs for ever."""
         async with trio.open_nursery() as nursery:

@@ -59,6 +59,8 @@ def handler(
     async def wrapped(self: Filesystem, /, *args: P.args, **kwargs: P.kwargs) -> T:
         try:
             return await function(self, *args, **kwargs)
+        except FUSEError:
+            raise  # not from itself: such a circle keeps what was asked until the garbage is collected
         except Exception as error:
             raise self.fuse_error(error, function.__name__) from error
 
@@ -402,8 +404,12 @@ class Filesystem(pyfuse3.Operations):
     @handler
     async def release(self, fh: FileHandleT) -> None:
         entry, _ = self._handles.pop(fh)
-        del self._images[fh]
-        await self.openings.close(entry)
+        image = self._images.pop(fh)
+        try:
+            await self.openings.close(entry)
+        finally:
+            if entry.image is not image:
+                self.commits.forget(image)
 
 
 def _refusal(code: int) -> Callable[..., Coroutine[Any, Any, None]]:

@@ -99,3 +99,18 @@ async def test_an_image_that_failed_is_left_alone(
         assert running.plan.failures == 1
         assert not running._commits._written, "it is not tried for ever"
         assert sum("commit:" in record.getMessage() for record in caplog.records) == 1
+
+
+async def test_an_image_that_is_closed_is_not_kept(tmp_path: Path, autojump_clock: trio.testing.MockClock) -> None:
+    commits = RegularCommits()
+    async with Running.begin(tmp_path) as running:
+        commits.note_write(running.image)
+        commits.forget(running.image)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(commits.run)
+            await running.image.write(0, b"w" * SECTOR)
+            await trio.sleep(COMMIT_INTERVAL - 1)
+            assert running.image.committer.uncommitted
+            await trio.sleep(COMMIT_INTERVAL)
+            assert running.image.committer.uncommitted, "nobody knows it any more"
+            nursery.cancel_scope.cancel()
