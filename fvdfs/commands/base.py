@@ -7,13 +7,12 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from fvdfs.commands.in_use import Identity
 from fvdfs.daemon import run_loop
 from fvdfs.errors import ImageError, UnstatedFormat, UsageError
 from fvdfs.image.chain import open_chain
 from fvdfs.image.policy import FVD_FORMAT, RAW_FORMATS, Policy, format_by_name
 from fvdfs.store.base import Store
-from fvdfs.store.host import open_path
+from fvdfs.store.host import Identity, open_path
 from fvdfs.store.locations import is_local
 from fvdfs.store.qemu_store import QemuStore, host_files
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import stat
 from collections.abc import Iterator
 
 from fvdfs import mounts
@@ -17,16 +16,7 @@ from fvdfs.errors import FvdError, ImageBusy
 from fvdfs.image.chain import open_chain
 from fvdfs.image.policy import Policy, resolve
 from fvdfs.store.devices import loop_devices, stands_on
-
-Identity = tuple[int, int]
-"""As of `HostFile.identity`."""
-DEVICE = -1
-"""The first part of the identity of a device."""
-
-
-def identity_of(status: os.stat_result) -> Identity:
-    """As of `HostFile.identity`."""
-    return (DEVICE, status.st_rdev) if stat.S_ISBLK(status.st_mode) else (status.st_dev, status.st_ino)
+from fvdfs.store.host import DEVICE, Identity, identity_of
 
 
 def identity_at(path: str) -> Identity | None:

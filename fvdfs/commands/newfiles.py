@@ -26,11 +26,11 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import FrameType, TracebackType
 
-from fvdfs.commands.in_use import DEVICE, Identity, identity_at, identity_of, images_with, refuse_open, with_all_below
+from fvdfs.commands.in_use import identity_at, images_with, refuse_open, with_all_below
 from fvdfs.daemon import complain
 from fvdfs.errors import UsageError
 from fvdfs.store.base import Store
-from fvdfs.store.host import HostFile, open_host_file
+from fvdfs.store.host import DEVICE, HostFile, Identity, identity_of, open_host_file
 from fvdfs.store.qemu_store import host_files
 
 _ACL = "system.posix_acl_access"

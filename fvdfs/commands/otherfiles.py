@@ -29,9 +29,9 @@ def make_data_file(
     file = files.add(path)
     if file.is_device:
         raise UsageError(f"--data-file {path}: is a device; make the {file_format} image in a file, or leave it raw")
-    if file_format == LUKS and not secret:
-        raise UsageError(f"--data-file {path}: is to be encrypted: name the file with its passphrase: --secret FILE")
     is_encrypted = file_format == LUKS
+    if is_encrypted and not secret:
+        raise UsageError(f"--data-file {path}: is to be encrypted: name the file with its passphrase: --secret FILE")
     try:
         size = 0 if header.compact and is_encrypted else header.virtual_disk_size
         qemu_create(file, file_format, size, secret)

@@ -105,8 +105,9 @@ async def load_image(
         )
     else:
         size = header.virtual_disk_size
-        any_local = bitmap is not None and bitmap.count_local() > 0
-        is_truncated = length < size and header.is_truncated(length, any_local=any_local)
+        is_truncated = length < size and header.is_truncated(
+            length, any_local=bitmap is not None and bitmap.count_local() > 0
+        )
         storage = FlatStorage(data, header.data_offset, size, command, length=length, is_truncated=is_truncated)
     raw = raw_header[: round_up(HEADER_SIZE, SECTOR)]
     committer = Committer(header, raw, meta, data, bitmap, table, journal_is_bad=skipped)

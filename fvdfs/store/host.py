@@ -59,6 +59,17 @@ def fallocate(fd: int, mode: int, offset: int, length: int) -> bool:
     return True
 
 
+Identity = tuple[int, int]
+"""What tells two names of one file or device from two files."""
+DEVICE = -1
+"""The first part of the identity of a device."""
+
+
+def identity_of(status: os.stat_result) -> Identity:
+    """Of the file or device that this status is of."""
+    return (DEVICE, status.st_rdev) if stat.S_ISBLK(status.st_mode) else (status.st_dev, status.st_ino)
+
+
 class HostFile:
     """A regular file or a block device of the host."""
 
@@ -72,8 +83,7 @@ class HostFile:
         status = os.fstat(fd)
         self.fixed_size = stat.S_ISBLK(status.st_mode)
         device = status.st_rdev if self.fixed_size else status.st_dev
-        self.identity = (-1, device) if self.fixed_size else (device, status.st_ino)
-        """What tells two names of one file or device from two files."""
+        self.identity = identity_of(status)
         self.server = f"disk {os.major(device)}:{os.minor(device)}"
         self.may_hang = not self.fixed_size and _may_hang(fd, device)
         """Whether a server or a program answers for the file, so that any call may hang."""

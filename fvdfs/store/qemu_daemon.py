@@ -37,7 +37,9 @@ from fvdfs.store.host import (
     FALLOC_FL_PUNCH_HOLE,
     FALLOC_FL_ZERO_RANGE,
     HostFile,
+    Identity,
     fallocate,
+    identity_of,
 )
 from fvdfs.store.locations import Options
 from fvdfs.store.qemu_nodes import SECRET_ID
@@ -280,8 +282,8 @@ class StorageDaemon:
         if os.path.isdir(self._folder):
             log.warning("%s: %s cannot be removed", self.name, self._folder)
 
-    def check_open_files(self, allowed: set[tuple[int, int]]) -> None:
-        """Raise Refused if it has a file or device open that is not among these (`HostFile.identity`)."""
+    def check_open_files(self, allowed: set[Identity]) -> None:
+        """Raise Refused if it has a file or device open that is not among these."""
         folder = f"/proc/{self.pid}/fd"
         for fd in os.listdir(folder):
             path = os.path.join(folder, fd)
@@ -290,13 +292,9 @@ class StorageDaemon:
                 where = os.readlink(path)
             except FileNotFoundError:
                 continue
-            if stat.S_ISBLK(status.st_mode):
-                identity = (-1, status.st_rdev)
-            elif stat.S_ISREG(status.st_mode) and not where.startswith((self._folder + "/", "/memfd:")):
-                identity = (status.st_dev, status.st_ino)
-            else:
-                continue
-            if identity not in allowed:
+            is_own = where.startswith((self._folder + "/", "/memfd:"))
+            is_data = stat.S_ISBLK(status.st_mode) or (stat.S_ISREG(status.st_mode) and not is_own)
+            if is_data and identity_of(status) not in allowed:
                 raise Refused(self.name, f"it made QEMU open {where}, which it did not name before; it was changed")
 
     def stop(self, *, gently: bool = False) -> None:
