@@ -28,6 +28,7 @@ class FlatStorage:
         self._size = size
         self._command = grow_command
         self._ready = length >= size
+        self._is_longer = length > size
         self._truncated_at = length if is_truncated else None
         self._resizing = trio.Lock()
 
@@ -59,6 +60,11 @@ class FlatStorage:
     def is_whole(self) -> bool:
         """Whether the store has all bytes of the disk."""
         return self._ready
+
+    @property
+    def is_longer(self) -> bool:
+        """Whether the store goes on behind the disk, as where the original has made this smaller."""
+        return self._is_longer
 
     def has_grown(self, length: int, size: int) -> None:
         """Others have written past the end: the store has `length` bytes of data now, the disk `size`."""
@@ -107,6 +113,7 @@ class FlatStorage:
                 await self._store.resize(end)
             self._size = size
             self._ready = True
+            self._is_longer = False
 
     def grow_failed(self, size: int) -> None:
         """The disk stays at `size` bytes: a growth could not be completed."""
@@ -118,3 +125,4 @@ class FlatStorage:
             self._size = size
             if not self._store.fixed_size:
                 await self._store.resize(self._offset + size)
+                self._is_longer = False

@@ -82,6 +82,8 @@ def obstacle_of_image(image: Image) -> str:
         return "its data lies on a share"
     if image.base is not None or image.bitmap is not None:
         return "parts of it are in its base; once all is local, the next opening is passed through"
+    if storage.is_longer:
+        return f"its data file goes on behind the disk; truncate -s {image.size} ends that"
     if not storage.is_whole and not image.writable:
         return "its data file was never used; once it is written, the next opening is passed through"
     return ""

@@ -533,6 +533,25 @@ def test_data_on_a_stacked_file_system(tmp_path: Path) -> None:
         subprocess.run(["umount", images], check=True)
 
 
+def test_a_data_file_that_goes_on_behind_the_disk(folder: Path) -> None:
+    """As where the original has made the disk smaller: what is there never shows."""
+    data = new_disk(folder)
+    with open(data, "ab") as file:
+        file.write(b"left over")
+    with mounted(folder, *OPTIONS) as mount:
+        for flags in (os.O_RDONLY, os.O_RDWR):
+            with opened(mount, flags) as disk:
+                assert f"truncate -s {SIZE} ends that" in passthrough(mount)
+                assert os.pread(disk, SIZE + 1, 0) == CONTENT
+            wait_until(lambda: mount.status("a")["state"] == "closed")
+            assert mount.raw("a").stat().st_size == SIZE
+        assert data.read_bytes()[SIZE:] == b"left over"
+        os.truncate(mount.raw("a"), SIZE + 512)
+        with opened(mount) as disk:
+            assert passthrough(mount) == "on"
+            assert os.pread(disk, 2 * SIZE, 0) == CONTENT + bytes(512)
+
+
 def test_a_data_file_that_was_never_used(folder: Path) -> None:
     """Of the original: empty until the first write."""
     data = new_disk(folder)
