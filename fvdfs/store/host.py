@@ -1,4 +1,4 @@
-"""Files and block devices of this host, by io_uring where the kernel has it and by threads where not."""
+"""Files and block devices of this host, by io_uring where it can be used (`uring`) and by threads elsewhere."""
 
 from __future__ import annotations
 

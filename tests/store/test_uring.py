@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import functools
 import os
+import platform
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -690,3 +691,22 @@ async def test_no_ring_where_the_kernel_refuses(monkeypatch: pytest.MonkeyPatch)
     async with uring.use_ring() as there:
         assert not there
         assert uring.ring() is None
+
+
+@pytest.mark.parametrize(
+    ("machine", "suits"), [("aarch64", False), ("riscv64", False), ("ppc64le", False), ("", False), ("i686", True)]
+)
+async def test_the_ring_is_for_processors_that_keep_the_order(
+    file: HostFile, monkeypatch: pytest.MonkeyPatch, machine: str, suits: bool
+) -> None:
+    """Elsewhere threads do the work."""
+    monkeypatch.setattr(platform, "machine", lambda: machine)
+    buffer = bytearray(512)
+    async with uring.use_ring() as there:
+        assert there == suits
+        assert (uring.ring() is not None) == suits
+        await file.pwrite(b"new", 4096)
+        await file.append_stable(b"record", 8192, flush_first=True)
+        assert await file.pread(memoryview(buffer), 4096) == len(buffer)
+    assert buffer == b"new" + CONTENT[4099 : 4096 + 512]
+    assert os.pread(file._fd, 6, 8192) == b"record"
