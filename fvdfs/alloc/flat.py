@@ -125,4 +125,4 @@ class FlatStorage:
             self._size = size
             if not self._store.fixed_size:
                 await self._store.resize(self._offset + size)
-                self._is_longer = False
+                self._ready, self._is_longer = True, False

@@ -45,11 +45,12 @@ class Resizer:
             await look_at_length(core)
             if size < core.size and not shrink:
                 raise OSError(errno.EPERM, f"{core.name}: the disk can be cut only where -o shrink is given")
-            await make_whole(core)
             if size > core.size:
                 await self._grow(size)
             elif size < core.size:
                 await self._shrink(size)
+            else:
+                await make_whole(core)
             core.end = core.size
 
     async def reach(self, stop: int) -> None:
@@ -93,7 +94,8 @@ class Resizer:
         await core.committer.checkpoint(clear_journal=not self._journal_cleared)
         self._journal_cleared = True
         await self._shrink_base_range(core.header.virtual_disk_size)
-        await core.committer.change_header(virtual_disk_size=size)
+        if not core.committer.unseen_writes:  # else it is as long as its data file, whatever the header says
+            await core.committer.change_header(virtual_disk_size=size)
 
     async def _shrink(self, size: int) -> None:
         async with self._gate.closed():

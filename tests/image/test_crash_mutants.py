@@ -50,15 +50,18 @@ EQUIVALENT: dict[str, str] = {
     ),
     "chunked: give_back: swapped for first, stop in _runs((number for number in freed if number < used)): … zero | "
     "if self._store.fixed_size: … resize, zero": "one is about chunks below the highest in use, one about those above",
-    "image: begin_writing: swapped await self.committer.recover() | "
-    "if self.base_may_be_written: … begin_base_writing": (
-        "the second writes clean_shutdown=0 alone, which is there already where something is to be recovered"
-    ),
+    "image: begin_writing: swapped await passing.recover_length(self) | "
+    "if self.base_may_be_written: … begin_base_writing": "the one is about images without base, the other not",
     f"image: stop_writing: swapped {_HELD}: … close | await write_profile(self)": (
         "the base knows nothing of the profile"
     ),
-    "image: stop_writing: swapped await write_profile(self) | await self.committer.close()": (
+    "image: stop_writing: swapped await write_profile(self) | await passing.settle(self)": (
         "the profile has flushes of its own, and says nothing about the rest of the header"
+    ),
+    "passing: let_write: swapped await core.storage.prepare(0, core.size) | "
+    "await core.committer.begin_unseen_writes()": "nobody writes before both are done; an empty file is an unused one",
+    "passing: settle: swapped await make_whole(core) | await core.committer.commit()": (
+        "what makes the file whole flushes it, too"
     ),
 }
 """Mutants that break nothing, and why; or the test that sees what they break."""

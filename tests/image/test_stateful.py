@@ -44,8 +44,11 @@ from support.fakes import (
     FaultStore,
     Killed,
     Resize,
+    close,
+    fsync_some_way,
+    look,
     read_as_mounted,
-    write_as_mounted,
+    write_some_way,
 )
 
 T = TypeVar("T")
@@ -277,13 +280,13 @@ class Machine(RuleBasedStateMachine):
     def _open(self) -> Image:
         async def main() -> Image:
             image = await load(self.files.stores(), spawn=self._spawn)
-            await image.begin_writing(accept_unclean=self.layout.policy.accept_unclean)
+            await self.layout.begin_writing(image)
             return image
 
         return self._trio(main)
 
     def _close(self) -> None:
-        self._trio(self.image.close)
+        self._trio(close, self.image)
 
     def _check_closed(self) -> None:
         folder = self.files.folder()
@@ -317,13 +320,12 @@ class Machine(RuleBasedStateMachine):
             data = op.payload[: size - offset]
             at = len(self.disk.writes)
             self.disk.writes.append(DiskWrite(start, 1 << 60, offset, data))
-            write = write_as_mounted if start % 2 else Image.write
-            await write(self.image, offset, data)
+            await write_some_way(self.image, offset, data, start)
             done = DiskWrite(start, self.files.clock.tick(), offset, data)
             at = next(i for i, w in enumerate(self.disk.writes) if w.start == start)
             self.disk.writes[at] = done
         elif op.kind == "flush":
-            await self.image.fsync()
+            await fsync_some_way(self.image, start)
             self.disk.flushes.append((start, self.files.clock.tick()))
         else:
             data = bytes(await read_as_mounted(self.image, offset, op.length))
@@ -351,11 +353,12 @@ class Machine(RuleBasedStateMachine):
         assert self.disk.resize is None
         self.counts["grow" if size > old else "shrink"] += 1
         start = self.files.clock.tick()
+        stable = not (write and self.image.committer.unseen_writes)
         self.disk.resize = Resize(start, 1 << 60, size)
         try:
             if write:
                 self.disk.writes.append(DiskWrite(start, 1 << 60, size - len(write), write))
-                await self.image.write(size - len(write), write)
+                await write_some_way(self.image, size - len(write), write, 2)
                 self.disk.writes[-1] = DiskWrite(start, self.files.clock.tick(), size - len(write), write)
             else:
                 await self.image.resize(size, shrink=size < old)
@@ -369,7 +372,8 @@ class Machine(RuleBasedStateMachine):
                 self.disk.writes.pop()
             assert self.image.size == old
         else:
-            self.disk.resize = Resize(start, self.files.clock.tick(), size)
+            self.disk.resize = Resize(start, self.files.clock.tick(), size, stable)
+            await look(self.image)
             assert self.image.size == size
 
     async def _settled(self) -> None:
@@ -613,18 +617,20 @@ class Machine(RuleBasedStateMachine):
         self._after_cut(self.files.clock.tick(), stable=False)
 
     @precondition(lambda self: self.files.can_cut)
-    @rule(ops=sequences, nth=st.integers(1, 25), close=st.booleans())
-    def kill(self, ops: Sequence[Op], nth: int, close: bool) -> None:
+    @rule(ops=sequences, nth=st.integers(1, 25), closes=st.booleans())
+    def kill(self, ops: Sequence[Op], nth: int, closes: bool) -> None:
         """The process ends; what it had written goes on to wait in the host's memory."""
         self.counts["kill"] += 1
 
         async def main() -> None:
             await self._in_turn(ops)
-            if close:
-                await self.image.close()
+            if closes:
+                await close(self.image)
 
         with self._dying(nth):
             self._trio(main)
+        if self.image.committer.unseen_writes:  # the kernel goes on
+            self._trio(self._in_turn, [op for op in ops if op.kind == "write"])
         self._after_cut(self.files.clock.tick(), stable=False)
 
     @precondition(lambda self: self.files.can_cut)
@@ -687,6 +693,6 @@ def test_in_memory(layout: Layout, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", LAYOUTS[::5], ids=lambda layout: layout.name)
+@pytest.mark.parametrize("layout", [*LAYOUTS[::5], LAYOUTS[-1]], ids=lambda layout: layout.name)
 def test_real_files(layout: Layout, tmp_path: Path) -> None:
     run(layout, RealFiles, tmp_path, STEPS // 4)

@@ -11,6 +11,7 @@ from pathlib import Path
 import trio
 
 from fvdfs.alloc.chunked import Spawn
+from fvdfs.alloc.flat import FlatStorage
 from fvdfs.format.creation import CreateOptions, new_header
 from fvdfs.format.header import HEADER_SPACE, Header, with_fields
 from fvdfs.image.image import Image
@@ -72,11 +73,19 @@ class Layout:
     """Whether the base has long runs of zeros."""
     hole_size: int = 40 * KIB
     """Of each such run, in bytes."""
+    passed_through: bool = False
+    """Whether the kernel writes the data by itself."""
 
     @property
     def policy(self) -> Policy:
         """How to open it, also after a crash."""
         return Policy(accept_unclean=self.options.journal_size == 0)
+
+    async def begin_writing(self, image: Image) -> None:
+        """As after a crash."""
+        await image.begin_writing(accept_unclean=self.policy.accept_unclean)
+        if self.passed_through and isinstance(image.storage, FlatStorage) and not image.storage.is_longer:
+            await image.pass_through()
 
     def build(self, folder: Path) -> None:
         """Make the image, `IMAGE`, and all it stands on, in this empty folder."""
@@ -128,6 +137,8 @@ async def load(
     header = Header.decode(bytes(raw[:count]), name)
     header.check(name, await meta.size())
     data = stores[header.data_file] if header.data_file else meta
+    if header.length_counts:
+        header = header.with_length(await data.size())
     base: Image | Store | None = None
     if header.has_base:
         base_name = header.base_img
@@ -206,4 +217,5 @@ LAYOUTS = (
         700_000,
         (_options(512), _options(4096, chunk=8192, base="base0.fvd")),
     ),
+    Layout("passed-through", _SMALL, _options(data_file="disk.data"), passed_through=True),
 )

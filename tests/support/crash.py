@@ -62,9 +62,10 @@ from support.fakes import (
     Killed,
     MemoryStore,
     Resize,
-    fsync_as_mounted,
+    close,
+    fsync_some_way,
     read_as_mounted,
-    write_as_mounted,
+    write_some_way,
 )
 
 NEVER = 1 << 60
@@ -82,7 +83,7 @@ Files = Mapping[str, bytes | bytearray]
 async def open_for_writing(layout: Layout, stores: Mapping[str, Store]) -> Image:
     """The image over these stores, as after a crash."""
     image = await load(stores)
-    await image.begin_writing(accept_unclean=layout.policy.accept_unclean)
+    await layout.begin_writing(image)
     return image
 
 
@@ -468,7 +469,7 @@ class Simulation:
         self.image = image = await load(stores, policy=Policy(zeroes=zeroes), spawn=spawn)
         if self.devices:
             image.storage._command = _Grower(IMAGE, ("grow",), "", self.stores[self.devices[0]])
-        await image.begin_writing(accept_unclean=self.layout.policy.accept_unclean)
+        await self.layout.begin_writing(image)
 
     def write(self, offset: int, length: int, *, zeros: bool = False) -> Callable[[], Awaitable[None]]:
         """A write of random bytes, or of zeros."""
@@ -480,8 +481,7 @@ class Simulation:
             start = self.clock.tick()
             logged = len(self.disk.writes)
             self.disk.writes.append(DiskWrite(start, NEVER, at, data))
-            write = write_as_mounted if start % 2 else Image.write
-            await write(self.image, at, data)
+            await write_some_way(self.image, at, data, start)
             logged = next(n for n, write in enumerate(self.disk.writes) if write.start == start)
             self.disk.writes[logged] = DiskWrite(start, self.clock.tick(), at, data)
 
@@ -489,8 +489,7 @@ class Simulation:
 
     async def flush(self) -> None:
         start = self.clock.tick()
-        flush = fsync_as_mounted if start % 2 else Image.fsync
-        await flush(self.image)
+        await fsync_some_way(self.image, start)
         self.disk.flushes.append((start, self.clock.tick()))
 
     def together(self, *works: Callable[[], Awaitable[None]]) -> Callable[[], Awaitable[None]]:
@@ -522,9 +521,29 @@ class Simulation:
             self.disk.resize = Resize(start, NEVER, size)
             await self.image.resize(size, shrink=True)
             self.disk.resize = Resize(start, self.clock.tick(), size)
+            assert not self.image.committer.unseen_writes or await self.image.data.size() == size
 
         self.step(work, cut_short=change < 0)
         self.run(self.read(0, self.disk.size))
+
+    def append(self, change: int, length: int, *, missing: int = 0) -> Callable[[], Awaitable[None]]:
+        """Make the disk longer by writing that much, up to so many bytes before its end; not twice in a step."""
+
+        async def work() -> None:
+            size = self.disk.size + change
+            at = size - missing - length
+            data = self.rng.randbytes(length)
+            start = self.clock.tick()
+            stable = not self.image.committer.unseen_writes
+            for end in (NEVER, None):
+                done = self.clock.tick() if end is None else end
+                self.disk.resize = Resize(start, done, size, stable)
+                log = [write for write in self.disk.writes if write.start != start]
+                self.disk.writes = [*log, DiskWrite(start, done, at, data)]
+                if end:
+                    await write_some_way(self.image, at, data, start)
+
+        return work
 
     async def costs_nothing(self) -> None:
         """After a flush: blocks that a crash would show need no record to be written again."""
@@ -542,7 +561,7 @@ class Simulation:
 
     async def close(self) -> None:
         start = self.clock.tick()
-        await self.image.close()
+        await close(self.image)
         self.disk.flushes.append((start, self.clock.tick()))
         self.fact(_is_clean)
 
@@ -609,7 +628,7 @@ class Simulation:
 
         async def work() -> None:
             image = await open_for_writing(self.layout, stores)
-            await image.close()
+            await close(image)
 
         self.run(work)
         for at in range(clock.now + 1):
@@ -666,6 +685,25 @@ def resizing(sim: Simulation) -> None:
     sim.step(sim.write(size - 3000, 1000), sim.flush, sim.write(sim.disk.size - 100, 100))
     sim.resize(-3 * SECTOR)
     sim.resize(2 * SECTOR)
+    sim.step(sim.close)
+
+
+def appending(sim: Simulation) -> None:
+    """Writes past the end, flushed or not, between changes of the size."""
+    sim.step(sim.open)
+    sim.step(sim.append(5 * SECTOR, 700, missing=100), sim.flush)
+    sim.step(sim.append(2 * SECTOR, 300, missing=100))
+    sim.step(sim.write(sim.disk.size - 90, 80), sim.append(9 * SECTOR, 2000))
+    sim.resize(3 * SECTOR)
+    for change in (-4, 0, 2):
+        sim.step(sim.append(2 * SECTOR, 200, missing=300))
+        sim.resize(change * SECTOR)
+    sim.step(sim.flush, sim.append(4 * SECTOR, 1000), sim.flush)
+    for missing in (0, 511):
+        sim.step(sim.append(3 * SECTOR, 700, missing=missing))
+        sim.step(sim.close)
+        sim.forget_facts()
+        sim.step(sim.open)
     sim.step(sim.close)
 
 
@@ -917,6 +955,8 @@ def killing(sim_of: Callable[[], Simulation]) -> None:
             await sim.write(block - 100, 200)()
             await sim.flush()
             await sim.write(5 * chunk, 700)()
+            if sim.layout.passed_through:
+                await sim.append(2 * SECTOR, 300)()
             await sim.close()
 
         killed = False
@@ -949,6 +989,7 @@ def killing(sim_of: Callable[[], Simulation]) -> None:
 SCENARIOS: dict[str, Callable[[Callable[[], Simulation]], None]] = {
     "writing": lambda sim_of: writing(sim_of()),
     "resizing": lambda sim_of: resizing(sim_of()),
+    "appending": lambda sim_of: appending(sim_of()),
     "zeroing": lambda sim_of: zeroing(sim_of()),
     "copying": lambda sim_of: copying(sim_of()),
     "writing to the base": lambda sim_of: writing_base(sim_of()),
@@ -966,6 +1007,8 @@ def applies(scenario: str, subject: Subject) -> bool:
     options = subject.layout.options
     if scenario == "writing to the base" or options.update_base:
         return scenario == "writing to the base" and bool(options.update_base)
+    if scenario in ("appending", "zeroing"):
+        return subject.layout.passed_through == (scenario == "appending")
     if scenario == "leftovers":
         return not subject.device
     if scenario == "unused":

@@ -36,6 +36,7 @@ MODULES = (
     "fvdfs.image.core",
     "fvdfs.image.writing",
     "fvdfs.image.resizing",
+    "fvdfs.image.passing",
     "fvdfs.image.base_writing",
     "fvdfs.image.profiling",
     "fvdfs.alloc.chunked",
@@ -52,6 +53,7 @@ DURABLE = FLUSHES | {
     *("release_base", "write_profile", "close"),
     *("grow", "shrink", "_grow", "_grow_to", "_shrink", "_make_room", "_make_room_on_device", "prepare", "_prepare"),
     *("_store", "_store_data", "_store_zeros", "wrote", "begin_base_writing"),
+    *("begin_unseen_writes", "mark_unclean", "look_at_length", "make_whole", "settle", "recover_length"),
 }
 HANGS = 60  # seconds of one simulation, after which it counts as failed
 
@@ -72,6 +74,7 @@ PAIRS = (
     *(("cow-7680", "zeroing"), ("compact-4k", "zeroing"), ("plain-on-device", "zeroing")),
     *(("cow-7680-writethrough", "writing to the base"), ("cow-512-writeback", "writing to the base")),
     *(("compact-cow-data-file", "recovering"), ("cow-7680", "recovering"), ("cow-no-journal", "copying")),
+    *(("passed-through", "appending"), ("passed-through", "killing"), ("passed-through", "unused")),
     *(("plain", "killing"), ("cow-data-file", "killing"), ("compact-cow-data-file", "killing"), ("cow-512", "killing")),
 )
 """Subject and scenario of the simulations that the mutants run through."""

@@ -57,13 +57,35 @@ async def _as_mounted(image: Image, pending: Pending) -> int:
     return await pending.finish() if result is None else result
 
 
+def _file_of_kernel(image: Image) -> Store | None:
+    """The data file of a disk that the kernel has: it goes on when the process has been killed."""
+    if not image.committer.unseen_writes:
+        return None
+    data = image.data
+    return data.inner if isinstance(data, FaultStore) and data.plan.kill else data
+
+
 async def write_as_mounted(image: Image, offset: int, data: bytes) -> None:
     assert await _as_mounted(image, image.begin_write(offset, memoryview(bytearray(data)))) == len(data)
+
+
+async def write_some_way(image: Image, offset: int, data: bytes, number: int) -> None:
+    """Write: the kernel does it by itself where it has the disk; else `number` decides how."""
+    if (file := _file_of_kernel(image)) is not None:
+        await file.pwrite(data, offset)
+    elif number % 2:
+        await write_as_mounted(image, offset, data)
+    else:
+        await image.write(offset, data)
 
 
 async def read_as_mounted(image: Image, offset: int, length: int) -> bytearray:
     """Into a buffer that was used before."""
     buffer = bytearray(b"\xa5") * length
+    if (file := _file_of_kernel(image)) is not None:
+        count = await file.pread(memoryview(buffer), offset)
+        end = -(-await file.size() // SECTOR) * SECTOR  # where the file will end once the disk is closed
+        return buffer[:count].ljust(min(length, max(0, end - offset)), b"\0")
     found = image.begin_read(offset, memoryview(buffer))
     count = found if isinstance(found, int) else await _as_mounted(image, found)
     assert buffer[count:] == b"\xa5" * (length - count)
@@ -72,6 +94,26 @@ async def read_as_mounted(image: Image, offset: int, length: int) -> bytearray:
 
 async def fsync_as_mounted(image: Image) -> None:
     await _as_mounted(image, image.begin_fsync())
+
+
+async def fsync_some_way(image: Image, number: int) -> None:
+    """`number` decides how; the size of a disk that the kernel has may be asked for before."""
+    if number % 3 == 0:
+        await look(image)
+    await (fsync_as_mounted(image) if number % 2 else image.fsync())
+
+
+async def look(image: Image) -> None:
+    """Take up the size that the kernel has given to its data file."""
+    if (file := _file_of_kernel(image)) is not None:
+        image.look_at_length(await file.size())
+
+
+async def close(image: Image) -> None:
+    """Have the kernel give up the data, and close the image."""
+    await look(image)
+    image.committer.end_unseen_writes(still_used=False)
+    await image.close()
 
 
 class MemoryStore(Stepwise):
@@ -535,6 +577,8 @@ class Resize:
     start: int
     end: int
     size: int
+    stable: bool = True
+    """Whether a cut after its end keeps it; else it takes a flush."""
 
 
 class Disk:
@@ -554,6 +598,8 @@ class Disk:
         """Sectors that a cut may leave with anything."""
         self.sizes: set[int] = set()
         """Other sizes that a cut may leave."""
+        self.unflushed_sizes: set[int] = set()
+        """Those among them that a flush ends."""
         self.writes: list[DiskWrite] = []
         self.flushes: list[tuple[int, int]] = []
         self.resize: Resize | None = None
@@ -614,6 +660,7 @@ class Disk:
         if flushed:
             self.maybe.clear()
             self.unknown.clear()
+        self.unflushed_sizes = self._unflushed_sizes(now)
         for sector, writes in touched.items():
             if sector in seen:
                 value = seen[sector]
@@ -628,6 +675,16 @@ class Disk:
         if self.resize is not None:
             self._set_size(self.resize.size)
         self._forget_log()
+
+    def _unflushed_sizes(self, at: int) -> set[int]:
+        """The earlier sizes that a cut at that time may leave, after a growth that was not flushed."""
+        flushed, resize = self._flushed(at), self.resize
+        found = set() if flushed else set(self.unflushed_sizes)
+        if resize is not None and resize.end <= at:
+            if resize.stable or flushed > resize.end:
+                return set()
+            found.add(self.size)
+        return found
 
     def _put(self, sector: int, value: bytes) -> None:
         at = sector * SECTOR
@@ -648,11 +705,13 @@ class Disk:
     def check_cut(self, found: Buffer, at: int) -> None:
         """Whether a cut at that time may have left this."""
         sizes = self.sizes | {self.size}
+        unflushed = self._unflushed_sizes(at)
         free = len(found)  # from here on anything may stand
         if self.resize is not None and self.resize.start <= at:
             sizes = {self.resize.size} | (sizes if at < self.resize.end else set())
             if self.resize.size < self.size:
                 free = self.resize.size
+        sizes |= unflushed
         assert len(found) in sizes, f"{len(found)} bytes after a cut, not one of {sizes}"
         touched = self._touched(at)
         flushed = self._flushed(at)
@@ -674,10 +733,12 @@ class Disk:
         if stable:
             self.maybe.clear()
             self.unknown.clear()
+            self.unflushed_sizes.clear()
         else:
             now = max([w.end for w in self.writes] + [end for _, end in self.flushes], default=0)
             flushed = self._flushed(now)
             after_cut = {s: self._after_cut(s, writes, flushed) for s, writes in self._touched().items()}
+            self.unflushed_sizes = self._unflushed_sizes(now)
             if flushed:
                 self.maybe.clear()
             for sector in range(min(len(found), self.size) // SECTOR):

@@ -84,6 +84,10 @@ class Header:
     def __getattr__(self, name: str) -> int:
         return self._numbers[name]
 
+    def grow_to(self, length: int) -> None:
+        """The disk is as long as its data, where this is longer (format.md, "Left to the writer")."""
+        self._numbers["virtual_disk_size"] = max(self.virtual_disk_size, length)
+
 
 class Image:
     """An image with its metadata in memory, replayed if it was not shut down cleanly (format.md, "Journal").
@@ -118,6 +122,9 @@ class Image:
             self.base = Image(base) if base_format == "fvd" else base.open("rb")
         self.storage = storage.open("rb")
         self.storage_length = max(0, self.storage.seek(0, os.SEEK_END) - self.data_start)
+        if data_file and self.base is None and not (header.clean_shutdown or header.chunks):
+            self.storage_length = up(self.storage_length, SECTOR) * SECTOR  # its last sector is filled with zeros
+            header.grow_to(self.storage_length)
         self.reports: list[str] = []
         if not header.clean_shutdown:
             self.replay()

@@ -29,8 +29,9 @@ from support.fakes import (
     FaultStore,
     MemoryStore,
     Resize,
-    fsync_as_mounted,
-    write_as_mounted,
+    close,
+    fsync_some_way,
+    write_some_way,
 )
 
 NEVER = 1 << 60
@@ -64,8 +65,7 @@ class Workload:
         data = self.rng.randbytes(min(length, self.disk.size - offset))
         start = self.clock.tick()
         try:
-            write = write_as_mounted if start % 2 else Image.write
-            await write(self.image, offset, data)
+            await write_some_way(self.image, offset, data, start)
         except OSError as error:
             self.errors.append(error)
             self.disk.writes.append(DiskWrite(start, self.clock.tick(), offset, data, failed=True))
@@ -74,9 +74,8 @@ class Workload:
 
     async def flush(self) -> None:
         start = self.clock.tick()
-        flush = fsync_as_mounted if start % 2 else Image.fsync
         try:
-            await flush(self.image)
+            await fsync_some_way(self.image, start)
         except OSError as error:
             self.errors.append(error)
         else:
@@ -178,7 +177,7 @@ class Workload:
         """Whether it worked."""
         start = self.clock.tick()
         try:
-            await self.image.close()
+            await close(self.image)
         except OSError as error:
             self.errors.append(error)
             return False
@@ -258,7 +257,7 @@ async def _run_with_faults(layout: Layout, stores: Mapping[str, Store], content:
         await work.run()
     except* Unreadable:
         with contextlib.suppress(OSError):
-            await image.close()
+            await close(image)
     else:
         work.closed = await work.close()
     return work
