@@ -9,13 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from support.mounts import MIB, mounted, must
+from support.mounts import MIB, PASSED_THROUGH, mounted, must, needs_passthrough
 
 RAW_DISK_SIZE = 512 * MIB
 RAW_DISK_LAYOUTS = {
     "plain": [],
     "cow": ["--base", "base.raw"],
     "compact-cow": ["--base", "base.raw", "--compact", "--block-size", "64K", "--chunk-size", "1M"],
+    "passed through": ["--data-file", "auto"],
 }
 
 
@@ -51,7 +52,10 @@ def folder(tmp_path: Path) -> Path:
     return path
 
 
-@pytest.fixture(scope="module", params=list(RAW_DISK_LAYOUTS))
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(name, marks=needs_passthrough if "through" in name else ()) for name in RAW_DISK_LAYOUTS],
+)
 def raw_disk(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A mounted raw file of 512 MiB, in each of several layouts."""
     folder = tmp_path_factory.mktemp("programs") / "images"
@@ -63,5 +67,6 @@ def raw_disk(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
             base.write(pattern)
         base.truncate(320 * MIB)
     must("create", folder / "disk.fvd", str(RAW_DISK_SIZE), *RAW_DISK_LAYOUTS[request.param])
-    with mounted(folder) as mount:
+    passed = request.param == "passed through"
+    with mounted(folder, *(["-o", PASSED_THROUGH] if passed else []), passes="disk" if passed else "") as mount:
         yield mount.raw("disk")

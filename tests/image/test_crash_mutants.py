@@ -36,9 +36,6 @@ EQUIVALENT: dict[str, str] = {
     "resizing: _shrink_to: without core.committer.data_written()": (
         "the simulations do not see it; test_what_a_shrink_gives_back_is_stable_when_the_image_is_closed does"
     ),
-    "flat: prepare: without await self._store.flush()": (
-        "the simulations do not see it; test_the_length_is_stable_before_there_is_data does"
-    ),
     "flat: prepare: swapped await self._store.resize(self._offset + self._size) | await self._store.flush()": (
         "the simulations do not see it; test_the_length_is_stable_before_there_is_data does"
     ),

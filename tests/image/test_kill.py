@@ -21,6 +21,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -29,7 +30,7 @@ import pytest
 from support import killwriter, reference
 from support.guest import find_program
 from support.killwriter import SECTOR, generation_of, sector
-from support.mounts import MIB, Mount, mounted, must, wait_for_end
+from support.mounts import MIB, PASSED_THROUGH, Mount, mounted, must, needs_passthrough, wait_for_end
 
 KILLS = int(os.environ.get("FVDFS_KILLS", "1"))
 SEED = os.environ.get("FVDFS_KILLS_SEED", "0")
@@ -50,12 +51,25 @@ LAYOUTS: dict[str, tuple[list[str], str]] = {
         "prefetch_max=4M",
     ),
     "no journal": ([*_COW, "--block-size", "4K", "--journal-size", "none"], "accept_unclean"),
+    "passed through": (["--data-file", "auto"], PASSED_THROUGH),
 }
+layouts = pytest.mark.parametrize(
+    "layout", [pytest.param(name, marks=needs_passthrough if "through" in name else ()) for name in LAYOUTS]
+)
+
+
+def mounted_as(layout: str, folder: Path) -> AbstractContextManager[Mount]:
+    """The folder, with the options of the layout."""
+    options = LAYOUTS[layout][1]
+    return mounted(folder, *(["-o", options] if options else []), passes="a" if "through" in layout else "")
 
 
 @dataclass
 class Ledger:
-    """What each sector may hold: the generations not older than the last that was promised or seen."""
+    """What each sector may hold: the generations not older than the last that was promised or seen.
+
+    A sector past the end of the disk holds zeros, as one in a gap that nobody has written does: generation 0.
+    """
 
     journal: Path
     base_sectors: int
@@ -78,6 +92,7 @@ class Ledger:
             if kind == "w":
                 first, count, generation = map(int, rest)
                 self.writes += 1
+                self.legal += [[0] for _ in range(len(self.legal), first + count)]
                 pending.setdefault(thread, []).append((first, count, generation))
                 for number in range(first, first + count):
                     self.legal[number].append(generation)
@@ -94,7 +109,9 @@ class Ledger:
 
     def problems(self, disk: bytes, who: str) -> list[str]:
         """What is wrong with the disk's content, which must not become older from now on."""
-        assert len(disk) == DISK, f"{who}: the disk has {len(disk)} bytes"
+        size = len(self.legal) * SECTOR
+        assert DISK <= len(disk) <= size, f"{who}: the disk has {len(disk)} bytes"
+        disk = disk.ljust(size, b"\0")
         found = []
         for number, legal in enumerate(self.legal):
             content = disk[number * SECTOR : (number + 1) * SECTOR]
@@ -149,14 +166,14 @@ def serious(image: Path) -> list[str]:
 
 def kill_often(tmp_path: Path, layout: str, kills: int) -> None:
     """Kill a mount as often as that, and say how much was at stake."""
-    options, mount_options = LAYOUTS[layout]
+    options = LAYOUTS[layout][0]
     rng = random.Random(f"{SEED} {layout}")
     writes = promises = 0
     for start in range(0, kills, KILLS_PER_IMAGE):
         folder = tmp_path / f"images{start}"
         ledger = new_image(folder, options)
         image = folder / "a.fvd"
-        with mounted(folder, *(["-o", mount_options] if mount_options else [])) as mount:
+        with mounted_as(layout, folder) as mount:
             for number in range(start, min(start + KILLS_PER_IMAGE, kills)):
                 where = f"{layout}, kill {number} of seed {SEED}"
                 kill_under_load(mount, ledger, rng)
@@ -217,11 +234,21 @@ def test_the_ledger_sees_what_is_lost(tmp_path: Path) -> None:
     disk[3 * SECTOR : 4 * SECTOR] = sector(3, 2)
     disk[40 * SECTOR] = 1
     assert len(ledger.problems(bytes(disk), "x")) == 1
+    disk[40 * SECTOR] = 0
+    with ledger.journal.open("a") as journal:
+        journal.write(f"w 0 {DISK // SECTOR} 1 5\ns 0\nw 0 {DISK // SECTOR + 2} 1 6\n")
+    ledger.catch_up()
+    assert len(ledger.problems(bytes(disk), "x")) == 1, "the disk became shorter"
+    disk += sector(DISK // SECTOR, 5)
+    assert ledger.problems(bytes(disk), "x") == []
+    disk += bytes(SECTOR) + sector(DISK // SECTOR + 2, 6)
+    assert ledger.problems(bytes(disk), "x") == []
+    assert len(ledger.problems(bytes(disk[:-SECTOR]), "x")) == 1, "what was seen is no longer there"
 
 
 # --- ext4 on the disk ---------------------------------------------------------------------------
 
-EXT4_LAYOUTS = ("plain", "cow", "compact cow", "no journal")
+EXT4_LAYOUTS = ("plain", "cow", "compact cow", "no journal", pytest.param("passed through", marks=needs_passthrough))
 EXT4_DISK = "24M"
 
 
@@ -289,7 +316,7 @@ def load_until_killed(mount: Mount, files: Path, kept: dict[str, bytes], rng: ra
 
 
 def kill_ext4_often(tmp_path: Path, layout: str, kills: int) -> None:
-    options, mount_options = LAYOUTS[layout]
+    options = LAYOUTS[layout][0]
     rng = random.Random(f"{SEED} ext4 {layout}")
     folder = tmp_path / "images"
     point = tmp_path / "ext4"
@@ -299,7 +326,7 @@ def kill_ext4_often(tmp_path: Path, layout: str, kills: int) -> None:
     must("create", folder / "a.fvd", EXT4_DISK, *options)
     kept: dict[str, bytes] = {}
     flushed = 0
-    with mounted(folder, *(["-o", mount_options] if mount_options else [])) as mount:
+    with mounted_as(layout, folder) as mount:
         subprocess.run([find_program("mkfs.ext4"), "-q", "-F", mount.raw("a")], check=True)
         for _ in range(kills):
             with Ext4(mount, point) as files:
@@ -313,7 +340,7 @@ def kill_ext4_often(tmp_path: Path, layout: str, kills: int) -> None:
     print(f"ext4, {layout}: {kills} kills, {flushed} flushed files looked at")
 
 
-@pytest.mark.parametrize("layout", ["compact cow", "no journal"])
+@pytest.mark.parametrize("layout", EXT4_LAYOUTS[2:])
 def test_ext4_on_a_loop_device_survives(tmp_path: Path, layout: str) -> None:
     kill_ext4_often(tmp_path, layout, KILLS)
 

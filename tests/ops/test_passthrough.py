@@ -26,16 +26,23 @@ import pytest
 from fvdfs.format.header import HEADER_SPACE, Header
 from fvdfs.ops.filesystem import ATTRIBUTE_TIMEOUT
 from support.devices import loop_device
-from support.mounts import FVDFS, MIB, Mount, fvdfs, mounted, must, running, wait_until
+from support.mounts import (
+    FVDFS,
+    MIB,
+    PASSED_THROUGH,
+    Mount,
+    fvdfs,
+    mounted,
+    must,
+    needs_passthrough,
+    running,
+    wait_until,
+)
 
-RELEASE = tuple(int(part) for part in os.uname().release.split(".")[:2])
-pytestmark = [
-    pytest.mark.skipif(os.geteuid() != 0, reason="only root is given passthrough"),
-    pytest.mark.skipif(RELEASE < (6, 9), reason="the kernel has no passthrough"),
-]
+pytestmark = needs_passthrough
 
 SIZE = 4 * MIB
-OPTIONS = ("-o", "writeback=off,shrink")
+OPTIONS = ("-o", f"{PASSED_THROUGH},shrink")
 CONTENT = random.Random(1).randbytes(SIZE)
 NOBODY = 65534
 
@@ -71,11 +78,6 @@ def opened(mount: Mount, flags: int = os.O_RDWR, name: str = "a") -> Iterator[in
             os.close(disk)
 
 
-def passthrough(mount: Mount, name: str = "a") -> str:
-    """What the mount says of it; the disk has to be open."""
-    return os.getxattr(mount.raw(name), "user.fvdfs.passthrough").decode()
-
-
 def header_of(folder: Path, name: str = "a") -> Header:
     with open(folder / f"{name}.fvd", "rb") as file:
         return Header.decode(file.read(HEADER_SPACE), name)
@@ -106,7 +108,7 @@ def stopped(pid: int) -> Iterator[None]:
 
 def test_reads_and_writes_do_not_reach_the_daemon(mount: Mount, data: Path) -> None:
     with opened(mount) as disk:
-        assert passthrough(mount) == "on"
+        assert mount.passthrough("a") == "on"
         assert mount.status("a")["passthrough"] == "on"
         assert re.search(r"a\.raw .* on *$", must("status", mount.point), re.MULTILINE)
         with mmap.mmap(disk, 4096) as area:
@@ -129,7 +131,7 @@ def test_direct_requests_are_those_of_the_data_file(mount: Mount, data: Path) ->
     area = mmap.mmap(-1, 8192)
     area.write(b"direct--" * 1024)
     with opened(mount, os.O_RDWR | os.O_DIRECT) as disk:
-        assert passthrough(mount) == "on"
+        assert mount.passthrough("a") == "on"
         assert os.pwritev(disk, [memoryview(area)], 8192) == 8192
         with pytest.raises(OSError, match="Invalid argument"):
             os.pwritev(disk, [memoryview(area)[:100]], 100)
@@ -139,13 +141,13 @@ def test_direct_requests_are_those_of_the_data_file(mount: Mount, data: Path) ->
 def test_all_who_have_it_open_see_the_same(mount: Mount) -> None:
     """The kernel wants all to use it in one way: whoever reads, writes, appends, has it open for direct I/O."""
     with opened(mount, os.O_RDONLY) as reader:
-        assert passthrough(mount) == "on"
+        assert mount.passthrough("a") == "on"
         with opened(mount) as writer, opened(mount, os.O_WRONLY | os.O_APPEND) as appender:
             assert os.pwrite(writer, b"x" * 100, 100) == 100
             assert os.pread(reader, 100, 100) == b"x" * 100
             assert os.write(appender, b"y" * 512) == 512
             assert os.pread(writer, 600, SIZE) == b"y" * 512
-            assert passthrough(mount) == "on"
+            assert mount.passthrough("a") == "on"
         with opened(mount) as writer:
             assert os.pwrite(writer, b"z" * 100, 100) == 100
         assert os.pread(reader, 100, 100) == b"z" * 100
@@ -170,8 +172,8 @@ def flushes_of(pid: int, trace: Path, path: Path) -> Iterator[Callable[[], int]]
 
 
 def test_each_flush_and_close_reaches_the_data_file(folder: Path, data: Path, tmp_path: Path) -> None:
-    with mounted(folder, "-o", "writeback=off,io_uring=off") as mount, opened(mount) as disk:
-        assert passthrough(mount) == "on"
+    with mounted(folder, "-o", f"{PASSED_THROUGH},io_uring=off") as mount, opened(mount) as disk:
+        assert mount.passthrough("a") == "on"
         with flushes_of(mount.pid, tmp_path / "trace", data) as flushes:
             for flush in (os.fsync, os.fdatasync, lambda disk: os.close(os.dup(disk)), os.fsync):
                 before = flushes()
@@ -238,13 +240,13 @@ def test_truncate(mount: Mount, data: Path) -> None:
         assert os.fstat(file.fileno()).st_size == 0
         file.write(b"new")
         file.flush()
-        assert passthrough(mount) == "on"
+        assert mount.passthrough("a") == "on"
     mount.remount()
     assert raw.read_bytes() == b"new".ljust(512, b"\0")
 
 
 def test_a_disk_is_not_cut_without_the_option(folder: Path, data: Path) -> None:
-    with mounted(folder, "-o", "writeback=off") as mount, opened(mount) as disk:
+    with mounted(folder, "-o", PASSED_THROUGH) as mount, opened(mount) as disk:
         os.pwrite(disk, b"more", SIZE)
         with pytest.raises(PermissionError):
             os.ftruncate(disk, SIZE)
@@ -330,13 +332,13 @@ def test_a_killed_mount_leaves_the_size(mount: Mount, data: Path, how: str) -> N
         header = header_of(mount.folder)
         assert (header.clean, header.virtual_disk_size, data.stat().st_size) == (True, len(GROWN), len(GROWN))
     if how == "mount, read-only":
-        mount.options = ("-o", "writeback=off,ro")
+        mount.options = ("-o", f"{PASSED_THROUGH},ro")
     mount.mount()
     assert mount.raw("a").stat().st_size == len(GROWN)
     assert mount.raw("a").read_bytes() == GROWN
     if how == "mount":
         with opened(mount) as disk:
-            assert passthrough(mount) == "on"
+            assert mount.passthrough("a") == "on"
             assert os.pread(disk, 2 * SIZE, 0) == GROWN
     mount.umount()
     if how == "mount":
@@ -367,7 +369,7 @@ def test_a_killed_mount_without_passthrough_takes_up_the_size(mount: Mount) -> N
     mount.options = ("-o", "shrink")
     mount.mount()
     with opened(mount) as disk:
-        assert passthrough(mount) != "on"
+        assert mount.passthrough("a") != "on"
         assert header_of(mount.folder).clean
         assert os.pread(disk, 2 * SIZE, 0) == GROWN
         os.ftruncate(disk, SIZE)
@@ -418,7 +420,7 @@ def test_a_reader_leaves_no_trace(mount: Mount) -> None:
     image = mount.folder / "a.fvd"
     before = image.read_bytes(), image.stat().st_mtime_ns
     with opened(mount, os.O_RDONLY) as disk:
-        assert passthrough(mount) == "on"
+        assert mount.passthrough("a") == "on"
         assert os.pread(disk, SIZE, 0) == CONTENT
     mount.umount()
     assert (image.read_bytes(), image.stat().st_mtime_ns) == before
@@ -438,7 +440,7 @@ def test_locks_between_mounts_and_against_bases(mount: Mount, tmp_path: Path) ->
                 with pytest.raises(OSError, match="busy"):
                     os.open(other.raw(name), os.O_RDONLY)
         with opened(mount, os.O_RDONLY) as one, opened(other, os.O_RDONLY) as two:
-            assert passthrough(mount) == passthrough(other) == "on"
+            assert mount.passthrough("a") == other.passthrough("a") == "on"
             assert os.pread(one, 100, 0) == os.pread(two, 100, 0)
             with pytest.raises(OSError, match="busy"):
                 os.open(other.raw("a"), os.O_RDWR)
@@ -476,7 +478,7 @@ def test_the_data_file_gets_its_name_by_itself(folder: Path, tmp_path: Path) -> 
         done = fvdfs("create", device, "1M", "--data-file", "auto")
         assert "an image on a device has no folder; give an absolute name" in done.err
     with mounted(folder, *OPTIONS) as mount, opened(mount):
-        assert passthrough(mount) == "on"
+        assert mount.passthrough("a") == "on"
 
 
 # --- when it does not -------------------------------------------------------------------------------------
@@ -487,8 +489,12 @@ LAYOUTS = {
     "qcow2": (["--data-file", "d", "--data-format", "qcow2"], [], "not a raw file of this host"),
     "base": (["--data-file", "d", "-b", "base.raw", "-F", "raw"], [], "parts of it are in its base"),
     "writeback": (["--data-file", "d"], ["-o", "writeback=on"], "-o writeback=off ends that"),
-    "sync": (["--data-file", "d"], ["-o", "writeback=off,sync=always"], "-o sync=always has to see"),
-    "zeroes": (["--data-file", "d"], ["-o", "writeback=off,detect_zeroes=punch"], "-o detect_zeroes=punch has to see"),
+    "sync": (["--data-file", "d"], ["-o", f"{PASSED_THROUGH},sync=always"], "-o sync=always has to see"),
+    "zeroes": (
+        ["--data-file", "d"],
+        ["-o", f"{PASSED_THROUGH},detect_zeroes=punch"],
+        "-o detect_zeroes=punch has to see",
+    ),
 }
 
 
@@ -498,7 +504,7 @@ def test_why_a_disk_is_not_passed_through(folder: Path, case: str) -> None:
     (folder / "base.raw").write_bytes(CONTENT)
     must("create", folder / "a.fvd", str(SIZE), *layout)
     with mounted(folder, *(options or OPTIONS)) as mount, opened(mount) as disk:
-        assert why in passthrough(mount)
+        assert why in mount.passthrough("a")
         assert why in mount.status("a")["passthrough"]
         assert why in must("status", mount.point)
         os.pwrite(disk, b"x" * 5000, 1000)
@@ -510,8 +516,8 @@ def test_data_on_a_device(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "device").write_bytes(bytes(SIZE))
     with loop_device(tmp_path / "device") as device:
         must("create", folder / "a.fvd", str(SIZE), "--data-file", device)
-        with mounted(folder, "-o", "writeback=off,base_path=/dev") as mount, opened(mount):
-            assert "on a device" in passthrough(mount)
+        with mounted(folder, "-o", f"{PASSED_THROUGH},base_path=/dev") as mount, opened(mount):
+            assert "on a device" in mount.passthrough("a")
 
 
 def test_data_on_a_stacked_file_system(tmp_path: Path) -> None:
@@ -525,7 +531,7 @@ def test_data_on_a_stacked_file_system(tmp_path: Path) -> None:
     try:
         data = new_disk(images)
         with mounted(images, *OPTIONS) as mount, opened(mount) as disk:
-            assert "stacked file system" in passthrough(mount)
+            assert "stacked file system" in mount.passthrough("a")
             os.pwrite(disk, b"x", 0)
             os.fsync(disk)
             assert data.read_bytes()[:1] == b"x"
@@ -541,14 +547,14 @@ def test_a_data_file_that_goes_on_behind_the_disk(folder: Path) -> None:
     with mounted(folder, *OPTIONS) as mount:
         for flags in (os.O_RDONLY, os.O_RDWR):
             with opened(mount, flags) as disk:
-                assert f"truncate -s {SIZE} ends that" in passthrough(mount)
+                assert f"truncate -s {SIZE} ends that" in mount.passthrough("a")
                 assert os.pread(disk, SIZE + 1, 0) == CONTENT
             wait_until(lambda: mount.status("a")["state"] == "closed")
             assert mount.raw("a").stat().st_size == SIZE
         assert data.read_bytes()[SIZE:] == b"left over"
         os.truncate(mount.raw("a"), SIZE + 512)
         with opened(mount) as disk:
-            assert passthrough(mount) == "on"
+            assert mount.passthrough("a") == "on"
             assert os.pread(disk, 2 * SIZE, 0) == CONTENT + bytes(512)
 
 
@@ -558,13 +564,13 @@ def test_a_data_file_that_was_never_used(folder: Path) -> None:
     data.write_bytes(b"")
     with mounted(folder, *OPTIONS) as mount:
         with opened(mount, os.O_RDONLY) as disk:
-            assert "was never used" in passthrough(mount)
+            assert "was never used" in mount.passthrough("a")
             assert os.pread(disk, SIZE, 0) == bytes(SIZE)
             assert data.stat().st_size == 0
         wait_until(lambda: mount.status("a")["state"] == "closed")
         before = mount.raw("a").stat().st_mtime_ns
         with opened(mount) as disk:
-            assert passthrough(mount) == "on"
+            assert mount.passthrough("a") == "on"
             assert os.pread(disk, SIZE, 0) == bytes(SIZE)
         assert mount.raw("a").stat().st_mtime_ns == before
 
@@ -574,14 +580,14 @@ def test_all_local_while_open_means_passed_through_at_the_next_opening(folder: P
     must("create", folder / "a.fvd", "-b", "base.raw", "-F", "raw", "--data-file", "auto", "--copy-on-read")
     with mounted(folder, *OPTIONS) as mount:
         with opened(mount) as disk:
-            assert "parts of it are in its base" in passthrough(mount)
+            assert "parts of it are in its base" in mount.passthrough("a")
             must("prefetch", "start", mount.raw("a"))
             wait_until(lambda: header_of(folder).all_data_in_fvd_img)
-            assert passthrough(mount) != "on"
+            assert mount.passthrough("a") != "on"
             os.pwrite(disk, b"x", 0)
         wait_until(lambda: mount.status("a")["state"] == "closed")
         with opened(mount) as disk:
-            assert passthrough(mount) == "on"
+            assert mount.passthrough("a") == "on"
             assert os.pread(disk, SIZE, 0) == b"x" + CONTENT[1:]
             os.pwrite(disk, b"y", SIZE)
     assert header_of(folder).clean

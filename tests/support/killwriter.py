@@ -11,7 +11,8 @@ and after an fsync, or a close, that was answered, for all that the thread had w
     s THREAD
 
 The journal's lines are single appends to a file: they outlive this program, and the process that serves the disk.
-Now and then all threads close the disk together, so that the image is closed and opened under them.
+Now and then all threads close the disk together, so that the image is closed and opened under them. Some writes go
+past the end.
 
     python tests/support/killwriter.py DISK JOURNAL SEED FIRST-GENERATION
 """
@@ -30,6 +31,8 @@ from collections.abc import Callable
 
 SECTOR = 512
 AREA = 16  # sectors
+GROWTH = 6 * AREA  # sectors past the end, at each opening, that may be written
+MAX_SIZE = 16 << 10  # sectors, from which on the disk stays as it is
 THREADS = 3
 _ENTRY = struct.Struct("<QQ")
 
@@ -95,7 +98,8 @@ class Writer:
     def _write(
         self, thread: int, rng: random.Random, disk: int, pwrite: Callable[[int, bytes, int], int], until: float
     ) -> None:
-        areas = os.fstat(disk).st_size // (AREA * SECTOR)
+        size = os.fstat(disk).st_size // SECTOR
+        areas = (size + (GROWTH if size < MAX_SIZE else 0)) // AREA
         near = rng.randrange(areas)
         last = 0
         while time.monotonic() < until:

@@ -14,8 +14,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 FVDFS = (sys.executable, "-m", "fvdfs")
 MIB = 1 << 20
+
+RELEASE = tuple(int(part) for part in os.uname().release.split(".")[:2])
+NO_PASSTHROUGH = (
+    "only root is given passthrough" if os.geteuid() else "the kernel has no passthrough" if RELEASE < (6, 9) else ""
+)
+"""Why no disk can be passed through here; empty: it can."""
+needs_passthrough = pytest.mark.skipif(bool(NO_PASSTHROUGH), reason=NO_PASSTHROUGH)
+PASSED_THROUGH = "writeback=off"
+"""The options of a mount that passes disks through."""
 
 
 @dataclass
@@ -49,11 +60,16 @@ class Mount:
     log_file: Path
     pid: int = 0
     options: tuple[str, ...] = field(default=())
+    passes: str = ""
+    """A disk that the kernel has to read and write by itself, so that no test of that passes without."""
 
     def mount(self) -> None:
         """Mount, which must succeed."""
         must("mount", self.folder, self.point, "--log-file", self.log_file, *self.options)
         self.pid = int(os.getxattr(self.point, "user.fvdfs.pid"))
+        if self.passes:
+            with open(self.raw(self.passes), "rb"):
+                assert self.passthrough(self.passes) == "on"
 
     def umount(self) -> None:
         """Unmount, which must succeed; every image is closed then."""
@@ -77,6 +93,10 @@ class Mount:
 
     def raw(self, name: str) -> Path:
         return self.point / f"{name}.raw"
+
+    def passthrough(self, name: str) -> str:
+        """Whether the kernel reads and writes a disk by itself: "on", or why not; the disk has to be open."""
+        return os.getxattr(self.raw(name), "user.fvdfs.passthrough").decode()
 
     def status(self, name: str) -> dict[str, Any]:
         """What the mount says of an image."""
@@ -122,13 +142,13 @@ def wait_for_log(mount: Mount, text: str, timeout: float = 10) -> None:
 
 
 @contextlib.contextmanager
-def mounted(folder: Path, *options: str) -> Iterator[Mount]:
-    """The folder, mounted beside itself; unmounted at the end whatever happens."""
+def mounted(folder: Path, *options: str, passes: str = "") -> Iterator[Mount]:
+    """The folder, mounted beside itself; unmounted at the end whatever happens. `passes`: as `Mount.passes`."""
     point = folder.parent / f"{folder.name}.mnt"
     point.mkdir(exist_ok=True)
-    mount = Mount(folder, point, folder.parent / f"{folder.name}.log", options=options)
-    mount.mount()
+    mount = Mount(folder, point, folder.parent / f"{folder.name}.log", options=options, passes=passes)
     try:
+        mount.mount()
         yield mount
     finally:
         if mount.pid:
