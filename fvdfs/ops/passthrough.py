@@ -34,6 +34,9 @@ from fvdfs.store.host import HostFile, reopen
 log = logging.getLogger(__name__)
 
 ON = "on"
+_UNIT = 4096
+"""The size is a multiple of it, in bytes: QEMU without a cache takes no other of a file whose alignment it cannot find
+out, such as one that begins with a hole."""
 _OF_MOUNTS = "the mount gathers writes in the kernel; -o writeback=off ends that"
 _REFUSALS = {
     errno.EPERM: "only root may have it (CAP_SYS_ADMIN)",
@@ -84,6 +87,8 @@ def obstacle_of_image(image: Image) -> str:
         return "parts of it are in its base; once all is local, the next opening is passed through"
     if storage.is_longer:
         return f"its data file goes on behind the disk; truncate -s {image.size} ends that"
+    if image.size % _UNIT:
+        return f"its size is no multiple of {_UNIT} bytes, which QEMU may ask of its data file"
     if not storage.is_whole and not image.writable:
         return "its data file was never used; once it is written, the next opening is passed through"
     return ""

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from support.guest import CommandError, boot, build_initrd, run
-from support.mounts import MIB, Mount, mounted, must
+from support.mounts import MIB, NO_PASSTHROUGH, PASSED_THROUGH, Mount, mounted, must
 
 SIZES = {"odd": 4097 * 512, "one": 512, "seven": 7 * 512, "even": 2 * MIB}
 LAYOUTS = {
@@ -36,16 +36,18 @@ def direct(path: Path, flags: int = os.O_RDWR) -> Iterator[int]:
 
 
 @contextmanager
-def odd_disk(folder: Path, *options: str, layout: str = "plain", size: int = SIZES["odd"]) -> Iterator[Mount]:
+def odd_disk(folder: Path, options: str = "", *, layout: str = "plain", size: int = SIZES["odd"]) -> Iterator[Mount]:
+    """A disk, mounted; one of whole pages, with a data file and the options for it, is passed through."""
     (folder / "base.raw").write_bytes(bytes(1000))
     must("create", folder / "a.fvd", str(size), *LAYOUTS[layout])
-    with mounted(folder, *options) as mount:
+    passes = (layout, options, size % 4096) == ("data-file", PASSED_THROUGH, 0) and not NO_PASSTHROUGH
+    with mounted(folder, *(["-o", options] if options else []), passes="a" if passes else "") as mount:
         yield mount
 
 
-@pytest.mark.parametrize("writeback", ["on", "off"])
-def test_what_is_no_whole_sector_is_refused_as_on_a_disk(folder: Path, writeback: str) -> None:
-    with odd_disk(folder, "-o", f"writeback={writeback}") as mount, direct(mount.raw("a")) as disk:
+@pytest.mark.parametrize("options", ["writeback=on", "writeback=off"])
+def test_what_is_no_whole_sector_is_refused_as_on_a_disk(folder: Path, options: str) -> None:
+    with odd_disk(folder, options) as mount, direct(mount.raw("a")) as disk:
         page = mmap.mmap(-1, 8192)
         with memoryview(page) as buffer:
             for offset, length in ((0, 1), (0, 511), (0, 513), (1, 512), (100, 4096), (0, 4097), (511, 1)):
@@ -67,10 +69,10 @@ def test_what_is_no_whole_sector_is_refused_as_on_a_disk(folder: Path, writeback
             assert bytes(piece[:5]) == b"\0xyz\0"
 
 
-@pytest.mark.parametrize("writeback", ["on", "off"])
-def test_pages_written_through_a_direct_descriptor_reach_the_disk(folder: Path, writeback: str) -> None:
+@pytest.mark.parametrize("options", ["writeback=on", "writeback=off"])
+def test_pages_written_through_a_direct_descriptor_reach_the_disk(folder: Path, options: str) -> None:
     """A page that was changed in memory is the kernel's to write, up to where the file ends, whatever the flags."""
-    with odd_disk(folder, "-o", f"writeback={writeback}") as mount:
+    with odd_disk(folder, options) as mount:
         with direct(mount.raw("a")) as disk:
             with mmap.mmap(disk, SIZES["odd"]) as area:
                 area[-3:] = b"end"
@@ -80,10 +82,10 @@ def test_pages_written_through_a_direct_descriptor_reach_the_disk(folder: Path, 
         assert mount.raw("a").read_bytes()[-4:] == b"\0end"
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("layout", "options"), [*((layout, "") for layout in LAYOUTS), ("data-file", PASSED_THROUGH)])
 @pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
-def test_qemu_opens_a_disk_of_any_size_without_a_cache(folder: Path, layout: str, size: int) -> None:
-    with odd_disk(folder, layout=layout, size=size) as mount:
+def test_qemu_opens_a_disk_of_any_size_without_a_cache(folder: Path, layout: str, options: str, size: int) -> None:
+    with odd_disk(folder, options, layout=layout, size=size) as mount:
         raw = mount.raw("a")
         commands = ["-c", f"write -P 7 {size - 512} 512", "-c", f"read -P 7 {size - 512} 512", "-c", "flush"]
         log = run("qemu-io", "-f", "raw", "-t", "none", *commands, raw, check=False)

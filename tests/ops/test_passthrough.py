@@ -234,8 +234,8 @@ def test_truncate(mount: Mount, data: Path) -> None:
         os.pwrite(disk, b"odd", SIZE)
         os.ftruncate(disk, SIZE + 100)  # the sector that has begun
         assert os.fstat(disk).st_size == data.stat().st_size == SIZE + 512
-        os.truncate(raw, 1024)
-        assert os.fstat(disk).st_size == 1024
+        os.truncate(raw, 4096)
+        assert os.fstat(disk).st_size == 4096
     with open(raw, "wb") as file:  # O_TRUNC
         assert os.fstat(file.fileno()).st_size == 0
         file.write(b"new")
@@ -303,13 +303,13 @@ def test_what_others_change_while_it_is_closed_is_seen(mount: Mount, data: Path)
 def grow(mount: Mount) -> int:
     """Open the disk, write past its end and flush; the open disk."""
     disk = os.open(mount.raw("a"), os.O_RDWR)
-    os.pwrite(disk, b"grown" * 1000, SIZE + 5000)
+    os.pwrite(disk, b"grown" * 1000, SIZE + 7000)
     os.fsync(disk)
     return disk
 
 
-GROWN = CONTENT + bytes(5000) + b"grown" * 1000 + bytes(240)
-assert len(GROWN) % 512 == 0
+GROWN = CONTENT + bytes(7000) + b"grown" * 1000 + bytes(288)
+assert len(GROWN) % 4096 == 0
 
 
 @pytest.mark.parametrize("how", ["mount", "mount, read-only", "repair", "convert"])
@@ -552,10 +552,10 @@ def test_a_data_file_that_goes_on_behind_the_disk(folder: Path) -> None:
             wait_until(lambda: mount.status("a")["state"] == "closed")
             assert mount.raw("a").stat().st_size == SIZE
         assert data.read_bytes()[SIZE:] == b"left over"
-        os.truncate(mount.raw("a"), SIZE + 512)
+        os.truncate(mount.raw("a"), SIZE + 4096)
         with opened(mount) as disk:
             assert mount.passthrough("a") == "on"
-            assert os.pread(disk, 2 * SIZE, 0) == CONTENT + bytes(512)
+            assert os.pread(disk, 2 * SIZE, 0) == CONTENT + bytes(4096)
 
 
 def test_a_data_file_that_was_never_used(folder: Path) -> None:

@@ -6,14 +6,15 @@ import errno
 import mmap
 import os
 import subprocess
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
 
 from support import reference
 from support.devices import small_disk
-from support.mounts import MIB, mounted, must
+from support.mounts import MIB, NO_PASSTHROUGH, PASSED_THROUGH, Mount, mounted, must
 
 MODES = {"on": "writeback=on", "off": "writeback=off", "always": "sync=always", "none": "sync=none"}
 LAYOUTS = {
@@ -23,43 +24,51 @@ LAYOUTS = {
     "data": ["--data-file", "data"],
 }
 modes = pytest.mark.parametrize("mode", MODES)
+cases = pytest.mark.parametrize(("layout", "mode"), [*(("plain", mode) for mode in MODES), ("data", "off")])
 
 
-def new_image(folder: Path, layout: str = "plain", size: str = "1M") -> None:
+def passed_through(layout: str, mode: str) -> bool:
+    return (layout, MODES[mode]) == ("data", PASSED_THROUGH) and not NO_PASSTHROUGH
+
+
+@contextmanager
+def served(folder: Path, layout: str, mode: str, *options: str) -> Iterator[Mount]:
+    """A disk of 1 MiB, mounted; one of these cases is that of a disk that is passed through."""
     (folder / "base").write_bytes(bytes(1000))
-    must("create", folder / "a.fvd", size, *LAYOUTS[layout])
-
-
-def options(mode: str) -> tuple[str, str]:
-    return "-o", MODES[mode]
+    must("create", folder / "a.fvd", "1M", *LAYOUTS[layout])
+    with mounted(folder, "-o", ",".join([MODES[mode], *options])) as mount:
+        if passed_through(layout, mode):
+            mount.expect_passthrough("a")
+        yield mount
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @modes
-def test_two_appends_make_the_same_disk_in_every_mode(folder: Path, layout: str, mode: str) -> None:
-    new_image(folder, layout)
-    with mounted(folder, *options(mode)) as mount:
+def test_appends_make_the_same_disk_in_every_mode(folder: Path, layout: str, mode: str) -> None:
+    with served(folder, layout, mode) as mount:
         raw = mount.raw("a")
-        for text in ("abc", "def"):
+        texts = ["abc", "def", "ghi", "jkl", "mno", "pqr", "stu", "vwx"]  # then the size is one to be passed through
+        for text in texts:
             subprocess.run(["sh", "-c", f"printf {text} >> {raw}"], check=True)
-        assert raw.stat().st_size == MIB + 1024
-        expected = bytes(MIB) + b"abc".ljust(512, b"\0") + b"def".ljust(512, b"\0")
+        assert raw.stat().st_size == MIB + 4096
+        expected = bytes(MIB) + b"".join(text.encode().ljust(512, b"\0") for text in texts)
         assert raw.read_bytes() == expected
         # While somebody has it open it ends where the last write has ended.
         with open(raw, "ab", buffering=0) as disk:
+            assert not passed_through(layout, mode) or mount.passthrough("a") == "on"
             for number, word in enumerate((b"one", b"two", b"three")):
                 disk.write(word)
-                size = MIB + 1024 + (3, 6, 11)[number]
+                size = MIB + 4096 + (3, 6, 11)[number]
                 assert os.fstat(disk.fileno()).st_size == size
                 assert raw.stat().st_size == size
                 with open(raw, "rb") as reader:
                     assert reader.seek(0, os.SEEK_END) == size
-                    reader.seek(MIB + 1024)
-                    assert reader.read() == b"onetwothree"[: size - MIB - 1024]
+                    reader.seek(MIB + 4096)
+                    assert reader.read() == b"onetwothree"[: size - MIB - 4096]
                 if number == 1:
                     os.fsync(disk)
                     os.posix_fadvise(disk.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-            assert disk.tell() == MIB + 1024 + 11
+            assert disk.tell() == MIB + 4096 + 11
         expected += b"onetwothree".ljust(512, b"\0")
         assert raw.stat().st_size == len(expected)
         assert [entry.stat().st_size for entry in os.scandir(mount.point)] == [len(expected)]
@@ -69,10 +78,9 @@ def test_two_appends_make_the_same_disk_in_every_mode(folder: Path, layout: str,
     assert reference.check(folder / "a.fvd", "fvdfs") == []
 
 
-@modes
-def test_a_write_across_the_end(folder: Path, mode: str) -> None:
-    new_image(folder)
-    with mounted(folder, *options(mode)) as mount:
+@cases
+def test_a_write_across_the_end(folder: Path, layout: str, mode: str) -> None:
+    with served(folder, layout, mode) as mount:
         raw = mount.raw("a")
         with open(raw, "r+b", buffering=0) as disk:
             os.pwrite(disk.fileno(), b"x" * 1000, MIB - 500)
@@ -89,10 +97,9 @@ def test_a_write_across_the_end(folder: Path, mode: str) -> None:
         assert raw.read_bytes() == bytes(MIB - 500) + b"x" * 500 + tail
 
 
-@modes
-def test_truncating_rounds_up_at_once(folder: Path, mode: str) -> None:
-    new_image(folder)
-    with mounted(folder, "-o", f"shrink,{MODES[mode]}") as mount:
+@cases
+def test_truncating_rounds_up_at_once(folder: Path, layout: str, mode: str) -> None:
+    with served(folder, layout, mode, "shrink") as mount:
         raw = mount.raw("a")
         with open(raw, "r+b", buffering=0) as disk:
             for size, rounded in ((MIB + 1000, MIB + 1024), (1000, 1024), (1, 512), (MIB, MIB)):
@@ -108,10 +115,9 @@ def test_truncating_rounds_up_at_once(folder: Path, mode: str) -> None:
         assert raw.read_bytes() == b"anew".ljust(512, b"\0")
 
 
-@modes
-def test_what_is_open_twice_is_rounded_when_the_last_has_closed_it(folder: Path, mode: str) -> None:
-    new_image(folder)
-    with mounted(folder, *options(mode)) as mount:
+@cases
+def test_what_is_open_twice_is_rounded_when_the_last_has_closed_it(folder: Path, layout: str, mode: str) -> None:
+    with served(folder, layout, mode) as mount:
         raw = mount.raw("a")
         with open(raw, "rb"):
             for text in ("abc", "def"):
@@ -125,7 +131,7 @@ def test_what_is_open_twice_is_rounded_when_the_last_has_closed_it(folder: Path,
 def test_a_write_that_can_never_be_stored_leaves_no_false_size(folder: Path, mode: str) -> None:
     """Far past what the chunk table has room for."""
     must("create", folder / "a.fvd", "4M", "--compact", "--chunk-size", "64K")
-    with mounted(folder, *options(mode)) as mount:
+    with mounted(folder, "-o", MODES[mode]) as mount:
         raw = mount.raw("a")
         for _ in range(2):
             program = ["dd", f"of={raw}", "bs=3", f"seek={10 << 30}", "oflag=seek_bytes", "conv=notrunc"]
@@ -161,7 +167,8 @@ def test_pages_that_could_not_be_stored_are_not_shown(folder: Path, mode: str) -
     with small_disk(folder.parent / "small", "2M"):
         data = folder.parent / "small/data"
         must("create", folder / "a.fvd", "8M", "--data-file", data)
-        with mounted(folder, "-o", f"base_path={data.parent},{MODES[mode]}") as mount:
+        options = f"base_path={data.parent},{MODES[mode]}"
+        with mounted(folder, "-o", options, passes="a" if passed_through("data", mode) else "") as mount:
             with pytest.raises(OSError), open(mount.raw("a"), "r+b", buffering=0) as disk:
                 for at in range(0, 8 * MIB, MIB):
                     os.pwrite(disk.fileno(), b"x" * MIB, at)

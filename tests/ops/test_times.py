@@ -16,7 +16,7 @@ import trio
 
 from fvdfs.store.host import HostFile
 from support.devices import loop_device
-from support.mounts import MIB, Mount, mounted, must, wait_until
+from support.mounts import MIB, NO_PASSTHROUGH, PASSED_THROUGH, Mount, mounted, must, wait_until
 
 OLD = 1_577_836_800 * 10**9 + 123_456_789
 CLOCK_TICK = 20_000_000  # ns that a file system's clock may be behind
@@ -62,6 +62,15 @@ def options(mode: str) -> tuple[str, str]:
     return "-o", f"base_path=/,shrink,{MODES[mode]}"
 
 
+@contextmanager
+def served(folder: Path, layout: str, mode: str) -> Iterator[Mount]:
+    """The image, mounted; one of these cases is that of a disk that is passed through."""
+    with image(folder, layout), mounted(folder, *options(mode)) as mount:
+        if (layout, MODES[mode]) == ("data", PASSED_THROUGH) and not NO_PASSTHROUGH:
+            mount.expect_passthrough("a")
+        yield mount
+
+
 def changed(mount: Mount) -> int:
     return mount.raw("a").stat().st_mtime_ns
 
@@ -77,7 +86,7 @@ def expect_change_since(mount: Mount, before: int) -> int:
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("mode", MODES)
 def test_a_write_is_a_change(folder: Path, layout: str, mode: str) -> None:
-    with image(folder, layout), mounted(folder, *options(mode)) as mount:
+    with served(folder, layout, mode) as mount:
         assert changed(mount) == OLD
         last = 0
         for number in range(3):
@@ -108,7 +117,7 @@ def test_a_write_is_a_change(folder: Path, layout: str, mode: str) -> None:
 @pytest.mark.parametrize("layout", ["plain", "cow", "data", "compact-data"])
 @pytest.mark.parametrize("mode", MODES)
 def test_another_size_is_a_change(folder: Path, layout: str, mode: str) -> None:
-    with image(folder, layout), mounted(folder, *options(mode)) as mount:
+    with served(folder, layout, mode) as mount:
         raw = mount.raw("a")
 
         def cut_by_descriptor() -> None:
@@ -138,9 +147,9 @@ def test_another_size_is_a_change(folder: Path, layout: str, mode: str) -> None:
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("layout", ["plain", "cow", "compact", "cow-data", "compact-data", "device"])
+@pytest.mark.parametrize("layout", ["plain", "cow", "compact", "data", "cow-data", "compact-data", "device"])
 def test_opening_reading_and_closing_is_none(folder: Path, layout: str, mode: str) -> None:
-    with image(folder, layout), mounted(folder, *options(mode)) as mount:
+    with served(folder, layout, mode) as mount:
         for flags in ("rb", "r+b"):
             with open(mount.raw("a"), flags, buffering=0) as disk:
                 assert len(disk.read(MIB)) == MIB
@@ -173,19 +182,20 @@ def test_copies_from_the_base_are_none(folder: Path, layout: list[str], mode: st
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("layout", ["cow", "cow-data", "compact-data"])
+@pytest.mark.parametrize("layout", ["cow", "data", "cow-data", "compact-data"])
 def test_a_replay_is_none(folder: Path, layout: str, mode: str) -> None:
-    with image(folder, layout), mounted(folder, *options(mode)) as mount:
+    with served(folder, layout, mode) as mount:
         disk = os.open(mount.raw("a"), os.O_RDWR)
         os.pwrite(disk, b"write", 5000)
         os.fsync(disk)
         mount.kill()
         with suppress(OSError):
             os.close(disk)
-        os.utime(folder / "a.fvd", ns=(OLD, OLD))
+        for file in folder.iterdir():
+            os.utime(file, ns=(OLD, OLD))
         mount.mount()
-        with open(mount.raw("a"), "r+b", buffering=0) as file:
-            assert os.pread(file.fileno(), 5, 5000) == b"write"
+        with open(mount.raw("a"), "r+b", buffering=0) as again:
+            assert os.pread(again.fileno(), 5, 5000) == b"write"
         assert changed(mount) == OLD
         mount.remount()
         assert changed(mount) == OLD
@@ -194,7 +204,7 @@ def test_a_replay_is_none(folder: Path, layout: str, mode: str) -> None:
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("layout", ["plain", "data", "compact-data", "qcow2-data"])
 def test_a_time_that_was_set_stays(folder: Path, layout: str, mode: str) -> None:
-    with image(folder, layout), mounted(folder, *options(mode)) as mount:
+    with served(folder, layout, mode) as mount:
         raw = mount.raw("a")
         with open(raw, "r+b", buffering=0) as disk:
             disk.write(b"change")
@@ -222,7 +232,7 @@ def test_a_time_that_was_set_stays(folder: Path, layout: str, mode: str) -> None
 @pytest.mark.parametrize("layout", ["plain", "data", "cow-data", "compact-data", "qcow2-data", "device-data"])
 def test_what_was_flushed_counts_as_a_change_after_kill(folder: Path, layout: str, mode: str) -> None:
     """Each time, also in a session in which the file was told a time before."""
-    with image(folder, layout), mounted(folder, *options(mode)) as mount:
+    with served(folder, layout, mode) as mount:
         for count in (1, 2, 7):
             disk = os.open(mount.raw("a"), os.O_RDWR)
             for number in range(count):
@@ -237,7 +247,7 @@ def test_what_was_flushed_counts_as_a_change_after_kill(folder: Path, layout: st
 
 
 def test_a_backup_by_time_and_size_sees_each_write(folder: Path, tmp_path: Path) -> None:
-    with image(folder, "data"), mounted(folder, *options("off")) as mount:
+    with served(folder, "data", "off") as mount:
         backup = tmp_path / "backup"
         for number in range(3):
             with open(mount.raw("a"), "r+b", buffering=0) as disk:

@@ -112,6 +112,8 @@ class Writer:
             first = rng.randrange(AREA)
             count = rng.randrange(1, AREA - first + 1)
             first += area * AREA
+            if first >= size:
+                count = (area + 1) * AREA - first  # so that the disk ends with an area
             with self._lock:
                 self._generation += 1
                 last = self._generation

@@ -68,8 +68,7 @@ class Mount:
         must("mount", self.folder, self.point, "--log-file", self.log_file, *self.options)
         self.pid = int(os.getxattr(self.point, "user.fvdfs.pid"))
         if self.passes:
-            with open(self.raw(self.passes), "rb"):
-                assert self.passthrough(self.passes) == "on"
+            self.expect_passthrough(self.passes)
 
     def umount(self) -> None:
         """Unmount, which must succeed; every image is closed then."""
@@ -97,6 +96,11 @@ class Mount:
     def passthrough(self, name: str) -> str:
         """Whether the kernel reads and writes a disk by itself: "on", or why not; the disk has to be open."""
         return os.getxattr(self.raw(name), "user.fvdfs.passthrough").decode()
+
+    def expect_passthrough(self, name: str) -> None:
+        """The disk must be passed through when it is opened."""
+        with open(self.raw(name), "rb"):
+            assert self.passthrough(name) == "on"
 
     def status(self, name: str) -> dict[str, Any]:
         """What the mount says of an image."""
