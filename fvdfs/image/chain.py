@@ -43,6 +43,13 @@ class Layer:
         """Bytes that the image takes, metadata and data. Blocks."""
         return usage_of(self.header, self.meta, self.data, self._allocated_chunks)
 
+    def facts(self) -> Facts:
+        """Those of its disk. Blocks."""
+        mtime_ns = 0
+        if self.header.length_counts and isinstance(self.data, HostFile):
+            mtime_ns = self.data.status().st_mtime_ns
+        return Facts(self.header.virtual_disk_size, self.usage(), mtime_ns)
+
     def _allocated_chunks(self) -> int:
         region = self.header.table_region
         assert region is not None
@@ -128,8 +135,20 @@ Judged = dict[tuple[tuple[int, int], str], Exception | None]
 """What is wrong with an image, or None: by its file, and by the folder that its names are relative to."""
 
 
-def look_at_chain(path: str, policy: Policy, judged: Judged) -> tuple[int, int]:
-    """Size and usage, in bytes, of the image at `path`, which can be opened with all that it stands on. Blocks.
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What a look at an image tells of its disk."""
+
+    size: int
+    """Bytes."""
+    usage: int
+    """Bytes that are allocated."""
+    mtime_ns: int = 0
+    """When its data file was written last, where that was not noted in the image file (`Header.length_counts`)."""
+
+
+def look_at_chain(path: str, policy: Policy, judged: Judged) -> Facts:
+    """The facts of the image at `path`, which can be opened with all that it stands on. Blocks.
 
     One layer is open at a time. What was found is kept in `judged`, so that of many images on one base the base
     is looked at once. Raises as `open_chain`.
@@ -143,7 +162,7 @@ def look_at_chain(path: str, policy: Policy, judged: Judged) -> tuple[int, int]:
                 part.close()
                 break
             try:
-                found = found or (part.header.virtual_disk_size, part.usage())
+                found = found or part.facts()
                 key = part.meta.identity, os.path.dirname(part.path)
             finally:
                 part.close()

@@ -174,9 +174,12 @@ class Committer:
             self._lock.release()
 
     def start_commit(self, done: Done) -> bool:
-        """`commit` without a task, where all that it takes is a flush of the data that has begun already."""
+        """`commit` without a task, where all that it takes is a flush of the data."""
         if self.failed is not None or self.uncommitted or self._lock.locked():
             return False
+        if not self.dirty:
+            done(0)
+            return True
         writes = self.writes
 
         def ended(result: int) -> None:

@@ -38,7 +38,7 @@ class PendingFsync:
         self._image = image
 
     def start(self, done: Done, /) -> bool:
-        """Where it takes no more than a flush that has begun already."""
+        """Where it takes no more than a flush of the data."""
         return self._image.base_writer is None and self._image.committer.start_commit(done)
 
     async def finish(self) -> int:

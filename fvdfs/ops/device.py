@@ -36,6 +36,7 @@ import pyfuse3
 import trio
 
 from fvdfs.format.header import SECTOR
+from fvdfs.ops.lingering import Linger
 from fvdfs.ops.wire import (
     FATTR_FH,
     FATTR_TIMES,
@@ -66,10 +67,6 @@ from fvdfs.store import uring
 from fvdfs.store.base import Buffer, Pending
 
 log = logging.getLogger(__name__)
-
-LINGER = 50_000
-"""Nanoseconds for which a turn goes on looking for requests and results after the last one. It is only done where
-a request has come within twice the time after an answer: then sleeping and being woken would cost more."""
 
 _PER_TURN = 32  # requests that are received before other tasks get their turn
 _IDLE_TASKS = 16  # that wait for work: to wake one costs less than to make one
@@ -131,7 +128,7 @@ class Device:
         self._spare: list[memoryview] = []
         self._idle: list[trio.lowlevel.Task] = []
         self._idle_limit = _IDLE_TASKS
-        self._answered = 0  # when, ns
+        self._linger = Linger()
         self.connected = trio.Event()
         """Set when the kernel and libfuse have agreed on how to talk."""
         self.ending = trio.Event()
@@ -217,7 +214,8 @@ class Device:
             await self._exchange_init()
             lines.start_soon(self._pass_on)
             lines.start_soon(self._hand_back)
-            await self._receive()
+            with uring.followed_by(self._take_turn_after_calls):
+                await self._receive()
         except OSError as error:
             if error.errno != errno.ENODEV:
                 raise
@@ -243,18 +241,25 @@ class Device:
         """Raises OSError; ENODEV: it was unmounted."""
         while True:
             await trio.lowlevel.wait_readable(self._kernel)
-            soon = time.perf_counter_ns() - self._answered < 2 * LINGER
+            self._take_turn()
+
+    def _take_turn(self) -> None:
+        """Take up the requests that are queued, and those that come soon after one. Raises OSError."""
+        ring = uring.ring()
+        with ring.gathered() if ring is not None else nullcontext():
             try:
-                self._take_turn(LINGER if soon else 0)
+                self._take_requests(self._linger.wakes(time.perf_counter_ns()), ring)
             except OSError as error:
                 if error.errno not in (errno.ENOENT, errno.EINTR):  # a request was taken back
                     raise
 
-    def _take_turn(self, linger: int) -> None:
-        """Take up the requests that are queued, and those that come within `linger` ns after one. Raises OSError."""
-        ring = uring.ring()
-        with ring.gathered() if ring is not None else nullcontext():
-            self._take_requests(linger, ring)
+    def _take_turn_after_calls(self) -> None:
+        """Calls have ended, and whoever waited for them may ask for more at once."""
+        try:
+            self._take_turn()
+        except OSError as error:
+            if error.errno != errno.ENODEV:  # `_receive` finds that, too
+                raise
 
     def _take_requests(self, linger: int, ring: uring.Ring | None) -> None:
         self._started = False
@@ -276,6 +281,7 @@ class Device:
                 now = time.perf_counter_ns()
                 deadline = deadline or now + linger
                 if now >= deadline or self._started:
+                    self._linger.sleeps(now)
                     return 0
                 if ring is not None:
                     ring.send()
@@ -454,7 +460,6 @@ class Device:
         self._send(OUT_HEADER.pack(OUT_HEADER.size + len(data), -error, unique), data)
 
     def _send(self, *parts: Buffer) -> None:
-        self._answered = time.perf_counter_ns()
         try:
             os.writev(self._kernel, parts)
         except OSError as error:

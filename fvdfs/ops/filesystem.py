@@ -206,6 +206,7 @@ class Filesystem(pyfuse3.Operations):
             await in_thread(functools.partial(os.utime, path, ns=times))
             if fields.update_mtime:
                 entry.mtime.set(attr.st_mtime_ns)
+                entry.data_mtime_ns = 0
 
     async def _truncate(self, inode: int, size: int, *, by_descriptor: bool) -> None:
         entry, _ = await self.openings.open(inode, write=True)

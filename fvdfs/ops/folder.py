@@ -174,8 +174,8 @@ class Folder:
         """Raises OSError, ImageError, NoAnswer."""
         if not stat.S_ISREG(status.st_mode) and not stat.S_ISBLK(status.st_mode):
             return None
-        size, usage = look_at_chain(os.fsdecode(path), self.policy, judged)
-        return Seen(status, size, usage, self.policy.walker.born(path))
+        facts = look_at_chain(os.fsdecode(path), self.policy, judged)
+        return Seen(status, facts.size, facts.usage, facts.mtime_ns, self.policy.walker.born(path))
 
     # In the event loop again.
 
@@ -206,7 +206,7 @@ class Folder:
                     known.status = seen.status
                 return known
             if signature(seen.status) == signature(known.status) and known.size == seen.size:
-                known.usage = seen.usage
+                known.usage, known.data_mtime_ns = seen.usage, seen.data_mtime_ns
                 return known
             known.misjudged = True
             self.inodes.hide(known)

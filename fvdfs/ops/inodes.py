@@ -59,6 +59,8 @@ class Seen:
     """Of the disk, in bytes."""
     usage: int = 0
     """Bytes that are allocated."""
+    data_mtime_ns: int = 0
+    """When the disk was written last, where the image file does not tell (`chain.Facts`)."""
     born: int = 0
     """When the file was made, in ns; 0 where nobody can say."""
     unchanged: bool = False
@@ -94,6 +96,8 @@ class Entry:
         """References that the kernel holds."""
         self.size = seen.size
         self.usage = seen.usage
+        self.data_mtime_ns = seen.data_mtime_ns
+        """Of a closed disk: when it was written last, where the image file does not tell."""
         self.last_status: dict[str, Any] = {}
         """What of the status is still true now that the image is closed."""
         self.status = seen.status
@@ -114,7 +118,7 @@ class Entry:
     def attributes(self) -> Attributes:
         """What is known without looking at the image file again."""
         self.look()
-        mtime_ns = self.mtime.ns if self.busy else self.status.st_mtime_ns
+        mtime_ns = self.mtime.ns if self.busy else max(self.status.st_mtime_ns, self.data_mtime_ns)
         ctime_ns = max(self.status.st_ctime_ns, self.mtime.written_ns)
         image = self.image
         size, usage = (self.size, self.usage) if image is None else (image.end, image.usage())

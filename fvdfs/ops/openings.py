@@ -130,6 +130,7 @@ class Openings:
         data_elsewhere = image.data is not image.meta or image.meta.fixed_size
         changed_ns = max(part.st_mtime_ns for part in changed)
         entry.mtime.begin(chain.layers[0].meta, changed_ns, spawn if data_elsewhere else None)
+        entry.data_mtime_ns = 0
         entry.busy = True
         entry.for_writing = False
         entry.unloaded = trio.Event()

@@ -111,6 +111,7 @@ class Passthrough:
         """The image is writable: have the kernel write by itself. Raises OSError."""
         if not self._lets_write:
             await self._image.pass_through()
+            self._mtime.is_told_by_data()
             self._changed_ns = os.fstat(self._descriptor).st_mtime_ns
             self._lets_write = True
 

@@ -55,6 +55,10 @@ class Mtime:
         self._file, self._ns, self._spawn = file, mtime_ns, spawn
         self._was_set = self._written_since = self.is_behind = False
 
+    def is_told_by_data(self) -> None:
+        """A crash leaves the time in the data file, where whoever looks at the image then looks as well."""
+        self._spawn = None
+
     def set(self, ns: int) -> None:
         """Somebody has set the time: the kernel, or a user."""
         self._ns = ns

@@ -102,7 +102,7 @@ class Store(Protocol):
         """
 
     def start_flush(self, done: Done) -> bool:
-        """`flush` without a task, where one that covers all that was written has begun already. The result is 0."""
+        """`flush` without a task. The result is 0."""
 
     async def flush(self) -> None:
         """Make all that was written stable. Raises OSError; what was not yet stable may then be lost."""

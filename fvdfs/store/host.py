@@ -31,6 +31,7 @@ WAITERS = 4  # that flush, zero and resize
 COLD = 16  # reads, about, that were not in the page cache; the next ones will not be either
 
 LONG_WRITE = 512 << 10  # bytes; such writes are sent on to the disk at once, so that a flush has less to wait for
+_STEPS = 3  # of a stable append
 LARGE = 256 << 10  # bytes; more is copied by a thread, the kernel's or ours, not by the event loop
 
 MAX_FILE_SIZE = (1 << 63) - 1  # an offset of a file has 63 bits
@@ -297,25 +298,30 @@ class HostFile:
         await self._flusher.flush()
 
     async def append_stable(self, data: Buffer, offset: int, *, flush_first: bool) -> None:
-        flush_first = not await self._flusher.is_covered() and flush_first
         ring = uring.ring() if not self.may_hang else None
-        if ring is None:
-            await append_by_steps(self, data, offset, flush_first=flush_first)
-            return
+        if ring is not None:
+            done = await self._append_in_ring(ring, data, offset, flush_first=flush_first)
+            if done == _STEPS:
+                return
+            flush_first = flush_first and not done
+        await append_by_steps(self, data, offset, flush_first=flush_first)
+
+    async def _append_in_ring(self, ring: uring.Ring, data: Buffer, offset: int, *, flush_first: bool) -> int:
+        """`append_stable`, as far as the kernel does it: how many of its steps (flush, write, flush) are done."""
         flush = (uring.FSYNC, self._fd, None, 0)
         write = (uring.WRITE, self._fd, memoryview(bytearray(data)), offset)
-        calls = (flush, write, flush) if flush_first else (write, flush)
-        results = await ring.do(*calls)
-        for number, (call, result) in enumerate(zip(calls, results, strict=True)):
-            if result == (len(data) if call is write else 0):
-                continue
-            if result >= 0 or result in uring.NOT_DONE:  # the chain ended here, and the disk did not fail
-                await append_by_steps(self, data, offset, flush_first=flush_first and number == 0)
-                return
-            if call is flush:
-                raise FlushError(-result, os.strerror(-result))
-            raise OSError(-result, f"{self.name}: {os.strerror(-result)}: at byte {offset}")
-        await self._flusher.settled()
+        async with self._flusher.alone() as flushed:
+            begin = 0 if flush_first and not flushed else 1
+            calls = (flush, write, flush)[begin:]
+            for step, (call, result) in enumerate(zip(calls, await ring.do(*calls), strict=True), begin):
+                if result == (len(data) if call is write else 0):
+                    continue
+                if result >= 0 or result in uring.NOT_DONE:  # the chain ended here, and the disk did not fail
+                    return step
+                if call is flush:
+                    raise FlushError(-result, os.strerror(-result))
+                raise OSError(-result, f"{self.name}: {os.strerror(-result)}: at byte {offset}")
+        return _STEPS
 
     async def size(self) -> int:
         return await self._reader.run(self.size_now)

@@ -110,6 +110,8 @@ class Ring:
         self._last_id = 0
         self._unsent = 0  # calls in the ring that the kernel has not been told of
         self._gathering = False
+        self.then: Callable[[], None] | None = None
+        """What to do in the same turn of the event loop after calls have ended."""
         self._loop = trio.lowlevel.current_trio_token()
 
     def _map(self, parameters: bytearray) -> None:
@@ -231,7 +233,10 @@ class Ring:
         """Tell of calls as they end. Runs for ever."""
         while True:
             await trio.lowlevel.wait_readable(self._fd)
-            self.reap_now()
+            with self.gathered():
+                self.reap_now()
+                if self.then is not None:
+                    self.then()
 
 
 _ring: trio.lowlevel.RunVar[Ring | None] = trio.lowlevel.RunVar("ring", None)
@@ -241,6 +246,19 @@ def ring() -> Ring | None:
     """The ring to be used by whoever calls, if there is one with room."""
     found = _ring.get()
     return found if found is not None and found.has_room else None
+
+
+@contextmanager
+def followed_by(then: Callable[[], None]) -> Iterator[None]:
+    """Meanwhile, do this in the same turn of the event loop after calls have ended."""
+    found = _ring.get()
+    if found is not None:
+        found.then = then
+    try:
+        yield
+    finally:
+        if found is not None:
+            found.then = None
 
 
 @asynccontextmanager

@@ -17,6 +17,7 @@ import trio
 import trio.testing
 
 from fvdfs.format.creation import CreateOptions
+from fvdfs.image.commit import Committer
 from fvdfs.image.image import Image
 from fvdfs.image.policy import Policy
 from fvdfs.ops.background import Background
@@ -165,6 +166,7 @@ def test_errors_reach_who_asked(served: Served, caplog: pytest.LogCaptureFixture
             patch.setattr(HostFile, "pwrite", failing(code))
             await fails(kernel.write(fh, len(BASE), bytes(4096)))
         with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Committer, "start_commit", lambda *_: False)
             patch.setattr(Image, "fsync", failing(code))
             await fails(kernel.fsync(fh))
         for what in ("read", "write", "fsync"):

@@ -409,45 +409,20 @@ async def test_a_flush_that_failed_ahead_is_told_of(
         if later:
             await write_started(file)
             await trio.sleep(0.05)
+        begun = flushes.begun
         for _ in range(2):
             with pytest.raises(OSError) as caught:
                 await file.flush()
             assert caught.value.errno == errno.EIO
-            begun = flushes.begun
-            await write_started(file)
-            assert flushes.begun == begun + (not later), "one that ends well"
-            assert not file.start_flush(told.tell)
+            assert file.start_flush(told.tell)
+        assert told == [-errno.EIO] * 2
         with pytest.raises(FlushError):
             await file.append_stable(b"record", 4096, flush_first=False)
-
-
-async def test_an_error_that_a_flush_ahead_took_from_one_under_way(
-    file: HostFile, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    flushes = Flushes(monkeypatch)
-    held = Told[Callable[[], None]]()
-    async with uring.use_ring():
-        await write_and_flush(file, EXPECTED)
-
-        async def flush() -> None:
-            with pytest.raises(OSError) as caught:
-                await file.flush()
-            assert caught.value.errno == errno.EIO
-
-        async with trio.open_nursery() as nursery:
-            with monkeypatch.context() as patch:
-                change_begin(patch, lambda _, done, first: (lambda results: held.tell(lambda: done(results)), first))
-                patch.setattr(file._flusher, "ask", lambda: None)  # nothing is learnt
-                nursery.start_soon(flush)
-                await held.wait(1)
-            flushes.errors = [errno.EIO]
-            await write_started(file)
-            held.pop()()
-            assert flushes.errors == []
+        assert flushes.begun == begun
 
 
 class HeldFlushes(Flushes):
-    """Those that begin with a write are told of when `release` says so."""
+    """The ring's flushes are told of when `release` says so; of a write with a flush, the write at once."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         super().__init__(monkeypatch)
@@ -455,24 +430,104 @@ class HeldFlushes(Flushes):
         change_begin(monkeypatch, self._hold)
 
     def _hold(self, calls: Sequence[uring.Call], done: Done, first_done: FirstDone) -> tuple[Done, FirstDone]:
-        if first_done is None:
-            return done, None
+        if calls[-1][0] != uring.FSYNC:
+            return done, first_done
         return lambda results: self.held.tell(lambda: done(results)), first_done
 
     async def release(self) -> None:
+        """Tell of the calls that have ended: there is one flush at a time."""
         await self.held.wait(1)
-        self.held.pop()()
-        assert not self.held
+        (tell,) = self.held
+        self.held.clear()
+        tell()
 
 
-async def test_a_flush_without_a_task(file: HostFile, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where it began with the write before."""
+async def write_and_release(file: HostFile, flushes: HeldFlushes, times: int) -> None:
+    told = Told[int]()
+    for number in range(times):
+        await write_started(file)
+        assert file.start_flush(told.tell)
+        await flushes.release()
+        assert told == [0] * (number + 1)
+
+
+async def test_flushes_are_done_one_after_the_other(file: HostFile, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who asks while one is under way shares the next: that one may have begun before the last write."""
+    flushes = HeldFlushes(monkeypatch)
+    told = Told[str]()
+    async with uring.use_ring():
+        for who in ("first", "second", "third"):
+            assert file.start_flush(functools.partial(lambda who, result: told.tell(f"{who} {result}"), who))
+        assert flushes.begun == 1
+        await flushes.release()
+        assert told == ["first 0"]
+        assert flushes.begun == 2
+        await flushes.release()
+        assert told == ["first 0", "second 0", "third 0"]
+        assert flushes.begun == 2
+
+
+async def test_the_failure_of_a_flush_is_told_to_all_who_wait(file: HostFile, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel would not tell it again."""
     flushes = HeldFlushes(monkeypatch)
     told = Told[int]()
     async with uring.use_ring():
-        assert not file.start_flush(told.tell)
+        flushes.errors = [errno.ENOSPC]
+        for _ in range(3):
+            assert file.start_flush(told.tell)
+        await flushes.release()
+        assert told == [-errno.ENOSPC] * 3
+        assert flushes.begun == 1
+
+
+async def test_a_journal_record_and_a_flush_wait_for_each_other(
+    file: HostFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flushes = HeldFlushes(monkeypatch)
+    told = Told[int]()
+    async with uring.use_ring(), trio.open_nursery() as nursery:
+        assert file.start_flush(told.tell)
+
+        async def append() -> None:
+            await file.append_stable(b"record", 4096, flush_first=True)
+            told.tell(1)
+
+        nursery.start_soon(append)
+        await wait_all_tasks_blocked()
+        assert flushes.begun == 1
+        await flushes.release()
+        await flushes.held.wait(1)
+        assert flushes.begun == 3, "before the record, and after it"
+        assert file.start_flush(told.tell)
+        assert flushes.begun == 3
+        await flushes.release()
+        await flushes.release()
+        await told.wait(3)
+        assert sorted(told) == [0, 0, 1]
+        assert flushes.begun == 4
+
+
+async def test_who_is_told_of_a_flush_may_ask_for_the_next(file: HostFile) -> None:
+    told = Told[int]()
+
+    def again(result: int) -> None:
+        told.tell(result)
+        if len(told) < 3:
+            assert file.start_flush(again)
+
+    async with uring.use_ring():
         await write_and_flush(file, EXPECTED)
-        assert not file.start_flush(told.tell), "nothing was written since"
+        await write_started(file)
+        assert file.start_flush(again)
+        await told.wait(3)
+        assert told == [0, 0, 0]
+
+
+async def test_a_flush_ahead_is_shared_where_it_covers_all(file: HostFile, monkeypatch: pytest.MonkeyPatch) -> None:
+    flushes = HeldFlushes(monkeypatch)
+    told = Told[int]()
+    async with uring.use_ring():
+        await write_and_release(file, flushes, 1 + EXPECTED)
         begun = flushes.begun
         await write_started(file)
         assert file.start_flush(told.tell)
@@ -488,11 +543,30 @@ async def test_a_flush_without_a_task(file: HostFile, monkeypatch: pytest.Monkey
         await write_started(file)
         assert file.start_flush(told.tell)
         await write_started(file, 512)
-        assert not file.start_flush(told.tell), "that write came later"
+        assert file.start_flush(told.tell)
         await flushes.release()
-        assert told == [0, 0, 0], "the first one is stable"
-        await file.flush()
+        assert told == [0, 0, 0], "the second write came later"
+        await flushes.release()
+        assert told == [0, 0, 0, 0]
         assert flushes.begun == begun + 4
+
+
+async def test_no_flush_begins_ahead_while_another_is_under_way(
+    file: HostFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flushes = HeldFlushes(monkeypatch)
+    told = Told[int]()
+    async with uring.use_ring():
+        await write_and_release(file, flushes, 1 + EXPECTED)
+        await write_started(file)
+        await flushes.release()
+        await write_started(file, 512)
+        assert file.start_flush(told.tell)
+        begun = flushes.begun
+        await write_started(file)
+        assert flushes.begun == begun
+        await flushes.release()
+        assert told == [0]
 
 
 async def test_a_flush_ahead_need_not_cover_what_ended_before_its_own_write(
@@ -501,6 +575,7 @@ async def test_a_flush_ahead_need_not_cover_what_ended_before_its_own_write(
     """It may have begun in between."""
     told = Told[int]()
     held = Told[Callable[[], None]]()
+    flushes = Flushes(monkeypatch)
     async with uring.use_ring():
         await write_and_flush(file, EXPECTED)
 
@@ -519,31 +594,33 @@ async def test_a_flush_ahead_need_not_cover_what_ended_before_its_own_write(
         await file.pwrite(b"new", 512)
         held.pop()()
         assert told == [512]
-        assert not file.start_flush(told.tell)
+        begun = flushes.begun
+        await file.flush()
+        assert flushes.begun == begun + 1
 
 
 @pytest.mark.parametrize("error", [errno.EIO, errno.ECANCELED])
-async def test_a_flush_without_a_task_that_fails(file: HostFile, monkeypatch: pytest.MonkeyPatch, error: int) -> None:
+async def test_a_flush_ahead_that_fails_while_it_is_waited_for(
+    file: HostFile, monkeypatch: pytest.MonkeyPatch, error: int
+) -> None:
     flushes = HeldFlushes(monkeypatch)
     told = Told[int]()
     async with uring.use_ring():
-        await write_and_flush(file, EXPECTED)
+        await write_and_release(file, flushes, 1 + EXPECTED)
         flushes.errors = [error]
         await write_started(file)
         begun = flushes.begun
         assert file.start_flush(told.tell)
         assert file.start_flush(told.tell)
         await flushes.release()
-        await told.wait(2)
         if error == errno.ECANCELED:
+            assert told == []
+            await flushes.release()
             assert told == [0, 0]
-            assert flushes.begun == begun + 2, "it had not begun"
+            assert flushes.begun == begun + 1, "it had not begun"
         else:
             assert told == [-error, -error]
             assert flushes.begun == begun
-            assert not file.start_flush(told.tell)
-            with pytest.raises(FlushError):
-                await file.flush()
 
 
 async def test_a_full_ring_is_not_used() -> None:
