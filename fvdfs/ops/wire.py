@@ -5,6 +5,11 @@ libfuse's answer to INIT leaves out what matters most here, so it is amended:
 - FUSE_HANDLE_KILLPRIV_V2. Without it the kernel asks for the extended attribute security.capability
   before *every* write, one more request each time. With it the file system promises to drop set-uid
   bits and capabilities on writing itself; ours has none to drop (`filesystem.py` never shows them).
+- Not FUSE_AUTO_INVAL_DATA, which libfuse asks for. With it, and without the write-back cache, each write makes the
+  kernel ask for the attributes at the next read, find another mtime, and drop all its pages of the disk. It tells
+  nothing new: an open disk changes only through the kernel, which knows (locks keep other mounts and commands from
+  it), and one that changed while it was closed loses its pages at the opening (`Openings._have_pages_right`). Of a
+  disk that is passed through, whose data file might change, the kernel has no pages.
 - FUSE_PASSTHROUGH, where it is asked for. Then the kernel may read and write a file by itself (`passthrough.py`), which
   also OPEN's answer has to say. It does not go together with its write-back cache.
 - max_background, the number of read-ahead and writeback requests that may be under way, 12 otherwise. Those of an image
@@ -31,6 +36,7 @@ FUSE_FSYNC = 20
 FUSE_INIT = 26
 FUSE_INTERRUPT = 36
 FUSE_NOTIFY_INVAL_INODE = 2
+FUSE_AUTO_INVAL_DATA = 1 << 12
 FUSE_WRITEBACK_CACHE = 1 << 16
 FUSE_HANDLE_KILLPRIV_V2 = 1 << 28
 FUSE_INIT_EXT = 1 << 30
@@ -121,7 +127,7 @@ def amend(request: bytes, answer: bytes, *, passthrough: bool = False) -> bytes:
         return answer
     offered = INIT_IN.unpack_from(request, IN_HEADER.size)[3]
     major, minor, read_ahead, flags, _, _, max_write = INIT_OUT.unpack_from(answer, OUT_HEADER.size)
-    flags |= offered & FUSE_HANDLE_KILLPRIV_V2
+    flags = flags & ~FUSE_AUTO_INVAL_DATA | offered & FUSE_HANDLE_KILLPRIV_V2
     amended = bytearray(answer)
     if passthrough and _can_pass_through(request, flags, answer):
         flags |= FUSE_INIT_EXT

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from fvdfs.ops.wire import (
     CONGESTION_THRESHOLD,
     FOPEN_KEEP_CACHE,
     FOPEN_PASSTHROUGH,
+    FUSE_AUTO_INVAL_DATA,
     FUSE_HANDLE_KILLPRIV_V2,
     FUSE_INIT_EXT,
     FUSE_PASSTHROUGH,
@@ -48,6 +50,11 @@ def test_the_answer_to_init_is_amended() -> None:
 def test_a_flag_that_is_not_offered_is_not_answered() -> None:
     request = REQUEST[:-4] + struct.pack("=I", 1)
     assert struct.unpack_from("=IIIIHHI", amend(request, init_answer(1)), 16)[3] == 1
+
+
+def test_the_kernel_is_not_to_drop_pages_by_itself() -> None:
+    answer = amend(REQUEST, init_answer(1 | FUSE_AUTO_INVAL_DATA))
+    assert struct.unpack_from("=IIIIHHI", answer, 16)[3] == 1 | FUSE_HANDLE_KILLPRIV_V2
 
 
 @pytest.mark.parametrize("answer", [init_answer(1, error=-71), struct.pack("=IiQ", 16, -71, 1)])
@@ -192,23 +199,45 @@ def test_a_reader_that_is_killed_leaves_nothing_behind(mount: Mount) -> None:
     assert "Traceback" not in mount.log
 
 
+@contextmanager
+def debugged(folder: Path, *options: str) -> Iterator[tuple[Path, list[str]]]:
+    """A mount in the foreground: where it is, and, once it is unmounted, the lines of its log."""
+    point = folder.parent / "point"
+    point.mkdir()
+    lines: list[str] = []
+    command = [*FVDFS, "mount", "-f", "--debug", *options, str(folder), str(point)]
+    with running(*command, stderr=subprocess.PIPE, text=True) as daemon:
+        try:
+            wait_until(lambda: os.path.ismount(point) and any(point.iterdir()))
+            yield point, lines
+        finally:
+            must("umount", point)
+            lines += daemon.communicate(timeout=20)[1].splitlines()
+
+
 def test_debug_shows_every_request(folder: Path) -> None:
     """Also those that libfuse does not see."""
     must("create", folder / "a.fvd", "1M")
-    point = folder.parent / "point"
-    point.mkdir()
-    command = [*FVDFS, "mount", "-f", "--debug", str(folder), str(point)]
-    with running(*command, stderr=subprocess.PIPE, text=True) as daemon:
-        try:
-            wait_until(lambda: os.path.ismount(point) and (point / "a.raw").exists())
-            with open(point / "a.raw", "r+b", buffering=0) as disk:
-                assert disk.read(4096) == bytes(4096)
-                for _ in range(20):
-                    disk.write(b"x" * 4096)
-                    os.fsync(disk)
-        finally:
-            must("umount", point)
-            _, log = daemon.communicate(timeout=20)
+    with debugged(folder) as (point, lines), open(point / "a.raw", "r+b", buffering=0) as disk:
+        assert disk.read(4096) == bytes(4096)
+        for _ in range(20):
+            disk.write(b"x" * 4096)
+            os.fsync(disk)
+    log = "\n".join(lines)
     counts = {name: log.count(f"opcode: {name} (") for name in ("LOOKUP", "OPEN", "READ", "WRITE", "FSYNC", "RELEASE")}
     assert all(counts.values()), f"{counts}: {log}"
     assert counts["FSYNC"] == counts["WRITE"] == 20
+
+
+def test_a_write_leaves_what_the_kernel_has_cached(folder: Path) -> None:
+    """Pages that were read or written stay; no READ for them reaches the mount."""
+    must("create", folder / "a.fvd", "1M")
+    with debugged(folder, "-o", "writeback=off") as (point, lines), open(point / "a.raw", "r+b", buffering=0) as disk:
+        content = bytearray(disk.read(MIB))
+        for start in range(0, MIB, 65536):
+            content[start : start + 4096] = bytes([start >> 16]) * 4096
+            os.pwrite(disk.fileno(), content[start : start + 4096], start)
+            assert os.pread(disk.fileno(), MIB, 0) == content
+    kinds = [kind for line in lines for kind in ("READ", "WRITE") if f"opcode: {kind} (" in line]
+    assert kinds == ["READ"] * kinds.count("READ") + ["WRITE"] * 16
+    assert kinds[0] == "READ"
