@@ -114,7 +114,11 @@ _ROWS = (
         "have the kernel wait for the disk where it can, instead of threads (default: on)",
         _one_of("on", "off"),
     ),
-    Option("writeback=on|off", "let the kernel gather writes (default: on)", _one_of("on", "off")),
+    Option(
+        "writeback=auto|on|off",
+        "let the kernel gather writes; auto (default): unless it may read and write data files of images by itself",
+        _one_of("auto", "on", "off"),
+    ),
     Option(
         "locking=on|off",
         "take QEMU's image locks, and respect them, beside fvdfs's own (default: on)",

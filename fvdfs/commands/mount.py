@@ -51,6 +51,7 @@ def run(
         from fvdfs.image.policy import Policy
         from fvdfs.ops.filesystem import Sync
         from fvdfs.ops.mount import MountOptions, serve
+        from fvdfs.ops.writeback import Writeback
         from fvdfs.prefetch.scheduler import DEFAULT_JOBS
 
         policy = Policy(
@@ -70,7 +71,7 @@ def run(
             mountpoint=mountpoint,
             policy=policy,
             allow_other=allow_other or "allow_other" in chosen,
-            writeback=chosen.get("writeback") != "off",
+            writeback=Writeback(chosen.get("writeback", "auto")),
             io_uring=chosen.get("io_uring") != "off",
             shrink="shrink" in chosen,
             sync=Sync(chosen.get("sync", "flush")),

@@ -62,6 +62,7 @@ from fvdfs.ops.wire import (
     is_whole,
     passes_through,
     with_backing,
+    writes_back,
 )
 from fvdfs.store import uring
 from fvdfs.store.base import Buffer, Pending
@@ -90,6 +91,9 @@ class Requests(Protocol):
     def begin_fsync(self, fh: int, /) -> Pending | None:
         """Make durable what was written; None: the mount does not do so."""
 
+    def agreed(self, *, writeback: bool) -> None:
+        """INIT was exchanged: whether the kernel gathers writes."""
+
     def backing_of(self, fh: int, /) -> int:
         """The number of the file that the kernel has for a handle (`Device.open_backing`); 0: none."""
 
@@ -109,8 +113,8 @@ class Device:
     def __init__(self, requests: Requests, kernel: int, *, debug: bool = False, passthrough: bool = False) -> None:
         """`kernel`: the descriptor of /dev/fuse, not used yet; `close` closes it.
 
-        `debug`: log the requests that are answered here, as libfuse does with the others. `passthrough`: ask the
-        kernel whether it can read and write files by itself.
+        `debug`: log the requests that are answered here, as libfuse does with the others. `passthrough`: have the
+        kernel read and write files by itself, where it can, rather than gather writes.
         """
         self._requests = requests
         self._debug = debug
@@ -233,6 +237,7 @@ class Device:
             log.error("the kernel and libfuse know no common version of FUSE")
             raise OSError(errno.ENODEV, os.strerror(errno.ENODEV))
         self.has_passthrough = passes_through(answer)
+        self._requests.agreed(writeback=writes_back(answer))
         self._max_write = int(INIT_OUT.unpack_from(answer, OUT_HEADER.size)[-1])
         self._payload = self._take_buffer()
         self.connected.set()

@@ -366,6 +366,10 @@ class Filesystem(pyfuse3.Operations):
     def _was_written(self, entry: Entry) -> None:
         entry.mtime.written(kernel_tells=self.enable_writeback_cache)
 
+    def agreed(self, *, writeback: bool) -> None:
+        """What the kernel does is known."""
+        self.enable_writeback_cache = writeback
+
     def backing_of(self, fh: int, /) -> int:
         """What OPEN's answer says of the kernel's own way to the data (`passthrough.py`); 0: there is none."""
         opened = self._handles.get(fh)

@@ -34,7 +34,8 @@ from fvdfs.ops.filesystem import Filesystem, Sync
 from fvdfs.ops.folder import Folder
 from fvdfs.ops.inodes import Entry
 from fvdfs.ops.openings import Openings
-from fvdfs.ops.passthrough import Passthroughs, obstacle_of_mount
+from fvdfs.ops.passthrough import Passthroughs
+from fvdfs.ops.writeback import Writeback, obstacle
 from fvdfs.prefetch.pressure import DiskPressure
 from fvdfs.prefetch.scheduler import DEFAULT_JOBS, Scheduler
 from fvdfs.store.mountinfo import MountPoint, mount_points
@@ -63,7 +64,7 @@ class MountOptions:
     mountpoint: str
     policy: Policy
     allow_other: bool = False
-    writeback: bool = True
+    writeback: Writeback = Writeback.AUTO
     io_uring: bool = True
     shrink: bool = False
     sync: Sync = Sync.FLUSH
@@ -86,12 +87,11 @@ def serve(options: MountOptions, ready: Callable[[], None], reopen_log: ReopenLo
     )
     background = Background(scheduler, record_profiles=options.record_profiles)
     passthroughs = Passthroughs(
-        obstacle_of_mount(
-            writeback=options.writeback, always_sync=options.sync is Sync.ALWAYS, zeroes=options.policy.zeroes
-        )
+        obstacle(options.folder, options.policy, options.writeback, always_sync=options.sync is Sync.ALWAYS)
     )
     openings = Openings(Folder(options.folder, options.policy), background, passthroughs)
-    filesystem = Filesystem(openings, writeback=options.writeback, shrink=options.shrink, sync=options.sync)
+    writeback = options.writeback is not Writeback.OFF
+    filesystem = Filesystem(openings, writeback=writeback, shrink=options.shrink, sync=options.sync)
     with contextlib.ExitStack() as stack:
         if claim := mounts.claim(options.mountpoint):
             stack.callback(claim.release)

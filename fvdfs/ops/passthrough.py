@@ -26,7 +26,6 @@ from typing import Protocol
 import trio
 
 from fvdfs.alloc.flat import FlatStorage
-from fvdfs.cow.planner import Zeroes
 from fvdfs.image.image import Image
 from fvdfs.ops.times import Mtime
 from fvdfs.store.host import HostFile, reopen
@@ -37,9 +36,9 @@ ON = "on"
 _UNIT = 4096
 """The size is a multiple of it, in bytes: QEMU without a cache takes no other of a file whose alignment it cannot find
 out, such as one that begins with a hole."""
-_OF_MOUNTS = "the mount gathers writes in the kernel; -o writeback=off ends that"
+NOT_ROOT = "only root may have it (CAP_SYS_ADMIN)"
 _REFUSALS = {
-    errno.EPERM: "only root may have it (CAP_SYS_ADMIN)",
+    errno.EPERM: NOT_ROOT,
     errno.ELOOP: "its data lies on a stacked file system, such as an overlay or another mount of fvdfs",
     errno.EINVAL: "the file system of its data has no direct I/O",
     errno.ENOLCK: "the file system of its data has no locks",
@@ -57,15 +56,6 @@ class Kernel(Protocol):
 
     def close_backing(self, number: int) -> None:
         """Give no further opening this file. Raises OSError."""
-
-
-def obstacle_of_mount(*, writeback: bool, always_sync: bool, zeroes: Zeroes) -> str:
-    """Why no disk of a mount with these options is passed through; empty where some may be."""
-    if zeroes is not Zeroes.OFF:
-        return f"-o detect_zeroes={zeroes.value} has to see each write"
-    if always_sync:
-        return "-o sync=always has to see each write"
-    return _OF_MOUNTS if writeback else ""
 
 
 def obstacle_of_image(image: Image) -> str:
@@ -146,8 +136,8 @@ class Passthrough:
 class Passthroughs:
     """Of one mount."""
 
-    def __init__(self, obstacle: str = _OF_MOUNTS) -> None:
-        """`obstacle`: why no disk is passed through (`obstacle_of_mount`)."""
+    def __init__(self, obstacle: str = "nobody has asked for it") -> None:
+        """`obstacle`: why no disk is passed through (`writeback.obstacle`)."""
         self._obstacle = obstacle
         self.kernel: Kernel | None = None
 

@@ -11,7 +11,7 @@ libfuse's answer to INIT leaves out what matters most here, so it is amended:
   it), and one that changed while it was closed loses its pages at the opening (`Openings._have_pages_right`). Of a
   disk that is passed through, whose data file might change, the kernel has no pages.
 - FUSE_PASSTHROUGH, where it is asked for. Then the kernel may read and write a file by itself (`passthrough.py`), which
-  also OPEN's answer has to say. It does not go together with its write-back cache.
+  also OPEN's answer has to say. It does not go together with the write-back cache, which is not asked for then.
 - max_background, the number of read-ahead and writeback requests that may be under way, 12 otherwise. Those of an image
   whose base hangs count, so there are far more than a disk needs; read-ahead stops at a smaller number by itself.
 
@@ -121,7 +121,7 @@ def agrees(answer: bytes) -> bool:
 def amend(request: bytes, answer: bytes, *, passthrough: bool = False) -> bytes:
     """libfuse's answer to the INIT request, with our fields in it; as it is where it says no or one is cut short.
 
-    `passthrough`: ask for FUSE_PASSTHROUGH.
+    `passthrough`: ask for FUSE_PASSTHROUGH, in place of the write-back cache.
     """
     if not agrees(answer) or len(request) < IN_HEADER.size + INIT_IN.size:
         return answer
@@ -129,22 +129,27 @@ def amend(request: bytes, answer: bytes, *, passthrough: bool = False) -> bytes:
     major, minor, read_ahead, flags, _, _, max_write = INIT_OUT.unpack_from(answer, OUT_HEADER.size)
     flags = flags & ~FUSE_AUTO_INVAL_DATA | offered & FUSE_HANDLE_KILLPRIV_V2
     amended = bytearray(answer)
-    if passthrough and _can_pass_through(request, flags, answer):
-        flags |= FUSE_INIT_EXT
+    if passthrough and _can_pass_through(request, answer):
+        flags = flags & ~FUSE_WRITEBACK_CACHE | FUSE_INIT_EXT
         INIT_OUT_MORE.pack_into(amended, OUT_HEADER.size + _MORE_AT, FUSE_PASSTHROUGH, STACK_DEPTH)
     fields = (major, minor, read_ahead, flags, MAX_BACKGROUND, CONGESTION_THRESHOLD, max_write)
     INIT_OUT.pack_into(amended, OUT_HEADER.size, *fields)
     return bytes(amended)
 
 
-def _can_pass_through(request: bytes, flags: int, answer: bytes) -> bool:
-    """Whether the kernel offers it, and nothing in the answer forbids it."""
+def _can_pass_through(request: bytes, answer: bytes) -> bool:
+    """Whether the kernel offers it, and the answer has room to say so."""
     if len(request) < IN_HEADER.size + INIT_IN_MORE.size:
         return False
-    if not INIT_IN.unpack_from(request, IN_HEADER.size)[3] & FUSE_INIT_EXT or flags & FUSE_WRITEBACK_CACHE:
+    if not INIT_IN.unpack_from(request, IN_HEADER.size)[3] & FUSE_INIT_EXT:
         return False
     (offered,) = INIT_IN_MORE.unpack_from(request, IN_HEADER.size)
     return bool(offered & FUSE_PASSTHROUGH) and len(answer) >= OUT_HEADER.size + _MORE_AT + INIT_OUT_MORE.size
+
+
+def writes_back(answer: bytes) -> bool:
+    """Whether an answer to INIT asks for the write-back cache."""
+    return bool(INIT_OUT.unpack_from(answer, OUT_HEADER.size)[3] & FUSE_WRITEBACK_CACHE)
 
 
 def passes_through(answer: bytes) -> bool:

@@ -43,7 +43,7 @@ MOUNTS = {
     "sync=always,sync=none": "given twice",
     "writeback=on,writeback=off": "given twice",
     "writeback": "needs a value",
-    "writeback=maybe": "must be on or off",
+    "writeback=maybe": "must be auto or on or off",
     "io_uring=1": "must be on or off",
     "locking=": "needs a value",
     "detect_zeroes=banana": "must be off or on or punch",

@@ -29,6 +29,7 @@ from fvdfs.ops.wire import (
     amend,
     passes_through,
     with_backing,
+    writes_back,
 )
 from support.mounts import FVDFS, MIB, Mount, mounted, must, running, wait_until
 
@@ -77,9 +78,11 @@ NEW_REQUEST = struct.pack(
 )
 
 
-def test_passthrough_is_asked_for() -> None:
-    answer = amend(NEW_REQUEST, init_answer(1), passthrough=True)
+@pytest.mark.parametrize("flags", [1, 1 | FUSE_WRITEBACK_CACHE])
+def test_passthrough_is_asked_for_in_place_of_the_write_back_cache(flags: int) -> None:
+    answer = amend(NEW_REQUEST, init_answer(flags), passthrough=True)
     assert struct.unpack_from("=I", answer, 16 + 12)[0] == 1 | FUSE_INIT_EXT
+    assert not writes_back(answer)
     assert struct.unpack_from("=II", answer, 16 + 32) == (FUSE_PASSTHROUGH, 1)
     assert passes_through(answer)
 
@@ -88,17 +91,19 @@ def test_passthrough_is_asked_for() -> None:
     ("request_", "flags", "wanted"),
     [
         (NEW_REQUEST, 1, False),
-        (NEW_REQUEST, 1 | FUSE_WRITEBACK_CACHE, True),
+        (NEW_REQUEST, 1 | FUSE_WRITEBACK_CACHE, False),
+        (NEW_REQUEST[:-48] + bytes(48), 1 | FUSE_WRITEBACK_CACHE, True),
         (NEW_REQUEST[:-48] + bytes(48), 1, True),
         (NEW_REQUEST[: 40 + 16], 1, True),
         (REQUEST, 1, True),
     ],
-    ids=["not wanted", "write-back", "not offered", "cut short", "old kernel"],
+    ids=["not wanted", "write-back", "not offered beside write-back", "not offered", "cut short", "old kernel"],
 )
 def test_passthrough_is_not_asked_for(request_: bytes, flags: int, wanted: bool) -> None:
     answer = amend(request_, init_answer(flags), passthrough=wanted)
     assert not passes_through(answer)
     assert struct.unpack_from("=I", answer, 16 + 12)[0] & FUSE_INIT_EXT == 0
+    assert writes_back(answer) == bool(flags & FUSE_WRITEBACK_CACHE)
 
 
 def test_an_answer_to_open_tells_the_backing() -> None:

@@ -24,7 +24,9 @@ from pathlib import Path
 import pytest
 
 from fvdfs.format.header import HEADER_SPACE, Header
+from fvdfs.image.policy import Policy
 from fvdfs.ops.filesystem import ATTRIBUTE_TIMEOUT
+from fvdfs.ops.writeback import Writeback, obstacle
 from support.devices import loop_device
 from support.mounts import (
     FVDFS,
@@ -381,7 +383,7 @@ def test_a_killed_mount_without_passthrough_takes_up_the_size(mount: Mount) -> N
     mount.kill()
     with contextlib.suppress(OSError):
         os.close(disk)
-    mount.options = ("-o", "shrink")
+    mount.options = ("-o", "shrink,writeback=on")
     mount.mount()
     with opened(mount) as disk:
         assert mount.passthrough("a") != "on"
@@ -503,7 +505,7 @@ LAYOUTS = {
     "compact": (["--data-file", "d", "--compact"], [], "in chunks"),
     "qcow2": (["--data-file", "d", "--data-format", "qcow2"], [], "not a raw file of this host"),
     "base": (["--data-file", "d", "-b", "base.raw", "-F", "raw"], [], "parts of it are in its base"),
-    "writeback": (["--data-file", "d"], ["-o", "writeback=on"], "-o writeback=off ends that"),
+    "writeback": (["--data-file", "d"], ["-o", "writeback=on"], "-o writeback=on has the kernel gather writes"),
     "sync": (["--data-file", "d"], ["-o", f"{PASSED_THROUGH},sync=always"], "-o sync=always has to see"),
     "zeroes": (
         ["--data-file", "d"],
@@ -525,6 +527,43 @@ def test_why_a_disk_is_not_passed_through(folder: Path, case: str) -> None:
         os.pwrite(disk, b"x" * 5000, 1000)
         os.fsync(disk)
         assert os.pread(disk, 5000, 1000) == b"x" * 5000
+
+
+def gathers_writes(mount: Mount, name: str) -> bool:
+    """Whether the kernel keeps a write to itself for a while."""
+    with opened(mount, name=name) as disk:
+        os.pwrite(disk, b"w" * 4096, 0)
+        return not any(b"w" * 4096 in file.read_bytes() for file in mount.folder.iterdir() if file.is_file())
+
+
+@pytest.mark.parametrize("options", [(), ("-o", "writeback=auto")])
+def test_a_mount_passes_through_where_it_shows_such_a_disk(folder: Path, options: tuple[str, ...]) -> None:
+    new_disk(folder)
+    (folder / "base.raw").write_bytes(CONTENT)
+    must("create", folder / "b.fvd", "-b", "base.raw", "-F", "raw", "--block-size", "4K")
+    with mounted(folder, *options) as mount, opened(mount):
+        assert mount.passthrough("a") == "on"
+        assert not gathers_writes(mount, "b")
+
+
+@pytest.mark.parametrize("layout", ["", "--data-file d --compact", "--data-file d --data-format qcow2"])
+def test_a_mount_gathers_writes_where_it_shows_none(folder: Path, layout: str) -> None:
+    must("create", folder / "b.fvd", str(SIZE), *layout.split())
+    (folder / "broken.fvd").write_bytes(b"no image")
+    os.mkfifo(folder / "pipe.fvd")
+    with mounted(folder) as mount:
+        assert gathers_writes(mount, "b")
+        must("create", folder / "late.fvd", str(SIZE), "--data-file", "auto")
+        with opened(mount, name="late"):
+            assert "mount the folder anew" in mount.passthrough("late")
+
+
+def test_a_mount_of_a_user_gathers_writes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    new_disk(folder)
+    policy = Policy()
+    assert obstacle(str(folder), policy, Writeback.AUTO, always_sync=False) == ""
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    assert "only root" in obstacle(str(folder), policy, Writeback.AUTO, always_sync=False)
 
 
 def test_data_on_a_device(folder: Path, tmp_path: Path) -> None:

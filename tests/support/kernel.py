@@ -19,7 +19,16 @@ import pytest
 import trio
 
 from fvdfs.ops.device import Device, Requests
-from fvdfs.ops.wire import FUSE_FSYNC, FUSE_INIT, FUSE_INTERRUPT, FUSE_READ, FUSE_WRITE, IN_HEADER, OUT_HEADER
+from fvdfs.ops.wire import (
+    FUSE_FSYNC,
+    FUSE_INIT,
+    FUSE_INTERRUPT,
+    FUSE_READ,
+    FUSE_WRITE,
+    FUSE_WRITEBACK_CACHE,
+    IN_HEADER,
+    OUT_HEADER,
+)
 
 MAX_WRITE = 128 << 10  # bytes
 BUFFER = 1 << 20  # bytes; more than any message
@@ -127,7 +136,7 @@ class Libfuse:
                 if opcode == FUSE_INIT and self.init_error:
                     os.write(self._descriptor, OUT_HEADER.pack(OUT_HEADER.size, -self.init_error, unique))
                 elif opcode == FUSE_INIT:
-                    body = _INIT_ANSWER.pack(7, 38, 1 << 17, 1, 12, 9, MAX_WRITE)
+                    body = _INIT_ANSWER.pack(7, 38, 1 << 17, 1 | FUSE_WRITEBACK_CACHE, 12, 9, MAX_WRITE)
                     os.write(self._descriptor, OUT_HEADER.pack(OUT_HEADER.size + len(body), 0, unique) + body)
                 else:
                     self.requests.append(request)
