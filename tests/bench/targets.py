@@ -137,9 +137,7 @@ TARGETS = {
     "fvdfs cow on device": Target(_fvdfs(*_COW, device=True), cow=True),
     "fvdfs compact cow": Target(_fvdfs(*_COW, "--compact", "--block-size", "64K"), cow=True),
     "fvdfs cow writeback=off": Target(_fvdfs(*_COW, mount=",writeback=off"), cow=True),
-    "fvdfs passthrough": Target(
-        _fvdfs("--data-file", "auto", mount=",writeback=off", data="disk.fvd.data"), guests=True
-    ),
+    "fvdfs passthrough": Target(_fvdfs("--data-file", "auto", data="disk.fvd.data"), guests=True),
     "fvdfs plain": Target(_fvdfs()),
     "fvdfs compact": Target(_fvdfs("--compact")),
     "fvdfs compact on device": Target(_fvdfs("--compact", device=True)),
