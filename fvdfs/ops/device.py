@@ -76,6 +76,9 @@ _SPARE_BUFFERS = 16  # of the longest message, about 1 MiB each
 _BACKING = struct.Struct("=iIQ")  # descriptor flags padding
 _BACKING_NUMBER = struct.Struct("=I")
 _BACKING_OPEN, _BACKING_CLOSE = 0x4010_E501, 0x4004_E502  # ioctls of linux/fuse.h
+_DIRECT_AND_DURABLE = os.O_DIRECT | os.O_DSYNC
+"""The flags of a WRITE that is to be durable when it is answered (O_DSYNC, RWF_DSYNC). After other writes that are, the
+kernel sends FSYNC; after direct ones only where a thread waits for them, and they do not go side by side."""
 _LARGEST = 2 << 20  # bytes; the buffer for INIT that the kernel asks for; no answer of libfuse is larger
 
 
@@ -85,8 +88,8 @@ class Requests(Protocol):
     def begin_read(self, fh: int, offset: int, buffer: memoryview, /) -> int | Pending:
         """`Image.begin_read`."""
 
-    def begin_write(self, fh: int, offset: int, data: memoryview, /) -> Pending:
-        """Write all of the data, which is in a writable buffer."""
+    def begin_write(self, fh: int, offset: int, data: memoryview, /, *, durable: bool) -> Pending:
+        """Write all of the data, which is in a writable buffer. `durable`: and have it survive a power cut."""
 
     def begin_fsync(self, fh: int, /) -> Pending | None:
         """Make durable what was written; None: the mount does not do so."""
@@ -317,7 +320,7 @@ class Device:
             if flags & os.O_DIRECT and (offset | size) % SECTOR and not own_flags & FUSE_WRITE_CACHE:
                 self._answer(unique, errno.EINVAL)
             else:
-                self._begin_write(unique, fh, offset, size)
+                self._begin_write(unique, fh, offset, size, durable=flags & _DIRECT_AND_DURABLE == _DIRECT_AND_DURABLE)
         elif opcode == FUSE_SETATTR and self._set_times(unique):
             pass
         elif opcode == FUSE_FSYNC:
@@ -336,10 +339,10 @@ class Device:
         else:
             self._begin(unique, fh, "read", found, functools.partial(self._answer_read, unique, buffer))
 
-    def _begin_write(self, unique: int, fh: int, offset: int, size: int) -> None:
+    def _begin_write(self, unique: int, fh: int, offset: int, size: int, *, durable: bool) -> None:
         data = self._take(size)
         answer = functools.partial(self._answer_write, unique, data)
-        self._begin(unique, fh, "write", self._requests.begin_write(fh, offset, data), answer)
+        self._begin(unique, fh, "write", self._requests.begin_write(fh, offset, data, durable=durable), answer)
 
     def _begin_fsync(self, unique: int, fh: int) -> None:
         pending = self._requests.begin_fsync(fh)

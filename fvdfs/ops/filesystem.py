@@ -353,9 +353,10 @@ class Filesystem(pyfuse3.Operations):
         """`Image.begin_read`."""
         return self._images[fh].begin_read(offset, buffer)
 
-    def begin_write(self, fh: int, offset: int, data: memoryview, /) -> Pending:
-        """`Image.write`; with `sync=always`, durable when it has ended."""
-        write = DurableWrite if self._sync is Sync.ALWAYS else Write
+    def begin_write(self, fh: int, offset: int, data: memoryview, /, *, durable: bool) -> Pending:
+        """`Image.write`; with `sync=always`, or where the writer asks for it, durable when it has ended."""
+        durable = self._sync is Sync.ALWAYS or (durable and self._sync is Sync.FLUSH)
+        write = DurableWrite if durable else Write
         return write(self._handles[fh][0], self._images[fh], offset, data, self._note_write)
 
     def _note_write(self, entry: Entry) -> None:

@@ -116,6 +116,30 @@ def test_always_keeps_nothing_back_in_the_kernel(folder: Path) -> None:
         assert content_of(image)[12345:12346] == b"o"
 
 
+@pytest.mark.parametrize("engine", ["psync", "libaio"])
+@pytest.mark.parametrize("writeback", ["on", "off"])
+def test_a_direct_write_that_is_to_be_durable_is_flushed(
+    folder: Path, tmp_path: Path, engine: str, writeback: str
+) -> None:
+    """O_DSYNC, as a guest's FUA: for asynchronous writes the kernel itself sends no flush."""
+    new_image(folder, "cow")
+    command = [
+        "fio",
+        "--name=x",
+        "--rw=randwrite",
+        "--bs=4k",
+        "--size=1M",
+        "--io_size=40k",
+        "--direct=1",
+        "--iodepth=1",
+    ]
+    with mounted(folder, "-o", f"writeback={writeback},io_uring=off") as mount:
+        command += ["--sync=dsync", f"--ioengine={engine}", f"--filename={mount.raw('a')}"]
+        with counting_flushes(mount.pid, tmp_path / "trace") as flushes:
+            subprocess.run(command, check=True, capture_output=True, timeout=60)
+            assert flushes() >= 10
+
+
 def test_none_answers_a_flush_without_a_commit(folder: Path, tmp_path: Path) -> None:
     image = new_image(folder, "cow")
     content = bytearray(BASE + bytes(MIB))
