@@ -22,7 +22,7 @@ from fvdfs.check.header import check_header
 from fvdfs.check.layers import Absent, CheckLayer, is_store, read
 from fvdfs.check.repair import repair_image
 from fvdfs.daemon import run_loop
-from fvdfs.errors import FvdError, ImageBusy, ImageError, Locked, Refused, UnstatedFormat, UsageError, printable
+from fvdfs.errors import FvdError, ImageBusy, ImageError, Locked, Refused, UnstatedFormat, UsageError, printable, told
 from fvdfs.format.header import HEADER_SPACE, Header
 from fvdfs.image.chain import open_named, unstated_base_format
 from fvdfs.image.locking import lock_for_reading
@@ -260,7 +260,7 @@ class _Opening:
             self._errors.append(str(error))
             return Absent(unchecked, Severity.HARMLESS, "could not be checked")
         if isinstance(cause, OSError):
-            return Absent(missing, Severity.CORRUPTION, f"is missing: {text}")
+            return Absent(missing, Severity.CORRUPTION, f"is missing: {told(cause)}")
         return Absent(unusable, Severity.CORRUPTION, f"cannot be used: {text}")
 
 

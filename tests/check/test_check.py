@@ -1456,6 +1456,13 @@ def test_a_debt_to_the_base_is_not_forgotten(journal: bool, folder: Path, capsys
     assert good.read() == content
 
 
+def test_a_missing_file_is_named_once(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    good = Good(BY_NAME[DATA_FILE], folder)
+    (folder / "disk.data").unlink()
+    [finding] = check(capsys, good.path)["findings"]
+    assert f"data_file=disk.data: is missing: {folder}/disk.data: No such file or directory" in finding["line"]
+
+
 def test_a_journal_that_cannot_be_replayed_is_kept(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Without the data file nobody knows which entries are right: nothing may be cleared."""
     good = Good(BY_NAME["compact-cow-data-file"], folder)
