@@ -26,6 +26,7 @@ from typing import Protocol
 import trio
 
 from fvdfs.alloc.flat import FlatStorage
+from fvdfs.errors import printable
 from fvdfs.image.image import Image
 from fvdfs.ops.times import Mtime
 from fvdfs.store.host import HostFile, reopen
@@ -74,13 +75,14 @@ def obstacle_of_image(image: Image) -> str:
     if data.may_hang:
         return "its data lies on a share"
     if image.base is not None or image.bitmap is not None:
-        return "parts of it are in its base; once all is local, the next opening is passed through"
+        return "parts of it were in its base when it was opened; once all is local, close it and open it again"
     if storage.is_longer:
-        return f"its data file goes on behind the disk; truncate -s {image.size} ends that"
+        end = f"truncate -s {image.size} {printable(data.name)}"
+        return f"its data file goes on behind the disk; close it, then: {end}"
     if image.size % _UNIT:
-        return f"its size is no multiple of {_UNIT} bytes, which QEMU may ask of its data file"
+        return f"its size is no multiple of {_UNIT} bytes, which QEMU may ask for; truncate -s %{_UNIT} enlarges it"
     if not storage.is_whole and not image.writable:
-        return "its data file was never used; once it is written, the next opening is passed through"
+        return "its data file was never used; once the disk was written, close it and open it again"
     return ""
 
 

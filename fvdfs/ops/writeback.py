@@ -22,7 +22,9 @@ from fvdfs.ops.passthrough import NOT_ROOT
 from fvdfs.store.paths import in_time
 
 _WRITES_BACK = "-o writeback=on has the kernel gather writes; it does only one of the two"
-_NO_DATA_FILES = "no image here had a data file when it was mounted; mount the folder anew, or with -o writeback=off"
+_NO_DATA_FILES = (
+    "no flat image here had a raw data file when it was mounted; mount the folder anew, or with -o writeback=off"
+)
 
 
 class Writeback(enum.Enum):
