@@ -39,7 +39,8 @@ class Flusher:
         """Who shares the flush under way."""
         self._waiting: list[Done] = []
         """Who shares the next."""
-        self._changes = 0  # since a flush was asked for
+        self._changes = 0  # in all
+        self._changes_asked = 0  # of these, when a flush was asked for last
         self._single = 0  # flushes in a row that were asked for after a single change
         self._covers_all = False
         """Whether the last flush began ahead, and covers all changes."""
@@ -93,23 +94,25 @@ class Flusher:
 
     def _ask(self) -> None:
         """Somebody asks for a flush: learn from it."""
-        self._single = self._single + 1 if self._changes == 1 else 0
-        self._changes = 0
+        self._single = self._single + 1 if self._changes == self._changes_asked + 1 else 0
+        self._changes_asked = self._changes
 
     # --- ahead ------------------------------------------------------------------------------------
 
     @property
     def is_expected(self) -> bool:
         """Whether the next write had better be done by `write_ahead`."""
-        return self._single >= EXPECTED and not self._changes and not self._busy
+        return self._single >= EXPECTED and self._changes == self._changes_asked and not self._busy
 
     def write_ahead(self, ring: uring.Ring, write: uring.Call, written: Callable[[list[int]], None], size: int) -> None:
         """`ring.begin((write,), written)`, of `size` bytes, and a flush at once; `written` calls `changed`."""
         self._busy = True
+        changes = self._changes
 
         def first_ended(result: int) -> None:
             written([result])
-            self._covers_all = result == size and self._changes == 1
+            # Whatever else has ended meanwhile may have done so after the flush began.
+            self._covers_all = result == size and self._changes == changes + 1
 
         def ended(results: list[int]) -> None:
             if results[1] in uring.NOT_DONE:

@@ -551,6 +551,33 @@ async def test_a_flush_ahead_is_shared_where_it_covers_all(file: HostFile, monke
         assert flushes.begun == begun + 4
 
 
+async def test_a_flush_ahead_does_not_cover_what_ended_while_its_own_write_was_under_way(
+    file: HostFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The flush may have begun before that. It was asked for once already, which does not change this."""
+    flushes = HeldFlushes(monkeypatch)
+    told = Told[int]()
+    async with uring.use_ring():
+        await write_and_release(file, flushes, 1 + EXPECTED)
+        begun = flushes.begun
+        data = memoryview(bytearray(512))
+        ring = uring.ring()
+        assert ring is not None
+        with monkeypatch.context() as patch:
+            patch.setattr(ring, "reap_now", lambda: None)
+            assert file.start_pwrite(data, 0, told.tell)
+            await file.pwrite(b"later", 4096)
+            assert file.start_flush(told.tell)
+            assert told == []
+        await told.wait(1)
+        assert file.start_flush(told.tell)
+        await flushes.release()
+        assert told == [512]
+        await flushes.release()
+        assert told == [512, 0, 0]
+        assert flushes.begun == begun + 2
+
+
 async def test_no_flush_begins_ahead_while_another_is_under_way(
     file: HostFile, monkeypatch: pytest.MonkeyPatch
 ) -> None:
