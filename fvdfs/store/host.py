@@ -253,14 +253,22 @@ class HostFile:
                 raise OSError(errno.EIO, f"{self.name}: nothing was written at {offset + done}")
             done += count
         if len(view) >= LONG_WRITE:
-            self._sync_range(offset, len(view), SYNC_FILE_RANGE_WRITE)
+            _sync_range(self._fd, offset, len(view), SYNC_FILE_RANGE_WRITE)
         return done
 
     async def write_out(self, offset: int, length: int) -> None:
-        await self._waiter.run(lambda: self._sync_range(offset, length, SYNC_FILE_RANGE_ALL))
+        await self._waiter.run(lambda: self._write_out(offset, length))
 
-    def _sync_range(self, offset: int, length: int, how: int) -> None:
-        _libc.sync_file_range(self._fd, ctypes.c_int64(offset), ctypes.c_int64(length), how)
+    def _write_out(self, offset: int, length: int) -> None:
+        # Each opening is told of a failure once, by a flush or, here, by the wait: ours has to be told by its flush.
+        try:
+            other = reopen(self._fd, os.O_RDONLY, self.name)
+        except OSError:
+            return
+        try:
+            _sync_range(other, offset, length, SYNC_FILE_RANGE_ALL)
+        finally:
+            os.close(other)
 
     async def zero(self, offset: int, length: int) -> None:
         await self._waiter.run(lambda: self.zero_now(offset, length))
@@ -368,6 +376,11 @@ class HostFile:
 
 def _may_hang(fd: int, device: int) -> bool:
     return not os.major(device) and type_of_file_system(fd) not in _LOCAL_FILE_SYSTEMS
+
+
+def _sync_range(fd: int, offset: int, length: int, how: int) -> None:
+    """sync_file_range(2), whose result is of no use here."""
+    _libc.sync_file_range(fd, ctypes.c_int64(offset), ctypes.c_int64(length), how)
 
 
 def reopen(handle: int, flags: int, name: str) -> int:
