@@ -31,8 +31,7 @@ class Mtime:
     def __init__(self) -> None:
         self.written_ns = 0
         """When the disk was written last."""
-        self.is_behind = False
-        """Whether the file's time tells nothing of the last write, so that `store` has something to do."""
+        self._is_to_be_stored = False
         self._ns = 0
         self._was_set = False
         """Whether somebody has set the time since the image was opened: the kernel, or a user."""
@@ -50,10 +49,15 @@ class Mtime:
         """When the disk was changed last; only while the image is open."""
         return self.written_ns if self._written_since and not self._was_set else self._ns
 
+    @property
+    def is_behind(self) -> bool:
+        """Whether the file's time does not tell of the last write yet, so that a flush has to wait for `store`."""
+        return self._is_to_be_stored or self._storing.locked()
+
     def begin(self, file: HostFile, mtime_ns: int, spawn: Spawn | None) -> None:
         """The image was opened. `spawn` starts tasks that store the time; None where writes change `file`."""
         self._file, self._ns, self._spawn = file, mtime_ns, spawn
-        self._was_set = self._written_since = self.is_behind = False
+        self._was_set = self._written_since = self._is_to_be_stored = False
 
     def is_told_by_data(self) -> None:
         """A crash leaves the time in the data file, where whoever looks at the image then looks as well."""
@@ -71,20 +75,20 @@ class Mtime:
         self._written_since = True
         if not kernel_tells:
             self._ns = self.written_ns
-        if not self.is_behind:
+        if not self._is_to_be_stored:
             self._store_soon()
 
     def _store_soon(self) -> None:
         if self._file is None or self._spawn is None:
             return
-        self.is_behind = True
+        self._is_to_be_stored = True
         if not self._task_runs:
             self._task_runs = True
             self._spawn(self._store_until_done)
 
     async def _store_until_done(self) -> None:
         try:
-            while self.is_behind:
+            while self._is_to_be_stored:
                 await self.store()
                 await trio.sleep(STORE_INTERVAL)
         finally:
@@ -93,8 +97,8 @@ class Mtime:
     async def store(self) -> None:
         """Store the time in the image file, where it is behind."""
         async with self._storing:
-            if self.is_behind and self._file is not None:
-                self.is_behind = False
+            if self._is_to_be_stored and self._file is not None:
+                self._is_to_be_stored = False
                 await _store(self._file, self.written_ns if self._written_since else self._ns)
 
     async def restore(self) -> None:
@@ -109,7 +113,7 @@ class Mtime:
             if was_writable:
                 await self.restore()
             file, self._file = self._file, None
-            self.is_behind = False
+            self._is_to_be_stored = False
             return await trio.to_thread.run_sync(file.status)
 
 

@@ -13,8 +13,10 @@ from pathlib import Path
 
 import pytest
 import trio
+import trio.testing
 
-from fvdfs.store.host import HostFile
+from fvdfs.ops.times import Mtime
+from fvdfs.store.host import HostFile, open_path
 from support.devices import loop_device
 from support.mounts import MIB, NO_PASSTHROUGH, PASSED_THROUGH, Mount, mounted, must, wait_until
 
@@ -276,3 +278,27 @@ def test_a_file_of_somebody_else_gets_the_present(tmp_path: Path) -> None:
     finally:
         os.seteuid(0)
         file.close()
+
+
+async def test_a_flush_waits_for_a_time_that_is_being_stored(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (folder / "file").touch()
+    file = open_path(str(folder / "file"), writable=True)
+    may_go_on = trio.Event()
+    keep_mtime = HostFile.keep_mtime
+
+    async def keep_later(file: HostFile, ns: int) -> None:
+        await may_go_on.wait()
+        await keep_mtime(file, ns)
+
+    monkeypatch.setattr(HostFile, "keep_mtime", keep_later)
+    async with trio.open_nursery() as nursery:
+        mtime = Mtime()
+        mtime.begin(file, OLD, nursery.start_soon)
+        mtime.written(kernel_tells=False)
+        await trio.testing.wait_all_tasks_blocked()
+        assert mtime.is_behind
+        may_go_on.set()
+        await mtime.store()
+        assert not mtime.is_behind
+        assert file.status().st_mtime_ns == mtime.ns
+    await file.aclose()
