@@ -15,7 +15,7 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
 
 import trio
 
@@ -142,8 +142,9 @@ class Flusher:
             self._lost = self._lost or -result
         asking = self._asking
         self._next()
-        for done in asking:  # which may ask for the next one
-            done(-self._lost)
+        with ExitStack() as told:  # all are, though one should raise; one may ask for the next flush
+            for done in reversed(asking):
+                told.callback(done, -self._lost)
 
     def _begin(self) -> None:
         ring = uring.ring()

@@ -229,14 +229,25 @@ class Ring:
             del self._under_way[group]
             done([results[each] for each in range(len(calls))])
 
-    async def reap(self) -> None:
-        """Tell of calls as they end. Runs for ever."""
-        while True:
-            await trio.lowlevel.wait_readable(self._fd)
-            with self.gathered():
-                self.reap_now()
-                if self.then is not None:
-                    self.then()
+    async def reap(self, nursery: trio.Nursery, until: trio.CancelScope) -> None:
+        """Tell of calls as they end, until `until` is cancelled; what one who is told raises ends the nursery.
+
+        It goes on meanwhile: others wait for calls, which cannot be cancelled.
+        """
+        with until:
+            while True:
+                await trio.lowlevel.wait_readable(self._fd)
+                try:
+                    with self.gathered():
+                        self.reap_now()
+                        if self.then is not None:
+                            self.then()
+                except Exception as error:
+                    nursery.start_soon(_raise, error)
+
+
+async def _raise(error: Exception) -> None:
+    raise error
 
 
 _ring: trio.lowlevel.RunVar[Ring | None] = trio.lowlevel.RunVar("ring", None)
@@ -271,13 +282,14 @@ async def use_ring() -> AsyncIterator[bool]:
         return
     try:
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(found.reap)
+            until = trio.CancelScope(shield=True)
+            nursery.start_soon(found.reap, nursery, until)
             _ring.set(found)
             try:
                 yield True
             finally:
                 _ring.set(None)
-                nursery.cancel_scope.cancel()
+                until.cancel()
     finally:
         found.close()
 

@@ -128,6 +128,38 @@ async def test_what_has_begun_is_waited_for_though_cancelled(file: HostFile) -> 
     os.close(write)
 
 
+@pytest.mark.parametrize("where", ["done", "then", "outside"])
+async def test_a_mistake_ends_all_but_what_waits_for_calls(file: HostFile, where: str) -> None:
+    """Who saves data meanwhile is not to wait for ever."""
+
+    def fail(*_: object) -> None:
+        raise RuntimeError(where)
+
+    saved = []
+    told = Told[int]()
+    with trio.fail_after(10), pytest.raises(ExceptionGroup) as caught:
+        async with trio.open_nursery() as nursery, uring.use_ring():
+            try:
+                for tell in (told.tell, fail if where == "done" else told.tell, told.tell):
+                    assert file.start_flush(tell)
+                with uring.followed_by(fail if where == "then" else lambda: None):
+                    if where == "outside":
+                        nursery.start_soon(_mistake)
+                    await trio.sleep_forever()
+            finally:
+                with trio.CancelScope(shield=True):
+                    await file.flush()
+                    await file.append_stable(b"record", 4096, flush_first=True)
+                saved.append(True)
+    assert saved
+    assert told == [0] * (2 if where == "done" else 3)
+    assert caught.group_contains(RuntimeError, match=where)
+
+
+async def _mistake() -> None:
+    raise RuntimeError("outside")
+
+
 class Entries:
     """How often the kernel is entered for a ring, and with how many calls; refused as often as `refuse` says."""
 
