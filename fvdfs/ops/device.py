@@ -58,11 +58,13 @@ from fvdfs.ops.wire import (
     WRITTEN,
     agrees,
     amend,
+    amend_open,
     encode,
     is_whole,
+    opens_direct,
     passes_through,
-    with_backing,
     writes_back,
+    writes_side_by_side,
 )
 from fvdfs.store import uring
 from fvdfs.store.base import Buffer, Pending
@@ -143,7 +145,8 @@ class Device:
         self._wants_passthrough = passthrough
         self.has_passthrough = False
         """Whether the kernel can; known once it is connected."""
-        self._opening: set[int] = set()  # OPENs that libfuse has not answered yet
+        self._side_by_side = False  # whether direct writes may be under way side by side
+        self._opening: dict[int, bool] = {}  # OPENs that libfuse has not answered yet: whether for direct I/O
         self._started = False  # whether a task was given work in this turn
         self._begun = 0  # requests under way without a task
         self._unanswered: set[int] = set()  # all requests under way
@@ -239,7 +242,7 @@ class Device:
         if not agrees(answer):
             log.error("the kernel and libfuse know no common version of FUSE")
             raise OSError(errno.ENODEV, os.strerror(errno.ENODEV))
-        self.has_passthrough = passes_through(answer)
+        self.has_passthrough, self._side_by_side = passes_through(answer), writes_side_by_side(answer)
         self._requests.agreed(writeback=writes_back(answer))
         self._max_write = int(INIT_OUT.unpack_from(answer, OUT_HEADER.size)[-1])
         self._payload = self._take_buffer()
@@ -326,8 +329,8 @@ class Device:
         elif opcode == FUSE_FSYNC:
             self._begin_fsync(unique, fh)
         elif opcode != FUSE_INTERRUPT:  # nothing here can be interrupted
-            if opcode == FUSE_OPEN and self.has_passthrough:
-                self._opening.add(unique)
+            if opcode == FUSE_OPEN:
+                self._opening[unique] = opens_direct(self._head)
             self._to_libfuse.send_nowait((self._head + self._payload[: max(0, length - len(self._head))])[:length])
 
     def _begin_read(self, unique: int, fh: int, offset: int, size: int) -> None:
@@ -495,8 +498,8 @@ class Device:
         unique = OUT_HEADER.unpack_from(answer)[2]
         if unique not in self._opening:
             return answer
-        self._opening.remove(unique)
-        return with_backing(answer, self._requests.backing_of)
+        side_by_side = self._opening.pop(unique) and self._side_by_side
+        return amend_open(answer, self._requests.backing_of, side_by_side=side_by_side)
 
     def _hand_back_now(self) -> None:
         try:

@@ -12,6 +12,15 @@ libfuse's answer to INIT leaves out what matters most here, so it is amended:
   disk that is passed through, whose data file might change, the kernel has no pages.
 - FUSE_PASSTHROUGH, where it is asked for. Then the kernel may read and write a file by itself (`passthrough.py`), which
   also OPEN's answer has to say. It does not go together with the write-back cache, which is not asked for then.
+- FUSE_DIRECT_IO_ALLOW_MMAP. Then the answer to an OPEN with O_DIRECT may have FOPEN_DIRECT_IO, without which
+  FOPEN_PARALLEL_DIRECT_WRITES has no effect, and such a file can still be mapped. Otherwise threads that write to one
+  disk (QEMU with cache=none) wait for each other. The kernel sends changed pages before it reads or writes directly,
+  and drops those of what it has written. It writes one after the other past the end, to append, and where a page cache
+  is in use: another opening, a mapping. It is asked for only
+  - from Linux 6.18 on: earlier ones may keep a page that was read during the write, unless they have got a fix, which
+    INIT does not tell; and before 6.12 whoever opens the disk could wait for ever;
+  - without the write-back cache, with which the kernel keeps the mtime, and such writes do not change it.
+  The kernel leaves O_DSYNC of such writes to us (`device.py`).
 - max_background, the number of read-ahead and writeback requests that may be under way, 12 otherwise. Those of an image
   whose base hangs count, so there are far more than a disk needs; read-ahead stops at a smaller number by itself.
 
@@ -20,6 +29,7 @@ A kernel that does not offer a flag is not answered with it. Pure: bytes in, byt
 
 from __future__ import annotations
 
+import os
 import struct
 from collections.abc import Callable
 
@@ -40,7 +50,9 @@ FUSE_AUTO_INVAL_DATA = 1 << 12
 FUSE_WRITEBACK_CACHE = 1 << 16
 FUSE_HANDLE_KILLPRIV_V2 = 1 << 28
 FUSE_INIT_EXT = 1 << 30
-FUSE_PASSTHROUGH = 1 << 5  # of flags2
+FUSE_DIRECT_IO_ALLOW_MMAP = 1 << 4  # of flags2, as the next
+FUSE_PASSTHROUGH = 1 << 5
+_SIDE_BY_SIDE_MINOR = 45  # of FUSE 7: Linux 6.18
 STACK_DEPTH = 1  # of file systems on file systems: what the kernel writes to must not be stacked itself
 NAMES = {
     FUSE_SETATTR: "SETATTR",
@@ -56,7 +68,10 @@ INIT_IN_MORE = struct.Struct("=16xI")  # flags2
 INIT_OUT_MORE = struct.Struct("=II")  # flags2 max_stack_depth
 _MORE_AT = 32  # bytes from INIT_OUT to INIT_OUT_MORE
 OPEN_OUT = struct.Struct("=QIi")  # fh open_flags backing_id
+OPEN_IN = struct.Struct("=I4x")  # flags of open(2)
+FOPEN_DIRECT_IO = 1 << 0
 FOPEN_KEEP_CACHE = 1 << 1
+FOPEN_PARALLEL_DIRECT_WRITES = 1 << 6
 FOPEN_PASSTHROUGH = 1 << 7
 OUT_HEADER = struct.Struct("=IiQ")  # len error unique
 # READ, and WRITE without its data, header and all: len opcode unique fh offset size, its own flags, those of the file.
@@ -125,26 +140,32 @@ def amend(request: bytes, answer: bytes, *, passthrough: bool = False) -> bytes:
     """
     if not agrees(answer) or len(request) < IN_HEADER.size + INIT_IN.size:
         return answer
-    offered = INIT_IN.unpack_from(request, IN_HEADER.size)[3]
+    _, kernels_minor, _, offered = INIT_IN.unpack_from(request, IN_HEADER.size)
     major, minor, read_ahead, flags, _, _, max_write = INIT_OUT.unpack_from(answer, OUT_HEADER.size)
     flags = flags & ~FUSE_AUTO_INVAL_DATA | offered & FUSE_HANDLE_KILLPRIV_V2
+    offered2 = _offered2(request, answer)
+    flags2 = offered2 & FUSE_PASSTHROUGH if passthrough else 0
+    if flags2:
+        flags &= ~FUSE_WRITEBACK_CACHE
+    if not flags & FUSE_WRITEBACK_CACHE and kernels_minor >= _SIDE_BY_SIDE_MINOR:
+        flags2 |= offered2 & FUSE_DIRECT_IO_ALLOW_MMAP
     amended = bytearray(answer)
-    if passthrough and _can_pass_through(request, answer):
-        flags = flags & ~FUSE_WRITEBACK_CACHE | FUSE_INIT_EXT
-        INIT_OUT_MORE.pack_into(amended, OUT_HEADER.size + _MORE_AT, FUSE_PASSTHROUGH, STACK_DEPTH)
+    if flags2:
+        flags |= FUSE_INIT_EXT
+        INIT_OUT_MORE.pack_into(amended, OUT_HEADER.size + _MORE_AT, flags2, STACK_DEPTH)
     fields = (major, minor, read_ahead, flags, MAX_BACKGROUND, CONGESTION_THRESHOLD, max_write)
     INIT_OUT.pack_into(amended, OUT_HEADER.size, *fields)
     return bytes(amended)
 
 
-def _can_pass_through(request: bytes, answer: bytes) -> bool:
-    """Whether the kernel offers it, and the answer has room to say so."""
+def _offered2(request: bytes, answer: bytes) -> int:
+    """The second flags that the kernel offers; none where the answer has no room for them."""
     if len(request) < IN_HEADER.size + INIT_IN_MORE.size:
-        return False
+        return 0
     if not INIT_IN.unpack_from(request, IN_HEADER.size)[3] & FUSE_INIT_EXT:
-        return False
-    (offered,) = INIT_IN_MORE.unpack_from(request, IN_HEADER.size)
-    return bool(offered & FUSE_PASSTHROUGH) and len(answer) >= OUT_HEADER.size + _MORE_AT + INIT_OUT_MORE.size
+        return 0
+    has_room = len(answer) >= OUT_HEADER.size + _MORE_AT + INIT_OUT_MORE.size
+    return int(INIT_IN_MORE.unpack_from(request, IN_HEADER.size)[0]) if has_room else 0
 
 
 def writes_back(answer: bytes) -> bool:
@@ -152,26 +173,41 @@ def writes_back(answer: bytes) -> bool:
     return bool(INIT_OUT.unpack_from(answer, OUT_HEADER.size)[3] & FUSE_WRITEBACK_CACHE)
 
 
-def passes_through(answer: bytes) -> bool:
-    """Whether an answer to INIT asks for FUSE_PASSTHROUGH."""
+def _flags2(answer: bytes) -> int:
+    """The second flags of an answer to INIT."""
     at = OUT_HEADER.size + _MORE_AT
     if len(answer) < at + INIT_OUT_MORE.size or not INIT_OUT.unpack_from(answer, OUT_HEADER.size)[3] & FUSE_INIT_EXT:
-        return False
-    return bool(INIT_OUT_MORE.unpack_from(answer, at)[0] & FUSE_PASSTHROUGH)
+        return 0
+    return int(INIT_OUT_MORE.unpack_from(answer, at)[0])
 
 
-def with_backing(answer: bytes, backing: Callable[[int], int]) -> bytes:
-    """libfuse's answer to OPEN, in which the kernel is told to use the file that it has for this handle.
+def passes_through(answer: bytes) -> bool:
+    """Whether an answer to INIT asks for FUSE_PASSTHROUGH."""
+    return bool(_flags2(answer) & FUSE_PASSTHROUGH)
 
-    `backing`: the number of that file for a handle; 0: there is none, and the answer stays as it is.
+
+def writes_side_by_side(answer: bytes) -> bool:
+    """Whether an answer to INIT has what direct writes side by side take."""
+    return bool(_flags2(answer) & FUSE_DIRECT_IO_ALLOW_MMAP)
+
+
+def opens_direct(request: bytes | bytearray) -> bool:
+    """Whether this OPEN is for direct I/O."""
+    return bool(OPEN_IN.unpack_from(request, IN_HEADER.size)[0] & os.O_DIRECT)
+
+
+def amend_open(answer: bytes, backing: Callable[[int], int], *, side_by_side: bool) -> bytes:
+    """libfuse's answer to OPEN, in which the kernel is told how to read and write through this handle.
+
+    `backing`: the number of the file that the kernel has for a handle, and is to use; 0: there is none. `side_by_side`:
+    if there is none, it need not wait for one direct write before it sends the next.
     """
     if OUT_HEADER.unpack_from(answer)[1] or len(answer) < OUT_HEADER.size + OPEN_OUT.size:
         return answer
     handle, flags, _ = OPEN_OUT.unpack_from(answer, OUT_HEADER.size)
     number = backing(handle)
-    if not number:
-        return answer
-    amended = bytearray(answer)
-    flags = flags & ~FOPEN_KEEP_CACHE | FOPEN_PASSTHROUGH
-    OPEN_OUT.pack_into(amended, OUT_HEADER.size, handle, flags, number)
-    return bytes(amended)
+    if number:
+        flags = flags & ~FOPEN_KEEP_CACHE | FOPEN_PASSTHROUGH
+    elif side_by_side:
+        flags |= FOPEN_DIRECT_IO | FOPEN_PARALLEL_DIRECT_WRITES
+    return answer[: OUT_HEADER.size] + OPEN_OUT.pack(handle, flags, number)

@@ -18,18 +18,22 @@ import pytest
 
 from fvdfs.ops.wire import (
     CONGESTION_THRESHOLD,
+    FOPEN_DIRECT_IO,
     FOPEN_KEEP_CACHE,
+    FOPEN_PARALLEL_DIRECT_WRITES,
     FOPEN_PASSTHROUGH,
     FUSE_AUTO_INVAL_DATA,
+    FUSE_DIRECT_IO_ALLOW_MMAP,
     FUSE_HANDLE_KILLPRIV_V2,
     FUSE_INIT_EXT,
     FUSE_PASSTHROUGH,
     FUSE_WRITEBACK_CACHE,
     MAX_BACKGROUND,
     amend,
+    amend_open,
     passes_through,
-    with_backing,
     writes_back,
+    writes_side_by_side,
 )
 from support.mounts import FVDFS, MIB, Mount, mounted, must, running, wait_until
 
@@ -106,15 +110,47 @@ def test_passthrough_is_not_asked_for(request_: bytes, flags: int, wanted: bool)
     assert writes_back(answer) == bool(flags & FUSE_WRITEBACK_CACHE)
 
 
-def test_an_answer_to_open_tells_the_backing() -> None:
+@pytest.mark.parametrize(
+    ("flags", "minor", "offered", "passthrough", "asked"),
+    [
+        (1, 45, FUSE_DIRECT_IO_ALLOW_MMAP | FUSE_PASSTHROUGH, False, FUSE_DIRECT_IO_ALLOW_MMAP),
+        (1, 45, FUSE_DIRECT_IO_ALLOW_MMAP, True, FUSE_DIRECT_IO_ALLOW_MMAP),
+        (1, 45, FUSE_PASSTHROUGH, False, 0),
+        (1, 44, FUSE_DIRECT_IO_ALLOW_MMAP | FUSE_PASSTHROUGH, False, 0),
+        (1 | FUSE_WRITEBACK_CACHE, 45, FUSE_DIRECT_IO_ALLOW_MMAP, True, 0),
+        (
+            1 | FUSE_WRITEBACK_CACHE,
+            45,
+            FUSE_DIRECT_IO_ALLOW_MMAP | FUSE_PASSTHROUGH,
+            True,
+            FUSE_DIRECT_IO_ALLOW_MMAP | FUSE_PASSTHROUGH,
+        ),
+    ],
+    ids=["yes", "no passthrough", "not offered", "old kernel", "write-back", "passthrough in place of write-back"],
+)
+def test_direct_writes_side_by_side_are_asked_for(
+    flags: int, minor: int, offered: int, passthrough: bool, asked: int
+) -> None:
+    request = struct.pack("=IIQQIIIHHIIIII44x", 104, 26, 1, 0, 0, 0, 0, 0, 0, 7, minor, 1 << 17, FUSE_INIT_EXT, offered)
+    answer = amend(request, init_answer(flags), passthrough=passthrough)
+    assert struct.unpack_from("=I", answer, 16 + 32)[0] == asked
+    assert writes_side_by_side(answer) == bool(asked & FUSE_DIRECT_IO_ALLOW_MMAP)
+
+
+def test_an_answer_to_open_tells_how_to_read_and_write() -> None:
     answer = struct.pack("=IiQQIi", 32, 0, 7, 5, FOPEN_KEEP_CACHE, 0)
-    assert with_backing(answer, {5: 3}.__getitem__) == struct.pack("=IiQQIi", 32, 0, 7, 5, FOPEN_PASSTHROUGH, 3)
-    assert with_backing(answer, {5: 0}.__getitem__) == answer
+    for side_by_side in (True, False):
+        amended = amend_open(answer, {5: 3}.__getitem__, side_by_side=side_by_side)
+        assert amended == struct.pack("=IiQQIi", 32, 0, 7, 5, FOPEN_PASSTHROUGH, 3)
+    assert amend_open(answer, {5: 0}.__getitem__, side_by_side=False) == answer
+    amended = amend_open(answer, {5: 0}.__getitem__, side_by_side=True)
+    flags = FOPEN_KEEP_CACHE | FOPEN_DIRECT_IO | FOPEN_PARALLEL_DIRECT_WRITES
+    assert amended == struct.pack("=IiQQIi", 32, 0, 7, 5, flags, 0)
 
 
 @pytest.mark.parametrize("answer", [struct.pack("=IiQ", 16, -5, 7), struct.pack("=IiQQ", 24, 0, 7, 5)])
-def test_a_refused_open_tells_no_backing(answer: bytes) -> None:
-    assert with_backing(answer, {5: 3}.__getitem__) == answer
+def test_a_refused_open_tells_nothing(answer: bytes) -> None:
+    assert amend_open(answer, {5: 3}.__getitem__, side_by_side=True) == answer
 
 
 @pytest.fixture(params=["on", "off"])

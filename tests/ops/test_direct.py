@@ -8,14 +8,17 @@ import mmap
 import os
 import random
 import re
+import signal
+import threading
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import pytest
 
 from support.guest import CommandError, boot, build_initrd, run
-from support.mounts import MIB, NO_PASSTHROUGH, PASSED_THROUGH, Mount, mounted, must
+from support.mounts import MIB, NO_PASSTHROUGH, PASSED_THROUGH, RELEASE, Mount, mounted, must, wait_until
 
 SIZES = {"odd": 4097 * 512, "one": 512, "seven": 7 * 512, "even": 2 * MIB}
 LAYOUTS = {
@@ -80,6 +83,88 @@ def test_pages_written_through_a_direct_descriptor_reach_the_disk(folder: Path, 
             os.fsync(disk)
         mount.remount()
         assert mount.raw("a").read_bytes()[-4:] == b"\0end"
+
+
+@pytest.mark.parametrize("cached_opening", [False, True], ids=["alone", "beside-cached"])
+@pytest.mark.skipif(RELEASE < (6, 18), reason="the kernel may keep wrong pages")
+def test_direct_writes_are_under_way_side_by_side(folder: Path, cached_opening: bool) -> None:
+    """As many as there are threads; one where somebody else uses the page cache."""
+    with odd_disk(folder, "writeback=off", size=SIZES["even"]) as mount, direct(mount.raw("a")) as disk:
+        waiting = Path(f"/sys/fs/fuse/connections/{os.minor(mount.raw('a').stat().st_dev)}/waiting")
+        data = mmap.mmap(-1, 4096)
+        data[:] = b"side" * 1024
+        threads = [threading.Thread(target=os.pwritev, args=(disk, [data], number * 65536)) for number in range(8)]
+        with open(mount.raw("a"), "rb") if cached_opening else nullcontext():
+            os.kill(mount.pid, signal.SIGSTOP)
+            try:
+                for thread in threads:
+                    thread.start()
+                wait_until(lambda: int(waiting.read_text()) >= (1 if cached_opening else 8))
+                time.sleep(0.2)
+                assert int(waiting.read_text()) == (1 if cached_opening else 8)
+            finally:
+                os.kill(mount.pid, signal.SIGCONT)
+                for thread in threads:
+                    thread.join(20)
+        assert mount.raw("a").read_bytes()[::65536][:8] == b"s" * 8
+
+
+@pytest.mark.parametrize("options", ["writeback=on", "writeback=off"])
+def test_direct_and_cached_openings_see_what_the_others_write(folder: Path, options: str) -> None:
+    """Also while somebody else reads what is being written, of which the kernel must keep no old page."""
+    with odd_disk(folder, options, size=SIZES["even"]) as mount, direct(mount.raw("a")) as disk:
+        cached = os.open(mount.raw("a"), os.O_RDWR)
+        page = mmap.mmap(-1, 4096)
+        stop = threading.Event()
+
+        def read_on() -> None:
+            while not stop.is_set():
+                os.pread(cached, 4096, 8192)
+
+        readers = [threading.Thread(target=read_on) for _ in range(2)]
+        for reader in readers:
+            reader.start()
+        try:
+            for number in range(400):
+                written = number.to_bytes(4, "big") * 1024
+                page[:] = written
+                os.pwritev(disk, [page], 8192)
+                assert os.pread(cached, 4096, 8192) == written
+                written = (~number & 0xFFFFFFFF).to_bytes(4, "big") * 1024
+                os.pwrite(cached, written, 8192)
+                os.preadv(disk, [page], 8192)
+                assert page[:] == written
+        finally:
+            stop.set()
+            for reader in readers:
+                reader.join(20)
+            os.close(cached)
+
+
+@pytest.mark.parametrize("options", ["writeback=on", "writeback=off"])
+def test_what_is_mapped_and_what_is_written_directly_are_the_same(folder: Path, options: str) -> None:
+    """Of one opening, or of two."""
+    with odd_disk(folder, options, size=SIZES["even"]) as mount, direct(mount.raw("a")) as disk:
+        page = mmap.mmap(-1, 4096)
+        with mmap.mmap(disk, SIZES["even"]) as area, direct(mount.raw("a")) as other:
+            for number in range(200):
+                area[4096:8192] = written = number.to_bytes(4, "big") * 1024
+                for reader in (disk, other):
+                    os.preadv(reader, [page], 4096)
+                    assert page[:] == written
+                page[:] = written = (~number & 0xFFFFFFFF).to_bytes(4, "big") * 1024
+                os.pwritev(other, [page], 4096)
+                assert area[4096:8192] == written
+
+
+@pytest.mark.parametrize("options", ["writeback=on", "writeback=off"])
+def test_a_direct_write_changes_the_time_of_the_disk(folder: Path, options: str) -> None:
+    with odd_disk(folder, options, size=SIZES["even"]) as mount, direct(mount.raw("a")) as disk:
+        for _ in range(3):
+            before = mount.raw("a").stat().st_mtime_ns
+            time.sleep(0.05)
+            os.pwritev(disk, [mmap.mmap(-1, 4096)], 0)
+            assert mount.raw("a").stat().st_mtime_ns > before
 
 
 @pytest.mark.parametrize(("layout", "options"), [*((layout, "") for layout in LAYOUTS), ("data-file", PASSED_THROUGH)])
