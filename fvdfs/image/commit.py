@@ -312,7 +312,7 @@ class Committer:
         metadata does not even show that its process was killed: its data counts as written now.
         Raises OSError.
         """
-        self._data_written = True
+        self.data_written()
         if not self.header.clean and self.header.has_metadata:
             if self._meta is not self._data:
                 await self._flush(self._meta)
@@ -365,7 +365,8 @@ class Committer:
 
     def end_unseen_writes(self, *, still_used: bool) -> None:
         """The kernel gives this to no further opening; `still_used`: programs that have it may go on writing."""
-        self._data_written |= self._unseen_writes
+        if self._unseen_writes:
+            self.data_written()
         self._still_used = still_used and self._unseen_writes
         self._unseen_writes = False
 

@@ -11,6 +11,7 @@ import pytest
 from fvdfs.format.creation import CreateOptions, new_header
 from fvdfs.format.header import HEADER_SPACE, SECTOR, Header, with_fields
 from fvdfs.image.image import Image
+from fvdfs.store.base import Done
 from support.builder import load
 from support.fakes import MemoryStore
 
@@ -38,6 +39,26 @@ async def test_whoever_still_writes_leaves_it_unclean() -> None:
     header = Header.decode(bytes(meta.data), "disk")
     assert not header.clean
     assert header.virtual_disk_size <= len(data.data)
+
+
+async def test_closing_flushes_what_was_written_while_a_flush_was_under_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the mount ends, the kernel may not have waited for that one."""
+    image, _, data = await opened()
+    under_way: list[Done] = []
+
+    def hold(done: Done) -> bool:
+        under_way.append(done)
+        return True
+
+    monkeypatch.setattr(data, "start_flush", hold)
+    assert image.begin_fsync().start(lambda _: None)
+    await data.pwrite(b"later", 0)
+    image.committer.end_unseen_writes(still_used=False)
+    under_way.pop()(0)
+    flushes = data.calls["flush"]
+    await image.end_writing()
+    assert data.calls["flush"] > flushes
+    await image.close()
 
 
 @pytest.mark.parametrize("call", ["fsync", "resize"])
