@@ -205,6 +205,8 @@ class Filesystem(pyfuse3.Operations):
             )
             await in_thread(functools.partial(os.utime, path, ns=times))
             if fields.update_mtime:
+                if isinstance(entry.passthrough, Passthrough):
+                    await in_thread(entry.passthrough.set_mtime, attr.st_mtime_ns)
                 entry.mtime.set(attr.st_mtime_ns)
                 entry.data_mtime_ns = 0
 

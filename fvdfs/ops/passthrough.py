@@ -117,6 +117,11 @@ class Passthrough:
             self._changed_ns = status.st_mtime_ns
             self._mtime.written(kernel_tells=False, at_ns=status.st_mtime_ns)
 
+    def set_mtime(self, mtime_ns: int) -> None:
+        """Somebody has set the disk's time: after a crash the data file tells it. Blocks. Raises OSError."""
+        os.utime(self._descriptor, ns=(os.fstat(self._descriptor).st_atime_ns, mtime_ns))
+        self._changed_ns = mtime_ns
+
     async def end(self) -> None:
         """The image is being closed, as far as it is ours. Raises OSError."""
         still_used = True

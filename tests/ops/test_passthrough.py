@@ -300,6 +300,18 @@ def test_what_others_change_while_it_is_closed_is_seen(mount: Mount, data: Path)
 # --- crashes ------------------------------------------------------------------------------------------
 
 
+def test_a_killed_mount_leaves_the_time_that_was_set(mount: Mount) -> None:
+    raw = mount.raw("a")
+    with opened(mount) as disk:
+        os.pwrite(disk, b"new", 0)
+        os.utime(raw, ns=(10**18, 10**18))
+        os.fsync(disk)
+        assert raw.stat().st_mtime_ns == 10**18
+        mount.kill()
+    mount.mount()
+    assert raw.stat().st_mtime_ns == 10**18
+
+
 def test_a_killed_mount_leaves_the_time_of_the_last_write(mount: Mount) -> None:
     """A backup must not take the disk for unchanged, before anybody has opened it."""
     raw = mount.raw("a")
