@@ -46,7 +46,7 @@ class Layer:
     def facts(self) -> Facts:
         """Those of its disk. Blocks."""
         mtime_ns = 0
-        if self.header.length_counts and isinstance(self.data, HostFile):
+        if self.header.length_counts and isinstance(self.data, HostFile) and not self.data.fixed_size:
             mtime_ns = self.data.status().st_mtime_ns
         return Facts(self.header.virtual_disk_size, self.usage(), mtime_ns)
 

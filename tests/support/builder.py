@@ -137,7 +137,7 @@ async def load(
     header = Header.decode(bytes(raw[:count]), name)
     header.check(name, await meta.size())
     data = stores[header.data_file] if header.data_file else meta
-    if header.length_counts:
+    if header.length_counts and not data.fixed_size:
         header = header.with_length(await data.size())
     base: Image | Store | None = None
     if header.has_base:
