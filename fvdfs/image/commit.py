@@ -336,9 +336,12 @@ class Committer:
             with trio.CancelScope(shield=True):
                 await self._commit(checkpoint=True)
                 await self._clear_journal()
-                # Without a table there is no metadata any more that could be incomplete.
-                clean = self.header.clean_shutdown if self.header.compact else 1
-                await self._write_header(all_data_in_fvd_img=1, clean_shutdown=clean)
+                if not self.header.compact:
+                    # Without a table there is no metadata any more that could be incomplete. This is stable first: the
+                    # length of the data would count where an image without a base was not closed.
+                    await self._write_header(clean_shutdown=1)
+                    await self._flush(self._meta)
+                await self._write_header(all_data_in_fvd_img=1)
                 await self._flush(self._meta)
             # A block that a write has reported meanwhile was local before.
             self._pending_blocks.clear()
