@@ -14,6 +14,8 @@ _HELD = "if self.base_writer is not None"
 _DIRTY = "if self.committer.dirty or self.committer.failed is not None"
 _UNCLEAN = "if core.header.clean and core.header.has_metadata: … change_header"
 
+_RELEASE, _CLEAN = "commit: release_base", "if not self.header.compact"
+_TORN = "too few simulations to see a torn header; test_every_state[cow-data-file-on-device] does"
 EQUIVALENT: dict[str, str] = {
     "commit: _write: without batch.data_written = True": (
         "blocks and chunks are reported along with their data: it is set already, or there are pages"
@@ -57,6 +59,12 @@ EQUIVALENT: dict[str, str] = {
     ),
     "passing: let_write: swapped await core.storage.prepare(0, core.size) | "
     "await core.committer.begin_unseen_writes()": "nobody writes before both are done; an empty file is an unused one",
+    f"{_RELEASE}: swapped await self._clear_journal() | {_CLEAN}: … _flush, _write_header": (
+        "the checkpoint before shows all that the journal has: replayed or not, the image is the same"
+    ),
+    f"{_RELEASE}: swapped {_CLEAN}: … _flush, _write_header | await self._write_header(all_data_in_fvd_img=1)": _TORN,
+    f"{_RELEASE}: without await self._flush(self._meta) (2)": _TORN,
+    f"{_RELEASE}: swapped await self._write_header(clean_shutdown=1) | await self._flush(self._meta)": _TORN,
     "passing: settle: swapped await make_whole(core) | await core.committer.commit()": (
         "what makes the file whole flushes it, too"
     ),
