@@ -115,11 +115,12 @@ class Flusher:
             self._covers_all = result == size and self._changes == changes + 1
 
         def ended(results: list[int]) -> None:
-            if results[1] in uring.NOT_DONE:
+            result = results[1]
+            if result in uring.NOT_DONE:
                 self._covers_all = False
                 self._waiting += self._asking
-                self._asking = []
-            self._ended(0 if results[1] in uring.NOT_DONE else results[1])
+                self._asking, result = [], 0
+            self._ended(result)
 
         ring.begin((write, (uring.FSYNC, self._fd, None, 0)), ended, first_ended)
 

@@ -6,7 +6,8 @@ import errno
 import functools
 import os
 import platform
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TypeVar
 
@@ -474,13 +475,18 @@ class HeldFlushes(Flushes):
         tell()
 
 
-async def write_and_release(file: HostFile, flushes: HeldFlushes, times: int) -> None:
+@asynccontextmanager
+async def flush_expected(file: HostFile, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[HeldFlushes]:
+    """A ring, and so many flushes after a single write that one begins with the next."""
+    flushes = HeldFlushes(monkeypatch)
     told = Told[int]()
-    for number in range(times):
-        await write_started(file)
-        assert file.start_flush(told.tell)
-        await flushes.release()
-        assert told == [0] * (number + 1)
+    async with uring.use_ring():
+        for number in range(1 + EXPECTED):
+            await write_started(file)
+            assert file.start_flush(told.tell)
+            await flushes.release()
+            assert told == [0] * (number + 1)
+        yield flushes
 
 
 async def test_flushes_are_done_one_after_the_other(file: HostFile, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -556,10 +562,8 @@ async def test_who_is_told_of_a_flush_may_ask_for_the_next(file: HostFile) -> No
 
 
 async def test_a_flush_ahead_is_shared_where_it_covers_all(file: HostFile, monkeypatch: pytest.MonkeyPatch) -> None:
-    flushes = HeldFlushes(monkeypatch)
     told = Told[int]()
-    async with uring.use_ring():
-        await write_and_release(file, flushes, 1 + EXPECTED)
+    async with flush_expected(file, monkeypatch) as flushes:
         begun = flushes.begun
         await write_started(file)
         assert file.start_flush(told.tell)
@@ -587,10 +591,8 @@ async def test_a_flush_ahead_does_not_cover_what_ended_while_its_own_write_was_u
     file: HostFile, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The flush may have begun before that. It was asked for once already, which does not change this."""
-    flushes = HeldFlushes(monkeypatch)
     told = Told[int]()
-    async with uring.use_ring():
-        await write_and_release(file, flushes, 1 + EXPECTED)
+    async with flush_expected(file, monkeypatch) as flushes:
         begun = flushes.begun
         data = memoryview(bytearray(512))
         ring = uring.ring()
@@ -613,10 +615,8 @@ async def test_a_flush_ahead_does_not_cover_what_ended_while_its_own_write_was_u
 async def test_no_flush_begins_ahead_while_another_is_under_way(
     file: HostFile, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    flushes = HeldFlushes(monkeypatch)
     told = Told[int]()
-    async with uring.use_ring():
-        await write_and_release(file, flushes, 1 + EXPECTED)
+    async with flush_expected(file, monkeypatch) as flushes:
         await write_started(file)
         await flushes.release()
         await write_started(file, 512)
@@ -662,10 +662,8 @@ async def test_a_flush_ahead_need_not_cover_what_ended_before_its_own_write(
 async def test_a_flush_ahead_that_fails_while_it_is_waited_for(
     file: HostFile, monkeypatch: pytest.MonkeyPatch, error: int
 ) -> None:
-    flushes = HeldFlushes(monkeypatch)
     told = Told[int]()
-    async with uring.use_ring():
-        await write_and_release(file, flushes, 1 + EXPECTED)
+    async with flush_expected(file, monkeypatch) as flushes:
         flushes.errors = [error]
         await write_started(file)
         begun = flushes.begun
