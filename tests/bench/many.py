@@ -28,13 +28,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import astuple, dataclass
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from bench.lab import FVDFS, MIB, command, kept_memory
 from bench.scale import table
 from bench.targets import SIZE, TARGETS, Served
+from bench.workloads import megabytes, run_fio
 
 BASE = 256 * MIB
 SECONDS = 2.0  # of a measurement
@@ -114,18 +114,12 @@ def measure(disks: Sequence[Served], work: Sequence[tuple[str, ...]]) -> Figure:
         for word in (f"--name={number}", f"--filename={disk.disk}", *options)
     ]
     before = sum(disk.cpu_seconds() for disk in disks)
-    output = command("fio", "--output-format=json", f"--size={BASE}", *_COMMON, *jobs)
+    sides = run_fio(f"--size={BASE}", *_COMMON, *jobs)
     cpus = (sum(disk.cpu_seconds() for disk in disks) - before) / (RAMP + SECONDS)
-    sides = [max(job["read"], job["write"], key=lambda side: side["io_bytes"]) for job in _jobs(output)]
-    flood = sides.pop()["bw"] * 1.024 / 1000 if len(set(work)) > 1 else 0.0
+    flood = megabytes(sides.pop()) if len(set(work)) > 1 else 0.0
     times = [side["clat_ns"]["percentile"] for side in sides]
     median, p99 = (max(each[name] for each in times) / 1000 for name in ("50.000000", "99.000000"))
     return Figure(sum(side["iops"] for side in sides), median, p99, flood, cpus)
-
-
-def _jobs(output: str) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = json.loads(output[output.index("{") :])["jobs"]
-    return found
 
 
 class Results:

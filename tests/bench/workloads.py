@@ -7,6 +7,7 @@ import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from bench import lab
 from bench.lab import MIB, command
@@ -75,15 +76,24 @@ def measure_fio(served: Served, workload: str) -> Figure:
     before = served.cpu_seconds()
     side = _fio(served.disk, workload)
     cost = (served.cpu_seconds() - before) / (side["io_bytes"] / (1 << 30))
-    value = side["bw"] * 1.024 / 1000 if UNITS[workload] == "MB/s" else side["iops"]
-    return Figure(float(value), cost)
+    value = megabytes(side) if UNITS[workload] == "MB/s" else float(side["iops"])
+    return Figure(value, cost)
 
 
-def _fio(disk: Path, workload: str) -> dict[str, float]:
-    output = command("fio", "--name=x", f"--filename={disk}", "--output-format=json", *FIO[workload])
-    job = json.loads(output[output.index("{") :])["jobs"][0]
-    busy: dict[str, float] = max(job["read"], job["write"], key=lambda side: side["io_bytes"])
-    return busy
+def _fio(disk: Path, workload: str) -> dict[str, Any]:
+    return run_fio("--name=x", f"--filename={disk}", *FIO[workload])[0]
+
+
+def run_fio(*words: str) -> list[dict[str, Any]]:
+    """What fio says of each job: of its reads or its writes, whichever are more."""
+    output = command("fio", "--output-format=json", *words)
+    jobs = json.loads(output[output.index("{") :])["jobs"]
+    return [max(job["read"], job["write"], key=lambda side: side["io_bytes"]) for job in jobs]
+
+
+def megabytes(side: dict[str, Any]) -> float:
+    """A second, of what `run_fio` returns."""
+    return float(side["bw"] * 1.024 / 1000)
 
 
 class Guests:
