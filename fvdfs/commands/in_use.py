@@ -13,7 +13,7 @@ from collections.abc import Iterator
 
 from fvdfs import mounts
 from fvdfs.errors import FvdError, ImageBusy
-from fvdfs.image.chain import open_chain
+from fvdfs.image.chain import top_layer
 from fvdfs.image.policy import Policy, resolve
 from fvdfs.store.devices import loop_devices, stands_on
 from fvdfs.store.host import DEVICE, Identity, identity_of
@@ -78,11 +78,8 @@ def images_with(identity: Identity, folder: str) -> Iterator[tuple[str, Identity
 
 
 def _use(image: str, identity: Identity) -> Iterator[tuple[str, Identity, str]]:
-    chain = open_chain(image, Policy(writable=False), top_only=True)
-    layer = chain.layers[0]
-    own = layer.meta.identity
-    chain.close()
-    header = layer.header
+    layer = top_layer(image, Policy())
+    own, header = layer.meta.identity, layer.header
     if header.has_base and identity_at(resolve(image, header.base_img)) == identity:
         yield image, own, "base"
     elif header.data_file and identity_at(resolve(image, header.data_file)) == identity:

@@ -131,6 +131,16 @@ def open_chain(path: str, policy: Policy, *, top_only: bool = False) -> Chain:
     return chain
 
 
+def top_layer(path: str, policy: Policy) -> Layer:
+    """The image at `path` itself, its files closed again: what they are, and what its header says. Blocks.
+
+    It is opened for reading. Raises as `open_chain`.
+    """
+    chain = open_chain(path, replace(policy, writable=False), top_only=True)
+    chain.close()
+    return chain.layers[0]
+
+
 Judged = dict[tuple[tuple[int, int], str], Exception | None]
 """What is wrong with an image, or None: by its file, and by the folder that its names are relative to."""
 

@@ -64,7 +64,7 @@ class Folder:
     async def scan(self) -> list[Entry]:
         """All images that appear now, by name. Raises OSError."""
         before = self.inodes.shown()
-        listing: Look[list[bytes]] = self._looks.begin(self.path, self._image_paths)
+        listing: Look[list[bytes]] = self._looks.begin(self.path, self.image_paths)
         await self._looks.wait([listing])
         if not listing.ended.is_set():
             if not before:
@@ -134,7 +134,8 @@ class Folder:
 
     # In a thread.
 
-    def _image_paths(self) -> list[bytes]:
+    def image_paths(self) -> list[bytes]:
+        """The paths of what is called an image, by name. Blocks. Raises OSError, NoAnswer."""
         with self.policy.walker.looking():
             names = self.policy.walker.names(self.path)
         return [

@@ -86,10 +86,9 @@ def serve(options: MountOptions, ready: Callable[[], None], reopen_log: ReopenLo
         jobs=options.prefetch_jobs, max_rate=options.prefetch_max, pressure=DiskPressure(options.folder)
     )
     background = Background(scheduler, record_profiles=options.record_profiles)
-    passthroughs = Passthroughs(
-        obstacle(options.folder, options.policy, options.writeback, always_sync=options.sync is Sync.ALWAYS)
-    )
-    openings = Openings(Folder(options.folder, options.policy), background, passthroughs)
+    folder = Folder(options.folder, options.policy)
+    passthroughs = Passthroughs(obstacle(folder, options.writeback, always_sync=options.sync is Sync.ALWAYS))
+    openings = Openings(folder, background, passthroughs)
     writeback = options.writeback is not Writeback.OFF
     filesystem = Filesystem(openings, writeback=writeback, shrink=options.shrink, sync=options.sync)
     with contextlib.ExitStack() as stack:

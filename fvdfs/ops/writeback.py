@@ -11,13 +11,12 @@ import contextlib
 import enum
 import functools
 import os
-from dataclasses import replace
 
 from fvdfs.cow.planner import Zeroes
 from fvdfs.errors import FvdError
-from fvdfs.image.chain import open_chain
+from fvdfs.image.chain import top_layer
 from fvdfs.image.policy import RAW_FORMATS, Policy
-from fvdfs.ops.inodes import IMAGE_SUFFIX
+from fvdfs.ops.folder import Folder
 from fvdfs.ops.passthrough import NOT_ROOT
 from fvdfs.store.paths import in_time
 
@@ -36,9 +35,9 @@ class Writeback(enum.Enum):
     OFF = "off"
 
 
-def obstacle(folder: str, policy: Policy, writeback: Writeback, *, always_sync: bool) -> str:
+def obstacle(folder: Folder, writeback: Writeback, *, always_sync: bool) -> str:
     """Why no disk of a mount with these options is passed through; empty where some may be. Looks at the images."""
-    zeroes = policy.zeroes
+    zeroes = folder.policy.zeroes
     if zeroes is not Zeroes.OFF:
         return f"-o detect_zeroes={zeroes.value} has to see each write"
     if always_sync:
@@ -49,22 +48,19 @@ def obstacle(folder: str, policy: Policy, writeback: Writeback, *, always_sync: 
         return ""
     if os.geteuid():
         return NOT_ROOT
-    return "" if in_time(functools.partial(_has_data_files, folder, policy), False) else _NO_DATA_FILES
+    return "" if in_time(functools.partial(_has_data_files, folder), False) else _NO_DATA_FILES
 
 
-def _has_data_files(folder: str, policy: Policy) -> bool:
+def _has_data_files(folder: Folder) -> bool:
     """Whether any image of the folder has its data in a raw file of its own. Blocks."""
-    with contextlib.suppress(OSError):
-        paths = [os.path.join(folder, name) for name in os.listdir(folder) if name.endswith(os.fsdecode(IMAGE_SUFFIX))]
-        return any(_has_data_file(path, policy) for path in paths)
+    with contextlib.suppress(OSError, FvdError):
+        return any(_has_data_file(os.fsdecode(path), folder.policy) for path in folder.image_paths())
     return False
 
 
 def _has_data_file(path: str, policy: Policy) -> bool:
     try:
-        chain = open_chain(path, replace(policy, writable=False), top_only=True)
+        header = top_layer(path, policy).header
     except (OSError, FvdError):
         return False  # whoever lists the folder is told
-    header = chain.layers[0].header
-    chain.close()
     return bool(header.data_file) and header.data_file_fmt in RAW_FORMATS and not header.compact

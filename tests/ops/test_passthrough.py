@@ -26,6 +26,7 @@ import pytest
 from fvdfs.format.header import HEADER_SPACE, Header
 from fvdfs.image.policy import Policy
 from fvdfs.ops.filesystem import ATTRIBUTE_TIMEOUT
+from fvdfs.ops.folder import Folder
 from fvdfs.ops.writeback import Writeback, obstacle
 from support.devices import loop_device
 from support.mounts import (
@@ -572,10 +573,10 @@ def test_a_mount_gathers_writes_where_it_shows_none(folder: Path, layout: str) -
 
 def test_a_mount_of_a_user_gathers_writes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     new_disk(folder)
-    policy = Policy()
-    assert obstacle(str(folder), policy, Writeback.AUTO, always_sync=False) == ""
+    images = Folder(str(folder), Policy())
+    assert obstacle(images, Writeback.AUTO, always_sync=False) == ""
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
-    assert "only root" in obstacle(str(folder), policy, Writeback.AUTO, always_sync=False)
+    assert "only root" in obstacle(images, Writeback.AUTO, always_sync=False)
 
 
 def test_data_on_a_device(folder: Path, tmp_path: Path) -> None:
