@@ -28,6 +28,7 @@ from fvdfs.format.header import MAX_CHUNKS, PAGE, TABLE_ENTRY_SIZE, UNALLOCATED,
 NOT_JOURNALED = 0x80000000
 ENTRIES_PER_PAGE = PAGE // TABLE_ENTRY_SIZE
 _UNALLOCATED_PAGE = b"\xff" * PAGE
+LONGEST_RUN = 1 << 12  # chunks that are looked at in one step
 MAX_DAMAGED = 1 << 20  # entries that cannot be right; each is remembered, and a table with more is garbage
 
 
@@ -46,6 +47,8 @@ class Table:
         self.chunks = chunks
         del entries[ceil_div(chunks, ENTRIES_PER_PAGE) * ENTRIES_PER_PAGE :]
         self._entries = entries
+        self._allocated = bitarray(chunks)
+        """Which chunks have a place, for a quick way across those that have none."""
         self._dirty: set[int] = set()
         self._storage_chunks = min(storage_chunks, MAX_CHUNKS)
         self.beyond: set[int] = set()
@@ -68,6 +71,7 @@ class Table:
             for chunk, entry in enumerate(entries, page):
                 if entry == UNALLOCATED:
                     continue
+                self._allocated[chunk] = 1
                 if entry & NOT_JOURNALED:
                     entry &= ~NOT_JOURNALED
                     self._entries[chunk] = entry
@@ -110,7 +114,7 @@ class Table:
 
     def allocated(self) -> int:
         """How many chunks have a place in the storage."""
-        return self.chunks - self._entries[: self.chunks].count(UNALLOCATED)
+        return self._allocated.count(1)
 
     @property
     def numbers_left(self) -> int:
@@ -124,6 +128,7 @@ class Table:
         number = self.highest + 1
         self.highest = number
         self._entries[chunk] = number
+        self._allocated[chunk] = 1
         self._dirty.add(chunk // ENTRIES_PER_PAGE)
         return number
 
@@ -152,6 +157,7 @@ class Table:
                     self._used[old] = 0
             self._used[number] = 1
             self._entries[chunk] = number
+            self._allocated[chunk] = 1
             self._dirty.add(chunk // ENTRIES_PER_PAGE)
             self.highest = max(self.highest, number)
         return None
@@ -171,6 +177,7 @@ class Table:
         self._entries.extend(array("I", [UNALLOCATED]) * (need - have))
         for chunk in range(self.chunks, chunks):
             self._entries[chunk] = UNALLOCATED
+        self._allocated.extend(bitarray(chunks - self.chunks))
         self._dirty.update(range(self.chunks // ENTRIES_PER_PAGE, ceil_div(chunks, ENTRIES_PER_PAGE)))
         self.chunks = chunks
 
@@ -183,6 +190,7 @@ class Table:
                 freed.append(self._entries[chunk])
                 self._entries[chunk] = UNALLOCATED
                 self._dirty.add(chunk // ENTRIES_PER_PAGE)
+        del self._allocated[chunks:]
         self.chunks = chunks
         live = (e for e in self._entries[:chunks] if e != UNALLOCATED)
         self.highest = max(live, default=-1)
@@ -191,17 +199,18 @@ class Table:
     def chunk_runs(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
         """Chunks [start, stop) as runs (start, stop, number of the first) that lie together in the storage.
 
-        The number is UNALLOCATED for a run of chunks that are not allocated.
+        The number is UNALLOCATED for a run of chunks that are not allocated. A run of others is cut at `LONGEST_RUN`.
         """
         entries = self._entries
         while start < stop:
             number = entries[start]
             end = start + 1
             if number == UNALLOCATED:
-                while end < stop and entries[end] == UNALLOCATED:
-                    end += 1
+                end = self._allocated.find(1, start, stop)
+                end = end if end >= 0 else stop
             else:
-                while end < stop and entries[end] == number + end - start:
+                limit = min(stop, start + LONGEST_RUN)
+                while end < limit and entries[end] == number + end - start:
                     end += 1
             yield start, end, number
             start = end

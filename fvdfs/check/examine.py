@@ -39,7 +39,7 @@ from fvdfs.errors import ImageError
 from fvdfs.format import journal
 from fvdfs.format.header import HEADER_SPACE, PAGE, SECTOR, Header, Region, ceil_div, round_up
 from fvdfs.image.chain import MAX_REGION
-from fvdfs.store.base import Store
+from fvdfs.store.base import Store, next_data
 from fvdfs.store.references import PROBE_SIZE, detect
 
 
@@ -455,7 +455,7 @@ async def _check_leaks(data: Store, header: Header, scan: TableScan, findings: F
 async def _takes_no_space(data: Store, start: int, stop: int) -> bool:
     """Whether the whole pages in a range are a hole."""
     start, stop = round_up(start, PAGE), stop // PAGE * PAGE
-    return start >= stop or await data.next_data(start, stop) == stop
+    return start >= stop or await next_data(data, start, stop) == stop
 
 
 async def _check_tail(data: Store, header: Header, scan: TableScan | None, found: Examined) -> None:

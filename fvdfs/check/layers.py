@@ -14,7 +14,7 @@ from fvdfs.format.header import HEADER_SPACE, PAGE, Header
 from fvdfs.image.image import Image
 from fvdfs.image.loading import load_image
 from fvdfs.image.policy import Policy
-from fvdfs.store.base import Store
+from fvdfs.store.base import Store, next_data
 
 PIECE = 1 << 20  # bytes that are read or copied at a time; bounds memory
 
@@ -72,7 +72,7 @@ class Filled:
 
     async def __anext__(self) -> Range:
         if self._at < self._stop:
-            self._at = await self._store.next_data(self._at, self._stop)
+            self._at = await next_data(self._store, self._at, self._stop)
         if self._at >= self._stop:
             raise StopAsyncIteration
         start, self._at = self._at, min((self._at + PIECE) // PAGE * PAGE, self._stop)

@@ -29,7 +29,7 @@ from fvdfs.image.image import Image
 from fvdfs.image.loading import open_image, open_other
 from fvdfs.image.policy import FVD_FORMAT, HostStore, Policy, format_by_name
 from fvdfs.mountoptions import folders, listed, parse_mount_options
-from fvdfs.store.base import Buffer
+from fvdfs.store.base import Buffer, next_data
 from fvdfs.store.host import open_path
 from fvdfs.store.locations import is_local, parse_location
 from fvdfs.store.qemu_store import QemuStore, host_files
@@ -206,7 +206,7 @@ async def copy(source: Side, target: Side, progress: Progress, *, over_base: boo
         """The next part of the disk to look into; empty where there is none."""
         nonlocal at
         async with looking:
-            data = min([await side.next_data(at, size) for side in sides]) if at < size else size
+            data = min([await next_data(side, at, size) for side in sides]) if at < size else size
             start = max(at, data // UNIT * UNIT)
             at = min(start + PIECE, size)
             progress(at, size)

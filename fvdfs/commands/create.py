@@ -341,7 +341,8 @@ def _mark_holes(bitmap: Bitmap, header: Header, path: str, unit: int) -> None:
         store.lock(exclusive=False)
         at, size = 0, header.base_size
         while at < size:
-            data = store.next_data_now(at, size)
+            end, hole = store.extent_now(at, size)
+            data = end if hole else at
             stop = size if data == size else data // unit * unit
             if at < stop:
                 bitmap.set_local(at // header.block_size, ceil_div(stop, header.block_size))
@@ -364,5 +365,7 @@ def _is_zero(store: HostFile, start: int, stop: int) -> bool:
                 return True
             if not _ZEROS.startswith(view[:count]):
                 return False
-            start = store.next_data_now(start + count, stop)
+            start += count
+            end, hole = store.extent_now(start, stop)
+            start = end if hole else start
     return True

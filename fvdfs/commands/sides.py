@@ -18,8 +18,8 @@ class Side(Protocol):
     async def read(self, offset: int, length: int) -> Buffer:
         """Bytes from `offset` on."""
 
-    async def next_data(self, start: int, stop: int) -> int:
-        """The first byte of [start, stop) that may be no zero; `stop` where there is none."""
+    async def extent(self, start: int, stop: int) -> tuple[int, bool]:
+        """`Store.extent`."""
 
     async def write(self, offset: int, data: Buffer) -> None:
         """Write all of `data`."""
@@ -45,8 +45,8 @@ class StoreSide:
         await self.store.pread(memoryview(buffer), offset)
         return buffer
 
-    async def next_data(self, start: int, stop: int) -> int:
-        return await self.store.next_data(start, stop)
+    async def extent(self, start: int, stop: int) -> tuple[int, bool]:
+        return await self.store.extent(start, stop)
 
     async def write(self, offset: int, data: Buffer) -> None:
         await self.store.pwrite(data, offset)
@@ -71,9 +71,9 @@ class NamedSide:
         with named(self._name):
             return await self._side.read(offset, length)
 
-    async def next_data(self, start: int, stop: int) -> int:
+    async def extent(self, start: int, stop: int) -> tuple[int, bool]:
         with named(self._name):
-            return await self._side.next_data(start, stop)
+            return await self._side.extent(start, stop)
 
     async def write(self, offset: int, data: Buffer) -> None:
         with named(self._name):

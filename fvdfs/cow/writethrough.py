@@ -40,6 +40,9 @@ class BaseWriter(Protocol):
     async def wrote(self, first: int, end: int, offset: int, data: Buffer) -> None:
         """Blocks [first, end), held by the caller, got `data` at byte `offset`. Raises OSError."""
 
+    async def zeroed(self, first: int, end: int, start: int, stop: int) -> None:
+        """Blocks [first, end), held by the caller, got zeros in bytes [start, stop). Raises OSError."""
+
     async def flush(self) -> None:
         """Part of a flush of the image. Raises OSError."""
 
@@ -57,6 +60,10 @@ class WriteThrough:
     async def wrote(self, first: int, end: int, offset: int, data: Buffer) -> None:
         self._written = True
         await self._base.pwrite(data, offset)
+
+    async def zeroed(self, first: int, end: int, start: int, stop: int) -> None:
+        self._written = True
+        await self._base.zero(start, stop - start)
 
     async def flush(self) -> None:
         if self._written:
@@ -101,6 +108,9 @@ class WriteBack:
         self._owed[first:end] = 0
 
     async def wrote(self, first: int, end: int, offset: int, data: Buffer) -> None:
+        self.owe(first, end)
+
+    async def zeroed(self, first: int, end: int, start: int, stop: int) -> None:
         self.owe(first, end)
 
     async def flush(self) -> None:

@@ -10,6 +10,8 @@ import errno
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+import trio
+
 from fvdfs.alloc.chunked import ChunkedStorage, Spawn
 from fvdfs.alloc.flat import FlatStorage
 from fvdfs.alloc.table import Table
@@ -22,6 +24,8 @@ from fvdfs.format.header import Header
 from fvdfs.image.commit import Committer
 from fvdfs.store.base import Done, Store
 from fvdfs.store.host import HostFile
+
+PIECES_PER_TURN = 1000  # of a disk that are looked at before other tasks get their turn
 
 Storage = FlatStorage | ChunkedStorage
 
@@ -180,23 +184,43 @@ class Core:
                 found.append((run_start, run_stop, "base"))
                 continue
             for piece_start, piece_stop, where in self.storage.byte_runs(run_start, run_stop):
-                end = piece_stop - piece_start + (where or 0)
-                hole = where is None or await self.data.next_data(where, end) == end
-                found.append((piece_start, piece_stop, "hole" if hole else "stored"))
+                at = piece_start
+                while at < piece_stop:
+                    end, hole = piece_stop, True
+                    if where is not None:
+                        end, hole = await self.data.extent(where + at - piece_start, where + piece_stop - piece_start)
+                        end += piece_start - where
+                    found.append((at, end, "hole" if hole else "stored"))
+                    at = end
         return found
 
-    async def next_data(self, start: int, stop: int) -> int:
-        """The first byte of [start, stop) of the disk that may be no zero, as `Store.next_data`. Raises OSError."""
-        holes: dict[Store, tuple[int, int]] = {}  # the last one found in each: where it was looked for, where it ends
-        for piece_start, piece_stop, store, where in self._pieces(start, stop):
-            first, end = holes.get(store, (0, -1))
-            if not first <= where <= end:
-                end = await store.next_data(where, where + stop - piece_start)
-                holes[store] = where, end
-            data = piece_start + end - where
-            if data < piece_stop:
-                return data
-        return stop
+    async def extent(self, start: int, stop: int) -> tuple[int, bool]:
+        """`Store.extent` of the disk, whatever layer of the chain has the bytes. Raises OSError."""
+        known: dict[Store, tuple[int, int, bool]] = {}  # the last extent found in each
+        kind: bool | None = None  # of what lies before `at`
+        at = start
+        for number, (piece_start, piece_stop, store, where) in enumerate(self._pieces(start, stop)):
+            if at < piece_start:
+                if kind is False:
+                    return at, False
+                kind, at = True, piece_start
+            while at < piece_stop:
+                place = where + at - piece_start
+                first, end, hole = known.get(store, (0, 0, False))
+                if not first <= place < end:
+                    end, hole = await store.extent(place, place + stop - at)
+                    known[store] = place, end, hole
+                if kind is not None and kind is not hole:
+                    return at, kind
+                kind, at = hole, min(piece_stop, at + end - place)
+            if not number % PIECES_PER_TURN:
+                await trio.lowlevel.checkpoint()
+        return (at, False) if kind is False else (stop, True)
+
+    def extent_nowait(self, start: int, stop: int) -> tuple[int, bool] | None:
+        """`extent`, where the metadata of the chain tells all; else None. Raises OSError."""
+        piece_start, *_ = next(self._pieces(start, stop), (stop,))
+        return (piece_start, True) if start < piece_start else None
 
     def _pieces(self, start: int, stop: int) -> Iterator[tuple[int, int, Store, int]]:
         """What of bytes [start, stop) is stored anywhere in the chain: (start, stop, store, offset in the store).

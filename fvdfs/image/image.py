@@ -96,6 +96,30 @@ class Image(Core):
         """
         await PendingWrite(self._writes, offset, memoryview(data)).finish()
 
+    async def zero(self, start: int, stop: int, *, discard: bool = False) -> None:
+        """Have bytes [start, stop), as far as the disk reaches, read as zeros, and give their space back.
+
+        A crash leaves each sector old or zero. `discard`: only where that takes no writing of zeros.
+        Raises OSError: EROFS where the image is not open for writing, EOPNOTSUPP with `discard` where the storage has
+        no other way; then nothing but parts of the range itself has changed.
+        """
+        await self._writes.zero(start, stop, discard=discard)
+
+    async def reserve(self, start: int, stop: int) -> None:
+        """Have later writes to bytes [start, stop), as far as the disk reaches, find space.
+
+        Raises OSError: EROFS where the image is not open for writing, ENOSPC, EOPNOTSUPP where the storage cannot
+        promise that.
+        """
+        await self._writes.reserve(start, stop)
+
+    async def reach(self, end: int) -> None:
+        """Grow the disk to at least `end` bytes, as a write up to there does. Raises OSError as `write`."""
+        self._writes.check()
+        while end > self.size:
+            await self._resizer.reach(end)
+        self.end = max(self.end, end)
+
     async def fsync(self) -> None:
         """When this returns, every write that was answered before survives a power cut. Raises OSError."""
         if not self.writable:

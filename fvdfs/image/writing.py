@@ -1,10 +1,14 @@
-"""Writes to an open image, and copies from its base.
+"""Writes to an open image, zeroing of ranges, and copies from its base.
 
 A write whose blocks are all local goes straight to the storage. One that touches a block which is not local holds
 these blocks (`cow.locks`), completes the first and the last from the base where it covers them only in part, stores
 all in one piece, and then, without a checkpoint between, sets the bits and tells the committer. A copy sets bits as a
 write does, under the same locks, but does not report `blocks_stored` (data and chunks it does report): a bit that is
 lost costs nothing.
+
+Zeroing is a write of zeros that stores none: the range becomes a hole in the storage (`Store.zero`), and its blocks
+local. A chunk without a place reads as zeros, so it gets none, and a bit may stand over it (format.md, "Left to the
+writer").
 
 What makes a write durable, and in which order, is `commit`. Only these writes wait for a flush themselves:
 
@@ -26,10 +30,11 @@ from fvdfs.cow.bitmap import Bitmap
 from fvdfs.cow.locks import Claim, Gate, RangeLock
 from fvdfs.cow.planner import WritePlan, Zeroes, plan_write, zero_runs
 from fvdfs.format.header import ceil_div
-from fvdfs.image.core import Core
+from fvdfs.format.journal import merge
+from fvdfs.image.core import PIECES_PER_TURN, Core
 from fvdfs.image.reading import Reads
 from fvdfs.image.resizing import Resizer
-from fvdfs.store.base import Buffer, Done
+from fvdfs.store.base import Buffer, Done, next_data
 
 ONE_READ = 64 << 10  # bytes; a shorter write between two parts of the base has both read in one piece
 
@@ -194,6 +199,53 @@ class Writes:
             if core.base_writer is not None:
                 await core.base_writer.wrote(plan.first, plan.end, start, data[: core.geometry.base_size - start])
 
+    async def zero(self, start: int, stop: int, *, discard: bool) -> None:
+        """Have bytes [start, stop) read as zeros. Raises OSError as `Image.zero`."""
+        self.check()
+        core = self.core
+        while self.gate.is_closed:
+            await self.gate.wait_until_open()
+        with self.gate.passed():
+            stop = min(stop, core.size)
+            if start >= stop:
+                return
+            await self._zero(start, stop, discard=discard)
+        self.ended(start, min(stop, core.end))
+
+    async def _zero(self, start: int, stop: int, *, discard: bool) -> None:
+        core = self.core
+        bitmap, plan = core.bitmap, plan_write(core.geometry, core.bitmap, start, stop)
+        if not plan.missing and (core.base_writer is None or plan.first == plan.end):
+            await self._punch(start, stop, writes=not discard)
+            self.stored(bitmap, plan)
+            return
+        async with self.locks.hold(plan.first, plan.end):
+            bitmap, plan = core.bitmap, plan_write(core.geometry, core.bitmap, start, stop)  # others held them before
+            for part in (plan.head, plan.tail):
+                if part is not None:
+                    await self._store(*part, await self._read_base(*part))
+            await self._punch(start, stop, writes=not discard)
+            self.stored(bitmap, plan)
+            if core.base_writer is not None:
+                await core.base_writer.zeroed(plan.first, plan.end, start, min(stop, core.geometry.base_size))
+
+    async def reserve(self, start: int, stop: int) -> None:
+        """Have later writes to bytes [start, stop) find space. Raises OSError as `Image.reserve`."""
+        self.check()
+        core = self.core
+        while self.gate.is_closed:
+            await self.gate.wait_until_open()
+        with self.gate.passed():
+            stop = min(stop, core.size)
+            if start >= stop:
+                return
+            await self._prepare(start, stop)
+            try:
+                for where, length in await self._places(start, stop):
+                    await core.data.reserve(where, length)
+            finally:
+                core.committer.data_written()
+
     async def _complete(self, plan: WritePlan, data: Buffer) -> Buffer:
         """The data of the plan: the request's own, with what is missing of its blocks from the base."""
         if plan.head and plan.tail and len(data) <= ONE_READ:
@@ -278,26 +330,47 @@ class Writes:
             core.committer.data_written()
 
     async def _store_zeros(self, start: int, stop: int) -> None:
-        """Have bytes [start, stop) read as zeros, and store nothing for what does so already.
-
-        A block of the base's range gets a place all the same: its bit is going to say that it has one.
-        """
+        """Have bytes [start, stop) read as zeros, and store nothing for what does so already."""
         core = self.core
-        if start < core.geometry.base_size:
-            await self._prepare(start, stop)
+        if core.zeroes is Zeroes.PUNCH:
+            await self._punch(start, stop)
+            return
+        await self._prepare_zeros(start, stop)
         try:
-            for run_start, run_stop, where in core.storage.byte_runs(start, stop):
-                if where is None:
-                    continue
-                if core.zeroes is Zeroes.PUNCH:
-                    await core.data.zero(where, run_stop - run_start)
-                    continue
-                end = where + run_stop - run_start
-                data = await core.data.next_data(where, end)
-                if data < end:
-                    await core.data.pwrite(bytes(end - data), data)
+            for where, length in await self._places(start, stop):
+                data = await next_data(core.data, where, where + length)
+                if data < where + length:
+                    await core.data.pwrite(bytes(where + length - data), data)
         finally:
             core.committer.data_written()
+
+    async def _punch(self, start: int, stop: int, *, writes: bool = True) -> None:
+        """Have bytes [start, stop) read as zeros, and give their space back; `writes` as for `Store.zero`."""
+        core = self.core
+        await self._prepare_zeros(start, stop)
+        try:
+            for where, length in await self._places(start, stop):
+                await core.data.zero(where, length, writes=writes)
+        finally:
+            core.committer.data_written()
+
+    async def _prepare_zeros(self, start: int, stop: int) -> None:
+        """Bits are going to say that bytes [start, stop) are in the storage. A chunk without a place has zeros."""
+        if self.core.table is None and start < self.core.geometry.base_size:
+            await self._prepare(start, stop)
+
+    async def _places(self, start: int, stop: int) -> list[tuple[int, int]]:
+        """Where bytes [start, stop) have a place in the storage: (offset, length), in its order, adjacent ones joined.
+
+        A whole disk in a million chunks may be one.
+        """
+        found = []
+        for number, (run_start, run_stop, where) in enumerate(self.core.storage.byte_runs(start, stop)):
+            if where is not None:
+                found.append((where, where + run_stop - run_start))
+            if number % PIECES_PER_TURN == PIECES_PER_TURN - 1:
+                await trio.lowlevel.checkpoint()
+        return [(begin, end - begin) for begin, end in merge(found)]
 
     async def _prepare(self, start: int, stop: int) -> None:
         core = self.core

@@ -9,7 +9,18 @@ from fvdfs.errors import FvdError, ImageBusy, NotPermitted, ReadOnlyImage, Refus
 from fvdfs.ops.complaints import Complaints
 
 # Errors that are plain answers, not worth a line in the log.
-_ANSWERS = frozenset({errno.ENOENT, errno.EPERM, errno.EROFS, errno.ESTALE, errno.ENAMETOOLONG, errno.ENODATA})
+_ANSWERS = frozenset(
+    {
+        errno.ENOENT,
+        errno.EPERM,
+        errno.EROFS,
+        errno.ESTALE,
+        errno.ENAMETOOLONG,
+        errno.ENODATA,
+        errno.ENXIO,
+        errno.EOPNOTSUPP,
+    }
+)
 
 
 def error_number(error: BaseException, what: str, complaints: Complaints) -> int:

@@ -1,8 +1,9 @@
-"""The kernel's end of a mount: READ, WRITE and FSYNC are answered here, all else by libfuse.
+"""The kernel's end of a mount: READ, WRITE, FSYNC, FALLOCATE and LSEEK are answered here, all else by libfuse.
 
 pyfuse3, and libfuse under it, answer one request a turn of the event loop, each in a task of its own.
-That is fine for opening and listing; for READ, WRITE and FSYNC, most of a disk's traffic, it would be most of the cost.
-So these take a shorter way. All requests that the kernel has queued are received in one turn:
+That is fine for opening and listing; for READ, WRITE and FSYNC, most of a disk's traffic, it would be most of the cost;
+and pyfuse3 does not know FALLOCATE and LSEEK. So these take a shorter way. All requests that the kernel has queued are
+received in one turn:
 
 1. what needs no waiting is answered at once;
 2. what can be started without a task (`Pending.start`) is answered when it has ended;
@@ -38,10 +39,13 @@ import trio
 from fvdfs.format.header import SECTOR
 from fvdfs.ops.lingering import Linger
 from fvdfs.ops.wire import (
+    FALLOCATE,
     FATTR_FH,
     FATTR_TIMES,
+    FUSE_FALLOCATE,
     FUSE_FSYNC,
     FUSE_INTERRUPT,
+    FUSE_LSEEK,
     FUSE_NOTIFY_INVAL_INODE,
     FUSE_OPEN,
     FUSE_READ,
@@ -51,8 +55,10 @@ from fvdfs.ops.wire import (
     IN_HEADER,
     INIT_OUT,
     INVALIDATE,
+    LSEEK,
     NAMES,
     OUT_HEADER,
+    PLACE,
     SETATTR,
     TRANSFER,
     WRITTEN,
@@ -85,13 +91,19 @@ _LARGEST = 2 << 20  # bytes; the buffer for INIT that the kernel asks for; no an
 
 
 class Requests(Protocol):
-    """Who does READ, WRITE and FSYNC. What fails raises an exception, which `error_number` turns into an answer."""
+    """Who does what is answered here. What fails raises an exception, which `error_number` turns into an answer."""
 
     def begin_read(self, fh: int, offset: int, buffer: memoryview, /) -> int | Pending:
         """`Image.begin_read`."""
 
     def begin_write(self, fh: int, offset: int, data: memoryview, /, *, durable: bool) -> Pending:
         """Write all of the data, which is in a writable buffer. `durable`: and have it survive a power cut."""
+
+    def begin_fallocate(self, fh: int, mode: int, offset: int, length: int, /) -> Pending:
+        """fallocate(2)."""
+
+    def begin_seek(self, fh: int, offset: int, whence: int, /) -> int | Pending:
+        """lseek(2) with SEEK_DATA or SEEK_HOLE: the place, or the search for it that has to wait."""
 
     def begin_fsync(self, fh: int, /) -> Pending | None:
         """Make durable what was written; None: the mount does not do so."""
@@ -304,7 +316,7 @@ class Device:
             if length >= IN_HEADER.size:
                 self._answer(unique, errno.EINVAL)
             return
-        if self._debug and opcode in (FUSE_READ, FUSE_WRITE, FUSE_FSYNC, FUSE_INTERRUPT):
+        if self._debug and opcode in NAMES and opcode != FUSE_SETATTR:
             self._log_request()
         try:
             self._take_up(length, opcode, unique, fh, offset, size, own_flags, flags)
@@ -328,6 +340,10 @@ class Device:
             pass
         elif opcode == FUSE_FSYNC:
             self._begin_fsync(unique, fh)
+        elif opcode == FUSE_FALLOCATE:
+            self._begin_fallocate(unique)
+        elif opcode == FUSE_LSEEK:
+            self._begin_seek(unique)
         elif opcode != FUSE_INTERRUPT:  # nothing here can be interrupted
             if opcode == FUSE_OPEN:
                 self._opening[unique] = opens_direct(self._head)
@@ -353,6 +369,19 @@ class Device:
             self._answer(unique)
         else:
             self._begin(unique, fh, "fsync", pending, lambda _: self._answer(unique))
+
+    def _begin_fallocate(self, unique: int) -> None:
+        fh, offset, length, mode = FALLOCATE.unpack_from(self._head)
+        pending = self._requests.begin_fallocate(fh, mode, offset, length)
+        self._begin(unique, fh, "fallocate", pending, lambda _: self._answer(unique))
+
+    def _begin_seek(self, unique: int) -> None:
+        fh, offset, whence = LSEEK.unpack_from(self._head)
+        found = self._requests.begin_seek(fh, offset, whence)
+        if isinstance(found, int):
+            self._answer_seek(unique, found)
+        else:
+            self._begin(unique, fh, "lseek", found, functools.partial(self._answer_seek, unique))
 
     def _begin(self, unique: int, fh: int, what: str, pending: Pending, answer: Callable[[int], None]) -> None:
         """Start a request, and answer when it has ended, given the result; where it cannot be started, a task does it.
@@ -466,6 +495,9 @@ class Device:
     def _answer_write(self, unique: int, data: memoryview, count: int) -> None:
         self._answer(unique, 0, WRITTEN.pack(count))
         self._give_back(data)
+
+    def _answer_seek(self, unique: int, place: int) -> None:
+        self._answer(unique, 0, PLACE.pack(place))
 
     def _answer(self, unique: int, error: int = 0, data: Buffer = b"") -> None:
         self._send(OUT_HEADER.pack(OUT_HEADER.size + len(data), -error, unique), data)

@@ -29,7 +29,7 @@ from fvdfs.ops.inodes import ROOT_INODE, Attributes, Entry
 from fvdfs.ops.kernel_limits import KernelLimits
 from fvdfs.ops.openings import Openings
 from fvdfs.ops.passthrough import Passthrough
-from fvdfs.ops.requests import DurableWrite, Fsync, Write
+from fvdfs.ops.requests import DurableWrite, Fsync, InTask, Write, fallocate, seek
 from fvdfs.store.base import Pending
 
 P = ParamSpec("P")
@@ -92,7 +92,8 @@ class Filesystem(pyfuse3.Operations):
         self._sync = sync
         self._shrink = shrink
         self._images: dict[int, Image] = {}
-        self._handles: dict[int, tuple[Entry, bool]] = {}
+        self._handles: dict[int, tuple[Entry, bool, bool]] = {}
+        """The image, whether it is open for writing, whether through the kernel's cache."""
         self._listings: dict[int, list[Entry]] = {}
         self._last_listing: list[Entry] = []
         self._next_handle = 1
@@ -344,7 +345,9 @@ class Filesystem(pyfuse3.Operations):
             await self.openings.close(entry)
             raise
         handle = self._new_handle()
-        self._handles[handle] = entry, write
+        through_cache = write and not flags & os.O_DIRECT
+        entry.cached_writers += through_cache
+        self._handles[handle] = entry, write, through_cache
         self._images[handle] = entry.image
         self.limits.before_open(is_remote=entry.image.is_remote)
         return FileInfo(fh=FileHandleT(handle), keep_cache=keep_cache)
@@ -357,9 +360,22 @@ class Filesystem(pyfuse3.Operations):
 
     def begin_write(self, fh: int, offset: int, data: memoryview, /, *, durable: bool) -> Pending:
         """`Image.write`; with `sync=always`, or where the writer asks for it, durable when it has ended."""
+        entry, image = self._handles[fh][0], self._images[fh]
+        pending, beyond = image.begin_write(offset, data), offset + len(data) > image.end
         durable = self._sync is Sync.ALWAYS or (durable and self._sync is Sync.FLUSH)
         write = DurableWrite if durable else Write
-        return write(self._handles[fh][0], self._images[fh], offset, data, self._note_write)
+        return write(entry, pending, self._note_write, beyond=beyond)
+
+    def begin_fallocate(self, fh: int, mode: int, offset: int, length: int, /) -> Pending:
+        """`requests.fallocate`, of the bytes from `offset` on."""
+        entry, image = self._handles[fh][0], self._images[fh]
+        pending = InTask(functools.partial(fallocate, entry, image, mode, offset, length))
+        write = DurableWrite if self._sync is Sync.ALWAYS else Write
+        return write(entry, pending, self._note_write, beyond=offset + length > image.end)
+
+    def begin_seek(self, fh: int, offset: int, whence: int, /) -> int | Pending:
+        """`requests.seek`."""
+        return seek(self._handles[fh][0], self._images[fh], offset, whence)
 
     def _note_write(self, entry: Entry) -> None:
         if entry.image is not None:
@@ -403,7 +419,7 @@ class Filesystem(pyfuse3.Operations):
 
     @handler
     async def flush(self, fh: FileHandleT) -> None:
-        entry, write = self._handles[fh]
+        entry, write, _ = self._handles[fh]
         entry.look()
         if write and entry.image is not None and self._sync is not Sync.NONE:
             await entry.image.fsync()
@@ -411,7 +427,8 @@ class Filesystem(pyfuse3.Operations):
 
     @handler
     async def release(self, fh: FileHandleT) -> None:
-        entry, _ = self._handles.pop(fh)
+        entry, _, through_cache = self._handles.pop(fh)
+        entry.cached_writers -= through_cache
         image = self._images.pop(fh)
         try:
             await self.openings.close(entry)

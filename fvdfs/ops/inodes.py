@@ -88,6 +88,8 @@ class Entry:
         self.busy = False
         """Whether the image is open, or still being closed: the file changes, and is what we think it is."""
         self.opens = 0
+        self.cached_writers = 0
+        """Openings that write through the kernel's cache: it may hold what they have written, and not send it yet."""
         self.for_writing = False
         """Whether somebody has opened it for writing, and not only to read it."""
         self.unloaded = trio.Event()

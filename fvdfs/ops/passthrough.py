@@ -29,7 +29,7 @@ from fvdfs.alloc.flat import FlatStorage
 from fvdfs.errors import printable
 from fvdfs.image.image import Image
 from fvdfs.ops.times import Mtime
-from fvdfs.store.host import HostFile, reopen
+from fvdfs.store.host import HostFile, fallocate, reopen
 
 log = logging.getLogger(__name__)
 
@@ -121,6 +121,12 @@ class Passthrough:
         """Somebody has set the disk's time: after a crash the data file tells it. Blocks. Raises OSError."""
         os.utime(self._descriptor, ns=(os.fstat(self._descriptor).st_atime_ns, mtime_ns))
         self._changed_ns = mtime_ns
+
+    async def fallocate(self, mode: int, offset: int, length: int) -> None:
+        """fallocate(2) on the data file, which is the disk. Raises OSError, EOPNOTSUPP among them."""
+        if not await trio.to_thread.run_sync(fallocate, self._descriptor, mode, offset, length):
+            raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+        self.look()
 
     async def end(self) -> None:
         """The image is being closed, as far as it is ours. Raises OSError."""

@@ -1,31 +1,53 @@
-"""WRITE and FSYNC to an open disk, with what a mount does beside: it records the mtime, and whether the kernel's
-cached size may be wrong.
+"""WRITE, FALLOCATE, LSEEK and FSYNC to an open disk, with what a mount does beside: it records the mtime, and whether
+the kernel's cached size may be wrong.
 
-Both are `store.base.Pending`.
+All are `store.base.Pending`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import errno
+import os
+from collections.abc import Awaitable, Callable
 
 from fvdfs.image.image import Image
 from fvdfs.ops.inodes import Entry
-from fvdfs.store.base import Done
+from fvdfs.ops.passthrough import Passthrough
+from fvdfs.store.base import Done, Pending
+from fvdfs.store.host import FALLOC_FL_KEEP_SIZE, PUNCH, ZERO_RANGE
+
+_PLAIN = 0
+_FALLOCATIONS = frozenset({PUNCH, ZERO_RANGE, ZERO_RANGE & ~FALLOC_FL_KEEP_SIZE, _PLAIN, FALLOC_FL_KEEP_SIZE})
+"""The modes of fallocate(2) that a disk knows."""
+
+
+class InTask:
+    """What takes a task."""
+
+    __slots__ = ("_work",)
+
+    def __init__(self, work: Callable[[], Awaitable[int | None]]) -> None:
+        """`work`: says its result, or else that is 0."""
+        self._work = work
+
+    def start(self, done: Done, /) -> bool:
+        return False
+
+    async def finish(self) -> int:
+        return await self._work() or 0
 
 
 class Write:
-    """`Image.write`."""
+    """`Image.write`, or another change of the disk's bytes."""
 
     __slots__ = ("_beyond", "_entry", "_pending", "_written")
 
-    def __init__(
-        self, entry: Entry, image: Image, offset: int, data: memoryview, written: Callable[[Entry], None]
-    ) -> None:
-        """`written` is told that it was successful."""
+    def __init__(self, entry: Entry, pending: Pending, written: Callable[[Entry], None], *, beyond: bool) -> None:
+        """`written` is told that it was successful; `beyond`: whether it goes past the end of the disk."""
         self._entry = entry
         self._written = written
-        self._pending = image.begin_write(offset, data)
-        self._beyond = offset + len(data) > image.end
+        self._pending = pending
+        self._beyond = beyond
 
     def start(self, done: Done, /) -> bool:
         def ended(result: int) -> None:
@@ -71,6 +93,60 @@ class DurableWrite(Write):
         assert image is not None
         await image.fsync()
         await self._entry.mtime.store()
+
+
+async def fallocate(entry: Entry, image: Image, mode: int, offset: int, length: int) -> None:
+    """fallocate(2) on a disk. Raises OSError: EOPNOTSUPP for an unknown mode; as `Image.zero` and `reserve`."""
+    if mode not in _FALLOCATIONS:
+        raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+    if isinstance(entry.passthrough, Passthrough):
+        await entry.passthrough.fallocate(mode, offset, length)
+        return
+    stop = offset + length
+    if not mode & FALLOC_FL_KEEP_SIZE:
+        await image.reach(stop)
+    if mode in (_PLAIN, FALLOC_FL_KEEP_SIZE):
+        await image.reserve(offset, stop)
+    else:
+        await image.zero(offset, stop, discard=mode == PUNCH)
+
+
+def seek(entry: Entry, image: Image, offset: int, whence: int) -> int | Pending:
+    """SEEK_DATA or SEEK_HOLE on a disk: the place, or a pending request for it.
+
+    All is data where the kernel may hold writes that have not come here, and of an image that is damaged.
+    Raises OSError: ENXIO past the end, or where no data follows.
+    """
+    if whence not in (os.SEEK_DATA, os.SEEK_HOLE):
+        raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+    entry.look()
+    end = image.end
+    if offset >= end:
+        raise _no_such_place()
+    if (entry.cached_writers and not isinstance(entry.passthrough, Passthrough)) or image.damage:
+        return offset if whence == os.SEEK_DATA else end
+    known = image.extent_nowait(offset, end)
+    if known is not None and (whence == os.SEEK_HOLE or known[0] == end):
+        return _place(offset, end, whence, known)
+
+    async def find() -> int:
+        return _place(offset, end, whence, await image.extent(offset, end))
+
+    return InTask(find)
+
+
+def _place(offset: int, end: int, whence: int, extent: tuple[int, bool]) -> int:
+    """What lseek(2) answers where this extent begins at `offset`. Raises OSError(ENXIO)."""
+    stop, hole = extent
+    if hole is (whence == os.SEEK_HOLE):
+        return offset
+    if stop >= end and whence == os.SEEK_DATA:
+        raise _no_such_place()
+    return stop
+
+
+def _no_such_place() -> OSError:
+    return OSError(errno.ENXIO, os.strerror(errno.ENXIO))
 
 
 class Fsync:

@@ -45,6 +45,8 @@ FUSE_WRITE = 16
 FUSE_FSYNC = 20
 FUSE_INIT = 26
 FUSE_INTERRUPT = 36
+FUSE_FALLOCATE = 43
+FUSE_LSEEK = 46
 FUSE_NOTIFY_INVAL_INODE = 2
 FUSE_AUTO_INVAL_DATA = 1 << 12
 FUSE_WRITEBACK_CACHE = 1 << 16
@@ -60,6 +62,8 @@ NAMES = {
     FUSE_WRITE: "WRITE",
     FUSE_FSYNC: "FSYNC",
     FUSE_INTERRUPT: "INTERRUPT",
+    FUSE_FALLOCATE: "FALLOCATE",
+    FUSE_LSEEK: "LSEEK",
 }
 IN_HEADER = struct.Struct("=IIQQIIIHH")  # len opcode unique nodeid uid gid pid total_extlen padding
 INIT_IN = struct.Struct("=IIII")  # major minor max_readahead flags
@@ -79,13 +83,22 @@ OUT_HEADER = struct.Struct("=IiQ")  # len error unique
 TRANSFER = struct.Struct("=IIQ8x16xQQII8xI4x")
 # SETATTR: nodeid, valid, mtime and its nanoseconds.
 SETATTR = struct.Struct("=16xQ16xI36xQ8x4xI24x")
+FALLOCATE = struct.Struct("=40xQQQI4x")  # fh offset length mode
+LSEEK = struct.Struct("=40xQQI4x")  # fh offset whence
+PLACE = struct.Struct("=Q")  # LSEEK's answer
 FUSE_WRITE_CACHE = 1 << 0  # written by the kernel, for whoever changed the page
 FATTR_FH = 1 << 6
 FATTR_TIMES = 1 << 5 | 1 << 10  # of the last change of content, and of attributes
 # The answer: timeout s and ns; ino size blocks atime mtime ctime, their ns, mode nlink uid gid rdev blksize.
 ATTRIBUTES = struct.Struct("=QI4xQQQqqqIIIIIIIII4x")
 WRITTEN = struct.Struct("=I4x")  # size
-SHORTEST = {FUSE_SETATTR: SETATTR.size, FUSE_READ: TRANSFER.size, FUSE_FSYNC: IN_HEADER.size + 16}
+SHORTEST = {
+    FUSE_SETATTR: SETATTR.size,
+    FUSE_READ: TRANSFER.size,
+    FUSE_FSYNC: IN_HEADER.size + 16,
+    FUSE_FALLOCATE: FALLOCATE.size,
+    FUSE_LSEEK: LSEEK.size,
+}
 """Bytes of the requests that are answered here, but WRITE, which has its data behind what READ has."""
 INVALIDATE = struct.Struct("=Qqq")  # inode offset length; 0: all
 

@@ -34,6 +34,7 @@ from fvdfs.prefetch.linkwatch import GOOD_REQUEST
 from fvdfs.prefetch.pacing import FloorRule, Pacer
 from fvdfs.prefetch.profile import plan
 from fvdfs.prefetch.scheduler import Flow, Link, Scheduler
+from fvdfs.store.base import next_data
 
 log = logging.getLogger(__name__)
 
@@ -393,7 +394,7 @@ class Prefetcher:
         if base is None or isinstance(base, Image):
             return False
         try:
-            return await base.next_data(start, stop) == stop
+            return await next_data(base, start, stop) == stop
         except OSError as error:
             raise _Failure(start, stop, "looking for holes in the base", error) from error
 

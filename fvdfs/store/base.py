@@ -92,13 +92,23 @@ class Store(Protocol):
         wait for. Promises nothing, fails never.
         """
 
-    async def zero(self, offset: int, length: int) -> None:
-        """Have the range read as zeros, giving back its space where that can be. Raises OSError."""
+    async def zero(self, offset: int, length: int, *, writes: bool = True) -> None:
+        """Have the range read as zeros, giving back its space where that can be; the store gets no longer by it.
 
-    async def next_data(self, start: int, stop: int) -> int:
-        """The first byte of [start, stop) that may be no zero: what is before it is known to take no space.
+        `writes`: by writing zeros, if there is no other way; without it that is EOPNOTSUPP. Raises OSError.
+        """
 
-        `stop` where that is so of the whole range. Raises OSError.
+    async def reserve(self, offset: int, length: int) -> None:
+        """Have later writes to the range find space. What the store has there stays, and so does its size.
+
+        Raises OSError: ENOSPC; EOPNOTSUPP where nobody can promise that.
+        """
+
+    async def extent(self, start: int, stop: int) -> tuple[int, bool]:
+        """Where the extent that begins at `start` ends, `stop` at the most, and whether it is a hole.
+
+        A hole is known to read as zeros and to take no space; of anything else neither is known. The next extent may
+        be of the same kind. Raises OSError.
         """
 
     def start_flush(self, done: Done) -> bool:
@@ -124,6 +134,26 @@ class Store(Protocol):
 
     async def aclose(self) -> None:
         """Give up the store; nothing is flushed."""
+
+
+class HasExtents(Protocol):
+    """Bytes that may have holes: a store, a disk."""
+
+    async def extent(self, start: int, stop: int) -> tuple[int, bool]:
+        """`Store.extent`."""
+
+
+async def next_data(source: HasExtents, start: int, stop: int) -> int:
+    """The first byte of [start, stop) that may be no zero; `stop`: the whole range is known to be a hole.
+
+    Raises OSError.
+    """
+    while start < stop:
+        end, hole = await source.extent(start, stop)
+        if not hole:
+            break
+        start = end
+    return start
 
 
 class FlushError(OSError):

@@ -13,6 +13,7 @@ import struct
 import trio
 
 from fvdfs.errors import ImageBusy, ImageError
+from fvdfs.format.header import round_up
 from fvdfs.store import uring
 from fvdfs.store.base import Buffer, Done, FlushError, append_by_steps, result_of
 from fvdfs.store.filelock import FileLock, type_of_file_system
@@ -32,6 +33,7 @@ COLD = 16  # reads, about, that were not in the page cache; the next ones will n
 
 LONG_WRITE = 512 << 10  # bytes; such writes are sent on to the disk at once, so that a flush has less to wait for
 _STEPS = 3  # of a stable append
+DEVICE_UNIT = 4096  # bytes; what devices zero, in whole units
 LARGE = 256 << 10  # bytes; more is copied by a thread, the kernel's or ours, not by the event loop
 
 MAX_FILE_SIZE = (1 << 63) - 1  # an offset of a file has 63 bits
@@ -40,6 +42,8 @@ _BLKROGET = 0x125E  # <linux/fs.h>
 FALLOC_FL_KEEP_SIZE = 0x01
 FALLOC_FL_PUNCH_HOLE = 0x02
 FALLOC_FL_ZERO_RANGE = 0x10
+PUNCH = FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE
+ZERO_RANGE = FALLOC_FL_ZERO_RANGE | FALLOC_FL_KEEP_SIZE
 SYNC_FILE_RANGE_WRITE = 0x02  # send what is not on its way yet
 SYNC_FILE_RANGE_ALL = 0x07  # wait for what is on its way, send the rest, wait for that
 _ZEROS = bytes(1 << 20)
@@ -52,8 +56,7 @@ def fallocate(fd: int, mode: int, offset: int, length: int) -> bool:
     """fallocate(2), which Python has without its modes; False where the file cannot do it. Raises OSError."""
     while _libc.fallocate(fd, mode, ctypes.c_int64(offset), ctypes.c_int64(length)):
         code = ctypes.get_errno()
-        # EBUSY: a device that is claimed by another descriptor, ours, and has unwritten data there in memory.
-        if code in (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.ENODEV, errno.EBUSY):
+        if code in (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.ENODEV):
             return False
         if code != errno.EINTR:
             raise OSError(code, os.strerror(code))
@@ -270,33 +273,76 @@ class HostFile:
         finally:
             os.close(other)
 
-    async def zero(self, offset: int, length: int) -> None:
-        await self._waiter.run(lambda: self.zero_now(offset, length))
-        self._flusher.changed()
-
-    def zero_now(self, offset: int, length: int) -> None:
-        """`zero` for callers that are in a thread already."""
-        mode = FALLOC_FL_ZERO_RANGE if self.fixed_size else FALLOC_FL_PUNCH_HOLE
-        if length == 0 or fallocate(self._fd, mode | FALLOC_FL_KEEP_SIZE, offset, length):
-            return
-        stop = offset + length
-        while offset < stop:
-            count = min(stop - offset, len(_ZEROS))
-            self.pwrite_now(memoryview(_ZEROS)[:count], offset)
-            offset += count
-
-    async def next_data(self, start: int, stop: int) -> int:
-        return await self._reader.run(lambda: self.next_data_now(start, stop))
-
-    def next_data_now(self, start: int, stop: int) -> int:
-        """`next_data` for callers that are in a thread already."""
-        if self.fixed_size:
-            return start
+    async def zero(self, offset: int, length: int, *, writes: bool = True) -> None:
         try:
-            return min(stop, os.lseek(self._fd, start, os.SEEK_DATA))
+            await self._waiter.run(lambda: self.zero_now(offset, length, writes=writes))
+        finally:
+            self._flusher.changed()
+
+    def zero_now(self, offset: int, length: int, *, writes: bool = True) -> None:
+        """`zero` for callers that are in a thread already."""
+        stop = offset + length
+        if not self.fixed_size:
+            if length and not fallocate(self._fd, PUNCH, offset, length):
+                self._check_zeros_may_be_written(writes)
+                self._write_zeros(offset, min(stop, self.size_now()))
+            return
+        # A device takes whole units.
+        first = min(round_up(offset, DEVICE_UNIT), stop)
+        end = max(stop // DEVICE_UNIT * DEVICE_UNIT, first)
+        if first < end and not self._zero_device(PUNCH, first, end - first):
+            self._check_zeros_may_be_written(writes)
+            if not self._zero_device(ZERO_RANGE, first, end - first):
+                self._write_zeros(first, end)
+        self._write_zeros(offset, first)
+        self._write_zeros(end, stop)
+
+    def _check_zeros_may_be_written(self, writes: bool) -> None:
+        if not writes:
+            raise OSError(errno.EOPNOTSUPP, f"{self.name}: gives no space back")
+
+    def _zero_device(self, mode: int, offset: int, length: int) -> bool:
+        for last in (False, True):
+            try:
+                return fallocate(self._fd, mode, offset, length)
+            except OSError as error:
+                if error.errno != errno.EBUSY:
+                    raise
+                # It is claimed by another descriptor, ours, and has unwritten data there in memory.
+                if not last:
+                    self._write_out(offset, length)
+        return False
+
+    def _write_zeros(self, start: int, stop: int) -> None:
+        while start < stop:
+            count = min(stop - start, len(_ZEROS))
+            self.pwrite_now(memoryview(_ZEROS)[:count], start)
+            start += count
+
+    async def reserve(self, offset: int, length: int) -> None:
+        if not self.fixed_size:
+            await self._waiter.run(lambda: self._reserve(offset, length))
+            self._flusher.changed()
+
+    def _reserve(self, offset: int, length: int) -> None:
+        if not fallocate(self._fd, FALLOC_FL_KEEP_SIZE, offset, length):
+            raise OSError(errno.EOPNOTSUPP, f"{self.name}: its file system reserves no space")
+
+    async def extent(self, start: int, stop: int) -> tuple[int, bool]:
+        return await self._reader.run(lambda: self.extent_now(start, stop))
+
+    def extent_now(self, start: int, stop: int) -> tuple[int, bool]:
+        """`extent` for callers that are in a thread already."""
+        if self.fixed_size:
+            return stop, False
+        try:
+            data = min(stop, os.lseek(self._fd, start, os.SEEK_DATA))
+            if data > start:
+                return data, True
+            return min(stop, os.lseek(self._fd, start, os.SEEK_HOLE)), False
         except OSError as error:
             if error.errno == errno.ENXIO:
-                return stop
+                return stop, True
             raise
 
     def start_flush(self, done: Done) -> bool:

@@ -33,9 +33,9 @@ import trio
 
 from fvdfs.errors import FvdError, ImageError, Locked, Refused, UsageError
 from fvdfs.store.host import (
-    FALLOC_FL_KEEP_SIZE,
-    FALLOC_FL_PUNCH_HOLE,
     FALLOC_FL_ZERO_RANGE,
+    PUNCH,
+    ZERO_RANGE,
     HostFile,
     Identity,
     fallocate,
@@ -81,11 +81,11 @@ def _failure(name: str, line: str) -> FvdError:
 class _Export(HostFile):
     """The file that a daemon exports."""
 
-    def zero_now(self, offset: int, length: int) -> None:
-        fallocate(self._fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, offset, length)
-        if not fallocate(self._fd, FALLOC_FL_ZERO_RANGE | FALLOC_FL_KEEP_SIZE, offset, length):
-            for at in range(offset, offset + length, MIB):
-                self.pwrite_now(bytes(min(MIB, offset + length - at)), at)
+    def zero_now(self, offset: int, length: int, *, writes: bool = True) -> None:
+        fallocate(self._fd, PUNCH, offset, length)
+        if not fallocate(self._fd, ZERO_RANGE, offset, length):
+            self._check_zeros_may_be_written(writes)
+            self._write_zeros(offset, offset + length)
 
     async def extend(self, start: int, stop: int) -> None:
         """Make it `stop` bytes long, and have bytes [start, stop) read as zeros. Raises OSError.

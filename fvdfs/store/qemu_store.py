@@ -135,18 +135,21 @@ class QemuStore(Stepwise):
         daemon.size = size
         self._garbage_from = None
 
-    async def zero(self, offset: int, length: int) -> None:
+    async def zero(self, offset: int, length: int, *, writes: bool = True) -> None:
         async def zero(daemon: StorageDaemon) -> None:
             inside = min(length, daemon.size - offset)
             if inside > 0:
-                await daemon.export.zero(offset, inside)
+                await daemon.export.zero(offset, inside, writes=writes)
 
         await self._running.call(zero, changes=True)
 
-    async def next_data(self, start: int, stop: int) -> int:
+    async def reserve(self, offset: int, length: int) -> None:
+        raise OSError(errno.EOPNOTSUPP, f"{self.name}: QEMU reserves no space")
+
+    async def extent(self, start: int, stop: int) -> tuple[int, bool]:
         if not self._has_holes:
-            return start
-        return await self._running.call(lambda daemon: daemon.export.next_data(start, stop))
+            return stop, False
+        return await self._running.call(lambda daemon: daemon.export.extent(start, stop))
 
     async def flush(self) -> None:
         await self._running.flush()

@@ -55,8 +55,9 @@ class CountingStore:
         self.server = inner.server
         self.is_remote = inner.is_remote
         self.zero = inner.zero
+        self.reserve = inner.reserve
         self.write_out = inner.write_out
-        self.next_data = inner.next_data
+        self.extent = inner.extent
         self.size = inner.size
         self.resize = inner.resize
         self.usage = inner.usage

@@ -1161,8 +1161,8 @@ class Device(MemoryStore):
         assert offset + len(data) <= len(self.data)
         super()._write(data, offset)
 
-    async def next_data(self, start: int, stop: int) -> int:
-        return start
+    async def extent(self, start: int, stop: int) -> tuple[int, bool]:
+        return stop, False
 
 
 def on_device(good: Good, room: int) -> dict[str, MemoryStore]:

@@ -93,7 +93,7 @@ class StrictStore(MemoryStore):
         del self.data[size:]
         self.length = size
 
-    async def zero(self, offset: int, length: int) -> None:
+    async def zero(self, offset: int, length: int, *, writes: bool = True) -> None:
         await self._wait("pwrite")
         stop = min(offset + length, len(self.data))
         if offset < stop:

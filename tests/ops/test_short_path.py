@@ -185,10 +185,10 @@ def test_a_write_that_fails_as_it_begins_is_one_that_failed() -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     entry: Any = SimpleNamespace(cached=object(), misjudged=False)
-    image: Any = SimpleNamespace(begin_write=lambda *_: SimpleNamespace(start=start), end=0)
+    pending: Any = SimpleNamespace(start=start)
     told: list[int] = []
     with pytest.raises(OSError, match="No space"):
-        Write(entry, image, 0, memoryview(bytearray(SECTOR)), lambda _: None).start(told.append)
+        Write(entry, pending, lambda _: None, beyond=True).start(told.append)
     assert entry.cached is None
     assert entry.misjudged
     assert told == []

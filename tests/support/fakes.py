@@ -200,16 +200,23 @@ class MemoryStore(Stepwise):
     async def write_out(self, offset: int, length: int) -> None:
         await self._wait("write_out")
 
-    async def zero(self, offset: int, length: int) -> None:
+    async def zero(self, offset: int, length: int, *, writes: bool = True) -> None:
         await self._wait("pwrite")
+        length = max(0, min(length, len(self.data) - offset))
         self._write(bytes(length), offset)
 
-    async def next_data(self, start: int, stop: int) -> int:
+    async def reserve(self, offset: int, length: int) -> None:
+        await self._wait("pwrite")
+
+    async def extent(self, start: int, stop: int) -> tuple[int, bool]:
         if self.fixed_size:
-            return start
+            return stop, False
         data = self.data[start:stop]
         zeros = len(data) - len(data.lstrip(b"\0"))
-        return start + zeros if zeros < len(data) else stop
+        if zeros or not data:
+            return (start + zeros if zeros < len(data) else stop), True
+        end = data.find(bytes(SECTOR))
+        return (start + end if end > 0 else stop), False
 
     def start_flush(self, done: Done) -> bool:
         return start(self.flush, done)
@@ -494,17 +501,21 @@ class FaultStore(Stepwise):
     async def write_out(self, offset: int, length: int) -> None:
         await self.inner.write_out(offset, length)
 
-    async def zero(self, offset: int, length: int) -> None:
+    async def zero(self, offset: int, length: int, *, writes: bool = True) -> None:
         try:
             self._check("pwrite")
         except OSError:
             if self.plan.torn:
-                await self.inner.zero(offset, len(_first_half(bytes(length), offset)))
+                await self.inner.zero(offset, len(_first_half(bytes(length), offset)), writes=writes)
             raise
-        await self.inner.zero(offset, length)
+        await self.inner.zero(offset, length, writes=writes)
 
-    async def next_data(self, start: int, stop: int) -> int:
-        return await self.inner.next_data(start, stop)
+    async def reserve(self, offset: int, length: int) -> None:
+        self._check("pwrite")
+        await self.inner.reserve(offset, length)
+
+    async def extent(self, start: int, stop: int) -> tuple[int, bool]:
+        return await self.inner.extent(start, stop)
 
     def start_flush(self, done: Done) -> bool:
         return start(self._flush_ahead, done)

@@ -350,12 +350,15 @@ class SimulatedFile(Stepwise):
     async def write_out(self, offset: int, length: int) -> None:
         await self._take(offset, length)
 
-    async def zero(self, offset: int, length: int) -> None:
+    async def zero(self, offset: int, length: int, *, writes: bool = True) -> None:
         await self.pwrite(bytes(length), offset)
 
-    async def next_data(self, start: int, stop: int) -> int:
+    async def reserve(self, offset: int, length: int) -> None:
         await trio.lowlevel.checkpoint()
-        return start
+
+    async def extent(self, start: int, stop: int) -> tuple[int, bool]:
+        await trio.lowlevel.checkpoint()
+        return stop, False
 
     async def flush(self) -> None:
         await trio.lowlevel.checkpoint()
