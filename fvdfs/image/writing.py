@@ -7,8 +7,8 @@ write does, under the same locks, but does not report `blocks_stored` (data and 
 lost costs nothing.
 
 Zeroing is a write of zeros that stores none: the range becomes a hole in the storage (`Store.zero`), and its blocks
-local. A chunk without a place reads as zeros, so it gets none, and a bit may stand over it (format.md, "Left to the
-writer").
+local. A chunk without a place reads as zeros, and gets none, except under blocks of the base's range: a bit over a
+missing chunk is what a lost table looks like.
 
 What makes a write durable, and in which order, is `commit`. Only these writes wait for a flush themselves:
 
@@ -22,6 +22,7 @@ What makes a write durable, and in which order, is `commit`. Only these writes w
 from __future__ import annotations
 
 import errno
+from collections.abc import Iterator
 
 import trio
 
@@ -36,6 +37,7 @@ from fvdfs.image.reading import Reads
 from fvdfs.image.resizing import Resizer
 from fvdfs.store.base import Buffer, Done, next_data
 
+CHUNKS_PER_SLICE = 1 << 14  # of a long range, before other requests get their turn
 ONE_READ = 64 << 10  # bytes; a shorter write between two parts of the base has both read in one piece
 
 
@@ -207,9 +209,8 @@ class Writes:
             await self.gate.wait_until_open()
         with self.gate.passed():
             stop = min(stop, core.size)
-            if start >= stop:
-                return
-            await self._zero(start, stop, discard=discard)
+            for piece_start, piece_stop in self._slices(start, stop):
+                await self._zero(piece_start, piece_stop, discard=discard)
         self.ended(start, min(stop, core.end))
 
     async def _zero(self, start: int, stop: int, *, discard: bool) -> None:
@@ -236,15 +237,25 @@ class Writes:
         while self.gate.is_closed:
             await self.gate.wait_until_open()
         with self.gate.passed():
-            stop = min(stop, core.size)
-            if start >= stop:
-                return
-            await self._prepare(start, stop)
-            try:
-                for where, length in await self._places(start, stop):
-                    await core.data.reserve(where, length)
-            finally:
-                core.committer.data_written()
+            for piece_start, piece_stop in self._slices(start, min(stop, core.size)):
+                await self._prepare(piece_start, piece_stop)
+                try:
+                    for where, length in await self._places(piece_start, piece_stop):
+                        await core.data.reserve(where, length)
+                finally:
+                    core.committer.data_written()
+
+    def _slices(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
+        """Bytes [start, stop), cut where a new block begins: to allot the chunks of a whole disk takes time."""
+        core, size = self.core, stop
+        if isinstance(core.storage, ChunkedStorage):
+            chunks = core.storage.window if core.data.fixed_size else CHUNKS_PER_SLICE
+            block_size = max(1, core.header.block_size)
+            size = max(1, chunks * core.header.chunk_size // block_size) * block_size
+        while start < stop:
+            end = min(stop, (start // size + 1) * size)
+            yield start, end
+            start = end
 
     async def _complete(self, plan: WritePlan, data: Buffer) -> Buffer:
         """The data of the plan: the request's own, with what is missing of its blocks from the base."""
@@ -355,9 +366,10 @@ class Writes:
             core.committer.data_written()
 
     async def _prepare_zeros(self, start: int, stop: int) -> None:
-        """Bits are going to say that bytes [start, stop) are in the storage. A chunk without a place has zeros."""
-        if self.core.table is None and start < self.core.geometry.base_size:
-            await self._prepare(start, stop)
+        """Blocks of the base's range get a place: their bits are going to say that they have one."""
+        base_size = self.core.geometry.base_size
+        if start < base_size:
+            await self._prepare(start, min(stop, base_size))
 
     async def _places(self, start: int, stop: int) -> list[tuple[int, int]]:
         """Where bytes [start, stop) have a place in the storage: (offset, length), in its order, adjacent ones joined.

@@ -13,7 +13,6 @@ import struct
 import trio
 
 from fvdfs.errors import ImageBusy, ImageError
-from fvdfs.format.header import round_up
 from fvdfs.store import uring
 from fvdfs.store.base import Buffer, Done, FlushError, append_by_steps, result_of
 from fvdfs.store.filelock import FileLock, type_of_file_system
@@ -288,7 +287,7 @@ class HostFile:
                 self._write_zeros(offset, min(stop, self.size_now()))
             return
         # A device takes whole units.
-        first = min(round_up(offset, DEVICE_UNIT), stop)
+        first = min(-(-offset // DEVICE_UNIT) * DEVICE_UNIT, stop)
         end = max(stop // DEVICE_UNIT * DEVICE_UNIT, first)
         if first < end and not self._zero_device(PUNCH, first, end - first):
             self._check_zeros_may_be_written(writes)
