@@ -188,6 +188,12 @@ def build_initrd(dir: Path, init_script: str, extra_modules: Iterable[str] = ())
     return initrd
 
 
+def drive(disk: Path, cache: str) -> list[str]:
+    """QEMU's arguments for a raw file as a virtio disk; `cache` is the cache mode, further options may follow it."""
+    name = str(disk).replace(",", ",,")
+    return ["-drive", f"file={name},format=raw,if=virtio,cache={cache}"]
+
+
 def boot(
     disk: Path,
     initrd: Path,
@@ -199,13 +205,12 @@ def boot(
 ) -> str:
     """Boot a guest with a raw file as its disk; return its console log when it has powered off.
 
-    `cache` is QEMU's cache mode, further -drive options may follow it ("none,aio=native").
+    `cache` as in `drive` ("none,aio=native").
     CommandError, with the end of the log, is raised if the guest is not off after `timeout`
     seconds (it is killed then) or, with `check`, if its kernel panicked or its script did not
-    end with exit status 0. `extra_args` are further arguments for QEMU.
+    end with exit status 0. `extra_args` are further arguments for QEMU, such as more drives (/dev/vdb, ...).
     """
     kernel, _ = find_kernel()
-    drive = str(disk).replace(",", ",,")
     # Always emulated: that /dev/kvm can be opened does not mean that guests run under it.
     output = run(
         "qemu-system-x86_64",
@@ -213,7 +218,7 @@ def boot(
         "-kernel", kernel,
         "-initrd", initrd,
         "-append", "console=ttyS0 panic=-1 quiet",
-        "-drive", f"file={drive},format=raw,if=virtio,cache={cache}",
+        *drive(disk, cache),
         *extra_args,
         timeout=timeout,
     )  # fmt: skip
