@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,6 +27,9 @@ ENDING = (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 
 
 def pytest_configure() -> None:
+    # Else each of the programs that tests start compiles the whole package anew, which takes longer than most commands.
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+    sys.dont_write_bytecode = False
     for number in ENDING:
         if signal.getsignal(number) is signal.SIG_IGN:
             signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
