@@ -13,6 +13,7 @@ import pytest
 
 from fvdfs.format.header import HEADER_SIZE, Header, with_fields
 from support import reference
+from support.guest import find_program
 from support.mounts import MIB, fvdfs, mounted, must, wait_for_end
 from support.servers import nbd_server
 
@@ -292,11 +293,33 @@ def test_convert_reads_no_holes(
     assert (tmp_path / "back.raw").stat().st_blocks * 512 <= 4 * 128 << 10
 
 
+CHEAP = "iter-time=10"
+"""QEMU's option for keys that a passphrase gives at once; by default each opening takes two seconds."""
+
+
+@pytest.fixture
+def cheap_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `fvdfs create` encrypts has cheap keys; all else about `qemu-img` is as ever."""
+    found = tmp_path / "bin"
+    found.mkdir()
+    script = found / "qemu-img"
+    script.write_text(
+        f"""#!/bin/sh
+case "$*" in
+    "create -q -f luks "*) shift; set -- create -o {CHEAP} "$@";;
+esac
+exec {find_program("qemu-img")} "$@"
+"""
+    )
+    script.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{found}:{os.environ['PATH']}")
+
+
 @pytest.mark.slow
 def test_an_encrypted_base(folder: Path, content: bytes, tmp_path: Path) -> None:
     key = tmp_path / "key"
     key.write_text("open sesame")
-    words = ["convert", "--object", f"secret,id=s,file={key}", "-O", "luks", "-o", "key-secret=s"]
+    words = ["convert", "--object", f"secret,id=s,file={key}", "-O", "luks", "-o", f"key-secret=s,{CHEAP}"]
     for _ in range(5):
         # qemu-img times its key derivation, and gives up on a busy machine: "Unable to get accurate CPU usage".
         made = subprocess.run(["qemu-img", *words, folder / "base.raw", folder / "base.luks"], check=False)
@@ -337,6 +360,7 @@ def test_an_encrypted_base(folder: Path, content: bytes, tmp_path: Path) -> None
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("cheap_keys")
 @pytest.mark.parametrize("layout", ["flat", "compact", "cow"])
 def test_an_encrypted_data_file(folder: Path, content: bytes, tmp_path: Path, layout: str) -> None:
     """It reads as zeros where nothing was written, also after a cut, and a wrong passphrase is no damage."""
