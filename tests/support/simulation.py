@@ -27,6 +27,7 @@ from __future__ import annotations
 import errno
 import functools
 import math
+import mmap
 import os
 import random
 import tempfile
@@ -35,11 +36,13 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
+from unittest import mock
 
 import trio
 import trio._core._run
 from trio.testing import MockClock
 
+from fvdfs.cow import fetching
 from fvdfs.format.creation import CreateOptions
 from fvdfs.format.header import with_fields
 from fvdfs.image.image import Image
@@ -333,8 +336,9 @@ class SimulatedFile(Stepwise):
     async def pread(self, buffer: memoryview, offset: int) -> int:
         if self._link is not None and not self.writable:
             await self._take(offset, len(buffer))
-            if not self.holes(offset):
-                buffer[:] = DATA[: len(buffer)]
+            content = b"\0" if self.holes(offset) else DATA[:1]
+            if buffer[:1] != content:  # else it is full of that already
+                buffer[:] = content * len(buffer)
         else:
             await trio.lowlevel.checkpoint()
         data = self.data[offset : offset + len(buffer)]
@@ -374,6 +378,20 @@ class SimulatedFile(Stepwise):
 
     async def aclose(self) -> None:
         pass
+
+
+@functools.cache
+def _data_file() -> int:
+    file = os.memfd_create("data")
+    os.write(file, DATA)
+    return file
+
+
+def _new_buffer(size: int) -> memoryview:
+    """As `fetching._new_buffer`, but large ones hold DATA from the start: to fill them took half of a simulation."""
+    if not fetching.ALIGNED_SIZE <= size <= len(DATA):
+        return memoryview(bytearray(size))
+    return memoryview(mmap.mmap(_data_file(), size, mmap.MAP_PRIVATE))
 
 
 # --- who takes part -------------------------------------------------------------------------------
@@ -467,10 +485,11 @@ async def machine(
     psi: bool = True,
 ) -> AsyncIterator[Machine]:
     """A mount while the block runs, inside `simulate`; `psi`: whether the kernel tells the disk's pressure."""
-    async with trio.open_nursery() as nursery:
-        pressure = disk.pressure if disk is not None and psi else lambda: None
-        yield Machine(nursery, link, disk, Scheduler(jobs=jobs, max_rate=max_rate, pressure=pressure))
-        nursery.cancel_scope.cancel()
+    with mock.patch.object(fetching, "_new_buffer", _new_buffer):
+        async with trio.open_nursery() as nursery:
+            pressure = disk.pressure if disk is not None and psi else lambda: None
+            yield Machine(nursery, link, disk, Scheduler(jobs=jobs, max_rate=max_rate, pressure=pressure))
+            nursery.cancel_scope.cancel()
 
 
 async def rival(
