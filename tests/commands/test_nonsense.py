@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shlex
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -63,9 +62,9 @@ MOUNTS = {
 
 def refused(folder: Path, arguments: list[str], message: str) -> None:
     before = sorted(folder.parent.rglob("*"))
-    done = subprocess.run([*FVDFS, *arguments], cwd=folder, capture_output=True, text=True, timeout=60, check=False)
-    assert message in done.stderr, done.stderr
-    assert (done.returncode, done.stderr.count("\n"), done.stdout) == (2, 1, "")
+    done = fvdfs(*arguments, cwd=folder)
+    assert message in done.err, done.err
+    assert (done.code, done.err.count("\n"), done.out) == (2, 1, "")
     assert sorted(folder.parent.rglob("*")) == before
     assert not os.path.ismount(folder.parent / "point")
 

@@ -16,6 +16,8 @@ from typing import Any
 
 import pytest
 
+from support import forks
+
 FVDFS = (sys.executable, "-m", "fvdfs")
 MIB = 1 << 20
 
@@ -38,9 +40,12 @@ class Finished:
     err: str
 
 
-def fvdfs(*arguments: str | Path, timeout: float = 60) -> Finished:
+def fvdfs(*arguments: str | Path, cwd: str | Path = ".", timeout: float = 60) -> Finished:
     """Run the program, whatever its exit code."""
-    done = subprocess.run([*FVDFS, *map(str, arguments)], capture_output=True, text=True, timeout=timeout, check=False)
+    words = [*map(str, arguments)]
+    done = forks.run(words, cwd, timeout)
+    if done is None:
+        done = subprocess.run([*FVDFS, *words], capture_output=True, text=True, cwd=cwd, timeout=timeout, check=False)
     return Finished(done.returncode, done.stdout, done.stderr)
 
 
