@@ -14,6 +14,10 @@ truncated, a device zeroed, when an image is opened after a crash (`clear_behind
 What a crash leaves on a device is bounded, so that not all of it need be zeroed: no more than `window`
 chunks are handed out before a commit has made their entries stable (`image.writing` sees to that).
 
+Before a device is made larger, chunks that hold nothing any more are freed, and numbers that no entry names are given
+again, after their places were zeroed (`image/reuse.py`). In a file there is no need: their space went back to the
+host's file system when they were zeroed.
+
 Room is made ready off the write path, by a background task, as soon as little of it is left; only a
 write that overtakes that task waits. Entries appear in the table only when their place is ready;
 `prepare` reports them to its caller, who sees to it that a commit covers them.
@@ -31,10 +35,13 @@ import trio
 from fvdfs.alloc.growth import GrowCommand
 from fvdfs.alloc.table import Table
 from fvdfs.format.header import MAX_CHUNKS, UNALLOCATED, ceil_div
+from fvdfs.format.journal import merge
 from fvdfs.store.base import OUT_OF_SPACE, Store
 
 log = logging.getLogger(__name__)
 
+_PIECE = 1 << 20  # bytes that are read at a time
+_PER_LOOK = 1 << 30  # bytes that are read to find chunks that hold zeros
 ZERO_AHEAD = 32 << 20  # bytes of a device that are zeroed before they are needed
 
 Spawn = Callable[[Callable[[], Awaitable[None]]], None]
@@ -71,6 +78,10 @@ class ChunkedStorage:
         self._growing = trio.Lock()
         self._touching = trio.Lock()
         self._stopped = False
+        self._zeroed: list[tuple[int, int]] = []
+        """Chunks of a device, [first, stop), that were zeroed, and may hold zeros still."""
+        self._unnamed: list[int] = []
+        """Numbers that no entry names, whose places may hold anything."""
         self._freed: list[int] = []
         """Numbers that a shrink has freed, and whose space is still to be given back."""
         ahead = min(ZERO_AHEAD, self._grow_unit) if store.fixed_size else self._grow_unit
@@ -130,12 +141,80 @@ class ChunkedStorage:
             # No checkpoint from here on: numbers are handed out against the room just seen.
             if len(missing) > table.numbers_left:
                 raise OSError(errno.ENOSPC, f"{self._store.name}: every chunk number of the format is in use")
-            if not missing or (self._room is not None and table.highest + 1 + len(missing) <= self._room):
+            more = max(0, len(missing) - table.spare)
+            if not more or (self._room is not None and table.highest + 1 + more <= self._room):
                 for chunk in missing:
                     table.allocate(chunk)
                 self._grow_ahead_if_short()
                 return missing
-            await self._make_room(len(missing))
+            await self._make_room(more)
+
+    # --- reuse ----------------------------------------------------------------------------------
+
+    def zeroed(self, start: int, stop: int) -> None:
+        """Bytes [start, stop) of the disk were zeroed."""
+        if self._store.fixed_size:
+            first = ceil_div(start, self._chunk_size)
+            end = self._table.chunks if stop >= self._size else stop // self._chunk_size
+            if first < end:
+                self._zeroed = merge([*self._zeroed, (first, end)])
+
+    @property
+    def may_reuse(self) -> bool:
+        """Whether there may be places in the storage that nothing needs, and that are not ready for use."""
+        return bool(self._zeroed) or self._table.unnamed > len(self._unnamed)
+
+    @property
+    def has_spare(self) -> bool:
+        """Whether numbers can be given again."""
+        return bool(self._unnamed) or self._table.spare > 0
+
+    async def find_unused(self, first: int) -> list[int]:
+        """Chunks from `first` on that have a place, were zeroed, and read as zeros still. Nobody writes meanwhile.
+
+        Not all where that takes long: some are left for the next time. Raises OSError.
+        """
+        found = []
+        buffer = memoryview(bytearray(min(self._chunk_size, _PIECE)))
+        zeros = bytes(len(buffer))
+        left = max(1, _PER_LOOK // self._chunk_size)
+        while self._zeroed and left:
+            start, stop = self._zeroed.pop()
+            for chunk in range(max(start, first), min(stop, self._table.chunks)):
+                if not left:
+                    self._zeroed.append((chunk, stop))
+                    break
+                number = self._table[chunk]
+                if number != UNALLOCATED:
+                    left -= 1
+                    if await self._is_zero(number, buffer, zeros):
+                        found.append(chunk)
+        return found
+
+    async def _is_zero(self, number: int, buffer: memoryview, zeros: bytes) -> bool:
+        for at in range(self._end(number), self._end(number + 1), len(buffer)):
+            piece = buffer[: min(len(buffer), self._end(number + 1) - at)]
+            if await self._store.pread(piece, at) < len(piece) or not zeros.startswith(piece):
+                return False
+        return True
+
+    def look_for_unnamed(self) -> None:
+        """The table on disk is as in memory, the journal is clear, and nobody reads what was freed."""
+        self._unnamed = self._table.find_unnamed()
+
+    async def _ready_unnamed(self, needed: int) -> bool:
+        """Zero places that no entry names, `needed` at the least if there are so many; False where there are none."""
+        count = max(needed, self._ahead)
+        numbers, self._unnamed = self._unnamed[-count:], self._unnamed[:-count]
+        try:
+            async with self._touch():
+                for first, stop in _runs(reversed(numbers)):
+                    await self._store.zero(self._end(first), (stop - first) * self._chunk_size)
+        except BaseException:
+            self._unnamed += numbers
+            raise
+        self._table.give_again(numbers)
+        return bool(numbers)
 
     # --- room -----------------------------------------------------------------------------------
 
@@ -171,6 +250,8 @@ class ChunkedStorage:
             if self._stopped:
                 return
             self._full_at = self._room
+            if self.may_reuse:
+                return
             log.warning("%s: storage is running out: %s", self._store.name, error.strerror)
         finally:
             self._growing_ahead = False
@@ -208,6 +289,10 @@ class ChunkedStorage:
         async with self._touch():
             size = await self._store.size()
         if size < self._end(needed):
+            if await self._ready_unnamed(needed - self._table.highest - 1):
+                return self._room
+            if self.may_reuse:
+                raise OSError(errno.ENOSPC, f"{self._store.name}: is full, but for what nobody uses any more")
             await self._command.grow(max(self._grow_unit, self._end(needed) - size), self._store.name)
         async with self._touch():
             size = await self._store.size()
@@ -247,6 +332,7 @@ class ChunkedStorage:
     async def shrink(self, size: int) -> None:
         """The disk has become smaller: chunks past its end no longer count. `give_back` has to follow."""
         self._freed += self._table.shrink(ceil_div(size, self._chunk_size))
+        self._unnamed = []
         self._size = size
         self._room = None
 

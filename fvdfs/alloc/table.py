@@ -3,7 +3,8 @@
 One u32 a chunk of the virtual disk (format.md, "Chunk table"): UNALLOCATED, or the number of the chunk
 in the storage, where its bytes are at data start + number * chunk_size. Numbers are handed out in
 the order of first writes: the next is the highest in the table + 1. An entry never changes once it
-is set, and no number is ever given twice: two virtual chunks must never share one place.
+is set, and two virtual chunks never share one place. Where the storage is full, chunks that hold nothing are freed, and
+numbers that no entry names are given again (`image/reuse.py`).
 
 Bit 31 on disk says "not yet journaled" about the original's memory; it is ignored here and stored
 as 0.
@@ -59,6 +60,8 @@ class Table:
         """Whether a journal record names a place past the end of the storage: what it showed is not known."""
         self._used = bitarray(min(storage_chunks, MAX_CHUNKS))
         self.highest = -1
+        self._spare: list[int] = []
+        """Numbers below the highest that are ready to be given again."""
         self._load()
 
     def _load(self) -> None:
@@ -119,14 +122,45 @@ class Table:
     @property
     def numbers_left(self) -> int:
         """How many more chunks the format has numbers for."""
-        return MAX_CHUNKS - 1 - self.highest
+        return MAX_CHUNKS - 1 - self.highest + len(self._spare)
+
+    @property
+    def spare(self) -> int:
+        """How many numbers are ready to be given again."""
+        return len(self._spare)
+
+    @property
+    def unnamed(self) -> int:
+        """How many numbers below the highest no entry names, besides those."""
+        return self.highest + 1 - self.allocated() - len(self._spare)
+
+    def find_unnamed(self) -> list[int]:
+        """Those numbers, in descending order."""
+        used = bitarray(self.highest + 1)
+        for chunk in self._allocated.search(1):
+            used[self._entries[chunk]] = 1
+        for number in self._spare:
+            used[number] = 1
+        return sorted(used.search(0), reverse=True)
+
+    def give_again(self, numbers: Iterable[int]) -> None:
+        """No entry names these numbers, none does on the disk, and their places read as zeros."""
+        self._spare.extend(numbers)
+
+    def free(self, chunks: Iterable[int]) -> None:
+        """These chunks hold zeros, and need no place any more. The journal must be clear."""
+        for chunk in chunks:
+            assert self._entries[chunk] != UNALLOCATED
+            self._entries[chunk] = UNALLOCATED
+            self._allocated[chunk] = 0
+            self._dirty.add(chunk // ENTRIES_PER_PAGE)
 
     def allocate(self, chunk: int) -> int:
-        """Give the chunk the next number."""
+        """Give the chunk a number."""
         assert self._entries[chunk] == UNALLOCATED
         assert self.numbers_left > 0
-        number = self.highest + 1
-        self.highest = number
+        number = self._spare.pop() if self._spare else self.highest + 1
+        self.highest = max(self.highest, number)
         self._entries[chunk] = number
         self._allocated[chunk] = 1
         self._dirty.add(chunk // ENTRIES_PER_PAGE)
@@ -191,6 +225,7 @@ class Table:
                 self._entries[chunk] = UNALLOCATED
                 self._dirty.add(chunk // ENTRIES_PER_PAGE)
         del self._allocated[chunks:]
+        self._spare.clear()
         self.chunks = chunks
         live = (e for e in self._entries[:chunks] if e != UNALLOCATED)
         self.highest = max(live, default=-1)

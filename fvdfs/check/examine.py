@@ -444,11 +444,11 @@ async def _check_leaks(data: Store, header: Header, scan: TableScan, findings: F
         free = await _takes_no_space(data, start, end)
         findings.add(
             Kind.CHUNK_LEAKED,
-            Severity.HARMLESS if free else Severity.LEAK,
+            Severity.HARMLESS if free or data.fixed_size else Severity.LEAK,
             numbered("chunk", first, stop),
             f"no entry names it ({(stop - first) * size} bytes of storage)" + (", which take no space" if free else ""),
             remedy="" if free or data.fixed_size else "gives its space back, the number stays unused",
-            hint="cannot be repaired on a device, and is never used again" if data.fixed_size else "",
+            hint="is used again when the device is full" if data.fixed_size else "",
         )
 
 

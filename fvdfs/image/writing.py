@@ -22,7 +22,8 @@ What makes a write durable, and in which order, is `commit`. Only these writes w
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterator
+import functools
+from collections.abc import Awaitable, Callable, Iterator
 
 import trio
 
@@ -35,6 +36,7 @@ from fvdfs.format.journal import merge
 from fvdfs.image.core import PIECES_PER_TURN, Core
 from fvdfs.image.reading import Reads
 from fvdfs.image.resizing import Resizer
+from fvdfs.image.reuse import reuse_chunks
 from fvdfs.store.base import Buffer, Done, next_data
 
 CHUNKS_PER_SLICE = 1 << 14  # of a long range, before other requests get their turn
@@ -169,14 +171,8 @@ class Writes:
         self.check()
         core = self.core
         stop = offset + len(data)
-        while stop > core.size or self.gate.is_closed:
-            if self.gate.is_closed:
-                await self.gate.wait_until_open()
-            else:
-                await self._resizer.reach(stop)
         try:
-            with self.gate.passed():
-                await self._write(offset, stop, data)
+            await self._where_there_is_room(stop, functools.partial(self._write, offset, stop, data))
         except BaseException:
             if stop > core.end:
                 core.end = core.size  # it has grown
@@ -205,16 +201,37 @@ class Writes:
         """Have bytes [start, stop) read as zeros. Raises OSError as `Image.zero`."""
         self.check()
         core = self.core
-        while self.gate.is_closed:
-            await self.gate.wait_until_open()
-        with self.gate.passed():
-            stop = min(stop, core.size)
-            for piece_start, piece_stop in self._slices(start, stop):
-                await self._zero(piece_start, piece_stop, discard=discard)
+        stop = min(stop, core.size)
+        for piece_start, piece_stop in self._slices(start, stop):
+            await self._where_there_is_room(0, functools.partial(self._zero, piece_start, piece_stop, discard=discard))
         self.ended(start, min(stop, core.end))
+
+    async def _where_there_is_room(self, end: int, work: Callable[[], Awaitable[None]]) -> None:
+        """Do it past the gate, on a disk of at least `end` bytes.
+
+        Once more where chunks that nobody uses any more have made room. Raises OSError.
+        """
+        for again in (False, True):
+            while end > self.core.size or self.gate.is_closed:
+                if self.gate.is_closed:
+                    await self.gate.wait_until_open()
+                else:
+                    await self._resizer.reach(end)
+            try:
+                with self.gate.passed():
+                    await work()
+                return
+            except OSError as error:
+                if error.errno != errno.ENOSPC or again:
+                    raise
+                if not await reuse_chunks(self.core, self._reads, self.gate, self._resizer.lock):
+                    raise
 
     async def _zero(self, start: int, stop: int, *, discard: bool) -> None:
         core = self.core
+        stop = min(stop, core.size)
+        if start >= stop:
+            return  # it has shrunk
         bitmap, plan = core.bitmap, plan_write(core.geometry, core.bitmap, start, stop)
         if not plan.missing and (core.base_writer is None or plan.first == plan.end):
             await self._punch(start, stop, writes=not discard)
@@ -234,16 +251,20 @@ class Writes:
         """Have later writes to bytes [start, stop) find space. Raises OSError as `Image.reserve`."""
         self.check()
         core = self.core
-        while self.gate.is_closed:
-            await self.gate.wait_until_open()
-        with self.gate.passed():
-            for piece_start, piece_stop in self._slices(start, min(stop, core.size)):
-                await self._prepare(piece_start, piece_stop)
-                try:
-                    for where, length in await self._places(piece_start, piece_stop):
-                        await core.data.reserve(where, length)
-                finally:
-                    core.committer.data_written()
+        for piece_start, piece_stop in self._slices(start, min(stop, core.size)):
+            await self._where_there_is_room(0, functools.partial(self._reserve, piece_start, piece_stop))
+
+    async def _reserve(self, start: int, stop: int) -> None:
+        core = self.core
+        stop = min(stop, core.size)
+        if start >= stop:
+            return
+        await self._prepare(start, stop)
+        try:
+            for where, length in await self._places(start, stop):
+                await core.data.reserve(where, length)
+        finally:
+            core.committer.data_written()
 
     def _slices(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
         """Bytes [start, stop), cut where a new block begins: to allot the chunks of a whole disk takes time."""
@@ -364,6 +385,8 @@ class Writes:
                 await core.data.zero(where, length, writes=writes)
         finally:
             core.committer.data_written()
+        if isinstance(core.storage, ChunkedStorage):
+            core.storage.zeroed(start, stop)
 
     async def _prepare_zeros(self, start: int, stop: int) -> None:
         """Blocks of the base's range get a place: their bits are going to say that they have one."""

@@ -144,6 +144,33 @@ def test_next_number_is_the_highest_and_1() -> None:
     assert table.highest == 19
 
 
+def test_numbers_that_no_entry_names_are_given_again() -> None:
+    table = load({0: 5, 3: 1, 4: 2})
+    assert table.unnamed == 3
+    assert table.find_unnamed() == [4, 3, 0]
+    table.give_again([4, 3, 0])
+    assert table.unnamed == 0
+    assert [table.allocate(chunk) for chunk in (1, 2, 5, 6)] == [0, 3, 4, 6]
+
+
+def test_a_smaller_disk_gives_no_number_twice() -> None:
+    table = load({0: 0, 1: 1, 9: 5})
+    table.give_again(table.find_unnamed())
+    table.shrink(5)
+    table.grow(10)
+    numbers = [table.allocate(chunk) for chunk in range(2, 10)]
+    assert sorted(numbers) == list(range(2, 10))
+
+
+def test_a_chunk_that_holds_nothing_is_freed() -> None:
+    table = load({0: 0, 1: 1, 2: 2})
+    table.take_dirty_pages()
+    table.free([1])
+    assert (table[1], table.allocated(), table.unnamed) == (UNALLOCATED, 2, 1)
+    assert table.dirty_pages == 1
+    assert list(table.chunk_runs(0, 3)) == [(0, 1, 0), (1, 2, UNALLOCATED), (2, 3, 2)]
+
+
 def test_chunk_is_allocated_once() -> None:
     table = load({4: 17})
     with pytest.raises(AssertionError):
