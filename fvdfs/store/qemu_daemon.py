@@ -82,6 +82,15 @@ class _Export(HostFile):
     """The file that a daemon exports."""
 
     def zero_now(self, offset: int, length: int, *, writes: bool = True) -> None:
+        # QEMU would write a table entry for each cluster of a hole.
+        stop = offset + length
+        while offset < stop:
+            end, hole = self.extent_now(offset, stop)
+            if not hole:
+                self._zero_data(offset, end - offset, writes=writes)
+            offset = end
+
+    def _zero_data(self, offset: int, length: int, *, writes: bool) -> None:
         fallocate(self._fd, PUNCH, offset, length)
         if not fallocate(self._fd, ZERO_RANGE, offset, length):
             self._check_zeros_may_be_written(writes)
