@@ -114,8 +114,8 @@ async def fallocate(entry: Entry, image: Image, mode: int, offset: int, length: 
 def seek(entry: Entry, image: Image, offset: int, whence: int) -> int | Pending:
     """SEEK_DATA or SEEK_HOLE on a disk: the place, or a pending request for it.
 
-    All is data where the kernel may hold writes that have not come here, and of an image that is damaged.
-    Raises OSError: ENXIO past the end, or where no data follows.
+    All is data where the kernel may hold writes that have not come here, of an image that is damaged, and where its
+    files cannot say: whoever reads it is told why. Raises OSError: ENXIO past the end, or where no data follows.
     """
     if whence not in (os.SEEK_DATA, os.SEEK_HOLE):
         raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
@@ -130,7 +130,11 @@ def seek(entry: Entry, image: Image, offset: int, whence: int) -> int | Pending:
         return _place(offset, end, whence, known)
 
     async def find() -> int:
-        return _place(offset, end, whence, await image.extent(offset, end))
+        try:
+            extent = await image.extent(offset, end)
+        except OSError:
+            extent = end, False
+        return _place(offset, end, whence, extent)
 
     return InTask(find)
 
