@@ -5,6 +5,7 @@ pyfuse3 runs each request in a task of its own; READ, WRITE and FSYNC do not rea
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import errno
 import functools
@@ -35,6 +36,7 @@ from fvdfs.store.base import Pending
 P = ParamSpec("P")
 T = TypeVar("T")
 
+_PATIENCE = 1.0  # seconds for the kernel to say what it knows; it may have to ask us again
 ATTRIBUTE_TIMEOUT = 3600.0  # seconds; the kernel itself drops what its own writes change
 # What nobody can do in a mount, and the answer. pyfuse3's own is ENOSYS; it stays where the kernel takes that for
 # "do not ask": poll, fsyncdir, access (it checks permissions itself), readlink (there are no links).
@@ -98,6 +100,8 @@ class Filesystem(pyfuse3.Operations):
         self._last_listing: list[Entry] = []
         self._next_handle = 1
         self.commits = RegularCommits()
+        self.mountpoint = b""
+        """Where the kernel may be asked what it knows of a disk."""
         self.daemon = b"{}"
         """What the mount says of the process that serves it (`xattrs.DAEMON`)."""
         self.complaints = Complaints()
@@ -375,7 +379,17 @@ class Filesystem(pyfuse3.Operations):
 
     def begin_seek(self, fh: int, offset: int, whence: int, /) -> int | Pending:
         """`requests.seek`."""
-        return seek(self._handles[fh][0], self._images[fh], offset, whence)
+        entry, image = self._handles[fh][0], self._images[fh]
+        size = functools.partial(self._kernels_size, entry) if self.enable_writeback_cache else None
+        return seek(entry, image, offset, whence, size)
+
+    async def _kernels_size(self, entry: Entry) -> int:
+        """The size that the kernel has of a disk, which it need not have told yet; 0 where nobody can ask."""
+        path, size = os.path.join(self.mountpoint, entry.name), 0
+        with trio.move_on_after(_PATIENCE), contextlib.suppress(OSError):
+            status = await trio.to_thread.run_sync(os.stat, path, limiter=entry.limiter, abandon_on_cancel=True)
+            size = status.st_size if status.st_ino == entry.inode else 0
+        return size
 
     def _note_write(self, entry: Entry) -> None:
         if entry.image is not None:

@@ -94,6 +94,7 @@ def serve(options: MountOptions, ready: Callable[[], None], reopen_log: ReopenLo
     with contextlib.ExitStack() as stack:
         if claim := mounts.claim(options.mountpoint):
             stack.callback(claim.release)
+        filesystem.mountpoint = os.fsencode(point)
         filesystem.daemon = json.dumps(_identity(claim)).encode()
         daemon.note_signals()
         words = ["allow_other"] * options.allow_other + ["ro"] * (not options.policy.writable)

@@ -111,20 +111,32 @@ async def fallocate(entry: Entry, image: Image, mode: int, offset: int, length: 
         await image.zero(offset, stop, discard=mode == PUNCH)
 
 
-def seek(entry: Entry, image: Image, offset: int, whence: int) -> int | Pending:
+def seek(
+    entry: Entry, image: Image, offset: int, whence: int, kernels_size: Callable[[], Awaitable[int]] | None
+) -> int | Pending:
     """SEEK_DATA or SEEK_HOLE on a disk: the place, or a pending request for it.
 
     All is data where the kernel may hold writes that have not come here, of an image that is damaged, and where its
-    files cannot say: whoever reads it is told why. Raises OSError: ENXIO past the end, or where no data follows.
+    files cannot say: whoever reads it is told why. `kernels_size` says how long the disk is with those writes; None:
+    they are never past the end. (It could be made to hand them over. But a thread that waits for that waits for our
+    own answers, and nothing can end it: a `kill -9` would leave it, and the mount, for ever.)
+
+    Raises OSError: ENXIO past the end, or where no data follows.
     """
     if whence not in (os.SEEK_DATA, os.SEEK_HOLE):
         raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
     entry.look()
     end = image.end
-    if offset >= end:
-        raise _no_such_place()
-    if (entry.cached_writers and not isinstance(entry.passthrough, Passthrough)) or image.damage:
-        return offset if whence == os.SEEK_DATA else end
+    held_back = entry.cached_writers and not isinstance(entry.passthrough, Passthrough)
+    if held_back and kernels_size is not None:
+
+        async def find_end() -> int:
+            size = max(image.end, await kernels_size())
+            return _place(offset, size, whence, (size, False))
+
+        return InTask(find_end)
+    if held_back or image.damage or offset >= end:
+        return _place(offset, end, whence, (end, False))
     known = image.extent_nowait(offset, end)
     if known is not None and (whence == os.SEEK_HOLE or known[0] == end):
         return _place(offset, end, whence, known)
@@ -142,15 +154,13 @@ def seek(entry: Entry, image: Image, offset: int, whence: int) -> int | Pending:
 def _place(offset: int, end: int, whence: int, extent: tuple[int, bool]) -> int:
     """What lseek(2) answers where this extent begins at `offset`. Raises OSError(ENXIO)."""
     stop, hole = extent
+    if offset >= end:
+        raise OSError(errno.ENXIO, os.strerror(errno.ENXIO))
     if hole is (whence == os.SEEK_HOLE):
         return offset
     if stop >= end and whence == os.SEEK_DATA:
-        raise _no_such_place()
+        raise OSError(errno.ENXIO, os.strerror(errno.ENXIO))
     return stop
-
-
-def _no_such_place() -> OSError:
-    return OSError(errno.ENXIO, os.strerror(errno.ENXIO))
 
 
 class Fsync:
