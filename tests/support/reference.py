@@ -7,6 +7,7 @@ sizes and lengths are in bytes unless a name says otherwise. Nothing is ever wri
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 import struct
@@ -52,6 +53,21 @@ def up(size: int, unit: int) -> int:
     return -(-size // unit)
 
 
+@functools.lru_cache
+def _fields(raw: bytes) -> tuple[dict[str, int], dict[str, str], list[str]]:
+    """Numbers, strings, and the names of strings without a NUL, or not NUL-filled."""
+    numbers, strings, unterminated = {}, {}, []
+    for name, value in zip(NAMES, FORMAT.unpack(raw), strict=True):
+        if isinstance(value, bytes):
+            text, nul, fill = value.partition(b"\0")
+            strings[name] = os.fsdecode(text)
+            if not nul or fill.strip(b"\0"):
+                unterminated.append(name)
+        else:
+            numbers[name] = value
+    return numbers, strings, unterminated
+
+
 class Header:
     """Every number is an attribute; strings, up to their NUL, are in `text` (format.md, "Header")."""
 
@@ -60,17 +76,8 @@ class Header:
             raw = file.read(FORMAT.size)
         if len(raw) < FORMAT.size:
             raise ValueError("the file ends inside its header")
-        self.text: dict[str, str] = {}
-        self.unterminated: list[str] = []  # strings without a NUL, or not NUL-filled
-        self._numbers: dict[str, int] = {}
-        for name, value in zip(NAMES, FORMAT.unpack(raw), strict=True):
-            if isinstance(value, bytes):
-                text, nul, fill = value.partition(b"\0")
-                self.text[name] = os.fsdecode(text)
-                if not nul or fill.strip(b"\0"):
-                    self.unterminated.append(name)
-            else:
-                self._numbers[name] = value
+        numbers, self.text, self.unterminated = _fields(raw)
+        self._numbers = dict(numbers)
         compact = self.compact_image and self.chunk_size > 0
         self.chunks = up(self.virtual_disk_size, self.chunk_size) if compact else 0  # format.md, "Chunk table"
         self.table_size = up(4 * self.chunks, PAGE) * PAGE
@@ -395,9 +402,9 @@ def _check_contents(image: Image, writer: str) -> Iterator[str]:
     """Bitmap, table and journal: each by itself, and together after a replay."""
     h = image.header
     with image.path.open("rb") as file:
-        if any(file.read(HEADER_SIZE)[FORMAT.size :]):
+        if file.read(HEADER_SIZE)[FORMAT.size :].strip(b"\0"):
             yield "the header's padding is not zero"  # format.md, "Compatibility"
-    if any(entry != MISSING for entry in image.disk_table[h.chunks :]):
+    if set(image.disk_table[h.chunks :]) - {MISSING}:
         yield "the table's tail is not 0xFF"  # likewise
     whole, bits = (1 << 8 * len(image.bitmap)) - 1, int.from_bytes(image.bitmap, "little")
     if bits >> h.bitmap_blocks and bits != whole:  # format.md, "Bitmap": only prefetching sets it, and all of it
@@ -405,7 +412,7 @@ def _check_contents(image: Image, writer: str) -> Iterator[str]:
     if h.all_data_in_fvd_img and ~bits & whole >> (whole.bit_length() - h.blocks):
         yield "all_data_in_fvd_img is 1, but a bit is 0"  # format.md, "Reads, writes, copies"
     if h.clean_shutdown:
-        if any(NUMBER < entry < MISSING for entry in image.disk_table):
+        if any(NUMBER < entry < MISSING for entry in set(image.disk_table)):
             yield "bit 31 of an entry is set"  # format.md, "Chunk table"
         # If a later session crashes, today's records are replayed too (format.md, "Journal").
         before = bytes(image.bitmap), list(image.table)
