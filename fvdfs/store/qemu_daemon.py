@@ -8,8 +8,9 @@ be called in the main thread.
 It opens no file by itself: it inherits descriptors that are open and locked already. When it runs, its open files are
 compared with those that it was given: the image may have been changed in between.
 
-Punching a hole in the export is only a hint to QEMU 7.2, which leaves parts of clusters as they were: so the range is
-zeroed after that.
+Punching a hole in the export is only a hint to QEMU 7.2: it leaves parts of clusters as they were, and in most formats
+all. What is no hole after that is zeroed. Holes are left alone: QEMU would give a place to the zeros that it writes to
+one, and make tables for one that it discards.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ import stat
 import subprocess
 import tempfile
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO
 
@@ -81,20 +82,27 @@ def _failure(name: str, line: str) -> FvdError:
 class _Export(HostFile):
     """The file that a daemon exports."""
 
-    def zero_now(self, offset: int, length: int, *, writes: bool = True) -> None:
-        # QEMU would write a table entry for each cluster of a hole.
-        stop = offset + length
-        while offset < stop:
-            end, hole = self.extent_now(offset, stop)
-            if not hole:
-                self._zero_data(offset, end - offset, writes=writes)
-            offset = end
+    holes_are_zeros = True
+    """Whether holes read as zeros."""
 
-    def _zero_data(self, offset: int, length: int, *, writes: bool) -> None:
-        fallocate(self._fd, PUNCH, offset, length)
-        if not fallocate(self._fd, ZERO_RANGE, offset, length):
-            self._check_zeros_may_be_written(writes)
-            self._write_zeros(offset, offset + length)
+    def zero_now(self, offset: int, length: int, *, writes: bool = True) -> None:
+        for start, stop in self._data(offset, offset + length):
+            fallocate(self._fd, PUNCH, start, stop - start)
+            for left, left_stop in self._data(start, stop):
+                if not fallocate(self._fd, ZERO_RANGE, left, left_stop - left):
+                    self._check_zeros_may_be_written(writes)
+                    self._write_zeros(left, left_stop)
+
+    def _data(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
+        """What is no hole of bytes [start, stop), which may change meanwhile. Raises OSError."""
+        while start < stop:
+            end, hole = self.extent_now(start, stop)
+            if not hole:
+                yield start, end
+            start = end
+
+    def extent_now(self, start: int, stop: int) -> tuple[int, bool]:
+        return super().extent_now(start, stop) if self.holes_are_zeros else (stop, False)
 
     async def extend(self, start: int, stop: int) -> None:
         """Make it `stop` bytes long, and have bytes [start, stop) read as zeros. Raises OSError.
@@ -113,12 +121,20 @@ class StorageDaemon:
     """One running qemu-storage-daemon, and the file that it exports."""
 
     def __init__(
-        self, name: str, descriptors: Sequence[tuple[int, str]], secret_file: str = "", locked: Sequence[int] = ()
+        self,
+        name: str,
+        descriptors: Sequence[tuple[int, str]],
+        secret_file: str = "",
+        locked: Sequence[int] = (),
+        *,
+        holes_are_zeros: bool = True,
     ) -> None:
         """`name`: of the image, for messages. `descriptors`: what it opens files by, and their names.
 
         `secret_file`: with the passphrase of an encrypted image. `locked`: descriptors whose locks last as long as it.
+        `holes_are_zeros`: whether holes in the image read as zeros, as those of a device need not.
         """
+        self._holes_are_zeros = holes_are_zeros
         self._locked = locked
         self._secret_file = secret_file
         self.name = name
@@ -267,6 +283,7 @@ class StorageDaemon:
         # Root could open a read-only export for writing as well: so that is not tried, but told by `writable`.
         fd = os.open(disk, (os.O_RDWR if writable else os.O_RDONLY | os.O_DIRECT) | os.O_CLOEXEC)
         export = _Export(fd, self.name, writable)
+        export.holes_are_zeros = self._holes_are_zeros
         try:
             if os.fstat(fd).st_dev == os.stat(self._folder).st_dev:
                 raise ImageError(self.name, "QEMU exports nothing")

@@ -245,6 +245,14 @@ class QemuFiles:
         return any(opened.location.is_device or opened.is_device for opened in self._opened)
 
     @property
+    def frees_space(self) -> bool:
+        """Whether a discard gives back space of the top image. QEMU frees none in other formats.
+
+        Behind a URL it frees some of a raw one, but does not say whether that reads as zeros.
+        """
+        return self._top.format == "qcow2"
+
+    @property
     def has_server(self) -> bool:
         """Whether any of them is behind a URL."""
         return any(opened.file is None for opened in self._opened)

@@ -37,7 +37,6 @@ class QemuStore(Stepwise):
         self._supervisor: Supervisor | None = None
         self._options: list[Options] = []
         self._growing = trio.Lock()
-        self._has_holes = True
         self._garbage_from: int | None = None
         """Where an encrypted image was extended by bytes that do not read as zeros yet."""
         file = self._files.file
@@ -56,7 +55,6 @@ class QemuStore(Stepwise):
         node = await files.judge(writable=self.writable)
         self._options = blockdevs(node, writable=self.writable, node_name="disk")
         self.fixed_size = files.is_raw_device
-        self._has_holes = not files.has_device
         supervisor = Supervisor(
             self.name, self._start_daemon, has_server=files.has_server, writes_to_server=files.writes_to_server
         )
@@ -66,7 +64,9 @@ class QemuStore(Stepwise):
     async def _start_daemon(self) -> StorageDaemon:
         files = self._files
         locked = [file.fileno() for file in files.host_files]
-        daemon = StorageDaemon(self.name, files.descriptors, files.secret_file(), locked)
+        daemon = StorageDaemon(
+            self.name, files.descriptors, files.secret_file(), locked, holes_are_zeros=not files.has_device
+        )
         await daemon.start(self._options, writable=self.writable)
         try:
             if not files.has_server:  # network libraries open files of their own, for a moment
@@ -136,6 +136,9 @@ class QemuStore(Stepwise):
         self._garbage_from = None
 
     async def zero(self, offset: int, length: int, *, writes: bool = True) -> None:
+        if not writes and not self._files.frees_space:
+            raise OSError(errno.EOPNOTSUPP, f"{self.name}: QEMU gives no space of it back")
+
         async def zero(daemon: StorageDaemon) -> None:
             inside = min(length, daemon.size - offset)
             if inside > 0:
@@ -147,8 +150,6 @@ class QemuStore(Stepwise):
         raise OSError(errno.EOPNOTSUPP, f"{self.name}: QEMU reserves no space")
 
     async def extent(self, start: int, stop: int) -> tuple[int, bool]:
-        if not self._has_holes:
-            return stop, False
         return await self._running.call(lambda daemon: daemon.export.extent(start, stop))
 
     async def flush(self) -> None:

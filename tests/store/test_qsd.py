@@ -224,16 +224,38 @@ async def test_calls_at_the_same_time(folder: Path) -> None:
                 nursery.start_soon(work, n)
 
 
-async def test_space_is_given_back(folder: Path) -> None:
-    qemu_img("create", "-f", "qcow2", folder / "disk", str(SIZE))
+@pytest.mark.parametrize("options", ["", "compat=0.10", "data_file=FOLDER/raw,data_file_raw=on"])
+async def test_space_is_given_back(folder: Path, options: str) -> None:
+    words = ["-o", options.replace("FOLDER", str(folder))] if options else []
+    qemu_img("create", "-f", "qcow2", *words, folder / "disk", str(SIZE))
     async with opened(folder, "disk", "qcow2", writable=True) as store:
         await store.pwrite(b"x" * 4 * MIB, 0)
         await store.flush()
         full = store.usage()
-        await store.zero(0, 4 * MIB)
+        await store.zero(MIB - 100, 2 * MIB + 200, writes=False)
         await store.flush()
-        assert await next_data(store, 0, 4 * MIB) == 4 * MIB
-        assert store.usage() <= full - 3 * MIB
+        assert await next_data(store, MIB, 3 * MIB) == 3 * MIB
+        assert store.usage() <= full - 2 * MIB + 64 * 1024  # a cluster of tables
+        assert await content(store, 0, 4 * MIB) == b"x" * (MIB - 100) + bytes(2 * MIB + 200) + b"x" * (MIB - 100)
+
+
+@pytest.mark.parametrize("file_format", ["qcow2", "vmdk", "vdi", "qed"])
+async def test_zeros_take_no_space_where_nothing_is(folder: Path, file_format: str) -> None:
+    qemu_img("create", "-f", file_format, folder / "disk", "1T" if file_format == "qcow2" else str(SIZE))
+    async with opened(folder, "disk", file_format, writable=True) as store:
+        await store.pwrite(b"x" * MIB, MIB)
+        await store.flush()
+        before = store.usage()
+        size = await store.size()
+        if file_format != "qcow2":
+            with pytest.raises(OSError, match="gives no space of it back") as caught:
+                await store.zero(0, size, writes=False)
+            assert caught.value.errno == errno.EOPNOTSUPP
+            assert await content(store, MIB, MIB) == b"x" * MIB
+        await store.zero(0, size)
+        await store.flush()
+        assert store.usage() <= before
+        assert await content(store, 0, 4 * MIB) == bytes(4 * MIB)
 
 
 async def test_growing(folder: Path) -> None:
