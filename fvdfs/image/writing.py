@@ -251,6 +251,7 @@ class Writes:
         """Have later writes to bytes [start, stop) find space. Raises OSError as `Image.reserve`."""
         self.check()
         core = self.core
+        await core.data.reserve(0, 0)
         for piece_start, piece_stop in self._slices(start, min(stop, core.size)):
             await self._where_there_is_room(0, functools.partial(self._reserve, piece_start, piece_stop))
 

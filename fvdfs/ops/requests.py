@@ -102,12 +102,14 @@ async def fallocate(entry: Entry, image: Image, mode: int, offset: int, length: 
     if isinstance(entry.passthrough, Passthrough):
         await entry.passthrough.fallocate(mode, offset, length)
         return
-    stop = offset + length
+    stop, size, allocates = offset + length, image.size, mode in (_PLAIN, FALLOC_FL_KEEP_SIZE)
+    if allocates:
+        await image.reserve(offset, stop)  # before it grows: it may be refused
     if not mode & FALLOC_FL_KEEP_SIZE:
         await image.reach(stop)
-    if mode in (_PLAIN, FALLOC_FL_KEEP_SIZE):
-        await image.reserve(offset, stop)
-    else:
+        if allocates and stop > size:
+            await image.reserve(max(offset, size), stop)
+    if not allocates:
         await image.zero(offset, stop, discard=mode == PUNCH)
 
 

@@ -101,6 +101,7 @@ class Store(Protocol):
     async def reserve(self, offset: int, length: int) -> None:
         """Have later writes to the range find space. What the store has there stays, and so does its size.
 
+        An empty range only asks whether the store can promise that at all, as far as it knows.
         Raises OSError: ENOSPC; EOPNOTSUPP where nobody can promise that.
         """
 

@@ -319,7 +319,7 @@ class HostFile:
             start += count
 
     async def reserve(self, offset: int, length: int) -> None:
-        if not self.fixed_size:
+        if length and not self.fixed_size:
             await self._waiter.run(lambda: self._reserve(offset, length))
             self._flusher.changed()
 
