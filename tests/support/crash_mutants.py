@@ -14,17 +14,17 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import cProfile
 import importlib
 import inspect
 import itertools
 import signal
-import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import CodeType, FrameType, FunctionType
+from types import CodeType, FunctionType
 from typing import Any
 
 from support.crash import SCENARIOS, SUBJECTS, Counts, Effort, Simulation, quiet
@@ -222,19 +222,10 @@ class Simulations:
         """Without a mutant; they must not fail."""
         seconds = {}
         for pair in self._pairs:
-            seen: set[CodeType] = set()
-
-            def profile(frame: FrameType, event: str, _: object, seen: set[CodeType] = seen) -> None:
-                if event == "call":
-                    seen.add(frame.f_code)
-
             begun = time.process_time()
-            sys.setprofile(profile)
-            try:
+            with cProfile.Profile(builtins=False) as profile:
                 self._run(*pair)
-            finally:
-                sys.setprofile(None)
-            self._runs[pair] = seen
+            self._runs[pair] = {entry.code for entry in profile.getstats() if isinstance(entry.code, CodeType)}
             seconds[pair] = time.process_time() - begun
         self._pairs.sort(key=seconds.__getitem__)
         self._cheapest = tuple(self._pairs)
