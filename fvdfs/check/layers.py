@@ -71,12 +71,12 @@ class Filled:
         return self
 
     async def __anext__(self) -> Range:
-        if self._at < self._stop:
-            self._at = await next_data(self._store, self._at, self._stop)
-        if self._at >= self._stop:
-            raise StopAsyncIteration
-        start, self._at = self._at, min((self._at + PIECE) // PAGE * PAGE, self._stop)
-        return start, self._at
+        while self._at < self._stop:
+            end, hole = await self._store.extent(self._at, self._stop)
+            start, self._at = self._at, end if hole else min((self._at + PIECE) // PAGE * PAGE, end)
+            if not hole:
+                return start, self._at
+        raise StopAsyncIteration
 
 
 async def is_zero(store: Store, start: int, stop: int) -> bool:
@@ -109,9 +109,11 @@ class BaseZeros:
                 self._unreadable = True
         if self._image is None:
             return None
-        for at in range(start, stop, PIECE):
-            if any(await self._image.read(at, min(PIECE, stop - at))):
+        stop = min(stop, self._image.size)
+        while (start := await next_data(self._image, start, stop)) < stop:
+            if any(await self._image.read(start, min(PIECE, stop - start))):
                 return False
+            start = min(start + PIECE, stop)
         return True
 
 

@@ -7,9 +7,11 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from fvdfs.commands.sides import Side, StoreSide
 from fvdfs.daemon import run_loop
 from fvdfs.errors import ImageError, UnstatedFormat, UsageError
 from fvdfs.image.chain import open_chain
+from fvdfs.image.loading import open_image
 from fvdfs.image.policy import FVD_FORMAT, RAW_FORMATS, Policy, format_by_name
 from fvdfs.store.base import Store
 from fvdfs.store.host import Identity, open_path
@@ -88,6 +90,33 @@ async def _inspect_other(image: str, name: str, file_format: str, secret_file: s
         return BaseImage(None, await store.size(), file_format, _identities([store]))
     finally:
         await store.aclose()
+
+
+async def open_base(image: str, name: str, file_format: str, secret_file: str) -> tuple[Side, bool]:
+    """The base that `inspect_base` has found, locked for reading; and whether it is on a server.
+
+    Raises ImageError, UsageError, OSError.
+    """
+    path = os.path.join(os.path.dirname(image), name)
+    if file_format == FVD_FORMAT:
+        opened = await open_image(path, Policy(writable=False, secret_file=secret_file))
+        return opened, opened.is_remote
+    if is_local(name) and file_format in RAW_FORMATS:
+        file = open_path(path, writable=False)
+        try:
+            file.lock(exclusive=False)
+        except BaseException:
+            file.close()
+            raise
+        return StoreSide(file, file.size_now()), False
+    policy = Policy(allowed_urls=("",), secret_file=secret_file)
+    store = QemuStore(image, "base_img", name, file_format, policy, writable=False)
+    try:
+        await store.start()
+        return StoreSide(store, await store.size()), store.is_remote
+    except BaseException:
+        await store.aclose()
+        raise
 
 
 def _identities(stores: Iterable[Store]) -> list[tuple[Identity, str]]:

@@ -1,8 +1,8 @@
 """`fvdfs convert`: make an image with the content of another one, in any format.
 
 Pieces of the source are read, several at a time, and written where the new image does not read so
-already: zeros are not stored, and over a base only what differs from it is. What is allocated in
-neither is not even read.
+already: zeros are not stored, and over a base only what differs from it is. Holes are not read, be they of the source
+or of the base.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from fvdfs.commands.newfiles import NewFile, NewFiles, permissions
 from fvdfs.commands.otherfiles import qemu_create
 from fvdfs.commands.sides import NamedSide, Side, StoreSide, stores_of
 from fvdfs.commands.terminal import progress_bar
+from fvdfs.cow.extents import Extents
 from fvdfs.cow.planner import Zeroes
 from fvdfs.errors import ImageError, UsageError, leading, named
 from fvdfs.format.creation import CreateOptions
@@ -29,7 +30,7 @@ from fvdfs.image.image import Image
 from fvdfs.image.loading import open_image, open_other
 from fvdfs.image.policy import FVD_FORMAT, HostStore, Policy, format_by_name
 from fvdfs.mountoptions import folders, listed, parse_mount_options
-from fvdfs.store.base import Buffer, next_data
+from fvdfs.store.base import Buffer
 from fvdfs.store.host import open_path
 from fvdfs.store.locations import is_local, parse_location
 from fvdfs.store.qemu_store import QemuStore, host_files
@@ -197,30 +198,39 @@ async def copy(source: Side, target: Side, progress: Progress, *, over_base: boo
 
     `over_base`: whether a new target holds anything else than zeros. Raises ImageError, OSError.
     """
-    sides = (source, target) if over_base else (source,)
+    extents = [Extents("convert", side.extent) for side in ((source, target) if over_base else (source,))]
     size = source.size
     looking = trio.Lock()
     at = 0
 
-    async def next_piece() -> tuple[int, int]:
-        """The next part of the disk to look into; empty where there is none."""
+    async def next_piece() -> tuple[int, int, list[bool]]:
+        """The next part of the disk to look into, empty where there is none, and whether each side has a hole there."""
         nonlocal at
         async with looking:
-            data = min([await next_data(side, at, size) for side in sides]) if at < size else size
-            start = max(at, data // UNIT * UNIT)
-            at = min(start + PIECE, size)
-            progress(at, size)
-            return start, at
+            start, holes = at, [True]
+            while all(holes) and at < size:
+                limit = min(at + PIECE, size)
+                found = [await side.blocks(at, limit, UNIT, size) for side in extents]
+                holes = [hole for _, hole in found]
+                start, at = at, min(end for end, _ in found)
+                progress(at, size)
+            return (start, at, holes) if not all(holes) else (size, size, holes)
+
+    async def read(start: int, length: int) -> Buffer:
+        began = trio.current_time()
+        data = await source.read(start, length)
+        if len(data) < length:
+            raise ImageError("source", f"it ends at {start + len(data)} bytes")
+        extents[0].was_read(length, trio.current_time() - began)
+        return data
 
     async def work() -> None:
         while True:
-            start, stop = await next_piece()
+            start, stop, holes = await next_piece()
             if start >= stop:
                 return
-            data = await source.read(start, stop - start)
-            if len(data) < stop - start:
-                raise ImageError("source", f"it ends at {start + len(data)} bytes")
-            old = await target.read(start, len(data)) if over_base else _ZEROS
+            data = await read(start, stop - start) if not holes[0] else bytes(stop - start)
+            old = await target.read(start, len(data)) if not all(holes[1:]) else _ZEROS
             for begin, end in _differences(data, old):
                 await target.write(start + begin, memoryview(data)[begin:end])
             await trio.lowlevel.checkpoint()

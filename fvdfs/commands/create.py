@@ -8,18 +8,22 @@ that nothing needs to be stored for them (format.md, "Bitmap").
 from __future__ import annotations
 
 import errno
+import functools
 import os
 import stat
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 
 from fvdfs import daemon
 from fvdfs.alloc.table import new_table
-from fvdfs.commands.base import BaseImage, inspect_base
+from fvdfs.commands.base import BaseImage, inspect_base, open_base
 from fvdfs.commands.newfiles import NewFile, NewFiles
 from fvdfs.commands.otherfiles import make_data_file
 from fvdfs.commands.profile import read_profile
+from fvdfs.commands.sides import Side
 from fvdfs.cow.bitmap import Bitmap, bitmap_bytes
+from fvdfs.cow.extents import Extents
+from fvdfs.daemon import run_loop
 from fvdfs.errors import UsageError
 from fvdfs.format.creation import CreateOptions, new_header
 from fvdfs.format.header import (
@@ -37,7 +41,8 @@ from fvdfs.format.profile import Extent, encode
 from fvdfs.image.chain import MAX_REGION
 from fvdfs.image.policy import FVD_FORMAT, RAW_FORMATS
 from fvdfs.mountoptions import hint
-from fvdfs.store.host import HostFile, open_path
+from fvdfs.store.base import next_data
+from fvdfs.store.host import HostFile
 from fvdfs.store.locations import is_local
 from fvdfs.store.references import LUKS, RAW
 
@@ -45,7 +50,7 @@ _ZEROS = bytes(1 << 20)
 Part = tuple[int, bytes]
 """Offset and content of something in a file."""
 Span = tuple[int, int]
-"""Offset and size of something in a file, in bytes."""
+"""Two offsets, or offset and size of something in a file, in bytes."""
 
 
 AUTO = "auto"
@@ -132,7 +137,7 @@ def make_image(
     header = new_header(size, base.length if base else None, options)
     _refuse_large_regions(header)
     header, profile_data = _with_profile(header, profile)
-    bitmap = _new_bitmap(header, base, options)
+    bitmap = _new_bitmap(path, header, base, options, secret_file)
     data_path = _data_path(path, options.data_file) if options.data_file and is_local(options.data_file) else None
     _check_names(path, data_path, base, options)
 
@@ -215,14 +220,15 @@ def _with_profile(header: Header, profile: Sequence[Extent]) -> tuple[Header, by
     return header, data
 
 
-def _new_bitmap(header: Header, base: BaseImage | None, options: CreateOptions) -> Bitmap | None:
+def _new_bitmap(
+    path: str, header: Header, base: BaseImage | None, options: CreateOptions, secret_file: str
+) -> Bitmap | None:
     if base is None:
         return None
     bitmap = Bitmap(bytes(bitmap_bytes(header.blocks)), header.blocks)
     if options.detect_holes:
-        if base.path is None or options.base_img_fmt == FVD_FORMAT:
-            raise UsageError("--detect-holes needs a raw base")
-        _mark_holes(bitmap, header, base.path, options.detect_holes)
+        open_side = functools.partial(open_base, path, options.base_img, base.format, secret_file)
+        run_loop(functools.partial(_mark_holes, bitmap, header, open_side, options.detect_holes))
     return bitmap
 
 
@@ -330,42 +336,41 @@ def _holds_something(device: HostFile) -> bool:
     return any(first)
 
 
-def _mark_holes(bitmap: Bitmap, header: Header, path: str, unit: int) -> None:
+async def _mark_holes(
+    bitmap: Bitmap, header: Header, open_side: Callable[[], Awaitable[tuple[Side, bool]]], unit: int
+) -> None:
     """Set the bits of aligned runs of zeros in the base, `unit` bytes each, rounded up to whole blocks.
 
-    Holes are zeros that need not be read.
+    Holes are zeros that need not be read. Of a base on a server nothing is read. Raises ImageError, OSError.
     """
-    unit = round_up(unit, header.block_size)
-    store = open_path(path, writable=False)
+    unit, size = round_up(unit, header.block_size), header.base_size
+    source, is_remote = await open_side()
     try:
-        store.lock(exclusive=False)
-        at, size = 0, header.base_size
+        extents = Extents("--detect-holes", source.extent)
+        at, step = 0, max(unit, len(_ZEROS) // unit * unit)
         while at < size:
-            end, hole = store.extent_now(at, size)
-            data = end if hole else at
-            stop = size if data == size else data // unit * unit
-            if at < stop:
-                bitmap.set_local(at // header.block_size, ceil_div(stop, header.block_size))
-                at = stop
-                continue
-            stop = min(at + unit, size)
-            if _is_zero(store, data, stop):
-                bitmap.set_local(at // header.block_size, ceil_div(stop, header.block_size))
-            at = stop
+            start = at
+            at, hole = await extents.blocks(start, min(start + step, size), unit, size)
+            found = [(start, at)] if hole else [] if is_remote else await _zero_units(source, start, at, unit)
+            for begin, end in found:
+                bitmap.set_local(begin // header.block_size, ceil_div(end, header.block_size))
     finally:
-        store.close()
+        await source.close()
 
 
-def _is_zero(store: HostFile, start: int, stop: int) -> bool:
-    buffer = bytearray(min(len(_ZEROS), stop - start))
-    with memoryview(buffer) as view:
-        while start < stop:
-            count = store.pread_now(view[: stop - start], start)
-            if not count:
-                return True
-            if not _ZEROS.startswith(view[:count]):
-                return False
-            start += count
-            end, hole = store.extent_now(start, stop)
-            start = end if hole else start
+async def _zero_units(source: Side, start: int, stop: int, unit: int) -> list[Span]:
+    """The units [begin, end) of bytes [start, stop) that are zeros: one unit, or what may be read at once."""
+    units = [(at, min(at + unit, stop)) for at in range(start, stop, unit)]
+    if len(units) == 1:
+        return units if await _is_zero(source, start, stop) else []
+    data = bytes(await source.read(start, stop - start)).ljust(stop - start, b"\0")
+    return [(begin, end) for begin, end in units if data.startswith(_ZEROS[: end - begin], begin - start)]
+
+
+async def _is_zero(source: Side, start: int, stop: int) -> bool:
+    while (start := await next_data(source, start, stop)) < stop:
+        end = min(start + len(_ZEROS), stop)
+        if not _ZEROS.startswith(await source.read(start, end - start)):
+            return False
+        start = end
     return True

@@ -10,6 +10,9 @@ waits to be stored is bounded (max_outstanding_copy_on_read_data). A read above 
 not stored either. The base still has it. Prefetching (`prefetch.prefetcher`) fetches in the same way, but
 waits until its data is stored.
 
+After a read that has brought nothing but zeros, and its answer, the base is asked whether they are a hole (`extents`).
+The rest of it then becomes local at once.
+
 Where the base fails in bytes that only rounding out has added, the read does not fail.
 """
 
@@ -23,6 +26,8 @@ from typing import Protocol
 
 import trio
 
+from fvdfs.cow.extents import Extents
+from fvdfs.cow.planner import zero_runs
 from fvdfs.format.header import ceil_div
 from fvdfs.store.base import Done, together
 
@@ -57,8 +62,17 @@ class Owner(Protocol):
     async def read_base(self, view: memoryview, start: int) -> None:
         """Fill the buffer with the base's bytes from `start` on. Raises OSError."""
 
+    async def base_extent(self, start: int, stop: int) -> tuple[int, bool]:
+        """`Store.extent` of the base. Raises OSError."""
+
     async def store_copy(self, start: int, data: memoryview) -> int:
         """Store those whole blocks that are missing and that nobody has claimed; how many bytes. Raises OSError."""
+
+    async def store_hole(self, start: int, stop: int, *, writes: bool) -> tuple[int, int]:
+        """`store_copy` of a hole of any length: how far that went, and how many bytes. Raises OSError.
+
+        `writes`: also where zeros have to be written, one step.
+        """
 
 
 def _new_buffer(size: int) -> memoryview:
@@ -106,6 +120,8 @@ class Fetcher:
         self._closed = False
         self._idle = trio.Event()
         self.observer: Observer | None = None
+        self.extents = Extents(owner.name, owner.base_extent)
+        self._following: trio.CancelScope | None = None
 
     # --- reads that somebody waits for ------------------------------------------------------------
 
@@ -266,13 +282,38 @@ class Fetcher:
         try:
             await self._owner.store_copy(fetch.start, fetch.data)
         except OSError as error:
-            log.error("%s: copy-on-read: %s; it goes on in %d s", self._owner.name, error, STORE_RETRY)
-            self._no_copies_before = trio.current_time() + STORE_RETRY
+            self._refused(error)
         finally:
             self._outstanding -= len(fetch.data)
             self._stored.set()
             self._stored = trio.Event()
             self._end(fetch)
+        await self.follow_hole(fetch)
+
+    async def follow_hole(self, fetch: Fetch) -> None:
+        """If a read has brought nothing but zeros, have the rest of the hole local, as far as that takes no writing.
+
+        One at a time is enough.
+        """
+        _, end, zero = next(zero_runs(fetch.start, fetch.data))
+        if not zero or end < fetch.stop or self._closed or self._following is not None:
+            return
+        self._following = trio.CancelScope()
+        try:
+            with self._following:
+                end, hole = await self.extents.at(fetch.start, self._owner.base_range()[1])
+                if hole and end > fetch.stop:
+                    await self._owner.store_hole(fetch.stop, end, writes=False)
+        except OSError as error:
+            self._refused(error)
+        finally:
+            self._following = None
+            self._idle.set()
+
+    def _refused(self, error: OSError) -> None:
+        """The storage has refused a copy."""
+        log.error("%s: copy-on-read: %s; it goes on in %d s", self._owner.name, error, STORE_RETRY)
+        self._no_copies_before = trio.current_time() + STORE_RETRY
 
     # --- prefetching ------------------------------------------------------------------------------
 
@@ -287,10 +328,11 @@ class Fetcher:
         """Fetch a range that is free: what `fill` reads, and `store` stores, or else `give_up` ends."""
         return self._begin(start, stop)
 
-    async def fill(self, fetch: Fetch, *, hole: bool = False) -> None:
-        """Read it; with `hole` it is known to be zeros. Raises OSError."""
-        if not hole:
-            await self._owner.read_base(fetch.data, fetch.start)
+    async def fill(self, fetch: Fetch) -> None:
+        """Read it. Raises OSError."""
+        began = trio.current_time()
+        await self._owner.read_base(fetch.data, fetch.start)
+        self.extents.was_read(len(fetch.data), trio.current_time() - began)
         fetch.failed = False
         fetch.done.set()
 
@@ -311,6 +353,8 @@ class Fetcher:
     async def close(self) -> None:
         """Copy nothing any more, and wait for what is under way."""
         self._closed = True
-        while self._fetches:
+        if self._following is not None:
+            self._following.cancel()
+        while self._fetches or self._following is not None:
             self._idle = trio.Event()
             await self._idle.wait()

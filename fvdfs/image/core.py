@@ -1,7 +1,7 @@
 """An open image without its requests: what it is made of, and where the bytes of its disk are.
 
-Requests share it: reads (`reading`), writes (`writing`), changes of the size (`resizing`), writes to the base
-(`base_writing`), profiles (`profiling`). `image.Image` puts them together.
+Requests share it: reads (`reading`), writes (`writing`), copies from the base (`copying`), changes of the size
+(`resizing`), writes to the base (`base_writing`), profiles (`profiling`). `image.Image` puts them together.
 """
 
 from __future__ import annotations

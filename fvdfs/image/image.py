@@ -1,7 +1,7 @@
 """One open image: a disk of bytes that can be read, written, made stable and resized.
 
-The parts of an image, and where its bytes are: `core`. What is done with them: reads (`reading`), writes and copies
-from the base (`writing`), changes of the size (`resizing`), writes to the base (`base_writing`), profiles
+The parts of an image, and where its bytes are: `core`. What is done with them: reads (`reading`), writes (`writing`),
+copies from the base (`copying`), changes of the size (`resizing`), writes to the base (`base_writing`), profiles
 (`profiling`). Nothing here waits for a flush but `fsync`, and what changes the metadata: what makes a write durable,
 and in which order, is `commit`.
 
@@ -158,8 +158,21 @@ class Image(Core):
         await self._reads.read_base(view, start)
 
     async def store_copy(self, start: int, data: memoryview) -> int:
-        """`Writes.store_copy`."""
-        return await self._writes.store_copy(start, data)
+        """`Copies.store_copy`."""
+        return await self._writes.copies.store_copy(start, data)
+
+    async def store_hole(self, start: int, stop: int, *, writes: bool) -> tuple[int, int]:
+        """`Copies.store_hole`."""
+        return await self._writes.copies.store_hole(start, stop, writes=writes)
+
+    async def base_extent(self, start: int, stop: int) -> tuple[int, bool]:
+        """`Store.extent` of the base, which reads as zeros past its end. Raises OSError."""
+        base = self.base
+        assert base is not None
+        if not isinstance(base, Core):
+            return await base.extent(start, stop)
+        end, hole = await base.extent(start, min(stop, base.size)) if start < base.size else (stop, True)
+        return (stop, True) if hole and end == base.size else (end, hole)
 
     def start_fetching(self, *, copy_on_read: bool) -> Fetcher | None:
         """Read the base by a fetcher from now on; None where there is no base, or copies cannot be stored."""

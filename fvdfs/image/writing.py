@@ -1,10 +1,9 @@
-"""Writes to an open image, zeroing of ranges, and copies from its base.
+"""Writes to an open image, and zeroing of ranges.
 
 A write whose blocks are all local goes straight to the storage. One that touches a block which is not local holds
 these blocks (`cow.locks`), completes the first and the last from the base where it covers them only in part, stores
-all in one piece, and then, without a checkpoint between, sets the bits and tells the committer. A copy sets bits as a
-write does, under the same locks, but does not report `blocks_stored` (data and chunks it does report): a bit that is
-lost costs nothing.
+all in one piece, and then, without a checkpoint between, sets the bits and tells the committer. Copies from the base do
+it as writes do (`copying`).
 
 Zeroing is a write of zeros that stores none: the range becomes a hole in the storage (`Store.zero`), and its blocks
 local. A chunk without a place reads as zeros, and gets none, except under blocks of the base's range: a bit over a
@@ -31,14 +30,15 @@ from fvdfs.alloc.chunked import ChunkedStorage
 from fvdfs.cow.bitmap import Bitmap
 from fvdfs.cow.locks import Claim, Gate, RangeLock
 from fvdfs.cow.planner import WritePlan, Zeroes, plan_write, zero_runs
-from fvdfs.format.header import ceil_div
 from fvdfs.format.journal import merge
+from fvdfs.image.copying import Copies
 from fvdfs.image.core import PIECES_PER_TURN, Core
 from fvdfs.image.reading import Reads
 from fvdfs.image.resizing import Resizer
 from fvdfs.image.reuse import reuse_chunks
 from fvdfs.store.base import Buffer, Done, next_data
 
+ZERO_STEP = 8 << 20  # bytes of zeros that are written at a time
 CHUNKS_PER_SLICE = 1 << 14  # of a long range, before other requests get their turn
 ONE_READ = 64 << 10  # bytes; a shorter write between two parts of the base has both read in one piece
 
@@ -104,6 +104,7 @@ class Writes:
         self._resizer = resizer
         self.gate = gate
         self.locks = locks
+        self.copies = Copies(core, gate, locks, self._store_copied, self._store_zeros)
         self._allocating = trio.Lock()
         self._unsure_chunks = 0
         """Chunks of a device that were allocated since the last commit, at the most."""
@@ -305,39 +306,6 @@ class Writes:
             await self._reads.read_base(view, start)
         return buffer
 
-    async def store_copy(self, start: int, data: memoryview) -> int:
-        """Store bytes of the base, from `start` on: whole blocks that are missing and that nobody has claimed.
-
-        The number of bytes stored. Raises OSError.
-        """
-        core = self.core
-        bitmap = core.bitmap
-        if bitmap is None or self.gate.is_closed or core.committer.failed is not None or not core.writable:
-            return 0
-        block_size, base_size = core.base_range()
-        stop = min(start + len(data), base_size)
-        block = ceil_div(start, block_size)
-        end = bitmap.blocks if stop == base_size else stop // block_size
-        stored = 0
-        with self.gate.passed():
-            while block < end:
-                if bitmap.is_local(block):
-                    block = bitmap.next_missing(block) or end
-                    continue
-                free = self.locks.free_until(block, end)
-                if free == block:
-                    block += 1
-                    continue
-                piece_end = bitmap.next_local(block, free)
-                async with self.locks.hold(block, piece_end):
-                    piece_start, piece_stop = block * block_size, min(piece_end * block_size, base_size)
-                    piece = data[piece_start - start : piece_stop - start]
-                    await self._store(piece_start, piece_stop, piece, skip_zeros=True)
-                    bitmap.set_local(block, piece_end)
-                stored += piece_stop - piece_start
-                block = piece_end
-        return stored
-
     # --- the storage ------------------------------------------------------------------------------
 
     async def _store(self, start: int, stop: int, data: Buffer, *, skip_zeros: bool = False) -> None:
@@ -351,6 +319,9 @@ class Writes:
                 await self._store_zeros(piece_start, piece_stop)
             else:
                 await self._store_data(piece_start, piece_stop, view[piece_start - start : piece_stop - start])
+
+    async def _store_copied(self, start: int, stop: int, data: Buffer) -> None:
+        await self._store(start, stop, data, skip_zeros=True)
 
     async def _store_data(self, start: int, stop: int, view: memoryview) -> None:
         core = self.core
@@ -371,9 +342,11 @@ class Writes:
         await self._prepare_zeros(start, stop)
         try:
             for where, length in await self._places(start, stop):
-                data = await next_data(core.data, where, where + length)
-                if data < where + length:
-                    await core.data.pwrite(bytes(where + length - data), data)
+                at, end = where, where + length
+                while (at := await next_data(core.data, at, end)) < end:
+                    size = min(end - at, ZERO_STEP)
+                    await core.data.pwrite(bytes(size), at)
+                    at += size
         finally:
             core.committer.data_written()
 

@@ -27,14 +27,14 @@ import trio
 from fvdfs.cow.fetching import Fetch, Fetcher
 from fvdfs.cow.planner import zero_runs
 from fvdfs.format.creation import DEFAULT_PREFETCH
-from fvdfs.format.header import Header, ceil_div, round_up
+from fvdfs.format.header import Header
 from fvdfs.format.profile import Extent
 from fvdfs.image.image import Image
 from fvdfs.prefetch.linkwatch import GOOD_REQUEST
+from fvdfs.prefetch.order import Piece, ProfileOrder, next_piece
 from fvdfs.prefetch.pacing import FloorRule, Pacer
 from fvdfs.prefetch.profile import plan
 from fvdfs.prefetch.scheduler import Flow, Link, Scheduler
-from fvdfs.store.base import next_data
 
 log = logging.getLogger(__name__)
 
@@ -101,7 +101,9 @@ class Prefetcher:
         """`whole`: fetch all that is missing, not only a profile."""
         self.image = image
         self.copied = 0
-        """Bytes that were copied."""
+        """Bytes that were copied; those of holes were not."""
+        self._localized = 0  # the same with holes
+        self._looking = trio.Lock()
         self.ended = trio.Event()
         self.held = False
         """Whether somebody keeps the image open until this task has ended."""
@@ -226,30 +228,30 @@ class Prefetcher:
         while orders and failed:
             order, failed = orders.pop(), False
             while order.has_more():
-                before = self.copied
+                before = self._localized
                 try:
                     await self._pass(flow, fetcher, PROFILE_WORKERS, order)
                 except _Failure as failure:
                     failed = True
                     order.leave_out(failure.start)
-                    retry = await self._wait_after(failure, retry, progress=self.copied > before)
+                    retry = await self._wait_after(failure, retry, progress=self._localized > before)
                     self._state = Activity.PROFILE
 
     async def _fetch_all(self, flow: Flow, fetcher: Fetcher) -> None:
         """Copy until nothing is missing; after a failure wait and try again."""
         retry = FIRST_RETRY
         while True:
-            before = self.copied
+            before = self._localized
             try:
                 await self._pass(flow, fetcher, self._slots())
                 if await self._finish():
                     return
             except _Failure as failure:
                 self._skip(failure)
-                retry = await self._wait_after(failure, retry, progress=self.copied > before)
+                retry = await self._wait_after(failure, retry, progress=self._localized > before)
                 self._state = Activity.RUNNING
             else:
-                if self.copied == before:
+                if self._localized == before:
                     await trio.sleep(IDLE_PASS)
 
     async def _wait_after(self, failure: _Failure, retry: float, *, progress: bool) -> float:
@@ -320,46 +322,74 @@ class Prefetcher:
         return min(size if size > 0 else DEFAULT_PREFETCH, MAX_REQUEST)
 
     async def _copy_next(self, flow: Flow, fetcher: Fetcher, order: ProfileOrder | None) -> bool:
-        """Read and store one piece; False where there is none left. Raises _Failure."""
+        """Read and store one piece, or store a hole; False where there is none left. Raises _Failure."""
+        await self._wait_until_wanted()
+        urgent = order is not None
+        async with self._scheduler.turn(flow, urgent=urgent) as limit:
+            piece = order.next() if order is not None else await self._next(limit, fetcher)
+            if piece is None:
+                return False
+            if not piece.hole:
+                fetch = fetcher.begin_ahead(piece.start, piece.stop)
+                try:
+                    self._scheduler.spend(flow, piece.stop - piece.start)
+                    await self._read(flow.link, fetcher, fetch, urgent=urgent)
+                except BaseException:
+                    fetcher.give_up(fetch)
+                    raise
+        try:
+            if piece.hole:
+                await self._store_hole(flow, piece, urgent=urgent)
+            else:
+                await self._store(fetcher, fetch, urgent=urgent)
+        except OSError as error:
+            raise _Failure(piece.start, piece.stop, "storing", error) from error
+        if order is not None:
+            order.under_way.remove(piece)
+        return True
+
+    async def _wait_until_wanted(self) -> None:
+        """Wait while it is paused, by the user or its own rule."""
         while not self._resume.is_set() or (pause := self._rule.delay(trio.current_time())) > 0:
             if self._resume.is_set():
                 await trio.sleep(pause)
             else:
                 await self._resume.wait()
-        urgent = order is not None
-        async with self._scheduler.turn(flow, urgent=urgent) as limit:
-            start, stop = order.next() if order is not None else self._next(limit, fetcher)
-            if start >= stop:
-                return False
-            fetch = fetcher.begin_ahead(start, stop)
-            try:
-                if await self._is_hole(start, stop):
-                    await fetcher.fill(fetch, hole=True)
-                else:
-                    self._scheduler.spend(flow, stop - start)
-                    await self._read(flow.link, fetcher, fetch, urgent=urgent)
-            except BaseException:
-                fetcher.give_up(fetch)
-                raise
+
+    async def _store(self, fetcher: Fetcher, fetch: Fetch, *, urgent: bool) -> None:
+        """Store what was read. Raises OSError."""
+        size = fetch.stop - fetch.start
         self._scheduler.storing.start(trio.current_time())
         try:
             stored = await fetcher.store(fetch)
             if stored and not urgent:
-                await self.image.write_out(start, stop)
-        except OSError as error:
-            raise _Failure(start, stop, "storing", error) from error
+                await self.image.write_out(fetch.start, fetch.stop)
         finally:
             now = trio.current_time()
             seconds = self._scheduler.storing.stop(now)
-        self._scheduler.disk.written(now, stop - start, seconds)
+        self._scheduler.disk.written(now, size, seconds)
         if self._scheduler.disk.beset:
-            self._rule.wrote(now, stop - start, seconds)
-        if order is not None:
-            order.under_way.remove((start, stop))
+            self._rule.wrote(now, size, seconds)
         self.copied += stored
+        self._localized += stored
         self._recent.append((now, stored))
         self._forget_old()
-        return True
+        if urgent:
+            await fetcher.follow_hole(fetch)
+
+    async def _store_hole(self, flow: Flow, piece: Piece, *, urgent: bool) -> None:
+        """Make a hole local, which takes a turn for each step that writes zeros. Raises OSError."""
+        at = piece.start
+        while True:
+            end, stored = await self.image.store_hole(at, piece.stop, writes=True)
+            self._localized += stored
+            if end >= piece.stop:
+                return
+            await self.image.write_out(at, end)
+            at = end
+            await self._wait_until_wanted()
+            async with self._scheduler.turn(flow, urgent=urgent):
+                self._scheduler.spend(flow, 0)
 
     async def _read(self, link: Link, fetcher: Fetcher, fetch: Fetch, *, urgent: bool) -> None:
         size = len(fetch.data)
@@ -379,24 +409,24 @@ class Prefetcher:
         if link.watch.beset:
             self._rule.read(now, size, seconds)
 
-    def _next(self, limit: int, fetcher: Fetcher) -> tuple[int, int]:
-        """The next piece that is missing and that nobody fetches; empty where there is none."""
-        size = min(self._largest(), limit)
-        careful_until, careful_size = self._careful
-        if self._at < careful_until:
-            size = min(size, careful_size)
-        start, stop = next_piece(self.image, fetcher, self._at, math.inf, size)
-        self._at = stop
-        return start, stop
-
-    async def _is_hole(self, start: int, stop: int) -> bool:
-        base = self.image.base
-        if base is None or isinstance(base, Image):
-            return False
-        try:
-            return await next_data(base, start, stop) == stop
-        except OSError as error:
-            raise _Failure(start, stop, "looking for holes in the base", error) from error
+    async def _next(self, limit: int, fetcher: Fetcher) -> Piece | None:
+        """The next piece that is missing and that nobody fetches; None where there is none."""
+        block_size, base_size = self.image.base_range()
+        async with self._looking:
+            while True:
+                is_careful = self._at < self._careful[0]
+                size = min(self._largest(), limit, *(self._careful[1:] if is_careful else ()))
+                start, stop = next_piece(self.image, fetcher, self._at, math.inf, size)
+                if start >= stop:
+                    return None
+                self._at, hole = await fetcher.extents.blocks(start, stop, block_size, base_size)
+                if hole:
+                    self._at = min(self._at, start + size) if is_careful else self._at
+                    return Piece(start, self._at, hole=True)
+                start, stop = next_piece(self.image, fetcher, start, self._at, size)  # others were there meanwhile
+                if start < stop:
+                    self._at = stop = min(stop, self._at)
+                    return Piece(start, stop)
 
     def _forget_old(self) -> None:
         oldest = trio.current_time() - RATE_WINDOW
@@ -407,58 +437,6 @@ class Prefetcher:
 def is_mostly_zeros(data: memoryview) -> bool:
     """Whether more than half of it is zeros, in steps of 64 KiB."""
     return 2 * sum(stop - start for start, stop, zero in zero_runs(0, data) if zero) > len(data)
-
-
-def next_piece(image: Image, fetcher: Fetcher, start: int, limit: float, size: int) -> tuple[int, int]:
-    """The first whole blocks in [start, limit), about `size` bytes at most, that are missing and in no fetch."""
-    block_size, base_size = image.base_range()
-    while True:
-        start, stop = image.missing(start, size)
-        if start >= min(stop, limit):
-            return start, start
-        start, free_stop = fetcher.free(start, stop)
-        start = round_up(start, block_size)
-        stop = min(ceil_div(free_stop, block_size) * block_size, base_size)
-        if stop > free_stop:
-            stop = free_stop // block_size * block_size
-        if start < stop:
-            return start, stop
-        start = round_up(free_stop + 1, block_size)
-
-
-class ProfileOrder:
-    """Pieces in the order of a profile."""
-
-    def __init__(self, image: Image, fetcher: Fetcher, requests: Sequence[Extent]) -> None:
-        self._image = image
-        self._fetcher = fetcher
-        self._requests = deque(requests)
-        self.under_way: list[Extent] = []
-        """Pieces that were given out, and are not copied yet."""
-
-    def leave_out(self, start: int) -> None:
-        """Of what was under way, all but the piece that begins there comes again."""
-        self._requests.extendleft(piece for piece in reversed(self.under_way) if piece[0] != start)
-        self.under_way.clear()
-
-    def has_more(self) -> bool:
-        """Whether `next` has not come to the end yet."""
-        return bool(self._requests)
-
-    def next(self) -> tuple[int, int]:
-        """The next piece; empty where the profile ends."""
-        while self._requests:
-            start, stop = self._requests.popleft()
-            block_size = self._image.base_range()[0]
-            found, end = next_piece(
-                self._image, self._fetcher, start // block_size * block_size, stop, round_up(stop - start, block_size)
-            )
-            if found < end:
-                if end < stop:
-                    self._requests.appendleft((end, stop))
-                self.under_way.append((found, end))
-                return found, end
-        return 0, 0
 
 
 def status(image: Image, prefetcher: Prefetcher | None) -> dict[str, Any]:
