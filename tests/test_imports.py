@@ -39,9 +39,9 @@ IMPURE = {
     "xattrs": set[str](),
     "format": set[str](),
     "alloc": {"chunked", "flat", "growth"},
-    "cow": {"fetching", "locks", "writethrough"},
+    "cow": {"extents", "fetching", "locks", "writethrough"},
     "check": {"check", "examine", "layers", "repair"},
-    "prefetch": {"prefetcher", "pressure", "scheduler"},
+    "prefetch": {"order", "prefetcher", "pressure", "scheduler"},
     "store": {
         *("base", "devices", "filelock", "flushing", "host", "mountinfo", "paths", "uring", "worker"),
         *("qemu_daemon", "qemu_files", "qemu_store", "qemu_supervisor"),

@@ -216,12 +216,12 @@ async def copy(source: Side, target: Side, progress: Progress, *, over_base: boo
                 progress(at, size)
             return (start, at, holes) if not all(holes) else (size, size, holes)
 
-    async def read(start: int, length: int) -> Buffer:
+    async def read(side: Side, known: Extents, start: int, length: int) -> Buffer:
         began = trio.current_time()
-        data = await source.read(start, length)
+        data = await side.read(start, length)
         if len(data) < length:
             raise ImageError("source", f"it ends at {start + len(data)} bytes")
-        extents[0].was_read(length, trio.current_time() - began)
+        known.was_read(length, trio.current_time() - began)
         return data
 
     async def work() -> None:
@@ -229,8 +229,9 @@ async def copy(source: Side, target: Side, progress: Progress, *, over_base: boo
             start, stop, holes = await next_piece()
             if start >= stop:
                 return
-            data = await read(start, stop - start) if not holes[0] else bytes(stop - start)
-            old = await target.read(start, len(data)) if not all(holes[1:]) else _ZEROS
+            length = stop - start
+            data = await read(source, extents[0], start, length) if not holes[0] else bytes(length)
+            old = await read(target, extents[1], start, length) if not all(holes[1:]) else _ZEROS
             for begin, end in _differences(data, old):
                 await target.write(start + begin, memoryview(data)[begin:end])
             await trio.lowlevel.checkpoint()

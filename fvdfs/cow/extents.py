@@ -26,8 +26,8 @@ Ask = Callable[[int, int], Awaitable[tuple[int, bool]]]
 MAX_KNOWN = 1 << 12  # extents that are remembered
 STRIDE = 16 << 20  # bytes that count as data where asking does not pay; a longer hole counts as one of this length
 UNTOLD = 1 << 20  # bytes that count as data where asking failed
-CREDIT = 0.05  # seconds that may be spent in vain
-FADING = 0.9  # what an earlier question counts for, beside the next one
+CREDIT = 0.03  # seconds that may be spent in vain
+FADING = 0.98  # what an earlier question counts for, beside the next one
 
 
 class Extents:

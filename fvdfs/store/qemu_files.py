@@ -241,7 +241,7 @@ class QemuFiles:
 
     @property
     def has_device(self) -> bool:
-        """Whether any of them is a device: a hole in it may hold anything."""
+        """Whether any of them is a device: a hole in one that is written to may hold anything."""
         return any(opened.location.is_device or opened.is_device for opened in self._opened)
 
     @property

@@ -50,7 +50,12 @@ def _blockdev(node: Node, writable: bool, found: list[Options]) -> Options:
         driver = "host_device" if node.is_device else "file"
         # Who opened it holds QEMU's locks; another opening's would exclude it.
         file = {"driver": driver, "filename": f"/proc/self/fd/{node.fd}", "locking": "off"}
-    result: Options = {"driver": node.format, "file": {**file, **common}, **common}
+    file |= common
+    if node.location.is_device and not writable:
+        # QEMU's export takes for a hole also what a server has not stored and does not call zeros (NBD_STATE_HOLE
+        # alone). A quorum, here of one, tells zeros from all else, and nothing else.
+        file = {"driver": "quorum", "children": [file], "vote-threshold": 1, "read-pattern": "fifo", **common}
+    result: Options = {"driver": node.format, "file": file, **common}
     if node.format in _WITH_BACKING:
         result["backing"] = None
         if node.backing is not None:

@@ -64,8 +64,9 @@ class QemuStore(Stepwise):
     async def _start_daemon(self) -> StorageDaemon:
         files = self._files
         locked = [file.fileno() for file in files.host_files]
+        holes_are_zeros = not (self.writable and files.has_device)
         daemon = StorageDaemon(
-            self.name, files.descriptors, files.secret_file(), locked, holes_are_zeros=not files.has_device
+            self.name, files.descriptors, files.secret_file(), locked, holes_are_zeros=holes_are_zeros
         )
         await daemon.start(self._options, writable=self.writable)
         try:
