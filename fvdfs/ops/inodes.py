@@ -120,8 +120,9 @@ class Entry:
     def attributes(self) -> Attributes:
         """What is known without looking at the image file again."""
         self.look()
-        mtime_ns = self.mtime.ns if self.busy else max(self.status.st_mtime_ns, self.data_mtime_ns)
-        ctime_ns = max(self.status.st_ctime_ns, self.mtime.written_ns)
+        written_ns = 0 if self.busy else self.data_mtime_ns
+        mtime_ns = self.mtime.ns if self.busy else max(self.status.st_mtime_ns, written_ns)
+        ctime_ns = max(self.status.st_ctime_ns, self.mtime.written_ns, written_ns)
         image = self.image
         size, usage = (self.size, self.usage) if image is None else (image.end, image.usage())
         passed_through = isinstance(self.passthrough, Passthrough)
