@@ -44,6 +44,7 @@ LAYOUTS: dict[str, tuple[list[str], str]] = {
     "plain": ([], ""),
     "cow": ([*_COW, "--block-size", "64K"], ""),
     "cow, tiny journal": ([*_COW, "--block-size", "512", "--journal-size", "4K"], ""),
+    "compact": (["--compact", "--chunk-size", "32K", "--journal-size", "64K"], ""),
     "compact cow": ([*_COW, "--compact", "--block-size", "8K", "--chunk-size", "64K", "--journal-size", "64K"], ""),
     "data file": ([*_COW, "--data-file", "a.data", "--compact", "--chunk-size", "32K"], "writeback=off"),
     "copy-on-read, prefetching": (
@@ -68,7 +69,8 @@ def mounted_as(layout: str, folder: Path) -> AbstractContextManager[Mount]:
 class Ledger:
     """What each sector may hold: the generations not older than the last that was promised or seen.
 
-    A sector past the end of the disk holds zeros, as one in a gap that nobody has written does: generation 0.
+    A generation of zeros counts as negative. A sector past the end of the disk holds zeros, as one in a gap that
+    nobody has written does: generation 0.
     """
 
     journal: Path
@@ -89,8 +91,10 @@ class Ledger:
         pending: dict[str, list[tuple[int, int, int]]] = {}
         for line in text.decode().splitlines():
             kind, thread, *rest = line.split()
-            if kind == "w":
+            if kind in "wz":
                 first, count, generation = map(int, rest)
+                if kind == "z":
+                    generation = -generation
                 self.writes += 1
                 self.legal += [[0] for _ in range(len(self.legal), first + count)]
                 pending.setdefault(thread, []).append((first, count, generation))
@@ -117,15 +121,23 @@ class Ledger:
             content = disk[number * SECTOR : (number + 1) * SECTOR]
             if len(legal) == 1 and content == self._content(number, legal[0]):
                 continue
-            generation = 0 if content == self._content(number, 0) else generation_of(number, content)
-            if generation in legal:
-                self._promise(number, generation)
+            generation = self._oldest(number, content)
+            if generation is None:
+                what = "zeros" if content == bytes(SECTOR) else generation_of(number, content)
+                found.append(f"{who}: sector {number} holds {what}, not one of {legal}")
             else:
-                found.append(f"{who}: sector {number} holds {generation}, not one of {legal}")
+                self._promise(number, generation)
         return found
 
+    def _oldest(self, number: int, content: bytes) -> int | None:
+        """The oldest legal generation that looks like this; None: there is none."""
+        legal = self.legal[number]
+        return next((generation for generation in legal if content == self._content(number, generation)), None)
+
     def _content(self, number: int, generation: int) -> bytes:
-        return sector(number, generation) if generation or number < self.base_sectors else bytes(SECTOR)
+        if generation > 0 or (generation == 0 and number < self.base_sectors):
+            return sector(number, generation)
+        return bytes(SECTOR)
 
 
 def new_image(folder: Path, options: list[str]) -> Ledger:
@@ -235,6 +247,15 @@ def test_the_ledger_sees_what_is_lost(tmp_path: Path) -> None:
     disk[40 * SECTOR] = 1
     assert len(ledger.problems(bytes(disk), "x")) == 1
     disk[40 * SECTOR] = 0
+    with ledger.journal.open("a") as journal:
+        journal.write("z 0 3 1 4\n")
+    ledger.catch_up()
+    assert ledger.problems(bytes(disk), "x") == [], "zeros that were not flushed"
+    disk[3 * SECTOR : 4 * SECTOR] = bytes(SECTOR)
+    assert ledger.problems(bytes(disk), "x") == []
+    disk[3 * SECTOR : 4 * SECTOR] = sector(3, 2)
+    assert len(ledger.problems(bytes(disk), "x")) == 1, "what was seen as zeros became older"
+    disk[3 * SECTOR : 4 * SECTOR] = bytes(SECTOR)
     with ledger.journal.open("a") as journal:
         journal.write(f"w 0 {DISK // SECTOR} 1 5\ns 0\nw 0 {DISK // SECTOR + 2} 1 6\n")
     ledger.catch_up()
