@@ -5,8 +5,8 @@ and after each fsync that it was answered. After the kill each sector must hold 
 was written later, both as an independent reader of the image sees it and through a new mount. What was seen once
 counts as promised from then on: a later kill must not bring back what is older.
 
-The second part has ext4 instead, on a loop device over the disk or in a guest: a file system notices if what it
-flushed is not there.
+The second part has ext4 instead, on a loop device over the disk, which discards what it frees: a file system notices
+if what it flushed is not there.
 
 FVDFS_KILLS sets how often each layout is killed, FVDFS_KILLS_SEED has other moments tried.
 """
@@ -274,7 +274,7 @@ EXT4_DISK = "24M"
 
 
 class Ext4:
-    """A file system on a disk, written to through a loop device."""
+    """A file system on a disk, written to through a loop device; it discards what becomes free."""
 
     def __init__(self, mount: Mount, point: Path) -> None:
         self._raw = mount.raw("a")
@@ -285,7 +285,8 @@ class Ext4:
         done = subprocess.run(["losetup", "-f", "--show", self._raw], check=True, capture_output=True, text=True)
         self._device = done.stdout.strip()
         try:
-            subprocess.run(["mount", "-t", "ext4", "-o", "errors=continue", self._device, self._point], check=True)
+            options = ["-t", "ext4", "-o", "errors=continue,discard"]
+            subprocess.run(["mount", *options, self._device, self._point], check=True)
         except BaseException:
             subprocess.run(["losetup", "-d", self._device], check=False)
             raise
