@@ -122,6 +122,11 @@ async def cancelled_write(bench: Bench) -> None:
     await bench.image.write(AT, NEW)
 
 
+async def cancelled_zero(bench: Bench) -> None:
+    bench.may_hold(AT, bytes(len(NEW)))
+    await bench.image.zero(AT, AT + len(NEW))
+
+
 async def cancelled_flush(bench: Bench) -> None:
     bench.may_hold(AT, NEW)
     await bench.image.write(AT, NEW)

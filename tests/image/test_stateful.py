@@ -29,7 +29,7 @@ from trio.testing import MockClock
 from fvdfs.image.image import Image
 from fvdfs.prefetch.prefetcher import Prefetcher
 from fvdfs.prefetch.scheduler import Scheduler
-from fvdfs.store.base import Store
+from fvdfs.store.base import Store, next_data
 from fvdfs.store.host import HostFile
 from support import reference
 from support.builder import IMAGE, KIB, LAYOUTS, Layout, load, read_files
@@ -45,10 +45,13 @@ from support.fakes import (
     Killed,
     Resize,
     close,
+    extents_as_mounted,
     fsync_some_way,
     look,
     read_as_mounted,
+    reserve_some_way,
     write_some_way,
+    zero_some_way,
 )
 
 T = TypeVar("T")
@@ -206,7 +209,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Op:
-    """A read, write or flush; `data` is the seed of what is written, 0: zeros."""
+    """A read, write, zero, reserve or flush; `data` is the seed of what is written, 0: zeros."""
 
     kind: str
     place: Place = Place("byte", 0, 0)
@@ -216,6 +219,11 @@ class Op:
     @property
     def payload(self) -> bytes:
         return random.Random(self.data).randbytes(self.length) if self.data else bytes(self.length)
+
+    @property
+    def changes(self) -> bool:
+        """Whether it gives bytes another content."""
+        return self.kind in ("write", "zero")
 
 
 UNITS = ("byte", "sector", "block", "chunk", "base", "end")
@@ -229,9 +237,12 @@ lengths = st.one_of(
 )
 payloads = st.integers(0, 1 << 30)
 writes = st.builds(Op, st.just("write"), places, lengths, payloads)
+zeros = st.builds(Op, st.just("zero"), places, st.one_of(lengths, st.integers(1, 1 << 21)))
+reserves = st.builds(Op, st.just("reserve"), places, lengths)
 reads = st.builds(Op, st.just("read"), places, lengths)
 flushes = st.just(Op("flush"))
-operations = st.one_of(writes, writes, reads, flushes)
+changes = st.one_of(writes, writes, zeros)
+operations = st.one_of(writes, writes, zeros, reads, flushes, st.one_of(reads, reserves))
 sequences = st.lists(operations, min_size=2, max_size=8)
 at_once = st.lists(st.lists(operations, min_size=1, max_size=2), min_size=2, max_size=3)
 """Several tasks, each with one or two operations."""
@@ -316,17 +327,22 @@ class Machine(RuleBasedStateMachine):
         self.counts[op.kind] += 1
         offset = self._offset(op.place, size)
         start = self.files.clock.tick()
-        if op.kind == "write":
+        if op.changes:
             data = op.payload[: size - offset]
             at = len(self.disk.writes)
             self.disk.writes.append(DiskWrite(start, 1 << 60, offset, data))
-            await write_some_way(self.image, offset, data, start)
+            if op.kind == "write":
+                await write_some_way(self.image, offset, data, start)
+            else:
+                await zero_some_way(self.image, offset, offset + len(data), start)
             done = DiskWrite(start, self.files.clock.tick(), offset, data)
             at = next(i for i, w in enumerate(self.disk.writes) if w.start == start)
             self.disk.writes[at] = done
         elif op.kind == "flush":
             await fsync_some_way(self.image, start)
             self.disk.flushes.append((start, self.files.clock.tick()))
+        elif op.kind == "reserve":
+            await reserve_some_way(self.image, offset, offset + op.length)
         else:
             data = bytes(await read_as_mounted(self.image, offset, op.length))
             self.disk.check_read(offset, data, start, self.files.clock.tick())
@@ -454,7 +470,24 @@ class Machine(RuleBasedStateMachine):
         self.files.pace(pauses)
         self._run(lambda: self._together(ops, self.disk.size))
 
-    @rule(ops=st.lists(writes, min_size=2, max_size=5), place=places, pauses=st.integers(0, 1 << 16))
+    @rule(place=places, length=lengths)
+    def extents(self, place: Place, length: int) -> None:
+        """What is a hole reads as zeros, and every byte that is none is found."""
+        self.counts["extents"] += 1
+        start = self._offset(place, self.disk.size)
+        stop = min(start + length, self.disk.size) if length % 2 else self.disk.size
+
+        async def main() -> None:
+            await look(self.image)
+            for at, end, hole in await extents_as_mounted(self.image, start, stop):
+                assert not (hole and any(self.disk.content[at:end])), f"bytes {at}..{end} are no hole"
+            content = self.disk.content[start:stop]
+            first = start + len(content) - len(content.lstrip(b"\0"))
+            assert await next_data(self.image, start, stop) <= first
+
+        self._trio(main)
+
+    @rule(ops=st.lists(changes, min_size=2, max_size=5), place=places, pauses=st.integers(0, 1 << 16))
     def together_at_one_place(self, ops: Sequence[Op], place: Place, pauses: int) -> None:
         self.files.pace(pauses)
         near = [[Op(op.kind, Place(place.unit, place.index, op.place.delta), op.length, op.data)] for op in ops]
@@ -630,7 +663,7 @@ class Machine(RuleBasedStateMachine):
         with self._dying(nth):
             self._trio(main)
         if self.image.committer.unseen_writes:  # the kernel goes on
-            self._trio(self._in_turn, [op for op in ops if op.kind == "write"])
+            self._trio(self._in_turn, [op for op in ops if op.changes])
         self._after_cut(self.files.clock.tick(), stable=False)
 
     @precondition(lambda self: self.files.can_cut)

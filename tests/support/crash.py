@@ -63,9 +63,12 @@ from support.fakes import (
     MemoryStore,
     Resize,
     close,
+    extents_as_mounted,
     fsync_some_way,
     read_as_mounted,
+    reserve_some_way,
     write_some_way,
+    zero_some_way,
 )
 
 NEVER = 1 << 60
@@ -479,13 +482,38 @@ class Simulation:
             count = min(length, self.disk.size - at)
             data = bytes(count) if zeros else self.rng.randbytes(count)
             start = self.clock.tick()
-            logged = len(self.disk.writes)
-            self.disk.writes.append(DiskWrite(start, NEVER, at, data))
-            await write_some_way(self.image, at, data, start)
-            logged = next(n for n, write in enumerate(self.disk.writes) if write.start == start)
-            self.disk.writes[logged] = DiskWrite(start, self.clock.tick(), at, data)
+            with self._logged(start, at, data):
+                await write_some_way(self.image, at, data, start)
 
         return work
+
+    def zero(self, offset: int, length: int) -> Callable[[], Awaitable[None]]:
+        """Have a range read as zeros, without writing them; it may reach past the end of the disk."""
+
+        async def work() -> None:
+            at = min(offset, self.disk.size - 1)
+            start = self.clock.tick()
+            with self._logged(start, at, bytes(min(length, self.disk.size - at))):
+                await zero_some_way(self.image, at, at + length, start)
+
+        return work
+
+    @contextmanager
+    def _logged(self, start: int, at: int, data: bytes) -> Iterator[None]:
+        """A change of the disk, from that time on until now."""
+        self.disk.writes.append(DiskWrite(start, NEVER, at, data))
+        yield
+        logged = next(n for n, write in enumerate(self.disk.writes) if write.start == start)
+        self.disk.writes[logged] = DiskWrite(start, self.clock.tick(), at, data)
+
+    def reserve(self, offset: int, length: int) -> Callable[[], Awaitable[None]]:
+        """Reserve space, which changes nothing of what the disk holds."""
+        return lambda: reserve_some_way(self.image, offset, offset + length)
+
+    async def extents_are_right(self) -> None:
+        """What is said to be a hole reads as zeros. Nothing else may be under way."""
+        for at, stop, hole in await extents_as_mounted(self.image, 0, self.image.size):
+            assert not (hole and any(await self.image.read(at, stop - at))), f"bytes {at}..{stop} are no hole"
 
     async def flush(self) -> None:
         start = self.clock.tick()
@@ -645,6 +673,15 @@ def _header(files: Files) -> Header:
     return Header.decode(bytes(files[IMAGE][: 8 * KIB]), IMAGE)
 
 
+def _is_left_alone(name: str, start: int, before: Files) -> Callable[[Files], None]:
+    """What stands in this file from that byte on stays."""
+
+    def check(files: Files) -> None:
+        assert files[name][start:] == before[name][start:], "bytes behind the disk were changed"
+
+    return check
+
+
 def _is_clean(files: Files) -> None:
     assert _header(files).clean, "closed, but not clean"
 
@@ -716,6 +753,29 @@ def zeroing(sim: Simulation) -> None:
         sim.step(sim.write(9000, 600, zeros=True), sim.flush)
         sim.step(sim.close)
         sim.forget_facts()
+
+
+def punching(sim: Simulation) -> None:
+    """Ranges that become zeros: parts of blocks and chunks, many of them, all that is left, beside flushes."""
+    header = _header(sim.files)
+    block, chunk = header.block_size or 1024, header.chunk_size or 4096
+    base, size = header.base_img_size, sim.disk.size
+    sim.step(sim.open)
+    if sim.devices and not header.compact:
+        sim.fact(_is_left_alone(sim.devices[0], header.data_offset + size, sim.files))
+    sim.step(sim.zero(block + 100, max(block, 2 * chunk)), sim.read(block, 2 * block), sim.flush)
+    sim.step(sim.write(2 * chunk - 300, 700), sim.flush, sim.reserve(chunk, 3 * chunk))
+    sim.step(sim.together(sim.zero(2 * chunk - 700, 900), sim.flush, sim.read(2 * chunk - 700, 900)))
+    sim.step(sim.together(sim.zero(5 * block - 70, 600), sim.write(5 * block + 520, 200), sim.zero(4 * block, 300)))
+    if base:
+        sim.step(sim.zero(base - block - 300, 2 * block), sim.extents_are_right, sim.flush)
+    sim.step(sim.together(sim.write(4 * chunk, 600), sim.zero(4 * chunk + 600, 2 * chunk), sim.flush))
+    sim.step(sim.close)
+    sim.facts = [fact for fact in sim.facts if fact.check is not _is_clean]
+    sim.step(sim.open)
+    sim.step(sim.write(size - 600, 600), sim.zero(size - 9 * SECTOR, size))
+    sim.step(sim.zero(chunk // 2, size - chunk), sim.extents_are_right, sim.flush, sim.write(chunk, 600))
+    sim.step(sim.close)
 
 
 def copying(sim: Simulation) -> None:
@@ -905,6 +965,7 @@ def writing_base(sim: Simulation) -> None:
         sim.step(sim.write(offset, length), sim.flush, *([base_is_written] if through else []))
         sim.forget_facts()
         sim.step(sim.write(offset + 300, 100), sim.flush, sim.write(header.base_img_size - 600, 600), sim.flush)
+        sim.step(sim.zero(offset + 400, 3 * header.block_size), sim.flush, *([base_is_written] if through else []))
         sim.step(sim.close, base_is_written)
         sim.forget_facts()
 
@@ -952,7 +1013,7 @@ def killing(sim_of: Callable[[], Simulation]) -> None:
             await sim.write(block - 100, 200)()
             await sim.flush()
             await sim.write(2 * chunk - 300, 700)()
-            await sim.write(block - 100, 200)()
+            await sim.zero(block - 100, 200)()
             await sim.flush()
             await sim.write(5 * chunk, 700)()
             if sim.layout.passed_through:
@@ -991,6 +1052,7 @@ SCENARIOS: dict[str, Callable[[Callable[[], Simulation]], None]] = {
     "resizing": lambda sim_of: resizing(sim_of()),
     "appending": lambda sim_of: appending(sim_of()),
     "zeroing": lambda sim_of: zeroing(sim_of()),
+    "punching": lambda sim_of: punching(sim_of()),
     "copying": lambda sim_of: copying(sim_of()),
     "writing to the base": lambda sim_of: writing_base(sim_of()),
     "closing": lambda sim_of: closing(sim_of()),

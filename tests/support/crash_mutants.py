@@ -5,8 +5,9 @@ at a time, and each change must make some simulation fail:
 
     without   a flush, or what reports that a commit has to cover something, is left out
     swapped   two neighbours among the statements of a block that wait for something durable change places
+    changed   a piece of the function's text, one of `CHANGED`, is replaced
 
-A mutant is made from the syntax tree of its module; of the compiled module only the code of the one function
+A mutant is made from the syntax tree of its module, or from its text; of the compiled module only the code of the one function
 is taken, and put into the function of the running program for as long as the simulations run.
 """
 
@@ -43,6 +44,21 @@ MODULES = (
     "fvdfs.alloc.flat",
     "fvdfs.image.loading",
 )
+CHANGED = (
+    ("fvdfs.image.writing", "Writes.zero", "min(stop, core.size)", "stop"),
+    ("fvdfs.image.writing", "Writes._zero", "in (plan.head, plan.tail)", "in (plan.tail,)"),
+    ("fvdfs.image.writing", "Writes._zero", "in (plan.head, plan.tail)", "in (plan.head,)"),
+    ("fvdfs.image.writing", "Writes._zero", "hold(plan.first, plan.end)", "hold(plan.first, plan.first)"),
+    ("fvdfs.image.writing", "Writes._zero", "await core.base_writer.zeroed", "core.base_writer.zeroed"),
+    ("fvdfs.image.writing", "Writes._prepare_zeros", "if start < base_size", "if False"),
+    ("fvdfs.image.writing", "Writes._prepare", "await core.committer.mark_unclean()", "pass"),
+    ("fvdfs.image.writing", "Writes._places", "if where is not None", "if where"),
+    ("fvdfs.image.writing", "Writes._places", "where + run_stop - run_start", "where + run_stop - run_start + 512"),
+    ("fvdfs.cow.writethrough", "WriteThrough.zeroed", "self._written = True", "pass"),
+    ("fvdfs.cow.writethrough", "WriteThrough.zeroed", "stop - start", "stop - start + 512"),
+    ("fvdfs.cow.writethrough", "WriteBack.zeroed", "self.owe(first, end)", "pass"),
+)
+"""Module, function, and what of its text is replaced by what: slips in what zeroes ranges."""
 FLUSHES = {"flush", "_flush"}
 OF_STORE = {"append_by_steps", "Stepwise.append_stable"}  # what else that module has is not simulated
 REPORTS = {"mark_committed", "pages_written", "data_written", "blocks_stored", "chunks_allocated"}
@@ -53,8 +69,10 @@ DURABLE = FLUSHES | {
     *("release_base", "write_profile", "close"),
     *("grow", "shrink", "_grow", "_grow_to", "_shrink", "_make_room", "_make_room_on_device", "prepare", "_prepare"),
     *("_store", "_store_data", "_store_zeros", "wrote", "begin_base_writing"),
+    *("_punch", "_prepare_zeros", "zeroed", "reserve"),
     *("begin_unseen_writes", "mark_unclean", "look_at_length", "make_whole", "settle", "recover_length"),
 }
+REPORTED = {"stored"}  # calls that wait for nothing, and must come after what is durable
 HANGS = 60  # seconds of one simulation, after which it counts as failed
 
 PAIRS = (
@@ -72,6 +90,8 @@ PAIRS = (
         ("compact-4k", "leftovers"),
     ),
     *(("cow-7680", "zeroing"), ("compact-4k", "zeroing"), ("plain-on-device", "zeroing")),
+    *(("cow-7680", "punching"), ("compact-cow-512-4k", "punching"), ("cow-7680-on-device", "punching")),
+    *(("compact-4k", "punching"), ("cow-data-file", "punching")),
     *(("cow-7680-writethrough", "writing to the base"), ("cow-512-writeback", "writing to the base")),
     *(("compact-cow-data-file", "recovering"), ("cow-7680", "recovering"), ("cow-no-journal", "copying")),
     *(("passed-through", "appending"), ("passed-through", "killing"), ("passed-through", "unused")),
@@ -137,7 +157,7 @@ def _changes(function: ast.AST) -> Iterator[str]:
                 block[at] = ast.copy_location(ast.Pass(), statement)
                 yield f"without {_short(statement)}"
                 block[at] = statement
-        durable = [at for at, statement in enumerate(block) if _awaits(statement) & DURABLE]
+        durable = [at for at, each in enumerate(block) if _awaits(each) & DURABLE or _called(each) in REPORTED]
         for a, b in itertools.pairwise(durable):
             block[a], block[b] = block[b], block[a]
             yield f"swapped {_short(block[b])} | {_short(block[a])}"
@@ -170,8 +190,23 @@ def _function(module: object, name: str) -> FunctionType:
     return found
 
 
+def _changed() -> Iterator[Mutant]:
+    """The mutants of `CHANGED`."""
+    for module_name, function, old, new in CHANGED:
+        module = importlib.import_module(module_name)
+        path = inspect.getsourcefile(module)
+        assert path is not None
+        whole, part = Path(path).read_text(), inspect.getsource(_function(module, function))
+        assert whole.count(part) == 1
+        assert part.count(old) == 1, f"{function}: {old}"
+        code = _code(compile(whole.replace(part, part.replace(old, new)), path, "exec"), function)
+        name = f"{module_name.rpartition('.')[2]}: {function.rpartition('.')[2]}: changed {old} | {new}"
+        yield Mutant(name, _function(module, function), code)
+
+
 def mutants() -> Iterator[Mutant]:
     """All of them, in the order of the source; names are unique."""
+    yield from _changed()
     names: Counter[str] = Counter()
     for module_name in MODULES:
         module = importlib.import_module(module_name)

@@ -25,6 +25,8 @@ from fvdfs.image.image import Image
 from fvdfs.store.base import Buffer, Done, Pending, Stepwise, Store, result_of
 
 SECTOR = 512  # a disk writes this much whole or not at all
+UNIT = 4096  # bytes; what a store in memory has, or has not, taken space for
+_ZEROS = bytes(UNIT)
 READ_ONLY = "a store that is not writable was asked to change"
 
 
@@ -79,6 +81,38 @@ async def write_some_way(image: Image, offset: int, data: bytes, number: int) ->
         await image.write(offset, data)
 
 
+async def zero_some_way(image: Image, start: int, stop: int, number: int) -> None:
+    """Have bytes read as zeros: the kernel is asked where it has the disk; `number` decides whether it may be written."""
+    if (file := _file_of_kernel(image)) is not None:
+        await file.zero(start, stop - start)
+    else:
+        await image.zero(start, stop, discard=number % 2 > 0)
+
+
+async def reserve_some_way(image: Image, start: int, stop: int) -> None:
+    """Reserve space for bytes, as a mount does it."""
+    if (file := _file_of_kernel(image)) is not None:
+        await file.reserve(start, stop - start)
+    else:
+        await image.reserve(start, stop)
+
+
+async def extents_as_mounted(image: Image, start: int, stop: int) -> list[tuple[int, int, bool]]:
+    """Bytes [start, stop) as extents (start, stop, hole), without gap, as who seeks in the disk finds them."""
+    found = []
+    while start < stop:
+        known = image.extent_nowait(start, stop)
+        end, hole = await image.extent(start, stop)
+        assert start < end <= stop
+        if known is not None:
+            assert known[1]
+            assert hole
+            assert known[0] <= end
+        found.append((start, end, hole))
+        start = end
+    return found
+
+
 async def read_as_mounted(image: Image, offset: int, length: int) -> bytearray:
     """Into a buffer that was used before."""
     buffer = bytearray(b"\xa5") * length
@@ -117,7 +151,11 @@ async def close(image: Image) -> None:
 
 
 class MemoryStore(Stepwise):
-    """Bytes in memory. Calls that need not wait do not, unless it is `slow`."""
+    """Bytes in memory. Calls that need not wait do not, unless it is `slow`.
+
+    As in a file of a file system, what was written takes space, a whole `UNIT` each, and is no hole, though it be zeros;
+    a unit that was never written, or was zeroed as a whole, is one.
+    """
 
     def __init__(
         self,
@@ -131,10 +169,13 @@ class MemoryStore(Stepwise):
     ) -> None:
         """A slow call waits one turn of the scheduler, or, with `pauses`, a few as that decides."""
         self.data = bytearray(data)
+        self._taken = bytearray(not _ZEROS.startswith(data[at : at + UNIT]) for at in range(0, len(data), UNIT))
         self.name = name
         self.writable = writable
         self.fixed_size = fixed_size
         self.server = "memory"
+        self.can_punch = True
+        """Whether it can make holes."""
         self.is_remote = False
         self.slow = slow
         self.pauses = pauses
@@ -166,6 +207,10 @@ class MemoryStore(Stepwise):
             self.data.extend(bytes(offset - len(self.data)))
         self.data[offset : offset + len(data)] = data
         self.bytes_written += len(data)
+        self._taken.extend(bytes(_units(len(self.data)) - len(self._taken)))
+        first, end = offset // UNIT, _units(offset + len(data))
+        if data:
+            self._taken[first:end] = b"\1" * (end - first)
 
     def _resize(self, size: int) -> None:
         assert self.writable, READ_ONLY
@@ -175,6 +220,8 @@ class MemoryStore(Stepwise):
             return
         del self.data[size:]
         self.data.extend(bytes(size - len(self.data)))
+        del self._taken[_units(size) :]
+        self._taken.extend(bytes(_units(size) - len(self._taken)))
 
     def pread_nowait(self, buffer: memoryview, offset: int) -> bool:
         self._count("pread_nowait")
@@ -202,21 +249,35 @@ class MemoryStore(Stepwise):
 
     async def zero(self, offset: int, length: int, *, writes: bool = True) -> None:
         await self._wait("pwrite")
-        length = max(0, min(length, len(self.data) - offset))
-        self._write(bytes(length), offset)
+        if not self.can_punch and not writes:
+            raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP), self.name)
+        stop = min(offset + length, len(self.data))
+        if offset >= stop:
+            return
+        taken = self._taken[:]
+        self._write(bytes(stop - offset), offset)
+        if self.can_punch:
+            first, end = _units(offset), _units(stop) if stop == len(self.data) else stop // UNIT
+            taken[first:end] = bytes(max(0, end - first))
+            self._taken[:] = taken
 
     async def reserve(self, offset: int, length: int) -> None:
         await self._wait("pwrite")
+        assert self.writable, READ_ONLY
+        assert length > 0, "nothing to reserve"
 
     async def extent(self, start: int, stop: int) -> tuple[int, bool]:
+        await self._wait("extent")
+        assert start < stop, "an extent of nothing"
         if self.fixed_size:
             return stop, False
-        data = self.data[start:stop]
-        zeros = len(data) - len(data.lstrip(b"\0"))
-        if zeros or not data:
-            return (start + zeros if zeros < len(data) else stop), True
-        end = data.find(bytes(SECTOR))
-        return (start + end if end > 0 else stop), False
+        taken = self._taken.find(1, start // UNIT)
+        if taken < 0 or taken * UNIT >= stop:
+            return stop, True
+        if taken * UNIT > start:
+            return taken * UNIT, True
+        free = self._taken.find(0, taken)
+        return min(stop, (free if free >= 0 else len(self._taken)) * UNIT), False
 
     def start_flush(self, done: Done) -> bool:
         return start(self.flush, done)
@@ -233,10 +294,14 @@ class MemoryStore(Stepwise):
         self._resize(size)
 
     def usage(self) -> int:
-        return len(self.data)
+        return sum(self._taken) * UNIT
 
     async def aclose(self) -> None:
         self.closed = True
+
+
+def _units(size: int) -> int:
+    return -(-size // UNIT)
 
 
 class Clock:
@@ -329,6 +394,7 @@ class CrashStore(MemoryStore):
         """The device becomes longer at once, and holds this there; it was so at every earlier cut, too."""
         assert self.fixed_size
         self.data.extend(data)
+        self._taken.extend(b"\1" * (_units(len(self.data)) - len(self._taken)))
         self._start.extend(data)
 
     async def flush(self) -> None:
@@ -515,6 +581,7 @@ class FaultStore(Stepwise):
         await self.inner.reserve(offset, length)
 
     async def extent(self, start: int, stop: int) -> tuple[int, bool]:
+        self._check("extent")
         return await self.inner.extent(start, stop)
 
     def start_flush(self, done: Done) -> bool:

@@ -31,7 +31,9 @@ from support.fakes import (
     Resize,
     close,
     fsync_some_way,
+    reserve_some_way,
     write_some_way,
+    zero_some_way,
 )
 
 NEVER = 1 << 60
@@ -60,17 +62,28 @@ class Workload:
         self.errors: list[OSError | FvdError] = []
         self.rng = random.Random(1)
 
-    async def write(self, offset: int, length: int) -> None:
+    async def write(self, offset: int, length: int, *, zero: bool = False) -> None:
+        """Write random bytes; `zero`: have the range read as zeros instead."""
         offset = min(max(0, offset), self.disk.size - 1)
-        data = self.rng.randbytes(min(length, self.disk.size - offset))
+        length = min(length, self.disk.size - offset)
+        data = bytes(length) if zero else self.rng.randbytes(length)
         start = self.clock.tick()
         try:
-            await write_some_way(self.image, offset, data, start)
+            if zero:
+                await zero_some_way(self.image, offset, offset + length, start)
+            else:
+                await write_some_way(self.image, offset, data, start)
         except OSError as error:
             self.errors.append(error)
             self.disk.writes.append(DiskWrite(start, self.clock.tick(), offset, data, failed=True))
         else:
             self.disk.writes.append(DiskWrite(start, self.clock.tick(), offset, data))
+
+    async def reserve(self, offset: int, length: int) -> None:
+        try:
+            await reserve_some_way(self.image, offset, offset + length)
+        except OSError as error:
+            self.errors.append(error)
 
     async def flush(self) -> None:
         start = self.clock.tick()
@@ -144,8 +157,9 @@ class Workload:
         await self.write(5 * chunk + 100, chunk)
         await self.flush()
         await self.write(base - 700, 1900)
-        await self.write(3 * block + 512, 2 * block)
+        await self.write(3 * block + 512, 2 * block, zero=True)
         await self.write(block - 100, 300)
+        await self.reserve(7 * chunk, 3 * chunk)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self.write, 9 * chunk, 700)
             nursery.start_soon(self.write, 9 * chunk + 600, 9000)
@@ -160,6 +174,7 @@ class Workload:
         size = self.disk.size
         await self.write(size - 5000, 5000)
         await self.write(size - 40 * KIB, 1000)
+        await self.write(size - 4000, 3000, zero=True)
         await self.flush()
         await self.write(size // 2, 3000)
 
