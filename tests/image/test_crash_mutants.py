@@ -14,6 +14,9 @@ _HELD = "if self.base_writer is not None"
 _DIRTY = "if self.committer.dirty or self.committer.failed is not None"
 _UNCLEAN = "if core.header.clean and core.header.has_metadata: … change_header"
 
+_LOCAL = "the blocks are local, whatever is stored in them now"
+_OF_BASE = "if core.base_writer is not None"
+_APART = "the bits say nothing of the base, which keeps its old bytes or gets the new ones"
 _RELEASE, _CLEAN = "commit: release_base", "if not self.header.compact"
 _TORN = "too few simulations to see a torn header; test_every_state[cow-data-file-on-device] does"
 EQUIVALENT: dict[str, str] = {
@@ -23,8 +26,14 @@ EQUIVALENT: dict[str, str] = {
     f"commit: recover: swapped {_META} | await self.checkpoint(clear_journal=self.journal_is_bad)": (
         "the checkpoint writes only what a replay has rebuilt, from records written after clean_shutdown=0 was stable"
     ),
-    "writing: _store_zeros: swapped if start < core.geometry.base_size: … _prepare | try: … pwrite, zero": (
-        "a place that is new reads as zeros: nothing is stored there, before or after"
+    "writing: _write: swapped await self._store(start, stop, data) | self.stored(bitmap, plan)": _LOCAL,
+    "writing: _zero: swapped await self._punch(start, stop, writes=not discard) | self.stored(bitmap, plan)": _LOCAL,
+    f"writing: _write: swapped self.stored(bitmap, plan) | {_OF_BASE}: … wrote": _APART,
+    f"writing: _zero: swapped self.stored(bitmap, plan) | {_OF_BASE}: … zeroed": _APART,
+    "writing: _zero: swapped for part in (plan.head, plan.tail): … _store | "
+    "await self._punch(start, stop, writes=not discard)": "nobody reads any of it before the bits are set",
+    "writing: _reserve: without core.committer.data_written()": (
+        "space that is reserved holds nothing; test_what_is_reserved_is_flushed does see it"
     ),
     "image: release_base: swapped await self.committer.release_base() | if self.fetcher is not None: … close": (
         "no block is missing any more, so that the fetcher has nothing to store"

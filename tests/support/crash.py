@@ -540,6 +540,16 @@ class Simulation:
 
         return work
 
+    def watch(self, offset: int, length: int) -> Callable[[], Awaitable[None]]:
+        """Reads, again and again for a while."""
+
+        async def work() -> None:
+            for _ in range(24):
+                await self.read(offset, length)()
+                await trio.lowlevel.checkpoint()
+
+        return work
+
     def resize(self, change: int) -> None:
         """A step of its own."""
         size = self.disk.size + change
@@ -763,7 +773,10 @@ def punching(sim: Simulation) -> None:
     sim.step(sim.open)
     if sim.devices and not header.compact:
         sim.fact(_is_left_alone(sim.devices[0], header.data_offset + size, sim.files))
-    sim.step(sim.zero(block + 100, max(block, 2 * chunk)), sim.read(block, 2 * block), sim.flush)
+    watch = sim.watch(block, 3 * block)  # on both sides: one of them comes next, whatever the order
+    sim.step(sim.together(watch, sim.zero(block + 100, max(block, 2 * chunk)), watch), sim.flush)
+    if base or not header.compact:
+        sim.step(sim.stored_once(sim.zero(2 * block - 200, 150)), sim.flush)
     sim.step(sim.write(2 * chunk - 300, 700), sim.flush, sim.reserve(chunk, 3 * chunk))
     sim.step(sim.together(sim.zero(2 * chunk - 700, 900), sim.flush, sim.read(2 * chunk - 700, 900)))
     sim.step(sim.together(sim.zero(5 * block - 70, 600), sim.write(5 * block + 520, 200), sim.zero(4 * block, 300)))
@@ -774,7 +787,7 @@ def punching(sim: Simulation) -> None:
     sim.facts = [fact for fact in sim.facts if fact.check is not _is_clean]
     sim.step(sim.open)
     sim.step(sim.write(size - 600, 600), sim.zero(size - 9 * SECTOR, size))
-    sim.step(sim.zero(chunk // 2, size - chunk), sim.extents_are_right, sim.flush, sim.write(chunk, 600))
+    sim.step(sim.zero(0, size - chunk), sim.extents_are_right, sim.flush, sim.write(chunk, 600))
     sim.step(sim.close)
 
 
@@ -960,13 +973,17 @@ def writing_base(sim: Simulation) -> None:
             assert found[write.offset : write.offset + len(part)] == part, "the base was not written"
         sim.fact(base_has(found))
 
+    async def base_has_all() -> None:
+        """All earlier steps have reached it."""
+        assert sim.stores[BASE].data[: header.base_img_size] == sim.disk.content[: header.base_img_size]
+
     for offset, length in ((100, 700), (3000, 900)):
         sim.step(sim.open)
         sim.step(sim.write(offset, length), sim.flush, *([base_is_written] if through else []))
         sim.forget_facts()
         sim.step(sim.write(offset + 300, 100), sim.flush, sim.write(header.base_img_size - 600, 600), sim.flush)
         sim.step(sim.zero(offset + 400, 3 * header.block_size), sim.flush, *([base_is_written] if through else []))
-        sim.step(sim.close, base_is_written)
+        sim.step(sim.close, base_is_written, base_has_all)
         sim.forget_facts()
 
 

@@ -45,7 +45,6 @@ MODULES = (
     "fvdfs.image.loading",
 )
 CHANGED = (
-    ("fvdfs.image.writing", "Writes.zero", "min(stop, core.size)", "stop"),
     ("fvdfs.image.writing", "Writes._zero", "in (plan.head, plan.tail)", "in (plan.tail,)"),
     ("fvdfs.image.writing", "Writes._zero", "in (plan.head, plan.tail)", "in (plan.head,)"),
     ("fvdfs.image.writing", "Writes._zero", "hold(plan.first, plan.end)", "hold(plan.first, plan.first)"),
@@ -69,7 +68,7 @@ DURABLE = FLUSHES | {
     *("release_base", "write_profile", "close"),
     *("grow", "shrink", "_grow", "_grow_to", "_shrink", "_make_room", "_make_room_on_device", "prepare", "_prepare"),
     *("_store", "_store_data", "_store_zeros", "wrote", "begin_base_writing"),
-    *("_punch", "_prepare_zeros", "zeroed", "reserve"),
+    *("_punch", "zeroed"),
     *("begin_unseen_writes", "mark_unclean", "look_at_length", "make_whole", "settle", "recover_length"),
 }
 REPORTED = {"stored"}  # calls that wait for nothing, and must come after what is durable
