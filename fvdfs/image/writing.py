@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import errno
 import functools
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable
 
 import trio
 
@@ -203,9 +203,10 @@ class Writes:
         self.check()
         core = self.core
         stop = min(stop, core.size)
-        for piece_start, piece_stop in self._slices(start, stop):
-            await self._where_there_is_room(0, functools.partial(self._zero, piece_start, piece_stop, discard=discard))
+        await self._in_slices(start, stop, functools.partial(self._zero, discard=discard))
         self.ended(start, min(stop, core.end))
+        if core.committer.overfull:
+            await core.committer.commit()
 
     async def _where_there_is_room(self, end: int, work: Callable[[], Awaitable[None]]) -> None:
         """Do it past the gate, on a disk of at least `end` bytes.
@@ -251,10 +252,8 @@ class Writes:
     async def reserve(self, start: int, stop: int) -> None:
         """Have later writes to bytes [start, stop) find space. Raises OSError as `Image.reserve`."""
         self.check()
-        core = self.core
-        await core.data.reserve(0, 0)
-        for piece_start, piece_stop in self._slices(start, min(stop, core.size)):
-            await self._where_there_is_room(0, functools.partial(self._reserve, piece_start, piece_stop))
+        await self.core.data.reserve(0, 0)
+        await self._in_slices(start, min(stop, self.core.size), self._reserve)
 
     async def _reserve(self, start: int, stop: int) -> None:
         core = self.core
@@ -268,8 +267,11 @@ class Writes:
         finally:
             core.committer.data_written()
 
-    def _slices(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
-        """Bytes [start, stop), cut where a new block begins: to allot the chunks of a whole disk takes time."""
+    async def _in_slices(self, start: int, stop: int, work: Callable[[int, int], Awaitable[None]]) -> None:
+        """Do it for bytes [start, stop), cut where a new block begins: to allot the chunks of a whole disk takes time.
+
+        Others get their turn between two slices. Raises OSError, also where the image has failed meanwhile.
+        """
         core, size = self.core, stop
         if isinstance(core.storage, ChunkedStorage):
             chunks = core.storage.window if core.data.fixed_size else CHUNKS_PER_SLICE
@@ -277,8 +279,11 @@ class Writes:
             size = max(1, chunks * core.header.chunk_size // block_size) * block_size
         while start < stop:
             end = min(stop, (start // size + 1) * size)
-            yield start, end
+            await self._where_there_is_room(0, functools.partial(work, start, end))
             start = end
+            if start < stop:
+                await trio.lowlevel.checkpoint()
+                self.check()
 
     async def _complete(self, plan: WritePlan, data: Buffer) -> Buffer:
         """The data of the plan: the request's own, with what is missing of its blocks from the base."""

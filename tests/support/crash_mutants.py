@@ -7,8 +7,8 @@ at a time, and each change must make some simulation fail:
     swapped   two neighbours among the statements of a block that wait for something durable change places
     changed   a piece of the function's text, one of `CHANGED`, is replaced
 
-A mutant is made from the syntax tree of its module, or from its text; of the compiled module only the code of the one function
-is taken, and put into the function of the running program for as long as the simulations run.
+A mutant is made from the syntax tree of its module, or from its text; of the compiled module only the code of the one
+function is taken, and put into the function of the running program for as long as the simulations run.
 """
 
 from __future__ import annotations

@@ -82,7 +82,7 @@ async def write_some_way(image: Image, offset: int, data: bytes, number: int) ->
 
 
 async def zero_some_way(image: Image, start: int, stop: int, number: int) -> None:
-    """Have bytes read as zeros: the kernel is asked where it has the disk; `number` decides whether it may be written."""
+    """Have bytes read as zeros: by the kernel where it has the disk; else `number` says whether to write them."""
     if (file := _file_of_kernel(image)) is not None:
         await file.zero(start, stop - start)
     else:
@@ -153,8 +153,8 @@ async def close(image: Image) -> None:
 class MemoryStore(Stepwise):
     """Bytes in memory. Calls that need not wait do not, unless it is `slow`.
 
-    As in a file of a file system, what was written takes space, a whole `UNIT` each, and is no hole, though it be zeros;
-    a unit that was never written, or was zeroed as a whole, is one.
+    As in a file of a file system, what was written takes space, a whole `UNIT` each, and is no hole, though it be
+    zeros; a unit that was never written, or was zeroed as a whole, is one.
     """
 
     def __init__(
@@ -264,7 +264,6 @@ class MemoryStore(Stepwise):
     async def reserve(self, offset: int, length: int) -> None:
         await self._wait("pwrite")
         assert self.writable, READ_ONLY
-        assert length > 0, "nothing to reserve"
 
     async def extent(self, start: int, stop: int) -> tuple[int, bool]:
         await self._wait("extent")
