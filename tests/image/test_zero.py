@@ -456,6 +456,16 @@ async def test_an_image_that_fails_meanwhile_is_left_alone(
         await image.close()
 
 
+async def test_many_small_ranges_are_committed_on_the_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As writes are: what is pending does not grow for ever."""
+    monkeypatch.setattr("fvdfs.image.commit.MAX_PENDING", 4)
+    async with opened(make(tmp_path, "cow")) as bench:
+        for block in range(0, 14, 2):
+            await bench.zero(block * 8 * KIB, (block + 1) * 8 * KIB)
+        assert bench.stores[IMAGE].calls["flush"]
+        await bench.check_closed(tmp_path)
+
+
 # --- much at once -----------------------------------------------------------------------------------
 
 TIB = 1 << 40
