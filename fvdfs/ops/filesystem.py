@@ -32,6 +32,7 @@ from fvdfs.ops.openings import Openings
 from fvdfs.ops.passthrough import Passthrough
 from fvdfs.ops.requests import DurableWrite, Fsync, InTask, Write, fallocate, seek
 from fvdfs.store.base import Pending
+from fvdfs.store.host import FALLOC_FL_KEEP_SIZE
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -375,7 +376,8 @@ class Filesystem(pyfuse3.Operations):
         entry, image = self._handles[fh][0], self._images[fh]
         pending = InTask(functools.partial(fallocate, entry, image, mode, offset, length))
         write = DurableWrite if self._sync is Sync.ALWAYS else Write
-        return write(entry, pending, self._note_write, beyond=offset + length > image.end)
+        beyond = not mode & FALLOC_FL_KEEP_SIZE and offset + length > image.end
+        return write(entry, pending, self._note_write, beyond=beyond)
 
     def begin_seek(self, fh: int, offset: int, whence: int, /) -> int | Pending:
         """`requests.seek`."""

@@ -28,6 +28,9 @@ EQUIVALENT: dict[str, str] = {
     ),
     "writing: _write: swapped await self._store(start, stop, data) | self.stored(bitmap, plan)": _LOCAL,
     "writing: _zero: swapped await self._punch(start, stop, writes=not discard) | self.stored(bitmap, plan)": _LOCAL,
+    "writing: _store_zeros: swapped if core.zeroes is Zeroes.PUNCH: … _punch | try: … pwrite": (
+        "a hole is made where zeros have just been written"
+    ),
     f"writing: _write: swapped self.stored(bitmap, plan) | {_OF_BASE}: … wrote": _APART,
     f"writing: _zero: swapped self.stored(bitmap, plan) | {_OF_BASE}: … zeroed": _APART,
     "writing: _zero: swapped for part in (plan.head, plan.tail): … _store | "

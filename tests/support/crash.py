@@ -779,7 +779,8 @@ def punching(sim: Simulation) -> None:
         sim.step(sim.stored_once(sim.zero(2 * block - 200, 150)), sim.flush)
     sim.step(sim.write(2 * chunk - 300, 700), sim.flush, sim.reserve(chunk, 3 * chunk))
     sim.step(sim.together(sim.zero(2 * chunk - 700, 900), sim.flush, sim.read(2 * chunk - 700, 900)))
-    sim.step(sim.together(sim.zero(5 * block - 70, 600), sim.write(5 * block + 520, 200), sim.zero(4 * block, 300)))
+    far = max(0, base // block - 2) * block
+    sim.step(sim.together(sim.zero(far + 100, 200), sim.write(far + 400, 100), sim.zero(far + 10, 20)))
     if base:
         sim.step(sim.zero(base - block - 300, 2 * block), sim.extents_are_right, sim.flush)
     sim.step(sim.together(sim.write(4 * chunk, 600), sim.zero(4 * chunk + 600, 2 * chunk), sim.flush))

@@ -20,14 +20,19 @@ import trio
 
 from fvdfs.ops.device import Device, Requests
 from fvdfs.ops.wire import (
+    FALLOCATE,
+    FUSE_FALLOCATE,
     FUSE_FSYNC,
     FUSE_INIT,
     FUSE_INTERRUPT,
+    FUSE_LSEEK,
     FUSE_READ,
     FUSE_WRITE,
     FUSE_WRITEBACK_CACHE,
     IN_HEADER,
+    LSEEK,
     OUT_HEADER,
+    PLACE,
 )
 
 MAX_WRITE = 128 << 10  # bytes
@@ -101,6 +106,14 @@ class Kernel:
 
     async def fsync(self, fh: int) -> None:
         assert await self.answer(self.send_fsync(fh)) == b""
+
+    async def fallocate(self, fh: int, mode: int, offset: int, length: int) -> None:
+        body = FALLOCATE.pack(fh, offset, length, mode)[IN_HEADER.size :]
+        assert await self.answer(self.send(FUSE_FALLOCATE, body)) == b""
+
+    async def seek(self, fh: int, offset: int, whence: int) -> int:
+        body = LSEEK.pack(fh, offset, whence)[IN_HEADER.size :]
+        return int(PLACE.unpack(await self.answer(self.send(FUSE_LSEEK, body)))[0])
 
     async def receive(self) -> None:
         """Collect answers, for ever."""
