@@ -20,16 +20,6 @@ from support.mounts import MIB
 KIB = 1 << 10
 DATA = random.Random(1).randbytes(MIB)
 RANGES = [(0, 512), (512, 1024), (5, 6), (4096, 8192), (100, 9000), (4095, 12289), (MIB - 700, MIB), (0, MIB), (7, 7)]
-    (0, 512),
-    (512, 1024),
-    (5, 6),
-    (4096, 8192),
-    (100, 9000),
-    (4095, 12289),
-    (MIB - 700, MIB),
-    (0, MIB),
-    (700, 700),
-]
 
 
 @contextmanager
