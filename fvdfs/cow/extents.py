@@ -26,6 +26,7 @@ Ask = Callable[[int, int], Awaitable[tuple[int, bool]]]
 MAX_KNOWN = 1 << 12  # extents that are remembered
 STRIDE = 16 << 20  # bytes that count as data where asking does not pay; a longer hole counts as one of this length
 UNTOLD = 1 << 20  # bytes that count as data where asking failed
+WORTH = 1 / 50e6  # seconds that a byte counts for at the least, since others share the server and the way to it
 CREDIT = 0.03  # seconds that may be spent in vain
 FADING = 0.98  # what an earlier question counts for, beside the next one
 
@@ -93,7 +94,7 @@ class Extents:
                 log.warning("%s: asking for holes: %s; they are read", self._name, error)
             self._has_failed = True
             return start + UNTOLD, False
-        saved = min(end - start, STRIDE) * self._seconds_per_byte if hole else 0.0
+        saved = min(end - start, STRIDE) * max(self._seconds_per_byte, WORTH) if hole else 0.0
         self._spent = self._spent * FADING + trio.current_time() - began
         self._saved = self._saved * FADING + saved
         return self._learn(start, end, hole=hole)

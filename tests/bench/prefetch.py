@@ -15,6 +15,7 @@ take turns in one run; printed are the medians of the rounds. The measurements:
    first second begins in which it gets less than 30 %, or again 80 %, of what it got before. And whether
    ten images at one server get the same.
 5. A boot over a slow, far link, and the same reads without the guest's own work in between.
+6. What prefetching a template of 20 GiB of which 1 GiB is used reads, where the data lies in 1024 pieces.
 
 Needs root, a machine that is otherwise idle, fio, nbdkit, libnbd-bin, qemu-utils, qemu-system-common and
 -x86, busybox-static, cpio and linux-image-cloud-amd64.
@@ -47,6 +48,8 @@ FAR_LINK: Link = (20_000_000, 5)
 IDLE = {"no limit": ((0, 0), 1024 * MIB), "50 MB/s": (SLOW_LINK, 384 * MIB), "20 MB/s 5 ms": (FAR_LINK, 160 * MIB)}
 RANDOM_DISK = 8192 * MIB
 RANDOM = ("random", f"size={RANDOM_DISK}", "seed=1")
+SPARSE_DISK = 20 << 30
+SPARSE_LINKS: dict[str, Link] = {"no limit": (0, 0), "100 MB/s 1 ms": (100_000_000, 1)}
 BLOCK = 64 << 10  # of images and overlays
 COPY = ("--copy-on-read", "--block-size", str(BLOCK))
 QCOW2_COPY = ",format=qcow2,copy-on-read=on"
@@ -253,12 +256,32 @@ def far_boot(bench: Bench) -> None:
     bench.report.add("5. boot with a profile", "of raw", "fvdfs", whole["fvdfs"] / whole["raw"], "<= 1.3")
 
 
-MEASUREMENTS = (boots, idle_link, busy_guest, busy_server, far_boot)
+def sparse_template(bench: Bench) -> None:
+    base, pieces = bench.work / "sparse.raw", 1024
+    with base.open("wb") as file:
+        file.truncate(SPARSE_DISK)
+        for number in range(pieces):
+            file.seek(number * (SPARSE_DISK // pieces))
+            file.write(os.urandom(MIB))
+    for who in bench.who:
+        for name, link in SPARSE_LINKS.items():
+            with serve("file", base, link=link) as server, bench.disks(who, server.url("vm")) as (disk,):
+                start = time.monotonic()
+                disk.start()
+                lab.wait_for(disk.done, 300)
+                seconds = time.monotonic() - start
+                read = lab.total(server.reads("vm"))
+                bench.report.add(f"6. sparse template, {name}: read", "MB", who, read / 1e6, "<= 1150")
+                bench.report.add(f"6. sparse template, {name}", "s", who, seconds)
+    base.unlink()
+
+
+MEASUREMENTS = (boots, idle_link, busy_guest, busy_server, far_boot, sparse_template)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="1,2,3,4,5", metavar="N,...")
+    parser.add_argument("--only", default="1,2,3,4,5,6", metavar="N,...")
     parser.add_argument("--who", default="qcow2,fvdfs", metavar="CANDIDATE,...")
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=20, help="of each run of measurement 3")

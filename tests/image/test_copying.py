@@ -18,6 +18,7 @@ from fvdfs.image import copying
 from fvdfs.image.image import Image
 from fvdfs.prefetch.prefetcher import Prefetcher
 from fvdfs.prefetch.scheduler import Scheduler
+from fvdfs.store.base import Buffer
 from support.builder import KIB, create, load
 from support.fakes import MemoryStore
 
@@ -146,12 +147,20 @@ async def test_where_zeros_have_to_be_written(
 async def test_a_write_to_a_hole_that_is_being_made_local(tmp_path: Path) -> None:
     async with opened(tmp_path, garbage=True) as (image, _base):
         assert isinstance(image.data, MemoryStore)
-        image.data.slow = True
+        pwrite, gate = image.data.pwrite, trio.Event()
+
+        async def gated(data: Buffer, offset: int) -> None:
+            if not any(data):
+                await gate.wait()
+            await pwrite(data, offset)
+
+        image.data.pwrite = gated  # type: ignore[method-assign]
         async with trio.open_nursery() as nursery:
             nursery.start_soon(functools.partial(image.store_hole, 0, 20 * BLOCK, writes=True))
-            for _ in range(2):
-                await trio.lowlevel.checkpoint()
+            await wait_all_tasks_blocked()
             nursery.start_soon(image.write, 4 * BLOCK + 10, b"written")
+            await wait_all_tasks_blocked()
+            gate.set()
         await check(image, BASE[: 4 * BLOCK + 10] + b"written" + BASE[4 * BLOCK + 17 :])
 
 
