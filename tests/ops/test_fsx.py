@@ -26,6 +26,7 @@ KIB = 1024
 FEW = 250  # operations, where nobody asks for more
 OPS = int(os.environ.get("FVDFS_FSX_OPS", str(FEW)))
 SEED = os.environ.get("FVDFS_FSX_SEED", "")
+pytestmark = pytest.mark.timeout(300 + OPS / 25)  # seconds; a busy machine does 25 operations in one
 SIZE = 2 * MIB
 LIMIT = 4 * MIB
 BASE = MIB + 300 * KIB + 777  # bytes
