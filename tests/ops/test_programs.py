@@ -7,15 +7,15 @@ import json
 import os
 import random
 import re
-import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from support.guest import CommandError, boot, build_initrd, run
+from support.devices import ext4
+from support.guest import boot, build_initrd, run
 from support.treegen import make_tar, tree_digest
 
 KIB = 1024
@@ -306,46 +306,6 @@ def test_fio_verifies_what_four_jobs_wrote(raw_disk: Path, tmp_path: Path, engin
 # --- ext4 on a loop device ---
 
 
-@contextmanager
-def loop_device(disk: Path, direct: bool) -> Iterator[str]:
-    mode = "on" if direct else "off"
-    device = run("losetup", "--find", "--show", f"--direct-io={mode}", disk).strip()
-    backing = Path("/sys/block", Path(device).name, "loop")
-    try:
-        assert (backing / "dio").read_text().strip() == str(int(direct)), f"{device}: direct I/O"
-        yield device
-    finally:
-        run("losetup", "--detach", device)
-        # The device lets go of the file only when its last user has closed it.
-        deadline = time.monotonic() + 10
-        while (backing / "backing_file").exists():
-            if time.monotonic() > deadline:
-                raise CommandError(f"{device} is still in use")
-            time.sleep(0.05)
-
-
-@contextmanager
-def mounted(device: str, directory: Path, options: str) -> Iterator[None]:
-    directory.mkdir(exist_ok=True)
-    run("mount", "-t", "ext4", "-o", options, device, directory)
-    try:
-        yield
-    finally:
-        try:
-            run("umount", directory)
-        except CommandError:
-            run("umount", "--lazy", directory, check=False)
-            raise
-
-
-@contextmanager
-def ext4(disk: Path, directory: Path, direct: bool, options: str = "rw") -> Iterator[None]:
-    with ExitStack() as stack:
-        device = stack.enter_context(loop_device(disk, direct))
-        stack.enter_context(mounted(device, directory, options))
-        yield
-
-
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, str]]:
     """An archive of 20,000 small files and the digest of the tree in it."""
@@ -360,19 +320,19 @@ def test_ext4_holds_a_tree_of_small_files(raw_disk: Path, tmp_path: Path, tree: 
     archive, digest = tree
     point = tmp_path / "mnt"
     run("mkfs.ext4", "-q", "-F", "-N", "40000", *(["-D"] if direct else []), raw_disk)
-    with ext4(raw_disk, point, direct):
+    with ext4(raw_disk, point, direct=direct):
         run("tar", "-x", "--no-same-owner", "-f", archive, "-C", point, timeout=120)
         assert tree_digest(point) == digest
     drop_pages(raw_disk)
     run("e2fsck", "-f", "-n", raw_disk)
-    with ext4(raw_disk, point, direct):
+    with ext4(raw_disk, point, direct=direct):
         assert tree_digest(point) == digest
         for number in range(4):
             run("rm", "-r", point / f"tree/{number:02d}")
         run("tar", "-x", "--no-same-owner", "-f", archive, "-C", point, timeout=120)
     drop_pages(raw_disk)
     run("e2fsck", "-f", "-n", raw_disk)
-    with ext4(raw_disk, point, not direct, "ro"):
+    with ext4(raw_disk, point, direct=not direct, options="ro"):
         assert tree_digest(point) == digest
 
 

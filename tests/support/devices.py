@@ -2,28 +2,49 @@
 
 from __future__ import annotations
 
-import contextlib
 import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from support.guest import CommandError
 from support.guest import run as run_program
-from support.mounts import MIB
+from support.mounts import MIB, wait_until
 
 
-@contextlib.contextmanager
-def loop_device(file: Path) -> Iterator[Path]:
-    """A block device on a file."""
-    device = subprocess.run(["losetup", "-f", "--show", file], check=True, capture_output=True, text=True).stdout
+@contextmanager
+def loop_device(file: Path, *, direct: bool = False) -> Iterator[Path]:
+    """A block device on a file, whose user it no longer is at the end; `direct`: by direct I/O."""
+    mode = "on" if direct else "off"
+    device = Path(run_program("losetup", "--find", "--show", f"--direct-io={mode}", file).strip())
+    backing = Path("/sys/block", device.name, "loop")
     try:
-        yield Path(device.strip())
+        assert (backing / "dio").read_text().strip() == str(int(direct)), f"{device}: direct I/O"
+        yield device
     finally:
-        subprocess.run(["losetup", "-d", device.strip()], check=True)
+        run_program("losetup", "--detach", device)
+        # The device lets go of the file only when its last user has closed it.
+        wait_until(lambda: not (backing / "backing_file").exists(), complaint=lambda: f"{device} is still in use")
 
 
-@contextlib.contextmanager
+@contextmanager
+def ext4(disk: Path, point: Path, *, direct: bool, options: str = "rw") -> Iterator[None]:
+    """The file system on a disk, mounted by way of a loop device."""
+    point.mkdir(exist_ok=True)
+    with loop_device(disk, direct=direct) as device:
+        run_program("mount", "-t", "ext4", "-o", options, device, point)
+        try:
+            yield
+        finally:
+            try:
+                run_program("umount", point)
+            except CommandError:
+                run_program("umount", "--lazy", point, check=False)
+                raise
+
+
+@contextmanager
 def small_disk(point: Path, size: str) -> Iterator[Callable[[str], None]]:
     """A file system in memory; the call gives it another size."""
     point.mkdir()

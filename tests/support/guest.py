@@ -20,12 +20,16 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 PACKAGES = {
+    "blkdiscard": "util-linux",
     "busybox": "busybox-static",
     "cpio": "cpio",
     "e2fsck": "e2fsprogs",
+    "fallocate": "util-linux",
     "fio": "fio",
+    "fstrim": "util-linux",
     "losetup": "mount",
     "mkfs.ext4": "e2fsprogs",
+    "mkfs.xfs": "xfsprogs",
     "modprobe": "kmod",
     "mount": "mount",
     "qemu-img": "qemu-utils",
@@ -33,6 +37,7 @@ PACKAGES = {
     "qemu-system-x86_64": "qemu-system-x86",
     "tar": "tar",
     "umount": "mount",
+    "xfs_repair": "xfsprogs",
 }
 """The Debian package that has each program."""
 
