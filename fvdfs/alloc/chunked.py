@@ -31,11 +31,11 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterat
 from contextlib import asynccontextmanager
 
 import trio
+from bitarray import bitarray
 
 from fvdfs.alloc.growth import GrowCommand
 from fvdfs.alloc.table import Table
 from fvdfs.format.header import MAX_CHUNKS, UNALLOCATED, ceil_div
-from fvdfs.format.journal import merge
 from fvdfs.store.base import OUT_OF_SPACE, Store
 
 log = logging.getLogger(__name__)
@@ -78,8 +78,8 @@ class ChunkedStorage:
         self._growing = trio.Lock()
         self._touching = trio.Lock()
         self._stopped = False
-        self._zeroed: list[tuple[int, int]] = []
-        """Chunks of a device, [first, stop), that were zeroed, and may hold zeros still."""
+        self._zeroed = bitarray()
+        """Chunks of a device that were zeroed, and may hold zeros still."""
         self._unnamed: list[int] = []
         """Numbers that no entry names, whose places may hold anything."""
         self._freed: list[int] = []
@@ -157,17 +157,13 @@ class ChunkedStorage:
             first = ceil_div(start, self._chunk_size)
             end = self._table.chunks if stop >= self._size else stop // self._chunk_size
             if first < end:
-                self._zeroed = merge([*self._zeroed, (first, end)])
+                self._zeroed.extend(bitarray(max(0, end - len(self._zeroed))))
+                self._zeroed[first:end] = 1
 
     @property
     def may_reuse(self) -> bool:
         """Whether there may be places in the storage that nothing needs, and that are not ready for use."""
-        return bool(self._zeroed) or self._table.unnamed > len(self._unnamed)
-
-    @property
-    def has_spare(self) -> bool:
-        """Whether numbers can be given again."""
-        return bool(self._unnamed) or self._table.spare > 0
+        return self._zeroed.any() or self._table.unnamed > len(self._unnamed)
 
     async def find_unused(self, first: int) -> list[int]:
         """Chunks from `first` on that have a place, were zeroed, and read as zeros still. Nobody writes meanwhile.
@@ -177,18 +173,15 @@ class ChunkedStorage:
         found = []
         buffer = memoryview(bytearray(min(self._chunk_size, _PIECE)))
         zeros = bytes(len(buffer))
-        left = max(1, _PER_LOOK // self._chunk_size)
-        while self._zeroed and left:
-            start, stop = self._zeroed.pop()
-            for chunk in range(max(start, first), min(stop, self._table.chunks)):
-                if not left:
-                    self._zeroed.append((chunk, stop))
-                    break
-                number = self._table[chunk]
-                if number != UNALLOCATED:
-                    left -= 1
-                    if await self._is_zero(number, buffer, zeros):
-                        found.append(chunk)
+        self._zeroed[:first] = 0
+        self._table.leave_allocated(self._zeroed)
+        for _ in range(max(1, _PER_LOOK // self._chunk_size)):
+            if (chunk := self._zeroed.find(1, first)) < 0:
+                break
+            self._zeroed[chunk] = 0
+            if await self._is_zero(self._table[chunk], buffer, zeros):
+                found.append(chunk)
+            first = chunk
         return found
 
     async def _is_zero(self, number: int, buffer: memoryview, zeros: bytes) -> bool:
@@ -198,9 +191,10 @@ class ChunkedStorage:
                 return False
         return True
 
-    def look_for_unnamed(self) -> None:
-        """The table on disk is as in memory, the journal is clear, and nobody reads what was freed."""
-        self._unnamed = self._table.find_unnamed()
+    async def look_for_unnamed(self) -> None:
+        """No number that the table does not name has an entry or a record on disk, or is read by anybody."""
+        async with self._growing:  # else some may be about to be given
+            self._unnamed = self._table.take_unnamed()
 
     async def _ready_unnamed(self, needed: int) -> bool:
         """Zero places that no entry names, `needed` at the least if there are so many; False where there are none."""
@@ -331,10 +325,13 @@ class ChunkedStorage:
 
     async def shrink(self, size: int) -> None:
         """The disk has become smaller: chunks past its end no longer count. `give_back` has to follow."""
-        self._freed += self._table.shrink(ceil_div(size, self._chunk_size))
-        self._unnamed = []
-        self._size = size
-        self._room = None
+        async with self._growing:  # which makes numbers ready that may become another's now
+            freed = self._table.shrink(ceil_div(size, self._chunk_size))
+            if freed:
+                self._unnamed = []
+            self._freed += freed
+            self._size = size
+            self._room = None
 
     async def give_back(self) -> None:
         """The table on disk is without them, and nobody reads them: give back the space of chunks past its end.

@@ -134,14 +134,18 @@ class Table:
         """How many numbers below the highest no entry names, besides those."""
         return self.highest + 1 - self.allocated() - len(self._spare)
 
-    def find_unnamed(self) -> list[int]:
-        """Those numbers, in descending order."""
+    def take_unnamed(self) -> list[int]:
+        """Those numbers, and those that were ready, in descending order."""
         used = bitarray(self.highest + 1)
         for chunk in self._allocated.search(1):
             used[self._entries[chunk]] = 1
-        for number in self._spare:
-            used[number] = 1
+        self._spare.clear()
         return sorted(used.search(0), reverse=True)
+
+    def leave_allocated(self, chunks: bitarray) -> None:
+        """Of these chunks, leave those that have a place in the storage."""
+        del chunks[self.chunks :]
+        chunks &= self._allocated[: len(chunks)]
 
     def give_again(self, numbers: Iterable[int]) -> None:
         """No entry names these numbers, none does on the disk, and their places read as zeros."""
@@ -216,7 +220,10 @@ class Table:
         self.chunks = chunks
 
     def shrink(self, chunks: int) -> list[int]:
-        """The disk has shrunk: entries past the end are gone; the numbers that they had."""
+        """The disk has shrunk: entries past the end are gone; the numbers that they had.
+
+        If there were any, the highest number is that of the entries that are left, and none is ready below it.
+        """
         assert chunks <= self.chunks
         freed = []
         for chunk in range(chunks, self.chunks):
@@ -225,10 +232,11 @@ class Table:
                 self._entries[chunk] = UNALLOCATED
                 self._dirty.add(chunk // ENTRIES_PER_PAGE)
         del self._allocated[chunks:]
-        self._spare.clear()
         self.chunks = chunks
-        live = (e for e in self._entries[:chunks] if e != UNALLOCATED)
-        self.highest = max(live, default=-1)
+        if freed:
+            self._spare.clear()
+            live = (e for e in self._entries[:chunks] if e != UNALLOCATED)
+            self.highest = max(live, default=-1)
         return freed
 
     def chunk_runs(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:

@@ -22,7 +22,7 @@ from fvdfs.cow.recorder import Recorder
 from fvdfs.cow.writethrough import BaseWriter
 from fvdfs.format.header import Header
 from fvdfs.image.commit import Committer
-from fvdfs.store.base import Done, Store
+from fvdfs.store.base import Done, HasExtents, Store
 from fvdfs.store.host import HostFile
 
 PIECES_PER_TURN = 1000  # of a disk that are looked at before other tasks get their turn
@@ -55,6 +55,15 @@ class OwnData:
         if count < len(view) and held and self._is_truncated(end):
             raise OSError(errno.EIO, self._too_short(end))
         return count
+
+    async def extent(self, start: int, stop: int) -> tuple[int, bool]:
+        """`Store.extent`. Raises OSError."""
+        end, hole = await self._data.extent(start, stop)
+        if hole and end >= stop and self._storage.holds((size := await self._data.size()) + 1):
+            if start >= size:
+                raise OSError(errno.EIO, self._too_short(end))
+            return min(end, size), True
+        return end, hole
 
     def _is_truncated(self, end: int) -> bool:
         """Whether it is too short now, as when the read began; else its size was changed meanwhile."""
@@ -196,36 +205,43 @@ class Core:
 
     async def extent(self, start: int, stop: int) -> tuple[int, bool]:
         """`Store.extent` of the disk, whatever layer of the chain has the bytes. Raises OSError."""
-        known: dict[Store, tuple[int, int, bool]] = {}  # the last extent found in each
+        known: dict[HasExtents, tuple[int, int, bool]] = {}  # the last extent found in each
         kind: bool | None = None  # of what lies before `at`
         at = start
-        for number, (piece_start, piece_stop, store, where) in enumerate(self._pieces(start, stop)):
+        for number, (piece_start, piece_stop, source, where) in enumerate(self._pieces(start, stop)):
+            if not number % PIECES_PER_TURN:
+                await trio.lowlevel.checkpoint()
+            if source is None:
+                continue
             if at < piece_start:
                 if kind is False:
                     return at, False
                 kind, at = True, piece_start
             while at < piece_stop:
                 place = where + at - piece_start
-                first, end, hole = known.get(store, (0, 0, False))
+                first, end, hole = known.get(source, (0, 0, False))
                 if not first <= place < end:
-                    end, hole = await store.extent(place, place + stop - at)
-                    known[store] = place, end, hole
+                    end, hole = await source.extent(place, place + stop - at)
+                    known[source] = place, end, hole
                 if kind is not None and kind is not hole:
                     return at, kind
                 kind, at = hole, min(piece_stop, at + end - place)
-            if not number % PIECES_PER_TURN:
-                await trio.lowlevel.checkpoint()
         return (at, False) if kind is False else (stop, True)
 
     def extent_nowait(self, start: int, stop: int) -> tuple[int, bool] | None:
         """`extent`, where the metadata of the chain tells all; else None. Raises OSError."""
-        piece_start, *_ = next(self._pieces(start, stop), (stop,))
-        return (piece_start, True) if start < piece_start else None
+        for number, (piece_start, _, source, _) in enumerate(self._pieces(start, stop)):
+            if source is not None:
+                return (piece_start, True) if start < piece_start else None
+            if number >= PIECES_PER_TURN:
+                return None
+        return stop, True
 
-    def _pieces(self, start: int, stop: int) -> Iterator[tuple[int, int, Store, int]]:
-        """What of bytes [start, stop) is stored anywhere in the chain: (start, stop, store, offset in the store).
+    def _pieces(self, start: int, stop: int) -> Iterator[tuple[int, int, HasExtents | None, int]]:
+        """Where in the chain bytes [start, stop) are stored: (start, stop, source, offset in it).
 
-        In order, without recursion: a chain may be of any depth.
+        Where they are not, there is no piece, or one without a source. In order, without recursion: a chain may be of
+        any depth.
         """
         layers = [self._layer_runs(start, stop)]
         while layers:
@@ -237,8 +253,7 @@ class Core:
             base = image.base
             if local:
                 for piece_start, piece_stop, where in image.storage.byte_runs(begin, end):
-                    if where is not None:
-                        yield piece_start, piece_stop, image.data, where
+                    yield piece_start, piece_stop, None if where is None else image.own, where or 0
             elif not isinstance(base, Core):
                 assert base is not None
                 yield begin, end, base, begin

@@ -12,6 +12,8 @@ Nothing here knows about FUSE. Errors of the storage are OSError.
 
 from __future__ import annotations
 
+import functools
+
 import trio
 
 from fvdfs.cow.fetching import Fetcher
@@ -159,11 +161,13 @@ class Image(Core):
 
     async def store_copy(self, start: int, data: memoryview) -> int:
         """`Copies.store_copy`."""
-        return await self._writes.copies.store_copy(start, data)
+        writes = self._writes
+        return await writes.reuse.where_full(functools.partial(writes.copies.store_copy, start, data))
 
     async def store_hole(self, start: int, stop: int, *, writes: bool) -> tuple[int, int]:
         """`Copies.store_hole`."""
-        return await self._writes.copies.store_hole(start, stop, writes=writes)
+        store = functools.partial(self._writes.copies.store_hole, start, stop, writes=writes)
+        return await self._writes.reuse.where_full(store)
 
     async def base_extent(self, start: int, stop: int) -> tuple[int, bool]:
         """`Store.extent` of the base, which reads as zeros past its end. Raises OSError."""

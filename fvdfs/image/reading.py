@@ -75,6 +75,10 @@ class PendingRead:
         if self._ended is not None:
             self._ended.set()
 
+    def reads(self, source: _Source) -> bool:
+        """Whether it reads this, perhaps beside others."""
+        return any(found is source for found, _, _ in self._todo)
+
     async def wait(self) -> None:
         """Wait for its end."""
         if self._ended is None:
@@ -105,10 +109,10 @@ class Reads:
         todo = _read_now(core, offset, view[:count], core.fetcher)
         return PendingRead(count, todo, self._pending) if todo else count
 
-    async def wait(self) -> None:
-        """Wait for the end of those that are under way now."""
+    async def wait(self, source: _Source | None = None) -> None:
+        """Wait for the end of those that are under way now; with a source, only of those that read it."""
         for read in tuple(self._pending):
-            if read in self._pending:
+            if read in self._pending and (source is None or read.reads(source)):
                 await read.wait()
 
     def read_base_nowait(self, view: memoryview, start: int) -> bool:

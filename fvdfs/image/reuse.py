@@ -6,7 +6,8 @@ In a file neither takes space. On a device both do: so when it has no room left,
     1. writers wait, those under way end
     2. checkpoint, and the journal is cleared: an old record must not bring back an entry
     3. the entries of chunks that were discarded, and read as zeros still, become UNALLOCATED; checkpoint
-    4. reads under way end: they may be of these places
+    4. writers go on, but for the one that needs room; reads of the storage that are under way end: they may be of these
+       places
 
 and from then on numbers that no entry names are given again, after their places were zeroed (`alloc/chunked.py`). A
 power cut before the end of 3 leaves the entries, over zeros; after it nothing on the disk names the places. What a
@@ -19,6 +20,10 @@ chunk is what a lost table entry looks like (`check`). Chunks of blocks that are
 
 from __future__ import annotations
 
+import errno
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
+
 import trio
 
 from fvdfs.alloc.chunked import ChunkedStorage
@@ -27,26 +32,54 @@ from fvdfs.format.header import ceil_div
 from fvdfs.image.core import Core
 from fvdfs.image.reading import Reads
 
+T = TypeVar("T")
 
-async def reuse_chunks(core: Core, reads: Reads, gate: Gate, resizing: trio.Lock) -> bool:
-    """Have chunks that hold nothing be used again; whether it is worth trying once more. Raises OSError.
 
-    `resizing`: `Resizer.lock`.
-    """
-    storage = core.storage
-    if not isinstance(storage, ChunkedStorage) or not core.data.fixed_size:
-        return False
-    async with resizing:
-        if storage.has_spare:  # somebody else has done it
-            return True
-        if not storage.may_reuse:
+class Reuse:
+    """The chunks of one image that are used again."""
+
+    def __init__(self, core: Core, reads: Reads, gate: Gate, resizing: trio.Lock) -> None:
+        """`resizing`: `Resizer.lock`."""
+        self._core = core
+        self._reads = reads
+        self._gate = gate
+        self._resizing = resizing
+        self._times = 0
+
+    async def where_full(self, work: Callable[[], Awaitable[T]]) -> T:
+        """Do work that passes the gate by itself; again where that has found no room, and chunks were freed since.
+
+        Raises OSError.
+        """
+        while True:
+            before = self._times
+            try:
+                return await work()
+            except OSError as error:
+                if error.errno != errno.ENOSPC or not await self._free(before):
+                    raise
+
+    async def _free(self, before: int) -> bool:
+        """Have chunks that hold nothing be used again, unless others have done it since `before`.
+
+        False: there are none. True also where those that were discarded hold something again: now the device may be
+        made larger. Raises OSError.
+        """
+        core, storage = self._core, self._core.storage
+        if not isinstance(storage, ChunkedStorage) or not core.data.fixed_size:
             return False
-        async with gate.closed():
-            with trio.CancelScope(shield=True):
-                await _free_chunks(core, storage)
-                await reads.wait()
-                storage.look_for_unnamed()
-        return True  # also where there are none: now the device may be made larger
+        async with self._resizing:
+            if self._times != before:
+                return True
+            if not storage.may_reuse:
+                return False
+            async with self._gate.closed():
+                with trio.CancelScope(shield=True):
+                    await _free_chunks(core, storage)
+            await self._reads.wait(core.own)
+            await storage.look_for_unnamed()
+            self._times += 1
+        return True
 
 
 async def _free_chunks(core: Core, storage: ChunkedStorage) -> None:

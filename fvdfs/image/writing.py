@@ -35,7 +35,7 @@ from fvdfs.image.copying import Copies
 from fvdfs.image.core import PIECES_PER_TURN, Core
 from fvdfs.image.reading import Reads
 from fvdfs.image.resizing import Resizer
-from fvdfs.image.reuse import reuse_chunks
+from fvdfs.image.reuse import Reuse
 from fvdfs.store.base import Buffer, Done, next_data
 
 ZERO_STEP = 8 << 20  # bytes of zeros that are written at a time
@@ -104,6 +104,7 @@ class Writes:
         self._resizer = resizer
         self.gate = gate
         self.locks = locks
+        self.reuse = Reuse(core, reads, gate, resizer.lock)
         self.copies = Copies(core, gate, locks, self._store_copied, self._store_zeros)
         self._allocating = trio.Lock()
         self._unsure_chunks = 0
@@ -209,25 +210,21 @@ class Writes:
             await core.committer.commit()
 
     async def _where_there_is_room(self, end: int, work: Callable[[], Awaitable[None]]) -> None:
-        """Do it past the gate, on a disk of at least `end` bytes.
+        """Do it past the gate, on a disk of at least `end` bytes. Raises OSError.
 
-        Once more where chunks that nobody uses any more have made room. Raises OSError.
+        Again where chunks that nobody uses any more have made room.
         """
-        for again in (False, True):
+
+        async def pass_gate() -> None:
             while end > self.core.size or self.gate.is_closed:
                 if self.gate.is_closed:
                     await self.gate.wait_until_open()
                 else:
                     await self._resizer.reach(end)
-            try:
-                with self.gate.passed():
-                    await work()
-                return
-            except OSError as error:
-                if error.errno != errno.ENOSPC or again:
-                    raise
-                if not await reuse_chunks(self.core, self._reads, self.gate, self._resizer.lock):
-                    raise
+            with self.gate.passed():
+                await work()
+
+        await self.reuse.where_full(pass_gate)
 
     async def _zero(self, start: int, stop: int, *, discard: bool) -> None:
         core = self.core

@@ -147,7 +147,7 @@ def test_next_number_is_the_highest_and_1() -> None:
 def test_numbers_that_no_entry_names_are_given_again() -> None:
     table = load({0: 5, 3: 1, 4: 2})
     assert table.unnamed == 3
-    assert table.find_unnamed() == [4, 3, 0]
+    assert table.take_unnamed() == [4, 3, 0]
     table.give_again([4, 3, 0])
     assert table.unnamed == 0
     assert [table.allocate(chunk) for chunk in (1, 2, 5, 6)] == [0, 3, 4, 6]
@@ -155,7 +155,7 @@ def test_numbers_that_no_entry_names_are_given_again() -> None:
 
 def test_a_smaller_disk_gives_no_number_twice() -> None:
     table = load({0: 0, 1: 1, 9: 5})
-    table.give_again(table.find_unnamed())
+    table.give_again(table.take_unnamed())
     table.shrink(5)
     table.grow(10)
     numbers = [table.allocate(chunk) for chunk in range(2, 10)]
