@@ -45,15 +45,11 @@ async def test_a_write_of_more_chunks_than_are_ready(tmp_path: Path) -> None:
     await image.close()
 
 
-async def test_a_device_grows_where_all_was_written_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_device_grows_where_all_was_written_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chunked, "_PER_LOOK", 2 * CHUNK)
     image, store = await full_device(tmp_path)
     grown = tmp_path / "grow"
-    monkeypatch.setattr(
-        storage_of(image), "_command", GrowCommand("disk", ("false",), "")
-    )
+    monkeypatch.setattr(storage_of(image), "_command", GrowCommand("disk", ("false",), ""))
 
     async def grow(self: GrowCommand, size: int, device: str) -> None:
         store.extend(b"old!" * (size // 4))
@@ -167,8 +163,15 @@ def test_many_discards_take_no_time_each(tmp_path: Path) -> None:
     table = Table(array("I", [UNALLOCATED]) * chunks, chunks, 1)
     store = MemoryStore(bytes(10), fixed_size=True)
     storage = ChunkedStorage(
-        store, table, data_offset=0, chunk_size=4096, grow_unit=4096, size=chunks * 4096,
-        grow_command=GrowCommand("", (), ""), window=10, spawn=None,
+        store,
+        table,
+        data_offset=0,
+        chunk_size=4096,
+        grow_unit=4096,
+        size=chunks * 4096,
+        grow_command=GrowCommand("", (), ""),
+        window=10,
+        spawn=None,
     )
     began = time.monotonic()
     for chunk in range(0, 20000, 2):
