@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import stat
 import time
 from pathlib import Path
 
@@ -16,7 +15,6 @@ from fvdfs.alloc.growth import GrowCommand
 from fvdfs.format.header import UNALLOCATED
 from fvdfs.image.image import Image
 from image.test_reuse import CHUNK, CHUNKS, ROOM, chunk_of, full_device
-from support.fakes import CrashStore
 
 
 async def fill(image: Image) -> None:
@@ -48,7 +46,6 @@ async def test_a_write_of_more_chunks_than_are_ready(tmp_path: Path) -> None:
 async def test_a_device_grows_where_all_was_written_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chunked, "_PER_LOOK", 2 * CHUNK)
     image, store = await full_device(tmp_path)
-    grown = tmp_path / "grow"
     monkeypatch.setattr(storage_of(image), "_command", GrowCommand("disk", ("false",), ""))
 
     async def grow(self: GrowCommand, size: int, device: str) -> None:
@@ -87,7 +84,7 @@ async def test_places_are_made_ready_while_the_disk_shrinks(tmp_path: Path) -> N
 
 
 async def test_a_growth_that_fails_gives_no_number_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    image, store = await full_device(tmp_path)
+    image, _ = await full_device(tmp_path)
     await fill(image)
     await image.zero(CHUNK, 8 * CHUNK)
     await image.write(CHUNK, chunk_of(77))
@@ -155,9 +152,10 @@ async def test_a_copy_of_the_base_uses_discarded_chunks(tmp_path: Path) -> None:
 
 
 def test_many_discards_take_no_time_each(tmp_path: Path) -> None:
-    from support.fakes import MemoryStore
-    from fvdfs.alloc.table import Table
     from array import array
+
+    from fvdfs.alloc.table import Table
+    from support.fakes import MemoryStore
 
     chunks = 1 << 19
     table = Table(array("I", [UNALLOCATED]) * chunks, chunks, 1)
