@@ -108,8 +108,9 @@ def at_random_times(folder: Path, times: int) -> None:
                 process.wait(moments.uniform(0.1, 1.0))
             process.send_signal(signal.SIGINT)
             _, said = process.communicate(timeout=60)
-        assert process.returncode in (0, 130, -signal.SIGINT), said
-        assert said == ""
+        if "import_site" not in said:  # else Python itself had not begun yet
+            assert process.returncode in (0, 130, -signal.SIGINT), said
+            assert said == ""
         if (folder / target).exists():
             (folder / target).unlink()
         assert sorted(path.name for path in folder.iterdir()) == before

@@ -177,6 +177,8 @@ def check_location(name: str, location: Location) -> None:
     (options,) = blockdevs(Node(location.format or "raw", location), writable=False, node_name="disk")
     assert json.loads(json.dumps(options)) == options
     file = cast(Options, options["file"])
+    if file["driver"] == "quorum":
+        (file,) = cast(list[Options], file["children"])
     assert file["driver"] in ("nbd", "http", "https", "ftp", "ftps", "ssh", "iscsi", "nfs", "rbd")
     assert location.format in FORMATS or location.format in ("", "fvd")
 

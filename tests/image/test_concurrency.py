@@ -44,7 +44,7 @@ from support.mounts import MIB, Mount, fvdfs, mounted, must, wait_for_end, wait_
 
 # --- cancelled in the process --------------------------------------------------------------------
 
-MAX_STEPS = 400
+MAX_STEPS = 600
 
 
 class CancelAt(trio.abc.Instrument):

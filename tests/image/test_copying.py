@@ -20,11 +20,11 @@ from fvdfs.prefetch.prefetcher import Prefetcher
 from fvdfs.prefetch.scheduler import Scheduler
 from fvdfs.store.base import Buffer
 from support.builder import KIB, create, load
-from support.fakes import MemoryStore
+from support.fakes import UNIT, MemoryStore
 
 BLOCK = 64 * KIB
 SIZE = 40 * BLOCK + 3 * 512
-DATA = range(20 * BLOCK + 1000, 22 * BLOCK)
+DATA = range(20 * BLOCK + UNIT, 22 * BLOCK)
 """All else is a hole of the base."""
 BASE = bytes(DATA.start) + random.Random(2).randbytes(len(DATA)) + bytes(SIZE - DATA.stop)
 DATA_BLOCKS = [20, 21]

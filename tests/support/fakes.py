@@ -207,7 +207,7 @@ class MemoryStore(Stepwise):
             self.data.extend(bytes(offset - len(self.data)))
         self.data[offset : offset + len(data)] = data
         self.bytes_written += len(data)
-        self._taken.extend(bytes(_units(len(self.data)) - len(self._taken)))
+        self._taken.extend(bytes(max(0, _units(len(self.data)) - len(self._taken))))
         first, end = offset // UNIT, _units(offset + len(data))
         if data:
             self._taken[first:end] = b"\1" * (end - first)
