@@ -11,10 +11,11 @@ from typing import TypeGuard
 from fvdfs.check.findings import Kind, Range, Severity
 from fvdfs.errors import ImageError
 from fvdfs.format.header import HEADER_SPACE, PAGE, Header
+from fvdfs.image import reading
 from fvdfs.image.image import Image
 from fvdfs.image.loading import load_image
 from fvdfs.image.policy import Policy
-from fvdfs.store.base import Store, next_data
+from fvdfs.store.base import Store
 
 PIECE = 1 << 20  # bytes that are read or copied at a time; bounds memory
 
@@ -109,12 +110,7 @@ class BaseZeros:
                 self._unreadable = True
         if self._image is None:
             return None
-        stop = min(stop, self._image.size)
-        while (start := await next_data(self._image, start, stop)) < stop:
-            if any(await self._image.read(start, min(PIECE, stop - start))):
-                return False
-            start = min(start + PIECE, stop)
-        return True
+        return await reading.is_zero(self._image, start, min(stop, self._image.size))
 
 
 async def _load(layer: CheckLayer) -> Image:

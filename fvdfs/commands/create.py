@@ -40,8 +40,8 @@ from fvdfs.format.header import (
 from fvdfs.format.profile import Extent, encode
 from fvdfs.image.chain import MAX_REGION
 from fvdfs.image.policy import FVD_FORMAT, RAW_FORMATS
+from fvdfs.image.reading import is_zero
 from fvdfs.mountoptions import hint
-from fvdfs.store.base import next_data
 from fvdfs.store.host import HostFile
 from fvdfs.store.locations import is_local
 from fvdfs.store.references import LUKS, RAW
@@ -362,15 +362,6 @@ async def _zero_units(source: Side, start: int, stop: int, unit: int) -> list[Sp
     """The units [begin, end) of bytes [start, stop) that are zeros: one unit, or what may be read at once."""
     units = [(at, min(at + unit, stop)) for at in range(start, stop, unit)]
     if len(units) == 1:
-        return units if await _is_zero(source, start, stop) else []
+        return units if await is_zero(source, start, stop) else []
     data = bytes(await source.read(start, stop - start)).ljust(stop - start, b"\0")
     return [(begin, end) for begin, end in units if data.startswith(_ZEROS[: end - begin], begin - start)]
-
-
-async def _is_zero(source: Side, start: int, stop: int) -> bool:
-    while (start := await next_data(source, start, stop)) < stop:
-        end = min(start + len(_ZEROS), stop)
-        if not _ZEROS.startswith(await source.read(start, end - start)):
-            return False
-        start = end
-    return True

@@ -18,7 +18,7 @@ from fvdfs.store.base import Buffer
 
 HOLE_CHUNKS = 1 << 12  # that get a place under a hole in one step: some milliseconds
 HOLE_BLOCKS = 1 << 24  # that become local in one step; the same for their bits
-ZERO_STEP = 8 << 20  # bytes of zeros that are written in one step, while others wait for these blocks
+ZERO_STEP = 8 << 20  # bytes of zeros that are written at a time, while others wait for these blocks
 
 
 class Copies:

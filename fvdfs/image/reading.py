@@ -12,7 +12,9 @@ from typing import Protocol
 import trio
 
 from fvdfs.image.core import Core
-from fvdfs.store.base import Done, Store, together
+from fvdfs.store.base import Buffer, Done, HasExtents, Store, next_data, together
+
+_ZEROS = bytes(1 << 20)
 
 
 class _Source(Protocol):
@@ -25,6 +27,13 @@ class _Source(Protocol):
 
 class _QuickSource(_Source, Protocol):
     def pread_nowait(self, view: memoryview, offset: int, /) -> bool: ...
+
+
+class Readable(HasExtents, Protocol):
+    """A disk, or what else is read by offset and length."""
+
+    async def read(self, offset: int, length: int, /) -> Buffer:
+        """The bytes from `offset` on, fewer only at its end. Raises OSError."""
 
 
 _Todo = list[tuple[_Source, memoryview, int]]
@@ -180,6 +189,16 @@ def _try(source: _QuickSource, view: memoryview, offset: int, todo: _Todo) -> No
 async def _read_all(todo: _Todo) -> None:
     if todo:
         await together([functools.partial(read_padded, *read) for read in todo])
+
+
+async def is_zero(source: Readable, start: int, stop: int) -> bool:
+    """Whether bytes [start, stop) read as zeros. Holes are not read. Raises OSError."""
+    while (start := await next_data(source, start, stop)) < stop:
+        end = min(start + len(_ZEROS), stop)
+        if not _ZEROS.startswith(await source.read(start, end - start)):
+            return False
+        start = end
+    return True
 
 
 async def read_padded(source: _Source | Store, view: memoryview, offset: int) -> None:

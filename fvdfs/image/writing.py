@@ -31,14 +31,13 @@ from fvdfs.cow.bitmap import Bitmap
 from fvdfs.cow.locks import Claim, Gate, RangeLock
 from fvdfs.cow.planner import WritePlan, Zeroes, plan_write, zero_runs
 from fvdfs.format.journal import merge
-from fvdfs.image.copying import Copies
+from fvdfs.image.copying import ZERO_STEP, Copies
 from fvdfs.image.core import PIECES_PER_TURN, Core
 from fvdfs.image.reading import Reads
 from fvdfs.image.resizing import Resizer
 from fvdfs.image.reuse import Reuse
 from fvdfs.store.base import Buffer, Done, next_data
 
-ZERO_STEP = 8 << 20  # bytes of zeros that are written at a time
 CHUNKS_PER_SLICE = 1 << 14  # of a long range, before other requests get their turn
 ONE_READ = 64 << 10  # bytes; a shorter write between two parts of the base has both read in one piece
 
@@ -105,7 +104,7 @@ class Writes:
         self.gate = gate
         self.locks = locks
         self.reuse = Reuse(core, reads, gate, resizer.lock)
-        self.copies = Copies(core, gate, locks, self._store_copied, self._store_zeros)
+        self.copies = Copies(core, gate, locks, functools.partial(self._store, skip_zeros=True), self._store_zeros)
         self._allocating = trio.Lock()
         self._unsure_chunks = 0
         """Chunks of a device that were allocated since the last commit, at the most."""
@@ -321,9 +320,6 @@ class Writes:
                 await self._store_zeros(piece_start, piece_stop)
             else:
                 await self._store_data(piece_start, piece_stop, view[piece_start - start : piece_stop - start])
-
-    async def _store_copied(self, start: int, stop: int, data: Buffer) -> None:
-        await self._store(start, stop, data, skip_zeros=True)
 
     async def _store_data(self, start: int, stop: int, view: memoryview) -> None:
         core = self.core

@@ -50,7 +50,6 @@ log = logging.getLogger(__name__)
 PROGRAM = "qemu-storage-daemon"
 START_TIMEOUT = 10.0  # seconds until the export answers; a server may be far away
 STOP_TIMEOUT = 10.0  # seconds to write out what is left, then it is killed
-MIB = 1 << 20  # bytes
 _POLL_INTERVAL = 0.002  # seconds between looks whether it is ready
 _PACKAGES = {
     PROGRAM: "qemu-system-common",

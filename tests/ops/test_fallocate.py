@@ -27,6 +27,7 @@ from fvdfs.store.host import (
 )
 from support import reference
 from support.builder import KIB
+from support.fsx import seek
 from support.kernel import Kernel
 from support.mounts import MIB, PASSED_THROUGH, Mount, mounted, must, needs_passthrough
 from support.served import BASE, SIZE, Served, failing
@@ -278,15 +279,6 @@ def full_disk(folder: Path, layout: str, *options: str) -> Iterator[tuple[Mount,
                 os.close(disk)
 
 
-def find(disk: int, at: int, whence: int) -> int | None:
-    """None: past the end."""
-    try:
-        return os.lseek(disk, at, whence)
-    except OSError as error:
-        assert error.errno == errno.ENXIO
-        return None
-
-
 @layouts
 def test_what_shows_of_them(folder: Path, layout: str) -> None:
     """Content, space, times, holes; at once and after the next mount."""
@@ -304,8 +296,8 @@ def test_what_shows_of_them(folder: Path, layout: str) -> None:
             assert mount.raw("a").read_bytes() == content
             before = after
         assert before.st_blocks * 512 <= 3 * MIB + 64 * KIB
-        assert find(disk, 0, os.SEEK_HOLE) == MIB
-        assert find(disk, MIB, os.SEEK_DATA) == 2 * MIB
+        assert seek(disk, 0, os.SEEK_HOLE) == MIB
+        assert seek(disk, MIB, os.SEEK_DATA) == 2 * MIB
         assert fallocate(disk, FALLOC_FL_ZERO_RANGE, 4 * MIB - 512, 1024)
         content[-512:] = bytes(1024)
         assert os.fstat(disk).st_size == 4 * MIB + 512
@@ -341,17 +333,17 @@ def test_no_write_is_hidden_in_a_hole(folder: Path, writeback: str) -> None:
     """What the kernel may still gather is data; once the writer has gone, only what was written."""
     with full_disk(folder, "flat", f"writeback={writeback}") as (mount, disk):
         assert fallocate(disk, PUNCH, 0, 4 * MIB)
-        assert find(disk, 0, os.SEEK_DATA) is None
+        assert seek(disk, 0, os.SEEK_DATA) is None
         cached = os.open(mount.raw("a"), os.O_RDWR)
         os.pwrite(cached, b"x", 2 * MIB)
-        assert find(disk, 2 * MIB, os.SEEK_DATA) == 2 * MIB
-        assert find(disk, 0, os.SEEK_DATA) == 0
-        assert find(disk, 0, os.SEEK_HOLE) == 4 * MIB
+        assert seek(disk, 2 * MIB, os.SEEK_DATA) == 2 * MIB
+        assert seek(disk, 0, os.SEEK_DATA) == 0
+        assert seek(disk, 0, os.SEEK_HOLE) == 4 * MIB
         os.close(cached)
         deadline = time.monotonic() + 20
-        while find(disk, 0, os.SEEK_DATA) != 2 * MIB:  # its RELEASE comes after the close
+        while seek(disk, 0, os.SEEK_DATA) != 2 * MIB:  # its RELEASE comes after the close
             assert time.monotonic() < deadline
-        assert find(disk, 2 * MIB, os.SEEK_HOLE) == 2 * MIB + 4096
+        assert seek(disk, 2 * MIB, os.SEEK_HOLE) == 2 * MIB + 4096
 
 
 def test_a_disk_that_can_only_be_read(folder: Path) -> None:
@@ -362,7 +354,7 @@ def test_a_disk_that_can_only_be_read(folder: Path) -> None:
             with pytest.raises(OSError) as caught:
                 fallocate(disk, PUNCH, 0, 4096)
             assert caught.value.errno == errno.EBADF
-            assert find(disk, 0, os.SEEK_DATA) is None
-            assert find(disk, 5, os.SEEK_HOLE) == 5
+            assert seek(disk, 0, os.SEEK_DATA) is None
+            assert seek(disk, 5, os.SEEK_HOLE) == 5
         finally:
             os.close(disk)

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from support import fsx
+from support.fsx import seek
 from support.mounts import MIB, mounted, must
 
 MODES = ("writeback=on", "writeback=off")
@@ -27,15 +28,6 @@ def opened(folder: Path, mode: str, flags: int = os.O_RDWR, *options: str) -> It
             yield descriptor
         finally:
             os.close(descriptor)
-
-
-def seek(descriptor: int, at: int, what: int) -> int | None:
-    """None: past the end."""
-    try:
-        return os.lseek(descriptor, at, what)
-    except OSError as error:
-        assert error.errno == errno.ENXIO
-        return None
 
 
 @pytest.mark.parametrize("mode", MODES)

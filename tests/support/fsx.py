@@ -52,6 +52,16 @@ def stamp(number: int, start: int, stop: int) -> bytes:
     return cells[start - first * CELL : stop - first * CELL]
 
 
+def seek(descriptor: int, at: int, what: int) -> int | None:
+    """lseek(2) for data or a hole; None: past the end."""
+    try:
+        return os.lseek(descriptor, at, what)
+    except OSError as error:
+        if error.errno != errno.ENXIO:
+            raise
+        return None
+
+
 @dataclass(frozen=True)
 class Target:
     """The file, and what it does otherwise than a file of the host."""
@@ -313,15 +323,6 @@ class Exerciser:
 
     # --- data and holes ---------------------------------------------------------------------------
 
-    def _lseek(self, descriptor: int, at: int, what: int) -> int | None:
-        """None: past the end."""
-        try:
-            return os.lseek(descriptor, at, what)
-        except OSError as error:
-            if error.errno != errno.ENXIO:
-                raise
-            return None
-
     def _seeker(self) -> int:
         """A descriptor to ask."""
         descriptor = self._descriptor()[0]
@@ -336,7 +337,7 @@ class Exerciser:
         descriptor = self._seeker()
         at, size = self._place(self.target.limit)[0], len(self._model)
         self._note("seek", at, at)
-        data, hole = self._lseek(descriptor, at, os.SEEK_DATA), self._lseek(descriptor, at, os.SEEK_HOLE)
+        data, hole = seek(descriptor, at, os.SEEK_DATA), seek(descriptor, at, os.SEEK_HOLE)
         if at >= size:
             if (data, hole) != (None, None):
                 self._fail(f"data at {data}, a hole at {hole}: there is nothing past the end, {size}")
@@ -354,13 +355,13 @@ class Exerciser:
         descriptor, size, at = self._seeker(), len(self._model), 0
         self._note("walk", 0, 0)
         while at < size:
-            data = self._lseek(descriptor, at, os.SEEK_DATA)
+            data = seek(descriptor, at, os.SEEK_DATA)
             self._is_hole(at, size if data is None else data)
             if data is None:
                 break
             if data == at > 0:
                 self._fail(f"{at} is said to be a hole, and then to be data")
-            hole = self._lseek(descriptor, data, os.SEEK_HOLE)
+            hole = seek(descriptor, data, os.SEEK_HOLE)
             if hole is None or not data < hole <= size:
                 self._fail(f"a hole at {hole}: not behind the data at {data} and before the end, {size}")
             at = hole
