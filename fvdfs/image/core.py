@@ -22,7 +22,7 @@ from fvdfs.cow.recorder import Recorder
 from fvdfs.cow.writethrough import BaseWriter
 from fvdfs.format.header import Header
 from fvdfs.image.commit import Committer
-from fvdfs.store.base import Done, HasExtents, Store
+from fvdfs.store.base import Done, Store
 from fvdfs.store.host import HostFile
 
 PIECES_PER_TURN = 1000  # of a disk that are looked at before other tasks get their turn
@@ -34,32 +34,32 @@ class OwnData:
     """Reads of an image's storage. If it ends before what it must hold, it was truncated: an error, no zeros."""
 
     def __init__(self, data: Store, storage: Storage, committer: Committer) -> None:
-        self._data = data
+        self.store = data
         self._storage = storage
         self._committer = committer
 
     def start_pread(self, view: memoryview, offset: int, done: Done) -> bool:
         end = offset + len(view)
         if not self._storage.holds(end):
-            return self._data.start_pread(view, offset, done)
+            return self.store.start_pread(view, offset, done)
 
         def ended(count: int) -> None:
             done(-errno.EIO if 0 <= count < len(view) and self._is_truncated(end) else count)
 
-        return self._data.start_pread(view, offset, ended)
+        return self.store.start_pread(view, offset, ended)
 
     async def pread(self, view: memoryview, offset: int) -> int:
         end = offset + len(view)
         held = self._storage.holds(end)
-        count = await self._data.pread(view, offset)
+        count = await self.store.pread(view, offset)
         if count < len(view) and held and self._is_truncated(end):
             raise OSError(errno.EIO, self._too_short(end))
         return count
 
     async def extent(self, start: int, stop: int) -> tuple[int, bool]:
         """`Store.extent`. Raises OSError."""
-        end, hole = await self._data.extent(start, stop)
-        if hole and end >= stop and self._storage.holds((size := await self._data.size()) + 1):
+        end, hole = await self.store.extent(start, stop)
+        if hole and end >= stop and self._storage.holds((size := await self.store.size()) + 1):
             if start >= size:
                 raise OSError(errno.EIO, self._too_short(end))
             return min(end, size), True
@@ -73,7 +73,7 @@ class OwnData:
         return True
 
     def _too_short(self, end: int) -> str:
-        return f"{self._data.name} ends before byte {end}, up to which it holds data: it was cut"
+        return f"{self.store.name} ends before byte {end}, up to which it holds data: it was cut"
 
 
 @dataclass(kw_only=True, eq=False)
@@ -205,10 +205,10 @@ class Core:
 
     async def extent(self, start: int, stop: int) -> tuple[int, bool]:
         """`Store.extent` of the disk, whatever layer of the chain has the bytes. Raises OSError."""
-        known: dict[HasExtents, tuple[int, int, bool]] = {}  # the last extent found in each
+        known: dict[OwnData | Store, tuple[int, int, bool]] = {}  # the last extent found in each
         kind: bool | None = None  # of what lies before `at`
         at = start
-        for number, (piece_start, piece_stop, source, where) in enumerate(self._pieces(start, stop)):
+        for number, (piece_start, piece_stop, source, where) in enumerate(self.pieces(start, stop)):
             if not number % PIECES_PER_TURN:
                 await trio.lowlevel.checkpoint()
             if source is None:
@@ -230,14 +230,14 @@ class Core:
 
     def extent_nowait(self, start: int, stop: int) -> tuple[int, bool] | None:
         """`extent`, where the metadata of the chain tells all; else None. Raises OSError."""
-        for number, (piece_start, _, source, _) in enumerate(self._pieces(start, stop)):
+        for number, (piece_start, _, source, _) in enumerate(self.pieces(start, stop)):
             if source is not None:
                 return (piece_start, True) if start < piece_start else None
             if number >= PIECES_PER_TURN:
                 return None
         return stop, True
 
-    def _pieces(self, start: int, stop: int) -> Iterator[tuple[int, int, HasExtents | None, int]]:
+    def pieces(self, start: int, stop: int) -> Iterator[tuple[int, int, OwnData | Store | None, int]]:
         """Where in the chain bytes [start, stop) are stored: (start, stop, source, offset in it).
 
         Where they are not, there is no piece, or one without a source. In order, without recursion: a chain may be of

@@ -107,6 +107,13 @@ class Image(Core):
         """
         await self._writes.zero(start, stop, discard=discard)
 
+    async def copy(self, source: Image, at: int, start: int, stop: int) -> int:
+        """Have the host copy bytes of another disk, or of this, from byte `at` on to bytes [start, stop) of this.
+
+        The number of bytes, the first of them; 0: it takes a read and a write. Raises OSError as `write`.
+        """
+        return await self._writes.copy(source, source._reads, at, start, stop)
+
     async def reserve(self, start: int, stop: int) -> None:
         """Have later writes to bytes [start, stop), as far as the disk reaches, find space.
 
@@ -118,6 +125,8 @@ class Image(Core):
     async def reach(self, end: int) -> None:
         """Grow the disk to at least `end` bytes, as a write up to there does. Raises OSError as `write`."""
         self._writes.check()
+        if self.committer.unseen_writes and end > self.end:
+            await passing.reach(self, end)
         while end > self.size:
             await self._resizer.reach(end)
         self.end = max(self.end, end)

@@ -40,6 +40,12 @@ def follow_length(core: Core, length: int) -> None:
         core.size, core.end = size, length
 
 
+async def reach(core: Core, end: int) -> None:
+    """Have the data file reach this far, as a write by the kernel does, which keeps others off. Raises OSError."""
+    await core.data.resize(end)
+    follow_length(core, end)
+
+
 async def look_at_length(core: Core) -> None:
     """The size is going to be changed, and nobody writes past the end meanwhile: the kernel sees to it."""
     if core.committer.unseen_writes:

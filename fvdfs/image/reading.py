@@ -7,6 +7,8 @@ moment. The rest is a `PendingRead`. What is read from the base may be kept (cop
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Protocol
 
 import trio
@@ -63,23 +65,24 @@ class PendingRead:
                 if result < len(view):
                     _zero(view[result:])
                 result = self._count
-            self._end()
+            self.end()
             done(result)
 
         try:
             return source.start_pread(view, offset, ended)
         except BaseException:
-            self._end()
+            self.end()
             raise
 
     async def finish(self) -> int:
         try:
             await _read_all(self._todo)
         finally:
-            self._end()
+            self.end()
         return self._count
 
-    def _end(self) -> None:
+    def end(self) -> None:
+        """It is done, or has failed."""
         self._pending.remove(self)
         if self._ended is not None:
             self._ended.set()
@@ -117,6 +120,15 @@ class Reads:
         count = stop - offset
         todo = _read_now(core, offset, view[:count], core.fetcher)
         return PendingRead(count, todo, self._pending) if todo else count
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """What `wait` waits for, too: somebody else reads the storage, as the plan of a read says."""
+        read = PendingRead(0, [(self._core.own, memoryview(b""), 0)], self._pending)
+        try:
+            yield
+        finally:
+            read.end()
 
     async def wait(self, source: _Source | None = None) -> None:
         """Wait for the end of those that are under way now; with a source, only of those that read it."""

@@ -23,6 +23,7 @@ from __future__ import annotations
 import errno
 import functools
 from collections.abc import Awaitable, Callable
+from typing import TypeVar
 
 import trio
 
@@ -32,11 +33,13 @@ from fvdfs.cow.locks import Claim, Gate, RangeLock
 from fvdfs.cow.planner import WritePlan, Zeroes, plan_write, zero_runs
 from fvdfs.format.journal import merge
 from fvdfs.image.copying import ZERO_STEP, Copies
-from fvdfs.image.core import PIECES_PER_TURN, Core
+from fvdfs.image.core import PIECES_PER_TURN, Core, OwnData
 from fvdfs.image.reading import Reads
 from fvdfs.image.resizing import Resizer
 from fvdfs.image.reuse import Reuse
-from fvdfs.store.base import Buffer, Done, next_data
+from fvdfs.store.base import Buffer, Done, Store, next_data
+
+T = TypeVar("T")
 
 CHUNKS_PER_SLICE = 1 << 14  # of a long range, before other requests get their turn
 ONE_READ = 64 << 10  # bytes; a shorter write between two parts of the base has both read in one piece
@@ -208,31 +211,34 @@ class Writes:
         if core.committer.overfull:
             await core.committer.commit()
 
-    async def _where_there_is_room(self, end: int, work: Callable[[], Awaitable[None]]) -> None:
+    async def _where_there_is_room(self, end: int, work: Callable[[], Awaitable[T]]) -> T:
         """Do it past the gate, on a disk of at least `end` bytes. Raises OSError.
 
         Again where chunks that nobody uses any more have made room.
         """
 
-        async def pass_gate() -> None:
+        async def pass_gate() -> T:
             while end > self.core.size or self.gate.is_closed:
                 if self.gate.is_closed:
                     await self.gate.wait_until_open()
                 else:
                     await self._resizer.reach(end)
             with self.gate.passed():
-                await work()
+                return await work()
 
-        await self.reuse.where_full(pass_gate)
+        return await self.reuse.where_full(pass_gate)
 
     async def _zero(self, start: int, stop: int, *, discard: bool) -> None:
+        stop = min(stop, self.core.size)
+        if start < stop:  # else: it has shrunk
+            await self._replace(start, stop, functools.partial(self._punch, start, stop, writes=not discard))
+
+    async def _replace(self, start: int, stop: int, change: Callable[[], Awaitable[None]]) -> None:
+        """Have `change` store bytes [start, stop), then local with all of their blocks. Zeros, if a base gets them."""
         core = self.core
-        stop = min(stop, core.size)
-        if start >= stop:
-            return  # it has shrunk
         bitmap, plan = core.bitmap, plan_write(core.geometry, core.bitmap, start, stop)
         if not plan.missing and (core.base_writer is None or plan.first == plan.end):
-            await self._punch(start, stop, writes=not discard)
+            await change()
             self.stored(bitmap, plan)
             return
         async with self.locks.hold(plan.first, plan.end):
@@ -240,10 +246,37 @@ class Writes:
             for part in (plan.head, plan.tail):
                 if part is not None:
                     await self._store(*part, await self._read_base(*part))
-            await self._punch(start, stop, writes=not discard)
+            await change()
             self.stored(bitmap, plan)
             if core.base_writer is not None:
                 await core.base_writer.zeroed(plan.first, plan.end, start, min(stop, core.geometry.base_size))
+
+    async def copy(self, source: Core, reads: Reads, at: int, start: int, stop: int) -> int:
+        """`Image.copy`, of what the source's chain has in one piece; `reads`: those of the source."""
+        self.check()
+        core = self.core
+        try:
+            stop = await self._where_there_is_room(0, functools.partial(self._copy, source, reads, at, start, stop))
+        except OSError as error:
+            if error.errno == errno.EOPNOTSUPP:
+                return 0
+            raise
+        self.ended(start, stop)
+        if core.committer.overfull:
+            await core.committer.commit()
+        return stop - start
+
+    async def _copy(self, source: Core, reads: Reads, at: int, start: int, stop: int) -> int:
+        """`copy`, past the gate: where it ends."""
+        core = self.core
+        with reads.held():  # only past the gate: a shrink that has closed it waits for reads
+            begin, end, found, where = next(source.pieces(at, at + stop - start), (stop, stop, None, 0))
+            if found is None or begin > at or stop > core.size or core.base_writer is not None:
+                return start
+            store = found.store if isinstance(found, OwnData) else found
+            stop = start + end - at
+            await self._replace(start, stop, functools.partial(self._store_piece, store, where, start, stop))
+        return stop
 
     async def reserve(self, start: int, stop: int) -> None:
         """Have later writes to bytes [start, stop) find space. Raises OSError as `Image.reserve`."""
@@ -328,6 +361,17 @@ class Writes:
             for run_start, run_stop, where in core.storage.byte_runs(start, stop):
                 assert where is not None
                 await core.data.pwrite(view[run_start - start : run_stop - start], where)
+        finally:
+            core.committer.data_written()
+
+    async def _store_piece(self, source: Store, where: int, start: int, stop: int) -> None:
+        """Have bytes [start, stop) of the disk get in the storage what a store has from `where` on."""
+        core = self.core
+        await self._prepare(start, stop)
+        try:
+            for run_start, run_stop, to in core.storage.byte_runs(start, stop):
+                assert to is not None
+                await core.data.copy(source, where + run_start - start, to, run_stop - run_start)
         finally:
             core.committer.data_written()
 

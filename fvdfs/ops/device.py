@@ -1,9 +1,9 @@
-"""The kernel's end of a mount: READ, WRITE, FSYNC, FALLOCATE and LSEEK are answered here, all else by libfuse.
+"""The kernel's end of a mount: requests for a disk's bytes are answered here (`wire.NAMES`), all else by libfuse.
 
 pyfuse3, and libfuse under it, answer one request a turn of the event loop, each in a task of its own.
 That is fine for opening and listing; for READ, WRITE and FSYNC, most of a disk's traffic, it would be most of the cost;
-and pyfuse3 does not know FALLOCATE and LSEEK. So these take a shorter way. All requests that the kernel has queued are
-received in one turn:
+and pyfuse3 does not know FALLOCATE, LSEEK and COPY_FILE_RANGE. So these take a shorter way.
+All requests that the kernel has queued are received in one turn:
 
 1. what needs no waiting is answered at once;
 2. what can be started without a task (`Pending.start`) is answered when it has ended;
@@ -39,9 +39,13 @@ import trio
 from fvdfs.format.header import SECTOR
 from fvdfs.ops.lingering import Linger
 from fvdfs.ops.wire import (
+    COPIED,
+    COPY,
     FALLOCATE,
     FATTR_FH,
     FATTR_TIMES,
+    FUSE_COPY_FILE_RANGE,
+    FUSE_COPY_FILE_RANGE_64,
     FUSE_FALLOCATE,
     FUSE_FSYNC,
     FUSE_INTERRUPT,
@@ -104,6 +108,9 @@ class Requests(Protocol):
 
     def begin_seek(self, fh: int, offset: int, whence: int, /) -> int | Pending:
         """lseek(2) with SEEK_DATA or SEEK_HOLE: the place, or the search for it that has to wait."""
+
+    def begin_copy(self, fh: int, offset: int, source_fh: int, source_offset: int, length: int, /) -> Pending:
+        """copy_file_range(2) to `offset`, of at most `length` bytes; the number of bytes."""
 
     def begin_fsync(self, fh: int, /) -> Pending | None:
         """Make durable what was written; None: the mount does not do so."""
@@ -344,6 +351,8 @@ class Device:
             self._begin_fallocate(unique)
         elif opcode == FUSE_LSEEK:
             self._begin_seek(unique)
+        elif opcode in (FUSE_COPY_FILE_RANGE, FUSE_COPY_FILE_RANGE_64):
+            self._begin_copy(unique, COPIED if opcode == FUSE_COPY_FILE_RANGE_64 else WRITTEN)
         elif opcode != FUSE_INTERRUPT:  # nothing here can be interrupted
             if opcode == FUSE_OPEN:
                 self._opening[unique] = opens_direct(self._head)
@@ -382,6 +391,13 @@ class Device:
             self._answer_seek(unique, found)
         else:
             self._begin(unique, fh, "lseek", found, functools.partial(self._answer_seek, unique))
+
+    def _begin_copy(self, unique: int, answer: struct.Struct) -> None:
+        source_fh, source_offset, fh, offset, length, flags = COPY.unpack(self._start_of(COPY.size))
+        if flags:
+            raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+        pending = self._requests.begin_copy(fh, offset, source_fh, source_offset, length)
+        self._begin(unique, fh, "copy", pending, lambda count: self._answer(unique, 0, answer.pack(count)))
 
     def _begin(self, unique: int, fh: int, what: str, pending: Pending, answer: Callable[[int], None]) -> None:
         """Start a request, and answer when it has ended, given the result; where it cannot be started, a task does it.
@@ -442,8 +458,7 @@ class Device:
 
     def _set_times(self, unique: int) -> bool:
         """Answer a SETATTR of the mtime alone, which the kernel sends before FSYNC; False for another."""
-        request = self._head + self._payload[: SETATTR.size - len(self._head)]
-        inode, valid, mtime, nsec = SETATTR.unpack(request)
+        inode, valid, mtime, nsec = SETATTR.unpack(self._start_of(SETATTR.size))
         if valid & ~FATTR_FH != FATTR_TIMES:
             return False
         attributes = self._requests.set_mtime(inode, mtime * 10**9 + nsec)
@@ -453,6 +468,10 @@ class Device:
             self._log_request()
         self._answer(unique, 0, encode(attributes))
         return True
+
+    def _start_of(self, size: int) -> bytearray:
+        """The first bytes of the request that was just received, more than a READ has."""
+        return self._head + self._payload[: size - len(self._head)]
 
     def _log_request(self) -> None:
         length, opcode, unique, inode, _, _, pid, *_ = IN_HEADER.unpack_from(self._head)

@@ -13,13 +13,14 @@ import json
 import os
 import stat
 from collections.abc import Callable, Coroutine, Sequence
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar
 
 import pyfuse3
 import trio
 from pyfuse3 import EntryAttributes, FileHandleT, FileInfo, FileNameT, FlagT, FUSEError, InodeT, ModeT
 
 from fvdfs import xattrs
+from fvdfs.image.copy_range import copy_range
 from fvdfs.image.image import Image
 from fvdfs.image.map import image_map
 from fvdfs.ops import control
@@ -81,6 +82,18 @@ class Sync(enum.Enum):
     """Before each write is answered."""
 
 
+class Handle(NamedTuple):
+    """An opening of a disk."""
+
+    entry: Entry
+    writes: bool
+    """Whether for writing."""
+    through_cache: bool
+    """Whether it writes through the kernel's cache."""
+    durable: bool
+    """Whether its writes are to survive a power cut (O_DSYNC). WRITE says so itself."""
+
+
 class Filesystem(pyfuse3.Operations):
     """A folder of images as a folder of raw files."""
 
@@ -95,8 +108,7 @@ class Filesystem(pyfuse3.Operations):
         self._sync = sync
         self._shrink = shrink
         self._images: dict[int, Image] = {}
-        self._handles: dict[int, tuple[Entry, bool, bool]] = {}
-        """The image, whether it is open for writing, whether through the kernel's cache."""
+        self._handles: dict[int, Handle] = {}
         self._listings: dict[int, list[Entry]] = {}
         self._last_listing: list[Entry] = []
         self._next_handle = 1
@@ -352,7 +364,7 @@ class Filesystem(pyfuse3.Operations):
         handle = self._new_handle()
         through_cache = write and not flags & os.O_DIRECT
         entry.cached_writers += through_cache
-        self._handles[handle] = entry, write, through_cache
+        self._handles[handle] = Handle(entry, write, through_cache, bool(flags & os.O_DSYNC))
         self._images[handle] = entry.image
         self.limits.before_open(is_remote=entry.image.is_remote)
         return FileInfo(fh=FileHandleT(handle), keep_cache=keep_cache)
@@ -365,23 +377,33 @@ class Filesystem(pyfuse3.Operations):
 
     def begin_write(self, fh: int, offset: int, data: memoryview, /, *, durable: bool) -> Pending:
         """`Image.write`; with `sync=always`, or where the writer asks for it, durable when it has ended."""
-        entry, image = self._handles[fh][0], self._images[fh]
-        pending, beyond = image.begin_write(offset, data), offset + len(data) > image.end
+        return self._change(fh, self._images[fh].begin_write(offset, data), offset + len(data), durable=durable)
+
+    def _change(self, fh: int, pending: Pending, stop: int, *, durable: bool) -> Pending:
+        """A change of a disk's bytes up to `stop`; `durable` as for `begin_write`."""
         durable = self._sync is Sync.ALWAYS or (durable and self._sync is Sync.FLUSH)
         write = DurableWrite if durable else Write
-        return write(entry, pending, self._note_write, beyond=beyond)
+        return write(self._handles[fh].entry, pending, self._note_write, beyond=stop > self._images[fh].end)
 
     def begin_fallocate(self, fh: int, mode: int, offset: int, length: int, /) -> Pending:
         """`requests.fallocate`, of the bytes from `offset` on."""
-        entry, image = self._handles[fh][0], self._images[fh]
-        pending = InTask(functools.partial(fallocate, entry, image, mode, offset, length))
-        write = DurableWrite if self._sync is Sync.ALWAYS else Write
-        beyond = not mode & FALLOC_FL_KEEP_SIZE and offset + length > image.end
-        return write(entry, pending, self._note_write, beyond=beyond)
+        handle = self._handles[fh]
+        pending = InTask(functools.partial(fallocate, handle.entry, self._images[fh], mode, offset, length))
+        stop = 0 if mode & FALLOC_FL_KEEP_SIZE else offset + length
+        return self._change(fh, pending, stop, durable=handle.durable)
+
+    def begin_copy(self, fh: int, offset: int, source_fh: int, source_offset: int, length: int, /) -> Pending:
+        """`copy_range`."""
+        handle, source = self._handles[fh], self._handles[source_fh]
+        for entry in (handle.entry, source.entry):
+            entry.look()
+        copy = functools.partial(copy_range, self._images[source_fh], source_offset, self._images[fh])
+        pending = InTask(functools.partial(copy, offset, length))
+        return self._change(fh, pending, offset + length, durable=handle.durable)
 
     def begin_seek(self, fh: int, offset: int, whence: int, /) -> int | Pending:
         """`requests.seek`."""
-        entry, image = self._handles[fh][0], self._images[fh]
+        entry, image = self._handles[fh].entry, self._images[fh]
         size = functools.partial(self._kernels_size, entry) if self.enable_writeback_cache else None
         return seek(entry, image, offset, whence, size)
 
@@ -408,12 +430,12 @@ class Filesystem(pyfuse3.Operations):
     def backing_of(self, fh: int, /) -> int:
         """What OPEN's answer says of the kernel's own way to the data (`passthrough.py`); 0: there is none."""
         opened = self._handles.get(fh)
-        passthrough = opened[0].passthrough if opened is not None else ""
+        passthrough = opened.entry.passthrough if opened is not None else ""
         return passthrough.number if isinstance(passthrough, Passthrough) else 0
 
     def begin_fsync(self, fh: int, /) -> Pending | None:
         """`Image.fsync`; None with `sync=none`."""
-        return None if self._sync is Sync.NONE else Fsync(self._handles[fh][0], self._images[fh])
+        return None if self._sync is Sync.NONE else Fsync(self._handles[fh].entry, self._images[fh])
 
     def error_number(self, error: Exception, fh: int, what: str, /) -> int:
         """`fuse_error`, of a request to an open file; EBADF where there is none of that handle."""
@@ -435,15 +457,15 @@ class Filesystem(pyfuse3.Operations):
 
     @handler
     async def flush(self, fh: FileHandleT) -> None:
-        entry, write, _ = self._handles[fh]
+        entry, writes, *_ = self._handles[fh]
         entry.look()
-        if write and entry.image is not None and self._sync is not Sync.NONE:
+        if writes and entry.image is not None and self._sync is not Sync.NONE:
             await entry.image.fsync()
             await entry.mtime.store()
 
     @handler
     async def release(self, fh: FileHandleT) -> None:
-        entry, _, through_cache = self._handles.pop(fh)
+        entry, _, through_cache, _ = self._handles.pop(fh)
         entry.cached_writers -= through_cache
         image = self._images.pop(fh)
         try:

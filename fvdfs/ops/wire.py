@@ -47,6 +47,8 @@ FUSE_INIT = 26
 FUSE_INTERRUPT = 36
 FUSE_FALLOCATE = 43
 FUSE_LSEEK = 46
+FUSE_COPY_FILE_RANGE = 47
+FUSE_COPY_FILE_RANGE_64 = 53  # Linux 6.18; the same, but its answer has 64 bits
 FUSE_NOTIFY_INVAL_INODE = 2
 FUSE_AUTO_INVAL_DATA = 1 << 12
 FUSE_WRITEBACK_CACHE = 1 << 16
@@ -64,6 +66,8 @@ NAMES = {
     FUSE_INTERRUPT: "INTERRUPT",
     FUSE_FALLOCATE: "FALLOCATE",
     FUSE_LSEEK: "LSEEK",
+    FUSE_COPY_FILE_RANGE: "COPY_FILE_RANGE",
+    FUSE_COPY_FILE_RANGE_64: "COPY_FILE_RANGE_64",
 }
 IN_HEADER = struct.Struct("=IIQQIIIHH")  # len opcode unique nodeid uid gid pid total_extlen padding
 INIT_IN = struct.Struct("=IIII")  # major minor max_readahead flags
@@ -86,6 +90,8 @@ SETATTR = struct.Struct("=16xQ16xI36xQ8x4xI24x")
 FALLOCATE = struct.Struct("=40xQQQI4x")  # fh offset length mode
 LSEEK = struct.Struct("=40xQQI4x")  # fh offset whence
 PLACE = struct.Struct("=Q")  # LSEEK's answer
+COPY = struct.Struct("=40xQQ8xQQQQ")  # fh and offset to copy from; fh and offset to copy to, length, flags
+COPIED = struct.Struct("=Q")  # size
 FUSE_WRITE_CACHE = 1 << 0  # written by the kernel, for whoever changed the page
 FATTR_FH = 1 << 6
 FATTR_TIMES = 1 << 5 | 1 << 10  # of the last change of content, and of attributes
@@ -98,6 +104,8 @@ SHORTEST = {
     FUSE_FSYNC: IN_HEADER.size + 16,
     FUSE_FALLOCATE: FALLOCATE.size,
     FUSE_LSEEK: LSEEK.size,
+    FUSE_COPY_FILE_RANGE: COPY.size,
+    FUSE_COPY_FILE_RANGE_64: COPY.size,
 }
 """Bytes of the requests that are answered here, but WRITE, which has its data behind what READ has."""
 INVALIDATE = struct.Struct("=Qqq")  # inode offset length; 0: all

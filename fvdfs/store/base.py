@@ -98,6 +98,12 @@ class Store(Protocol):
         `writes`: by writing zeros, if there is no other way; without it that is EOPNOTSUPP. Raises OSError.
         """
 
+    async def copy(self, source: Store, where: int, offset: int, length: int) -> None:
+        """Have the range get what another store, or this, has from `where` on, without reading and writing it here.
+
+        Raises OSError: EOPNOTSUPP where that cannot be; a part may be done then.
+        """
+
     async def reserve(self, offset: int, length: int) -> None:
         """Have later writes to the range find space. What the store has there stays, and so does its size.
 
@@ -186,6 +192,9 @@ class Stepwise:
 
     def start_flush(self, done: Done) -> bool:
         return False
+
+    async def copy(self: Store, source: Store, where: int, offset: int, length: int) -> None:
+        raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP), self.name)
 
     async def append_stable(self: Store, data: Buffer, offset: int, *, flush_first: bool) -> None:
         await append_by_steps(self, data, offset, flush_first=flush_first)

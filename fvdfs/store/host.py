@@ -14,7 +14,7 @@ import trio
 
 from fvdfs.errors import ImageBusy, ImageError
 from fvdfs.store import uring
-from fvdfs.store.base import Buffer, Done, FlushError, append_by_steps, result_of
+from fvdfs.store.base import Buffer, Done, FlushError, Store, append_by_steps, result_of
 from fvdfs.store.filelock import FileLock, type_of_file_system
 from fvdfs.store.flushing import Flusher
 from fvdfs.store.worker import Worker
@@ -43,6 +43,8 @@ FALLOC_FL_PUNCH_HOLE = 0x02
 FALLOC_FL_ZERO_RANGE = 0x10
 PUNCH = FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE
 ZERO_RANGE = FALLOC_FL_ZERO_RANGE | FALLOC_FL_KEEP_SIZE
+# Answers of copy_file_range(2) between files of two file systems, and to a device.
+_NO_COPIES = (errno.EXDEV, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 SYNC_FILE_RANGE_WRITE = 0x02  # send what is not on its way yet
 SYNC_FILE_RANGE_ALL = 0x07  # wait for what is on its way, send the rest, wait for that
 _ZEROS = bytes(1 << 20)
@@ -317,6 +319,30 @@ class HostFile:
             count = min(stop - start, len(_ZEROS))
             self.pwrite_now(memoryview(_ZEROS)[:count], start)
             start += count
+
+    async def copy(self, source: Store, where: int, offset: int, length: int) -> None:
+        far = where + length > MAX_FILE_SIZE
+        if far or not isinstance(source, HostFile) or (source.may_hang and source.server != self.server):
+            raise OSError(errno.EOPNOTSUPP, f"{self.name}: the host cannot copy from {source.name}")
+        try:
+            await self._waiter.run(lambda: self._copy(source, where, offset, length))
+        finally:
+            self._flusher.changed()
+
+    def _copy(self, source: HostFile, where: int, offset: int, length: int) -> None:
+        done = 0
+        while done < length:
+            try:
+                count = os.copy_file_range(source.fileno(), self._fd, length - done, where + done, offset + done)
+            except OSError as error:
+                if error.errno in _NO_COPIES:
+                    raise OSError(errno.EOPNOTSUPP, f"{self.name}: {error.strerror}: {source.name}") from None
+                raise
+            if count == 0:
+                raise OSError(errno.EOPNOTSUPP, f"{source.name}: ends at byte {where + done}")
+            done += count
+        if length >= LONG_WRITE:
+            _sync_range(self._fd, offset, length, SYNC_FILE_RANGE_WRITE)
 
     async def reserve(self, offset: int, length: int) -> None:
         if length and not self.fixed_size:

@@ -56,6 +56,7 @@ class CountingStore:
         self.is_remote = inner.is_remote
         self.zero = inner.zero
         self.reserve = inner.reserve
+        self.copy = inner.copy
         self.write_out = inner.write_out
         self.extent = inner.extent
         self.size = inner.size

@@ -16,12 +16,14 @@ import functools
 import os
 import random
 from collections import Counter
-from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import trio
 
+from fvdfs.image.core import Core
 from fvdfs.image.image import Image
+from fvdfs.image.reading import Reads
 from fvdfs.store.base import Buffer, Done, Pending, Stepwise, Store, result_of
 
 SECTOR = 512  # a disk writes this much whole or not at all
@@ -75,8 +77,10 @@ async def write_some_way(image: Image, offset: int, data: bytes, number: int) ->
     """Write: the kernel does it by itself where it has the disk; else `number` decides how."""
     if (file := _file_of_kernel(image)) is not None:
         await file.pwrite(data, offset)
-    elif number % 2:
+    elif number % 3 == 1:
         await write_as_mounted(image, offset, data)
+    elif number % 3 == 2 and image.base_writer is None:
+        await copy_in(image, offset, data)
     else:
         await image.write(offset, data)
 
@@ -111,6 +115,26 @@ async def extents_as_mounted(image: Image, start: int, stop: int) -> list[tuple[
         found.append((start, end, hole))
         start = end
     return found
+
+
+class StoredDisk(Core):
+    """A disk whose bytes lie in a store as they are."""
+
+    def __init__(self, store: Store, size: int) -> None:
+        self.store = store
+        self.size = size
+
+    def pieces(self, start: int, stop: int) -> Iterator[tuple[int, int, Store, int]]:
+        yield start, stop, self.store, start
+
+
+async def copy_in(image: Image, offset: int, data: bytes) -> None:
+    """Write what another disk has stored, by a copy."""
+    stop = offset + len(data)
+    if stop > image.size:
+        await image.reach(stop)
+    source = StoredDisk(MemoryStore(bytes(SECTOR) + data), SECTOR + len(data))
+    assert await image._writes.copy(source, Reads(source), SECTOR, offset, stop) == len(data)
 
 
 async def read_as_mounted(image: Image, offset: int, length: int) -> bytearray:
@@ -260,6 +284,9 @@ class MemoryStore(Stepwise):
             first, end = _units(offset), _units(stop) if stop == len(self.data) else stop // UNIT
             taken[first:end] = bytes(max(0, end - first))
             self._taken[:] = taken
+
+    async def copy(self, source: Store, where: int, offset: int, length: int) -> None:
+        await self.pwrite(await _bytes_of(source, where, length), offset)
 
     async def reserve(self, offset: int, length: int) -> None:
         await self._wait("pwrite")
@@ -575,6 +602,9 @@ class FaultStore(Stepwise):
             raise
         await self.inner.zero(offset, length, writes=writes)
 
+    async def copy(self, source: Store, where: int, offset: int, length: int) -> None:
+        await self.pwrite(await _bytes_of(source, where, length), offset)
+
     async def reserve(self, offset: int, length: int) -> None:
         self._check("pwrite")
         await self.inner.reserve(offset, length)
@@ -612,6 +642,14 @@ class FaultStore(Stepwise):
 
     async def aclose(self) -> None:
         await self.inner.aclose()
+
+
+async def _bytes_of(source: Store, where: int, length: int) -> bytearray:
+    """What a copy finds there. Raises OSError."""
+    buffer = bytearray(length)
+    if await source.pread(memoryview(buffer), where) < length:
+        raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP), source.name)
+    return buffer
 
 
 def _first_half(data: Buffer, offset: int) -> bytes:
