@@ -27,14 +27,15 @@ EQUIVALENT: dict[str, str] = {
         "the checkpoint writes only what a replay has rebuilt, from records written after clean_shutdown=0 was stable"
     ),
     "writing: _write: swapped await self._store(start, stop, data) | self.stored(bitmap, plan)": _LOCAL,
-    "writing: _zero: swapped await self._punch(start, stop, writes=not discard) | self.stored(bitmap, plan)": _LOCAL,
+    "writing: _replace: swapped await change() | self.stored(bitmap, plan)": _LOCAL,
     "writing: _store_zeros: swapped if core.zeroes is Zeroes.PUNCH: … _punch | try: … pwrite": (
         "a hole is made where zeros have just been written"
     ),
     f"writing: _write: swapped self.stored(bitmap, plan) | {_OF_BASE}: … wrote": _APART,
-    f"writing: _zero: swapped self.stored(bitmap, plan) | {_OF_BASE}: … zeroed": _APART,
-    "writing: _zero: swapped for part in (plan.head, plan.tail): … _store | "
-    "await self._punch(start, stop, writes=not discard)": "nobody reads any of it before the bits are set",
+    f"writing: _replace: swapped self.stored(bitmap, plan) | {_OF_BASE}: … zeroed": _APART,
+    "writing: _replace: swapped for part in (plan.head, plan.tail): … _store | await change()": (
+        "nobody reads any of it before the bits are set"
+    ),
     "writing: _reserve: without core.committer.data_written()": (
         "space that is reserved holds nothing; test_what_is_reserved_is_flushed does see it"
     ),

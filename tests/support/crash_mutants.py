@@ -45,10 +45,10 @@ MODULES = (
     "fvdfs.image.loading",
 )
 CHANGED = (
-    ("fvdfs.image.writing", "Writes._zero", "in (plan.head, plan.tail)", "in (plan.tail,)"),
-    ("fvdfs.image.writing", "Writes._zero", "in (plan.head, plan.tail)", "in (plan.head,)"),
-    ("fvdfs.image.writing", "Writes._zero", "hold(plan.first, plan.end)", "hold(plan.first, plan.first)"),
-    ("fvdfs.image.writing", "Writes._zero", "core.base_writer is not None", "False"),
+    ("fvdfs.image.writing", "Writes._replace", "in (plan.head, plan.tail)", "in (plan.tail,)"),
+    ("fvdfs.image.writing", "Writes._replace", "in (plan.head, plan.tail)", "in (plan.head,)"),
+    ("fvdfs.image.writing", "Writes._replace", "hold(plan.first, plan.end)", "hold(plan.first, plan.first)"),
+    ("fvdfs.image.writing", "Writes._replace", "core.base_writer is not None", "False"),
     ("fvdfs.image.writing", "Writes._prepare_zeros", "if start < base_size", "if False"),
     ("fvdfs.image.writing", "Writes._prepare", "await core.committer.mark_unclean()", "pass"),
     ("fvdfs.image.writing", "Writes._places", "if where is not None", "if where"),
@@ -68,7 +68,7 @@ DURABLE = FLUSHES | {
     *("release_base", "write_profile", "close"),
     *("grow", "shrink", "_grow", "_grow_to", "_shrink", "_make_room", "_make_room_on_device", "prepare", "_prepare"),
     *("_store", "_store_data", "_store_zeros", "wrote", "begin_base_writing"),
-    *("_punch", "zeroed"),
+    *("_punch", "zeroed", "change", "copy"),
     *("begin_unseen_writes", "mark_unclean", "look_at_length", "make_whole", "settle", "recover_length"),
 }
 REPORTED = {"stored"}  # calls that wait for nothing, and must come after what is durable

@@ -77,10 +77,10 @@ async def write_some_way(image: Image, offset: int, data: bytes, number: int) ->
     """Write: the kernel does it by itself where it has the disk; else `number` decides how."""
     if (file := _file_of_kernel(image)) is not None:
         await file.pwrite(data, offset)
-    elif number % 3 == 1:
-        await write_as_mounted(image, offset, data)
-    elif number % 3 == 2 and image.base_writer is None:
+    elif number % 4 == 3 and image.base_writer is None:
         await copy_in(image, offset, data)
+    elif number % 2:
+        await write_as_mounted(image, offset, data)
     else:
         await image.write(offset, data)
 
