@@ -1,7 +1,7 @@
 """The FUSE handlers: translate arguments, call the image, translate errors. No policy but `-o sync` and
 `-o shrink`.
 
-pyfuse3 runs each request in a task of its own; READ, WRITE and FSYNC do not reach it (`device.py`)."""
+pyfuse3 runs each request in a task of its own; those for a disk's bytes do not reach it (`device.py`)."""
 
 from __future__ import annotations
 
@@ -369,7 +369,7 @@ class Filesystem(pyfuse3.Operations):
         self.limits.before_open(is_remote=entry.image.is_remote)
         return FileInfo(fh=FileHandleT(handle), keep_cache=keep_cache)
 
-    # READ, WRITE and FSYNC take the short path (`device.py`).
+    # These take the short path (`device.py`).
 
     def begin_read(self, fh: int, offset: int, buffer: memoryview, /) -> int | Pending:
         """`Image.begin_read`."""

@@ -1,6 +1,6 @@
 """The other ends of a `Device`, played by a test: a kernel that asks, over a socket pair, and a libfuse that answers.
 
-    Kernel ── requests ──▶ Device ── all but READ, WRITE, FSYNC ──▶ Libfuse
+    Kernel ── requests ──▶ Device ── all but READ, WRITE, ... ──▶ Libfuse
            ◀── answers ───        ◀───────────────────────────────
 
 Messages keep their bounds (SOCK_SEQPACKET), as on /dev/fuse. A socket holds no more than ten of them, of some 400 KiB.
