@@ -425,8 +425,8 @@ class Writes:
 
     async def _prepare(self, start: int, stop: int) -> None:
         core = self.core
-        if core.storage.prepare_nowait(start, stop):
-            return
+        if core.committer.unseen_writes or core.storage.prepare_nowait(start, stop):
+            return  # the first: the data file ends where the kernel has it end
         if core.table is not None:
             # Whoever opens the image after a crash has to see that there may be data without an entry.
             await core.committer.mark_unclean()

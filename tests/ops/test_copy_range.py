@@ -124,8 +124,14 @@ def test_disks_that_are_passed_through(folder: Path) -> None:
             assert os.fstat(target).st_mtime_ns > before
             assert mount.raw("b").read_bytes()[SIZE - 8192 :] == content[4096 : 4096 + 2 * MIB]
             os.fsync(target)
+            assert copy(source, 0, target, 2 * SIZE, 100) == 100
+            assert copy(source, 0, target, 0, 700) == 700
+            assert os.fstat(target).st_size == 2 * SIZE + 100, "it does not end where the last write has"
+        mount.passes = ""  # its size is no longer one of those
         mount.remount()
-        assert mount.raw("b").read_bytes() == bytes(SIZE - 8192) + content[4096 : 4096 + 2 * MIB]
+        expected = bytearray(bytes(SIZE - 8192) + content[4096 : 4096 + 2 * MIB]).ljust(2 * SIZE, b"\0")
+        expected[:700] = content[:700]
+        assert mount.raw("b").read_bytes() == expected + content[:100].ljust(512, b"\0")
 
 
 @pytest.mark.parametrize("layout", ["flat", "compact", "cow"])
