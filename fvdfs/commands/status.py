@@ -42,10 +42,12 @@ def run(mountpoint: str, *, as_json: bool, watch: bool) -> int:
 def status(mountpoint: str) -> dict[str, Any]:
     """The state of every image of a mount, ready for JSON; of one that cannot be asked, the state is "unreadable".
 
-    Raises UsageError where it is no mount, OSError.
+    Raises UsageError where it is no mount or another user's, OSError.
     """
     try:
         pid = int(os.getxattr(mountpoint, PID))
+    except PermissionError:
+        raise UsageError(f"{mountpoint}: permission denied; ask as the user who mounted it") from None
     except (OSError, ValueError):
         raise UsageError(f"{mountpoint}: fvdfs is not mounted there") from None
     images = []
