@@ -18,10 +18,11 @@ import random
 from collections import Counter
 from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import cast
 
 import trio
 
-from fvdfs.image.core import Core
+from fvdfs.image.core import Core, OwnData
 from fvdfs.image.image import Image
 from fvdfs.image.reading import Reads
 from fvdfs.store.base import Buffer, Done, Pending, Stepwise, Store, result_of
@@ -122,6 +123,7 @@ class StoredDisk(Core):
 
     def __init__(self, store: Store, size: int) -> None:
         self.store = store
+        self.own = cast(OwnData, store)
         self.size = size
 
     def pieces(self, start: int, stop: int) -> Iterator[tuple[int, int, Store, int]]:
