@@ -76,6 +76,21 @@ class OwnData:
         return f"{self.store.name} ends before byte {end}, up to which it holds data: it was cut"
 
 
+class LastExtents:
+    """What stores say of their extents: the last answer of each is remembered, so that a walk asks for each once."""
+
+    def __init__(self) -> None:
+        self._known: dict[OwnData | Store, tuple[int, int, bool]] = {}
+
+    async def at(self, source: OwnData | Store, start: int, stop: int) -> tuple[int, bool]:
+        """`Store.extent`, perhaps past `stop`, which is no more than how far to look now. Raises OSError."""
+        first, end, hole = self._known.get(source, (0, 0, False))
+        if not first <= start < end:
+            end, hole = await source.extent(start, stop)
+            self._known[source] = start, end, hole
+        return end, hole
+
+
 @dataclass(kw_only=True, eq=False)
 class Core:
     """The parts of an open image. Offsets and lengths are bytes of the virtual disk."""
@@ -185,8 +200,11 @@ class Core:
             return ((start, stop, False),)
         return tuple(read_runs(geometry, bitmap, start, stop))
 
-    async def extents(self, start: int, stop: int) -> list[tuple[int, int, str]]:
-        """Bytes [start, stop) of the disk as runs (start, stop, "stored", "base" or "hole"). Raises OSError."""
+    async def extents(self, start: int, stop: int, known: LastExtents) -> list[tuple[int, int, str]]:
+        """Bytes [start, stop) of the disk as runs (start, stop, "stored", "base" or "hole"). Raises OSError.
+
+        `known`: for the whole of a walk, which asks once for an extent that goes on behind `stop`.
+        """
         found = []
         for run_start, run_stop, local in self.local_runs(start, stop):
             if not local:
@@ -197,15 +215,16 @@ class Core:
                 while at < piece_stop:
                     end, hole = piece_stop, True
                     if where is not None:
-                        end, hole = await self.data.extent(where + at - piece_start, where + piece_stop - piece_start)
-                        end += piece_start - where
+                        place = where + at - piece_start
+                        extent_end, hole = await known.at(self.own, place, place + max(piece_stop, self.size) - at)
+                        end = min(piece_stop, at + extent_end - place)
                     found.append((at, end, "hole" if hole else "stored"))
                     at = end
         return found
 
     async def extent(self, start: int, stop: int) -> tuple[int, bool]:
         """`Store.extent` of the disk, whatever layer of the chain has the bytes. Raises OSError."""
-        known: dict[OwnData | Store, tuple[int, int, bool]] = {}  # the last extent found in each
+        known = LastExtents()
         kind: bool | None = None  # of what lies before `at`
         at = start
         for number, (piece_start, piece_stop, source, where) in enumerate(self.pieces(start, stop)):
@@ -219,10 +238,7 @@ class Core:
                 kind, at = True, piece_start
             while at < piece_stop:
                 place = where + at - piece_start
-                first, end, hole = known.get(source, (0, 0, False))
-                if not first <= place < end:
-                    end, hole = await source.extent(place, place + stop - at)
-                    known[source] = place, end, hole
+                end, hole = await known.at(source, place, place + stop - at)
                 if kind is not None and kind is not hole:
                     return at, kind
                 kind, at = hole, min(piece_stop, at + end - place)

@@ -23,7 +23,7 @@ from fvdfs.errors import ReadOnlyImage
 from fvdfs.format.profile import Extent
 from fvdfs.image import passing
 from fvdfs.image.base_writing import begin_base_writing
-from fvdfs.image.core import Core, close_chain
+from fvdfs.image.core import Core, LastExtents, close_chain
 from fvdfs.image.profiling import read_profile, record_profile, write_profile
 from fvdfs.image.reading import Reads
 from fvdfs.image.resizing import Resizer
@@ -157,6 +157,16 @@ class Image(Core):
         """The data file was seen to have this many bytes (`passing`)."""
         if not self._resizer.lock.locked():
             passing.follow_length(self, length)
+
+    async def extent(self, start: int, stop: int) -> tuple[int, bool]:
+        """`Core.extent`. All files stay open until it has ended."""
+        with self._reads.held():
+            return await super().extent(start, stop)
+
+    async def extents(self, start: int, stop: int, known: LastExtents) -> list[tuple[int, int, str]]:
+        """`Core.extents`; as `extent`."""
+        with self._reads.held():
+            return await super().extents(start, stop, known)
 
     # --- the base -------------------------------------------------------------------------------
 

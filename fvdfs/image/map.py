@@ -11,6 +11,7 @@ import errno
 from typing import Any
 
 from fvdfs.format.header import SECTOR, ceil_div, round_up
+from fvdfs.image.core import LastExtents
 from fvdfs.image.image import Image
 
 CELLS = 1000  # of a map, at most: an extended attribute has to hold it (64 KiB)
@@ -22,10 +23,10 @@ async def image_map(image: Image, cells: int = CELLS) -> dict[str, Any]:
     if image.damage:
         raise OSError(errno.EIO, f"{image.name}: {image.damage}")
     size = max(SECTOR, round_up(ceil_div(image.size, cells), SECTOR))
-    found = []
+    found, known = [], LastExtents()
     for start in range(0, image.size, size):
         counts = {"stored": 0, "base": 0, "hole": 0}
-        for run_start, run_stop, state in await image.extents(start, min(start + size, image.size)):
+        for run_start, run_stop, state in await image.extents(start, min(start + size, image.size), known):
             counts[state] += run_stop - run_start
         found.append([counts["stored"], counts["base"], counts["hole"]])
     return {"virtual_size": image.size, "cell_size": size, "states": ["stored", "base", "hole"], "cells": found}

@@ -122,9 +122,9 @@ class Reads:
         return PendingRead(count, todo, self._pending) if todo else count
 
     @contextmanager
-    def held(self) -> Iterator[None]:
-        """What `wait` waits for, too: somebody else reads the storage, as the plan of a read says."""
-        read = PendingRead(0, [(self._core.own, memoryview(b""), 0)], self._pending)
+    def held(self, *sources: _Source) -> Iterator[None]:
+        """What `wait` waits for, too: somebody looks at the disk in another way, and reads these."""
+        read = PendingRead(0, [(source, memoryview(b""), 0) for source in sources], self._pending)
         try:
             yield
         finally:

@@ -269,7 +269,7 @@ class Writes:
     async def _copy(self, source: Core, reads: Reads, at: int, start: int, stop: int) -> int:
         """`copy`, past the gate: where it ends."""
         core = self.core
-        with reads.held():  # only past the gate: a shrink that has closed it waits for reads
+        with reads.held(source.own):  # only past the gate: a shrink that has closed it waits for reads
             begin, end, found, where = next(source.pieces(at, at + stop - start), (stop, stop, None, 0))
             if found is None or begin > at or stop > core.size or core.base_writer is not None:
                 return start

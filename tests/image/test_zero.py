@@ -19,6 +19,7 @@ from fvdfs.cow.fetching import Fetcher
 from fvdfs.format.creation import CreateOptions
 from fvdfs.image.image import Image
 from fvdfs.image.loading import open_image
+from fvdfs.image.map import image_map, totals
 from fvdfs.image.policy import Policy
 from fvdfs.image.writing import CHUNKS_PER_SLICE
 from fvdfs.store.base import Buffer, Store, next_data
@@ -644,6 +645,67 @@ async def test_a_long_sparse_disk_is_walked_at_once(tmp_path: Path) -> None:
     used = [(at, stop) for at, stop, hole in found if not hole]
     assert used == [(TIB, TIB + 4096), (2 * TIB - 4096, 2 * TIB)]
     assert store.calls["extent"] - calls < 12
+    await image.close()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [CreateOptions(data_file="data"), CreateOptions(data_file="data", compact=True, chunk_size=MIB, grow_unit=MIB)],
+    ids=["flat", "compact"],
+)
+async def test_a_map_of_a_long_disk_asks_for_each_extent_once(tmp_path: Path, options: CreateOptions) -> None:
+    """Not for each of its cells."""
+    size = 64 * MIB
+    create(tmp_path / IMAGE, size, options)
+    stores = {name: MemoryStore(data, name) for name, data in read_files(tmp_path).items()}
+    image = await load(stores)
+    await image.begin_writing()
+    await image.write(20 * MIB - 4 * KIB, b"x" * 4 * MIB)
+    await image.write(50 * MIB, b"y" * 8 * KIB)
+    data = stores["data"]
+    before = data.calls["extent"]
+    found = await image_map(image)
+    assert totals(found) == {"stored": 4 * MIB + 8 * KIB, "base": 0, "hole": size - 4 * MIB - 8 * KIB}
+    for number, (stored, base, hole) in enumerate(found["cells"]):
+        at = number * found["cell_size"]
+        used = [(20 * MIB - 4 * KIB, 24 * MIB - 4 * KIB), (50 * MIB, 50 * MIB + 8 * KIB)]
+        parts = [min(stop, at + found["cell_size"]) - max(start, at) for start, stop in used]
+        assert stored == sum(part for part in parts if part > 0)
+        assert stored + base + hole == min(size, at + found["cell_size"]) - at
+    assert data.calls["extent"] - before < 12
+    await image.close()
+
+
+@pytest.mark.parametrize("asked_of", ["base", "own"])
+async def test_files_stay_open_while_they_are_asked_for_holes(tmp_path: Path, asked_of: str) -> None:
+    """The base, which is let go meanwhile, and the disk's own, which counts as in use until the answer."""
+    asked, answers = trio.Event(), trio.Event()
+
+    class Asked(MemoryStore):
+        async def extent(self, start: int, stop: int) -> tuple[int, bool]:
+            asked.set()
+            await answers.wait()
+            return await super().extent(start, stop)
+
+    files = make(tmp_path, "cow")
+    kinds = (Asked, MemoryStore) if asked_of == "base" else (MemoryStore, Asked)
+    base, own = kinds[0](files["base.raw"], "base.raw"), kinds[1](files[IMAGE], IMAGE)
+    image = await load({IMAGE: own, "base.raw": base})
+    await image.begin_writing()
+    if asked_of == "own":
+        await image.write(0, SOME)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(image.extent, 0, SIZE)
+        await asked.wait()
+        assert image.in_use
+        if asked_of == "base":
+            await image.write(0, SOME)
+            nursery.start_soon(image.release_base)
+            await trio.testing.wait_all_tasks_blocked()
+            assert not base.closed
+        answers.set()
+    assert base.closed == (asked_of == "base")
+    assert not image.in_use
     await image.close()
 
 
