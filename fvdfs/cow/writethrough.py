@@ -29,7 +29,6 @@ from fvdfs.store.base import Buffer, Store
 log = logging.getLogger(__name__)
 
 MODES = ("writethrough", "writeback")
-COPY_SIZE = 1 << 20  # bytes of owed blocks that are copied at a time, about
 COPY_DELAY = 1.0  # seconds that owed blocks may wait for more of their kind
 RETRY_DELAY = 10.0  # seconds between attempts to reach a base that failed
 
@@ -81,13 +80,12 @@ class WriteThrough:
 class WriteBack:
     """Writes go to the base later, in the background and at closing."""
 
-    def __init__(
-        self, base: Store, blocks: int, block_size: int, copy: Callable[[int, int], Awaitable[None]], name: str
-    ) -> None:
-        """`copy`: has the image copy blocks [first, end) to the base, holding their range, then call `copied`."""
+    def __init__(self, base: Store, blocks: int, copy: Callable[[int, int], Awaitable[int]], name: str) -> None:
+        """`copy`: has the image copy blocks of [first, end) to the base, the first and others that follow, holding
+        their range, then call `copied`; it says where that ended.
+        """
         self._base = base
         self._owed = bitarray(blocks)
-        self._per_copy = max(1, COPY_SIZE // block_size)
         self._copy = copy
         self._name = name
         self._wake = trio.Event()
@@ -133,10 +131,8 @@ class WriteBack:
     async def _copy_all(self) -> None:
         first = self._owed.find(1)
         while first >= 0:
-            end = self._owed.find(0, first, min(first + self._per_copy, len(self._owed)))
-            end = end if end >= 0 else min(first + self._per_copy, len(self._owed))
-            await self._copy(first, end)
-            first = self._owed.find(1, end)
+            end = self._owed.find(0, first)
+            first = self._owed.find(1, await self._copy(first, end if end >= 0 else len(self._owed)))
 
     async def close(self) -> None:
         self._scope.cancel()

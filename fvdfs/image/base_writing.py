@@ -10,7 +10,10 @@ from collections.abc import Awaitable, Callable
 from fvdfs.cow.locks import RangeLock
 from fvdfs.cow.writethrough import MODES, WriteBack, WriteThrough
 from fvdfs.image.core import Core
-from fvdfs.store.base import Store
+from fvdfs.store.base import Store, next_data
+
+COPY_SIZE = 1 << 20  # bytes of owed blocks that are copied at a time, about; shorter holes are copied as data
+HOLE_SIZE = 64 << 20  # bytes that get a hole in the base at a time, while others wait for these blocks
 
 Read = Callable[[int, int], Awaitable[bytearray]]
 """`Image.read`."""
@@ -26,10 +29,10 @@ async def begin_base_writing(image: Core, locks: RangeLock, read: Read, *, crash
         image.base_writer = WriteThrough(base)
         return
 
-    async def copy(first: int, end: int) -> None:
-        await _write_back(image, base, writer, locks, read, first, end)
+    async def copy(first: int, end: int) -> int:
+        return await _write_back(image, base, writer, locks, read, first, end)
 
-    writer = WriteBack(base, image.bitmap.blocks, image.header.block_size, copy, image.name)
+    writer = WriteBack(base, image.bitmap.blocks, copy, image.name)
     if crashed:
         for first, end, local in image.bitmap.block_runs(0, image.bitmap.blocks):
             if local:
@@ -42,11 +45,26 @@ async def begin_base_writing(image: Core, locks: RangeLock, read: Read, *, crash
 
 async def _write_back(
     image: Core, base: Store, writer: WriteBack, locks: RangeLock, read: Read, first: int, end: int
-) -> None:
-    """Copy local blocks to the base. Raises OSError."""
-    async with locks.hold(first, end):
-        start = first * image.geometry.block_size
-        stop = min(end * image.geometry.block_size, image.geometry.base_size)
-        if start < stop:  # else: the disk has shrunk since it was written
-            await base.pwrite(await read(start, stop - start), start)
-        writer.copied(first, end)
+) -> int:
+    """Copy some of these blocks, which are local, to the base: where that ended. Raises OSError."""
+    block_size = image.header.block_size
+    limit = min(end, first + max(1, HOLE_SIZE // block_size))
+    start, stop = _bytes_of(image, first, limit)
+    data = await next_data(image, start, stop)
+    if data < stop:
+        limit = min(limit, first + max(1, COPY_SIZE // block_size, (data - start) // block_size))
+    async with locks.hold(first, limit):
+        start, stop = _bytes_of(image, first, limit)
+        if await next_data(image, start, stop) == stop:
+            await base.zero(start, stop - start)
+        else:
+            for at in range(start, stop, COPY_SIZE):
+                await base.pwrite(await read(at, min(COPY_SIZE, stop - at)), at)
+        writer.copied(first, limit)
+    return limit
+
+
+def _bytes_of(image: Core, first: int, end: int) -> tuple[int, int]:
+    """Those of blocks; none where the disk has shrunk since they were written."""
+    start, stop = first * image.header.block_size, min(end * image.header.block_size, image.geometry.base_size)
+    return start, max(start, stop)

@@ -544,6 +544,33 @@ async def test_a_whole_disk_of_1_tib(tmp_path: Path, options: CreateOptions, cal
     await image.close()
 
 
+@pytest.mark.parametrize("crashed", [False, True], ids=["closed", "after a crash"])
+@pytest.mark.parametrize("chunk", [0, MIB], ids=["flat", "compact"])
+async def test_holes_go_to_a_base_as_holes(tmp_path: Path, chunk: int, crashed: bool) -> None:
+    """In few calls, and nothing is written for them; short ones are written with what is beside them."""
+    size = 100 * MIB
+    (tmp_path / "base.raw").write_bytes(b"b" * size)
+    create(tmp_path / IMAGE, size, over_base(64 * KIB, chunk, update_base="writeback"), base_length=size)
+    stores = {name: MemoryStore(data, name) for name, data in read_files(tmp_path).items()}
+    image, base = await load(stores), stores["base.raw"]
+    await image.begin_writing()
+    await image.zero(MIB + 100, size)
+    await image.write(80 * MIB, b"d" * 3 * MIB)
+    await image.zero(81 * MIB, 81 * MIB + 4 * KIB)
+    content = bytearray(b"b" * (MIB + 100)).ljust(size, b"\0")
+    content[80 * MIB : 83 * MIB] = b"d" * 3 * MIB
+    content[81 * MIB : 81 * MIB + 4 * KIB] = bytes(4 * KIB)
+    if crashed:
+        await image.fsync()
+        stores = {name: MemoryStore(store.data, name) for name, store in stores.items()}
+        image, base = await load(stores), stores["base.raw"]
+        await image.begin_writing()
+    await image.close()
+    assert base.data == content
+    assert base.calls["pwrite"] <= 12
+    assert base.usage() <= 7 * MIB
+
+
 # --- space that is reserved -------------------------------------------------------------------------
 
 
