@@ -103,7 +103,7 @@ class Image(Core):
 
         A crash leaves each sector old or zero. `discard`: only where that takes no writing of zeros.
         Raises OSError: EROFS where the image is not open for writing, EOPNOTSUPP with `discard` where the storage has
-        no other way; then nothing but parts of the range itself has changed.
+        no other way, or no room for the metadata that it takes; then nothing but parts of the range itself has changed.
         """
         await self._writes.zero(start, stop, discard=discard)
 

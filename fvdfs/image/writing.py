@@ -37,7 +37,7 @@ from fvdfs.image.core import PIECES_PER_TURN, Core, OwnData
 from fvdfs.image.reading import Reads
 from fvdfs.image.resizing import Resizer
 from fvdfs.image.reuse import Reuse
-from fvdfs.store.base import Buffer, Done, Store, next_data
+from fvdfs.store.base import OUT_OF_SPACE, Buffer, Done, Store, next_data
 
 T = TypeVar("T")
 
@@ -206,7 +206,12 @@ class Writes:
         self.check()
         core = self.core
         stop = min(stop, core.size)
-        await self._in_slices(start, stop, functools.partial(self._zero, discard=discard))
+        try:
+            await self._in_slices(start, stop, functools.partial(self._zero, discard=discard))
+        except OSError as error:
+            if discard and error.errno in OUT_OF_SPACE:  # for which QEMU would stop the machine
+                raise OSError(errno.EOPNOTSUPP, f"{core.name}: a discard takes space: {error.strerror}") from error
+            raise
         self.ended(start, min(stop, core.end))
         if core.committer.overfull:
             await core.committer.commit()

@@ -134,6 +134,24 @@ async def test_a_chunk_of_the_bases_range_is_kept(tmp_path: Path) -> None:
     await again.close()
 
 
+async def test_a_discard_that_takes_space_where_there_is_none(tmp_path: Path) -> None:
+    """Blocks of the base get chunks. Nobody asked for space: QEMU would stop the machine at ENOSPC."""
+    image, store = await full_device(tmp_path, base_chunks=ROOM + 2)
+    with pytest.raises(OSError) as caught:
+        await image.zero(0, image.size, discard=True)
+    assert caught.value.errno == errno.EOPNOTSUPP
+    with pytest.raises(OSError) as caught:
+        await image.zero(0, image.size)
+    assert caught.value.errno == errno.ENOSPC
+    found = await image.read(0, (ROOM + 2) * CHUNK)
+    assert all(found[at : at + CHUNK] in (bytes(CHUNK), BASE) for at in range(0, len(found), CHUNK))
+    await image.fsync()
+    await image.close()
+    again = await load(_stores(_reopened(store), ROOM + 2))
+    assert await again.read(0, len(found)) == found
+    await again.close()
+
+
 async def test_a_smaller_disk_gives_no_number_twice(tmp_path: Path) -> None:
     image, _ = await full_device(tmp_path)
     for chunk in range(ROOM):
