@@ -9,6 +9,9 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
+
+import trio
 
 from fvdfs.image.image import Image
 from fvdfs.ops.inodes import Entry
@@ -16,6 +19,7 @@ from fvdfs.ops.passthrough import Passthrough
 from fvdfs.store.base import Done, Pending
 from fvdfs.store.host import FALLOC_FL_KEEP_SIZE, PUNCH, ZERO_RANGE
 
+SEEK_PATIENCE = 5.0  # seconds; until LSEEK is answered the kernel has all writes to the disk wait
 _PLAIN = 0
 _FALLOCATIONS = frozenset({PUNCH, ZERO_RANGE, ZERO_RANGE & ~FALLOC_FL_KEEP_SIZE, _PLAIN, FALLOC_FL_KEEP_SIZE})
 """The modes of fallocate(2) that a disk knows."""
@@ -119,9 +123,9 @@ def seek(
     """SEEK_DATA or SEEK_HOLE on a disk: the place, or a pending request for it.
 
     All is data where the kernel may hold writes that have not come here, of an image that is damaged, and where its
-    files cannot say: whoever reads it is told why. `kernels_size` says how long the disk is with those writes; None:
-    they are never past the end. (It could be made to hand them over. But a thread that waits for that waits for our
-    own answers, and nothing can end it: a `kill -9` would leave it, and the mount, for ever.)
+    files cannot say, or do not in time: whoever reads it is told why. `kernels_size` says how long the disk is with
+    those writes; None: they are never past the end. (It could be made to hand them over. But a thread that waits for
+    that waits for our own answers, and nothing can end it: a `kill -9` would leave it, and the mount, for ever.)
 
     Raises OSError: ENXIO past the end, or where no data follows.
     """
@@ -144,13 +148,27 @@ def seek(
         return _place(offset, end, whence, known)
 
     async def find() -> int:
-        try:
-            extent = await image.extent(offset, end)
-        except OSError:
-            extent = end, False
-        return _place(offset, end, whence, extent)
+        return _place(offset, end, whence, await _extent_in_time(image, offset, end))
 
     return InTask(find)
+
+
+async def _extent_in_time(image: Image, start: int, stop: int) -> tuple[int, bool]:
+    """`Image.extent`. All is data where the files cannot say, or take longer than `SEEK_PATIENCE`."""
+    found, ended = [(stop, False)], trio.Event()
+
+    async def find() -> None:
+        with suppress(OSError):
+            found[0] = await image.extent(start, stop)
+        ended.set()
+
+    if image.spawn is None:
+        await find()
+    else:
+        image.spawn(find)
+        with trio.move_on_after(SEEK_PATIENCE):
+            await ended.wait()
+    return found[0]
 
 
 def _place(offset: int, end: int, whence: int, extent: tuple[int, bool]) -> int:

@@ -11,6 +11,7 @@ import os
 import random
 import signal
 import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -155,6 +156,37 @@ def test_requests_that_hang_leave_room_for_others(folder: Path, share: Share) ->
             share.go_on()
             for reader in readers:
                 assert reader.wait(LIMIT) == 0
+
+
+def test_a_search_for_holes_that_hangs_keeps_no_writer_waiting(folder: Path, share: Share) -> None:
+    """The kernel has all writes to the disk wait until it is answered: after a while, that all is data."""
+    two_images(folder, share)
+    search = f"import os; print(os.lseek(os.open('{folder}.mnt/slow.raw', os.O_RDONLY), 1, os.SEEK_HOLE))"
+    with mounted_beside(folder, share) as mount:
+        block = os.open(mount.raw("slow"), os.O_RDWR | os.O_DIRECT)
+        share.stop()
+        with subprocess.Popen([sys.executable, "-S", "-c", search], stdout=subprocess.PIPE) as seeking:
+            wait_until(lambda: b"seek" in stack_of(seeking.pid))
+            write = (
+                "dd",
+                "if=/dev/urandom",
+                f"of={mount.raw('slow')}",
+                "bs=1M",
+                "count=1",
+                "conv=notrunc",
+                "oflag=direct",
+            )
+            assert run(*write).returncode == 0
+            must_work(mount, "other")
+            assert seeking.communicate(timeout=LIMIT)[0] == b"16777216\n"
+        os.close(block)
+
+
+def stack_of(pid: int) -> bytes:
+    """Where in the kernel a process is."""
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/stack").read_bytes()
+    return b""
 
 
 @pytest.mark.slow
