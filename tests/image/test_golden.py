@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import random
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ from typing import Any
 import pytest
 
 from support import reference
+from support.fsx import KEEP_SIZE, PUNCH_HOLE, ZERO_RANGE, fallocate
 from support.golden import MANIFEST, extract
 from support.mounts import mounted
 
@@ -29,7 +32,10 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: hashlib.sha256(path.read_bytes()).digest() for path in folder.iterdir()}
 
 
-@pytest.mark.parametrize("entry", MANIFEST, ids=[entry["name"] for entry in MANIFEST])
+golden = pytest.mark.parametrize("entry", MANIFEST, ids=[entry["name"] for entry in MANIFEST])
+
+
+@golden
 def test_a_golden_image_reads_as_its_manifest_says(entry: dict[str, Any], folder: Path) -> None:
     extract(entry["name"], folder)
     expected = entry["sha256"], entry["virtual_size"]
@@ -52,6 +58,30 @@ def test_a_golden_image_reads_as_its_manifest_says(entry: dict[str, Any], folder
             disk.write(piece)
         assert raw_sha256(mount.raw("disk")) == expected
         mount.remount()
+        assert raw_sha256(mount.raw("disk")) == expected
+    assert reference.check(folder / "disk.fvd") == []
+    assert reference.sha256(folder / "disk.fvd") == expected[0]
+    assert contents(folder).get("base.raw") == before.get("base.raw"), "the base has been written to"
+    shutil.rmtree(folder)
+
+
+@golden
+def test_a_golden_image_gives_space_back(entry: dict[str, Any], folder: Path) -> None:
+    """Parts of blocks and of chunks, and long ranges: what is zeroed is, and nothing else; the original can read it."""
+    extract(entry["name"], folder)
+    before, size, chance = contents(folder), entry["virtual_size"], random.Random(entry["name"])
+    content = bytearray(b"".join(reference.read_disk(folder / "disk.fvd")))
+    with mounted(folder) as mount:
+        for flags in (os.O_RDWR, os.O_RDWR | os.O_DIRECT):
+            disk = os.open(mount.raw("disk"), flags)
+            for longest in (3, 700, 9000, 100_000, size // 3):
+                for mode in (PUNCH_HOLE | KEEP_SIZE, ZERO_RANGE | KEEP_SIZE):
+                    start = chance.randrange(size)
+                    stop = min(size, start + chance.randrange(1, max(2, longest)))
+                    fallocate(disk, mode, start, stop - start)
+                    content[start:stop] = bytes(stop - start)
+            os.close(disk)
+        expected = hashlib.sha256(content).hexdigest(), size
         assert raw_sha256(mount.raw("disk")) == expected
     assert reference.check(folder / "disk.fvd") == []
     assert reference.sha256(folder / "disk.fvd") == expected[0]
