@@ -243,6 +243,11 @@ def _parser() -> argparse.ArgumentParser:
     map_.add_argument("--png", default="", metavar="FILE", help="draw a picture")
     _add_secret(map_)
 
+    snapshots = commands.add_parser("snapshots", help="show which images stand on which")
+    snapshots.set_defaults(run=_snapshots)
+    snapshots.add_argument("disk", metavar="DISK|DIR", help="an image, a raw file in a mount, or a folder of images")
+    snapshots.add_argument("--json", action="store_true")
+
     umount = commands.add_parser("umount", help="unmount, and wait until every image is closed")
     umount.set_defaults(run=_umount)
     umount.add_argument("mountpoint", metavar="MOUNTPOINT")
@@ -425,6 +430,12 @@ def _map(arguments: argparse.Namespace) -> int:
     return run(
         arguments.image, as_json=arguments.json, png=arguments.png, options=arguments.options, secret=arguments.secret
     )
+
+
+def _snapshots(arguments: argparse.Namespace) -> int:
+    from fvdfs.commands.snapshots import run
+
+    return run(arguments.disk, as_json=arguments.json)
 
 
 def _umount(arguments: argparse.Namespace) -> int:

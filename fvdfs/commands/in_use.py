@@ -1,4 +1,4 @@
-"""What a file is to others before a command replaces it: open somewhere, under a device, part of an image. Blocks.
+"""What a file is to others before a command replaces it: open somewhere, under a device. Blocks.
 
 Whoever has a replaced file open goes on in the old one, and what is written there is lost. Those with locks are kept
 out by the locks (`HostFile.lock`); the kernel lists the others, as far as this user may see them: loop devices, and
@@ -9,22 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
 
 from fvdfs import mounts
-from fvdfs.errors import FvdError, ImageBusy
-from fvdfs.image.chain import top_layer
-from fvdfs.image.policy import Policy, resolve
+from fvdfs.errors import ImageBusy
+from fvdfs.image.tree import identity_at
 from fvdfs.store.devices import loop_devices, stands_on
-from fvdfs.store.host import DEVICE, Identity, identity_of
-
-
-def identity_at(path: str) -> Identity | None:
-    """Of the file of this name; None where there is none, or none to be seen."""
-    try:
-        return identity_of(os.stat(path))
-    except (OSError, ValueError):
-        return None
+from fvdfs.store.host import DEVICE, Identity
 
 
 def with_all_below(identity: Identity) -> list[Identity]:
@@ -66,21 +56,3 @@ def _has_open(process: str, identity: Identity) -> bool:
             if b"ino:\t%d\n" % identity[1] in file.read() and identity_at(f"{folder}/fd/{name}") == identity:
                 return True
     return False
-
-
-def images_with(identity: Identity, folder: str) -> Iterator[tuple[str, Identity, str]]:
-    """The images of a folder that have this file as their base or data file: path, identity, and as what."""
-    with contextlib.suppress(OSError):
-        for name in sorted(os.listdir(folder)):
-            if name.endswith(".fvd"):
-                with contextlib.suppress(FvdError, OSError):
-                    yield from _use(os.path.join(folder, name), identity)
-
-
-def _use(image: str, identity: Identity) -> Iterator[tuple[str, Identity, str]]:
-    layer = top_layer(image, Policy())
-    own, header = layer.meta.identity, layer.header
-    if header.has_base and identity_at(resolve(image, header.base_img)) == identity:
-        yield image, own, "base"
-    elif header.data_file and identity_at(resolve(image, header.data_file)) == identity:
-        yield image, own, "data file"

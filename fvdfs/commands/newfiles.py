@@ -26,9 +26,10 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import FrameType, TracebackType
 
-from fvdfs.commands.in_use import identity_at, images_with, refuse_open, with_all_below
+from fvdfs.commands.in_use import refuse_open, with_all_below
 from fvdfs.daemon import complain
 from fvdfs.errors import UsageError
+from fvdfs.image.tree import Tree, identity_at
 from fvdfs.store.base import Store
 from fvdfs.store.host import DEVICE, HostFile, Identity, identity_of, open_host_file
 from fvdfs.store.qemu_store import host_files
@@ -194,13 +195,14 @@ class NewFiles:
         """
         replaced = [(file.old or file.store).identity for file in self.files]
         for file in self.files:
-            found = images_with(file.old.identity, os.path.dirname(file.final)) if file.old is not None else ()
-            for image, identity, part in found:
-                if identity in replaced:
+            if file.old is None:
+                continue
+            for image, part in Tree(os.path.dirname(file.final)).users(file.old.identity):
+                if image.identity in replaced:
                     continue
                 if part == "data file":
-                    raise UsageError(f"{file.path}: is the data file of {image}; choose another name")
-                complain(f"{file.path}: was the base of {image}, whose content changes with it")
+                    raise UsageError(f"{file.path}: is the data file of {image.path}; choose another name")
+                complain(f"{file.path}: was the base of {image.path}, whose content changes with it")
 
     def _open_old(self, path: str, final: str) -> HostFile | None:
         """What is there, open and locked; None: nothing. Raises UsageError, ImageBusy, OSError."""

@@ -1,0 +1,138 @@
+"""Who stands on what among the images of a folder. Blocks.
+
+A tree reads the header of each `NAME.fvd` of the folder once, and tells files by their identity, not by their names: a
+base may be named in many ways, and two names may be one file. An image that has let go of its base stands on nothing.
+Bases elsewhere, FVD images too, are looked at where a chain leads there; images elsewhere that stand on something here
+nobody can find.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from fvdfs.errors import FvdError, NotFvd
+from fvdfs.format.header import Header
+from fvdfs.image.chain import top_layer
+from fvdfs.image.policy import FVD_FORMAT, Policy, resolve
+from fvdfs.store.host import Identity, identity_of
+from fvdfs.store.locations import is_local
+
+SUFFIX = ".fvd"
+
+
+def identity_at(path: str) -> Identity | None:
+    """Of the file of this name; None where there is none, or none to be seen."""
+    try:
+        return identity_of(os.stat(path))
+    except (OSError, ValueError):
+        return None
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """An image, by one of its names."""
+
+    path: str
+    identity: Identity
+    header: Header
+    usage: int
+    """Bytes that it takes, with its data file where that is one of this host."""
+    mtime_ns: int
+    """Of its file: when its disk was written last."""
+    base: str
+    """The path or URL of what it stands on; empty: nothing."""
+    base_identity: Identity | None
+    """None: it stands on nothing, on what is missing, or on what is no file of this host."""
+    data_identity: Identity | None
+    """That of its data file, where that is a file of this host."""
+
+    @property
+    def stands_on_image(self) -> bool:
+        """Whether what it stands on may be another FVD image: the header need not state it."""
+        return self.base_identity is not None and self.header.base_img_fmt in ("", FVD_FORMAT)
+
+
+class Tree:
+    """Of the images of a folder as they are now."""
+
+    def __init__(self, folder: str) -> None:
+        """Raises OSError where the folder cannot be read."""
+        self.folder = folder or "."
+        self.nodes: dict[str, Node] = {}
+        """The images, by path, in the order of their names."""
+        self.unreadable: dict[str, str] = {}
+        """The paths of what may be images, but cannot be read, so that nobody knows what they stand on; and why."""
+        self._by_identity: dict[Identity, list[Node]] = {}
+        self._above: dict[Identity, list[Node]] = {}
+        self._policy = Policy(writable=False)
+        for name in sorted(os.listdir(self.folder)):
+            if name.endswith(SUFFIX):
+                path = os.path.join(folder, name)
+                try:
+                    self.nodes[path] = self._note(_look(path, self._policy))
+                except (NotFvd, FileNotFoundError):
+                    continue
+                except (FvdError, OSError) as error:
+                    self.unreadable[path] = str(error)
+
+    def at(self, path: str) -> Node | None:
+        """The image of this name, in the folder or elsewhere; None where there is none that can be read."""
+        if (node := self.nodes.get(path)) is not None or (identity := identity_at(path)) is None:
+            return node
+        if identity in self._by_identity:
+            return self._by_identity[identity][0]
+        try:
+            return self._note(_look(path, self._policy))
+        except (FvdError, OSError):
+            return None
+
+    def children(self, path: str) -> list[Node]:
+        """The images, of the folder and of chains that were followed, that stand on the file of this name."""
+        identity = identity_at(path)
+        return self._above.get(identity, []) if identity is not None else []
+
+    def users(self, identity: Identity) -> Iterator[tuple[Node, str]]:
+        """The images of the folder that have this file as their "base" or "data file", each with which."""
+        for node in self.nodes.values():
+            if node.base_identity == identity:
+                yield node, "base"
+            elif node.data_identity == identity:
+                yield node, "data file"
+
+    def chain(self, path: str) -> list[Node]:
+        """The image of this name and the images that it stands on, from the top. A loop ends where it begins again."""
+        found: list[Node] = []
+        node = self.at(path)
+        while node is not None and all(node.identity != other.identity for other in found):
+            found.append(node)
+            node = self.at(node.base) if node.stands_on_image else None
+        return found
+
+    def names(self, identity: Identity) -> list[str]:
+        """The paths in the folder that lead to this image."""
+        return [node.path for node in self._by_identity.get(identity, ())]
+
+    def _note(self, node: Node) -> Node:
+        self._by_identity.setdefault(node.identity, []).append(node)
+        if node.base_identity is not None:
+            self._above.setdefault(node.base_identity, []).append(node)
+        return node
+
+
+def _look(path: str, policy: Policy) -> Node:
+    """Raises ImageError, OSError."""
+    layer = top_layer(path, policy)
+    header, status = layer.header, os.stat(path)
+    base, base_identity, data_identity = header.base_img if header.has_base else "", None, None
+    if base and is_local(base):
+        base = resolve(path, base)
+        base_identity = identity_at(base)
+    usage = status.st_blocks * 512  # of a device, which says nothing: 0
+    if header.data_file and is_local(header.data_file):
+        data = resolve(path, header.data_file)
+        data_identity = identity_at(data)
+        if data_identity is not None:
+            usage += os.stat(data).st_blocks * 512
+    return Node(path, layer.meta.identity, header, usage, status.st_mtime_ns, base, base_identity, data_identity)
