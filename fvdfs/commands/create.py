@@ -1,8 +1,7 @@
 """`fvdfs create`: make a new image. Blocks.
 
-The header is what the original writes for the same options (`creation.new_header`); behind it stand an
-empty bitmap, table and journal. With `--detect-holes` the bits of the base's zero runs are set, so
-that nothing needs to be stored for them (format.md, "Bitmap").
+What it consists of, `image/making.py` says. With `--detect-holes` the bits of the base's zero runs are set, so that
+nothing needs to be stored for them (format.md, "Bitmap").
 """
 
 from __future__ import annotations
@@ -15,30 +14,26 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 
 from fvdfs import daemon
-from fvdfs.alloc.table import new_table
 from fvdfs.commands.base import BaseImage, inspect_base, open_base
 from fvdfs.commands.newfiles import NewFile, NewFiles
 from fvdfs.commands.otherfiles import make_data_file
 from fvdfs.commands.profile import read_profile
 from fvdfs.commands.sides import Side
-from fvdfs.cow.bitmap import Bitmap, bitmap_bytes
+from fvdfs.cow.bitmap import Bitmap
 from fvdfs.cow.extents import Extents
 from fvdfs.daemon import run_loop
 from fvdfs.errors import UsageError
-from fvdfs.format.creation import CreateOptions, new_header
+from fvdfs.format.creation import CreateOptions
 from fvdfs.format.header import (
     DEFAULT_PROFILE_ROOM,
-    HEADER_SIZE,
     HEADER_SPACE,
-    PAGE,
     SECTOR,
     Header,
     ceil_div,
     round_up,
-    with_fields,
 )
-from fvdfs.format.profile import Extent, encode
-from fvdfs.image.chain import MAX_REGION
+from fvdfs.format.profile import Extent
+from fvdfs.image.making import Part, Span, new_image
 from fvdfs.image.policy import FVD_FORMAT, RAW_FORMATS
 from fvdfs.image.reading import is_zero
 from fvdfs.mountoptions import hint
@@ -47,11 +42,6 @@ from fvdfs.store.locations import is_local
 from fvdfs.store.references import LUKS, RAW
 
 _ZEROS = bytes(1 << 20)
-Part = tuple[int, bytes]
-"""Offset and content of something in a file."""
-Span = tuple[int, int]
-"""Two offsets, or offset and size of something in a file, in bytes."""
-
 
 AUTO = "auto"
 """For --data-file: beside the image, with its name."""
@@ -134,24 +124,19 @@ def make_image(
     base = _find_base(files, path, options, secret_file)
     size = _disk_size(virtual_size, base)
     options = _completed(options, base)
-    header = new_header(size, base.length if base else None, options)
-    _refuse_large_regions(header)
-    header, profile_data = _with_profile(header, profile)
-    bitmap = _new_bitmap(path, header, base, options, secret_file)
+    new = new_image(size, base.length if base else None, options, profile)
+    header = new.header
+    if base is not None and new.bitmap is not None and options.detect_holes:
+        open_side = functools.partial(open_base, path, options.base_img, base.format, secret_file)
+        run_loop(functools.partial(_mark_holes, new.bitmap, header, open_side, options.detect_holes))
     data_path = _data_path(path, options.data_file) if options.data_file and is_local(options.data_file) else None
     _check_names(path, data_path, base, options)
 
-    parts = _metadata(header, bitmap)
-    if profile_data:
-        parts.append((header.prefetch_profile_offset, profile_data))
     zeros = [(0, HEADER_SPACE), *((region.offset, region.size) for region in header.regions())]
-    data_size = 0 if header.compact else header.virtual_disk_size  # sparse; chunks are added as they are needed
-    data_zeros = _data_zeros(header, bitmap)
-    image_size = header.metadata_size
+    data_zeros = new.data_zeros()
     data_file = None
     if not options.data_file:
         zeros += [(header.metadata_size + at, size) for at, size in data_zeros]
-        image_size += data_size
     elif _is_raw(options):
         assert data_path is not None
         data_file = files.add(data_path)
@@ -160,8 +145,8 @@ def make_image(
     image = files.add(path)
     files.look_at_images()
     if data_file is not None:
-        _fill(data_file, data_size, data_zeros, [], files.force)
-    _fill(image, image_size, zeros, parts, files.force)
+        _fill(data_file, new.data_size, data_zeros, [], files.force)
+    _fill(image, new.file_size, zeros, new.parts(), files.force)
 
     rounded = f"{path}: the disk gets {size} bytes, in whole sectors" if virtual_size not in (None, size) else None
     outside = [] if _is_device(path) else _outside(path, data_path, base, options)
@@ -196,40 +181,6 @@ def _completed(options: CreateOptions, base: BaseImage | None) -> CreateOptions:
     if base is not None and not options.profile_room:
         options = replace(options, profile_room=DEFAULT_PROFILE_ROOM)
     return options
-
-
-def _refuse_large_regions(header: Header) -> None:
-    for region in header.regions():
-        if region.size > MAX_REGION:
-            remedy = "--block-size" if region.name == "bitmap" else "--chunk-size or a smaller --journal-size"
-            raise UsageError(f"the {region.name} would take {region.size} bytes: choose a larger {remedy}")
-
-
-def _with_profile(header: Header, profile: Sequence[Extent]) -> tuple[Header, bytes]:
-    """The header that names this profile, and the profile as it is stored."""
-    if not profile:
-        return header, b""
-    room = header.profile_room
-    data, entries = encode(profile, PAGE, room.size)
-    header = with_fields(
-        header,
-        prefetch_profile_offset=room.offset,
-        prefetch_profile_entries=entries,
-        profile_directed_prefetch_start_delay=0,
-    )
-    return header, data
-
-
-def _new_bitmap(
-    path: str, header: Header, base: BaseImage | None, options: CreateOptions, secret_file: str
-) -> Bitmap | None:
-    if base is None:
-        return None
-    bitmap = Bitmap(bytes(bitmap_bytes(header.blocks)), header.blocks)
-    if options.detect_holes:
-        open_side = functools.partial(open_base, path, options.base_img, base.format, secret_file)
-        run_loop(functools.partial(_mark_holes, bitmap, header, open_side, options.detect_holes))
-    return bitmap
 
 
 def _data_path(path: str, data_file: str) -> str:
@@ -272,34 +223,6 @@ def _leads_outside(image: str, name: str, target: str | None) -> str | None:
     if os.path.commonpath([folder, real]) == folder:
         return None
     return f"{name} lies outside {folder}: a mount of it needs -o {hint('base_path', os.path.dirname(real))}"
-
-
-def _data_zeros(header: Header, bitmap: Bitmap | None) -> list[Span]:
-    """The parts (start, size) of the data that are read before they are written, and so have to be zeros.
-
-    All that lies past the base's range, and blocks that count as local from the start (need_zero_init).
-    Chunks are zeroed when they are allocated.
-    """
-    if header.compact:
-        return []
-    ranges = []
-    if bitmap is not None:
-        for first, end, local in bitmap.block_runs(0, header.blocks):
-            if local:
-                start = first * header.block_size
-                ranges.append((start, min(end * header.block_size, header.base_size) - start))
-    ranges.append((header.base_size, header.virtual_disk_size - header.base_size))
-    return ranges
-
-
-def _metadata(header: Header, bitmap: Bitmap | None) -> list[Part]:
-    """What the image's own file holds, the header first."""
-    parts = [(0, header.encode().ljust(round_up(HEADER_SIZE, SECTOR), b"\0"))]
-    if bitmap is not None:
-        parts += [(header.bitmap_offset + number * PAGE, page) for number, page in bitmap.take_dirty_pages()]
-    if header.compact:
-        parts.append((header.table_offset, new_table(header.chunks)))
-    return parts
 
 
 def _fill(file: NewFile, size: int, zeros: Sequence[Span], parts: Sequence[Part], force: bool) -> None:
