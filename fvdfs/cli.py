@@ -243,6 +243,13 @@ def _parser() -> argparse.ArgumentParser:
     map_.add_argument("--png", default="", metavar="FILE", help="draw a picture")
     _add_secret(map_)
 
+    snapshot = commands.add_parser(
+        "snapshot", help="keep the present state of a disk, and go on in a new image over it"
+    )
+    snapshot.set_defaults(run=_snapshot)
+    snapshot.add_argument("disk", metavar="DISK", help="an image that is not open")
+    snapshot.add_argument("name", metavar="NAME", nargs="?", default="", help="default: the next number")
+
     snapshots = commands.add_parser("snapshots", help="show which images stand on which")
     snapshots.set_defaults(run=_snapshots)
     snapshots.add_argument("disk", metavar="DISK|DIR", help="an image, a raw file in a mount, or a folder of images")
@@ -430,6 +437,12 @@ def _map(arguments: argparse.Namespace) -> int:
     return run(
         arguments.image, as_json=arguments.json, png=arguments.png, options=arguments.options, secret=arguments.secret
     )
+
+
+def _snapshot(arguments: argparse.Namespace) -> int:
+    from fvdfs.commands.snapshot import run
+
+    return run(arguments.disk, arguments.name)
 
 
 def _snapshots(arguments: argparse.Namespace) -> int:

@@ -25,7 +25,7 @@ import resource
 import signal
 import sys
 import threading
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from types import FrameType
 from typing import TYPE_CHECKING, TextIO, TypeVar
 
@@ -151,6 +151,28 @@ def note_signals() -> None:
     """Keep signals for the event loop: from now on an end would leave a mount behind."""
     for number in (*STOP, HANGUP):
         signal.signal(number, _note)
+
+
+@contextlib.contextmanager
+def undisturbed() -> Iterator[None]:
+    """What ends a command by a signal ends it behind this block, not in it. Nothing but the main thread can do it."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came: list[int] = []
+    ending = signal.valid_signals() - _FAULTS - _HARMLESS - _FIXED
+    handlers = {number: signal.getsignal(number) for number in ending}
+    for number, handler in handlers.items():
+        if handler is not signal.SIG_IGN and handler is not None:
+            signal.signal(number, lambda number, _frame: came.append(number))
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            if handler is not None:
+                signal.signal(number, handler)
+        if came:
+            signal.raise_signal(came[0])
 
 
 def run_loop(call: Callable[[], Awaitable[T]]) -> T:

@@ -43,7 +43,7 @@ IMPURE = {
     "check": {"check", "examine", "layers", "repair"},
     "prefetch": {"order", "prefetcher", "pressure", "scheduler"},
     "store": {
-        *("base", "devices", "filelock", "flushing", "host", "mountinfo", "paths", "uring", "worker"),
+        *("base", "devices", "filelock", "flushing", "host", "mountinfo", "paths", "placing", "uring", "worker"),
         *("qemu_daemon", "qemu_files", "qemu_store", "qemu_supervisor"),
     },
 }

@@ -19,7 +19,6 @@ import contextlib
 import ctypes
 import errno
 import os
-import secrets
 import signal
 import stat
 import threading
@@ -32,12 +31,11 @@ from fvdfs.errors import UsageError
 from fvdfs.image.tree import Tree, identity_at
 from fvdfs.store.base import Store
 from fvdfs.store.host import DEVICE, HostFile, Identity, identity_of, open_host_file
+from fvdfs.store.placing import acl, make_unnamed, remove_acl, sync_folder, take_permissions
 from fvdfs.store.qemu_store import host_files
 
-_ACL = "system.posix_acl_access"
 _RENAME_NOREPLACE = 1
 _AT_FDCWD = -100
-_MAX_NAME = 200  # bytes of a name that are repeated in the temporary one
 _ENDING = (
     signal.SIGINT,
     signal.SIGTERM,
@@ -242,11 +240,8 @@ class NewFiles:
                 raise UsageError(f"{path}: this would overwrite {what} is read; choose another name")
 
     def _make(self, path: str, final: str, old: HostFile | None) -> NewFile:
-        folder, name = os.path.split(final)
-        short = os.fsdecode(os.fsencode(name)[:_MAX_NAME])
-        place = os.path.join(folder, f".{short}.{secrets.token_hex(4)}.part")
         try:
-            descriptor = os.open(place, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            descriptor, place = make_unnamed(final)
             try:
                 return NewFile(path, final, place, HostFile(descriptor, path, writable=True), old)
             except BaseException:
@@ -283,7 +278,7 @@ class NewFiles:
             for file in aside:
                 os.unlink(_aside(file))
         for folder in sorted({os.path.dirname(file.final) for file in new}):
-            _sync_folder(folder)
+            sync_folder(folder)
 
     def discard(self) -> None:
         """Remove the files that have no name yet."""
@@ -299,7 +294,7 @@ def permissions(files: Iterable[HostFile]) -> int:
     for file in files:
         status = os.fstat(file.fileno())
         bits = status.st_mode & _NEW_FILE_MODE
-        if status.st_gid != os.getegid() or _acl(file.fileno()):  # its group's rights are not for ours
+        if status.st_gid != os.getegid() or acl(file.fileno()):  # its group's rights are not for ours
             bits = bits & 0o606 | (bits & 0o006) << 3
         mode &= bits | 0o600
     return mode
@@ -317,39 +312,19 @@ def _set_permissions(file: NewFile, mode: int, *, is_copy: bool) -> None:
     new = os.fstat(descriptor)
     if file.old is None:
         if is_copy:
-            _remove_acl(descriptor)
+            remove_acl(descriptor)
             if new.st_gid != os.getegid():  # the folder's group
                 mode = mode & 0o606 | (mode & 0o006) << 3
         os.fchmod(descriptor, mode)
         return
-    _remove_acl(descriptor)
-    old = os.fstat(file.old.fileno())
-    mode = stat.S_IMODE(old.st_mode) & 0o777
-    acl = _acl(file.old.fileno())
     try:
-        if (old.st_uid, old.st_gid) != (new.st_uid, new.st_gid):
-            os.fchown(descriptor, old.st_uid, old.st_gid)
-        os.fchmod(descriptor, mode)
-        if acl:
-            os.setxattr(descriptor, _ACL, acl)
+        take_permissions(descriptor, file.old.fileno())
     except OSError as error:
         if error.errno not in (errno.EPERM, errno.EINVAL, errno.EOPNOTSUPP):
             raise
         # Owner or group stay ours, or the list is lost: no more than everybody had.
+        mode = stat.S_IMODE(os.fstat(file.old.fileno()).st_mode)
         os.fchmod(descriptor, mode & 0o606 & ~_umask() | 0o600)
-
-
-def _acl(descriptor: int) -> bytes:
-    try:
-        return os.getxattr(descriptor, _ACL)
-    except OSError:
-        return b""
-
-
-def _remove_acl(descriptor: int) -> None:
-    """Remove the access list that the folder gives to new files."""
-    if _acl(descriptor):
-        os.removexattr(descriptor, _ACL)
 
 
 def _aside(file: NewFile) -> str:
@@ -392,17 +367,3 @@ def _remove(file: NewFile) -> None:
     if not file.is_device:
         with contextlib.suppress(OSError):
             os.unlink(file.place)
-
-
-def _sync_folder(path: str) -> None:
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    except PermissionError:  # may be written to, and not be read
-        return
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno != errno.EINVAL:  # the file system has no such call
-            raise
-    finally:
-        os.close(descriptor)

@@ -131,6 +131,17 @@ def open_chain(path: str, policy: Policy, *, top_only: bool = False) -> Chain:
     return chain
 
 
+def open_alone(path: str, policy: Policy) -> Chain:
+    """The image's own files, its data file too, without what it stands on. Blocks. Raises as `open_chain`."""
+    store = _open_top(path, policy)
+    try:
+        layer = _open_layer(path, store, policy, writable=policy.writable, with_data=True)
+    except BaseException:
+        store.close()
+        raise
+    return Chain([layer], None, policy)
+
+
 def top_layer(path: str, policy: Policy) -> Layer:
     """The image at `path` itself, its files closed again: what they are, and what its header says. Blocks.
 

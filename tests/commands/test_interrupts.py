@@ -25,6 +25,7 @@ COMMANDS = {
     "map": ["map", "top.fvd", "--png", "new.png"],
     "info": ["info", "top.fvd"],
     "check": ["check", "top.fvd"],
+    "snapshot": ["snapshot", "top.fvd"],
     "amend": ["amend", "top.fvd", "-F", "raw"],
 }
 

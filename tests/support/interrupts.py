@@ -30,6 +30,7 @@ import fvdfs.commands.convert
 import fvdfs.commands.info
 import fvdfs.commands.map
 import fvdfs.commands.profile
+import fvdfs.commands.snapshot
 
 LONGEST = 20  # seconds of a run
 DEFECT = 99  # the exit code where an exception passes all

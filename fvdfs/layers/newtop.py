@@ -1,0 +1,78 @@
+"""The new top of a snapshot: an empty image over the old one, which takes the writes from now on.
+
+It is laid out as the old one is: flat or compact, chunks, blocks and journal of the same size. It differs in this:
+
+- Its data is in its own file, also where the old one has a data file: the name of that is taken.
+- Where the old one has no blocks, because it has no base, they are of 4 KiB, the unit in which guests write: then few
+  writes have to read what they do not cover. Larger disks get larger ones, as the format's default says.
+- It copies what it reads (copy-on-read) only where the old one did and still needs its base. Else all that it reads is
+  on this host already. Such a copy is also made of what the old one stores, which then takes its space twice.
+- It never prefetches: that would copy all of the snapshot as well. `fvdfs prefetch` does it on demand.
+"""
+
+from __future__ import annotations
+
+import os
+
+from fvdfs.cow.writethrough import MODES
+from fvdfs.errors import UsageError
+from fvdfs.format.creation import CreateOptions, default_block_size
+from fvdfs.format.header import DEFAULT_PROFILE_ROOM, PAGE, Header
+from fvdfs.image.making import NewImage, new_image
+from fvdfs.image.policy import FVD_FORMAT
+from fvdfs.store.host import HostFile
+from fvdfs.store.placing import make_unnamed, take_permissions
+from fvdfs.store.references import LUKS
+
+
+def refuse_losses(image: str, old: Header) -> None:
+    """Raise UsageError where the new top would lose what the user has asked of the old one."""
+    if old.has_base and old.write_updates_base_img in MODES:
+        raise UsageError(f"{image}: is a cache that writes to its base (--update-base), which a snapshot would end")
+    if old.data_file and old.data_file_fmt == LUKS:
+        raise UsageError(
+            f"{image}: its data is encrypted, and what a snapshot's new image stores would not be; make one that is: "
+            f"fvdfs create NEW.fvd --base {os.path.basename(image)} --data-file NEW.luks --data-format luks"
+        )
+
+
+def new_top(old: Header, base: str) -> NewImage:
+    """The image that stands on the one with this header, which is to have the name `base`. Raises UsageError."""
+    size = old.virtual_disk_size
+    had_metadata = bool(old.base_img) or old.compact
+    options = CreateOptions(
+        base_img=base,
+        base_img_fmt=FVD_FORMAT,
+        block_size=old.block_size or max(PAGE, default_block_size(size)),
+        compact=old.compact,
+        chunk_size=old.chunk_size if old.compact else 0,
+        grow_unit=old.storage_grow_unit if old.compact else 0,
+        journal_size=old.journal_size if had_metadata else None,
+        copy_on_read=bool(old.has_base and old.copy_on_read),
+        profile_room=DEFAULT_PROFILE_ROOM,
+    )
+    return new_image(size, size, options)
+
+
+def write_top(image: str, new: NewImage, old: HostFile, mtime_ns: int) -> tuple[HostFile, str]:
+    """Write the new top, stable, beside the image: the file, open for writing, and where it lies. Blocks.
+
+    It gets owner and permissions of the old file, and the time at which the disk was written last. Raises UsageError
+    where that must not be, OSError.
+    """
+    descriptor, place = make_unnamed(image)
+    try:
+        os.ftruncate(descriptor, new.file_size)
+        for offset, data in new.parts():
+            os.pwrite(descriptor, data, offset)
+        try:
+            take_permissions(descriptor, old.fileno())
+        except PermissionError:
+            raise UsageError(f"{image}: belongs to somebody else; make the snapshot as its owner, or as root") from None
+        os.utime(descriptor, ns=(mtime_ns, mtime_ns))
+        os.fsync(descriptor)
+        return HostFile(descriptor, image, writable=True), place
+    except BaseException:
+        os.close(descriptor)
+        os.unlink(place)
+        raise
