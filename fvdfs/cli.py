@@ -247,7 +247,7 @@ def _parser() -> argparse.ArgumentParser:
         "snapshot", help="keep the present state of a disk, and go on in a new image over it"
     )
     snapshot.set_defaults(run=_snapshot)
-    snapshot.add_argument("disk", metavar="DISK", help="an image that is not open")
+    snapshot.add_argument("disk", metavar="DISK", help="an image that is not open, or a raw file in a mount")
     snapshot.add_argument("name", metavar="NAME", nargs="?", default="", help="default: the next number")
 
     snapshots = commands.add_parser("snapshots", help="show which images stand on which")

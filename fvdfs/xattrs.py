@@ -12,8 +12,12 @@ PREFETCH = "user.fvdfs.prefetch"
 """Of a raw file: what prefetching does; `start`, `pause` or `stop` can be written to it."""
 MAP = "user.fvdfs.map"
 """Of a raw file: what of it is local, as JSON. Not listed, since it takes a while."""
+SNAPSHOT = "user.fvdfs.snapshot"
+"""Of a raw file: the path of the last snapshot of it; to make one, its name can be written, or nothing: the next
+number. Why that was refused stands in the status."""
 PARTS = {
     PREFETCH: "state",
+    SNAPSHOT: "snapshot",
     "user.fvdfs.reason": "reason",
     "user.fvdfs.local_share": "local_share",
     "user.fvdfs.rate": "rate",

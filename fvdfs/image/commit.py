@@ -38,6 +38,8 @@ from __future__ import annotations
 import errno
 import logging
 import os
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import NoReturn
 
@@ -191,6 +193,12 @@ class Committer:
             done(result)
 
         return self._data.start_flush(ended)
+
+    @asynccontextmanager
+    async def held(self) -> AsyncIterator[None]:
+        """No commit is answered, and no header written, while the block runs."""
+        async with self._lock:
+            yield
 
     async def checkpoint(self, *, clear_journal: bool = False) -> None:
         """A commit to bitmap and table, after which no record of the journal counts. Raises OSError.

@@ -27,6 +27,7 @@ from fvdfs.image.core import Core, LastExtents, close_chain
 from fvdfs.image.profiling import read_profile, record_profile, write_profile
 from fvdfs.image.reading import Reads
 from fvdfs.image.resizing import Resizer
+from fvdfs.image.stacking import Step, stack
 from fvdfs.image.writing import PendingWrite, Writes
 from fvdfs.store.base import Buffer, Done, Pending
 
@@ -223,6 +224,10 @@ class Image(Core):
             self.geometry = Geometry(0, 0)
         await close_chain(base)
         return True
+
+    async def put_on_top(self, top: Image, name: str, rename: Step, sync: Step) -> None:
+        """`stacking.stack`: `top` takes the writes from now on, and what this image was is its base."""
+        await stack(self, top, name, Image, self._resizer.lock, self._gate, rename, sync)
 
     # --- profiles -------------------------------------------------------------------------------
 

@@ -23,7 +23,7 @@ from fvdfs import xattrs
 from fvdfs.image.copy_range import copy_range
 from fvdfs.image.image import Image
 from fvdfs.image.map import image_map
-from fvdfs.ops import control
+from fvdfs.ops import control, snapshots
 from fvdfs.ops.answers import error_number
 from fvdfs.ops.commits import RegularCommits
 from fvdfs.ops.complaints import Complaints
@@ -291,11 +291,11 @@ class Filesystem(pyfuse3.Operations):
         wanted = name.decode(errors="replace")
         if wanted in xattrs.ACLS:
             await self._change_acl(inode, lambda path: os.setxattr(path, wanted, value))
-        elif inode == ROOT_INODE or wanted != xattrs.PREFETCH:
+        elif inode == ROOT_INODE or wanted not in (xattrs.PREFETCH, xattrs.SNAPSHOT):
             raise FUSEError(errno.EOPNOTSUPP)
         else:
-            command = value.decode(errors="replace").strip()
-            await control.control_prefetch(self.openings, self.folder.inodes[inode], command)
+            ask = control.control_prefetch if wanted == xattrs.PREFETCH else snapshots.make_snapshot
+            await ask(self.openings, self.folder.inodes[inode], value.decode(errors="replace").strip())
 
     @handler
     async def removexattr(self, inode: InodeT, name: bytes, ctx: pyfuse3.RequestContext) -> None:

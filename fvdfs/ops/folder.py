@@ -21,7 +21,7 @@ import trio
 from fvdfs.errors import FvdError, ImageError, NotFvd, shortage
 from fvdfs.image.chain import Judged, look_at_chain
 from fvdfs.image.policy import Policy
-from fvdfs.ops.freshness import same_file, signature
+from fvdfs.ops.freshness import signature
 from fvdfs.ops.host_attributes import HostAttributes
 from fvdfs.ops.inodes import IMAGE_SUFFIX, ROOT_INODE, Entry, Inodes, Seen, image_name
 from fvdfs.ops.looks import THREADS, Look, Looks, late
@@ -202,7 +202,7 @@ class Folder:
             return None  # vanished while we looked
         self._complaints.pop(path, None)
         if known is not None:
-            if seen.unchanged or (known.busy and same_file(seen.status, known.status)):
+            if seen.unchanged or (known.busy and known.is_file(seen.status)):
                 if known.busy:  # else: what was seen may be older than what its closing has left
                     known.status = seen.status
                 return known
@@ -226,7 +226,7 @@ class Folder:
 
 def _is_unchanged(known: Entry, status: os.stat_result, *, busy: bool) -> bool:
     """Whether a file that is seen with this status is what is known of it."""
-    if busy and same_file(status, known.status):
+    if busy and known.is_file(status):
         return True
     # Who writes to a device does not change its node.
     return signature(status) == signature(known.status) and not stat.S_ISBLK(status.st_mode)

@@ -24,7 +24,7 @@ from typing import Any
 import trio
 
 from fvdfs.image.image import Image
-from fvdfs.ops.freshness import Snapshot
+from fvdfs.ops.freshness import Snapshot, same_file
 from fvdfs.ops.passthrough import Passthrough
 from fvdfs.ops.times import Mtime
 from fvdfs.prefetch.prefetcher import Prefetcher
@@ -103,6 +103,12 @@ class Entry:
         self.last_status: dict[str, Any] = {}
         """What of the status is still true now that the image is closed."""
         self.status = seen.status
+        self.former: list[os.stat_result] = []
+        """Of an open image, since it was opened: files that were under its path, before a snapshot, or will be."""
+        self.snapshot = ""
+        """The path of the last snapshot that was made of it."""
+        self.refused = ""
+        """Why the last one that was asked for was not made."""
         self.mtime = Mtime()
         self.misjudged = False
         """Whether the kernel may believe in a size or a time of it that is wrong, and cannot be told."""
@@ -115,6 +121,10 @@ class Entry:
         """Take up what the kernel has done to the disk without telling (`passthrough.py`). Waits for nothing."""
         if isinstance(self.passthrough, Passthrough):
             self.passthrough.look()
+
+    def is_file(self, status: os.stat_result) -> bool:
+        """Whether this is the file of the image, which may have changed, or one that a snapshot has replaced."""
+        return any(same_file(status, own) for own in (self.status, *self.former))
 
     @property
     def attributes(self) -> Attributes:

@@ -126,7 +126,7 @@ class Openings:
             self._inodes.show(entry)
         for name, damage in damaged_layers(image):
             log.error("%s: %s", name, damage)
-        entry.status = status
+        entry.status, entry.former = status, []
         data_elsewhere = image.data is not image.meta or image.meta.fixed_size
         changed_ns = max(part.st_mtime_ns for part in changed)
         entry.mtime.begin(chain.layers[0].meta, changed_ns, spawn if data_elsewhere else None)

@@ -106,6 +106,14 @@ class Mtime:
         assert self._file is not None
         await _store(self._file, self.ns)
 
+    async def move(self, file: HostFile) -> None:
+        """Writes go to this file from now on, metadata and data; the former one keeps the disk's time as it is."""
+        async with self._storing:
+            former, self._file, self._spawn = self._file, file, None
+            self._is_to_be_stored = False
+            assert former is not None
+            await _store(former, self.ns)
+
     async def end(self, *, was_writable: bool) -> os.stat_result:
         """The image is being closed; the file's status after that. Raises OSError."""
         async with self._storing:

@@ -1,0 +1,147 @@
+"""Snapshots of the disks of a mount, open or not: programs that have one open go on without noticing.
+
+The names in the folder change as `layers/snapshot.py` says, the image in memory as `image/stacking.py`. The kernel's
+pages stay right, since the content does not change; so does the inode number, although the file is another one.
+What copies from the base (copy-on-read, prefetching, a profile that is recorded) ends before, since the snapshot is
+never written again; the new top begins what its header asks for.
+"""
+
+from __future__ import annotations
+
+import errno
+import functools
+import logging
+import os
+from collections.abc import Callable
+from typing import TypeVar
+
+import trio
+
+from fvdfs.errors import FvdError, UsageError
+from fvdfs.format.header import HEADER_SPACE, Header
+from fvdfs.image.image import Image
+from fvdfs.image.loading import load_image
+from fvdfs.image.profiling import write_profile
+from fvdfs.layers import snapshot
+from fvdfs.layers.newtop import new_top, write_top
+from fvdfs.ops.background import stop_prefetching
+from fvdfs.ops.inodes import Entry
+from fvdfs.ops.openings import Openings
+from fvdfs.ops.passthrough import Passthrough
+from fvdfs.store.host import HostFile
+from fvdfs.store.placing import sync_folder
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+COPIES_PATIENCE = 10.0  # seconds that reads of the base may take to end, before the snapshot is given up
+
+
+async def make_snapshot(openings: Openings, entry: Entry, name: str) -> None:
+    """Make a snapshot of a disk; `name`: empty for the next number. `Entry.snapshot` tells its path.
+
+    Raises OSError, ImageError; `Entry.refused` tells why in words.
+    """
+    try:
+        await openings.open(entry.inode, write=True)
+        try:
+            with trio.CancelScope(shield=True):
+                async with entry.lock:
+                    assert entry.image is not None
+                    entry.snapshot = await _make(openings, entry, entry.image, name)
+        finally:
+            await openings.close(entry)
+    except (FvdError, OSError) as error:
+        entry.refused = str(error) if isinstance(error, FvdError) else error.strerror or str(error)
+        if isinstance(error, UsageError):
+            raise OSError(errno.EINVAL, str(error)) from error
+        raise
+
+
+async def _make(openings: Openings, entry: Entry, image: Image, name: str) -> str:
+    path = os.fsdecode(entry.path)
+    if isinstance(entry.passthrough, Passthrough):
+        raise UsageError(
+            f"{path}: the kernel reads and writes its data by itself; close the disk, then: fvdfs snapshot {path}"
+        )
+    if image.damage:
+        raise OSError(errno.EIO, f"{path}: {image.damage}")
+    assert isinstance(image.meta, HostFile)
+    old = image.meta
+    await _in_thread(snapshot.refuse_what_cannot_be, path)
+    under = await _in_thread(snapshot.snapshot_path, path, name, old.identity)
+    new = new_top(image.header, os.path.basename(under))
+    file, place = await _in_thread(write_top, path, new, old, entry.mtime.ns)
+    swapped = False
+    try:
+        top = await _load(openings, path, file)
+        status = file.status()
+        try:
+            await _stop_copies(entry, image)
+            await _in_thread(snapshot.add_name, path, under, old.identity)
+            entry.former = [*entry.former, entry.status, status]
+
+            async def rename() -> None:
+                nonlocal swapped
+                await _in_thread(snapshot.replace, place, path, old.identity)
+                swapped = True
+
+            sync = functools.partial(_in_thread, sync_folder, os.path.dirname(path))
+            await image.put_on_top(top, under, rename, sync)
+        finally:
+            if swapped:
+                entry.status = status
+                entry.cached = None
+                await entry.mtime.move(file)
+            await _begin_copies(openings, entry, image)
+    except BaseException:
+        if not swapped:
+            await file.aclose()
+            await _in_thread(_remove, place, under, old)
+        raise
+    log.info("%s: snapshot %s", path, under)
+    return under
+
+
+async def _load(openings: Openings, path: str, file: HostFile) -> Image:
+    """The new top, empty and locked, without its base. Raises ImageBusy, OSError."""
+    file.file_lock.with_qemu = openings.folder.policy.qemu_locks
+    await _in_thread(file.lock, True)
+    raw = bytearray(HEADER_SPACE)
+    await file.pread(memoryview(raw), 0)
+    header = Header.decode(bytes(raw), path)
+    return await load_image(
+        path, header, bytes(raw), file, file, None, openings.folder.policy, openings.background.spawn
+    )
+
+
+async def _stop_copies(entry: Entry, image: Image) -> None:
+    """Raises OSError where the base does not answer; then copies go on."""
+    await stop_prefetching(entry)
+    fetcher, image.fetcher = image.fetcher, None
+    if fetcher is not None:
+        with trio.move_on_after(COPIES_PATIENCE) as waiting:
+            await fetcher.close()
+        if waiting.cancelled_caught:
+            raise OSError(errno.EAGAIN, f"{image.name}: its base does not answer; try again when it does")
+    await write_profile(image)
+    image.recorder = None
+
+
+async def _begin_copies(openings: Openings, entry: Entry, image: Image) -> None:
+    """What the header of the image asks for now. What cannot be done is logged, as nobody waits for it."""
+    if image.header.copy_on_read:
+        image.start_fetching(copy_on_read=True)
+    try:
+        await openings.background.begin(entry, image)
+    except OSError as error:
+        log.error("%s: %s", image.name, error)
+
+
+def _remove(place: str, under: str, old: HostFile) -> None:
+    os.unlink(place)
+    snapshot.remove_name(under, old.identity)
+
+
+async def _in_thread(call: Callable[..., T], *arguments: object) -> T:
+    return await trio.to_thread.run_sync(functools.partial(call, *arguments))
