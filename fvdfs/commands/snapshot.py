@@ -40,6 +40,8 @@ def _ask_mount(raw: str, name: str) -> str:
         except OSError as error:
             if error.errno == errno.EROFS:
                 raise UsageError(f"{raw}: cannot be written: see the log of the mount") from None
+            if error.errno == errno.EPERM:
+                raise UsageError(f"{raw}: only its owner, or root, may make a snapshot") from None
             refused = facts(raw, STATUS).get("snapshot_refused")
             if not refused:
                 raise

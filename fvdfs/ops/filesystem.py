@@ -294,8 +294,13 @@ class Filesystem(pyfuse3.Operations):
         elif inode == ROOT_INODE or wanted not in (xattrs.PREFETCH, xattrs.SNAPSHOT):
             raise FUSEError(errno.EOPNOTSUPP)
         else:
-            ask = control.control_prefetch if wanted == xattrs.PREFETCH else snapshots.make_snapshot
-            await ask(self.openings, self.folder.inodes[inode], value.decode(errors="replace").strip())
+            entry, text = self.folder.inodes[inode], value.decode(errors="replace").strip()
+            if wanted == xattrs.PREFETCH:
+                await control.control_prefetch(self.openings, entry, text)
+            elif ctx.uid in (0, os.geteuid(), entry.status.st_uid):  # it makes files in the folder
+                await snapshots.make_snapshot(self.openings, entry, text)
+            else:
+                raise FUSEError(errno.EPERM)
 
     @handler
     async def removexattr(self, inode: InodeT, name: bytes, ctx: pyfuse3.RequestContext) -> None:

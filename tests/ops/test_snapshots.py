@@ -12,11 +12,15 @@ import random
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import trio
 
 from fvdfs.format.creation import CreateOptions
 from fvdfs.format.header import Header
+from fvdfs.layers import snapshot as layers_snapshot
+from fvdfs.ops import snapshots
 from fvdfs.ops.snapshots import make_snapshot
 from support import reference
 from support.builder import KIB, create
@@ -246,6 +250,119 @@ def test_copies_end_with_the_old_image(tmp_path: Path) -> None:
         assert mount.status("vm")["state"] != "waiting"
     assert header(folder / "vm@1.fvd").prefetch_profile_entries > 0
     must("check", folder / "vm.fvd")
+
+
+def test_only_the_owner_makes_snapshots(tmp_path: Path) -> None:
+    with disk(tmp_path, "cow", "--allow-other") as mount:
+        mount.raw("vm").chmod(0o666)
+        for uid, made in ((99, False), (0, True)):
+            child = os.fork()
+            if not child:
+                os.setresuid(uid, uid, uid)
+                try:
+                    os.setxattr(mount.raw("vm"), "user.fvdfs.snapshot", b"")
+                except PermissionError:
+                    os._exit(1)
+                os._exit(0)
+            assert (os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0) is made
+
+
+# --- steps ----------------------------------------------------------------------------------------
+
+
+class Slow:
+    """A call that waits in its thread until it may go on."""
+
+    def __init__(self) -> None:
+        self.begun, self.may_end = threading.Event(), threading.Event()
+
+    def __call__(self, *_: object) -> None:
+        self.begun.set()
+        assert self.may_end.wait(20)
+
+
+def test_flushes_wait_for_the_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    served, slow = Served(tmp_path, monkeypatch), Slow()
+    monkeypatch.setattr(snapshots, "sync_folder", slow)
+
+    async def work(kernel: Kernel, handle: int) -> None:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(make_snapshot, served.filesystem.openings, served.entry, "")
+            await trio.to_thread.run_sync(slow.begun.wait)
+            await kernel.write(handle, 0, b"x" * 4096)
+            assert await kernel.read(handle, 0, 4096) == b"x" * 4096
+            flush = kernel.send_fsync(handle)
+            await trio.sleep(0.1)
+            assert flush not in kernel.answered
+            slow.may_end.set()
+            await kernel.answer(flush)
+
+    served.run(work)
+    assert content(tmp_path / "a.fvd")[:4096] == b"x" * 4096
+    assert content(tmp_path / "a@1.fvd")[:4096] == BASE[:4096]
+
+
+def test_reads_and_writes_do_not_wait_for_the_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While the files are made, before the moment of the change, nothing waits at all."""
+    served, slow, whole = Served(tmp_path, monkeypatch), Slow(), layers_snapshot.add_name
+
+    def add_name(*arguments: Any) -> None:
+        slow()
+        whole(*arguments)
+
+    monkeypatch.setattr(layers_snapshot, "add_name", add_name)
+
+    async def work(kernel: Kernel, handle: int) -> None:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(make_snapshot, served.filesystem.openings, served.entry, "")
+            await trio.to_thread.run_sync(slow.begun.wait)
+            await kernel.write(handle, 0, b"x" * 4096)
+            assert await kernel.read(handle, 0, 4096) == b"x" * 4096
+            await kernel.fsync(handle)
+            slow.may_end.set()
+
+    served.run(work)
+    assert content(tmp_path / "a@1.fvd")[:4096] == b"x" * 4096
+
+
+@pytest.mark.parametrize("step", ["write_top", "add_name", "replace"])
+def test_a_failure_leaves_the_disk_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str) -> None:
+    served = Served(tmp_path, monkeypatch)
+
+    def fail(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(snapshots if step == "write_top" else layers_snapshot, step, fail)
+
+    async def work(kernel: Kernel, handle: int) -> None:
+        await kernel.write(handle, 0, b"x" * 4096)
+        with pytest.raises(OSError, match="No space left"):
+            await make_snapshot(served.filesystem.openings, served.entry, "")
+        assert "No space left" in served.entry.refused
+        await kernel.write(handle, 4096, b"y" * 4096)
+        await kernel.fsync(handle)
+
+    served.run(work)
+    assert sorted(os.listdir(tmp_path)) == ["a.fvd", "base.raw"]
+    assert header(tmp_path / "a.fvd").base_img == "base.raw"
+    assert content(tmp_path / "a.fvd")[:8192] == b"x" * 4096 + b"y" * 4096
+
+
+def test_names_that_cannot_be_made_stable_end_all_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    served = Served(tmp_path, monkeypatch)
+
+    def fail(*_: object) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(snapshots, "sync_folder", fail)
+
+    async def work(kernel: Kernel, handle: int) -> None:
+        with pytest.raises(OSError, match="Input/output error"):
+            await make_snapshot(served.filesystem.openings, served.entry, "")
+        with pytest.raises(OSError, match="Input/output error"):
+            await kernel.fsync(handle)
+
+    served.run(work)
 
 
 # --- kills ----------------------------------------------------------------------------------------
