@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pyfuse3
 import pytest
 import trio
 
@@ -22,11 +23,12 @@ from fvdfs.format.header import Header
 from fvdfs.layers import snapshot as layers_snapshot
 from fvdfs.ops import snapshots
 from fvdfs.ops.snapshots import make_snapshot
+from fvdfs.store.host import HostFile
 from support import reference
 from support.builder import KIB, create
 from support.kernel import Kernel
 from support.mounts import MIB, Mount, fvdfs, mounted, must, needs_passthrough
-from support.served import BASE, SIZE, Served
+from support.served import BASE, CTX, ROOT, SIZE, Served
 from support.steps import killed_before
 
 LAYOUTS: dict[str, list[str]] = {
@@ -323,6 +325,59 @@ def test_reads_and_writes_do_not_wait_for_the_names(tmp_path: Path, monkeypatch:
 
     served.run(work)
     assert content(tmp_path / "a@1.fvd")[:4096] == b"x" * 4096
+
+
+def test_what_comes_at_the_moment_of_the_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The image has its new name, and still takes no writes: they wait. Whoever looks it up finds the same disk."""
+    served, slow, whole = Served(tmp_path, monkeypatch), Slow(), layers_snapshot.replace
+
+    def replace(*arguments: Any) -> None:
+        whole(*arguments)
+        slow()
+
+    monkeypatch.setattr(layers_snapshot, "replace", replace)
+
+    async def work(kernel: Kernel, handle: int) -> None:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(make_snapshot, served.filesystem.openings, served.entry, "")
+            await trio.to_thread.run_sync(slow.begun.wait)
+            writes = [kernel.send_write(handle, at, b"x" * 4096) for at in (0, SIZE)]  # one of them grows the disk
+            assert await kernel.read(handle, 0, 4096) == BASE[:4096]
+            found = await served.filesystem.lookup(ROOT, pyfuse3.FileNameT(b"a.raw"), CTX)
+            assert found.st_ino == served.inode
+            assert not set(writes) & set(kernel.answers)
+            slow.may_end.set()
+            for write in writes:
+                await kernel.answer(write)
+        found = await served.filesystem.lookup(ROOT, pyfuse3.FileNameT(b"a.raw"), CTX)
+        assert (found.st_ino, found.st_size) == (served.inode, SIZE + 4096)
+        assert await kernel.read(handle, 0, 4096) == b"x" * 4096
+
+    served.run(work)
+    assert content(tmp_path / "a@1.fvd") == BASE.ljust(SIZE, b"\0")
+    assert content(tmp_path / "a.fvd") == b"x" * 4096 + BASE[4096:].ljust(SIZE - 4096, b"\0") + b"x" * 4096
+
+
+def test_reads_that_have_to_wait_find_each_layer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is in the page cache; some reads begin before the snapshot, and end after it."""
+    served = Served(tmp_path, monkeypatch)
+    monkeypatch.setattr(HostFile, "pread_nowait", lambda *_: False)
+
+    async def work(kernel: Kernel, handle: int) -> None:
+        expected = bytearray(BASE.ljust(SIZE, b"\0"))
+        for number in range(3):
+            for at in (number * 8192, SIZE - 4096 * (number + 1)):
+                expected[at : at + 4096] = b"%d" % number * 4096
+                await kernel.write(handle, at, bytes(expected[at : at + 4096]))
+            early = [(at, kernel.send_read(handle, at, 64 * KIB)) for at in range(0, SIZE, 256 * KIB)]
+            await make_snapshot(served.filesystem.openings, served.entry, "")
+            for at, read in early:
+                assert await kernel.answer(read) == expected[at : at + 64 * KIB]
+            for at in range(0, SIZE, 64 * KIB):
+                assert await kernel.read(handle, at, 64 * KIB) == expected[at : at + 64 * KIB]
+        assert await kernel.seek(handle, SIZE // 2, os.SEEK_DATA) == SIZE - 3 * 4096
+
+    served.run(work, flags=os.O_RDWR | os.O_DIRECT)
 
 
 @pytest.mark.parametrize("step", ["write_top", "add_name", "replace"])
