@@ -11,7 +11,8 @@ Exit codes:
 space. `umount` ends with 3 where the mount point is free but the images stay open.
 
 Every failure is one line on stderr, `fvdfs: ` and what is wrong and, where that is known, what to do about it; what is
-not printable in it is escaped. An interrupt says nothing. A defect of fvdfs ends with a traceback, and 1.
+not printable in it is escaped. An interrupt says nothing
+(`clone`: how many it has made). A defect of fvdfs ends with a traceback, and 1.
 """
 
 from __future__ import annotations
@@ -63,6 +64,12 @@ def _journal_size(text: str) -> int:
 def _delay(text: str) -> int:
     if not (re.fullmatch("[0-9]{1,100}", text) and 1 <= int(text) <= MAX_DELAY):
         raise argparse.ArgumentTypeError(f"{text!r}: must be a number of seconds from 1 to {MAX_DELAY}")
+    return int(text)
+
+
+def _count(text: str) -> int:
+    if not re.fullmatch("[1-9][0-9]{0,5}", text):
+        raise argparse.ArgumentTypeError(f"{text!r}: must be a number from 1 to 999999")
     return int(text)
 
 
@@ -157,6 +164,30 @@ def _parser() -> argparse.ArgumentParser:
         help="fetch first what this profile, or this image's, says",
     )
     _add_secret(create)
+
+    clone = commands.add_parser(
+        "clone",
+        help="make new disks that start as a template",
+        description="A clone has the template's size and stands on it: it keeps what it reads of it, and fetches the "
+        "rest by and by. Where the folder has a cache of the template, NAMEcache.fvd made by "
+        "fvdfs create --base TEMPLATE --copy-on-read, the clones stand on that, which fetches once for all. "
+        "All clones are made, or none.",
+    )
+    clone.set_defaults(run=_clone)
+    clone.add_argument("template", metavar="TEMPLATE", help="a file, of any format, or a URL")
+    clone.add_argument("names", metavar="NAME", nargs="+", help="of a new image; .fvd is added where it is missing")
+    clone.add_argument("-n", "--count", type=_count, metavar="COUNT", help="make NAME-0001.fvd and so on, so many")
+    clone.add_argument("--into", default="", metavar="DIR", help="the folder of the new images (default: this one)")
+    clone.add_argument(
+        "-F", "--base-format", default="", metavar="FMT", help="of the template; default: raw, for NAME.fvd fvd"
+    )
+    clone.add_argument(
+        "--profile",
+        default="",
+        metavar="FILE|IMAGE",
+        help="fetch first what this profile, or this image's, says; default: TEMPLATE.profile, or the template's",
+    )
+    _add_secret(clone)
 
     info = commands.add_parser("info", help="show what an image is")
     info.set_defaults(run=_info)
@@ -355,6 +386,20 @@ def _create(arguments: argparse.Namespace) -> int:
         _layout(arguments, arguments.image),
         profile=arguments.profile,
         force=arguments.force,
+        secret=arguments.secret,
+    )
+
+
+def _clone(arguments: argparse.Namespace) -> int:
+    from fvdfs.commands.clone import run
+
+    return run(
+        arguments.template,
+        arguments.names,
+        count=arguments.count,
+        into=arguments.into,
+        base_format=arguments.base_format,
+        profile=arguments.profile,
         secret=arguments.secret,
     )
 

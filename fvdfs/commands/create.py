@@ -207,14 +207,14 @@ def _check_names(path: str, data_path: str | None, base: BaseImage | None, optio
 def _outside(path: str, data_path: str | None, base: BaseImage | None, options: CreateOptions) -> list[str | None]:
     """Remarks on names that a mount with no options would refuse."""
     base_path = base.path if base else None
-    return [_leads_outside(path, options.base_img, base_path), _leads_outside(path, options.data_file, data_path)]
+    return [leads_outside(path, options.base_img, base_path), leads_outside(path, options.data_file, data_path)]
 
 
 def _is_device(path: str) -> bool:
     return os.path.exists(path) and stat.S_ISBLK(os.stat(path).st_mode)
 
 
-def _leads_outside(image: str, name: str, target: str | None) -> str | None:
+def leads_outside(image: str, name: str, target: str | None) -> str | None:
     """What to tell a user about a name that a mount with no options would refuse."""
     if target is None:
         return None

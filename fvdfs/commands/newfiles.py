@@ -69,6 +69,8 @@ class NewFile:
         self.old = old
         """What is there now, locked; None: nothing."""
         self.is_device = store.fixed_size
+        self.is_written = False
+        """Whether it is closed already (`NewFiles.written`)."""
 
     def check_room(self, size: int) -> None:
         """Raise UsageError where it is a device of fewer bytes."""
@@ -100,6 +102,9 @@ class NewFiles:
         self._mode = mode & ~_umask()
         self.files: list[NewFile] = []
         """In the order in which they were added."""
+        self.have_names = False
+        """Whether they are published."""
+        self._sync = -1  # a descriptor of the file system whose files are made stable together
         self._read: dict[Identity, str] = {}
         self._below_read: dict[Identity, str] = {}
         self._handlers: dict[int, Callable[[int, FrameType | None], object] | signal.Handlers] = {}
@@ -253,6 +258,31 @@ class NewFiles:
                 old.close()
             raise
 
+    def written(self, file: NewFile) -> None:
+        """Close a file that nothing more is written to: of many, not all need be open at once.
+
+        `publish` makes all of them stable by one call, in which a local file system is much faster than file by
+        file. So they must lie on one. Raises OSError.
+        """
+        _set_permissions(file, self._mode, is_copy=self._is_copy)
+        descriptor = file.store.fileno()
+        if file.store.may_hang:
+            os.fsync(descriptor)
+        elif self._sync < 0:
+            self._sync = os.dup(descriptor)
+        file.is_written = True
+        file.store.close()
+
+    def _make_stable(self, files: Iterable[NewFile]) -> None:
+        for file in files:
+            if not file.is_written:
+                _set_permissions(file, self._mode, is_copy=self._is_copy)
+                os.fsync(file.store.fileno())
+        # A descriptor from before a failed write is told of the failure.
+        if self._sync >= 0 and _libc.syncfs(self._sync):
+            code = ctypes.get_errno()
+            raise OSError(code, f"{os.path.dirname(self.files[0].final)}: {os.strerror(code)}")
+
     def publish(self) -> None:
         """Make them stable, and give them their names, the last of them last.
 
@@ -260,9 +290,7 @@ class NewFiles:
         be replaced, OSError; what was there then has its name again, and what is new is still to be discarded.
         """
         new = [file for file in self.files if not file.is_device]
-        for file in new:
-            _set_permissions(file, self._mode, is_copy=self._is_copy)
-            os.fsync(file.store.fileno())
+        self._make_stable(new)
         for file in new:
             if file.old is not None and identity_at(file.final) != file.old.identity:
                 raise UsageError(f"{file.path}: was replaced by somebody else meanwhile")
@@ -272,6 +300,7 @@ class NewFiles:
         aside = [file for file in new if file.old is not None] if len(new) > 1 else []
         with self._in_one_go():
             _rename_all(new, aside)
+            self.have_names = True
             for file in new:
                 self.files.remove(file)
                 file.close()
@@ -286,6 +315,9 @@ class NewFiles:
             _remove(file)
             file.close()
         self.files.clear()
+        if self._sync >= 0:
+            os.close(self._sync)
+            self._sync = -1
 
 
 def permissions(files: Iterable[HostFile]) -> int:

@@ -29,7 +29,7 @@ def read_profile(path: str) -> list[Extent]:
     Raises UsageError where there is none, ImageError, OSError.
     """
     try:
-        extents = _of_image(path)
+        extents = profile_of_image(path)
     except NotFvd:
         if os.path.getsize(path) > MAX_TEXT:
             raise UsageError(f"{path}: neither an FVD image nor a profile") from None
@@ -40,7 +40,8 @@ def read_profile(path: str) -> list[Extent]:
     return extents
 
 
-def _of_image(path: str) -> list[Extent]:
+def profile_of_image(path: str) -> list[Extent]:
+    """The profile in an image; empty where it has none. Raises ImageError, OSError."""
     chain = open_chain(path, Policy(writable=False), top_only=True)
     layer = chain.layers[0]
     try:

@@ -65,6 +65,7 @@ def images(folder: Path) -> Path:
 COMMANDS: dict[str, list[str]] = {
     "create": ["create", "new.fvd", "-b", "low.fvd", "-F", "fvd", "--profile", "profile"],
     "create over": ["create", "low.fvd", "1M", "--data-file", "data", "--force", "--compact"],
+    "clone": ["clone", "low.fvd", "new", "-n", "2"],
     "create holes": ["create", "new.fvd", "-b", "base.raw", "--detect-holes", "64K", "--data-file", "new"],
     "info": ["info", "a.fvd"],
     "info json": ["info", "a.fvd", "--json"],

@@ -616,3 +616,11 @@ def test_a_base_is_opened_for_reading_only(folder: Path) -> None:
                 found += 1
         assert found
     assert (folder / "base.raw").read_bytes() == bytes(MIB)
+
+
+def test_clones_in_a_folder_of_somebody_else(users: Path, shared: Path) -> None:
+    done = fvdfs_as(NOBODY, "clone", users / "a.fvd", "b", "--into", shared)
+    assert done.code == 1
+    assert "Permission denied" in done.err
+    assert done.err.count("\n") == 1
+    assert sorted(os.listdir(shared)) == ["disks", "images"]

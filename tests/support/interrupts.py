@@ -26,6 +26,7 @@ import fvdfs.check.check
 import fvdfs.cli
 import fvdfs.commands.amend
 import fvdfs.commands.check
+import fvdfs.commands.clone
 import fvdfs.commands.convert
 import fvdfs.commands.info
 import fvdfs.commands.map
