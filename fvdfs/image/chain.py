@@ -14,6 +14,7 @@ from fvdfs.alloc.table import decode_entries
 from fvdfs.cow.writethrough import MODES
 from fvdfs.errors import FormatError, ImageBusy, ImageError, UnsupportedFeature
 from fvdfs.format.header import HEADER_SPACE, TABLE_ENTRY_SIZE, UNALLOCATED, Header
+from fvdfs.image.bases import Key
 from fvdfs.image.core import usage_of
 from fvdfs.image.policy import FVD_FORMAT, RAW_FORMATS, HostStore, Policy, looks_like, resolve
 from fvdfs.store.host import HostFile, open_as_permitted
@@ -38,6 +39,8 @@ class Layer:
     raw_header: bytes
     base_format: str = ""
     """The base's format, once somebody has looked: the header need not state it."""
+    keeps_copies: bool = False
+    """Whether what is read through this base is to be kept in it, and its files are open for that."""
 
     def usage(self) -> int:
         """Bytes that the image takes, metadata and data. Blocks."""
@@ -63,6 +66,15 @@ class Layer:
         self.meta.close()
         if self.data is not self.meta:
             self.data.close()
+
+    def lock_for_copies(self) -> bool:
+        """Be the only one who keeps copies in it; False where that is another, or no copies are kept. Blocks."""
+        if not self.keeps_copies:
+            return False
+        if not self.meta.file_lock.take_copying():
+            log.info("%s: another mount or process fills it; this one reads it", self.path)
+            return False
+        return True
 
     def check_unchanged(self) -> None:
         """Once the image is locked: raise ImageBusy where its header has changed since it was read. Blocks.
@@ -101,6 +113,21 @@ class Chain:
             found += [layer.meta] if layer.data is layer.meta else [layer.meta, layer.data]
         return found + ([self.base] if self.base is not None else [])
 
+    def keys(self) -> list[Key]:
+        """What tells apart the bases: of each image but the top, then of the base under the last one."""
+        found = [_key(layer.meta, layer.path, FVD_FORMAT) for layer in self.layers[1:]]
+        if self.base is not None and not self.base.writable:
+            last = self.layers[-1]
+            found.append(_key(self.base, last.path, last.base_format))
+        return found
+
+    def cut(self, depth: int) -> None:
+        """Close the bases from this number on, as `keys` counts, 0 being that of the top. Blocks."""
+        kept = self.layers[: depth + 1]
+        below = Chain(self.layers[depth + 1 :], self.base, self.policy)
+        self.layers, self.base = kept, None
+        below.close()
+
     def close(self) -> None:
         """Close every file. Blocks."""
         for store in self.stores():
@@ -112,10 +139,16 @@ class Chain:
             await store.aclose()
 
 
-def open_chain(path: str, policy: Policy, *, top_only: bool = False) -> Chain:
+def _key(store: HostStore, path: str, file_format: str) -> Key:
+    """`path`: of the image that names it, or of itself."""
+    return file_format, str(store.identity), os.path.dirname(path)
+
+
+def open_chain(path: str, policy: Policy, *, top_only: bool = False, keep_copies: bool = False) -> Chain:
     """Open the files of the image at `path`, and read and check their headers. Blocks.
 
-    `top_only`: the image's own file alone, for a look at its header. Raises ImageError with one line
+    `top_only`: the image's own file alone, for a look at its header. `keep_copies`: have base images that want
+    copy-on-read open for writing copies, where that is permitted. Raises ImageError with one line
     that names image, field and value; OSError only for `path` itself; NoAnswer.
     """
     chain = Chain([], None, policy)
@@ -123,6 +156,8 @@ def open_chain(path: str, policy: Policy, *, top_only: bool = False) -> Chain:
         for part in _descend(path, policy, top_only=top_only):
             if isinstance(part, Layer):
                 chain.layers.append(part)
+                if keep_copies and len(chain.layers) > 1:
+                    _prepare_for_copies(part, policy)
             else:
                 chain.base = part
     except BaseException:
@@ -302,6 +337,25 @@ def _open_layer(path: str, meta: HostFile, policy: Policy, *, writable: bool, wi
             raise FormatError(path, f"data_file={header.data_file}: this is the image itself")
         header = _as_long_as(header, data)
     return Layer(path, meta, data, header, bytes(raw))
+
+
+def _prepare_for_copies(layer: Layer, policy: Policy) -> None:
+    """Open the files of a base image for writing, if it wants to keep what is read of its own base, and may."""
+    header = layer.header
+    if not header.has_base or not (header.copy_on_read or header.prefetch_start_delay > 0):
+        return
+    stores = [layer.meta] if layer.data is layer.meta else [layer.meta, layer.data]
+    opened: list[HostFile] = []
+    for store in stores:
+        if isinstance(store, HostFile):
+            opened.append(_open_handle(store.fileno(), store.name, policy, writable=True))
+    if len(opened) == len(stores) and all(file.writable for file in opened):
+        former = stores
+        layer.meta, layer.data, layer.keeps_copies = opened[0], opened[-1], True
+    else:
+        former = list(opened)
+    for store in former:
+        store.close()
 
 
 def unstated_base_format(path: str, header: Header, policy: Policy) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import trio
 
@@ -21,6 +21,7 @@ from fvdfs.cow.planner import Geometry, Zeroes, read_runs
 from fvdfs.cow.recorder import Recorder
 from fvdfs.cow.writethrough import BaseWriter
 from fvdfs.format.header import Header
+from fvdfs.image.bases import Bases
 from fvdfs.image.commit import Committer
 from fvdfs.store.base import Done, Store
 from fvdfs.store.host import HostFile
@@ -107,9 +108,13 @@ class Core:
     """What becomes of zeros that are written."""
     spawn: Spawn | None = None
     """Runs work in the background: growth ahead of need, copies, write-back. None: nothing does."""
+    bases: Bases[Core, Store] = field(default_factory=Bases)
+    """Who stands on what."""
 
     def __post_init__(self) -> None:
         self.own = OwnData(self.data, self.storage, self.committer)
+        if self.base is not None:
+            self.bases.enter(self.base, self)
         self.writable = False
         self.base_writer: BaseWriter | None = None
         """Makes writes reach the base, where the image asks for it and the mount allows it."""
@@ -289,12 +294,25 @@ class Core:
             if where is not None:
                 await self.data.write_out(where, run_stop - run_start)
 
+    async def end_copies(self) -> None:
+        """Nobody stands on this image any more: make stable what was copied into it. Failures go to the log."""
+
     def usage(self) -> int:
         """Bytes that the image takes, metadata and data."""
         return usage_of(self.header, self.meta, self.data, self._allocated_chunks)
 
     def _allocated_chunks(self) -> int:
         return self.table.allocated() if self.table is not None else 0
+
+
+def stores_of(image: Core) -> list[Store]:
+    """Every file of the chain, those of the image first."""
+    found: list[Store] = []
+    layer: Core | Store | None = image
+    while isinstance(layer, Core):
+        found += [layer.meta] if layer.data is layer.meta else [layer.meta, layer.data]
+        layer = layer.base
+    return found if layer is None else [*found, layer]
 
 
 def damaged_layers(image: Core) -> Iterator[tuple[str, str]]:
@@ -322,12 +340,29 @@ def _may_hang(store: Store) -> bool:
     return not isinstance(store, HostFile) or store.may_hang
 
 
-async def close_chain(image: Core | Store | None) -> None:
-    """Give up the files of an image and of all that it stands on."""
-    while isinstance(image, Core):
-        await image.meta.aclose()
-        if image.data is not image.meta:
-            await image.data.aclose()
-        image = image.base
-    if image is not None:
-        await image.aclose()
+async def close_chain(image: Core) -> None:
+    """Give up the files of an image, and of all below it that nobody else stands on."""
+    await _close_files(image)
+    await leave_base(image)
+
+
+async def leave_base(image: Core) -> None:
+    """The image stands on nothing from now on; what nobody else stands on is closed."""
+    with trio.CancelScope(shield=True):
+        while (base := image.base) is not None:
+            image.base = None
+            async with image.bases.leaving(base, image) as is_last:
+                if not is_last:
+                    return
+                if not isinstance(base, Core):
+                    await base.aclose()
+                    return
+                await base.end_copies()
+                await _close_files(base)
+            image = base
+
+
+async def _close_files(image: Core) -> None:
+    await image.meta.aclose()
+    if image.data is not image.meta:
+        await image.data.aclose()

@@ -13,23 +13,26 @@ Nothing here knows about FUSE. Errors of the storage are OSError.
 from __future__ import annotations
 
 import functools
+import logging
 
 import trio
 
 from fvdfs.cow.fetching import Fetcher
 from fvdfs.cow.locks import Gate, RangeLock
 from fvdfs.cow.planner import Geometry
-from fvdfs.errors import ReadOnlyImage
+from fvdfs.errors import ImageError, ReadOnlyImage
 from fvdfs.format.profile import Extent
 from fvdfs.image import passing
 from fvdfs.image.base_writing import begin_base_writing
-from fvdfs.image.core import Core, LastExtents, close_chain
+from fvdfs.image.core import Core, LastExtents, close_chain, leave_base
 from fvdfs.image.profiling import read_profile, record_profile, write_profile
 from fvdfs.image.reading import Reads
 from fvdfs.image.resizing import Resizer
 from fvdfs.image.stacking import Step, stack
 from fvdfs.image.writing import PendingWrite, Writes
 from fvdfs.store.base import Buffer, Done, Pending
+
+log = logging.getLogger(__name__)
 
 
 class PendingFsync:
@@ -208,6 +211,22 @@ class Image(Core):
         self.fetcher.copy_on_read |= copy_on_read
         return self.fetcher
 
+    def share_reads(self) -> None:
+        """Others stand on this image: what several of them want of its base at the same time is read once."""
+        if self.fetcher is None and self.bitmap is not None and self.spawn is not None and self.is_remote:
+            self.fetcher = Fetcher(self, self.spawn, copy_on_read=False, max_outstanding=0)
+
+    async def begin_copies(self) -> None:
+        """Others stand on this image: keep what they read of its base. The caller holds the lock for that.
+
+        A failure goes to the log; then the image is only read. Raises nothing.
+        """
+        try:
+            await self.begin_writing()
+        except (ImageError, OSError) as error:
+            log.warning("%s: what is read of its base is not kept: %s", self.name, error)
+            self.share_reads()
+
     async def release_base(self) -> bool:
         """Close the base if every block is local, which becomes stable first; whether it is so. Raises OSError."""
         bitmap = self.bitmap
@@ -217,12 +236,14 @@ class Image(Core):
             if not bitmap.all_local(0, bitmap.blocks):
                 return False
             await self.committer.release_base()
-            await self._reads.wait()  # later ones find all blocks local
+            for image in (self, *self.bases.above(self)):
+                assert isinstance(image, Image)
+                await image._reads.wait_for_base()  # later ones find all blocks local
             if self.fetcher is not None:
                 await self.fetcher.close()
-            base, self.base, self.bitmap, self.fetcher = self.base, None, None, None
+            self.bitmap, self.fetcher = None, None
             self.geometry = Geometry(0, 0)
-        await close_chain(base)
+            await leave_base(self)
         return True
 
     async def put_on_top(self, top: Image, name: str, rename: Step, sync: Step) -> None:
@@ -293,6 +314,14 @@ class Image(Core):
                 await self.end_writing()
             finally:
                 await close_chain(self)
+
+    async def end_copies(self) -> None:
+        if self.bases.before_closing is not None:
+            await self.bases.before_closing(self)
+        try:
+            await self.end_writing()
+        except OSError as error:
+            log.error("%s: what was read from its base is not kept: %s", self.name, error)
 
     async def end_writing(self) -> None:
         """Commit everything and make the header clean; nothing is written again. Raises OSError of the commit."""

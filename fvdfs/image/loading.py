@@ -6,6 +6,8 @@ import logging
 import os
 from collections.abc import AsyncIterator
 
+import trio
+
 from fvdfs.alloc.chunked import ChunkedStorage, Spawn
 from fvdfs.alloc.flat import FlatStorage
 from fvdfs.alloc.growth import grow_command
@@ -14,9 +16,10 @@ from fvdfs.cow.bitmap import Bitmap, bitmap_bytes
 from fvdfs.errors import FormatError
 from fvdfs.format import journal
 from fvdfs.format.header import HEADER_SIZE, SECTOR, Header, Region, round_up
+from fvdfs.image.bases import Bases
 from fvdfs.image.chain import Chain, Layer, open_chain
 from fvdfs.image.commit import Committer
-from fvdfs.image.core import damaged_layers
+from fvdfs.image.core import Core, damaged_layers
 from fvdfs.image.image import Image
 from fvdfs.image.locking import lock_for_reading, lock_for_writing
 from fvdfs.image.policy import Policy
@@ -30,29 +33,66 @@ _PIECE = 1 << 20  # bytes of metadata that are read at a time
 _REPORTED_RECORDS = 10  # bad journal records that are logged one by one
 
 
-async def load_chain(chain: Chain, spawn: Spawn | None = None) -> Image:
+async def load_chain(chain: Chain, spawn: Spawn | None = None, bases: Bases[Core, Store] | None = None) -> Image:
     """Lock the files of the chain for reading, read all metadata, replay journals in memory.
 
-    `spawn`: see `Core`. Takes over the files, also where it fails. Only from the main thread. Raises ImageBusy,
-    ImageError, UsageError where a program is missing, OSError.
+    What `bases` has open already is used as it is. `spawn`: see `Core`. Takes over the files, also where it fails. Only
+    from the main thread. Raises ImageBusy, ImageError, UsageError where a program is missing, OSError.
     """
+    bases = bases or Bases()
+    loaded: list[Image] = []
     try:
-        for store in chain.stores():
-            if isinstance(store, QemuStore):
-                await store.start()
-        await lock_for_reading(chain.stores(), chain.layers)
-        if chain.base is not None:
-            _look_at_size(chain.layers[-1], await chain.base.size())
-        base: Image | Store | None = chain.base
-        for layer in reversed(chain.layers):
-            base = await load_image(
-                layer.path, layer.header, layer.raw_header, layer.meta, layer.data, base, chain.policy, spawn
-            )
+        async with bases.changing(chain.keys()):
+            await _load_chain(chain, spawn, bases, loaded)
     except BaseException:
         await chain.aclose()
+        if loaded:
+            await loaded[-1].close()
         raise
-    assert isinstance(base, Image)
-    return base
+    return loaded[-1]
+
+
+async def _load_chain(chain: Chain, spawn: Spawn | None, bases: Bases[Core, Store], loaded: list[Image]) -> None:
+    """Load the images that are not open yet, from the lowest to the top; the chain has the rest."""
+    keys = chain.keys()
+    shared = next(((depth, base) for depth, key in enumerate(keys) if (base := bases.find(key)) is not None), None)
+    if shared is not None:
+        await trio.to_thread.run_sync(chain.cut, shared[0])
+    for store in chain.stores():
+        if isinstance(store, QemuStore):
+            await store.start()
+    fills = [layer for layer in chain.layers[1:] if await trio.to_thread.run_sync(layer.lock_for_copies)]
+    await lock_for_reading(chain.stores(), chain.layers)
+    below: Core | Store | None = chain.base if shared is None else shared[1]
+    if below is not None and not isinstance(below, Core):
+        _look_at_size(chain.layers[-1], await below.size())
+    lowest = chain.base if len(keys) == len(chain.layers) else None  # else it may be written, or is open already
+    while chain.layers:
+        layer = chain.layers[-1]
+        image = await load_image(
+            layer.path,
+            layer.header,
+            layer.raw_header,
+            layer.meta,
+            layer.data,
+            below,
+            chain.policy,
+            spawn,
+            bases,
+        )
+        loaded.append(image)
+        chain.base = None
+        chain.layers.pop()
+        if layer in fills:
+            await image.begin_copies()
+        elif chain.layers:
+            image.share_reads()
+        below = image
+    new: list[Core | Store] = [*reversed(loaded[:-1])]
+    if lowest is not None:
+        new.append(lowest)
+    for key, base in zip(keys, new, strict=False):
+        bases.add(key, base)
 
 
 def _look_at_size(layer: Layer, size: int) -> None:
@@ -73,9 +113,10 @@ async def load_image(
     raw_header: bytes,
     meta: Store,
     data: Store,
-    base: Image | Store | None,
+    base: Core | Store | None,
     policy: Policy,
     spawn: Spawn | None = None,
+    bases: Bases[Core, Store] | None = None,
 ) -> Image:
     """The image over these stores, its metadata read and its journal replayed in memory."""
     bitmap = table = None
@@ -122,6 +163,7 @@ async def load_image(
         table=table,
         zeroes=policy.zeroes,
         spawn=spawn,
+        bases=bases or Bases(),
     )
 
 

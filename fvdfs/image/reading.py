@@ -104,6 +104,8 @@ class Reads:
     def __init__(self, core: Core) -> None:
         self._core = core
         self._pending: set[PendingRead] = set()
+        self._of_base: set[PendingRead] = set()
+        """Reads of the base alone, as writes and copies need them."""
 
     def __bool__(self) -> bool:
         """Whether any is under way."""
@@ -118,7 +120,7 @@ class Reads:
         if core.recorder is not None:
             core.recorder.touched(offset, stop, written=False)
         count = stop - offset
-        todo = _read_now(core, offset, view[:count], core.fetcher)
+        todo = _read_now(core, offset, view[:count])
         return PendingRead(count, todo, self._pending) if todo else count
 
     @contextmanager
@@ -136,6 +138,12 @@ class Reads:
             if read in self._pending and (source is None or read.reads(source)):
                 await read.wait()
 
+    async def wait_for_base(self) -> None:
+        """Wait for the end of all that read the base now."""
+        for read in (*self._pending, *self._of_base):
+            if read in self._pending or read in self._of_base:
+                await read.wait()
+
     def read_base_nowait(self, view: memoryview, start: int) -> bool:
         """Fill the buffer with the base's bytes from `start` on, if that needs no waiting; else say False."""
         base = self._core.base
@@ -146,15 +154,19 @@ class Reads:
         base = self._core.base
         assert base is not None
         if isinstance(base, Core):
-            await _read_all(_read_now(base, start, _zero_behind(base, start, view), None))
+            read = PendingRead(0, [], self._of_base)
+            try:
+                await _read_all(_read_now(base, start, _zero_behind(base, start, view)))
+            finally:
+                read.end()
         else:
             await read_padded(base, view, start)
 
 
-def _read_now(top: Core, start: int, view: memoryview, fetcher: _QuickSource | None) -> _Todo:
+def _read_now(top: Core, start: int, view: memoryview) -> _Todo:
     """Fill the buffer with the disk's bytes from `start` on, as far as that needs no waiting; the rest.
 
-    Goes down the chain of base images without recursion: a chain may be of any depth. `fetcher` reads the first base.
+    Goes down the chain of base images without recursion: a chain may be of any depth.
     """
     todo: _Todo = []
     layers = [(top, start, view)]
@@ -167,8 +179,8 @@ def _read_now(top: Core, start: int, view: memoryview, fetcher: _QuickSource | N
             base = image.base
             if local:
                 _read_storage(image, run_start, run, todo)
-            elif image is top and fetcher is not None:
-                _try(fetcher, run, run_start, todo)
+            elif image.fetcher is not None:
+                _try(image.fetcher, run, run_start, todo)
             elif isinstance(base, Core):
                 layers.append((base, run_start, _zero_behind(base, run_start, run)))
             else:

@@ -6,17 +6,23 @@ import contextlib
 import functools
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from typing import Protocol
 
 import trio
 
 from fvdfs.alloc.chunked import Spawn
 from fvdfs.format.profile import Extent
 from fvdfs.image.image import Image
-from fvdfs.ops.inodes import Entry
 from fvdfs.prefetch.prefetcher import Prefetcher
 from fvdfs.prefetch.scheduler import Scheduler
 
 log = logging.getLogger(__name__)
+
+
+class Prefetched(Protocol):
+    """Who has an image that may be prefetched."""
+
+    prefetcher: Prefetcher | None
 
 
 class Background:
@@ -55,7 +61,7 @@ class Background:
         header = image.header
         return bool(header.generate_prefetch_profile) or (self._record_profiles and not header.prefetch_profile_entries)
 
-    async def begin(self, entry: Entry, image: Image) -> None:
+    async def begin(self, owner: Prefetched, image: Image) -> None:
         """The image has become writable. Raises ImageError, OSError."""
         header = image.header
         if image.bitmap is None:
@@ -69,15 +75,15 @@ class Background:
             profile = await image.read_profile()
         whole = header.prefetch_start_delay > 0
         if profile or whole:
-            self.prefetch(entry, image, profile, whole=whole, delay=header.prefetch_start_delay)
+            self.prefetch(owner, image, profile, whole=whole, delay=header.prefetch_start_delay)
 
     def prefetch(
-        self, entry: Entry, image: Image, profile: Sequence[Extent] = (), *, whole: bool = True, delay: float = 0
+        self, owner: Prefetched, image: Image, profile: Sequence[Extent] = (), *, whole: bool = True, delay: float = 0
     ) -> Prefetcher | None:
         """Fetch the profile, then all that is missing if `whole`, `delay` seconds from now; None without tasks."""
         if self.spawn is None:
             return None
-        prefetcher = entry.prefetcher = Prefetcher(image, self._scheduler, whole=whole)
+        prefetcher = owner.prefetcher = Prefetcher(image, self._scheduler, whole=whole)
         profile_delay = max(0, image.header.profile_directed_prefetch_start_delay)
         self.spawn(functools.partial(prefetcher.run, profile=profile, profile_delay=profile_delay, delay=delay))
         return prefetcher
@@ -91,8 +97,8 @@ async def _guard(work: Callable[[], Awaitable[None]]) -> None:
         log.exception("a task in the background has ended by an error")
 
 
-async def stop_prefetching(entry: Entry) -> None:
+async def stop_prefetching(owner: Prefetched) -> None:
     """Stop the prefetcher of an image, if any."""
-    if entry.prefetcher is not None:
-        await entry.prefetcher.stop()
-        entry.prefetcher = None
+    if owner.prefetcher is not None:
+        await owner.prefetcher.stop()
+        owner.prefetcher = None

@@ -21,17 +21,21 @@ from collections.abc import Awaitable, Callable
 import trio
 
 from fvdfs.errors import ImageBusy
+from fvdfs.image.bases import Bases
 from fvdfs.image.chain import Chain, open_chain
-from fvdfs.image.core import damaged_layers
+from fvdfs.image.core import Core, damaged_layers, stores_of
 from fvdfs.image.image import Image
 from fvdfs.image.loading import load_chain
+from fvdfs.image.policy import HostStore
 from fvdfs.ops.background import Background, stop_prefetching
+from fvdfs.ops.caches import Caches
 from fvdfs.ops.folder import Folder
 from fvdfs.ops.freshness import Snapshot, signature, snapshot_of
 from fvdfs.ops.inodes import Entry
 from fvdfs.ops.keeping import Keeping, begin_writing
 from fvdfs.ops.passthrough import Passthrough, Passthroughs
 from fvdfs.prefetch.prefetcher import status
+from fvdfs.store.base import Store
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +53,8 @@ class Openings:
         self.background = background
         self.passthroughs = passthroughs or Passthroughs()
         self._keeping = Keeping(folder.policy, background)
+        self._bases: Bases[Core, Store] = Bases()
+        self.caches = Caches(self._bases, background)
         self.forget_pages: Callable[[int], Awaitable[None]] | None = None
         """Has the kernel drop its pages of an inode that nobody has open."""
 
@@ -106,9 +112,12 @@ class Openings:
     async def _load(self, entry: Entry) -> tuple[Image, Snapshot | None]:
         status, chain = await trio.to_thread.run_sync(self._open_chain, entry.path)
         spawn = self.background.spawn
-        image = await load_chain(chain, spawn)
+        top = chain.layers[0]
+        image = await load_chain(chain, spawn, self._bases)
         try:
-            snapshot = await trio.to_thread.run_sync(snapshot_of, chain.stores())
+            await self.caches.begin(image)
+            stores = [store for store in stores_of(image) if isinstance(store, HostStore)]
+            snapshot = await trio.to_thread.run_sync(snapshot_of, stores)
             if snapshot is not None and snapshot.signatures[0] != signature(status):
                 raise ImageBusy(os.fsdecode(entry.path), "was changed while it was being opened")
             if image.size != entry.size:
@@ -116,7 +125,7 @@ class Openings:
                 raise OSError(errno.ESTALE, f"{os.fsdecode(entry.path)}: the disk has been resized elsewhere")
             changed = [status]
             if image.header.length_counts:  # perhaps nobody has seen the last writes
-                parts = await trio.to_thread.run_sync(chain.layers[0].data.statuses)
+                parts = await trio.to_thread.run_sync(top.data.statuses)
                 changed += parts or []
         except BaseException:
             await image.close()
@@ -129,7 +138,7 @@ class Openings:
         entry.status, entry.former = status, []
         data_elsewhere = image.data is not image.meta or image.meta.fixed_size
         changed_ns = max(part.st_mtime_ns for part in changed)
-        entry.mtime.begin(chain.layers[0].meta, changed_ns, spawn if data_elsewhere else None)
+        entry.mtime.begin(top.meta, changed_ns, spawn if data_elsewhere else None)
         entry.data_mtime_ns = 0
         entry.busy = True
         entry.for_writing = False
@@ -139,7 +148,7 @@ class Openings:
     def _open_chain(self, path: bytes) -> tuple[os.stat_result, Chain]:
         with self._policy.walker.looking(patient=True):
             status = self._policy.walker.stat(path)
-            return status, open_chain(os.fsdecode(path), self._policy)
+            return status, open_chain(os.fsdecode(path), self._policy, keep_copies=self._policy.writable)
 
     async def _have_pages_right(self, entry: Entry, snapshot: Snapshot | None) -> bool:
         """Whether the kernel's cached pages of an image just loaded are valid; invalid ones are dropped first."""

@@ -14,6 +14,9 @@ openings in one process exclude each other like any two. There are two kinds, ta
 Whoever writes only to keep copies of a base need not keep anybody out: others ask on a third byte (`ask`), and the
 writer looks there now and then (`is_asked_for`) and becomes a reader.
 
+A base image may be filled with copies of its own base while others read it, who take what is there and the rest from
+below it: what it reads as does not change. Whoever does this has the locks of a reader, and a fifth byte for himself.
+
 The kernel may have a file to write to by itself (`ops/passthrough.py`), and for longer than our process lives. So the
 opening that it has holds a lock of its own, on a fourth byte, shared or exclusive as ours is. Whoever takes the lock
 looks there too.
@@ -38,6 +41,7 @@ log = logging.getLogger(__name__)
 _OWN = 0x7FFF_4656_4400_0000  # the byte of fvdfs's own lock: behind any data, with "FVD" in it
 _ASKING = _OWN + 1
 _LENT = _OWN + 2  # of the opening that the kernel has
+_COPYING = _OWN + 3
 _USED = 100  # QEMU's RAW_LOCK_PERM_BASE
 _NOT_SHARED = 200  # QEMU's RAW_LOCK_SHARED_BASE
 _CONSISTENT_READ, _WRITE, _RESIZE = 0, 1, 3  # QEMU's BLK_PERM_*, as bits
@@ -102,6 +106,16 @@ class FileLock:
                 self._set(before, _OWN)
                 self._own = before
             raise
+
+    def take_copying(self) -> bool:
+        """Be the only one who fills the file with copies; whether that is so. Raises OSError."""
+        try:
+            self._set(fcntl.F_WRLCK, _COPYING)
+        except OSError as error:
+            if error.errno in (*_NO_LOCKS, *_HELD):
+                return False
+            raise
+        return True
 
     def lend(self, descriptor: int) -> None:
         """The kernel gets another opening of the file, which holds a lock from now on, of the kind that ours has.

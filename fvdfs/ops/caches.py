@@ -1,0 +1,91 @@
+"""Base images that keep what is read through them: a host's cache of a template.
+
+Many disks stand on one such image, whose own base is far away. What one of them reads is there for all others, and
+prefetching fills the rest once for the host; then the base is let go. `image.bases` has these images open; here is
+what they want done meanwhile.
+
+Nobody flushes copies. A crash loses those that are in no bitmap yet: they are read again. So that it is not all of
+a long session's, what was copied is made stable now and then.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from typing import Any
+
+import trio
+
+from fvdfs.image.bases import Bases
+from fvdfs.image.core import Core
+from fvdfs.image.image import Image
+from fvdfs.ops.background import Background, stop_prefetching
+from fvdfs.prefetch.prefetcher import Prefetcher
+from fvdfs.prefetch.prefetcher import status as status_of_image
+from fvdfs.store.base import Store
+
+log = logging.getLogger(__name__)
+
+CHECKPOINT_INTERVAL = 30.0  # seconds, of which a crash may lose the copies
+
+
+class Cache:
+    """A base image that is filled."""
+
+    def __init__(self, image: Image) -> None:
+        self.image = image
+        self.prefetcher: Prefetcher | None = None
+        self.checkpoints = trio.CancelScope()
+        self.ended = trio.Event()
+        """When no checkpoint is under way, and none will be."""
+
+
+class Caches:
+    """Those of a mount."""
+
+    def __init__(self, bases: Bases[Core, Store], background: Background) -> None:
+        self._bases = bases
+        self._background = background
+        self._caches: dict[Core, Cache] = {}
+        bases.before_closing = self._end
+
+    async def begin(self, image: Image) -> None:
+        """An image was opened: begin what those below it want done, if nobody has yet. Raises ImageError, OSError."""
+        layer = image.base
+        while isinstance(layer, Image):
+            if layer.writable and layer not in self._caches and self._background.spawn is not None:
+                cache = self._caches[layer] = Cache(layer)
+                self._background.spawn(functools.partial(_make_stable, cache))
+                await self._background.begin(cache, layer)
+            layer = layer.base
+
+    def at(self, path: str) -> Cache | None:
+        """The one that this image is."""
+        return next((cache for cache in self._caches.values() if cache.image.name == path), None)
+
+    def states(self) -> list[dict[str, Any]]:
+        """What a user wants to know of each, ready for JSON."""
+        return [status_of_image(cache.image, cache.prefetcher) for cache in self._caches.values()]
+
+    async def _end(self, image: Core) -> None:
+        cache = self._caches.pop(image, None)
+        if cache is not None:
+            await stop_prefetching(cache)
+            cache.checkpoints.cancel()
+            await cache.ended.wait()
+
+
+async def _make_stable(cache: Cache) -> None:
+    committer = cache.image.committer
+    try:
+        with cache.checkpoints:
+            writes = committer.writes
+            while committer.failed is None:
+                await trio.sleep(CHECKPOINT_INTERVAL)
+                if committer.writes != writes:
+                    writes = committer.writes
+                    await committer.checkpoint()
+    except OSError as error:
+        log.error("%s: what is read of its base is not kept any more: %s", cache.image.name, error)
+    finally:
+        cache.ended.set()
