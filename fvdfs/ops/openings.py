@@ -68,11 +68,12 @@ class Openings:
         Another mount that has just closed the image may still be at it, so a busy one is tried again for a moment.
         Raises ImageError, OSError.
         """
-        deadline = trio.current_time() + BUSY_PATIENCE
+        deadline = None
         while True:
             try:
                 return await self._open(inode, write=write, keep_copies=keep_copies)
             except ImageBusy:
+                deadline = deadline or trio.current_time() + BUSY_PATIENCE  # the attempt may have waited for a closing
                 if trio.current_time() > deadline:
                     raise
             await trio.sleep(BUSY_RETRY)
