@@ -50,17 +50,19 @@ def status(mountpoint: str) -> dict[str, Any]:
         raise UsageError(f"{mountpoint}: permission denied; ask as the user who mounted it") from None
     except (OSError, ValueError):
         raise UsageError(f"{mountpoint}: fvdfs is not mounted there") from None
+    caches = {os.path.realpath(image["image"]): image for image in json.loads(os.getxattr(mountpoint, STATUS))}
     images = []
     for name in sorted(os.listdir(mountpoint)):
         try:
             path = os.path.join(mountpoint, name)
-            images.append(facts(path, STATUS))
+            image = facts(path, STATUS)
+            images.append(image | caches.pop(os.path.realpath(image["image"]), {}) | {"name": image["name"]})
         except OSError as error:
             if error.errno in mounts.DEAD:
                 raise
             if error.errno not in (errno.ENOENT, errno.ESTALE):  # gone meanwhile
                 images.append({"name": name, "open": False, "state": "unreadable", "failed": error.strerror})
-    return {"mountpoint": mountpoint, "pid": pid, "images": images}
+    return {"mountpoint": mountpoint, "pid": pid, "images": images + list(caches.values())}
 
 
 def print_status(mountpoint: str) -> None:
@@ -76,6 +78,8 @@ def print_status(mountpoint: str) -> None:
 
 def _columns(image: dict[str, Any]) -> tuple[str, str, str, str, str, str]:
     share = f"{image['local_share']:.1%}" if "local_share" in image else ""
+    if image.get("disks"):
+        image["reason"] = ", ".join(filter(None, [f"base of {image['disks']} disks", image["reason"]]))
     if "rate" not in image:  # closed, or being closed
         return share, image["state"], "", "", image.get("failed", ""), ""
     rate = f"{image['rate'] / 1e6:.1f} MB/s" if image["rate"] else ""

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
 from typing import Any
 
 import trio
@@ -23,6 +24,7 @@ from fvdfs.ops.background import Background, stop_prefetching
 from fvdfs.prefetch.prefetcher import Prefetcher
 from fvdfs.prefetch.prefetcher import status as status_of_image
 from fvdfs.store.base import Store
+from fvdfs.store.host import HostFile, Identity
 
 log = logging.getLogger(__name__)
 
@@ -59,13 +61,23 @@ class Caches:
                 await self._background.begin(cache, layer)
             layer = layer.base
 
-    def at(self, path: str) -> Cache | None:
-        """The one that this image is."""
-        return next((cache for cache in self._caches.values() if cache.image.name == path), None)
+    def of(self, file: Identity) -> Cache | None:
+        """The one that is this file."""
+        return next((cache for cache in self._caches.values() if is_file(cache.image, file)), None)
 
-    def states(self) -> list[dict[str, Any]]:
+    def status(self) -> list[dict[str, Any]]:
         """What a user wants to know of each, ready for JSON."""
-        return [status_of_image(cache.image, cache.prefetcher) for cache in self._caches.values()]
+        return [
+            {
+                "name": os.path.basename(image.name),
+                "image": image.name,
+                "open": True,
+                "disks": sum(user.base is image for user in self._bases.above(image)),
+                "passthrough": "others stand on it",
+            }
+            | status_of_image(cache.image, cache.prefetcher)
+            for image, cache in self._caches.items()
+        ]
 
     async def _end(self, image: Core) -> None:
         cache = self._caches.pop(image, None)
@@ -73,6 +85,11 @@ class Caches:
             await stop_prefetching(cache)
             cache.checkpoints.cancel()
             await cache.ended.wait()
+
+
+def is_file(image: Core, file: Identity) -> bool:
+    """Whether this is the image's own file."""
+    return isinstance(image.meta, HostFile) and image.meta.identity == file
 
 
 async def _make_stable(cache: Cache) -> None:

@@ -8,11 +8,14 @@ import logging
 import os
 from typing import Any
 
+from fvdfs.image.image import Image
+from fvdfs.ops.background import Prefetched
 from fvdfs.ops.inodes import Entry
 from fvdfs.ops.openings import Openings
 from fvdfs.ops.passthrough import ON
 from fvdfs.prefetch.prefetcher import Prefetcher
 from fvdfs.prefetch.prefetcher import status as status_of_image
+from fvdfs.store.host import identity_of
 
 log = logging.getLogger(__name__)
 
@@ -40,13 +43,17 @@ async def control_prefetch(openings: Openings, entry: Entry, command: str) -> No
 
     Raises OSError: EINVAL for another command, or one that makes no sense now; ImageError.
     """
+    cache = openings.caches.of(identity_of(entry.status))
     if command == "start":
-        await _start(openings, entry)
+        if cache is not None:
+            _prefetch(openings, cache, cache.image)
+        else:
+            await _start(openings, entry)
         return
     if command not in ("pause", "stop"):
         raise OSError(errno.EINVAL, f"prefetch: start, pause or stop, not {command[:_COMMAND_SHOWN]!r}")
     async with entry.lock:
-        prefetcher = entry.prefetcher
+        prefetcher = (cache or entry).prefetcher
         if prefetcher is None or prefetcher.ended.is_set():
             raise OSError(errno.EINVAL, f"{os.fsdecode(entry.name)}: nothing is being prefetched")
         if command == "pause":
@@ -62,17 +69,21 @@ async def _start(openings: Openings, entry: Entry) -> None:
     try:
         async with entry.lock:
             assert entry.image is not None
-            prefetcher = entry.prefetcher
-            if prefetcher is None or prefetcher.ended.is_set():
-                prefetcher = background.prefetch(entry, entry.image)
-            else:
-                prefetcher.go_on()
+            prefetcher = _prefetch(openings, entry, entry.image)
             if prefetcher is not None and not prefetcher.held and background.spawn is not None:
                 prefetcher.held = keep_open = True
                 background.spawn(functools.partial(_close_when_ended, openings, entry, prefetcher))
     finally:
         if not keep_open:
             await openings.close(entry)
+
+
+def _prefetch(openings: Openings, owner: Prefetched, image: Image) -> Prefetcher | None:
+    prefetcher = owner.prefetcher
+    if prefetcher is None or prefetcher.ended.is_set():
+        return openings.background.prefetch(owner, image)
+    prefetcher.go_on()
+    return prefetcher
 
 
 async def _close_when_ended(openings: Openings, entry: Entry, prefetcher: Prefetcher) -> None:

@@ -261,6 +261,8 @@ class Filesystem(pyfuse3.Operations):
         if inode == ROOT_INODE:
             if wanted == xattrs.PID:
                 return str(os.getpid()).encode()
+            if wanted == xattrs.STATUS:
+                return json.dumps(self.openings.caches.status()).encode()
             raise FUSEError(pyfuse3.ENOATTR)
         if wanted == xattrs.MAP:
             return await self._map(inode)
@@ -282,7 +284,7 @@ class Filesystem(pyfuse3.Operations):
 
     @handler
     async def listxattr(self, inode: InodeT, ctx: pyfuse3.RequestContext) -> Sequence[bytes]:
-        names = [xattrs.PID] if inode == ROOT_INODE else [xattrs.STATUS, *xattrs.PARTS]
+        names = [xattrs.PID, xattrs.STATUS] if inode == ROOT_INODE else [xattrs.STATUS, *xattrs.PARTS]
         hosts = await self.folder.host.names(self.folder.path_of(inode))
         return [name.encode() for name in [*names, *(name for name in xattrs.ACLS if name in hosts)]]
 

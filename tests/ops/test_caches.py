@@ -30,7 +30,7 @@ class Template:
         self._log = folder / "nbd.log"
         self.socket = folder / "nbd.sock"
         self.url = f"nbd+unix:///?socket={self.socket}"
-        self.command = [
+        self.command: list[str | Path] = [
             "nbdkit", "-f", "-r", "-U", self.socket, *(f"--filter={name}" for name in ("log", *filters)),
             "file", self.file, f"logfile={self._log}",
         ]  # fmt: skip
@@ -124,7 +124,7 @@ def test_the_template_is_let_go_when_all_is_local(images: Path, template: Templa
     base = ("--base", template.url, "--base-format", "raw")
     must("create", images / "cache.fvd", *base, "--copy-on-read", "--prefetch-delay", "1")
     with serve(images, template) as mount, open(mount.raw("a"), "rb"), open(mount.raw("b"), "r+b") as disk:
-        wait_until(lambda: cache_of(mount)["base_size"] == 0, 60)
+        wait_until(lambda: cache_of(mount)["state"] == "done", 60)
         subprocess.run(["pkill", "-f", str(template.socket)], check=True)
         disk.write(b"mine")
         disk.flush()
