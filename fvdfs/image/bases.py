@@ -57,6 +57,11 @@ class Bases(Generic[User, Base]):
         """`user` stands on the base."""
         self._users.setdefault(base, set()).add(user)
 
+    def exchange(self, base: Base | User, former: User, user: User) -> None:
+        """`user` stands on the base, and `former` does not any more."""
+        self._users[base].add(user)
+        self._users[base].discard(former)
+
     def above(self, base: Base | User) -> Iterator[User]:
         """Everyone who stands on it, or on one who does."""
         for user in self._users.get(base, set()).copy():

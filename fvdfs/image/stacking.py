@@ -91,10 +91,14 @@ def _swap(image: Image, top: Core, name: str, make: Callable[..., Image]) -> Ima
         table=image.table,
         zeroes=image.zeroes,
         spawn=image.spawn,
+        bases=image.bases,
     )
     if isinstance(below.meta, HostFile):
         below.meta.name = name
     image.committer, image.storage, image.bitmap, image.table = top.committer, top.storage, top.bitmap, top.table
+    if image.base is not None:
+        image.bases.exchange(image.base, image, below)
+    image.bases.enter(below, image)
     image.meta, image.data, image.base = top.meta, top.data, below
     image.own = OwnData(image.data, image.storage, image.committer)
     image.geometry = Geometry(image.header.block_size, image.header.base_size)
