@@ -8,7 +8,8 @@ Exit codes:
     130  interrupted (Ctrl-C); `mount`, where a signal stops it before it is ready: 128 + the signal's number
 
 `check` also says what it found: 1 it could not look at everything, 2 the image is corrupt, 3 nothing but leaked
-space. `umount` ends with 3 where the mount point is free but the images stay open.
+space. `compare` says 1 where the disks differ, and 2 wherever it could not compare them. `umount` ends with 3 where the
+mount point is free but the images stay open.
 
 Every failure is one line on stderr, `fvdfs: ` and what is wrong and, where that is known, what to do about it; what is
 not printable in it is escaped. An interrupt says nothing
@@ -85,22 +86,28 @@ class _Parser(argparse.ArgumentParser):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; its exit code."""
+    failed = 1
     try:
-        code = _run(sys.argv[1:] if argv is None else list(argv))
+        arguments = _parsed(sys.argv[1:] if argv is None else list(argv))
+        failed = arguments.failed
+        code = _run(arguments)
         sys.stdout.flush()
         return code
     except SystemExit as end:  # the parser's
         return _flushed(int(end.code or 0))
     except (Exception, KeyboardInterrupt) as error:
-        return _ended_by(error)
+        return max(failed, _ended_by(error))
 
 
-def _run(words: list[str]) -> int:
+def _parsed(words: list[str]) -> argparse.Namespace:
     parser = _parser()
     for before, word in itertools.pairwise(["", *words]):
         if (not word and before != "-o") or _EMPTY_VALUE.fullmatch(word):
             parser.error(f"{word.rstrip('=') or before or 'a name'}: what is given is empty")
-    arguments = parser.parse_args(words)
+    return parser.parse_args(words)
+
+
+def _run(arguments: argparse.Namespace) -> int:
     run: Callable[[argparse.Namespace], int] = arguments.run
     if getattr(arguments, "secret", ""):
         arguments.secret = passphrase_file("--secret ", arguments.secret)
@@ -149,6 +156,7 @@ def _ended_by(error: BaseException) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="fvdfs", description="Mount Fast Virtual Disk images as flat raw files.")
     parser.add_argument("--version", action="version", version=f"fvdfs {__version__}")
+    parser.set_defaults(failed=1)  # the least exit code of a command that has failed
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
     create = commands.add_parser("create", help="make a new image")
@@ -225,6 +233,21 @@ def _parser() -> argparse.ArgumentParser:
     _add_names(convert, "base_path=DIR, allow_url=PREFIX: where names in the source may lead, beside its folder")
     _add_secret(convert)
     _add_layout(convert)
+
+    compare = commands.add_parser(
+        "compare",
+        help="say whether two disks have the same content, in whatever formats",
+        description="Exit codes: 0 the disks are the same, 1 they differ, 2 they could not be compared.",
+    )
+    compare.set_defaults(run=_compare, failed=2)
+    compare.add_argument("first", metavar="A")
+    compare.add_argument("second", metavar="B")
+    compare.add_argument("-f", "--first-format", default="", metavar="FMT", help="of A; default: raw, for NAME.fvd fvd")
+    compare.add_argument("-F", "--second-format", default="", metavar="FMT", help="of B; the same default")
+    compare.add_argument("-s", "--strict", action="store_true", help="a size of their own makes disks differ")
+    compare.add_argument("--json", action="store_true")
+    _add_names(compare, "base_path=DIR, allow_url=PREFIX: where names in A and B may lead, beside their folders")
+    _add_secret(compare)
 
     mount = commands.add_parser(
         "mount",
@@ -439,6 +462,19 @@ def _convert(arguments: argparse.Namespace) -> int:
         layout=_layout(arguments, arguments.target),
         options=arguments.options,
         force=arguments.force,
+        secret=arguments.secret,
+    )
+
+
+def _compare(arguments: argparse.Namespace) -> int:
+    from fvdfs.commands.compare import run
+
+    return run(
+        (arguments.first, arguments.second),
+        (arguments.first_format, arguments.second_format),
+        strict=arguments.strict,
+        as_json=arguments.json,
+        options=arguments.options,
         secret=arguments.secret,
     )
 

@@ -1,17 +1,19 @@
-"""What `fvdfs convert` reads from and writes to, in one shape for all formats."""
+"""What commands read disks from and write them to, in one shape for all formats."""
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Hashable, Iterator
+from typing import NamedTuple, Protocol
 
 from fvdfs.errors import named
-from fvdfs.image.core import Core
+from fvdfs.image.core import Core, OwnData
 from fvdfs.image.image import Image
 from fvdfs.store.base import Buffer, Store
+from fvdfs.store.qemu_store import content_of
 
 
 class Side(Protocol):
-    """What is converted from or to. Sizes and offsets in bytes. All methods raise OSError."""
+    """A disk that is read or written. Sizes and offsets in bytes. All methods raise OSError."""
 
     size: int
 
@@ -98,3 +100,28 @@ def stores_of(side: Side) -> list[Store]:
         found += [image.meta, image.data]
         image = image.base
     return found if image is None else [*found, image]
+
+
+class Stored(NamedTuple):
+    """Where the bytes of a side are, from the last one's `stop` up to this. Offsets in bytes."""
+
+    stop: int
+    place: tuple[Hashable, int] | None
+    """In what (`content_of`), and how much further on there than on the disk; None: nowhere, they read as zeros."""
+
+
+def stored(side: Side, stop: int) -> Iterator[Stored]:
+    """Where bytes [0, stop) of a side are stored. What is past its end is nowhere."""
+    at, end = 0, min(side.size, stop)
+    if isinstance(side, Image):
+        for piece_start, piece_stop, source, where in side.pieces(0, end):
+            if at < piece_start:
+                yield Stored(piece_start, None)
+            store = source.store if isinstance(source, OwnData) else source
+            yield Stored(piece_stop, (content_of(store), where - piece_start) if store is not None else None)
+            at = piece_stop
+    elif isinstance(side, StoreSide) and end:
+        yield Stored(end, (content_of(side.store), 0))
+        at = end
+    if at < stop:
+        yield Stored(stop, None)

@@ -225,6 +225,11 @@ class QemuFiles:
     # --- what is known of them --------------------------------------------------------------------
 
     @property
+    def format(self) -> str:
+        """That of the top image."""
+        return self._top.format
+
+    @property
     def is_raw(self) -> bool:
         """Whether the top image is raw."""
         return self._top.format == RAW

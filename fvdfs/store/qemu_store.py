@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Hashable
 
 import trio
 
@@ -183,6 +184,11 @@ class QemuStore(Stepwise):
         """What tells two names of one image from two images: of the top file, or the URL."""
         return self._files.identity
 
+    @property
+    def format(self) -> str:
+        """What its image is read as."""
+        return self._files.format
+
     def statuses(self) -> list[os.stat_result] | None:
         """As `HostFile.statuses`, of all its files; None where a part of it is on a server."""
         return self._files.statuses()
@@ -227,3 +233,10 @@ def host_files(store: Store) -> list[HostFile]:
     if isinstance(store, QemuStore):
         return store.host_files
     return [store] if isinstance(store, HostFile) else []
+
+
+def content_of(store: Store) -> Hashable:
+    """What two stores have in common whose bytes are the same, since one file or server holds them."""
+    if isinstance(store, QemuStore):
+        return store.identity, store.format
+    return store.identity if isinstance(store, HostFile) else id(store)

@@ -23,6 +23,7 @@ COMMANDS = {
     "convert to fvd": ["convert", "base.raw", "new.fvd"],
     "convert to qcow2": ["convert", "top.fvd", "new.qcow2"],
     "convert from qcow2": ["convert", "-f", "qcow2", "low.qcow2", "new.fvd"],
+    "compare": ["compare", "base.raw", "low.qcow2", "-F", "qcow2"],
     "map": ["map", "top.fvd", "--png", "new.png"],
     "info": ["info", "top.fvd"],
     "check": ["check", "top.fvd"],

@@ -27,6 +27,7 @@ import fvdfs.cli
 import fvdfs.commands.amend
 import fvdfs.commands.check
 import fvdfs.commands.clone
+import fvdfs.commands.compare
 import fvdfs.commands.convert
 import fvdfs.commands.info
 import fvdfs.commands.map
