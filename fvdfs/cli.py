@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
 MAX_DELAY = (1 << 31) - 1  # seconds; the header's field holds no more
 _URLS = "allow_url=PREFIX: URLs that bases and data files may have"
+_NAMES = "base_path=DIR, allow_url=PREFIX: where names in the image may lead, beside its folder"
 _EMPTY_VALUE = re.compile("--[a-z-]+=")
 
 
@@ -249,6 +250,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_names(compare, "base_path=DIR, allow_url=PREFIX: where names in A and B may lead, beside their folders")
     _add_secret(compare)
 
+    _add_backup(commands)
+
     mount = commands.add_parser(
         "mount",
         help="show a folder of images as a folder of raw files",
@@ -313,6 +316,42 @@ def _parser() -> argparse.ArgumentParser:
     umount.set_defaults(run=_umount)
     umount.add_argument("mountpoint", metavar="MOUNTPOINT")
     return parser
+
+
+def _add_backup(commands: argparse._SubParsersAction[_Parser]) -> None:
+    """Commands on what has changed since an earlier state of a disk."""
+    diff = commands.add_parser("diff", help="list what of a disk has changed since a snapshot of it")
+    diff.set_defaults(run=_diff)
+    diff.add_argument("disk", metavar="DISK[@SNAPSHOT]", help="an image, or a raw file in a mount")
+    diff.add_argument(
+        "--since", default="", metavar="SNAPSHOT", help="its name, or its file; default: all that is stored"
+    )
+    diff.add_argument("--json", action="store_true")
+    _add_names(diff, _NAMES)
+    _add_secret(diff)
+
+    export = commands.add_parser("export", help="write what of a disk has changed since a snapshot into an overlay")
+    export.set_defaults(run=_export)
+    export.add_argument("disk", metavar="DISK[@SNAPSHOT]", help="an image, or a raw file in a mount")
+    export.add_argument("--since", required=True, metavar="SNAPSHOT", help="its name, or its file")
+    export.add_argument("target", metavar="OUT")
+    export.add_argument("--format", default="", metavar="FMT", help="fvd or qcow2; default: by the name")
+    export.add_argument(
+        "-b", "--base", default="", metavar="FILE", help="what OUT is to name as its base: the snapshot, or a copy"
+    )
+    export.add_argument("-F", "--base-format", default="", metavar="FMT", help="of that; default: fvd, for qcow2 raw")
+    export.add_argument("--force", action="store_true", help="overwrite a file that exists")
+    _add_names(export, _NAMES)
+    _add_secret(export)
+
+    restore = commands.add_parser("restore", help="put what was exported onto a copy of the earlier state")
+    restore.set_defaults(run=_restore)
+    restore.add_argument("export", metavar="EXPORT")
+    restore.add_argument("target", metavar="TARGET")
+    restore.add_argument("-O", "--target-format", default="", metavar="FMT", help="default: raw, for NAME.fvd fvd")
+    restore.add_argument("--force", action="store_true", help="whatever the target holds")
+    _add_names(restore, _NAMES)
+    _add_secret(restore)
 
 
 def _add_names(command: argparse.ArgumentParser, text: str) -> None:
@@ -475,6 +514,48 @@ def _compare(arguments: argparse.Namespace) -> int:
         strict=arguments.strict,
         as_json=arguments.json,
         options=arguments.options,
+        secret=arguments.secret,
+    )
+
+
+def _diff(arguments: argparse.Namespace) -> int:
+    from fvdfs.commands.diff import run
+
+    return run(
+        arguments.disk,
+        since=arguments.since,
+        as_json=arguments.json,
+        options=arguments.options,
+        secret=arguments.secret,
+    )
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    from fvdfs.commands.export import Backing, run
+
+    if arguments.base_format and not arguments.base:
+        raise UsageError("--base-format needs a base: give --base")
+    return run(
+        arguments.disk,
+        arguments.target,
+        since=arguments.since,
+        target_format=arguments.format,
+        backing=Backing(arguments.base, arguments.base_format),
+        options=arguments.options,
+        force=arguments.force,
+        secret=arguments.secret,
+    )
+
+
+def _restore(arguments: argparse.Namespace) -> int:
+    from fvdfs.commands.restore import run
+
+    return run(
+        arguments.export,
+        arguments.target,
+        target_format=arguments.target_format,
+        options=arguments.options,
+        force=arguments.force,
         secret=arguments.secret,
     )
 

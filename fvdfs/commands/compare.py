@@ -10,18 +10,18 @@ from __future__ import annotations
 import functools
 import itertools
 import json
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 
 import trio
 
 from fvdfs import daemon
-from fvdfs.commands.convert import PIECE, UNIT, WORKERS, Permission, Progress, open_source
+from fvdfs.commands.convert import PIECE, UNIT, Permission, Progress, in_workers, open_source
 from fvdfs.commands.sides import NamedSide, Side, Stored, stored
 from fvdfs.commands.terminal import progress_bar
 from fvdfs.cow.extents import Extents
-from fvdfs.errors import ImageError, UsageError, leading, named
+from fvdfs.errors import ImageError, UsageError, named
 from fvdfs.format.header import round_up
 from fvdfs.mountoptions import folders, listed, parse_mount_options
 from fvdfs.store.base import Buffer
@@ -178,21 +178,8 @@ async def first_difference(sides: Sequence[Side], names: Sequence[str], progress
                 first = min(first, start + _differs_at(data[0], data[1]))
             await trio.lowlevel.checkpoint()
 
-    await _side_by_side(work)
+    await in_workers(work)
     return (first if first < size else None), read
-
-
-async def _side_by_side(work: Callable[[], Awaitable[None]]) -> None:
-    """Run `WORKERS` of them. Raises the one error that all theirs come to."""
-    error: BaseException | None = None
-    try:
-        async with trio.open_nursery() as nursery:
-            for _ in range(WORKERS):
-                nursery.start_soon(work)
-    except BaseExceptionGroup as group:
-        error = leading(group)
-    if error is not None:
-        raise error
 
 
 def _apart(one: Side, other: Side, size: int) -> Iterator[tuple[int, int]]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 
 import trio
@@ -236,6 +236,12 @@ async def copy(source: Side, target: Side, progress: Progress, *, over_base: boo
                 await target.write(start + begin, memoryview(data)[begin:end])
             await trio.lowlevel.checkpoint()
 
+    await in_workers(work)
+    await target.fsync()
+
+
+async def in_workers(work: Callable[[], Awaitable[None]]) -> None:
+    """Run `WORKERS` of them side by side. Raises the one error that all of theirs come to."""
     error: BaseException | None = None
     try:
         async with trio.open_nursery() as nursery:
@@ -245,7 +251,6 @@ async def copy(source: Side, target: Side, progress: Progress, *, over_base: boo
         error = leading(group)
     if error is not None:
         raise error
-    await target.fsync()
 
 
 def _differences(data: Buffer, old: Buffer) -> list[tuple[int, int]]:

@@ -53,6 +53,15 @@ class StoreSide:
     async def write(self, offset: int, data: Buffer) -> None:
         await self.store.pwrite(data, offset)
 
+    async def zero(self, start: int, stop: int) -> None:
+        """Have bytes [start, stop) read as zeros. Raises OSError."""
+        await self.store.zero(start, stop - start)
+
+    async def resize(self, size: int) -> None:
+        """Make it this long. Raises OSError."""
+        await self.store.resize(size)
+        self.size = size
+
     async def fsync(self) -> None:
         await self.store.flush()
 

@@ -258,11 +258,14 @@ class Core:
                 return None
         return stop, True
 
-    def pieces(self, start: int, stop: int) -> Iterator[tuple[int, int, OwnData | Store | None, int]]:
+    def pieces(
+        self, start: int, stop: int, *, down_to: Core | None = None
+    ) -> Iterator[tuple[int, int, OwnData | Store | None, int]]:
         """Where in the chain bytes [start, stop) are stored: (start, stop, source, offset in it).
 
         Where they are not, there is no piece, or one without a source. In order, without recursion: a chain may be of
-        any depth.
+        any depth. What lies in `down_to`, an image below, or in what that stands on, is in one source, its own data, at
+        the offset that it has on its disk.
         """
         layers = [self._layer_runs(start, stop)]
         while layers:
@@ -278,7 +281,11 @@ class Core:
             elif not isinstance(base, Core):
                 assert base is not None
                 yield begin, end, base, begin
-            elif begin < base.size:
+            elif begin >= base.size:
+                continue
+            elif base is down_to:
+                yield begin, min(end, base.size), base.own, begin
+            else:
                 layers.append(base._layer_runs(begin, min(end, base.size)))
 
     def _layer_runs(self, start: int, stop: int) -> Iterator[tuple[Core, int, int, bool]]:

@@ -1,0 +1,102 @@
+"""A disk and its earlier states, as commands name them.
+
+A snapshot of `vm.fvd` called N is the image `vm@N.fvd` beside it, on which `vm.fvd` stands. DISK@N names it, where DISK
+is the image or, in a mount, its raw file; the image's own name does as well. Which state is below which, the chain says
+and not the names.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+
+from fvdfs.commands.attributes import explained, facts
+from fvdfs.commands.convert import Permission
+from fvdfs.errors import ImageBusy, UsageError
+from fvdfs.image.core import Core
+from fvdfs.image.image import Image
+from fvdfs.image.loading import open_image
+from fvdfs.image.policy import HostStore
+from fvdfs.mountoptions import folders, listed, parse_mount_options
+from fvdfs.store.base import Store
+from fvdfs.store.host import Identity, identity_of
+from fvdfs.xattrs import STATUS
+
+SUFFIX = ".fvd"
+
+
+def permission(options: Sequence[str], secret: str) -> Permission:
+    """Where names in an image may lead, beside its folder. Raises UsageError."""
+    allowed = parse_mount_options(options, ("base_path", "allow_url"))
+    return Permission(folders(allowed), listed(allowed, "allow_url"), secret_file=secret)
+
+
+def image_of(disk: str) -> str:
+    """The path of the image DISK[@SNAPSHOT]. Raises UsageError where there is none, OSError."""
+    name, at, snapshot = disk.rpartition("@")
+    is_snapshot = bool(name and at) and "/" not in snapshot and not os.path.lexists(disk)
+    path = _image_file(name if is_snapshot else disk)
+    if is_snapshot:
+        path = snapshot_file(path, snapshot)
+    if not os.path.lexists(path):
+        raise UsageError(f"{disk}: there is no file {path}" if path != disk else f"{disk}: there is no such file")
+    return path
+
+
+def _image_file(disk: str) -> str:
+    """The path of the image that was named, or that is behind a raw file in a mount."""
+    if not disk.endswith(".raw"):
+        return disk
+    with explained(disk):
+        return str(facts(disk, STATUS)["image"])
+
+
+def snapshot_file(image: str, snapshot: str) -> str:
+    """The path of a snapshot of this image, which may be one itself."""
+    folder, name = os.path.split(image)
+    disk = name.removesuffix(SUFFIX).partition("@")[0]
+    return os.path.join(folder, f"{disk}@{snapshot}{SUFFIX}")
+
+
+async def open_state(image: str, allowed: Permission) -> Image:
+    """Open an image that `image_of` has found, for reading.
+
+    Raises ImageBusy where it is running, with what to do about that; ImageError, OSError.
+    """
+    try:
+        return await open_image(image, replace(allowed.policy(image), writable=False))
+    except ImageBusy as error:
+        if error.image != image:
+            raise
+        raise ImageBusy(
+            image, f"{error.reason}; or take a snapshot, fvdfs snapshot {image} NAME, and name that: {image}@NAME"
+        ) from error
+
+
+def find_below(image: Image, name: str, since: str) -> tuple[str, Image | Store]:
+    """The path of a state of the disk, by its name as a snapshot or by its path, and what it is in the open chain.
+
+    `name`: the path of the image. Raises UsageError where the disk does not stand on it.
+    """
+    path = snapshot_file(name, since)
+    if "/" in since or not os.path.exists(path):
+        path = since if os.path.exists(since) or "/" in since else path
+    try:
+        wanted = identity_of(os.stat(path))
+    except (OSError, ValueError):
+        raise UsageError(f"--since {since}: there is no file {path}") from None
+    layer: Core | Store | None = image.base
+    while layer is not None:
+        if _identity(layer) == wanted:
+            assert isinstance(layer, Image) or not isinstance(layer, Core)
+            return path, layer
+        layer = layer.base if isinstance(layer, Core) else None
+    if _identity(image) == wanted:
+        raise UsageError(f"--since {since}: this is {name} itself; name an earlier state")
+    raise UsageError(f"--since {since}: {name} does not stand on {path}; fvdfs info {name} shows on what it does")
+
+
+def _identity(layer: Core | Store) -> Identity | str | None:
+    store = layer.meta if isinstance(layer, Core) else layer
+    return store.identity if isinstance(store, HostStore) else None
