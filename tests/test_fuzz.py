@@ -21,7 +21,9 @@ from fuzz import corpus
 from fuzz.targets import MAX_LENGTH, TARGETS, seeds
 from fvdfs.alloc.table import Table
 from fvdfs.cow.bitmap import Bitmap
+from fvdfs.format import qcow2
 from fvdfs.format.header import Header
+from fvdfs.format.note import Note
 from fvdfs.image.image import Image
 from fvdfs.store import base, locations, references
 from support.crash import quiet
@@ -116,6 +118,14 @@ def _unquoted(name: str, text: str, safe: str = "/") -> str:
     return text
 
 
+def _as_one(places: list[qcow2.Placed], new: qcow2.Placed) -> None:
+    places[:] = [(places[0][0] if places else new[0], new[1], new[2])]
+
+
+def _any_note(data: bytes, image: str) -> Note:
+    return Note("", "", len(data), -1, 0, b"", "")
+
+
 async def _all_at_once(source: base.Store, size: int, offset: int) -> bytearray:
     data = bytearray(size + (1 << 40 if size > 1 << 40 else 1 << 18))
     await source.pread(memoryview(data), offset)
@@ -136,6 +146,8 @@ async def _all_at_once(source: base.Store, size: int, offset: int) -> bytearray:
         ("open", Image, "fsync", _nothing),
         ("formats", locations, "_quoted", _unquoted),
         ("formats", references, "_text", _any_text),
+        ("export", qcow2, "_join", _as_one),
+        ("export", Note, "decode", _any_note),
         ("open", "fvdfs.image.loading", "pread_exactly", _all_at_once),
     ],
     ids=lambda value: getattr(value, "__name__", str(value)),

@@ -40,6 +40,7 @@ from fvdfs.format.header import (
     string_places,
     with_fields,
 )
+from fvdfs.format.note import NOTE_OFFSET, Note
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,9 +161,17 @@ def _raw_faults(raw: bytes) -> Iterator[_Fault]:
         elif fill.strip(b"\0"):
             why = "something other than zeros follows the end of the string"
             yield _Fault(name, why, None, Severity.HARMLESS, Kind.HEADER_FILL, remedy="writes zeros there")
-    if any(raw[HEADER_SIZE:]):
+    if any(raw[HEADER_SIZE:]) and not _is_note(raw):
         why = f"bytes {HEADER_SIZE}..{HEADER_SPACE} of the file, the padding of the header, are not all zero"
         yield _Fault("header", why, None, Severity.HARMLESS, Kind.HEADER_PADDING)
+
+
+def _is_note(raw: bytes) -> bool:
+    """Whether the padding holds what an export says of itself."""
+    try:
+        return not any(raw[HEADER_SIZE:NOTE_OFFSET]) and Note.decode(raw[NOTE_OFFSET:], "") is not None
+    except FormatError:
+        return False
 
 
 def _passes(header: Header, file_size: int) -> bool:

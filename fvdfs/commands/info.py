@@ -5,13 +5,15 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import time
 from collections.abc import Sequence
 from typing import Any
 
 from fvdfs.daemon import run_loop
-from fvdfs.errors import FvdError, ImageBusy, printable
+from fvdfs.errors import FormatError, FvdError, ImageBusy, printable
 from fvdfs.format.header import Header
-from fvdfs.image.chain import Chain, open_chain
+from fvdfs.format.note import NOTE_OFFSET, Note
+from fvdfs.image.chain import Chain, Layer, open_chain
 from fvdfs.image.image import Image
 from fvdfs.image.loading import load_chain
 from fvdfs.image.policy import Policy, resolve
@@ -43,6 +45,7 @@ def describe(path: str, *, secret_file: str = "", allowed_urls: tuple[str, ...] 
         problems.append(str(error))
         chain = open_chain(path, policy, top_only=True)
     header = chain.layers[0].header
+    note = _note(chain.layers[0])
     usage = chain.layers[0].usage()
     base_chain = _names(chain)
     if not problems:
@@ -65,6 +68,7 @@ def describe(path: str, *, secret_file: str = "", allowed_urls: tuple[str, ...] 
         "writable_without_repair": not (image and image.damage)
         and (header.clean or not header.has_metadata or header.journal_region is not None),
         "base_chain": base_chain,
+        "export": note,
         "problems": problems,
     }
     if image is not None:
@@ -77,6 +81,17 @@ def describe(path: str, *, secret_file: str = "", allowed_urls: tuple[str, ...] 
             result["chunks"] = header.chunks
         run_loop(image.close)
     return result | fields(header)
+
+
+def _note(layer: Layer) -> dict[str, str | int] | None:
+    """What an export says of itself; None: it is none, or what it says is damaged."""
+    try:
+        note = Note.decode(layer.raw_header[NOTE_OFFSET:], layer.path)
+    except FormatError:
+        return None
+    if note is None:
+        return None
+    return {"disk": note.disk, "since": note.since, "since_size": note.since_size, "since_time": note.since_time}
 
 
 def fields(header: Header) -> dict[str, int | str]:
@@ -123,6 +138,8 @@ def render(facts: dict[str, Any]) -> str:
     if "chunks" in facts:
         rows.append(("chunks", f"{facts['allocated_chunks']} of {facts['chunks']} allocated"))
     rows += [("base", f"{base['path']} ({base['format']})") for base in facts["base_chain"]]
+    if facts["export"]:
+        rows.append(("export", _of_export(facts["export"])))
     rows += [("problem", problem) for problem in facts["problems"]]
     rows.append(("", ""))
     for field in dataclasses.fields(Header):
@@ -130,6 +147,11 @@ def render(facts: dict[str, Any]) -> str:
         rows.append((field.name, f"0x{value:X}" if field.name == "magic" else str(value)))
     width = max(len(name) for name, _ in rows)
     return "\n".join(printable(f"{name:<{width}}  {value}".rstrip()) for name, value in rows)
+
+
+def _of_export(note: dict[str, Any]) -> str:
+    written = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(note["since_time"]))
+    return f"what of {note['disk']} has changed since {note['since']}, written {written}"
 
 
 def _state(facts: dict[str, Any]) -> str:

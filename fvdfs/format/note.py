@@ -19,7 +19,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from fvdfs.errors import FormatError
-from fvdfs.format.header import HEADER_SIZE, HEADER_SPACE, SECTOR, round_up
+from fvdfs.format.header import HEADER_SIZE, HEADER_SPACE, MAX_DISK_SIZE, SECTOR, round_up
 
 NOTE_OFFSET = round_up(HEADER_SIZE, SECTOR)  # in an FVD image; what is before is the header's sectors
 NOTE_ROOM = HEADER_SPACE - NOTE_OFFSET
@@ -28,6 +28,7 @@ _MAGIC = b"FVDEXPRT"
 CHANGED_SAMPLES = 256  # sectors with a checksum of their own: what there is room for
 OTHER_SAMPLES = 1024  # sectors that share one
 _SHORT = 4  # bytes of a sector's checksum
+_MAX_TIME = 1 << 36  # seconds since 1970: what localtime(3) takes everywhere
 _NAME = 100  # characters of a name that are kept
 
 
@@ -77,8 +78,8 @@ class Note:
                 raise ValueError
             fields = json.loads(text)
             note = cls(**{**fields, "changed": base64.b64decode(fields["changed"], validate=True)})
-            numbers = note.size, note.since_size, note.since_time
-            if not all(isinstance(number, int) and 0 <= number < 1 << 63 for number in numbers):
+            limits = (note.size, MAX_DISK_SIZE), (note.since_size, MAX_DISK_SIZE), (note.since_time, _MAX_TIME)
+            if not all(isinstance(number, int) and 0 <= number <= limit for number, limit in limits):
                 raise ValueError
             if not all(isinstance(text, str) for text in (note.disk, note.since, note.others)):
                 raise ValueError

@@ -174,9 +174,13 @@ def read_overlay(name: str, read: Reader, file_size: int) -> Stored:
     if extensions is None:
         raise wrong
     places: list[Placed] = []
+    seen: set[int] = set()
     for number, entry in enumerate(_table(read, l1_at, ceil_div(size, CLUSTER * _PER_TABLE), wrong)):
         if not entry & _OFFSET:
             continue
+        if entry & _OFFSET in seen:  # else a small file could have more tables than anybody can read
+            raise wrong
+        seen.add(entry & _OFFSET)
         for index, place in enumerate(_table(read, entry & _OFFSET, _PER_TABLE, wrong)):
             start = (number * _PER_TABLE + index) * CLUSTER
             if not place or start >= size:
@@ -213,7 +217,9 @@ def _table(read: Reader, offset: int, entries: int, wrong: FormatError) -> array
 def _extensions(header: bytes, at: int) -> dict[int, bytes] | None:
     """The header's extensions by kind; None where they make no sense."""
     found: dict[int, bytes] = {}
-    while 0 < at <= len(header) - 8:
+    if not _HEADER.size <= at <= len(header):
+        return None
+    while at <= len(header) - 8:
         kind, length = struct.unpack_from(">II", header, at)
         if not kind:
             return found
@@ -221,4 +227,4 @@ def _extensions(header: bytes, at: int) -> dict[int, bytes] | None:
             return None
         found[kind] = header[at + 8 : at + 8 + length]
         at += 8 + round_up(length, 8)
-    return found if at else None
+    return found

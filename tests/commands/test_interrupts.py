@@ -24,6 +24,10 @@ COMMANDS = {
     "convert to qcow2": ["convert", "top.fvd", "new.qcow2"],
     "convert from qcow2": ["convert", "-f", "qcow2", "low.qcow2", "new.fvd"],
     "compare": ["compare", "base.raw", "low.qcow2", "-F", "qcow2"],
+    "diff": ["diff", "top.fvd", "--since", "base.raw"],
+    "export": ["export", "top.fvd", "--since", "base.raw", "new.fvd"],
+    "export to qcow2": ["export", "top.fvd", "--since", "base.raw", "new.qcow2"],
+    "restore": ["restore", "old.qcow2", "copy.fvd"],
     "map": ["map", "top.fvd", "--png", "new.png"],
     "info": ["info", "top.fvd"],
     "check": ["check", "top.fvd"],
@@ -38,6 +42,8 @@ def folder(folder: Path) -> Path:
     must("create", folder / "top.fvd", "-b", "base.raw", "--base-format", "raw", "--journal-size", "64K")
     source = [folder / "base.raw", folder / "low.qcow2"]
     subprocess.run(["qemu-img", "convert", "-O", "qcow2", *source], check=True)
+    must("export", folder / "top.fvd", "--since", folder / "base.raw", folder / "old.qcow2")
+    must("convert", folder / "base.raw", folder / "copy.fvd", "--compact", "--journal-size", "64K")
     return folder
 
 

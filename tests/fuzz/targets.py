@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 
+from fuzz.exports import fuzz_export
 from fuzz.names import fuzz_formats
 from fuzz.opening import fuzz_opening
 from fuzz.parsers import fuzz_bitmap, fuzz_header, fuzz_journal, fuzz_table
@@ -15,10 +16,11 @@ TARGETS: dict[str, Callable[[bytes], bool]] = {
     "table": fuzz_table,
     "journal": fuzz_journal,
     "formats": fuzz_formats,
+    "export": fuzz_export,
     "open": fuzz_opening,
 }
-PARSERS = ("header", "bitmap", "table", "journal", "formats")
-MAX_LENGTH = {"header": 128, "bitmap": 128, "table": 256, "journal": 512, "formats": 192, "open": 400}
+PARSERS = ("header", "bitmap", "table", "journal", "formats", "export")
+MAX_LENGTH = {"header": 128, "bitmap": 128, "table": 256, "journal": 512, "formats": 192, "export": 96, "open": 400}
 """The longest input that makes sense for a target: behind it, hardly a byte is read."""
 
 NAMES = (

@@ -126,7 +126,7 @@ class StoredDisk(Core):
         self.own = cast(OwnData, store)
         self.size = size
 
-    def pieces(self, start: int, stop: int) -> Iterator[tuple[int, int, Store, int]]:
+    def pieces(self, start: int, stop: int, *, down_to: Core | None = None) -> Iterator[tuple[int, int, Store, int]]:
         yield start, stop, self.store, start
 
 

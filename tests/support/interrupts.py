@@ -29,9 +29,12 @@ import fvdfs.commands.check
 import fvdfs.commands.clone
 import fvdfs.commands.compare
 import fvdfs.commands.convert
+import fvdfs.commands.diff
+import fvdfs.commands.export
 import fvdfs.commands.info
 import fvdfs.commands.map
 import fvdfs.commands.profile
+import fvdfs.commands.restore
 import fvdfs.commands.snapshot
 
 LONGEST = 20  # seconds of a run
