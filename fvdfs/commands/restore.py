@@ -15,7 +15,7 @@ import trio
 from fvdfs import daemon
 from fvdfs.commands.convert import PIECE, Permission, Progress, in_workers
 from fvdfs.commands.exports import Export, is_earlier_state, open_export
-from fvdfs.commands.in_use import images_with, refuse_open
+from fvdfs.commands.in_use import refuse_open
 from fvdfs.commands.sides import StoreSide
 from fvdfs.commands.states import permission
 from fvdfs.commands.terminal import progress_bar
@@ -25,6 +25,7 @@ from fvdfs.image.changes import Change
 from fvdfs.image.image import Image
 from fvdfs.image.loading import open_image, open_other
 from fvdfs.image.policy import FVD_FORMAT, format_by_name
+from fvdfs.image.tree import Tree
 from fvdfs.store.host import HostFile, open_path
 from fvdfs.store.references import BASE_FORMATS, RAW
 
@@ -99,9 +100,9 @@ def _refuse_ground(name: str, export: Export) -> None:
     file.close()
     if file.identity == export.file.identity:
         raise UsageError(f"{name}: is the export itself; name the copy of the earlier state")
-    for image, identity, part in images_with(file.identity, os.path.dirname(name) or "."):
-        if identity != export.file.identity:
-            raise UsageError(f"{name}: is the {part} of {image}; restore onto a copy of it")
+    for image, part in Tree(os.path.dirname(os.path.realpath(name))).users(file.identity):
+        if image.identity != export.file.identity:
+            raise UsageError(f"{name}: is the {part} of {image.path}; restore onto a copy of it")
     refuse_open(name, file.identity)
 
 

@@ -11,19 +11,17 @@ import os
 from collections.abc import Sequence
 from dataclasses import replace
 
-from fvdfs.commands.attributes import explained, facts
 from fvdfs.commands.convert import Permission
+from fvdfs.commands.snapshots import image_of as image_file
 from fvdfs.errors import ImageBusy, UsageError
 from fvdfs.image.core import Core
 from fvdfs.image.image import Image
 from fvdfs.image.loading import open_image
 from fvdfs.image.policy import HostStore
+from fvdfs.layers.snapshot import MARK, path_of, stem_of
 from fvdfs.mountoptions import folders, listed, parse_mount_options
 from fvdfs.store.base import Store
 from fvdfs.store.host import Identity, identity_of
-from fvdfs.xattrs import STATUS
-
-SUFFIX = ".fvd"
 
 
 def permission(options: Sequence[str], secret: str) -> Permission:
@@ -34,9 +32,9 @@ def permission(options: Sequence[str], secret: str) -> Permission:
 
 def image_of(disk: str) -> str:
     """The path of the image DISK[@SNAPSHOT]. Raises UsageError where there is none, OSError."""
-    name, at, snapshot = disk.rpartition("@")
+    name, at, snapshot = disk.rpartition(MARK)
     is_snapshot = bool(name and at) and "/" not in snapshot and not os.path.lexists(disk)
-    path = _image_file(name if is_snapshot else disk)
+    path = image_file(name if is_snapshot else disk)
     if is_snapshot:
         path = snapshot_file(path, snapshot)
     if not os.path.lexists(path):
@@ -44,19 +42,10 @@ def image_of(disk: str) -> str:
     return path
 
 
-def _image_file(disk: str) -> str:
-    """The path of the image that was named, or that is behind a raw file in a mount."""
-    if not disk.endswith(".raw"):
-        return disk
-    with explained(disk):
-        return str(facts(disk, STATUS)["image"])
-
-
 def snapshot_file(image: str, snapshot: str) -> str:
-    """The path of a snapshot of this image, which may be one itself."""
-    folder, name = os.path.split(image)
-    disk = name.removesuffix(SUFFIX).partition("@")[0]
-    return os.path.join(folder, f"{disk}@{snapshot}{SUFFIX}")
+    """The path of a snapshot of this image, which may be one itself. Raises UsageError."""
+    folder, name = os.path.split(stem_of(image))
+    return path_of(os.path.join(folder, name.partition(MARK)[0]), snapshot)
 
 
 async def open_state(image: str, allowed: Permission) -> Image:
@@ -69,9 +58,9 @@ async def open_state(image: str, allowed: Permission) -> Image:
     except ImageBusy as error:
         if error.image != image:
             raise
-        raise ImageBusy(
-            image, f"{error.reason}; or take a snapshot, fvdfs snapshot {image} NAME, and name that: {image}@NAME"
-        ) from error
+        name = os.path.basename(stem_of(image))
+        remedy = f"or take a snapshot (fvdfs snapshot MOUNTPOINT/{name}.raw NAME) and name that, {image}@NAME"
+        raise ImageBusy(image, f"{error.reason}, {remedy}") from error
 
 
 def find_below(image: Image, name: str, since: str) -> tuple[str, Image | Store]:
@@ -79,9 +68,9 @@ def find_below(image: Image, name: str, since: str) -> tuple[str, Image | Store]
 
     `name`: the path of the image. Raises UsageError where the disk does not stand on it.
     """
-    path = snapshot_file(name, since)
-    if "/" in since or not os.path.exists(path):
-        path = since if os.path.exists(since) or "/" in since else path
+    path = since if "/" in since else snapshot_file(name, since)
+    if not os.path.exists(path) and os.path.exists(since):
+        path = since
     try:
         wanted = identity_of(os.stat(path))
     except (OSError, ValueError):

@@ -216,7 +216,7 @@ def test_a_running_disk(folder: Path) -> None:
         for name in (folder / "vm.fvd", mount.raw("vm")):
             for words in (("diff", name), ("export", name, folder / "new.qcow2")):
                 error = refuses(*words, "--since", "tue", code=1)
-                assert f"fvdfs snapshot {folder}/vm.fvd NAME" in error
+                assert f"fvdfs snapshot MOUNTPOINT/vm.raw NAME) and name that, {folder}/vm.fvd@NAME" in error
         disk.seek(0)
         assert disk.read(9) == b"not yet i"
     must("convert", folder / "vm@mon.fvd", folder / "copy.raw")
