@@ -51,21 +51,8 @@ IMPURE = {
 
 PURE_LIBRARIES = {
     *("__future__", "array", "base64", "binascii", "bitarray", "collections", "contextlib", "dataclasses", "enum"),
-    *(
-        "errno",
-        "functools",
-        "hashlib",
-        "itertools",
-        "json",
-        "math",
-        "random",
-        "re",
-        "statistics",
-        "struct",
-        "sys",
-        "typing",
-    ),
-    *("urllib.parse", "uuid", "zlib"),
+    *("errno", "functools", "hashlib", "itertools", "json", "math", "random", "re", "statistics", "struct", "sys"),
+    *("typing", "urllib.parse", "uuid", "zlib"),
 }
 """What a pure module may import beside others; none of it waits, nor asks the system for anything."""
 
