@@ -235,6 +235,16 @@ def _parser() -> argparse.ArgumentParser:
     _add_secret(convert)
     _add_layout(convert)
 
+    measure = commands.add_parser("measure", help="say what a conversion would take")
+    measure.set_defaults(run=_measure)
+    measure.add_argument("source", metavar="SRC")
+    measure.add_argument("-f", "--source-format", default="", metavar="FMT", help="default: raw, for NAME.fvd fvd")
+    measure.add_argument("-O", "--target-format", default="fvd", metavar="FMT", help="fvd (default) or raw")
+    measure.add_argument("--json", action="store_true")
+    _add_names(measure, "base_path=DIR, allow_url=PREFIX: where names in the source may lead, beside its folder")
+    _add_secret(measure)
+    _add_layout(measure)
+
     compare = commands.add_parser(
         "compare",
         help="say whether two disks have the same content, in whatever formats",
@@ -501,6 +511,20 @@ def _convert(arguments: argparse.Namespace) -> int:
         layout=_layout(arguments, arguments.target),
         options=arguments.options,
         force=arguments.force,
+        secret=arguments.secret,
+    )
+
+
+def _measure(arguments: argparse.Namespace) -> int:
+    from fvdfs.commands.measure import run
+
+    return run(
+        arguments.source,
+        source_format=arguments.source_format,
+        target_format=arguments.target_format,
+        layout=_layout(arguments, "new.fvd"),
+        as_json=arguments.json,
+        options=arguments.options,
         secret=arguments.secret,
     )
 

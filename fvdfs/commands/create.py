@@ -33,7 +33,7 @@ from fvdfs.format.header import (
     round_up,
 )
 from fvdfs.format.profile import Extent
-from fvdfs.image.making import Part, Span, new_image
+from fvdfs.image.making import NewImage, Part, Span, new_image
 from fvdfs.image.policy import FVD_FORMAT, RAW_FORMATS
 from fvdfs.image.reading import is_zero
 from fvdfs.mountoptions import hint
@@ -121,14 +121,10 @@ def make_image(
     profile: Sequence[Extent] = (),
 ) -> list[str]:
     """`create_image`, but for the names of the files, which the caller publishes. On a device it is done at once."""
-    base = _find_base(files, path, options, secret_file)
-    size = _disk_size(virtual_size, base)
-    options = _completed(options, base)
-    new = new_image(size, base.length if base else None, options, profile)
-    header = new.header
-    if base is not None and new.bitmap is not None and options.detect_holes:
-        open_side = functools.partial(open_base, path, options.base_img, base.format, secret_file)
-        run_loop(functools.partial(_mark_holes, new.bitmap, header, open_side, options.detect_holes))
+    new, base, options = plan_image(path, virtual_size, options, secret_file=secret_file, profile=profile)
+    for identity, name in base.files if base is not None else ():
+        files.protect_identity(identity, name)
+    header, size = new.header, new.header.virtual_disk_size
     data_path = _data_path(path, options.data_file) if options.data_file and is_local(options.data_file) else None
     _check_names(path, data_path, base, options)
 
@@ -153,14 +149,25 @@ def make_image(
     return [remark for remark in (rounded, *outside) if remark]
 
 
-def _find_base(files: NewFiles, path: str, options: CreateOptions, secret_file: str) -> BaseImage | None:
-    """The base that the options name, protected from being overwritten. Raises UsageError."""
-    if not options.base_img:
-        return None
-    base = inspect_base(path, options.base_img, options.base_img_fmt, secret_file)
-    for identity, name in base.files:
-        files.protect_identity(identity, name)
-    return base
+def plan_image(
+    path: str,
+    virtual_size: int | None,
+    options: CreateOptions,
+    *,
+    secret_file: str = "",
+    profile: Sequence[Extent] = (),
+) -> tuple[NewImage, BaseImage | None, CreateOptions]:
+    """The image that is to be made at `path`, its base, and the options with what follows from that.
+
+    Raises UsageError, ImageBusy, OSError.
+    """
+    base = inspect_base(path, options.base_img, options.base_img_fmt, secret_file) if options.base_img else None
+    options = _completed(options, base)
+    new = new_image(_disk_size(virtual_size, base), base.length if base else None, options, profile)
+    if base is not None and new.bitmap is not None and options.detect_holes:
+        open_side = functools.partial(open_base, path, options.base_img, base.format, secret_file)
+        run_loop(functools.partial(_mark_holes, new.bitmap, new.header, open_side, options.detect_holes))
+    return new, base, options
 
 
 def _disk_size(virtual_size: int | None, base: BaseImage | None) -> int:

@@ -23,6 +23,7 @@ COMMANDS = {
     "convert to fvd": ["convert", "base.raw", "new.fvd"],
     "convert to qcow2": ["convert", "top.fvd", "new.qcow2"],
     "convert from qcow2": ["convert", "-f", "qcow2", "low.qcow2", "new.fvd"],
+    "measure": ["measure", "base.raw", "-b", "base.raw", "-F", "raw"],
     "compare": ["compare", "base.raw", "low.qcow2", "-F", "qcow2"],
     "diff": ["diff", "top.fvd", "--since", "base.raw"],
     "export": ["export", "top.fvd", "--since", "base.raw", "new.fvd"],

@@ -33,6 +33,7 @@ import fvdfs.commands.diff
 import fvdfs.commands.export
 import fvdfs.commands.info
 import fvdfs.commands.map
+import fvdfs.commands.measure
 import fvdfs.commands.profile
 import fvdfs.commands.restore
 import fvdfs.commands.snapshot
