@@ -128,3 +128,7 @@ class NotPermitted(ImageError):
     def __init__(self, image: str, reason: str, errno: int) -> None:
         super().__init__(image, reason)
         self.errno = errno
+
+
+class NotPermittedHere(FvdError):
+    """The mount was not made to do this; the text names the option that would."""

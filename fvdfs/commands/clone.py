@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from fvdfs import daemon, xattrs
 from fvdfs.commands.base import BaseImage, inspect_base
@@ -88,21 +88,8 @@ def _write_clones(
     files: NewFiles, paths: Sequence[str], template: str, base_format: str, profile: str, secret: str
 ) -> list[str]:
     """Write all clones; remarks for the user. Raises UsageError, ImageBusy, ImageError, OSError."""
-    name = _name_in_image(template, os.path.dirname(paths[0]))
-    base = inspect_base(paths[0], name, base_format, secret)
-    place = resolve(paths[0], name) if is_local(name) else ""
-    if place:
-        _refuse_changing(place, base.format)
-    remarks = []
-    options = CreateOptions(base_img=name, base_img_fmt=base.format, profile_room=DEFAULT_PROFILE_ROOM)
-    if cache := _find_cache(os.path.dirname(paths[0]), base, name):
-        options = replace(options, base_img=os.path.basename(cache), base_img_fmt=FVD_FORMAT)
-        remarks.append(f"{cache}: is a cache of {template}; the clones stand on it")
-    else:
-        options = replace(options, copy_on_read=True, prefetch_delay=PREFETCH_DELAY)
-        remarks += filter(None, [leads_outside(paths[0], name, base.path)])
-    extents = read_profile(profile) if profile else [] if cache else _profile_of(place, base.format)
-    new = new_image(round_up(base.length, SECTOR), base.length, options, extents)
+    plan = plan_clones(os.path.dirname(paths[0]), template, base_format, profile, secret)
+    new = new_image(round_up(plan.length, SECTOR), plan.length, plan.options, plan.profile)
     size, parts = new.file_size, new.parts()
     for path in paths:
         file = files.add(path)
@@ -113,7 +100,38 @@ def _write_clones(
             files.written(file)
         except OSError as error:
             raise OSError(error.errno, f"{path}: {error.strerror}; none of {len(paths)} clones was made") from error
-    return remarks
+    return plan.remarks
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What clones in a folder are."""
+
+    options: CreateOptions
+    length: int
+    """Bytes of the template."""
+    profile: list[Extent]
+    remarks: list[str]
+    """For the user."""
+
+
+def plan_clones(folder: str, template: str, base_format: str, profile: str, secret: str) -> Plan:
+    """What clones of the template in this folder have to be. Raises UsageError, ImageBusy, ImageError, OSError."""
+    image = os.path.join(folder, "clone.fvd")  # where one would be: names in images are relative to their folder
+    name = _name_in_image(template, folder)
+    base = inspect_base(image, name, base_format, secret)
+    place = resolve(image, name) if is_local(name) else ""
+    if place:
+        _refuse_changing(place, base.format)
+    options = CreateOptions(base_img=name, base_img_fmt=base.format, profile_room=DEFAULT_PROFILE_ROOM)
+    if cache := _find_cache(folder, base, name):
+        options = replace(options, base_img=os.path.basename(cache), base_img_fmt=FVD_FORMAT)
+        remarks = [f"{cache}: is a cache of {template}; the clones stand on it"]
+    else:
+        options = replace(options, copy_on_read=True, prefetch_delay=PREFETCH_DELAY)
+        remarks = [remark for remark in (leads_outside(image, name, base.path),) if remark]
+    extents = read_profile(profile) if profile else [] if cache else _profile_of(place, base.format)
+    return Plan(options, base.length, extents, remarks)
 
 
 def _name_in_image(template: str, folder: str) -> str:

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from fvdfs import daemon, mounts
 from fvdfs.errors import UsageError
 from fvdfs.logs import ReopenLog
 from fvdfs.mountoptions import folders, listed, parse_mount_options, passphrase_file, program
 from fvdfs.sizes import parse_size
+from fvdfs.store.locations import is_local
 from fvdfs.store.paths import real_path, within
 
 
@@ -42,15 +44,23 @@ def run(
     roots = (folder, *folders(chosen))
     secret = passphrase_file("-o secret=", chosen["secret"]) if "secret" in chosen else ""
     grow_command = program(chosen.get("grow_command", "none"))
+    for name in ("new_base", "new_layout"):
+        if name in chosen and "create" not in chosen:
+            raise UsageError(f"-o {name}: is for new disks, which need -o create")
+    new_base = chosen.get("new_base", "")
+    if new_base and is_local(new_base):
+        new_base = os.path.abspath(new_base)
     log_file = os.path.abspath(log_file) if log_file else ""
     if log_file and within(real_path(log_file), os.path.realpath(mountpoint)):
         raise UsageError(f"--log-file {log_file}: would be hidden by the mount; choose another one")
 
     def serve_folder(ready: Callable[[], None], reopen_log: ReopenLog) -> None:
+        from fvdfs.commands.newdisks import new_disks
         from fvdfs.cow.planner import Zeroes
         from fvdfs.image.policy import Policy
         from fvdfs.ops.filesystem import Sync
         from fvdfs.ops.mount import MountOptions, serve
+        from fvdfs.ops.naming import Permitted, Template
         from fvdfs.ops.writeback import Writeback
         from fvdfs.prefetch.scheduler import DEFAULT_JOBS
 
@@ -66,6 +76,10 @@ def run(
             qemu_locks=chosen.get("locking") != "off",
             zeroes=Zeroes(chosen.get("detect_zeroes", "off")),
         )
+        compact, template = chosen.get("new_layout") == "compact", None
+        if new_base:
+            plan = new_disks(folder, new_base, policy)
+            template = Template(replace(plan.options, compact=compact), plan.length, tuple(plan.profile))
         settings = MountOptions(
             folder=folder,
             mountpoint=mountpoint,
@@ -79,6 +93,7 @@ def run(
             prefetch_jobs=int(chosen.get("prefetch_jobs", DEFAULT_JOBS)),
             prefetch_max=parse_size(chosen.get("prefetch_max", "0")),
             record_profiles="record_profile" in chosen,
+            permitted=Permitted("create" in chosen, "remove" in chosen, compact=compact, template=template),
         )
         serve(settings, ready, reopen_log)
 

@@ -31,11 +31,9 @@ from fvdfs.errors import UsageError
 from fvdfs.image.tree import Tree, identity_at
 from fvdfs.store.base import Store
 from fvdfs.store.host import DEVICE, HostFile, Identity, identity_of, open_host_file
-from fvdfs.store.placing import acl, make_unnamed, remove_acl, sync_folder, take_permissions
+from fvdfs.store.placing import acl, give_name, make_unnamed, remove_acl, sync_folder, take_permissions
 from fvdfs.store.qemu_store import host_files
 
-_RENAME_NOREPLACE = 1
-_AT_FDCWD = -100
 _ENDING = (
     signal.SIGINT,
     signal.SIGTERM,
@@ -383,16 +381,12 @@ def _if_possible(call: Callable[..., None], *paths: str) -> None:
 
 
 def _rename(file: NewFile, *, replace: bool) -> None:
-    source, target = os.fsencode(file.place), os.fsencode(file.final)
-    if not replace:
-        if _libc.renameat2(_AT_FDCWD, source, _AT_FDCWD, target, _RENAME_NOREPLACE) == 0:
-            return
-        code = ctypes.get_errno()
-        if code == errno.EEXIST:
-            raise UsageError(f"{file.path} exists already; somebody else has made it meanwhile")
-        if code not in (errno.EINVAL, errno.ENOSYS):  # EINVAL: the file system does not know it
-            raise OSError(code, f"{file.path}: {os.strerror(code)}")
-    os.rename(source, target)
+    try:
+        give_name(file.place, file.final, replace=replace)
+    except FileExistsError:
+        raise UsageError(f"{file.path} exists already; somebody else has made it meanwhile") from None
+    except OSError as error:
+        raise OSError(error.errno, f"{file.path}: {error.strerror}") from error
 
 
 def _remove(file: NewFile) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 
-from fvdfs.errors import FvdError, ImageBusy, NotPermitted, ReadOnlyImage, Refused, shortage, told
+from fvdfs.errors import FvdError, ImageBusy, NotPermitted, NotPermittedHere, ReadOnlyImage, Refused, shortage, told
 from fvdfs.ops.complaints import Complaints
 
 # Errors that are plain answers, not worth a line in the log.
@@ -47,6 +47,8 @@ def _number(error: FvdError) -> int:
             return errno.EROFS
         case NotPermitted():
             return error.errno
+        case NotPermittedHere():
+            return errno.EPERM
         case Refused():
             return errno.EACCES
         case _:

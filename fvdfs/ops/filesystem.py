@@ -29,6 +29,7 @@ from fvdfs.ops.commits import RegularCommits
 from fvdfs.ops.complaints import Complaints
 from fvdfs.ops.inodes import ROOT_INODE, Attributes, Entry
 from fvdfs.ops.kernel_limits import KernelLimits
+from fvdfs.ops.naming import Naming, Permitted
 from fvdfs.ops.openings import Openings
 from fvdfs.ops.passthrough import Passthrough
 from fvdfs.ops.requests import DurableWrite, Fsync, InTask, Write, fallocate, seek
@@ -40,17 +41,14 @@ T = TypeVar("T")
 
 _PATIENCE = 1.0  # seconds for the kernel to say what it knows; it may have to ask us again
 ATTRIBUTE_TIMEOUT = 3600.0  # seconds; the kernel itself drops what its own writes change
-# What nobody can do in a mount, and the answer. pyfuse3's own is ENOSYS; it stays where the kernel takes that for
+# What nobody can do in any mount, and the answer. pyfuse3's own is ENOSYS; it stays where the kernel takes that for
 # "do not ask": poll, fsyncdir, access (it checks permissions itself), readlink (there are no links).
 NEVER_DONE = {
-    "create": errno.EPERM,
     "mknod": errno.EPERM,
     "mkdir": errno.EPERM,
     "symlink": errno.EPERM,
     "link": errno.EPERM,
-    "unlink": errno.EPERM,
     "rmdir": errno.EPERM,
-    "rename": errno.EPERM,
 }
 
 
@@ -100,10 +98,19 @@ class Filesystem(pyfuse3.Operations):
     enable_acl = True
     """The kernel judges by the ACL, which it asks for where there are permissions for a group: those are its mask."""
 
-    def __init__(self, openings: Openings, *, writeback: bool, shrink: bool, sync: Sync = Sync.FLUSH) -> None:
+    def __init__(
+        self,
+        openings: Openings,
+        *,
+        writeback: bool,
+        shrink: bool,
+        sync: Sync = Sync.FLUSH,
+        permitted: Permitted | None = None,
+    ) -> None:
         super().__init__()
         self.openings = openings
         self.folder = openings.folder
+        self._naming = Naming(self.folder, permitted or Permitted())
         self.enable_writeback_cache = writeback and sync is not Sync.ALWAYS
         self._sync = sync
         self._shrink = shrink
@@ -168,6 +175,7 @@ class Filesystem(pyfuse3.Operations):
     async def lookup(self, parent_inode: InodeT, name: FileNameT, ctx: pyfuse3.RequestContext) -> EntryAttributes:
         if name == b".." or (name == b"." and parent_inode == ROOT_INODE):
             return await self._folder_attributes()
+        await self._naming.until_settled(name)
         # "." is what the kernel asks for where it has a file handle, and no inode for it any more.
         entry = await (self.folder.find(parent_inode) if name == b"." else self.folder.lookup(name))
         if entry is None:
@@ -207,10 +215,13 @@ class Filesystem(pyfuse3.Operations):
                 raise  # else: removed while open; nobody will look at it again
         return self._file_attributes(inode, await self.folder.host.of(entry, changed_by_us=True))
 
+    async def _set_mode(self, entry: Entry, mode: int) -> None:
+        await trio.to_thread.run_sync(os.chmod, entry.path, mode & 0o777, limiter=entry.limiter)
+
     async def _set_file_attributes(self, entry: Entry, attr: EntryAttributes, fields: pyfuse3.SetattrFields) -> None:
         path, in_thread = entry.path, functools.partial(trio.to_thread.run_sync, limiter=entry.limiter)
         if fields.update_mode:
-            await in_thread(os.chmod, path, attr.st_mode & 0o777)
+            await self._set_mode(entry, attr.st_mode)
         if fields.update_uid or fields.update_gid:
             uid = attr.st_uid if fields.update_uid else -1
             gid = attr.st_gid if fields.update_gid else -1
@@ -356,7 +367,39 @@ class Filesystem(pyfuse3.Operations):
         return handle
 
     @handler
+    async def create(
+        self, parent_inode: InodeT, name: FileNameT, mode: ModeT, flags: FlagT, ctx: pyfuse3.RequestContext
+    ) -> tuple[FileInfo, EntryAttributes]:
+        entry = self.folder.inodes.tell(await self._naming.create(name, ctx.uid, ctx.gid))
+        try:
+            info = await self._open(entry.inode, flags)
+            await self._set_mode(entry, mode)  # not before: its maker may open it whatever it says
+        except BaseException:
+            self.folder.inodes.forget(entry.inode, 1)
+            raise
+        return info, self._file_attributes(entry.inode, await self.folder.host.of(entry, changed_by_us=True))
+
+    @handler
+    async def unlink(self, parent_inode: InodeT, name: FileNameT, ctx: pyfuse3.RequestContext) -> None:
+        await self._naming.remove(name)
+
+    @handler
+    async def rename(
+        self,
+        parent_inode_old: InodeT,
+        name_old: FileNameT,
+        parent_inode_new: InodeT,
+        name_new: FileNameT,
+        flags: FlagT,
+        ctx: pyfuse3.RequestContext,
+    ) -> None:
+        await self._naming.rename(name_old, name_new, flags)
+
+    @handler
     async def open(self, inode: InodeT, flags: FlagT, ctx: pyfuse3.RequestContext) -> FileInfo:
+        return await self._open(inode, flags)
+
+    async def _open(self, inode: InodeT, flags: FlagT) -> FileInfo:
         write = flags & os.O_ACCMODE != os.O_RDONLY
         entry, keep_cache = await self.openings.open(inode, write=write)
         try:
@@ -384,6 +427,8 @@ class Filesystem(pyfuse3.Operations):
 
     def begin_write(self, fh: int, offset: int, data: memoryview, /, *, durable: bool) -> Pending:
         """`Image.write`; with `sync=always`, or where the writer asks for it, durable when it has ended."""
+        entry = self._handles[fh].entry
+        entry.blank = entry.blank and data == bytes(len(data))
         return self._change(fh, self._images[fh].begin_write(offset, data), offset + len(data), durable=durable)
 
     def _change(self, fh: int, pending: Pending, stop: int, *, durable: bool) -> Pending:
@@ -402,6 +447,7 @@ class Filesystem(pyfuse3.Operations):
     def begin_copy(self, fh: int, offset: int, source_fh: int, source_offset: int, length: int, /) -> Pending:
         """`copy_range`."""
         handle, source = self._handles[fh], self._handles[source_fh]
+        handle.entry.blank = False
         for entry in (handle.entry, source.entry):
             entry.look()
         copy = functools.partial(copy_range, self._images[source_fh], source_offset, self._images[fh])
@@ -466,6 +512,8 @@ class Filesystem(pyfuse3.Operations):
     async def flush(self, fh: FileHandleT) -> None:
         entry, writes, *_ = self._handles[fh]
         entry.look()
+        if entry.blank and entry.settling is None:
+            entry.settling = trio.Event()
         if writes and entry.image is not None and self._sync is not Sync.NONE:
             await entry.image.fsync()
             await entry.mtime.store()
@@ -480,6 +528,8 @@ class Filesystem(pyfuse3.Operations):
         finally:
             if entry.image is not image:
                 self.commits.forget(image)
+            if entry.blank or entry.settling is not None:
+                await self._naming.settle(entry)
 
 
 def _refusal(code: int) -> Callable[..., Coroutine[Any, Any, None]]:

@@ -21,7 +21,7 @@ import trio
 from fvdfs.errors import FvdError, ImageError, NotFvd, shortage
 from fvdfs.image.chain import Judged, look_at_chain
 from fvdfs.image.policy import Policy
-from fvdfs.ops.freshness import signature
+from fvdfs.ops.freshness import same_file, signature
 from fvdfs.ops.host_attributes import HostAttributes
 from fvdfs.ops.inodes import IMAGE_SUFFIX, ROOT_INODE, Entry, Inodes, Seen, image_name
 from fvdfs.ops.looks import THREADS, Look, Looks, late
@@ -163,6 +163,8 @@ class Folder:
                     return None
                 return None if isinstance(error, FileNotFoundError) else error
             try:
+                if (known is None or not known.is_file(status)) and (moved := self._moved(path, status)):
+                    return Seen(status, moved=moved)
                 if known is not None and _is_unchanged(known, status, busy=busy):
                     return Seen(status, unchanged=True)
                 return self._look_inside(path, status, judged)
@@ -170,6 +172,17 @@ class Folder:
                 return None
             except (OSError, ImageError, NoAnswer) as error:
                 return error
+
+    def _moved(self, path: bytes, status: os.stat_result) -> Entry | None:
+        """The open image whose file now has this path, and not its own any more: somebody has renamed it."""
+        for entry in self.inodes.all():
+            if entry.busy and entry.path != path and same_file(status, entry.status):
+                try:
+                    at_its_path = self.policy.walker.stat(entry.path)
+                except FileNotFoundError:
+                    return entry
+                return None if entry.is_file(at_its_path) else entry
+        return None
 
     def _look_inside(self, path: bytes, status: os.stat_result, judged: Judged) -> Seen | None:
         """Raises OSError, ImageError, NoAnswer."""
@@ -200,6 +213,8 @@ class Folder:
         known = self.inodes.at(path)
         if known is None and seen.unchanged:
             return None  # vanished while we looked
+        if seen.moved is not None:
+            return self._take_up_moved(path, seen.moved)
         self._complaints.pop(path, None)
         if known is not None:
             if seen.unchanged or (known.busy and known.is_file(seen.status)):
@@ -212,6 +227,16 @@ class Folder:
             known.misjudged = True
             self.inodes.hide(known)
         return self.inodes.add(path, seen)
+
+    def _take_up_moved(self, path: bytes, moved: Entry) -> Entry | None:
+        if moved.misjudged and not moved.busy:
+            return None  # closed while we looked, to get another number
+        former = self.inodes.at(path)
+        if former is not None:
+            former.misjudged = True
+        self._complaints.pop(path, None)
+        self.inodes.move(moved, path)
+        return moved
 
     def _complain(self, path: bytes, error: OSError | FvdError) -> None:
         """Say once why a file does not appear, or appears as it was."""

@@ -63,6 +63,8 @@ class Seen:
     """When the disk was written last, where the image file does not tell (`chain.Facts`)."""
     born: int = 0
     """When the file was made, in ns; 0 where nobody can say."""
+    moved: Entry | None = None
+    """The open image that it is, which somebody has renamed: what is known of it stands, as with `unchanged`."""
     unchanged: bool = False
     """The file is as it was, or open: what is known of it stands, and the fields above are not set."""
 
@@ -109,6 +111,10 @@ class Entry:
         """The path of the last snapshot that was made of it."""
         self.refused = ""
         """Why the last one that was asked for was not made."""
+        self.blank = False
+        """Whether it was made in this mount, is to become a clone, and holds nothing but zeros (`naming.py`)."""
+        self.settling: trio.Event | None = None
+        """Of a blank one that its maker has closed: set when it is a clone, or is none."""
         self.mtime = Mtime()
         self.misjudged = False
         """Whether the kernel may believe in a size or a time of it that is wrong, and cannot be told."""
@@ -197,6 +203,15 @@ class Inodes:
         self._shown[entry.path] = entry
         if former is not None:
             self.drop_if_unused(former)
+
+    def move(self, entry: Entry, path: bytes) -> None:
+        """The image has another name, and so another path, which leads to this entry from now on."""
+        if self.shows(entry):
+            del self._shown[entry.path]
+        entry.path, entry.name = path, raw_name(os.path.basename(path))
+        if entry.image is not None:
+            entry.image.name = os.fsdecode(path)
+        self.show(entry)
 
     def hide(self, entry: Entry) -> None:
         """Have no path lead to this entry: the next look makes another one."""

@@ -16,7 +16,7 @@ import os
 import signal
 import subprocess
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NoReturn
 
 import pyfuse3
@@ -33,6 +33,7 @@ from fvdfs.ops.device import Device
 from fvdfs.ops.filesystem import Filesystem, Sync
 from fvdfs.ops.folder import Folder
 from fvdfs.ops.inodes import Entry
+from fvdfs.ops.naming import Permitted
 from fvdfs.ops.openings import Openings
 from fvdfs.ops.passthrough import Passthroughs
 from fvdfs.ops.writeback import Writeback, obstacle
@@ -73,6 +74,7 @@ class MountOptions:
     prefetch_max: int = 0
     """Bytes a second, of all images; 0: no cap."""
     record_profiles: bool = False
+    permitted: Permitted = field(default_factory=Permitted)
 
 
 def serve(options: MountOptions, ready: Callable[[], None], reopen_log: ReopenLog) -> None:
@@ -90,7 +92,9 @@ def serve(options: MountOptions, ready: Callable[[], None], reopen_log: ReopenLo
     passthroughs = Passthroughs(obstacle(folder, options.writeback, always_sync=options.sync is Sync.ALWAYS))
     openings = Openings(folder, background, passthroughs)
     writeback = options.writeback is not Writeback.OFF
-    filesystem = Filesystem(openings, writeback=writeback, shrink=options.shrink, sync=options.sync)
+    filesystem = Filesystem(
+        openings, writeback=writeback, shrink=options.shrink, sync=options.sync, permitted=options.permitted
+    )
     with contextlib.ExitStack() as stack:
         if claim := mounts.claim(options.mountpoint):
             stack.callback(claim.release)

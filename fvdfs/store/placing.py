@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
 import secrets
 import stat
 
 _ACL = "system.posix_acl_access"
+_RENAME_NOREPLACE = 1
+_AT_FDCWD = -100
 _MAX_NAME = 200  # bytes of a name that are repeated in the temporary one
+_libc = ctypes.CDLL(None, use_errno=True)
 
 
 def make_unnamed(final: str) -> tuple[int, str]:
@@ -20,6 +24,20 @@ def make_unnamed(final: str) -> tuple[int, str]:
     short = os.fsdecode(os.fsencode(name)[:_MAX_NAME])
     place = os.path.join(folder, f".{short}.{secrets.token_hex(4)}.part")
     return os.open(place, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600), place
+
+
+def give_name(place: str, final: str, *, replace: bool) -> None:
+    """Rename a file. Raises FileExistsError where the name is taken, and what has it is not to be replaced; OSError."""
+    if not replace:
+        source, target = os.fsencode(place), os.fsencode(final)
+        if _libc.renameat2(_AT_FDCWD, source, _AT_FDCWD, target, _RENAME_NOREPLACE) == 0:
+            return
+        code = ctypes.get_errno()
+        if code not in (errno.EINVAL, errno.ENOSYS):  # EINVAL: the file system does not know it
+            raise OSError(code, os.strerror(code))
+        if os.path.lexists(final):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
+    os.rename(place, final)
 
 
 def take_permissions(descriptor: int, old: int) -> None:

@@ -315,7 +315,7 @@ def test_nothing_can_be_made_removed_or_renamed_in_a_mount(folder: Path, read_on
             code = errno.EROFS if read_only and expected != errno.ENAMETOOLONG else expected
             assert caught.value.errno == code, f"{what}: {caught.value}"
         assert os.listdir(mount.point) == ["a.raw"]
-        assert "ERROR" not in mount.log
+        assert mount.log.count("ERROR") == (0 if read_only else 3)
     assert os.listdir(folder) == ["a.fvd"]
 
 
@@ -624,3 +624,35 @@ def test_clones_in_a_folder_of_somebody_else(users: Path, shared: Path) -> None:
     assert "Permission denied" in done.err
     assert done.err.count("\n") == 1
     assert sorted(os.listdir(shared)) == ["disks", "images"]
+
+
+def test_a_disk_belongs_to_whoever_makes_it(shared: Path) -> None:
+    if os.geteuid():
+        pytest.skip("only root can make files of others")
+    for name in ("images", "disks"):
+        (shared / name).mkdir()
+    (shared / "images").chmod(0o1777)
+    must("mount", shared / "images", shared / "disks", "-o", "create,remove,allow_other")
+    try:
+        point, code = shared / "disks", "import os, sys; os.{}(sys.argv[1], *map(int, sys.argv[2:]))"
+        flags = os.O_CREAT | os.O_WRONLY
+        assert python_as(OTHER, code.format("open"), point / "a.raw", str(flags), str(0o600)).code == 0
+        status = os.stat(shared / "images/a.fvd")
+        assert (status.st_uid, status.st_gid, status.st_mode & 0o777) == (OTHER, OTHER, 0o600)
+        assert "PermissionError" in python_as(NOBODY, code.format("unlink"), point / "a.raw").err
+        assert python_as(OTHER, code.format("unlink"), point / "a.raw").code == 0
+        (shared / "images").chmod(0o755)
+        assert "PermissionError" in python_as(OTHER, code.format("open"), point / "a.raw", str(flags)).err
+        assert os.listdir(shared / "images") == []
+    finally:
+        must("umount", shared / "disks")
+
+
+def test_a_user_makes_read_only_disks(users: Path) -> None:
+    """As `cp` of a file that nobody may write does: what it has opened it may write."""
+    with mounted_as(NOBODY, users, "-o", "create") as point:
+        code = "import os, sys; f = os.open(sys.argv[1], os.O_CREAT | os.O_RDWR, 0o444); os.write(f, b'x' * 512)"
+        done = python_as(NOBODY, code, point / "b.raw")
+        assert done.code == 0, done.err
+        assert python_as(NOBODY, READ, point / "b.raw").out == "512\n"
+    assert os.stat(users / "b.fvd").st_mode & 0o777 == 0o444
