@@ -199,6 +199,8 @@ class _Opening:
             store.claim_device()
         else:
             await lock_for_reading([store])
+            if isinstance(store, HostFile) and store.file_lock.is_being_filled():
+                raise ImageBusy(store.name, "a mount fills it with what its disks read; unmount that first")
         self._seen[store.identity] = f"the {what} {store.name}"
 
     async def _open_data(self, layer: CheckLayer, header: Header) -> HostStore | Absent:

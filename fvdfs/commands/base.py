@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 from fvdfs.commands.sides import Side, StoreSide
 from fvdfs.daemon import run_loop
-from fvdfs.errors import ImageError, UnstatedFormat, UsageError
-from fvdfs.image.chain import open_chain
+from fvdfs.errors import ImageBusy, ImageError, UnstatedFormat, UsageError
+from fvdfs.image.chain import open_chain, top_layer
 from fvdfs.image.loading import open_image
 from fvdfs.image.policy import FVD_FORMAT, RAW_FORMATS, Policy, format_by_name
 from fvdfs.store.base import Store
@@ -90,6 +90,19 @@ async def _inspect_other(image: str, name: str, file_format: str, secret_file: s
         return BaseImage(None, await store.size(), file_format, _identities([store]))
     finally:
         await store.aclose()
+
+
+def refuse_changing(base: BaseImage) -> None:
+    """Raise ImageBusy where somebody writes to a base file, which must not change below a new image. Blocks."""
+    if base.path is None or (base.format == FVD_FORMAT and top_layer(base.path, Policy()).header.copy_on_read):
+        return  # the latter is perhaps open for its copies, which change no content
+    store = open_path(base.path, writable=False)
+    try:
+        store.lock(exclusive=False)
+    except ImageBusy as error:
+        raise ImageBusy(base.path, f"{error.reason}; or let the new image stand on a snapshot of it") from error
+    finally:
+        store.close()
 
 
 async def open_base(image: str, name: str, file_format: str, secret_file: str) -> tuple[Side, bool]:

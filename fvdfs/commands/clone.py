@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from fvdfs import daemon, xattrs
-from fvdfs.commands.base import BaseImage, inspect_base
+from fvdfs.commands.base import BaseImage, inspect_base, refuse_changing
 from fvdfs.commands.create import leads_outside
 from fvdfs.commands.newfiles import NewFiles
 from fvdfs.commands.profile import profile_of_image, read_profile
@@ -27,7 +27,6 @@ from fvdfs.image.chain import top_layer
 from fvdfs.image.making import new_image
 from fvdfs.image.policy import FVD_FORMAT, Policy, resolve
 from fvdfs.image.tree import identity_at
-from fvdfs.store.host import open_path
 from fvdfs.store.locations import is_local, parse_location
 
 PREFETCH_DELAY = 60  # seconds after the opening, in which a machine starts
@@ -121,8 +120,7 @@ def plan_clones(folder: str, template: str, base_format: str, profile: str, secr
     name = _name_in_image(template, folder)
     base = inspect_base(image, name, base_format, secret)
     place = resolve(image, name) if is_local(name) else ""
-    if place:
-        _refuse_changing(place, base.format)
+    refuse_changing(base)
     options = CreateOptions(base_img=name, base_img_fmt=base.format, profile_room=DEFAULT_PROFILE_ROOM)
     if cache := _find_cache(folder, base, name):
         options = replace(options, base_img=os.path.basename(cache), base_img_fmt=FVD_FORMAT)
@@ -144,17 +142,6 @@ def _name_in_image(template: str, folder: str) -> str:
     real = os.path.join(os.path.realpath(os.path.dirname(template)), os.path.basename(template))
     relative = os.path.relpath(real, os.path.realpath(folder))
     return real if relative.startswith(os.pardir + os.sep) else relative
-
-
-def _refuse_changing(path: str, base_format: str) -> None:
-    """Raise ImageBusy where somebody writes to the template, which must not change below its clones."""
-    if base_format == FVD_FORMAT and top_layer(path, Policy()).header.copy_on_read:
-        return  # perhaps open for its copies, which change no content
-    store = open_path(path, writable=False)
-    try:
-        store.lock(exclusive=False)
-    finally:
-        store.close()
 
 
 def _profile_of(path: str, base_format: str) -> list[Extent]:

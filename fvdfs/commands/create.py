@@ -14,7 +14,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 
 from fvdfs import daemon
-from fvdfs.commands.base import BaseImage, inspect_base, open_base
+from fvdfs.commands.base import BaseImage, inspect_base, open_base, refuse_changing
 from fvdfs.commands.newfiles import NewFile, NewFiles
 from fvdfs.commands.otherfiles import make_data_file
 from fvdfs.commands.profile import read_profile
@@ -162,6 +162,8 @@ def plan_image(
     Raises UsageError, ImageBusy, OSError.
     """
     base = inspect_base(path, options.base_img, options.base_img_fmt, secret_file) if options.base_img else None
+    if base is not None and not options.update_base:
+        refuse_changing(base)
     options = _completed(options, base)
     new = new_image(_disk_size(virtual_size, base), base.length if base else None, options, profile)
     if base is not None and new.bitmap is not None and options.detect_holes:

@@ -50,7 +50,7 @@ def status(mountpoint: str) -> dict[str, Any]:
         raise UsageError(f"{mountpoint}: permission denied; ask as the user who mounted it") from None
     except (OSError, ValueError):
         raise UsageError(f"{mountpoint}: fvdfs is not mounted there") from None
-    caches = {os.path.realpath(image["image"]): image for image in json.loads(os.getxattr(mountpoint, STATUS))}
+    caches = {os.path.realpath(image["image"]): image for image in facts(mountpoint, STATUS).get("caches", [])}
     images = []
     for name in sorted(os.listdir(mountpoint)):
         try:

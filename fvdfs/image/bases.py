@@ -22,7 +22,7 @@ User = TypeVar("User")
 Base = TypeVar("Base")
 
 Key = tuple[str, ...]
-"""What tells two bases apart: the file or URL, the format, and the folder that names inside are relative to."""
+"""What tells two bases apart: the format, the file or URL, and for an FVD image the folder that names inside are of."""
 
 
 class Bases(Generic[User, Base]):

@@ -115,10 +115,11 @@ class Chain:
 
     def keys(self) -> list[Key]:
         """What tells apart the bases: of each image but the top, then of the base under the last one."""
-        found = [_key(layer.meta, layer.path, FVD_FORMAT) for layer in self.layers[1:]]
+        found: list[Key] = [
+            (FVD_FORMAT, str(layer.meta.identity), os.path.dirname(layer.path)) for layer in self.layers[1:]
+        ]
         if self.base is not None and not self.base.writable:
-            last = self.layers[-1]
-            found.append(_key(self.base, last.path, last.base_format))
+            found.append((self.layers[-1].base_format, str(self.base.identity), ""))
         return found
 
     def cut(self, depth: int) -> None:
@@ -139,15 +140,13 @@ class Chain:
             await store.aclose()
 
 
-def _key(store: HostStore, path: str, file_format: str) -> Key:
-    """`path`: of the image that names it, or of itself."""
-    return file_format, str(store.identity), os.path.dirname(path)
-
-
-def open_chain(path: str, policy: Policy, *, top_only: bool = False, keep_copies: bool = False) -> Chain:
+def open_chain(
+    path: str, policy: Policy, *, top_only: bool = False, to_write: bool = False, keep_copies: bool = False
+) -> Chain:
     """Open the files of the image at `path`, and read and check their headers. Blocks.
 
-    `top_only`: the image's own file alone, for a look at its header. `keep_copies`: have base images that want
+    `top_only`: the image's own file alone, for a look at its header. `to_write`: have nobody fill it
+    with copies until it is closed, or `locking.let_fill` is called. `keep_copies`: have base images that want
     copy-on-read open for writing copies, where that is permitted. Raises ImageError with one line
     that names image, field and value; OSError only for `path` itself; NoAnswer.
     """
@@ -156,6 +155,8 @@ def open_chain(path: str, policy: Policy, *, top_only: bool = False, keep_copies
         for part in _descend(path, policy, top_only=top_only):
             if isinstance(part, Layer):
                 chain.layers.append(part)
+                if to_write and len(chain.layers) == 1:
+                    part.meta.file_lock.keep_unfilled()
                 if keep_copies and len(chain.layers) > 1:
                     _prepare_for_copies(part, policy)
             else:

@@ -39,6 +39,10 @@ class OwnData:
         self._storage = storage
         self._committer = committer
 
+    def follow(self, storage: Storage, committer: Committer) -> None:
+        """The metadata were loaded again."""
+        self._storage, self._committer = storage, committer
+
     def start_pread(self, view: memoryview, offset: int, done: Done) -> bool:
         end = offset + len(view)
         if not self._storage.holds(end):
@@ -300,6 +304,16 @@ class Core:
         for run_start, run_stop, where in self.storage.byte_runs(start, min(stop, self.size)):
             if where is not None:
                 await self.data.write_out(where, run_stop - run_start)
+
+    def take_metadata(self, loaded: Core) -> None:
+        """Go on with what was just loaded from the same files, as another image, whose place on the base ends."""
+        if loaded.base is not None:
+            loaded.bases.exchange(loaded.base, loaded, self)
+        self.committer, self.storage, self.bitmap, self.table = (
+            loaded.committer, loaded.storage, loaded.bitmap, loaded.table
+        )  # fmt: skip
+        self.own.follow(self.storage, self.committer)
+        self.geometry = loaded.geometry
 
     async def end_copies(self) -> None:
         """Nobody stands on this image any more: make stable what was copied into it. Failures go to the log."""

@@ -15,15 +15,16 @@ from fvdfs.alloc.table import Table, TooDamaged, decode_entries
 from fvdfs.cow.bitmap import Bitmap, bitmap_bytes
 from fvdfs.errors import FormatError
 from fvdfs.format import journal
-from fvdfs.format.header import HEADER_SIZE, SECTOR, Header, Region, round_up
+from fvdfs.format.header import HEADER_SIZE, HEADER_SPACE, SECTOR, Header, Region, round_up
 from fvdfs.image.bases import Bases
 from fvdfs.image.chain import Chain, Layer, open_chain
 from fvdfs.image.commit import Committer
 from fvdfs.image.core import Core, damaged_layers
 from fvdfs.image.image import Image
-from fvdfs.image.locking import lock_for_reading, lock_for_writing
+from fvdfs.image.locking import lock_for_reading, lock_for_writing, unlock_for_writing
 from fvdfs.image.policy import Policy
 from fvdfs.store.base import Store, pread_exactly
+from fvdfs.store.host import HostFile
 from fvdfs.store.locations import is_local
 from fvdfs.store.qemu_store import QemuStore
 
@@ -167,6 +168,28 @@ async def load_image(
     )
 
 
+async def lock_to_write(image: Image, policy: Policy) -> None:
+    """`lock_for_writing`; where others may have filled the image with copies since it was loaded, load it again.
+
+    Raises as that, and as `load_image`.
+    """
+    await lock_for_writing(image)
+    if image.bitmap is None or not isinstance(image.meta, HostFile) or image.meta.file_lock.is_unfilled:
+        return
+    try:
+        raw = bytearray(HEADER_SPACE)
+        await image.meta.pread(memoryview(raw), 0)
+        header = Header.decode(bytes(raw), image.name)
+        image.take_metadata(
+            await load_image(
+                image.name, header, bytes(raw), image.meta, image.data, image.base, policy, image.spawn, image.bases
+            )
+        )
+    except BaseException:
+        await unlock_for_writing(image)
+        raise
+
+
 async def _pieces(meta: Store, region: Region) -> AsyncIterator[tuple[int, bytearray]]:
     """The bytes of a region, piece by piece, each with its offset there. Raises OSError."""
     for at in range(0, region.size, _PIECE):
@@ -206,12 +229,12 @@ async def open_image(path: str, policy: Policy, *, write: bool = False) -> Image
 
     Also FormatError where an image of the chain is damaged: nobody is to take a copy of it for a good one.
     """
-    image = await load_chain(open_chain(path, policy))
+    image = await load_chain(open_chain(path, policy, to_write=write))
     try:
         for name, damage in damaged_layers(image):
             raise FormatError(name, f"{damage}; fvdfs check {name} says what is lost")
         if write:
-            await lock_for_writing(image)
+            await lock_to_write(image, policy)
             await image.begin_writing(accept_unclean=policy.accept_unclean)
     except BaseException:
         await image.close()

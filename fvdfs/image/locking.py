@@ -88,7 +88,19 @@ def _lock_for_writing(name: str, stores: list[Store]) -> None:
 async def unlock_for_writing(image: Image) -> None:
     """Make the locks shared again. Raises OSError."""
     stores = [store for store in _written(image) if isinstance(store, HostStore)]
-    await trio.to_thread.run_sync(lambda: [store.lock(exclusive=False) for store in stores])
+
+    def unlock() -> None:
+        for store in stores:
+            store.lock(exclusive=False)
+        let_fill(image)
+
+    await trio.to_thread.run_sync(unlock)
+
+
+def let_fill(image: Image) -> None:
+    """It is only read: others may fill it with copies from now on. May wait for a server. Raises OSError."""
+    if isinstance(image.meta, HostFile):
+        image.meta.file_lock.let_fill()
 
 
 def is_asked_for(image: Image) -> bool:

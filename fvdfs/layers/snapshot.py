@@ -29,8 +29,7 @@ from fvdfs.errors import FormatError, UsageError
 from fvdfs.image.chain import open_alone
 from fvdfs.image.core import damaged_layers
 from fvdfs.image.image import Image
-from fvdfs.image.loading import load_chain
-from fvdfs.image.locking import lock_for_writing
+from fvdfs.image.loading import load_chain, lock_to_write
 from fvdfs.image.policy import Policy
 from fvdfs.image.tree import SUFFIX, Tree, identity_at
 from fvdfs.layers.newtop import new_top, refuse_losses, write_top
@@ -175,7 +174,7 @@ async def opened_alone(path: str, policy: Policy) -> AsyncIterator[tuple[Image, 
             raise FormatError(name, f"{damage}; fvdfs check {name} says what is lost")
         assert isinstance(image.meta, HostFile)
         mtime_ns = image.meta.status().st_mtime_ns
-        await lock_for_writing(image)
+        await lock_to_write(image, policy)
         await image.begin_writing(accept_unclean=policy.accept_unclean)
         await image.end_writing()
         await image.meta.keep_mtime(mtime_ns)

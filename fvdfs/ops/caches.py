@@ -17,6 +17,7 @@ from typing import Any
 
 import trio
 
+from fvdfs.errors import ImageError
 from fvdfs.image.bases import Bases
 from fvdfs.image.core import Core
 from fvdfs.image.image import Image
@@ -52,13 +53,16 @@ class Caches:
         bases.before_closing = self._end
 
     async def begin(self, image: Image) -> None:
-        """An image was opened: begin what those below it want done, if nobody has yet. Raises ImageError, OSError."""
+        """An image was opened: begin what those below it want done, if nobody has yet. Failures go to the log."""
         layer = image.base
         while isinstance(layer, Image):
             if layer.writable and layer not in self._caches and self._background.spawn is not None:
                 cache = self._caches[layer] = Cache(layer)
                 self._background.spawn(functools.partial(_make_stable, cache))
-                await self._background.begin(cache, layer)
+                try:
+                    await self._background.begin(cache, layer)
+                except (ImageError, OSError) as error:
+                    log.error("%s: it is not prefetched: %s", layer.name, error)
             layer = layer.base
 
     def of(self, file: Identity) -> Cache | None:

@@ -273,7 +273,7 @@ class Filesystem(pyfuse3.Operations):
             if wanted == xattrs.PID:
                 return str(os.getpid()).encode()
             if wanted == xattrs.STATUS:
-                return json.dumps(self.openings.caches.status()).encode()
+                return json.dumps({"caches": self.openings.caches.status()}).encode()
             raise FUSEError(pyfuse3.ENOATTR)
         if wanted == xattrs.MAP:
             return await self._map(inode)

@@ -15,7 +15,8 @@ import trio
 
 from fvdfs.errors import ImageBusy, ImageError
 from fvdfs.image.image import Image
-from fvdfs.image.locking import is_asked_for, lock_for_writing, unlock_for_writing
+from fvdfs.image.loading import lock_to_write
+from fvdfs.image.locking import is_asked_for, unlock_for_writing
 from fvdfs.image.policy import Policy
 from fvdfs.ops.background import Background, stop_prefetching
 from fvdfs.ops.inodes import Entry
@@ -28,7 +29,7 @@ KEEP_RETRY = 5.0  # seconds before a busy image is tried again
 
 async def begin_writing(entry: Entry, image: Image, policy: Policy, background: Background) -> None:
     """Make an image writable, and begin what it wants done then. Raises ImageBusy, ImageError, OSError."""
-    await lock_for_writing(image)
+    await lock_to_write(image, policy)
     await image.begin_writing(accept_unclean=policy.accept_unclean)
     await background.begin(entry, image)
 

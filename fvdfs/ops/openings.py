@@ -26,6 +26,7 @@ from fvdfs.image.chain import Chain, open_chain
 from fvdfs.image.core import Core, damaged_layers, stores_of
 from fvdfs.image.image import Image
 from fvdfs.image.loading import load_chain
+from fvdfs.image.locking import let_fill
 from fvdfs.image.policy import HostStore
 from fvdfs.ops.background import Background, stop_prefetching
 from fvdfs.ops.caches import Caches
@@ -97,6 +98,8 @@ class Openings:
                     entry.for_writing = True
                 elif keep_copies and fresh:
                     await self._keeping.begin(entry, entry.image)
+                if not entry.image.writable:
+                    await trio.to_thread.run_sync(let_fill, entry.image)
                 if fresh:
                     entry.passthrough = await self.passthroughs.begin(entry.image, entry.mtime)
                 if isinstance(entry.passthrough, Passthrough):
@@ -148,8 +151,8 @@ class Openings:
 
     def _open_chain(self, path: bytes) -> tuple[os.stat_result, Chain]:
         with self._policy.walker.looking(patient=True):
-            status = self._policy.walker.stat(path)
-            return status, open_chain(os.fsdecode(path), self._policy, keep_copies=self._policy.writable)
+            status, writable = self._policy.walker.stat(path), self._policy.writable
+            return status, open_chain(os.fsdecode(path), self._policy, to_write=writable, keep_copies=writable)
 
     async def _have_pages_right(self, entry: Entry, snapshot: Snapshot | None) -> bool:
         """Whether the kernel's cached pages of an image just loaded are valid; invalid ones are dropped first."""

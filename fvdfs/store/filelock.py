@@ -16,6 +16,8 @@ writer looks there now and then (`is_asked_for`) and becomes a reader.
 
 A base image may be filled with copies of its own base while others read it, who take what is there and the rest from
 below it: what it reads as does not change. Whoever does this has the locks of a reader, and a fifth byte for himself.
+Who has read the metadata of such a file, and then writes to it, has to know that it is as it was: nobody fills it while
+he holds that byte, too; otherwise he reads it again.
 
 The kernel may have a file to write to by itself (`ops/passthrough.py`), and for longer than our process lives. So the
 opening that it has holds a lock of its own, on a fourth byte, shared or exclusive as ours is. Whoever takes the lock
@@ -80,6 +82,8 @@ class FileLock:
         self._lent = -1
         """The descriptor of the opening that the kernel has."""
         self._qemu: frozenset[int] = frozenset()
+        self.is_unfilled = False
+        """Whether nobody can have filled the file with copies since `keep_unfilled`."""
         self.with_qemu = True
         """Whether QEMU's locks are taken and respected."""
         self.is_remote = False
@@ -109,13 +113,32 @@ class FileLock:
 
     def take_copying(self) -> bool:
         """Be the only one who fills the file with copies; whether that is so. Raises OSError."""
+        return self._set_copying(fcntl.F_WRLCK, where_no_locks=False)
+
+    def keep_unfilled(self) -> None:
+        """Have nobody fill the file with copies, unless somebody does so already. Raises OSError."""
+        self.is_unfilled = self._set_copying(fcntl.F_RDLCK, where_no_locks=True)
+
+    def let_fill(self) -> None:
+        """Undo `keep_unfilled`. Raises OSError."""
+        if self.is_unfilled:
+            self._set_copying(fcntl.F_UNLCK, where_no_locks=True)
+            self.is_unfilled = False
+
+    def _set_copying(self, kind: int, *, where_no_locks: bool) -> bool:
         try:
-            self._set(fcntl.F_WRLCK, _COPYING)
+            self._set(kind, _COPYING)
         except OSError as error:
-            if error.errno in (*_NO_LOCKS, *_HELD):
+            if error.errno in _NO_LOCKS:
+                return where_no_locks
+            if error.errno in _HELD:
                 return False
             raise
         return True
+
+    def is_being_filled(self) -> bool:
+        """Whether another opening fills the file with copies. Raises OSError."""
+        return self._is_held(_COPYING)
 
     def lend(self, descriptor: int) -> None:
         """The kernel gets another opening of the file, which holds a lock from now on, of the kind that ours has.

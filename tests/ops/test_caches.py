@@ -192,3 +192,29 @@ def test_nobody_else_writes_what_others_stand_on(images: Path, template: Templat
         with pytest.raises(OSError, match="busy"):
             open(mount.raw("cache"), "r+b")
         assert read_at(mount.raw("cache"), 0, 512) == template.data[:512]
+        done = fvdfs("check", images / "cache.fvd")
+        assert done.code == 1
+        assert "a mount fills it with what its disks read; unmount that first" in done.err
+
+
+def test_a_base_of_a_cache_that_fails_costs_no_disk_its_local_blocks(images: Path, template: Template) -> None:
+    with serve(images, template) as mount, open(mount.raw("a"), "rb") as disk:
+        assert os.pread(disk.fileno(), MIB, 0) == template.data[:MIB]
+        subprocess.run(["pkill", "-f", str(template.socket)], check=True)
+        with open(mount.raw("b"), "rb") as other:
+            assert os.pread(other.fileno(), MIB, 0) == template.data[:MIB]
+            with pytest.raises(OSError, match="rror"):
+                os.pread(other.fileno(), MIB, 4 * MIB)
+
+
+def test_no_image_is_made_over_a_disk_that_somebody_writes(images: Path, template: Template) -> None:
+    must("create", images / "vm.fvd", "1M")
+    with serve(images, template) as mount, open(mount.raw("vm"), "r+b"):
+        for command in (
+            ("create", images / "new.fvd", "--base", "vm.fvd"),
+            ("clone", images / "vm.fvd", images / "new"),
+        ):
+            done = fvdfs(*command)
+            assert done.code == 1
+            assert "or let the new image stand on a snapshot of it" in done.err
+        must("create", images / "new.fvd", "--base", "cache.fvd")
