@@ -9,6 +9,8 @@ nobody can find.
 from __future__ import annotations
 
 import os
+import stat
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -20,6 +22,9 @@ from fvdfs.store.host import Identity, identity_of
 from fvdfs.store.locations import is_local
 
 SUFFIX = ".fvd"
+_SETTLED = (
+    3_000_000_000  # ns after which the next change of a file gets another time, where times are whole seconds, too
+)
 
 
 def identity_at(path: str) -> Identity | None:
@@ -47,6 +52,8 @@ class Node:
     """None: it stands on nothing, on what is missing, or on what is no file of this host."""
     data_identity: Identity | None
     """That of its data file, where that is a file of this host."""
+    signature: tuple[int, ...] = ()
+    """Of a file whose next change will show in it; empty: it may not."""
 
     @property
     def stands_on_image(self) -> bool:
@@ -57,8 +64,11 @@ class Node:
 class Tree:
     """Of the images of a folder as they are now."""
 
-    def __init__(self, folder: str) -> None:
-        """Raises OSError where the folder cannot be read."""
+    def __init__(self, folder: str, before: Tree | None = None) -> None:
+        """`before`: of the same folder, whose headers still count where a file has not changed since.
+
+        Raises OSError where the folder cannot be read.
+        """
         self.folder = folder or "."
         self.nodes: dict[str, Node] = {}
         """The images, by path, in the order of their names."""
@@ -71,7 +81,8 @@ class Tree:
             if name.endswith(SUFFIX):
                 path = os.path.join(folder, name)
                 try:
-                    self.nodes[path] = self._note(_look(path, self._policy))
+                    known = before.nodes.get(path) if before is not None else None
+                    self.nodes[path] = self._note(_look(path, self._policy, known))
                 except (NotFvd, FileNotFoundError):
                     continue
                 except (FvdError, OSError) as error:
@@ -121,10 +132,15 @@ class Tree:
         return node
 
 
-def _look(path: str, policy: Policy) -> Node:
+def _look(path: str, policy: Policy, known: Node | None = None) -> Node:
     """Raises ImageError, OSError."""
-    layer = top_layer(path, policy)
-    header, status = layer.header, os.stat(path)
+    status = os.stat(path)
+    signature = _signature(status)
+    if known is not None and known.signature and known.signature == signature:
+        header, identity = known.header, known.identity
+    else:
+        layer = top_layer(path, policy)
+        header, identity = layer.header, layer.meta.identity
     base, base_identity, data_identity = header.base_img if header.has_base else "", None, None
     if base and is_local(base):
         base = resolve(path, base)
@@ -135,4 +151,11 @@ def _look(path: str, policy: Policy) -> Node:
         data_identity = identity_at(data)
         if data_identity is not None:
             usage += os.stat(data).st_blocks * 512
-    return Node(path, layer.meta.identity, header, usage, status.st_mtime_ns, base, base_identity, data_identity)
+    return Node(path, identity, header, usage, status.st_mtime_ns, base, base_identity, data_identity, signature)
+
+
+def _signature(status: os.stat_result) -> tuple[int, ...]:
+    """What changes with a file (`Node.signature`)."""
+    if stat.S_ISBLK(status.st_mode) or time.time_ns() - status.st_ctime_ns < _SETTLED:
+        return ()
+    return status.st_dev, status.st_ino, status.st_mtime_ns, status.st_ctime_ns, status.st_size

@@ -175,8 +175,8 @@ class Folder:
 
     def _moved(self, path: bytes, status: os.stat_result) -> Entry | None:
         """The open image whose file now has this path, and not its own any more: somebody has renamed it."""
-        for entry in self.inodes.all():
-            if entry.busy and entry.path != path and same_file(status, entry.status):
+        for entry in tuple(self.inodes.busy):  # at once: the event loop changes it meanwhile
+            if entry.path != path and same_file(status, entry.status):
                 try:
                     at_its_path = self.policy.walker.stat(entry.path)
                 except FileNotFoundError:

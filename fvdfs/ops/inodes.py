@@ -174,6 +174,8 @@ class Inodes:
     def __init__(self) -> None:
         self._shown: dict[bytes, Entry] = {}
         self._by_number: dict[int, Entry] = {}
+        self.busy: set[Entry] = set()
+        """Those that are (`Entry.busy`)."""
 
     # --- by path ----------------------------------------------------------------------------------
 

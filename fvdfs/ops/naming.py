@@ -69,6 +69,7 @@ class Naming:
     def __init__(self, folder: Folder, permitted: Permitted) -> None:
         self._folder = folder
         self._permitted = permitted
+        self._tree: Tree | None = None
 
     # --- making -----------------------------------------------------------------------------------
 
@@ -136,7 +137,7 @@ class Naming:
 
     def _rename(self, entry: Entry, path: bytes, *, replace: bool) -> os.stat_result | None:
         """Blocks. What the file is then; None where it is no more what was known of it."""
-        tree = self._tree()
+        tree = self._look_at_tree()
         _refuse_ground(tree, entry.path)
         before = os.stat(entry.path)
         data_file = ""
@@ -162,15 +163,17 @@ class Naming:
             self._folder.inodes.hide(entry)
 
     def _remove(self, path: bytes) -> None:
-        tree = self._tree()
+        tree = self._look_at_tree()
         _refuse_ground(tree, path)
         data_file = _own_data_file(tree, path)
         os.unlink(path)
         sync_folder(os.fsdecode(self._folder.path))
         _unlink_data(data_file)
 
-    def _tree(self) -> Tree:
-        return Tree(os.fsdecode(self._folder.path))
+    def _look_at_tree(self) -> Tree:
+        """Who stands on what now. Of a thousand images, only those that have changed are read. Blocks."""
+        self._tree = Tree(os.fsdecode(self._folder.path), self._tree)
+        return self._tree
 
     def _path(self, name: bytes) -> bytes:
         """The image file for a name in the mount. Raises NotPermittedHere, OSError(ENAMETOOLONG)."""

@@ -145,6 +145,7 @@ class Openings:
         entry.mtime.begin(top.meta, changed_ns, spawn if data_elsewhere else None)
         entry.data_mtime_ns = 0
         entry.busy = True
+        self._inodes.busy.add(entry)
         entry.for_writing = False
         entry.unloaded = trio.Event()
         return image, snapshot
@@ -200,6 +201,7 @@ class Openings:
                 await image.close()
                 entry.closing = None
                 entry.busy = False
+                self._inodes.busy.discard(entry)
                 if entry.misjudged:
                     self._inodes.hide(entry)
 

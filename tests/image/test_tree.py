@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 from fvdfs.format.creation import CreateOptions
+from fvdfs.image import chain, tree
+from fvdfs.image.policy import Policy
 from fvdfs.image.tree import Node, Tree
 from support.builder import KIB, create
 from support.mounts import fvdfs, mounted, must
@@ -138,3 +140,26 @@ def test_snapshots_of_what_is_no_image(folder: Path, name: str, text: str) -> No
     done = fvdfs("snapshots", folder / name)
     assert (done.code, done.out) == (2, "")
     assert text in done.err
+
+
+def test_a_tree_reads_again_what_has_changed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[str] = []
+
+    def top_layer(path: str, policy: Policy) -> chain.Layer:
+        read.append(os.path.basename(path))
+        return chain.top_layer(path, policy)
+
+    monkeypatch.setattr(tree, "top_layer", top_layer)
+    Tree(str(folder), Tree(str(folder)))
+    assert read.count("a.fvd") == 2  # too new: a second change may get the same time
+    monkeypatch.setattr(tree, "_SETTLED", 0)
+    before = Tree(str(folder))
+    read.clear()
+    (folder / "c.fvd").unlink()
+    image(folder / "c.fvd", "alone.fvd", base_format="fvd")
+    now = Tree(str(folder), before)
+    assert [name for name in read if name in names(list(now.nodes.values()))] == ["c.fvd"]
+    assert names(now.children(str(folder / "alone.fvd"))) == ["c.fvd"]
+    assert names(now.children(str(folder / "a.fvd"))) == ["b.fvd"]
+    (folder / "alone.fvd").rename(folder / "new.fvd")  # what the name of a base leads to is looked at each time
+    assert names(Tree(str(folder), now).children(str(folder / "new.fvd"))) == []
