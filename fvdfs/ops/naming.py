@@ -93,7 +93,7 @@ class Naming:
         """Wait until a new disk that its maker has closed is what it is going to be."""
         file_name = image_name(name)
         entry = self._folder.inodes.at(os.path.join(self._folder.path, file_name)) if file_name else None
-        if entry is not None and entry.settling is not None:
+        if entry is not None and entry.blank and entry.settling is not None:
             with trio.move_on_after(SETTLING):
                 await entry.settling.wait()
 

@@ -7,6 +7,7 @@ import os
 import random
 import signal
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -245,3 +246,18 @@ def test_a_template_that_somebody_writes(folder: Path, template: Path) -> None:
     with mounted(folder) as mount, open(mount.raw("disk"), "r+b"):
         refused(fvdfs("clone", folder / "disk.fvd", "a", "--into", folder), "disk.fvd", code=1)
         refused(fvdfs("clone", mount.raw("disk"), "a", "--into", folder), "name the image that it shows")
+
+
+def test_killed_at_any_moment(folder: Path, template: Path) -> None:
+    """What has its name is whole."""
+    for after in range(0, 800, 190):
+        command = [*FVDFS, "clone", str(template), "vm", "-n", "400", "--into", str(folder)]
+        with running(*command, stderr=subprocess.PIPE) as process:
+            deadline = time.monotonic() + 30
+            while sum(name.startswith("vm") + 1 for name in names(folder)) < after and process.poll() is None:
+                assert time.monotonic() < deadline
+        for name in names(folder):
+            if name.startswith("vm"):
+                assert header(folder / name).base_img == str(template)
+                assert os.stat(folder / name).st_size == header(folder / name).metadata_size + len(CONTENT)
+            (folder / name).unlink()

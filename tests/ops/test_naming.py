@@ -14,7 +14,7 @@ import pytest
 from fvdfs.format.header import Header
 from fvdfs.store.placing import give_name
 from support.devices import small_disk
-from support.mounts import MIB, Mount, fvdfs, mounted, must, wait_for_log, wait_until
+from support.mounts import MIB, Mount, fvdfs, mounted, must, running, wait_for_log, wait_until
 from support.reference import read_disk
 from support.servers import nbd_server
 
@@ -350,3 +350,17 @@ def test_a_template_that_is_gone(folder: Path, template: Path) -> None:
         make(mount.raw("a"))
         assert not mount.raw("a").exists() or error_of(mount.raw("a").read_bytes) == errno.EIO
         wait_for_log(mount, str(template))
+
+
+def test_a_mount_that_is_killed_leaves_whole_disks(folder: Path, template: Path) -> None:
+    with mounted(folder, *standing_on(template)) as mount:
+        for round in range(2):
+            script = f"for i in $(seq 100); do : > {mount.point}/r{round}-$i.raw; done"
+            with running("sh", "-c", script, stderr=subprocess.DEVNULL):
+                wait_until(lambda: len(os.listdir(folder)) > 20 * (round + 1))  # noqa: B023  it ends before the next
+                mount.kill()
+            mount.mount()
+            shown = {name.removesuffix(".raw") for name in os.listdir(mount.point)}
+            made = {name.removesuffix(".fvd") for name in os.listdir(folder) if not name.startswith(".")}
+            assert shown == made
+            assert {mount.raw(name).stat().st_size for name in sorted(made)[:-1]} <= {0, len(TEMPLATE)}
