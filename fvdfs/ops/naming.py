@@ -102,15 +102,16 @@ class Naming:
         try:
             async with entry.lock:
                 if entry.blank and not entry.opens and self._folder.inodes.shows(entry):
-                    entry.blank = False
                     await self._stand_on_template(entry)
                     self._folder.inodes.hide(entry)
         except (OSError, UsageError) as error:
             log.error("%s: stays empty, and is no clone of the template: %s", os.fsdecode(entry.path), error)
         finally:
-            if entry.settling is not None and not entry.opens:
-                entry.settling.set()
-                entry.settling = None
+            if not entry.opens:
+                entry.blank = False
+                if entry.settling is not None:
+                    entry.settling.set()
+                    entry.settling = None
 
     async def _stand_on_template(self, entry: Entry) -> None:
         template = self._permitted.template
