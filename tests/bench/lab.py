@@ -18,7 +18,6 @@ import random
 import re
 import shutil
 import socket
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -203,15 +202,18 @@ def new_images(work: Path, urls: Sequence[str], *create: str | Path) -> Path:
     return folder
 
 
+ALLOW_URLS = "allow_url=nbd+unix:///"
+
+
 @contextmanager
-def mounted(folder: Path, options: str = "allow_url=nbd+unix:///") -> Iterator[list[Disk]]:
-    """Its disks, as long as it is mounted."""
+def mount(folder: Path, options: str = ALLOW_URLS) -> Iterator[Path]:
+    """Where it is mounted."""
     point, log = folder.with_suffix(".mnt"), folder.with_suffix(".log")
     point.mkdir(exist_ok=True)
     command(*FVDFS, "mount", folder, point, "--log-file", log, "-o", options)
     pid = int(os.getxattr(point, "user.fvdfs.pid"))
     try:
-        yield [_fvdfs_disk(point / f"{number}.raw") for number in range(len(list(folder.glob("*.fvd"))))]
+        yield point
     finally:
         try:
             command(*FVDFS, "umount", point)
@@ -222,7 +224,16 @@ def mounted(folder: Path, options: str = "allow_url=nbd+unix:///") -> Iterator[l
                 os.kill(pid, 9)
 
 
-def _fvdfs_disk(path: Path) -> Disk:
+@contextmanager
+def mounted(folder: Path, options: str = ALLOW_URLS) -> Iterator[list[Disk]]:
+    """Its disks, as long as it is mounted."""
+    with mount(folder, options) as point:
+        yield [fvdfs_disk(point / f"{number}.raw") for number in range(len(list(folder.glob("*.fvd"))))]
+
+
+def fvdfs_disk(path: Path) -> Disk:
+    """A disk in a mount."""
+
     def done() -> bool:
         status = json.loads(os.getxattr(path, "user.fvdfs.status"))
         return bool(status["local_bytes"] >= status["base_size"])
@@ -367,26 +378,3 @@ def boot_guest(disk: str | Path, initrd: Path, checksum: str, drive: str = "") -
     if found["SUM"] != checksum:
         raise RuntimeError(f"{disk}: the guest has read something else than the base holds")
     return whole, float(found["READ"]) - float(found["READING"])
-
-
-class Report:
-    """Figures of fvdfs and others, and the bounds that those of fvdfs should keep ("<= 1"); medians of all rounds."""
-
-    def __init__(self) -> None:
-        self.figures: dict[tuple[str, str, str], dict[str, list[float]]] = {}
-
-    def add(self, what: str, unit: str, who: str, value: float, goal: str = "") -> None:
-        self.figures.setdefault((what, unit, goal), {}).setdefault(who, []).append(value)
-        print(f"{what}: {who} {value:.4g} {unit}", file=sys.stderr, flush=True)
-
-    def table(self) -> str:
-        lines = ["| | unit | fvdfs | goal | | others |", "|---|---|---|---|---|---|"]
-        for (what, unit, goal), values in self.figures.items():
-            others = {who: f"{statistics.median(each):.4g}" for who, each in values.items()}
-            mine, verdict = others.pop("fvdfs", ""), ""
-            if goal and mine:
-                value, bound = float(mine), float(goal.split()[1])
-                verdict = "ok" if (value <= bound if goal.startswith("<") else value >= bound) else "**missed**"
-            rest = ", ".join(f"{who} {value}" for who, value in others.items())
-            lines.append(f"| {what} | {unit} | {mine} | {goal} | {verdict} | {rest} |")
-        return "\n".join(lines)

@@ -24,7 +24,6 @@ Needs root, a machine that is otherwise idle, fio, nbdkit, libnbd-bin, qemu-util
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import subprocess
 import sys
@@ -40,7 +39,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from bench import lab
-from bench.lab import MIB, Disk, Link, Ranges, Read, Report, Server, serve
+from bench.lab import MIB, Disk, Link, Ranges, Read, Server, serve
+from bench.report import Report
 from support.guest import CommandError, build_initrd
 
 SLOW_LINK: Link = (50_000_000, 0)
@@ -63,6 +63,8 @@ class Bench:
     seconds: float
     who: Sequence[str]
     report: Report
+    guest_size: tuple[int, int] = (512 * MIB, 64 * MIB)
+    """Bytes of a guest's disk, and what its boot reads of them."""
 
     @cached_property
     def initrd(self) -> Path:
@@ -72,7 +74,7 @@ class Bench:
     def guest(self) -> tuple[Path, str]:
         """A guest's disk, and the checksum of what its boot reads."""
         disk = self.work / "guest.raw"
-        return disk, lab.make_guest_disk(disk, 512 * MIB, 64 * MIB)
+        return disk, lab.make_guest_disk(disk, *self.guest_size)
 
     @cached_property
     def trace(self) -> Ranges:
@@ -286,11 +288,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=20, help="of each run of measurement 3")
     parser.add_argument("--work", type=Path, help="a folder on the disk to measure (default: the temporary folder)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there, too")
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="keep the figures there, and count those that are there"
+    )
     arguments = parser.parse_args()
     if os.getloadavg()[0] > 0.5:
         print(f"others are at work here (load average {os.getloadavg()[0]}): figures will vary", file=sys.stderr)
-    report, failed = Report(), []
+    report, failed = Report(arguments.json), []
     with tempfile.TemporaryDirectory(dir=arguments.work, prefix="prefetch-") as name:
         bench = Bench(Path(name), arguments.seconds, arguments.who.split(","), report)
         for number in map(int, arguments.only.split(",") * arguments.rounds):
@@ -300,8 +304,6 @@ def main() -> None:
                 traceback.print_exc()
                 failed.append(number)
     print(report.table())
-    if arguments.json:
-        arguments.json.write_text(json.dumps([[*key, values] for key, values in report.figures.items()], indent=1))
     if failed:
         sys.exit(f"failed: {failed}")
 

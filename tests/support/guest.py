@@ -199,6 +199,19 @@ def drive(disk: Path, cache: str) -> list[str]:
     return ["-drive", f"file={name},format=raw,if=virtio,cache={cache}"]
 
 
+def boot_arguments(disk: Path, initrd: Path, cache: str) -> list[str | Path]:
+    """QEMU's arguments to boot a guest with a raw file as its disk; `cache` as in `drive`."""
+    kernel, _ = find_kernel()
+    # Always emulated: that /dev/kvm can be opened does not mean that guests run under it.
+    return [
+        "-accel", "tcg", "-cpu", "max", "-m", "256", "-nographic", "-no-reboot", "-nic", "none",
+        "-kernel", kernel,
+        "-initrd", initrd,
+        "-append", "console=ttyS0 panic=-1 quiet",
+        *drive(disk, cache),
+    ]  # fmt: skip
+
+
 def boot(
     disk: Path,
     initrd: Path,
@@ -215,18 +228,7 @@ def boot(
     seconds (it is killed then) or, with `check`, if its kernel panicked or its script did not
     end with exit status 0. `extra_args` are further arguments for QEMU, such as more drives (/dev/vdb, ...).
     """
-    kernel, _ = find_kernel()
-    # Always emulated: that /dev/kvm can be opened does not mean that guests run under it.
-    output = run(
-        "qemu-system-x86_64",
-        "-accel", "tcg", "-cpu", "max", "-m", "256", "-nographic", "-no-reboot", "-nic", "none",
-        "-kernel", kernel,
-        "-initrd", initrd,
-        "-append", "console=ttyS0 panic=-1 quiet",
-        *drive(disk, cache),
-        *extra_args,
-        timeout=timeout,
-    )  # fmt: skip
+    output = run("qemu-system-x86_64", *boot_arguments(disk, initrd, cache), *extra_args, timeout=timeout)
     log = output.replace("\r", "")
     finished = re.search(r"^GUEST-EXIT 0$", log, re.MULTILINE)
     if check and ("Kernel panic" in log or not finished):
