@@ -317,6 +317,23 @@ def _parser() -> argparse.ArgumentParser:
     snapshot.add_argument("disk", metavar="DISK", help="an image that is not open, or a raw file in a mount")
     snapshot.add_argument("name", metavar="NAME", nargs="?", default="", help="default: the next number")
 
+    delete = commands.add_parser("delete", help="delete a snapshot; what stands on it takes over what it needs")
+    delete.set_defaults(run=_delete)
+    delete.add_argument("image", metavar="SNAPSHOT", help="DISK@NAME.fvd; what stands on it must not be open")
+    _add_names(delete, _URLS)
+    _add_secret(delete)
+
+    commit = commands.add_parser("commit", help="write what an image stores into the FVD image that it stands on")
+    commit.set_defaults(run=_commit)
+    commit.add_argument("image", metavar="IMAGE", help="not open; it is empty afterwards, and shows the same")
+    _add_names(commit, _URLS)
+    _add_secret(commit)
+
+    revert = commands.add_parser("revert", help="go back to a snapshot: what was written since is lost")
+    revert.set_defaults(run=_revert)
+    revert.add_argument("image", metavar="IMAGE", help="of a disk that is not open")
+    revert.add_argument("name", metavar="NAME", nargs="?", default="", help="default: what it stands on")
+
     snapshots = commands.add_parser("snapshots", help="show which images stand on which")
     snapshots.set_defaults(run=_snapshots)
     snapshots.add_argument("disk", metavar="DISK|DIR", help="an image, a raw file in a mount, or a folder of images")
@@ -629,6 +646,24 @@ def _snapshot(arguments: argparse.Namespace) -> int:
     from fvdfs.commands.snapshot import run
 
     return run(arguments.disk, arguments.name)
+
+
+def _delete(arguments: argparse.Namespace) -> int:
+    from fvdfs.commands.layers import run_delete
+
+    return run_delete(arguments.image, options=arguments.options, secret=arguments.secret)
+
+
+def _commit(arguments: argparse.Namespace) -> int:
+    from fvdfs.commands.layers import run_commit
+
+    return run_commit(arguments.image, options=arguments.options, secret=arguments.secret)
+
+
+def _revert(arguments: argparse.Namespace) -> int:
+    from fvdfs.commands.layers import run_revert
+
+    return run_revert(arguments.image, arguments.name)
 
 
 def _snapshots(arguments: argparse.Namespace) -> int:

@@ -115,9 +115,7 @@ class Chain:
 
     def keys(self) -> list[Key]:
         """What tells apart the bases: of each image but the top, then of the base under the last one."""
-        found: list[Key] = [
-            (FVD_FORMAT, str(layer.meta.identity), os.path.dirname(layer.path)) for layer in self.layers[1:]
-        ]
+        found = [image_key(layer.meta, layer.path) for layer in self.layers[1:]]
         if self.base is not None and not self.base.writable:
             found.append((self.layers[-1].base_format, str(self.base.identity), ""))
         return found
@@ -138,6 +136,11 @@ class Chain:
         """Close every file."""
         for store in self.stores():
             await store.aclose()
+
+
+def image_key(meta: HostFile, path: str) -> Key:
+    """That of an FVD image as a base."""
+    return FVD_FORMAT, str(meta.identity), os.path.dirname(path)
 
 
 def open_chain(
@@ -340,10 +343,14 @@ def _open_layer(path: str, meta: HostFile, policy: Policy, *, writable: bool, wi
     return Layer(path, meta, data, header, bytes(raw))
 
 
+def wants_copies(header: Header) -> bool:
+    """Whether an image asks for copies of its base: on read, or by prefetching all."""
+    return header.has_base and (bool(header.copy_on_read) or header.prefetch_start_delay > 0)
+
+
 def _prepare_for_copies(layer: Layer, policy: Policy) -> None:
     """Open the files of a base image for writing, if it wants to keep what is read of its own base, and may."""
-    header = layer.header
-    if not header.has_base or not (header.copy_on_read or header.prefetch_start_delay > 0):
+    if not wants_copies(layer.header):
         return
     stores = [layer.meta] if layer.data is layer.meta else [layer.meta, layer.data]
     opened: list[HostFile] = []

@@ -109,7 +109,6 @@ def _swap(image: Image, top: Core, name: str, make: Callable[..., Image]) -> Ima
 async def _close(below: Core) -> None:
     """Step 7."""
     try:
-        await below.storage.stop_growing()
         await below.committer.close()
     except OSError as error:
         log.warning("%s: is not closed, so that its journal is replayed whenever it is read: %s", below.name, error)

@@ -5,9 +5,9 @@ It is laid out as the old one is: flat or compact, chunks, blocks and journal of
 - Its data is in its own file, also where the old one has a data file: the name of that is taken.
 - Where the old one has no blocks, because it has no base, they are of 4 KiB, the unit in which guests write: then few
   writes have to read what they do not cover. Larger disks get larger ones, as the format's default says.
-- It copies what it reads (copy-on-read) only where the old one did and still needs its base. Else all that it reads is
-  on this host already. Such a copy is also made of what the old one stores, which then takes its space twice.
-- It never prefetches: that would copy all of the snapshot as well. `fvdfs prefetch` does it on demand.
+- It neither copies what it reads nor prefetches. What the old one stores is on this host already. What that still needs
+  of its own base, the old one goes on to copy and to prefetch, as a base image (`ops/caches.py`), if it did so before.
+  Copies in the new top would take their space twice, with all that the old one stores.
 """
 
 from __future__ import annotations
@@ -15,13 +15,15 @@ from __future__ import annotations
 import os
 
 from fvdfs.cow.writethrough import MODES
+from fvdfs.daemon import undisturbed
 from fvdfs.errors import UsageError
 from fvdfs.format.creation import CreateOptions, default_block_size
 from fvdfs.format.header import DEFAULT_PROFILE_ROOM, PAGE, Header
 from fvdfs.image.making import NewImage, new_image
 from fvdfs.image.policy import FVD_FORMAT
-from fvdfs.store.host import HostFile
-from fvdfs.store.placing import make_unnamed, take_permissions
+from fvdfs.image.tree import identity_at
+from fvdfs.store.host import HostFile, Identity
+from fvdfs.store.placing import make_unnamed, sync_folder, take_permissions
 from fvdfs.store.references import LUKS
 
 
@@ -48,7 +50,6 @@ def new_top(old: Header, base: str) -> NewImage:
         chunk_size=old.chunk_size if old.compact else 0,
         grow_unit=old.storage_grow_unit if old.compact else 0,
         journal_size=old.journal_size if had_metadata else None,
-        copy_on_read=bool(old.has_base and old.copy_on_read),
         profile_room=DEFAULT_PROFILE_ROOM,
     )
     return new_image(size, size, options)
@@ -76,3 +77,26 @@ def write_top(image: str, new: NewImage, old: HostFile, mtime_ns: int) -> tuple[
         os.close(descriptor)
         os.unlink(place)
         raise
+
+
+def replace(place: str, image: str, identity: Identity) -> None:
+    """Rename a new top to the image, which has this identity. Blocks.
+
+    Raises UsageError where somebody has replaced the image, OSError.
+    """
+    if identity_at(image) != identity:
+        raise UsageError(f"{image}: was replaced by somebody else meanwhile")
+    os.rename(place, image)
+
+
+def replace_by_new(image: str, new: NewImage, old: HostFile, mtime_ns: int) -> None:
+    """Have a new top take the place of the image, stable, in one step. Blocks. Raises as `write_top` and `replace`."""
+    with undisturbed():
+        top, place = write_top(image, new, old, mtime_ns)
+        top.close()
+        try:
+            replace(place, image, old.identity)
+        except BaseException:
+            os.unlink(place)
+            raise
+        sync_folder(os.path.dirname(image))

@@ -32,7 +32,7 @@ from fvdfs.image.image import Image
 from fvdfs.image.loading import load_chain, lock_to_write
 from fvdfs.image.policy import Policy
 from fvdfs.image.tree import SUFFIX, Tree, identity_at
-from fvdfs.layers.newtop import new_top, refuse_losses, write_top
+from fvdfs.layers.newtop import new_top, refuse_losses, replace, write_top
 from fvdfs.store.host import HostFile, Identity
 from fvdfs.store.placing import sync_folder
 
@@ -127,13 +127,6 @@ def remove_name(snapshot: str, identity: Identity) -> None:
     """Undo step 2, as far as that can be. Blocks."""
     if identity_at(snapshot) == identity:
         os.unlink(snapshot)
-
-
-def replace(place: str, image: str, identity: Identity) -> None:
-    """Step 3, but for making it stable. Blocks. Raises UsageError where somebody has replaced the image, OSError."""
-    if identity_at(image) != identity:
-        raise UsageError(f"{image}: was replaced by somebody else meanwhile")
-    os.rename(place, image)
 
 
 async def make_snapshot(image: str, name: str, policy: Policy) -> str:

@@ -22,7 +22,7 @@ import trio
 
 from fvdfs.errors import ImageBusy
 from fvdfs.image.bases import Bases
-from fvdfs.image.chain import Chain, open_chain
+from fvdfs.image.chain import Chain, image_key, open_chain, wants_copies
 from fvdfs.image.core import Core, damaged_layers, stores_of
 from fvdfs.image.image import Image
 from fvdfs.image.loading import load_chain
@@ -37,6 +37,7 @@ from fvdfs.ops.keeping import Keeping, begin_writing
 from fvdfs.ops.passthrough import Passthrough, Passthroughs
 from fvdfs.prefetch.prefetcher import status
 from fvdfs.store.base import Store
+from fvdfs.store.host import HostFile
 
 log = logging.getLogger(__name__)
 
@@ -164,6 +165,24 @@ class Openings:
             right = True
         entry.cached = snapshot
         return right
+
+    async def share(self, image: Image) -> None:
+        """What this image stands on was made under it, by a snapshot: others who stand on it find it open.
+
+        It goes on to copy from its own base, if it did as a disk. Raises ImageError, OSError.
+        """
+        below = image.base
+        assert isinstance(below, Image)
+        assert isinstance(below.meta, HostFile)
+        key = image_key(below.meta, below.name)
+        async with self._bases.changing([key]):
+            if self._bases.find(key) is None:
+                self._bases.add(key, below)
+            if wants_copies(below.header) and await trio.to_thread.run_sync(below.meta.file_lock.take_copying):
+                await below.begin_copies()
+            else:
+                await trio.to_thread.run_sync(let_fill, below)
+        await self.caches.begin(image)
 
     # --- closing ----------------------------------------------------------------------------------
 

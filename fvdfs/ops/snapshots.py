@@ -2,8 +2,8 @@
 
 The names in the folder change as `layers/snapshot.py` says, the image in memory as `image/stacking.py`. The kernel's
 pages stay right, since the content does not change; so does the inode number, although the file is another one.
-What copies from the base (copy-on-read, prefetching, a profile that is recorded) ends before, since the snapshot is
-never written again; the new top begins what its header asks for.
+What copies from the base (copy-on-read, prefetching, a profile that is recorded) ends before. Afterwards the snapshot
+goes on with it as a base image, which keeps its content.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from fvdfs.image.image import Image
 from fvdfs.image.loading import load_image
 from fvdfs.image.profiling import write_profile
 from fvdfs.layers import snapshot
-from fvdfs.layers.newtop import new_top, write_top
+from fvdfs.layers.newtop import new_top, replace, write_top
 from fvdfs.ops.background import stop_prefetching
 from fvdfs.ops.inodes import Entry
 from fvdfs.ops.openings import Openings
@@ -83,7 +83,7 @@ async def _make(openings: Openings, entry: Entry, image: Image, name: str) -> st
 
             async def rename() -> None:
                 nonlocal swapped
-                await _in_thread(snapshot.replace, place, path, old.identity)
+                await _in_thread(replace, place, path, old.identity)
                 swapped = True
 
             sync = functools.partial(_in_thread, sync_folder, os.path.dirname(path))
@@ -100,6 +100,10 @@ async def _make(openings: Openings, entry: Entry, image: Image, name: str) -> st
             await _in_thread(_remove, place, under, old)
         raise
     log.info("%s: snapshot %s", path, under)
+    try:
+        await openings.share(image)
+    except (FvdError, OSError) as error:
+        log.error("%s: what is read of its base is not kept: %s", under, error)
     return under
 
 
@@ -107,6 +111,7 @@ async def _load(openings: Openings, path: str, file: HostFile) -> Image:
     """The new top, empty and locked, without its base. Raises ImageBusy, OSError."""
     file.file_lock.with_qemu = openings.folder.policy.qemu_locks
     await _in_thread(file.lock, True)
+    await _in_thread(file.file_lock.keep_unfilled)
     raw = bytearray(HEADER_SPACE)
     await file.pread(memoryview(raw), 0)
     header = Header.decode(bytes(raw), path)

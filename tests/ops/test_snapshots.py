@@ -20,6 +20,7 @@ import trio
 
 from fvdfs.format.creation import CreateOptions
 from fvdfs.format.header import Header
+from fvdfs.layers import newtop
 from fvdfs.layers import snapshot as layers_snapshot
 from fvdfs.ops import snapshots
 from fvdfs.ops.snapshots import make_snapshot
@@ -27,7 +28,7 @@ from fvdfs.store.host import HostFile
 from support import reference
 from support.builder import KIB, create
 from support.kernel import Kernel
-from support.mounts import MIB, Mount, fvdfs, mounted, must, needs_passthrough
+from support.mounts import MIB, Mount, fvdfs, mounted, must, needs_passthrough, wait_until
 from support.served import BASE, CTX, ROOT, SIZE, Served
 from support.steps import killed_before
 
@@ -234,24 +235,36 @@ def test_another_file_system_is_not_asked(tmp_path: Path) -> None:
     assert "not a raw file of an fvdfs mount" in done.err
 
 
-def test_copies_end_with_the_old_image(tmp_path: Path) -> None:
-    """What was being prefetched or recorded for it ends; the new top copies on read, as the old one did."""
+def test_the_snapshot_goes_on_copying_from_its_base(tmp_path: Path) -> None:
+    """On read, and by prefetching. The new top copies nothing; another image on the snapshot finds what is there."""
     folder = tmp_path / "images"
     folder.mkdir()
     (folder / "base.raw").write_bytes(CONTENT)
-    base = ["--base", "base.raw", "--base-format", "raw", "--copy-on-read", "--prefetch-delay", "1000"]
+    base = ["--base", "base.raw", "--base-format", "raw", "--compact", "--copy-on-read", "--prefetch-delay", "1000"]
     must("create", folder / "vm.fvd", "4M", *base)
-    with mounted(folder, "-o", "record_profile") as mount, open(mount.raw("vm"), "r+b", buffering=0) as file:
+    with mounted(folder) as mount, open(mount.raw("vm"), "r+b", buffering=0) as file:
+
+        def cache() -> dict[str, Any]:
+            found = json.loads(os.getxattr(mount.point, "user.fvdfs.status"))["caches"]
+            return next(dict(entry) for entry in found if entry["name"] == "vm@1.fvd")
+
         file.read(64 * KIB)
         assert mount.status("vm")["state"] == "waiting"
         must("snapshot", mount.raw("vm"))
-        local = mount.status("vm")["local_bytes"]
+        assert mount.status("vm")["local_bytes"] == 0
+        local = cache()["local_bytes"]
+        assert cache()["state"] == "waiting"
         file.seek(MIB)
-        file.read(128 * KIB)
-        assert mount.status("vm")["local_bytes"] >= local + 128 * KIB
-        assert mount.status("vm")["state"] != "waiting"
-    assert header(folder / "vm@1.fvd").prefetch_profile_entries > 0
-    must("check", folder / "vm.fvd")
+        assert file.read(128 * KIB) == CONTENT[MIB : MIB + 128 * KIB]
+        wait_until(lambda: cache()["local_bytes"] >= local + 128 * KIB)
+        must("create", folder / "other.fvd", "--base", "vm@1.fvd")
+        assert mount.raw("other").read_bytes() == CONTENT.ljust(4 * MIB, b"\0")
+        assert mount.status("vm")["local_bytes"] == 0
+        must("snapshot", mount.raw("vm"))
+        assert cache()["disks"] == 1
+    for name in ("vm", "vm@1", "vm@2", "other"):
+        must("check", folder / f"{name}.fvd")
+        assert content(folder / f"{name}.fvd") == CONTENT.ljust(4 * MIB, b"\0")
 
 
 def test_only_the_owner_makes_snapshots(tmp_path: Path) -> None:
@@ -329,13 +342,13 @@ def test_reads_and_writes_do_not_wait_for_the_names(tmp_path: Path, monkeypatch:
 
 def test_what_comes_at_the_moment_of_the_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The image has its new name, and still takes no writes: they wait. Whoever looks it up finds the same disk."""
-    served, slow, whole = Served(tmp_path, monkeypatch), Slow(), layers_snapshot.replace
+    served, slow, whole = Served(tmp_path, monkeypatch), Slow(), newtop.replace
 
     def replace(*arguments: Any) -> None:
         whole(*arguments)
         slow()
 
-    monkeypatch.setattr(layers_snapshot, "replace", replace)
+    monkeypatch.setattr(snapshots, "replace", replace)
 
     async def work(kernel: Kernel, handle: int) -> None:
         async with trio.open_nursery() as nursery:
@@ -387,7 +400,7 @@ def test_a_failure_leaves_the_disk_as_it_was(tmp_path: Path, monkeypatch: pytest
     def fail(*_: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(snapshots if step == "write_top" else layers_snapshot, step, fail)
+    monkeypatch.setattr(layers_snapshot if step == "add_name" else snapshots, step, fail)
 
     async def work(kernel: Kernel, handle: int) -> None:
         await kernel.write(handle, 0, b"x" * 4096)
@@ -430,7 +443,9 @@ KILLED = {
 PLACES = {b"A": 4096, b"B": 300_001, b"C": 900_000}
 
 
-@pytest.mark.parametrize("layout", KILLED)
+@pytest.mark.parametrize(
+    "layout", ["cow", *(pytest.param(name, marks=pytest.mark.slow) for name in ("compact", "no journal"))]
+)
 def test_a_kill_before_any_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layout: str) -> None:
     step = 1
     while step < 1000:

@@ -1,0 +1,143 @@
+"""A snapshot is deleted: the image that stands on it takes over what it needs of it.
+
+The image that stands on `vm@2.fvd` be `vm.fvd`. The order, each step stable before the next:
+
+    1. `vm@2.fvd` gets a second name, `vm@2.fvd.deleted` (a hard link), which no mount shows.
+    2. The header of `vm.fvd` names that as its base. Both names are short, so that this changes one sector.
+    3. The name `vm@2.fvd` is removed: the snapshot is gone.
+    4. What `vm.fvd` stores goes into `vm@2.fvd.deleted` (`merging`), whose file gets the owner, the permissions and the
+       time of `vm.fvd`.
+    5. `vm@2.fvd.deleted` is renamed to `vm.fvd`. If `vm.fvd` had a data file, that is removed.
+
+`vm.fvd` is whole at every moment, and shows the same. A crash before 3 leaves two names of the snapshot, one before 5
+a `vm.fvd` that stands on `vm@2.fvd.deleted`. `fvdfs delete vm@2.fvd` goes on where it ended.
+
+A snapshot on which nothing stands is removed, with its data file. One on which several images stand has to stay.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+
+from fvdfs.daemon import undisturbed
+from fvdfs.errors import UsageError
+from fvdfs.format.header import SECTOR, Header, string_places
+from fvdfs.image.chain import open_alone
+from fvdfs.image.image import Image
+from fvdfs.image.policy import Policy
+from fvdfs.image.tree import Node, Tree, identity_at
+from fvdfs.layers.merging import (
+    Progress,
+    data_file_of,
+    merge,
+    opened_to_merge,
+    refuse_links,
+    remove_data_file,
+    users_of,
+)
+from fvdfs.layers.snapshot import MARK, opened_alone
+from fvdfs.store.host import HostFile
+from fvdfs.store.placing import sync_folder, take_permissions
+
+_ENDING = ".deleted"
+
+
+async def delete(path: str, policy: Policy, progress: Progress) -> None:
+    """Delete a snapshot; nobody has open what stands on it.
+
+    Raises UsageError where it must stay, ImageBusy, ImageError, OSError.
+    """
+    going, tree = path + _ENDING, Tree(os.path.dirname(path))
+    user = _begin(tree, path, going, policy)
+    if user is not None:
+        await _merge(tree, user, path, going, policy, progress)
+
+
+def _begin(tree: Tree, path: str, going: str, policy: Policy) -> Node | None:
+    """The image that stands on it; where none does, it is removed. Raises as `delete`."""
+    if MARK not in os.path.basename(path):
+        raise UsageError(f"{path}: is no snapshot, whose name would be DISK{MARK}NAME.fvd; to remove a disk: rm {path}")
+    snapshot, rest = identity_at(path), identity_at(going)
+    if snapshot is None and rest is None:
+        raise UsageError(f"{path}: there is no such file")
+    if snapshot is not None and rest not in (None, snapshot):
+        raise UsageError(f"{going}: is left of another one of that name; rename {path}, then delete it again")
+    if snapshot is not None and any(name != path for name in tree.names(snapshot)):
+        os.unlink(path)  # a second name of the disk itself: an interrupted snapshot has left it
+        sync_folder(os.path.dirname(path))
+        return None
+    users = users_of(tree, path if snapshot is not None else going)
+    if len(users) > 1:
+        names = ", ".join(os.path.basename(user.path) for user in users)
+        raise UsageError(f"{path}: {names} stand on it; delete all but one of them first, or let one go: fvdfs flatten")
+    if users and not os.path.samefile(os.path.dirname(users[0].path) or ".", os.path.dirname(path) or "."):
+        raise UsageError(f"{path}: {users[0].path} stands on it, and lies in another folder; move them into one")
+    if not users:
+        _remove(tree, path, going, policy)
+        return None
+    return users[0]
+
+
+def _remove(tree: Tree, path: str, going: str, policy: Policy) -> None:
+    """A snapshot on which nothing stands."""
+    chain = open_alone(path if os.path.lexists(path) else going, policy)
+    try:
+        for store in chain.stores():
+            if isinstance(store, HostFile):
+                store.lock(exclusive=True)
+        node = tree.at(path)
+        data_file = data_file_of(tree, node) if node is not None else ""
+        with undisturbed():
+            for name in (path, going):
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(name)
+            remove_data_file(data_file)
+            sync_folder(os.path.dirname(path))
+    finally:
+        chain.close()
+
+
+async def _merge(tree: Tree, user: Node, path: str, going: str, policy: Policy, progress: Progress) -> None:
+    folder = os.path.dirname(path)
+    refuse_links(path, user.path)
+    async with opened_alone(user.path, policy) as (upper, file):
+        with contextlib.suppress(FileExistsError, FileNotFoundError):  # begun before
+            os.link(path, going)
+        sync_folder(folder)
+        mtime_ns = file.status().st_mtime_ns
+        await _rename_base(upper, os.path.basename(going))
+        await file.keep_mtime(mtime_ns)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)
+        sync_folder(folder)
+        data_file = data_file_of(tree, user)
+        async with opened_to_merge(going, policy) as (lower, below):
+            await merge(upper, lower, progress)
+            await lower.end_writing()
+            with undisturbed():
+                _take_over(below, file, mtime_ns)
+                os.rename(going, user.path)
+                sync_folder(folder)
+                remove_data_file(data_file)
+
+
+def _take_over(new: HostFile, old: HostFile, mtime_ns: int) -> None:
+    take_permissions(new.fileno(), old.fileno())
+    os.utime(new.fileno(), ns=(mtime_ns, mtime_ns))
+    os.fsync(new.fileno())
+
+
+async def _rename_base(image: Image, name: str) -> None:
+    """Step 2. Raises UsageError where that would change more than a sector, OSError."""
+    if image.header.base_img == name:
+        return
+    if not fits_sector(image.header, name):
+        raise UsageError(f"{image.name}: the name of its base is too long to be changed at once; give it a shorter one")
+    await image.committer.change_header(base_img=name)
+
+
+def fits_sector(header: Header, name: str) -> bool:
+    """Whether the header can get another name of the base by a change of a single sector, which is written whole."""
+    at = next(offset for field, offset, _ in string_places() if field == "base_img")
+    return all(at + len(os.fsencode(text)) < SECTOR for text in (header.base_img, name))

@@ -1,0 +1,89 @@
+"""What an image stores goes into the image that it stands on.
+
+Each block that is local in the upper image, and so covers what lies below it, is written to the lower one, zeros as
+holes; the lower one gets the size of the upper one first. What the upper one shows never changes meanwhile: no byte of
+the lower one that shows through it is touched. So a merge may end at any moment, and be begun anew. What the lower one
+shows is neither its old content nor the new until the end.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import AsyncIterator, Callable
+
+from fvdfs.errors import UsageError
+from fvdfs.image.core import LastExtents
+from fvdfs.image.image import Image
+from fvdfs.image.loading import open_image
+from fvdfs.image.policy import Policy, resolve
+from fvdfs.image.tree import Node, Tree, identity_at
+from fvdfs.store.host import HostFile
+from fvdfs.store.locations import is_local
+
+PIECE = 4 << 20  # bytes that are copied at a time
+STEP = 1 << 30  # bytes of the disk that are looked at at a time
+Progress = Callable[[int, int], None]
+"""Told bytes done, and bytes in all."""
+
+
+def refuse_links(*paths: str) -> None:
+    """Raise UsageError for what is no file itself: another one would take the place of the link. Blocks."""
+    for path in paths:
+        if os.path.islink(path):
+            raise UsageError(f"{path}: is a link to {os.path.realpath(path)}; name that")
+
+
+async def merge(upper: Image, lower: Image, progress: Progress) -> None:
+    """Have the lower image, which is open for writing, show what the upper one shows, and make that stable.
+
+    `upper`: open without its base. Raises OSError: EFBIG where the lower one cannot become as large.
+    """
+    if lower.size != upper.size:
+        await lower.resize(upper.size, shrink=True)
+    known = LastExtents()
+    for start in range(0, upper.size, STEP):
+        for run_start, run_stop, where in await upper.extents(start, min(start + STEP, upper.size), known):
+            if where == "hole":
+                await lower.zero(run_start, run_stop)
+            elif where == "stored":
+                for at in range(run_start, run_stop, PIECE):
+                    await lower.write(at, await upper.read(at, min(PIECE, run_stop - at)))
+                    progress(at, upper.size)
+    await lower.fsync()
+    progress(upper.size, upper.size)
+
+
+@contextlib.asynccontextmanager
+async def opened_to_merge(path: str, policy: Policy) -> AsyncIterator[tuple[Image, HostFile]]:
+    """An image with all that it stands on, open for writing; and its file. Raises ImageError, OSError."""
+    image = await open_image(path, policy, write=True)
+    try:
+        assert isinstance(image.meta, HostFile)
+        yield image, image.meta
+    finally:
+        await image.close()
+
+
+def users_of(tree: Tree, path: str) -> list[Node]:
+    """The images that stand on the one at `path`. Raises UsageError where nobody can know them all."""
+    for unknown, why in tree.unreadable.items():
+        raise UsageError(f"{unknown}: nobody knows what it stands on; repair it, or move it elsewhere, first: {why}")
+    return tree.children(path)
+
+
+def data_file_of(tree: Tree, node: Node) -> str:
+    """The path of the data file that belongs to this image alone; empty: it has none, or one that is not ours."""
+    name = node.header.data_file
+    if not name or not is_local(name) or node.data_identity is None:
+        return ""
+    path = resolve(node.path, name)
+    if any(user.identity != node.identity for user, _ in tree.users(node.data_identity)) or not os.path.isfile(path):
+        return ""
+    return path if os.path.dirname(os.path.realpath(path)) == os.path.realpath(tree.folder) else ""
+
+
+def remove_data_file(path: str) -> None:
+    """Remove the data file of an image that is gone. Blocks."""
+    if path and identity_at(path):
+        os.unlink(path)

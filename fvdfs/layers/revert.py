@@ -1,0 +1,43 @@
+"""A disk goes back to a snapshot: a new, empty image over the snapshot takes the place of the disk's image.
+
+It is written as `.NAME.*.part`, and renamed (`newtop`). What was written since the snapshot is lost with the old image,
+and its data file. Snapshots that were made in between stay.
+"""
+
+from __future__ import annotations
+
+import os
+
+from fvdfs.errors import UsageError
+from fvdfs.image.policy import Policy
+from fvdfs.image.tree import Tree
+from fvdfs.layers.merging import data_file_of, refuse_links, remove_data_file, users_of
+from fvdfs.layers.newtop import new_top, refuse_losses, replace_by_new
+from fvdfs.layers.snapshot import opened_alone, path_of
+
+
+async def revert(image: str, name: str, policy: Policy) -> str:
+    """Revert a disk that nobody has open; the path of the snapshot. `name`: empty for what the disk stands on.
+
+    Raises UsageError where that must not be, ImageBusy, ImageError, OSError.
+    """
+    refuse_links(image)
+    tree = Tree(os.path.dirname(image))
+    for user in users_of(tree, image):
+        raise UsageError(f"{image}: {user.path} stands on it, and would change with it")
+    async with opened_alone(image, policy) as (old, file):
+        if name:
+            base, target = f"{os.path.basename(path_of(image, name))}", tree.at(path_of(image, name))
+        else:
+            base, target = old.header.base_img, next(iter(tree.chain(image)[1:]), None)
+        if target is None:
+            what = f"has no snapshot {name}" if name else "stands on no FVD image"
+            raise UsageError(f"{image}: {what}; fvdfs snapshots {image} shows what there is")
+        if target.identity == file.identity:
+            raise UsageError(f"{image}: {target.path} is the same file, and no snapshot")
+        refuse_losses(target.path, target.header)
+        node = tree.at(image)
+        data_file = data_file_of(tree, node) if node is not None else ""
+        replace_by_new(image, new_top(target.header, base), file, target.mtime_ns)
+        remove_data_file(data_file)
+    return target.path

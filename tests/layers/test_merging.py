@@ -1,0 +1,304 @@
+"""Images that go into what they stand on: delete, commit, revert. What they leave at every step, what is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+import trio
+
+from fvdfs.cli import main
+from fvdfs.format.creation import CreateOptions
+from fvdfs.image.loading import open_image
+from fvdfs.image.policy import Policy
+from support import reference
+from support.builder import KIB, create
+from support.mounts import fvdfs, mounted, must
+from support.steps import killed_before, recorded
+
+SIZE = 512 * KIB
+BASE = random.Random(1).randbytes(SIZE // 2 + 1000)
+LAYOUTS = {
+    "flat": CreateOptions(),
+    "cow": CreateOptions(base_img="base.raw", base_img_fmt="raw", block_size=8 * KIB, journal_size=64 * KIB),
+    "compact": CreateOptions(
+        base_img="base.raw", base_img_fmt="raw", compact=True, chunk_size=64 * KIB, journal_size=64 * KIB
+    ),
+    "data file": CreateOptions(data_file="vm.fvd.data"),
+    "no journal": CreateOptions(base_img="base.raw", base_img_fmt="raw", journal_size=0),
+}
+LEAKS = 3
+"""What `check` ends with where a kill has left space of no use, as during any change of the size."""
+SLOW = pytest.mark.slow
+layouts = pytest.mark.parametrize("layout", LAYOUTS)
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    return tmp_path / "vm.fvd"
+
+
+def change(path: Path, seed: int, size: int = SIZE) -> bytes:
+    """Write, zero and perhaps resize at random; what the disk holds then."""
+
+    async def work() -> bytes:
+        rng = random.Random(seed)
+        disk = await open_image(str(path), Policy(), write=True)
+        if size != disk.size:
+            await disk.resize(size, shrink=True)
+        for _ in range(6):
+            start = rng.randrange(size - 40 * KIB)
+            await disk.write(start, rng.randbytes(rng.randrange(1, 40 * KIB)))
+            start = rng.randrange(size - 100 * KIB)
+            await disk.zero(start, start + rng.randrange(1, 100 * KIB))
+        found = bytes(await disk.read(0, size))
+        await disk.close()
+        return found
+
+    return trio.run(work)
+
+
+def chain(image: Path, layout: str, snapshots: int = 3) -> list[bytes]:
+    """vm.fvd with so many snapshots below; the states, that of the disk last."""
+    (image.parent / "base.raw").write_bytes(BASE)
+    options = LAYOUTS[layout]
+    create(image, SIZE, options, base_length=len(BASE) if options.base_img else None)
+    states = []
+    for number in range(snapshots):
+        states.append(change(image, number, SIZE + number % 2 * 64 * KIB))
+        must("snapshot", image)
+    return [*states, change(image, snapshots)]
+
+
+def content(path: Path) -> bytes:
+    """By an independent reader."""
+    return b"".join(reference.read_disk(path))
+
+
+def names(image: Path) -> list[str]:
+    return sorted(path.name for path in image.parent.iterdir() if path.name != "base.raw")
+
+
+def clean(image: Path, leaks: int = 0) -> None:
+    for path in image.parent.glob("*.fvd"):
+        done = fvdfs("check", path)
+        assert done.code in (0, leaks), done.out
+
+
+@layouts
+@pytest.mark.parametrize("gone", [1, 2, 3])
+def test_a_snapshot_is_deleted(image: Path, layout: str, gone: int) -> None:
+    states = chain(image, layout)
+    above = image if gone == 3 else image.with_name(f"vm@{gone + 1}.fvd")
+    os.utime(above, ns=(0, 10**18))
+    os.chmod(above, 0o640)
+    must("delete", image.with_name(f"vm@{gone}.fvd"))
+    data = {"vm.fvd.data"} if layout == "data file" else set()
+    assert set(names(image)) == {"vm.fvd", "vm@1.fvd", "vm@2.fvd", "vm@3.fvd"} - {f"vm@{gone}.fvd"} | data
+    for number in {1, 2, 3} - {gone}:
+        assert content(image.with_name(f"vm@{number}.fvd")) == states[number - 1]
+    assert content(image) == states[3]
+    status = above.stat()
+    assert (status.st_mtime_ns, status.st_mode & 0o777) == (10**18, 0o640)
+    clean(image)
+
+
+@layouts
+def test_a_chain_is_merged_down_to_one(image: Path, layout: str) -> None:
+    states = chain(image, layout, 5)
+    for number in (2, 5, 1, 4, 3):
+        must("delete", image.with_name(f"vm@{number}.fvd"))
+        assert content(image) == states[-1]
+    assert names(image) == (["vm.fvd", "vm.fvd.data"] if layout == "data file" else ["vm.fvd"])
+    must("check", image)
+
+
+def test_a_snapshot_on_which_nothing_stands_goes_with_its_data_file(image: Path) -> None:
+    states = chain(image, "data file", 1)
+    must("revert", image, "1")
+    must("delete", image.with_name("vm@1.fvd"))
+    assert names(image) == ["vm.fvd", "vm.fvd.data"]
+    assert content(image) == states[0]
+    other = image.with_name("x@1.fvd")
+    must("create", other, "1M", "--data-file", "auto")
+    must("delete", other)
+    assert names(image) == ["vm.fvd", "vm.fvd.data"]
+
+
+@layouts
+def test_commit_empties_the_image_into_its_base(image: Path, layout: str) -> None:
+    states = chain(image, layout)
+    must("commit", image)
+    assert content(image) == content(image.with_name("vm@3.fvd")) == states[3]
+    must("commit", image.with_name("vm@2.fvd"))
+    assert content(image.with_name("vm@1.fvd")) == content(image.with_name("vm@2.fvd")) == states[1]
+    assert content(image) == states[3]
+    shown = json.loads(must("map", image, "--json"))
+    assert sum(cell[0] for cell in shown["cells"]) == 0
+    clean(image)
+
+
+@layouts
+def test_revert(image: Path, layout: str) -> None:
+    states = chain(image, layout)
+    must("revert", image)
+    assert content(image) == states[2]
+    change(image, 7)
+    must("revert", image, "1")
+    assert content(image) == states[0]
+    for number in (1, 2, 3):
+        assert content(image.with_name(f"vm@{number}.fvd")) == states[number - 1]
+    clean(image)
+
+
+# --- kills ----------------------------------------------------------------------------------------
+
+
+def every_kill(image: Path, layout: str, words: list[str], look: Callable[[list[bytes]], None]) -> int:
+    """Kill the command before each of its steps; `look` gets the states before. How often it was killed."""
+    states = chain(image, layout, 2)
+    before = {path: path.read_bytes() for path in image.parent.iterdir()}
+    step = 1
+    while killed_before(step, lambda: main(words)):
+        step += 1
+        for path in image.parent.glob("*.fvd"):
+            done = fvdfs("check", path)
+            assert done.code in (0, LEAKS) or layout == "no journal", done.out
+        look(states)
+        for path in set(image.parent.iterdir()) - set(before):
+            path.unlink()
+        for path, data in before.items():
+            path.unlink(missing_ok=True)
+            path.write_bytes(data)
+    return step - 1
+
+
+@pytest.mark.parametrize(
+    "layout", ["data file", *(pytest.param(n, marks=SLOW) for n in ("cow", "compact", "no journal"))]
+)
+def test_a_kill_during_a_deletion(image: Path, layout: str) -> None:
+    """The disk is as it was; the snapshot is there as it was, or is gone. Deleting it again ends it."""
+    snapshot = image.with_name("vm@2.fvd")
+    resumed = 0
+
+    def look(states: list[bytes]) -> None:
+        nonlocal resumed
+        assert content(image) == states[2]
+        assert content(image.with_name("vm@1.fvd")) == states[0]
+        if snapshot.exists():
+            assert content(snapshot) == states[1]
+        if snapshot.exists() or snapshot.with_name("vm@2.fvd.deleted").exists():
+            done = fvdfs("delete", snapshot)
+            if layout == "no journal" and "accept_unclean" in done.err:
+                return  # as after any crash without a journal
+            assert done.code == 0, done.err
+            resumed += 1
+            left = {"vm.fvd", "vm@1.fvd"} | ({"vm.fvd.data"} if layout == "data file" else set())
+            assert set(names(image)) == left
+            assert content(image) == states[2]
+            clean(image, LEAKS)
+
+    assert every_kill(image, layout, ["delete", str(snapshot)], look) > 15
+    assert resumed > 10 or layout == "no journal"
+
+
+@pytest.mark.parametrize("layout", ["cow", pytest.param("compact", marks=SLOW)])
+def test_a_kill_during_a_commit(image: Path, layout: str) -> None:
+    def look(states: list[bytes]) -> None:
+        assert content(image) == states[2]
+        assert content(image.with_name("vm@1.fvd")) == states[0]
+        must("commit", image)
+        assert content(image) == content(image.with_name("vm@2.fvd")) == states[2]
+        assert [path for path in image.parent.glob("vm*") if path.suffix not in (".fvd", ".raw")] == []
+
+    assert every_kill(image, layout, ["commit", str(image)], look) > 15
+
+
+@pytest.mark.parametrize("layout", ["cow", "data file"])
+def test_a_kill_during_a_revert(image: Path, layout: str) -> None:
+    def look(states: list[bytes]) -> None:
+        assert content(image) in (states[2], states[0])
+        assert content(image.with_name("vm@2.fvd")) == states[1]
+
+    assert every_kill(image, layout, ["revert", str(image), "1"], look) > 5
+
+
+def test_each_step_of_a_deletion_is_stable_before_the_next(image: Path) -> None:
+    chain(image, "cow", 1)
+    calls = recorded(lambda: main(["delete", str(image.with_name("vm@1.fvd"))]))
+    text = " ".join(calls)
+    folder = image.parent.name
+    before = rf"link vm@1\.fvd vm@1\.fvd\.deleted fsync {folder} .*(fsync|fdatasync) vm\.fvd "
+    after = rf".*unlink vm@1\.fvd fsync {folder} "
+    after += rf".*(fsync|fdatasync) vm@1\.fvd\.deleted rename vm@1\.fvd\.deleted vm\.fvd fsync {folder}"
+    assert re.search(before + after, text), text
+
+
+# --- refusals -------------------------------------------------------------------------------------
+
+
+def refused(words: Sequence[str | Path], text: str, code: int = 2) -> None:
+    done = fvdfs(*words)
+    assert done.code == code, done.err
+    assert text in done.err
+    assert done.err.count("\n") == 1
+
+
+def test_what_others_stand_on_stays(image: Path) -> None:
+    states = chain(image, "cow", 2)
+    clone = image.with_name("clone.fvd")
+    must("create", clone, "--base", "vm@2.fvd")
+    refused(["delete", image.with_name("vm@2.fvd")], "clone.fvd, vm.fvd stand on it")
+    refused(["commit", image], "clone.fvd stands on")
+    must("create", image.with_name("on.fvd"), "--base", "vm.fvd")
+    refused(["revert", image], "on.fvd stands on it")
+    assert content(image) == states[2]
+    assert content(clone) == states[1]
+
+
+def test_an_image_that_cannot_be_read_may_stand_on_anything(image: Path) -> None:
+    chain(image, "cow", 1)
+    image.with_name("broken.fvd").write_bytes(image.read_bytes()[:1000])
+    commands: list[list[str | Path]] = [["delete", image.with_name("vm@1.fvd")], ["commit", image], ["revert", image]]
+    for words in commands:
+        refused(words, "nobody knows what it stands on")
+
+
+def test_an_open_image_is_left_alone(image: Path) -> None:
+    chain(image, "cow", 2)
+    with mounted(image.parent) as mount, open(mount.raw("vm"), "rb"):
+        commands: list[list[str | Path]] = [
+            ["delete", image.with_name("vm@2.fvd")],
+            ["commit", image],
+            ["revert", image],
+        ]
+        for words in commands:
+            refused(words, "by another mount or process", code=1)
+    assert names(image) == ["vm.fvd", "vm@1.fvd", "vm@2.fvd"]
+
+
+def test_what_is_no_snapshot(image: Path) -> None:
+    chain(image, "cow", 0)
+    refused(["delete", image], "to remove a disk: rm")
+    refused(["delete", image.with_name("vm@7.fvd")], "there is no such file")
+    refused(["commit", image], "stands on no FVD image")
+    refused(["revert", image], "stands on no FVD image")
+    refused(["revert", image, "7"], "has no snapshot 7")
+    link = image.with_name("link.fvd")
+    link.symlink_to("vm.fvd")
+    refused(["revert", link], "is a link to")
+    refused(["commit", link], "is a link to")
+
+
+def test_what_an_interrupted_snapshot_has_left_is_removed_by_name(image: Path) -> None:
+    chain(image, "cow", 0)
+    before = content(image)
+    os.link(image, image.with_name("vm@1.fvd"))
+    must("delete", image.with_name("vm@1.fvd"))
+    assert names(image) == ["vm.fvd"]
+    assert content(image) == before
