@@ -79,7 +79,9 @@ def print_status(mountpoint: str) -> None:
 def _columns(image: dict[str, Any]) -> tuple[str, str, str, str, str, str]:
     share = f"{image['local_share']:.1%}" if "local_share" in image else ""
     if image.get("disks"):
-        image["reason"] = ", ".join(filter(None, [f"base of {image['disks']} disks", image["reason"]]))
+        image["reason"] = ", ".join(
+            filter(None, [f"base of {image['disks']} open disk{'s' * (image['disks'] > 1)}", image["reason"]])
+        )
     if "rate" not in image:  # closed, or being closed
         return share, image["state"], "", "", image.get("failed", ""), ""
     rate = f"{image['rate'] / 1e6:.1f} MB/s" if image["rate"] else ""
