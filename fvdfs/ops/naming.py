@@ -143,7 +143,7 @@ class Naming:
         before = os.stat(entry.path)
         data_file = ""
         if os.path.lexists(path):
-            if not replace:
+            if not replace or tree.at(os.fsdecode(path)) is None:  # what is no image does not appear, but is there
                 raise OSError(errno.EEXIST, os.strerror(errno.EEXIST))
             if not self._permitted.remove:
                 raise NotPermittedHere("a disk cannot be replaced by another one here: mount with -o remove, too")

@@ -273,6 +273,10 @@ def test_a_closed_disk_has_another_name(folder: Path, mount: Mount) -> None:
     assert images(folder) == ["b.fvd"]
     make(mount.raw("a"))
     assert error_of(lambda: give_name(str(mount.raw("a")), str(mount.raw("b")), replace=False)) == errno.EEXIST
+    (folder / "hidden.fvd").write_bytes(b"somebody's")
+    assert error_of(os.rename, mount.raw("a"), mount.raw("hidden")) == errno.EEXIST
+    assert (folder / "hidden.fvd").read_bytes() == b"somebody's"
+    (folder / "hidden.fvd").unlink()
     os.rename(mount.raw("b"), mount.raw("b"))
     assert error_of(os.rename, mount.raw("a"), mount.point / "a.txt") == errno.EPERM
     assert error_of(os.rename, mount.raw("a"), mount.raw("x" * 252)) == errno.ENAMETOOLONG
