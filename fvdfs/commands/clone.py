@@ -22,7 +22,7 @@ from fvdfs.commands.base import BaseImage, inspect_base, refuse_changing
 from fvdfs.commands.create import leads_outside
 from fvdfs.commands.newfiles import NewFiles
 from fvdfs.commands.profile import profile_of_image, read_profile
-from fvdfs.errors import FvdError, UsageError
+from fvdfs.errors import FvdError, UsageError, printable
 from fvdfs.format.creation import CreateOptions, default_block_size
 from fvdfs.format.header import DEFAULT_PROFILE_ROOM, PAGE, SECTOR, Header, round_up
 from fvdfs.format.profile import Extent
@@ -93,6 +93,8 @@ def _write_clones(
     plan = plan_clones(os.path.dirname(paths[0]), template, base_format, profile, secret)
     new = new_image(round_up(plan.length, SECTOR), plan.length, plan.options, plan.profile)
     size, parts = new.file_size, new.parts()
+    for path in filter(os.path.lexists, paths):
+        raise UsageError(f"{path} exists already; choose another name")
     for path in paths:
         file = files.add(path)
         try:
@@ -121,7 +123,11 @@ def plan_clones(folder: str, template: str, base_format: str, profile: str, secr
     """What clones of the template in this folder have to be. Raises UsageError, ImageBusy, ImageError, OSError."""
     image = os.path.join(folder, "clone.fvd")  # where one would be: names in images are relative to their folder
     name = _name_in_image(template, folder)
-    base = inspect_base(image, name, base_format, secret)
+    try:
+        base = inspect_base(image, name, base_format, secret)
+    except UsageError as error:
+        why = str(error).removeprefix(f"--base {printable(name)}: ")
+        raise UsageError(why if why.startswith(template) else f"{template}: {why}") from error
     place = resolve(image, name) if is_local(name) else ""
     refuse_changing(base)
     options = CreateOptions(

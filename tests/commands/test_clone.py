@@ -105,7 +105,8 @@ def test_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_qcow2(folder: Path, template: Path) -> None:
     qcow2 = folder / "template.qcow2"
     subprocess.run(["qemu-img", "convert", "-O", "qcow2", template, qcow2], check=True)
-    refused(fvdfs("clone", qcow2, "a", "--into", folder), "looks like qcow2; say what it is")
+    done = fvdfs("clone", qcow2, "a", "--into", folder)
+    refused(done, f"fvdfs: {qcow2}: looks like qcow2; say what it is: --base-format qcow2, or raw\n")
     must("clone", qcow2, "a", "--into", folder, "-F", "qcow2")
     with mounted(folder) as mount:
         assert mount.raw("a").read_bytes() == CONTENT
