@@ -31,7 +31,7 @@ from fvdfs import __version__, daemon, mounts
 from fvdfs.errors import FvdError, UsageError, leading, printable
 from fvdfs.logs import LogFormatter
 from fvdfs.mountoptions import MOUNT_OPTIONS, passphrase_file
-from fvdfs.sizes import parse_size
+from fvdfs.sizes import NewSize, parse_new_size, parse_size
 
 if TYPE_CHECKING:
     from fvdfs.format.creation import CreateOptions
@@ -48,6 +48,13 @@ _EMPTY_VALUE = re.compile("--[a-z-]+=")
 def _size(text: str) -> int:
     try:
         return parse_size(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _new_size(text: str) -> NewSize:
+    try:
+        return parse_new_size(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
 
@@ -309,6 +316,14 @@ def _parser() -> argparse.ArgumentParser:
     _add_names(map_, _URLS)
     map_.add_argument("--png", default="", metavar="FILE", help="draw a picture")
     _add_secret(map_)
+
+    resize = commands.add_parser("resize", help="change the size of a disk")
+    resize.set_defaults(run=_resize)
+    resize.add_argument("disk", metavar="DISK", help="an image that is not open, or a raw file in a mount")
+    resize.add_argument("size", metavar="SIZE", type=_new_size, help="512, 64K, 10M, 20G, 2T, or +SIZE to add that")
+    resize.add_argument("--shrink", action="store_true", help="permit a smaller size: what lies past it is lost")
+    _add_names(resize, "base_path=DIR: where a data file may lie; grow_command=...: what enlarges a full device")
+    _add_secret(resize)
 
     snapshot = commands.add_parser(
         "snapshot", help="keep the present state of a disk, and go on in a new image over it"
@@ -639,6 +654,14 @@ def _map(arguments: argparse.Namespace) -> int:
 
     return run(
         arguments.image, as_json=arguments.json, png=arguments.png, options=arguments.options, secret=arguments.secret
+    )
+
+
+def _resize(arguments: argparse.Namespace) -> int:
+    from fvdfs.commands.resize import run
+
+    return run(
+        arguments.disk, arguments.size, shrink=arguments.shrink, options=arguments.options, secret=arguments.secret
     )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 UNITS = {"": 1, "B": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40, "P": 1 << 50}
 MAX_FILE = 1 << 63  # bytes; no file offset is larger
 _DIGITS = 100  # of a number; int() refuses thousands of them
@@ -18,6 +20,24 @@ def parse_size(text: str) -> int:
     if len(number) > _DIGITS or size >= MAX_FILE:
         raise ValueError(f"{text[:_DIGITS]!r} is more than any file can hold")
     return size
+
+
+class NewSize(NamedTuple):
+    """What a disk's size is to become."""
+
+    size: int
+    """Bytes."""
+    added: bool
+    """Whether they are to be added to what it has."""
+
+    def after(self, old: int) -> int:
+        """That of a disk of `old` bytes."""
+        return old + self.size if self.added else self.size
+
+
+def parse_new_size(text: str) -> NewSize:
+    """A size, or `+` and a size. Raises ValueError, as `parse_size`."""
+    return NewSize(parse_size(text.removeprefix("+")), text.startswith("+"))
 
 
 def human_size(size: int) -> str:

@@ -389,6 +389,14 @@ class Committer:
                 await self._write_header(**changes)
                 await self._flush(self._meta)
 
+    async def move_journal(self, offset: int, size: int) -> None:
+        """Have the journal be this part of what it is now, after a checkpoint. Raises OSError."""
+        async with self._lock:
+            with trio.CancelScope(shield=True):
+                await self._commit(checkpoint=True)
+                await self._write_header(journal_offset=offset, journal_size=size)
+                await self._flush(self._meta)
+
     async def write_profile(self, data: bytes, entries: int, unit: int) -> None:
         """Write an encoded prefetch profile, then have the header name it. `unit` in bytes. Raises OSError."""
         room = self.header.profile_room

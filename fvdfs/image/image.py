@@ -147,7 +147,7 @@ class Image(Core):
     async def resize(self, size: int, *, shrink: bool = False) -> None:
         """Make the disk this long, rounded up to a sector; the new part reads as zeros.
 
-        Raises OSError: EPERM for a smaller size without `shrink`, EFBIG where the table has no room
+        Raises OSError: EPERM for a smaller size without `shrink`, EFBIG where the table can have no room
         for more chunks, EROFS where the image is not open for writing.
         """
         await self._resizer.resize(size, shrink=shrink)

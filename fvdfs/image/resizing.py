@@ -2,6 +2,15 @@
 
 What is new reads as zeros before the size says that it is there. A shrink waits for all writers, and gives back
 what is past the new end only when nothing on disk, and no read, refers to it any more.
+
+Where a compact image's table has no room for the new size, it takes the front of the journal (`format/table_room.py`):
+
+    1. checkpoint: table and bitmap have all that the journal says
+    2. the header gets the journal's new place and size, which lie in one sector of it
+    3. the table grows
+
+each stable before the next, so that a crash leaves one of two images that are whole. Only who asks for a size gets that,
+and no write past the end: a stray one would take most of the journal.
 """
 
 from __future__ import annotations
@@ -13,6 +22,7 @@ import trio
 from fvdfs.cow.locks import Gate
 from fvdfs.cow.planner import Geometry
 from fvdfs.format.header import MAX_DISK_SIZE, SECTOR, ceil_div, round_up, with_fields
+from fvdfs.format.table_room import largest_table, smaller_journal
 from fvdfs.image.core import Core
 from fvdfs.image.passing import look_at_length, make_whole
 from fvdfs.image.reading import Reads
@@ -34,7 +44,7 @@ class Resizer:
     async def resize(self, size: int, *, shrink: bool = False) -> None:
         """Make the disk this long, in bytes, rounded up to a sector; the new part reads as zeros.
 
-        Raises OSError: EPERM for a smaller size without `shrink`, EFBIG where the table has no room
+        Raises OSError: EPERM for a smaller size without `shrink`, EFBIG where the table can have no room
         for more chunks, EROFS where the image is not open for writing.
         """
         core = self._core
@@ -46,6 +56,7 @@ class Resizer:
             if size < core.size and not shrink:
                 raise OSError(errno.EPERM, f"{core.name}: the disk can be cut only where -o shrink is given")
             if size > core.size:
+                await self._make_table_room(size)
                 await self._grow(size)
             elif size < core.size:
                 await self._shrink(size)
@@ -64,6 +75,22 @@ class Resizer:
             if stop > core.size:
                 await self._grow(round_up(stop, SECTOR))
 
+    async def _make_table_room(self, size: int) -> None:
+        core = self._core
+        header = core.header
+        chunks = ceil_div(size, header.chunk_size) if header.compact else 0
+        if not chunks or chunks <= header.table_capacity:
+            return
+        journal = smaller_journal(header, chunks) if size <= MAX_DISK_SIZE else None
+        if journal is None:
+            limit = largest_table(header) * header.chunk_size
+            raise OSError(
+                errno.EFBIG,
+                f"{core.name}: the chunk table can have room for a disk of {limit} bytes at most; "
+                "create a larger image and copy into it (fvdfs convert)",
+            )
+        await core.committer.move_journal(journal.offset, journal.size)
+
     async def _grow(self, size: int) -> None:
         core = self._core
         header = core.header
@@ -74,7 +101,7 @@ class Resizer:
             raise OSError(
                 errno.EFBIG,
                 f"{core.name}: the chunk table has room for a disk of {limit} bytes; "
-                "create a larger image and copy into it",
+                "enlarge the disk first (fvdfs resize)",
             )
         try:
             await self._grow_to(size)

@@ -25,13 +25,11 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 
 from fvdfs.daemon import undisturbed
-from fvdfs.errors import FormatError, UsageError
-from fvdfs.image.chain import open_alone
-from fvdfs.image.core import damaged_layers
+from fvdfs.errors import UsageError
 from fvdfs.image.image import Image
-from fvdfs.image.loading import load_chain, lock_to_write
 from fvdfs.image.policy import Policy
 from fvdfs.image.tree import SUFFIX, Tree, identity_at
+from fvdfs.layers.alone import begin_writing, loaded_alone
 from fvdfs.layers.newtop import new_top, refuse_losses, replace, write_top
 from fvdfs.store.host import HostFile, Identity
 from fvdfs.store.placing import sync_folder
@@ -161,16 +159,10 @@ async def opened_alone(path: str, policy: Policy) -> AsyncIterator[tuple[Image, 
 
     Where it was not closed, its journal is replayed first. Raises ImageBusy, ImageError, OSError.
     """
-    image = await load_chain(open_alone(path, policy))
-    try:
-        for name, damage in damaged_layers(image):
-            raise FormatError(name, f"{damage}; fvdfs check {name} says what is lost")
+    async with loaded_alone(path, policy) as image:
         assert isinstance(image.meta, HostFile)
         mtime_ns = image.meta.status().st_mtime_ns
-        await lock_to_write(image, policy)
-        await image.begin_writing(accept_unclean=policy.accept_unclean)
+        await begin_writing(image, policy)
         await image.end_writing()
         await image.meta.keep_mtime(mtime_ns)
         yield image, image.meta
-    finally:
-        await image.close()

@@ -20,9 +20,11 @@ import trio
 from pyfuse3 import EntryAttributes, FileHandleT, FileInfo, FileNameT, FlagT, FUSEError, InodeT, ModeT
 
 from fvdfs import xattrs
+from fvdfs.errors import UsageError
 from fvdfs.image.copy_range import copy_range
 from fvdfs.image.image import Image
 from fvdfs.image.map import image_map
+from fvdfs.layers.resize import refuse_cut
 from fvdfs.ops import control, snapshots
 from fvdfs.ops.answers import error_number
 from fvdfs.ops.commits import RegularCommits
@@ -244,12 +246,21 @@ class Filesystem(pyfuse3.Operations):
         try:
             assert entry.image is not None
             before = entry.image.size
-            await entry.image.resize(size, shrink=self._shrink)
+            await self._resize(entry, entry.image, size)
             entry.misjudged = False  # the answer tells the size
             if by_descriptor or entry.image.size != before:  # truncate(2) to the same size changes nothing
                 self._was_written(entry)
         finally:
             await self.openings.close(entry)
+
+    async def _resize(self, entry: Entry, image: Image, size: int) -> None:
+        """Raises OSError: EBUSY where the disk must not be cut because others stand on it, and as `Image.resize`."""
+        if self._shrink and size < image.size:
+            try:
+                await trio.to_thread.run_sync(refuse_cut, os.fsdecode(entry.path), limiter=entry.limiter)
+            except UsageError as error:
+                raise OSError(errno.EBUSY, str(error)) from error
+        await image.resize(size, shrink=self._shrink)
 
     @handler
     async def statfs(self, ctx: pyfuse3.RequestContext) -> pyfuse3.StatvfsData:
@@ -405,7 +416,7 @@ class Filesystem(pyfuse3.Operations):
         try:
             assert entry.image is not None
             if flags & os.O_TRUNC:
-                await entry.image.resize(0, shrink=self._shrink)
+                await self._resize(entry, entry.image, 0)
                 entry.misjudged = False
                 self._was_written(entry)
         except BaseException:

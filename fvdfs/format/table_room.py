@@ -1,0 +1,58 @@
+"""Room for a larger chunk table: how the regions are laid out where the disk outgrows its table.
+
+The journal lies behind the table, and is larger than it has to be: 16 MiB by default, while a table of n entries needs
+ceil(n / 121) sectors of it (format.md, "Values at creation"). So the table takes the front of the journal, which gets
+smaller. Nothing else moves, and the change is one of two fields in one sector of the header.
+
+Pure.
+"""
+
+from __future__ import annotations
+
+from fvdfs.format.header import (
+    ENTRIES_WITH_BITMAP_RECORD,
+    MAX_CHUNKS,
+    PAGE,
+    SECTOR,
+    TABLE_ENTRY_SIZE,
+    Header,
+    Region,
+    ceil_div,
+    round_up,
+)
+
+MAX_TABLE = 1 << 30  # bytes; larger ones are not opened (`chain.MAX_REGION`)
+
+
+def smaller_journal(header: Header, chunks: int) -> Region | None:
+    """What is left of the journal where a table of so many entries takes its front; None: too little, or none.
+
+    The table of this header must have less room than that.
+    """
+    journal, table = header.journal_region, header.table_region
+    if journal is None or table is None or journal.offset < table.end:
+        return None
+    between = [region.offset for region in header.regions()]
+    if header.profile_region is not None:
+        between.append(header.profile_region.offset)
+    if any(table.offset < offset < journal.offset for offset in between):
+        return None
+    offset = max(journal.offset, table.offset + round_up(chunks * TABLE_ENTRY_SIZE, PAGE))
+    size = journal.end - offset
+    return Region("journal", offset, size) if size >= _least_journal(chunks) else None
+
+
+def largest_table(header: Header) -> int:
+    """How many entries the table can have at most, with `smaller_journal`."""
+    low, high = header.table_capacity, min(MAX_CHUNKS, MAX_TABLE // TABLE_ENTRY_SIZE)
+    while low < high:
+        middle = (low + high + 1) // 2
+        if smaller_journal(header, middle) is None:
+            high = middle - 1
+        else:
+            low = middle
+    return low
+
+
+def _least_journal(chunks: int) -> int:
+    return max(1, ceil_div(chunks, ENTRIES_WITH_BITMAP_RECORD)) * SECTOR

@@ -1,0 +1,301 @@
+"""`fvdfs resize` of disks that are not open, and of those in a mount; the room of the chunk table."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import threading
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import trio
+
+from fvdfs.cli import main
+from fvdfs.format.creation import CreateOptions, new_header
+from fvdfs.format.header import Header, with_fields
+from fvdfs.format.table_room import largest_table, smaller_journal
+from fvdfs.image.loading import open_image
+from fvdfs.image.policy import Policy
+from support import reference
+from support.builder import KIB, Layout, create
+from support.crash import Counts, Effort, Simulation, Subject, quiet
+from support.devices import loop_device
+from support.mounts import MIB, fvdfs, mounted, must
+from support.steps import killed_before
+
+SIZE = MIB
+BASE = bytes(range(256)) * 2000
+COW = CreateOptions(base_img="base.raw", base_img_fmt="raw", block_size=8 * KIB)
+COMPACT = CreateOptions(compact=True, chunk_size=4 * KIB, journal_size=64 * KIB)
+LAYOUTS = {
+    "flat": CreateOptions(),
+    "cow": COW,
+    "compact": COMPACT,
+    "compact cow": CreateOptions(
+        base_img="base.raw",
+        base_img_fmt="raw",
+        block_size=8 * KIB,
+        compact=True,
+        chunk_size=4096,
+        journal_size=64 * KIB,
+    ),
+    "data file": CreateOptions(data_file="vm.data"),
+    "compact data file": CreateOptions(compact=True, chunk_size=4 * KIB, journal_size=64 * KIB, data_file="vm.data"),
+    "no journal": CreateOptions(base_img="base.raw", base_img_fmt="raw", journal_size=0),
+}
+layouts = pytest.mark.parametrize("layout", LAYOUTS)
+LARGE = 20 * MIB
+"""A size for which the table of the compact layouts has no room at first."""
+
+
+@pytest.fixture
+def image(folder: Path) -> Path:
+    return folder / "vm.fvd"
+
+
+def make(image: Path, options: CreateOptions) -> None:
+    (image.parent / "base.raw").write_bytes(BASE)
+    create(image, SIZE, options, base_length=len(BASE) if options.base_img else None)
+
+
+def write(path: Path, data: bytes, offset: int) -> None:
+    async def work() -> None:
+        image = await open_image(str(path), Policy(), write=True)
+        await image.write(offset, data)
+        await image.close()
+
+    trio.run(work)
+
+
+def content(path: Path) -> bytes:
+    """By an independent reader."""
+    return b"".join(reference.read_disk(path))
+
+
+def header(path: Path) -> Header:
+    return Header.decode(path.read_bytes()[:8192], str(path))
+
+
+def check(path: Path) -> None:
+    must("check", path)
+    assert reference.check(path, "fvdfs") == []
+
+
+@layouts
+def test_a_disk_grows_and_shrinks(image: Path, layout: str) -> None:
+    make(image, LAYOUTS[layout])
+    write(image, b"one" * 1000, 5000)
+    write(image, b"end", SIZE - 3)
+    before = content(image)
+    assert must("resize", image, str(SIZE + 1000)) == f"{image}: 1.001 MiB ({SIZE + 1024} bytes)\n"
+    check(image)
+    assert content(image) == before + bytes(1024)
+    must("resize", image, f"+{LARGE}")
+    check(image)
+    assert content(image) == before + bytes(1024 + LARGE)
+    write(image, b"far", SIZE + LARGE)
+    assert content(image)[SIZE + LARGE :][:3] == b"far"
+    done = fvdfs("resize", image, "300K")
+    assert (done.code, done.err.count("\n"), "add --shrink" in done.err) == (2, 1, True)
+    must("resize", image, "300K", "--shrink")
+    check(image)
+    assert content(image) == before[: 300 * KIB]
+    must("resize", image, str(SIZE))
+    assert content(image) == before[: 300 * KIB].ljust(SIZE, b"\0")
+
+
+@layouts
+def test_a_kill_before_any_step(image: Path, layout: str) -> None:
+    """Afterwards the disk has the size before or after, and reads as it did; the image is clean once it was opened."""
+    make(image, LAYOUTS[layout])
+    write(image, b"one" * 1000, 5000)
+    before = content(image)
+    files = {path: path.read_bytes() for path in image.parent.iterdir()}
+    for size, more in ((LARGE, []), (SIZE // 2, ["--shrink"])):
+        step, sizes = 1, set[int]()
+        while killed_before(step, lambda size=size, more=more: main(["resize", str(image), str(size), *more])):  # type: ignore[misc]
+            step += 1
+            left = content(image)
+            sizes.add(len(left))
+            # A part that was cut off may be gone already while the header still has the size before.
+            assert left.rstrip(b"\0") == before[: len(left)].rstrip(b"\0")[: len(left.rstrip(b"\0"))]
+            assert left[: min(size, SIZE)] == before[: min(size, SIZE)]
+            if layout != "no journal":
+                write(image, b"", 0)
+                assert fvdfs("check", image).code in (0, 3)  # space behind the disk may be left
+                assert reference.check(image, "fvdfs") == []
+                must("resize", image, str(size), *more)
+            for path, data in files.items():
+                path.write_bytes(data)
+        for path, data in files.items():
+            path.write_bytes(data)
+        assert sizes <= {SIZE, size}
+        assert step > 2
+
+
+def test_a_larger_table_takes_the_front_of_the_journal(image: Path) -> None:
+    make(image, COMPACT)
+    write(image, b"one", 5000)
+    old = header(image)
+    must("resize", image, str(LARGE))
+    new = header(image)
+    assert new.table_offset == old.table_offset
+    assert new.journal_offset + new.journal_size == old.journal_offset + old.journal_size
+    assert new.journal_offset == old.table_offset + 20 * KIB
+
+
+def test_what_the_table_has_no_room_for(image: Path) -> None:
+    make(image, COMPACT)
+    before = image.read_bytes()
+    done = fvdfs("resize", image, "1T")
+    assert done.code == 1
+    limit = int(re.findall(r"(\d+) bytes at most", done.err)[0])
+    assert header(image) == Header.decode(before[:8192], "")
+    must("resize", image, str(limit))
+    check(image)
+    assert fvdfs("resize", image, "+1").code == 1
+
+
+def test_the_limit_is_exact() -> None:
+    for chunk in (4 * KIB, 64 * KIB):
+        for size in (8 * KIB, 64 * KIB, MIB):
+            for journal in (0, 4096, 8192, 64 * KIB, MIB):
+                old = new_header(size, None, CreateOptions(compact=True, chunk_size=chunk, journal_size=journal))
+                limit = largest_table(old)
+                assert limit >= old.table_capacity
+                assert smaller_journal(old, limit + 1) is None
+                if limit > old.table_capacity:
+                    region = smaller_journal(old, limit)
+                    assert region is not None
+                    new = with_fields(old, journal_offset=region.offset, journal_size=region.size)
+                    assert new.table_capacity >= limit
+                    with_fields(new, virtual_disk_size=limit * chunk).check("", old.metadata_size)
+
+
+def test_a_disk_that_others_stand_on_is_not_cut(image: Path) -> None:
+    make(image, LAYOUTS["compact"])
+    must("snapshot", image)
+    under = image.with_name("vm@1.fvd")
+    done = fvdfs("resize", under, "4K", "--shrink")
+    assert (done.code, done.err.count("\n"), "vm.fvd stands on it" in done.err) == (2, 1, True)
+    assert len(content(under)) == SIZE
+    must("resize", under, "+4K")
+    assert content(image) == bytes(SIZE)
+    with mounted(image.parent, "-o", "shrink") as mount:
+        done = fvdfs("resize", mount.raw("vm@1"), "4K", "--shrink")
+        assert (done.code, "vm.fvd stands on it" in done.err) == (2, True)
+        with pytest.raises(OSError) as caught:
+            os.truncate(mount.raw("vm@1"), 4096)
+        assert caught.value.errno == errno.EBUSY
+        with pytest.raises(OSError):
+            open(mount.raw("vm@1"), "wb").close()
+        must("resize", mount.raw("vm"), "8K", "--shrink")
+        assert mount.raw("vm").stat().st_size == 8 * KIB
+
+
+@layouts
+def test_a_disk_in_a_mount_while_it_is_written(image: Path, layout: str) -> None:
+    make(image, LAYOUTS[layout])
+    with mounted(image.parent, "-o", "base_path=/") as mount:
+        raw = mount.raw("vm")
+        with open(raw, "r+b", buffering=0) as disk:
+            stop = threading.Event()
+            rounds = 0
+
+            def keep_writing() -> None:
+                nonlocal rounds
+                while not stop.is_set():
+                    os.pwrite(disk.fileno(), rounds.to_bytes(8, "little") * 64, rounds % 2000 * 512)
+                    rounds += 1
+
+            writer = threading.Thread(target=keep_writing)
+            writer.start()
+            try:
+                assert must("resize", raw, f"+{LARGE}").startswith(f"{raw}: 21 MiB")
+                must("resize", raw, "+1M")
+            finally:
+                stop.set()
+                writer.join()
+            assert os.fstat(disk.fileno()).st_size == SIZE + LARGE + MIB
+            os.pwrite(disk.fileno(), b"far", SIZE + LARGE)
+            os.fsync(disk.fileno())
+            expected = raw.read_bytes()
+        done = fvdfs("resize", raw, "1M")
+        assert (done.code, "add --shrink" in done.err) == (2, True)
+        done = fvdfs("resize", raw, "1M", "--shrink")
+        assert (done.code, "-o shrink" in done.err, done.err.count("\n")) == (2, True, 1)
+    assert content(image) == expected
+    assert expected[SIZE + LARGE :][:3] == b"far"
+    check(image)
+
+
+def test_what_is_no_raw_file_of_a_mount_is_left_alone(folder: Path) -> None:
+    other = folder / "other.raw"
+    other.write_bytes(bytes(1000))
+    done = fvdfs("resize", other, "1M")
+    assert (done.code, "is not a raw file of an fvdfs mount" in done.err) == (2, True)
+    assert other.stat().st_size == 1000
+
+
+def test_an_image_in_a_mount_is_busy_while_it_is_open(image: Path) -> None:
+    make(image, COMPACT)
+    with mounted(image.parent) as mount, open(mount.raw("vm"), "r+b"):
+        done = fvdfs("resize", image, "+1M")
+        assert done.code == 1
+        assert "or name the raw file in its mount" in done.err
+    must("resize", image, "+1M")
+
+
+def test_a_mount_shows_the_new_size_of_an_image_that_it_has_not_open(image: Path) -> None:
+    make(image, COMPACT)
+    with mounted(image.parent) as mount:
+        assert mount.raw("vm").stat().st_size == SIZE
+        must("resize", image, f"+{LARGE}")
+        assert mount.raw("vm").stat().st_size == SIZE + LARGE
+        assert mount.raw("vm").read_bytes() == bytes(SIZE + LARGE)
+
+
+def test_a_data_file_elsewhere_has_to_be_allowed(image: Path, tmp_path: Path) -> None:
+    make(image, CreateOptions(data_file="../vm.data"))
+    done = fvdfs("resize", image, "2M")
+    assert (done.code, "base_path" in done.err, done.err.count("\n")) == (1, True, 1)
+    must("resize", image, "2M", "-o", f"base_path={tmp_path}")
+    assert (tmp_path / "vm.data").stat().st_size == 2 * MIB
+
+
+@pytest.mark.parametrize("compact", [False, True])
+def test_a_disk_on_a_device(image: Path, tmp_path: Path, compact: bool) -> None:
+    """It grows as far as the device does, or, compact, further: the chunks take their places later."""
+    (tmp_path / "device").write_bytes(os.urandom(8 * MIB))
+    with loop_device(tmp_path / "device") as device:
+        options = ["--compact", "--chunk-size", "4K", "--journal-size", "64K"] if compact else []
+        must("create", device, "1M", "--force", *options)
+        must("resize", device, "6M")
+        if compact:
+            must("resize", device, "20M")
+        else:
+            done = fvdfs("resize", device, "20M")
+            assert (done.code, "is full" in done.err, done.err.count("\n")) == (1, True, 1)
+        must("check", device)
+        assert content(device) == bytes((20 if compact else 6) * MIB)
+
+
+def test_power_cuts_while_the_table_takes_the_front_of_the_journal(tmp_path: Path) -> None:
+    """Every state is judged by two readers; the content is that before or after."""
+    options = replace(COMPACT, grow_unit=8 * KIB, journal_size=16 * KIB)
+    subject = Subject(Layout("compact-outgrown", 13 * 4 * KIB, options))
+    (tmp_path / "built").mkdir()
+    (tmp_path / "left").mkdir()
+    counts = Counts()
+    sim = Simulation(subject, subject.build(tmp_path / "built"), tmp_path / "left", Effort.scaled(1), counts)
+    with quiet():
+        sim.step(sim.open)
+        sim.step(sim.write(5000, 9000), sim.flush, sim.write(3000, 700))
+        sim.resize(1030 * 4 * KIB)
+        assert sim.image.header.journal_size == 12 * KIB
+        sim.step(sim.write(1030 * 4 * KIB, 5000), sim.flush, sim.write(9000, 100))
+        sim.resize(-1031 * 4 * KIB)
+        sim.step(sim.close)
+    assert counts.states > 50
