@@ -9,8 +9,8 @@ Where a compact image's table has no room for the new size, it takes the front o
     2. the header gets the journal's new place and size, which lie in one sector of it
     3. the table grows
 
-each stable before the next, so that a crash leaves one of two images that are whole. Only who asks for a size gets that,
-and no write past the end: a stray one would take most of the journal.
+each stable before the next, so that a crash leaves one of two images that are whole. Only who asks for a size gets
+that, and no write past the end: a stray one would take most of the journal.
 """
 
 from __future__ import annotations

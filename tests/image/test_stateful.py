@@ -26,6 +26,7 @@ from hypothesis import HealthCheck, Phase, seed, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
 from trio.testing import MockClock
 
+from fvdfs.format.table_room import largest_table
 from fvdfs.image.image import Image
 from fvdfs.prefetch.prefetcher import Prefetcher
 from fvdfs.prefetch.scheduler import Scheduler
