@@ -99,6 +99,15 @@ class NamedSide:
             await self._side.close()
 
 
+async def fill(side: Side, view: memoryview, offset: int) -> int:
+    """Read into a buffer, faster than `read` where one serves for many reads: the number of bytes. Raises OSError."""
+    if isinstance(side, StoreSide):
+        return await side.store.pread(view, offset)
+    assert isinstance(side, Image)
+    rest = side.begin_read(offset, view)
+    return rest if isinstance(rest, int) else await rest.finish()
+
+
 def stores_of(side: Side) -> list[Store]:
     """All that it stands on."""
     if isinstance(side, StoreSide):
