@@ -105,7 +105,7 @@ async def export(
                 )
                 placed = _in_padding
             else:
-                remarks, overlay = [], _overlay(source.size, found, _qcow2_backing(backing, path))
+                remarks, overlay = [], _overlay(source.size, earlier.size, found, _qcow2_backing(backing, path))
                 await _write_qcow2(files, source, overlay, target, progress)
                 placed = functools.partial(_in_header, overlay)
             note = await _note(files, target, image, path, earlier)
@@ -196,8 +196,12 @@ def _qcow2_backing(backing: Backing, since: str) -> Backing:
     return Backing(f"{os.path.splitext(os.path.basename(since))[0]}.raw", RAW)
 
 
-def _overlay(size: int, found: Sequence[Change], backing: Backing) -> Overlay:
-    return Overlay(size, list(in_units(found, CLUSTER, size)), backing.name, backing.format)
+def _overlay(size: int, since_size: int, found: Sequence[Change], backing: Backing) -> Overlay:
+    """Behind the end of its backing file an overlay reads as zeros: they would take tables there."""
+    end = round_up(since_size, CLUSTER)
+    inside = [change if change.data else change._replace(stop=min(change.stop, end)) for change in found]
+    parts = in_units((change for change in inside if change.start < change.stop), CLUSTER, size)
+    return Overlay(size, list(parts), backing.name, backing.format)
 
 
 async def _write_qcow2(files: NewFiles, source: Side, overlay: Overlay, path: str, progress: Progress) -> None:

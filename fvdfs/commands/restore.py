@@ -21,7 +21,7 @@ from fvdfs.commands.states import permission
 from fvdfs.commands.terminal import progress_bar
 from fvdfs.errors import ImageError, UsageError, named
 from fvdfs.format.header import SECTOR, round_up
-from fvdfs.image.changes import Change
+from fvdfs.image.changes import Change, gaps
 from fvdfs.image.image import Image
 from fvdfs.image.loading import open_image, open_other
 from fvdfs.image.policy import FVD_FORMAT, format_by_name
@@ -126,7 +126,8 @@ async def _check(export: Export, target: Target, name: str, *, force: bool) -> N
 
 async def _write(export: Export, target: Target, progress: Progress) -> None:
     """Write all parts, and make them stable. Raises ImageError, OSError."""
-    if target.size < export.size:
+    held = target.size  # what is behind that reads as zeros
+    if held < export.size:
         await target.resize(export.size)
     whole = sum(stop - start for start, stop, data in export.parts if data)
     done = 0
@@ -140,9 +141,9 @@ async def _write(export: Export, target: Target, progress: Progress) -> None:
             progress(done, whole)
             await trio.lowlevel.checkpoint()
 
-    for start, stop, data in export.parts:
-        if not data:
-            await target.zero(start, stop)
+    for start, stop in _zeros(export):
+        if start < held:
+            await target.zero(start, min(stop, held))
     await in_workers(work)
     await target.fsync()
     if isinstance(target, Image):
@@ -152,6 +153,17 @@ async def _write(export: Export, target: Target, progress: Progress) -> None:
     elif target.size > export.size and not target.store.fixed_size:
         await target.resize(export.size)
         await target.fsync()
+
+
+def _zeros(export: Export) -> Iterator[tuple[int, int]]:
+    """The parts that become zeros, what lies past the end of the earlier state among them."""
+    for start, stop, data in export.parts:
+        if not data:
+            yield start, stop
+    if export.note is not None:
+        for start, stop in gaps(((start, stop) for start, stop, _ in export.parts), export.size):
+            if stop > export.note.since_size:
+                yield max(start, export.note.since_size), stop
 
 
 def _pieces(parts: Sequence[Change]) -> Iterator[tuple[int, int]]:

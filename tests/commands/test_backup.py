@@ -8,6 +8,7 @@ import random
 import shutil
 import signal
 import subprocess
+import tempfile
 import time
 from itertools import pairwise
 from pathlib import Path
@@ -16,7 +17,7 @@ import pytest
 
 from fvdfs.format.note import NOTE_OFFSET
 from support import reference
-from support.devices import small_disk
+from support.devices import loop_device, small_disk
 from support.mounts import FVDFS, MIB, Mount, fvdfs, mounted, must, running
 
 SIZE = 24 * MIB
@@ -129,7 +130,7 @@ def test_diff_in_words(folder: Path) -> None:
 def exported(folder: Path, kind: str, disk: str = "vm.fvd", since: str = "tue") -> Path:
     """What has changed, in a folder of its own."""
     target = folder.parent / f"backup-{since}.{kind}"
-    must("export", folder / disk, "--since", since, target, *(("-o", f"base_path={folder}") if kind == "fvd" else ()))
+    must("export", folder / disk, "--since", since, target)
     return target
 
 
@@ -204,6 +205,107 @@ def test_a_disk_of_another_size(folder: Path, kind: str, size: int) -> None:
     (folder.parent / "half.raw").write_bytes(tue + bytes(max(0, size - SIZE)))  # it had grown when it was interrupted
     must("restore", export, folder.parent / "half.raw")
     assert (folder.parent / "half.raw").read_bytes() == now
+
+
+def test_a_device_and_a_raw_file_in_a_mount(folder: Path) -> None:
+    """What follows the earlier state on a device becomes zeros, as far as the disk has grown."""
+    size = SIZE + 5 * MIB
+    _, tue, now = states(folder, sizes=(SIZE, SIZE, size))
+    export, backing = exported(folder, "qcow2"), folder.parent / "backing"
+    with open(backing, "wb") as file:
+        file.write(tue + b"\xa5" * (size + MIB - SIZE))
+    with loop_device(backing) as device:
+        must("restore", export, device)
+        assert device.read_bytes() == now + b"\xa5" * MIB
+    (folder / "more").mkdir()
+    must("convert", folder / "vm@tue.fvd", folder / "more/copy.fvd")
+    with mounted(folder / "more") as mount:
+        must("restore", export, mount.raw("copy"))
+        assert mount.raw("copy").read_bytes() == now
+    with open(backing, "r+b") as file:
+        file.truncate(SIZE)
+    with loop_device(backing) as device:
+        assert f"{size} are needed" in refuses("restore", export, device, code=1)
+
+
+def test_a_disk_that_has_grown_by_terabytes(folder: Path) -> None:
+    """The zeros behind its former end take nothing."""
+    must("create", folder / "vm@mon.fvd", "8M")
+    must("create", folder / "vm.fvd", "4T", "-b", "vm@mon.fvd", "-F", "fvd")
+    with mounted(folder) as mount, open(mount.raw("vm"), "r+b", buffering=0) as disk:
+        disk.seek(2 << 40)
+        disk.write(b"x" * 4096)
+    (folder / "copy.raw").write_bytes(bytes(8 * MIB))
+    for kind in ("fvd", "qcow2"):
+        export = exported(folder, kind, since="mon")
+        assert export.stat().st_blocks * 512 < MIB
+        must("restore", export, folder / "copy.raw")
+        must("compare", "-s", folder / "vm.fvd", folder / "copy.raw")
+
+
+def test_nights_of_a_machine_that_runs(folder: Path) -> None:
+    """Snapshots by fvdfs, exports while the disk is written, restored in turn."""
+    must("create", folder / "vm.fvd", "24M", "--compact", "--chunk-size", "64K")
+    backups, nights = folder.parent, ["mon", "tue", "wed", "thu"]
+    found = []
+    with mounted(folder) as mount, open(mount.raw("vm"), "r+b", buffering=0) as disk:
+        for number, night in enumerate(nights):
+            change(mount, "vm", number)
+            must("snapshot", mount.raw("vm"), night)
+            found += contents(mount, "vm")
+            disk.seek(number * 512)
+            disk.write(b"x" * 512)  # it goes on
+            if number:
+                before = nights[number - 1]
+                target = backups / f"{night}.{'qcow2' if number % 2 else 'fvd'}"
+                must("export", mount.point / f"vm.raw@{night}", "--since", before, target)
+                assert diff(folder / f"vm@{night}.fvd", "--since", before)
+        must("convert", folder / "vm@mon.fvd", backups / "copy.raw")
+    for number, night in enumerate(nights[1:], 1):
+        (export,) = backups.glob(f"{night}.*")
+        must("restore", export, backups / "copy.raw")
+        assert (backups / "copy.raw").read_bytes() == found[number]
+    later = next(backups.glob("tue.*"))
+    assert "is not vm@mon.fvd" in refuses("restore", later, backups / "copy.raw")
+
+
+def test_files_of_another_user(folder: Path) -> None:
+    """Nobody reads or writes by these commands what he could not otherwise. Who could not read the disk reads no copy."""
+    states(folder)
+    export = exported(folder, "qcow2")
+    (folder / "vm@mon.fvd").chmod(0o640)
+    must("export", folder / "vm.fvd", "--since", "tue", folder / "new.qcow2")
+    assert (folder / "new.qcow2").stat().st_mode & 0o777 == 0o640
+    shared = Path(tempfile.mkdtemp(prefix="fvdfs-test-"))
+    try:
+        shared.chmod(0o755)
+        for name in ("t.raw", "vm@mon.fvd", "vm@tue.fvd", "vm.fvd"):
+            shutil.copy(folder / name, shared)
+        shutil.copy(export, shared / "export.qcow2")
+        (shared / "export.qcow2").chmod(0o644)
+        (shared / "vm.fvd").chmod(0o600)
+        shutil.copy(shared / "vm@tue.fvd", shared / "copy.fvd")
+        (shared / "copy.raw").write_bytes(bytes(SIZE))
+        for path in shared.iterdir():
+            if path.name not in ("vm.fvd", "export.qcow2"):
+                path.chmod(0o644)
+        for words in (
+            ("diff", "vm.fvd", "--since", "tue"),
+            ("export", "vm.fvd", "--since", "tue", "new.qcow2"),
+            ("export", "vm@tue.fvd", "--since", "mon", "new.qcow2"),
+            ("restore", "export.qcow2", "copy.raw"),
+            ("restore", "export.qcow2", "copy.fvd"),
+            ("compare", "vm.fvd", "vm.fvd"),
+        ):
+            paths = [str(shared / word) if "." in word else word for word in words]
+            command = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", *FVDFS, *paths]
+            done = subprocess.run(command, capture_output=True, text=True, check=False, cwd="/")
+            assert done.stderr.startswith("fvdfs: ")
+            assert "ermission" in done.stderr
+            assert (done.returncode, done.stderr.count("\n")) == (2 if words[0] == "compare" else 1, 1), done
+        assert must("diff", shared / "vm.fvd", "--since", "tue")
+    finally:
+        shutil.rmtree(shared)
 
 
 def test_a_running_disk(folder: Path) -> None:
