@@ -270,7 +270,7 @@ def test_nights_of_a_machine_that_runs(folder: Path) -> None:
 
 
 def test_files_of_another_user(folder: Path) -> None:
-    """Nobody reads or writes by these commands what he could not otherwise. Who could not read the disk reads no copy."""
+    """Nobody reads or writes by these commands what he could not otherwise. Who may not read the disk reads no copy."""
     states(folder)
     export = exported(folder, "qcow2")
     (folder / "vm@mon.fvd").chmod(0o640)
