@@ -247,8 +247,8 @@ def _refuse_ground(tree: Tree, path: bytes) -> None:
     """Raise ImageBusy where other images stand on the one of this name."""
     above = [os.path.basename(node.path) for node in tree.children(os.fsdecode(path))]
     if above:
-        more = f" and {len(above) - 1} more" if len(above) > 1 else ""
-        raise ImageBusy(os.fsdecode(path), f"{above[0]}{more} stands on it; it can be neither removed nor renamed")
+        who = f"{above[0]} stands" if len(above) == 1 else f"{above[0]} and {len(above) - 1} more stand"
+        raise ImageBusy(os.fsdecode(path), f"{who} on it; it can be neither removed nor renamed")
 
 
 def _own_data_file(tree: Tree, path: bytes) -> str:
