@@ -368,3 +368,20 @@ def test_a_mount_that_is_killed_leaves_whole_disks(folder: Path, template: Path)
             made = {name.removesuffix(".fvd") for name in os.listdir(folder) if not name.startswith(".")}
             assert shown == made
             assert {mount.raw(name).stat().st_size for name in sorted(made)[:-1]} <= {0, len(TEMPLATE)}
+
+
+@pytest.mark.parametrize("first", ["a", "b"])
+def test_another_image_has_the_old_name_at_once(folder: Path, first: str) -> None:
+    must("create", folder / "a.fvd", "2M")
+    must("create", folder / "new.fvd", "1M")
+    with mounted(folder) as mount, open(mount.raw("a"), "r+b", buffering=0) as disk:
+        number = os.fstat(disk.fileno()).st_ino
+        disk.write(b"mine")
+        os.rename(folder / "a.fvd", folder / "b.fvd")
+        os.rename(folder / "new.fvd", folder / "a.fvd")
+        for name in (first, *{"a", "b"} - {first}):
+            assert mount.raw(name).stat().st_size == (MIB if name == "a" else 2 * MIB)
+            with open(mount.raw(name), "r+b") as other:
+                assert other.read(4) == (b"mine" if name == "b" else bytes(4))
+        assert mount.raw("b").stat().st_ino == number
+        assert "ERROR" not in mount.log
