@@ -22,6 +22,7 @@ import mmap
 import os
 import random
 import sys
+import time
 from array import array
 from collections import Counter
 from collections.abc import Iterator
@@ -34,6 +35,7 @@ PAGE = mmap.PAGESIZE
 MAX_LENGTH = 300 << 10  # bytes of most operations, at the most
 CELL = 8  # bytes: the number of the operation, and the cell's own number
 KEPT = 25  # operations in a report
+CLOSING_TIME = 10.0  # seconds
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
@@ -394,6 +396,9 @@ class Exerciser:
         self._note("close", 0, 0)
         self.close()
         self._resize(self._rounded(len(self._model)))
+        deadline = time.monotonic() + CLOSING_TIME
+        while os.stat(self.target.path).st_size != len(self._model) and time.monotonic() < deadline:
+            time.sleep(0.01)  # the kernel does not wait for the closing of a file
         self._open_some_way()
 
     def _open_some_way(self) -> None:
