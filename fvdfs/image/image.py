@@ -246,9 +246,9 @@ class Image(Core):
             await leave_base(self)
         return True
 
-    async def put_on_top(self, top: Image, name: str, rename: Step, sync: Step) -> None:
+    async def put_on_top(self, top: Image, name: str, rename: Step, sync: Step) -> float:
         """`stacking.stack`: `top` takes the writes from now on, and what this image was is its base."""
-        await stack(self, top, name, Image, self._resizer.lock, self._gate, rename, sync)
+        return await stack(self, top, name, Image, self._resizer.lock, self._gate, rename, sync)
 
     # --- profiles -------------------------------------------------------------------------------
 

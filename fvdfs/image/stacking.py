@@ -48,9 +48,10 @@ async def stack(
     gate: Gate,
     rename: Step,
     sync: Step,
-) -> None:
+) -> float:
     """Put `top` on an image that is open for writing; what the image was is called `name` from now on, and closed.
 
+    How long writers were kept out, in seconds.
     `top`: an empty image of the same size, its base not set. `make`: makes the image below. `resizing`:
     `Resizer.lock`; `gate`: writers pass it. `rename`, `sync`: steps 4 and 6. Raises OSError, and as `rename`.
     """
@@ -70,13 +71,14 @@ async def stack(
                         await image.committer.commit()
                     await rename()
                     below = _swap(image, top, name, make)
-                log.info("%s: writers waited %.1f ms for a snapshot", image.name, (trio.current_time() - began) * 1000)
+                waited = trio.current_time() - began
                 try:
                     await sync()
                 except OSError as error:
                     image.committer.fail(f"the new name of what lies below cannot be made stable: {error}")
                     raise
         await _close(below)
+    return waited
 
 
 def _swap(image: Image, top: Core, name: str, make: Callable[..., Image]) -> Image:

@@ -30,7 +30,7 @@ def status(entry: Entry) -> dict[str, Any]:
         "image": os.fsdecode(entry.path),
         "open": entry.busy,
     }
-    found |= {"snapshot": entry.snapshot, "snapshot_refused": entry.refused}
+    found |= {"snapshot": entry.snapshot, "snapshot_wait": entry.snapshot_wait, "snapshot_refused": entry.refused}
     if entry.image is None:
         state = "closing" if entry.busy else "closed"
         return found | entry.last_status | {"virtual_size": entry.size, "state": state}

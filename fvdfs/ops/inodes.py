@@ -109,6 +109,8 @@ class Entry:
         """Of an open image, since it was opened: files that were under its path, before a snapshot, or will be."""
         self.snapshot = ""
         """The path of the last snapshot that was made of it."""
+        self.snapshot_wait = 0.0
+        """Seconds for which it kept writers out."""
         self.refused = ""
         """Why the last one that was asked for was not made."""
         self.blank = False

@@ -87,7 +87,7 @@ async def _make(openings: Openings, entry: Entry, image: Image, name: str) -> st
                 swapped = True
 
             sync = functools.partial(_in_thread, sync_folder, os.path.dirname(path))
-            await image.put_on_top(top, under, rename, sync)
+            entry.snapshot_wait = await image.put_on_top(top, under, rename, sync)
         finally:
             if swapped:
                 entry.status = status
@@ -99,7 +99,7 @@ async def _make(openings: Openings, entry: Entry, image: Image, name: str) -> st
             await file.aclose()
             await _in_thread(_remove, place, under, old)
         raise
-    log.info("%s: snapshot %s", path, under)
+    log.info("%s: snapshot %s; writers waited %.1f ms", path, under, entry.snapshot_wait * 1000)
     try:
         await openings.share(image)
     except (FvdError, OSError) as error:

@@ -118,6 +118,20 @@ def test_a_chain_is_merged_down_to_one(image: Path, layout: str) -> None:
     must("check", image)
 
 
+@pytest.mark.slow
+def test_a_chain_of_a_hundred_is_made_and_merged(image: Path) -> None:
+    states = chain(image, "compact", 100)
+    left = set(range(1, 101))
+    for number in random.Random(3).sample(sorted(left), len(left)):
+        assert main(["delete", str(image.with_name(f"vm@{number}.fvd"))]) == 0
+        left.discard(number)
+        for kept in random.Random(number).sample(sorted(left), min(2, len(left))):
+            assert content(image.with_name(f"vm@{kept}.fvd")) == states[kept - 1]
+    assert content(image) == states[-1]
+    assert names(image) == ["vm.fvd"]
+    clean(image)
+
+
 def test_a_snapshot_on_which_nothing_stands_goes_with_its_data_file(image: Path) -> None:
     states = chain(image, "data file", 1)
     must("revert", image, "1")
