@@ -17,13 +17,12 @@ from dataclasses import dataclass
 import trio
 
 from fvdfs import daemon
-from fvdfs.commands.convert import PIECE, UNIT, Permission, Progress, in_workers, open_source
+from fvdfs.commands.convert import PIECE, UNIT, Permission, Progress, in_workers, open_source, permitted
 from fvdfs.commands.sides import Side, Stored, fill, stored
 from fvdfs.commands.terminal import progress_bar
 from fvdfs.cow.extents import Extents
 from fvdfs.errors import UsageError, named
 from fvdfs.format.header import round_up
-from fvdfs.mountoptions import folders, listed, parse_mount_options
 from fvdfs.store.references import BASE_FORMATS
 
 SAME, DIFFERENT = 0, 1
@@ -51,8 +50,7 @@ def run(
     names: Sequence[str], formats: Sequence[str], *, strict: bool, as_json: bool, options: Sequence[str], secret: str
 ) -> int:
     """Compare the two, with a progress bar, and say what was found; the exit code. Raises as `compare`."""
-    allowed = parse_mount_options(options, ("base_path", "allow_url"))
-    permission = Permission(folders(allowed), listed(allowed, "allow_url"), secret_file=secret)
+    permission = permitted(options, secret)
     for option, file_format in zip(("-f", "-F"), formats, strict=True):
         if file_format and file_format not in BASE_FORMATS:
             raise UsageError(f"{option} {file_format}: is not known; known are {', '.join(BASE_FORMATS)}")

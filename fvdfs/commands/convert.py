@@ -57,8 +57,7 @@ def run(
     secret: str,
 ) -> int:
     """Convert, with a progress bar, and tell the user what to know about it. Raises as `convert`."""
-    allowed = parse_mount_options(options, ("base_path", "allow_url"))
-    permission = Permission(folders(allowed), listed(allowed, "allow_url"), secret_file=secret)
+    permission = permitted(options, secret)
     with progress_bar() as progress:
         work = functools.partial(
             convert,
@@ -109,6 +108,12 @@ class Permission:
             else:
                 urls.append(location.url)
         return Policy(roots=tuple(roots), allowed_urls=tuple(urls), secret_file=self.secret_file)
+
+
+def permitted(options: Sequence[str], secret: str) -> Permission:
+    """What -o of a command, and its --secret, permit. Raises UsageError."""
+    allowed = parse_mount_options(options, ("base_path", "allow_url"))
+    return Permission(folders(allowed), listed(allowed, "allow_url"), secret_file=secret)
 
 
 async def open_source(name: str, file_format: str, permission: Permission) -> tuple[Side, list[str]]:

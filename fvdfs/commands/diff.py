@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 import trio
 
-from fvdfs.commands.convert import Permission
-from fvdfs.commands.states import find_below, image_of, open_state, permission
+from fvdfs.commands.convert import Permission, permitted
+from fvdfs.commands.states import find_below, image_of, open_state
 from fvdfs.daemon import run_loop
 from fvdfs.image.changes import Change, changes
 from fvdfs.image.core import Core
@@ -20,7 +20,7 @@ from fvdfs.sizes import human_size
 def run(disk: str, *, since: str, as_json: bool, options: Sequence[str], secret: str) -> int:
     """Print the changes of DISK[@SNAPSHOT]. Raises UsageError, and as `find_changes`."""
     image = image_of(disk)
-    found = run_loop(functools.partial(find_changes, image, since, permission(options, secret)))
+    found = run_loop(functools.partial(find_changes, image, since, permitted(options, secret)))
     if as_json:
         extents = [{"start": start, "length": stop - start, "data": data} for start, stop, data in found.changes]
         sizes = {"virtual_size": found.size, "since_size": found.since_size}

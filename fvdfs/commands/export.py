@@ -16,11 +16,11 @@ from typing import Protocol
 import trio
 
 from fvdfs import daemon
-from fvdfs.commands.convert import PIECE, Permission, Progress, format_of_name, in_workers, open_target
+from fvdfs.commands.convert import PIECE, Permission, Progress, format_of_name, in_workers, open_target, permitted
 from fvdfs.commands.exports import FORMATS, checksums, open_export
 from fvdfs.commands.newfiles import NewFiles, permissions
 from fvdfs.commands.sides import NamedSide, Side, StoreSide, stores_of
-from fvdfs.commands.states import find_below, image_of, open_state, permission
+from fvdfs.commands.states import find_below, image_of, open_state
 from fvdfs.commands.terminal import progress_bar
 from fvdfs.cow.planner import zero_runs
 from fvdfs.errors import ImageError, UsageError, named
@@ -64,7 +64,7 @@ def run(
     if os.path.exists(target) and not os.path.isfile(target):
         raise UsageError(f"{target}: an export is a file; choose another name")
     image = image_of(disk)
-    allowed = permission(options, secret)
+    allowed = permitted(options, secret)
     with progress_bar() as progress:
         work = functools.partial(export, image, target, since, target_format, backing, allowed, force, progress)
         for remark in daemon.run_loop(work):

@@ -17,10 +17,9 @@ from bitarray import bitarray
 
 from fvdfs import daemon
 from fvdfs.commands.base import open_base
-from fvdfs.commands.convert import Permission, Progress, copy, open_source
+from fvdfs.commands.convert import Permission, Progress, copy, open_source, permitted
 from fvdfs.commands.create import plan_image
 from fvdfs.commands.sides import NamedSide, Side, StoreSide
-from fvdfs.commands.states import permission
 from fvdfs.commands.terminal import progress_bar
 from fvdfs.cow.planner import Zeroes
 from fvdfs.errors import UsageError, named
@@ -72,7 +71,7 @@ def run(
         raise UsageError("--data-format: can tell of raw data files only; of others: qemu-img measure")
     with progress_bar() as progress:
         work = functools.partial(
-            measure, source, source_format, target_format, layout, permission(options, secret), progress
+            measure, source, source_format, target_format, layout, permitted(options, secret), progress
         )
         need, remarks = daemon.run_loop(work)
     for remark in remarks:

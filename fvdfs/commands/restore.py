@@ -13,11 +13,10 @@ from collections.abc import Iterator, Sequence
 import trio
 
 from fvdfs import daemon
-from fvdfs.commands.convert import PIECE, Permission, Progress, in_workers
+from fvdfs.commands.convert import PIECE, Permission, Progress, in_workers, permitted
 from fvdfs.commands.exports import Export, is_earlier_state, open_export
 from fvdfs.commands.in_use import refuse_open
 from fvdfs.commands.sides import StoreSide
-from fvdfs.commands.states import permission
 from fvdfs.commands.terminal import progress_bar
 from fvdfs.errors import ImageError, UsageError, named
 from fvdfs.format.header import SECTOR, round_up
@@ -38,7 +37,7 @@ def run(name: str, target: str, *, target_format: str, options: Sequence[str], f
         raise UsageError(f"--target-format {target_format}: is not known; known are {', '.join(BASE_FORMATS)}")
     if not os.path.exists(target):
         raise UsageError(f"{target}: there is no such file; copy the earlier state there first")
-    allowed = permission(options, secret)
+    allowed = permitted(options, secret)
     with progress_bar() as progress:
         daemon.run_loop(functools.partial(restore, name, target, target_format, allowed, force, progress))
     return 0

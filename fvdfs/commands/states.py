@@ -8,7 +8,6 @@ and not the names.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from dataclasses import replace
 
 from fvdfs.commands.convert import Permission
@@ -19,15 +18,8 @@ from fvdfs.image.image import Image
 from fvdfs.image.loading import open_image
 from fvdfs.image.policy import HostStore
 from fvdfs.layers.snapshot import MARK, path_of, stem_of
-from fvdfs.mountoptions import folders, listed, parse_mount_options
 from fvdfs.store.base import Store
 from fvdfs.store.host import Identity, identity_of
-
-
-def permission(options: Sequence[str], secret: str) -> Permission:
-    """Where names in an image may lead, beside its folder. Raises UsageError."""
-    allowed = parse_mount_options(options, ("base_path", "allow_url"))
-    return Permission(folders(allowed), listed(allowed, "allow_url"), secret_file=secret)
 
 
 def image_of(disk: str) -> str:

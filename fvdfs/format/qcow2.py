@@ -165,7 +165,7 @@ def read_overlay(name: str, read: Reader, file_size: int) -> Stored:
     _, version, name_at, _, bits, size, crypt, l1_size, l1_at, _, _, snapshots, _, features, _, _, _, header_size = (
         _HEADER.unpack_from(first)
     )
-    if version != 3 or bits != CLUSTER_BITS or crypt or snapshots or features:
+    if (version, bits) != (3, CLUSTER_BITS) or any((crypt, snapshots, features)):
         raise UnsupportedFeature(name, "only qcow2 overlays as fvdfs export makes them can be restored")
     wrong = FormatError(name, "its header or a table makes no sense: an offset or a size leads out of it")
     if size >= 1 << 62 or l1_size * 8 > _MAX_TABLE or l1_size < ceil_div(size, CLUSTER * _PER_TABLE):
@@ -174,24 +174,32 @@ def read_overlay(name: str, read: Reader, file_size: int) -> Stored:
     if extensions is None:
         raise wrong
     places: list[Placed] = []
-    seen: set[int] = set()
-    for number, entry in enumerate(_table(read, l1_at, ceil_div(size, CLUSTER * _PER_TABLE), wrong)):
-        if not entry & _OFFSET:
-            continue
-        if entry & _OFFSET in seen:  # else a small file could have more tables than anybody can read
+    for start, place in _entries(read, l1_at, ceil_div(size, CLUSTER * _PER_TABLE), wrong):
+        if start >= size:
+            break
+        if place & _COMPRESSED:
+            raise UnsupportedFeature(name, "it is compressed; only what fvdfs export has made can be restored")
+        stop = min(start + CLUSTER, size)
+        where = None if place & _ZERO else place & _OFFSET
+        if where is not None and not CLUSTER <= where <= file_size - (stop - start):
             raise wrong
-        seen.add(entry & _OFFSET)
-        for index, place in enumerate(_table(read, entry & _OFFSET, _PER_TABLE, wrong)):
-            start = (number * _PER_TABLE + index) * CLUSTER
-            if not place or start >= size:
-                continue
-            where = None if place & _ZERO else place & _OFFSET
-            if place & _COMPRESSED:
-                raise UnsupportedFeature(name, "it is compressed; only what fvdfs export has made can be restored")
-            if where is not None and not CLUSTER <= where <= file_size - min(CLUSTER, size - start):
-                raise wrong
-            _join(places, (start, min(start + CLUSTER, size), where))
+        _join(places, (start, stop, where))
     return Stored(size, places, extensions)
+
+
+def _entries(read: Reader, l1_at: int, tables: int, wrong: FormatError) -> Iterator[tuple[int, int]]:
+    """The entries of all L2 tables that say something, each with the first byte of its cluster. Raises `wrong`."""
+    seen: set[int] = set()
+    for number, entry in enumerate(_table(read, l1_at, tables, wrong)):
+        at = entry & _OFFSET
+        if not at:
+            continue
+        if at in seen:  # else a small file could have more tables than anybody can read
+            raise wrong
+        seen.add(at)
+        for index, place in enumerate(_table(read, at, _PER_TABLE, wrong)):
+            if place:
+                yield (number * _PER_TABLE + index) * CLUSTER, place
 
 
 def _join(places: list[Placed], new: Placed) -> None:

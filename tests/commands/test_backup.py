@@ -351,13 +351,25 @@ def test_what_is_refused(folder: Path) -> None:
     copy = folder.parent / "copy.raw"
     copy.write_bytes(tue[: -512 * 9])
     assert f"has {SIZE - 512 * 9} bytes, and not {SIZE}" in refuses("restore", export, copy)
-    with open(folder / "other.raw", "w+b") as file:
-        file.write(tue)
-        for place in (0, SIZE // 2, SIZE - 512):
-            file.seek(place)
-            file.write(random.Random(place).randbytes(40_000)[: SIZE - place])
-    assert "nothing was written" in refuses("restore", export, folder / "other.raw")
+    changed = [(start, stop) for start, stop, _ in diff(vm, "--since", "tue")]
+    unchanged = [(stop, start) for (_, stop), (start, _) in pairwise(changed)]
+    for parts in (changed, unchanged):  # either is enough
+        start, stop = max(parts, key=lambda part: part[1] - part[0])
+        other = bytearray(tue)
+        other[start:stop] = random.Random(start).randbytes(stop - start)
+        (folder / "other.raw").write_bytes(other)
+        assert "nothing was written" in refuses("restore", export, folder / "other.raw")
+        assert (folder / "other.raw").read_bytes() == other
     must("restore", "--force", export, folder / "other.raw")
+
+
+def test_the_base_that_is_chosen(folder: Path) -> None:
+    _, tue, now = states(folder)
+    (folder / "copy.raw").write_bytes(tue)
+    must("export", folder / "vm.fvd", "--since", "tue", folder / "new.fvd", "-b", "copy.raw", "-F", "raw")
+    assert b"".join(reference.read_disk(folder / "new.fvd")) == now
+    must("restore", folder / "new.fvd", folder / "copy.raw")  # the only one that stands on it
+    assert (folder / "copy.raw").read_bytes() == now
 
 
 def test_a_base_of_another_size_is_refused(folder: Path) -> None:
