@@ -190,7 +190,7 @@ def boot(bench: Clones, drive: str, disk: Path) -> dict[str, float]:
         assert process.stdout is not None
         for line in process.stdout:
             marks[line.strip()] = time.monotonic()
-    if not {f"SUM {bench.guest[1]}", "GUEST-EXIT 0"} <= marks.keys():
+    if not {f"SUM {bench.guest[1]} -", "GUEST-EXIT 0"} <= marks.keys():
         raise RuntimeError(f"{disk}: the guest did not boot: {' '.join(marks)[-1000:]}")
     return {line.split()[0]: when for line, when in marks.items() if line}
 
