@@ -42,12 +42,12 @@ BLOCKS_PER_PAGE = PAGE * 8
 class Bitmap:
     """Both bitmaps of an image. Block ranges are half-open: [start, stop)."""
 
-    def __init__(self, data: bytes | bytearray, blocks: int) -> None:
-        """`data`: the bitmap as it is on disk, whole pages, at least `blocks` bits; a bytearray is taken over."""
+    def __init__(self, data: bytes | bytearray | memoryview, blocks: int) -> None:
+        """`data`: the bitmap as it is on disk, whole pages, at least `blocks` bits; it is taken over, unless bytes."""
         assert len(data) % PAGE == 0
         assert len(data) * 8 >= blocks
         self.blocks = blocks
-        self._local = bitarray(endian="little", buffer=data if isinstance(data, bytearray) else bytearray(data))
+        self._local = bitarray(endian="little", buffer=bytearray(data) if isinstance(data, bytes) else data)
         self._committed: dict[int, bitarray] = {}
         """By page number; in all other pages the committed bits are the local ones."""
         self._dirty: set[int] = set()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import mmap
 import os
 from collections.abc import AsyncIterator
 
@@ -15,7 +16,7 @@ from fvdfs.alloc.table import Table, TooDamaged, decode_entries
 from fvdfs.cow.bitmap import Bitmap, bitmap_bytes
 from fvdfs.errors import FormatError
 from fvdfs.format import journal
-from fvdfs.format.header import HEADER_SIZE, HEADER_SPACE, SECTOR, Header, Region, round_up
+from fvdfs.format.header import HEADER_SIZE, HEADER_SPACE, PAGE, SECTOR, Header, Region, round_up
 from fvdfs.image.bases import Bases
 from fvdfs.image.chain import Chain, Layer, open_chain
 from fvdfs.image.commit import Committer
@@ -31,6 +32,7 @@ from fvdfs.store.qemu_store import QemuStore
 log = logging.getLogger(__name__)
 
 _PIECE = 1 << 20  # bytes of metadata that are read at a time
+_NO_BITS = bytes(PAGE)
 _REPORTED_RECORDS = 10  # bad journal records that are logged one by one
 
 
@@ -125,8 +127,7 @@ async def load_image(
     storage: FlatStorage | ChunkedStorage
     length = max(0, await data.size() - header.data_offset)
     if header.has_base:
-        bits = await pread_exactly(meta, bitmap_bytes(header.blocks), header.bitmap_offset)
-        bitmap = Bitmap(bits, header.blocks)
+        bitmap = await _load_bitmap(meta, header)
     if header.compact:
         region = header.table_region
         assert region is not None
@@ -194,6 +195,19 @@ async def _pieces(meta: Store, region: Region) -> AsyncIterator[tuple[int, bytea
     """The bytes of a region, piece by piece, each with its offset there. Raises OSError."""
     for at in range(0, region.size, _PIECE):
         yield at, await pread_exactly(meta, min(_PIECE, region.size - at), region.offset + at)
+
+
+async def _load_bitmap(meta: Store, header: Header) -> Bitmap:
+    """Its pages without a local block take no memory: of a new image that is all of them."""
+    region = Region("bitmap", header.bitmap_offset, bitmap_bytes(header.blocks))
+    private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    bits = memoryview(mmap.mmap(-1, region.size, flags=private) if region.size else bytearray())
+    async for at, data in _pieces(meta, region):
+        for page in range(0, len(data), PAGE):
+            content = data[page : page + PAGE]
+            if content != _NO_BITS:
+                bits[at + page : at + page + PAGE] = content
+    return Bitmap(bits, header.blocks)
 
 
 async def _load_table(name: str, meta: Store, region: Region, chunks: int, storage_chunks: int) -> Table:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -218,3 +219,30 @@ def test_no_image_is_made_over_a_disk_that_somebody_writes(images: Path, templat
             assert done.code == 1
             assert "or let the new image stand on a snapshot of it" in done.err
         must("create", images / "new.fvd", "--base", "cache.fvd")
+
+
+def test_clones_that_are_open_take_memory_for_what_they_have_of_their_own(tmp_path: Path) -> None:
+    """The bitmap of such a disk has 640 KiB or more: the pages in which something is local take memory, and survive."""
+    images, count, size = tmp_path / "images", 20, 20 << 30
+    images.mkdir()
+    with open(images / "template.raw", "wb") as file:
+        file.truncate(size)
+    must("clone", images / "template.raw", "vm", "-n", str(count), "--into", images)
+    written = range(0, size, size // 4)
+    with mounted(images) as mount, open(mount.raw("vm-0001"), "r+b", buffering=0) as disk:
+        for at in written:
+            os.pwrite(disk.fileno(), b"mine", at)
+    with mounted(images) as mount, contextlib.ExitStack() as stack:
+        names = [f"vm-{number:04}" for number in range(1, count + 1)]
+        disks = [stack.enter_context(open(mount.raw(names[0]), "rb"))]
+        before = anonymous_memory(mount)
+        disks += [stack.enter_context(open(mount.raw(name), "rb")) for name in names[1:]]
+        assert anonymous_memory(mount) - before < (count - 1) * 256 << 10
+        assert [os.pread(disks[0].fileno(), 5, at) for at in written] == [b"mine\0"] * len(written)
+        assert os.pread(disks[1].fileno(), 4, 0) == bytes(4)
+
+
+def anonymous_memory(mount: Mount) -> int:
+    """Bytes that the process of a mount has in memory for itself."""
+    text = Path(f"/proc/{mount.pid}/status").read_text()
+    return int(re.findall(r"RssAnon:\s+(\d+)", text)[0]) * 1024

@@ -207,7 +207,7 @@ def boot_arguments(disk: Path, initrd: Path, cache: str) -> list[str | Path]:
         "-accel", "tcg", "-cpu", "max", "-m", "256", "-nographic", "-no-reboot", "-nic", "none",
         "-kernel", kernel,
         "-initrd", initrd,
-        "-append", "console=ttyS0 panic=-1 quiet",
+        "-append", "console=ttyS0 panic=-1 quiet no_timer_check",
         *drive(disk, cache),
     ]  # fmt: skip
 
