@@ -344,6 +344,21 @@ def _parser() -> argparse.ArgumentParser:
     _add_names(commit, _URLS)
     _add_secret(commit)
 
+    flatten = commands.add_parser("flatten", help="copy all that a disk needs of its base, and let go of that")
+    flatten.set_defaults(run=_flatten)
+    flatten.add_argument("disk", metavar="DISK", help="an image that is not open, or a raw file in a mount")
+    _add_names(flatten, _URLS)
+    _add_secret(flatten)
+
+    rebase = commands.add_parser("rebase", help="have an image stand on another base, and show the same")
+    rebase.set_defaults(run=_rebase)
+    rebase.add_argument("image", metavar="IMAGE", help="not open")
+    rebase.add_argument("-b", "--base", required=True, metavar="FILE", help="relative to the image")
+    rebase.add_argument("-F", "--base-format", default="", metavar="FMT", help="that of the old base")
+    rebase.add_argument("--unsafe", action="store_true", help="compare nothing: it is the old base in another place")
+    _add_names(rebase, _URLS)
+    _add_secret(rebase)
+
     revert = commands.add_parser("revert", help="go back to a snapshot: what was written since is lost")
     revert.set_defaults(run=_revert)
     revert.add_argument("image", metavar="IMAGE", help="of a disk that is not open")
@@ -681,6 +696,25 @@ def _commit(arguments: argparse.Namespace) -> int:
     from fvdfs.commands.layers import run_commit
 
     return run_commit(arguments.image, options=arguments.options, secret=arguments.secret)
+
+
+def _flatten(arguments: argparse.Namespace) -> int:
+    from fvdfs.commands.layers import run_flatten
+
+    return run_flatten(arguments.disk, options=arguments.options, secret=arguments.secret)
+
+
+def _rebase(arguments: argparse.Namespace) -> int:
+    from fvdfs.commands.rebase import run
+
+    return run(
+        arguments.image,
+        base=arguments.base,
+        base_format=arguments.base_format,
+        unsafe=arguments.unsafe,
+        options=arguments.options,
+        secret=arguments.secret,
+    )
 
 
 def _revert(arguments: argparse.Namespace) -> int:

@@ -1,17 +1,31 @@
-"""`fvdfs delete`, `commit`, `revert`: changes of what an image that is not open stands on. Blocks."""
+"""`fvdfs delete`, `commit`, `flatten`, `revert`: changes of what an image stands on. Blocks.
+
+None but `flatten` changes an image that is open; it has the mount prefetch all, and waits for that.
+"""
 
 from __future__ import annotations
 
 import functools
+import time
 from collections.abc import Sequence
 
+from fvdfs.commands import prefetch
+from fvdfs.commands.attributes import explained, facts
 from fvdfs.commands.terminal import progress_bar
 from fvdfs.daemon import run_loop
+from fvdfs.errors import ImageError
 from fvdfs.image.policy import Policy
 from fvdfs.layers.commit import commit
 from fvdfs.layers.delete import delete
+from fvdfs.layers.flatten import flatten
+from fvdfs.layers.merging import Progress
 from fvdfs.layers.revert import revert
 from fvdfs.mountoptions import listed, parse_mount_options
+from fvdfs.xattrs import STATUS
+
+INTERVAL = 0.2  # seconds between looks at what prefetching has done
+_ENDED = ("done", "closed", "off", "failed")
+"""What a disk is of which nothing is being prefetched."""
 
 
 def run_delete(image: str, *, options: Sequence[str], secret: str) -> int:
@@ -26,6 +40,31 @@ def run_commit(image: str, *, options: Sequence[str], secret: str) -> int:
     with progress_bar() as progress:
         run_loop(functools.partial(commit, image, _policy(options, secret), progress))
     return 0
+
+
+def run_flatten(disk: str, *, options: Sequence[str], secret: str) -> int:
+    """Have a disk let go of its base. Raises UsageError, ImageBusy, ImageError, OSError."""
+    with progress_bar() as progress:
+        if disk.endswith(".raw"):
+            _flatten_in_mount(disk, progress)
+        else:
+            run_loop(functools.partial(flatten, disk, _policy(options, secret), progress))
+    return 0
+
+
+def _flatten_in_mount(raw: str, progress: Progress) -> None:
+    prefetch.run("start", raw)
+    with explained(raw):
+        while True:
+            found = facts(raw, STATUS)
+            local, size = found.get("local_bytes", 0), found.get("base_size", 0)
+            progress(local, size)
+            if found["state"] in _ENDED:
+                if local < size:
+                    why = found.get("reason") or found["state"]
+                    raise ImageError(raw, f"{size - local} bytes are still in its base ({why}); see fvdfs status")
+                return
+            time.sleep(INTERVAL)
 
 
 def run_revert(image: str, name: str) -> int:

@@ -32,6 +32,10 @@ COMMANDS = {
     "map": ["map", "top.fvd", "--png", "new.png"],
     "info": ["info", "top.fvd"],
     "check": ["check", "top.fvd"],
+    "commit": ["commit", "over.fvd"],
+    "revert": ["revert", "over.fvd"],
+    "flatten": ["flatten", "over.fvd"],
+    "rebase": ["rebase", "over.fvd", "-b", "same.fvd"],
     "snapshot": ["snapshot", "top.fvd"],
     "amend": ["amend", "top.fvd", "-F", "raw"],
 }
@@ -41,6 +45,12 @@ COMMANDS = {
 def folder(folder: Path) -> Path:
     (folder / "base.raw").write_bytes(CONTENT)
     must("create", folder / "top.fvd", "-b", "base.raw", "--base-format", "raw", "--journal-size", "64K")
+    for name, base in (
+        ("low@1", ["-b", "base.raw", "-F", "raw"]),
+        ("same", ["-b", "base.raw", "-F", "raw"]),
+        ("over", ["-b", "low@1.fvd"]),
+    ):
+        must("create", folder / f"{name}.fvd", *base, "--journal-size", "64K")
     source = [folder / "base.raw", folder / "low.qcow2"]
     subprocess.run(["qemu-img", "convert", "-O", "qcow2", *source], check=True)
     must("export", folder / "top.fvd", "--since", folder / "base.raw", folder / "old.qcow2")

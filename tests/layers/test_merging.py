@@ -170,6 +170,100 @@ def test_revert(image: Path, layout: str) -> None:
     clean(image)
 
 
+@layouts
+def test_flatten(image: Path, layout: str) -> None:
+    states = chain(image, layout, 2)
+    os.utime(image, ns=(0, 10**18))
+    must("flatten", image)
+    for path in (image.with_name("vm@1.fvd"), image.with_name("vm@2.fvd"), image.with_name("base.raw")):
+        path.unlink()
+    assert content(image) == states[2]
+    assert image.stat().st_mtime_ns == 10**18
+    clean(image)
+    refused(["flatten", image], "is flat already")
+
+
+def test_flatten_keeps_holes(image: Path) -> None:
+    (image.parent / "base.raw").write_bytes(b"x" * 4096 + bytes(64 << 20))
+    must("create", image, "-b", "base.raw", "-F", "raw")
+    must("flatten", image)
+    assert image.stat().st_blocks < 2048
+    assert content(image) == (image.parent / "base.raw").read_bytes()
+
+
+def test_flatten_through_a_mount(image: Path) -> None:
+    states = chain(image, "cow", 1)
+    with mounted(image.parent) as mount:
+        must("flatten", mount.raw("vm"))
+        with open(mount.raw("vm"), "r+b", buffering=0) as file:
+            must("snapshot", mount.raw("vm"))
+            must("flatten", mount.raw("vm"))
+            assert file.read() == states[1]
+    image.with_name("vm@1.fvd").unlink()
+    image.with_name("vm@2.fvd").unlink()
+    assert content(image) == states[1]
+    clean(image)
+
+
+@layouts
+def test_rebase_shows_the_same(image: Path, layout: str) -> None:
+    """Onto what lies further down, onto something else, and back."""
+    states = chain(image, layout, 3)
+    other = image.with_name("other.fvd")
+    create(other, SIZE // 2 + 4096, CreateOptions(compact=True, chunk_size=64 * KIB))
+    change(other, 9, SIZE // 2 + 4096)
+    os.utime(image, ns=(0, 10**18))
+    for base in ("vm@1.fvd", "other.fvd", "vm@2.fvd"):
+        must("rebase", image, "--base", base)
+        assert json.loads(must("info", image, "--json"))["base_img"] == base
+        assert content(image) == states[3]
+        must("check", image)
+    assert image.stat().st_mtime_ns == 10**18
+    must("delete", image.with_name("vm@3.fvd"))
+    assert content(image) == states[3]
+    assert content(image.with_name("vm@2.fvd")) == states[1]
+
+
+def test_rebase_copies_what_differs_alone(image: Path) -> None:
+    chain(image, "cow", 0)
+    new = bytearray(BASE)
+    new[100_000:100_010] = b"x" * 10
+    (image.parent / "new.raw").write_bytes(new)
+    must("create", image, "-b", "base.raw", "-F", "raw", "--block-size", "4K", "--force")
+    must("rebase", image, "-b", "new.raw", "-F", "raw")
+    found = json.loads(must("info", image, "--json"))
+    assert (found["local_blocks"], found["base_img"]) == (1, "new.raw")
+    assert content(image) == BASE.ljust(-(-len(BASE) // 512) * 512, b"\0")
+
+
+def test_an_unsafe_rebase_changes_the_name_alone(image: Path) -> None:
+    states = chain(image, "cow", 1)
+    (image.parent / "base.raw").rename(image.parent / "moved.raw")
+    refused(["rebase", image.with_name("vm@1.fvd"), "-b", "moved.raw", "-F", "raw", "--unsafe"], "vm.fvd stands on it")
+    assert fvdfs("rebase", image.with_name("vm@1.fvd"), "-b", "moved.raw", "-F", "raw").code == 1  # cannot be compared
+    image.unlink()
+    must("rebase", image.with_name("vm@1.fvd"), "-b", "moved.raw", "-F", "raw", "--unsafe")
+    assert content(image.with_name("vm@1.fvd")) == states[0]
+
+
+def test_what_can_be_no_base(image: Path) -> None:
+    chain(image, "cow", 2)
+    refused(["rebase", image.with_name("vm@1.fvd"), "-b", "vm.fvd"], "only one of the same format")
+    (image.parent / "short.raw").write_bytes(b"x")
+    must("create", image.with_name("x.fvd"), "-b", "base.raw", "-F", "raw")
+    refused(["rebase", image.with_name("x.fvd"), "-b", "short.raw", "-F", "raw", "--unsafe"], "short.raw has 1")
+    refused(["rebase", image.with_name("vm@2.fvd"), "-b", "vm.fvd"], "stands on it")
+    refused(["rebase", image, "-b", "missing.fvd"], "No such file")
+    refused(["rebase", image, "-b", "base.raw", "-F", "raw"], "only one of the same format")
+    must("create", image.with_name("alone.fvd"), "1M")
+    refused(["rebase", image.with_name("alone.fvd"), "-b", "vm.fvd"], "stands on nothing")
+    long = "x" * 200 + ".fvd"
+    (image.parent / ("y" * 200)).mkdir()
+    (image.parent / ("y" * 200) / ("z" * 200)).mkdir()
+    must("create", image.parent / ("y" * 200) / ("z" * 200) / long, "1M")
+    refused(["rebase", image, "-b", f"{'y' * 200}/{'z' * 200}/{long}"], "too long to be changed at once")
+
+
 # --- kills ----------------------------------------------------------------------------------------
 
 
@@ -233,6 +327,30 @@ def test_a_kill_during_a_commit(image: Path, layout: str) -> None:
     assert every_kill(image, layout, ["commit", str(image)], look) > 15
 
 
+@pytest.mark.parametrize("layout", ["compact", pytest.param("cow", marks=SLOW)])
+def test_a_kill_during_a_rebase(image: Path, layout: str) -> None:
+    bases = set()
+
+    def look(states: list[bytes]) -> None:
+        assert content(image) == states[2]
+        bases.add(json.loads(must("info", image, "--json"))["base_img"])
+
+    assert every_kill(image, layout, ["rebase", str(image), "-b", "vm@1.fvd"], look) > 10
+    assert bases == {"vm@1.fvd", "vm@2.fvd"}
+
+
+@pytest.mark.parametrize("layout", ["compact", pytest.param("cow", marks=SLOW)])
+def test_a_kill_during_a_flatten(image: Path, layout: str) -> None:
+    def look(states: list[bytes]) -> None:
+        assert content(image) == states[2]
+        assert content(image.with_name("vm@2.fvd")) == states[1]
+        if json.loads(must("info", image, "--json"))["base_chain"]:
+            must("flatten", image)
+            assert content(image) == states[2]
+
+    assert every_kill(image, layout, ["flatten", str(image)], look) > 10
+
+
 @pytest.mark.parametrize("layout", ["cow", "data file"])
 def test_a_kill_during_a_revert(image: Path, layout: str) -> None:
     def look(states: list[bytes]) -> None:
@@ -251,6 +369,16 @@ def test_each_step_of_a_deletion_is_stable_before_the_next(image: Path) -> None:
     after = rf".*unlink vm@1\.fvd fsync {folder} "
     after += rf".*(fsync|fdatasync) vm@1\.fvd\.deleted rename vm@1\.fvd\.deleted vm\.fvd fsync {folder}"
     assert re.search(before + after, text), text
+
+
+def test_each_step_of_a_rebase_is_stable_before_the_next(image: Path) -> None:
+    """The name comes last, in a write of its own, and all that was copied is flushed before it."""
+    chain(image, "cow", 2)
+    calls = recorded(lambda: main(["rebase", str(image), "-b", "vm@1.fvd"]))
+    flushes = [number for number, call in enumerate(calls) if "sync" in call]
+    writes = [number for number, call in enumerate(calls) if call.startswith("pwrite")]
+    assert writes[-2] < flushes[-2] < writes[-1] < flushes[-1]
+    assert json.loads(must("info", image, "--json"))["base_img"] == "vm@1.fvd"
 
 
 # --- refusals -------------------------------------------------------------------------------------

@@ -32,9 +32,11 @@ import fvdfs.commands.convert
 import fvdfs.commands.diff
 import fvdfs.commands.export
 import fvdfs.commands.info
+import fvdfs.commands.layers
 import fvdfs.commands.map
 import fvdfs.commands.measure
 import fvdfs.commands.profile
+import fvdfs.commands.rebase
 import fvdfs.commands.restore
 import fvdfs.commands.snapshot
 
