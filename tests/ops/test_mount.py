@@ -8,6 +8,7 @@ import fcntl
 import mmap
 import os
 import random
+import re
 import shutil
 import signal
 import struct
@@ -180,12 +181,12 @@ def test_a_disk_shrinks_or_grows_by_truncate(folder: Path) -> None:
         assert raw.stat().st_size == MIB + 1536
         os.truncate(mount.raw("c"), 64 * MIB)
         with pytest.raises(OSError, match="File too large"):
-            os.truncate(mount.raw("c"), 65 * MIB)
+            os.truncate(mount.raw("c"), 1 << 44)  # a table as large as its whole journal would not do
         mount.remount()
         assert raw.stat().st_size == MIB + 1536
         assert raw.read_bytes() == base + bytes(1000) + b"tail" * 100 + bytes(136)
         assert mount.raw("c").stat().st_size == 64 * MIB
-    assert "the chunk table has room for a disk of 67108864 bytes" in mount.log
+    assert re.search("the chunk table can have room for a disk of [0-9]+ bytes at most", mount.log)
     with mounted(folder, "-o", "shrink") as mount:
         os.truncate(mount.raw("a"), 1024)
         os.truncate(mount.raw("a"), 4096)
