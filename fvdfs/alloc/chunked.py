@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import errno
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import asynccontextmanager
 
 import trio
@@ -36,7 +36,7 @@ from bitarray import bitarray
 from fvdfs.alloc.growth import GrowCommand
 from fvdfs.alloc.table import Table
 from fvdfs.format.header import MAX_CHUNKS, UNALLOCATED, ceil_div
-from fvdfs.store.base import OUT_OF_SPACE, Store
+from fvdfs.store.base import OUT_OF_SPACE, Store, pread_exactly
 
 log = logging.getLogger(__name__)
 
@@ -304,6 +304,53 @@ class ChunkedStorage:
         """The room that the disk needs when all of it is allocated."""
         unallocated = self._table.chunks - self._table.allocated()
         return min(self._table.highest + 1 + unallocated, MAX_CHUNKS)
+
+    # --- room for metadata ------------------------------------------------------------------------
+
+    async def copy_away(self, chunks: Sequence[int], first: int) -> range:
+        """Copy these chunks to places from number `first` on, or behind all others; their new numbers.
+
+        The entries stay as they are. Nobody writes meanwhile. Raises OSError, ENOSPC where there is no room.
+        """
+        self._unnamed = []
+        self._table.give_from(first)
+        used = self._table.highest + 1
+        numbers = range(used, used + len(chunks))
+        if numbers.stop > MAX_CHUNKS:
+            raise OSError(errno.ENOSPC, f"{self._store.name}: every chunk number of the format is in use")
+        if chunks and (self._room is None or self._room < numbers.stop):
+            await self._make_room(len(chunks))
+        try:
+            async with self._touch():
+                for chunk, number in zip(chunks, numbers, strict=True):
+                    await self._copy(self._table[chunk], number)
+        except BaseException:
+            self._room = None  # what lies behind reads as zeros no longer
+            raise
+        return numbers
+
+    async def _copy(self, number: int, to: int) -> None:
+        at, stop, distance = self._end(number), self._end(number + 1), (to - number) * self._chunk_size
+        while at < stop:
+            end, hole = await self._store.extent(at, stop)
+            if not hole:
+                end = min(end, at + _PIECE)
+                await self._store.pwrite(await pread_exactly(self._store, end - at, at), at + distance)
+            at = end
+
+    @asynccontextmanager
+    async def still(self) -> AsyncIterator[None]:
+        """Nothing is made ready in the background while the block runs."""
+        async with self._growing:
+            yield
+
+    def data_moved_on(self, chunks: int) -> None:
+        """Data starts later by so many chunks, which nobody uses, and stays where it is."""
+        self._table.renumber(chunks)
+        self._offset += chunks * self._chunk_size
+        self._room = self._full_at = None
+        self._unnamed = []
+        self._freed = [number - chunks for number in self._freed if number >= chunks]
 
     # --- size -----------------------------------------------------------------------------------
 

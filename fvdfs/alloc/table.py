@@ -159,6 +159,42 @@ class Table:
             self._allocated[chunk] = 0
             self._dirty.add(chunk // ENTRIES_PER_PAGE)
 
+    def in_front(self, first: int) -> list[int]:
+        """The chunks with numbers below this one."""
+        entries = self._entries
+        return [chunk for chunk in self._allocated.search(1) if entries[chunk] < first]
+
+    def give_from(self, first: int) -> None:
+        """Give no number below this one any more."""
+        self._spare.clear()
+        self.highest = max(self.highest, first - 1)
+
+    def move(self, chunk: int, number: int) -> None:
+        """The chunk's bytes are at another place, too. The journal must be clear."""
+        self._entries[chunk] = number
+        self.highest = max(self.highest, number)
+        self._dirty.add(chunk // ENTRIES_PER_PAGE)
+
+    def pages_less(self, by: int) -> Iterator[bytes]:
+        """The pages of the table, each number less by so many; there is none below that."""
+        for start in range(0, self.chunks, ENTRIES_PER_PAGE):
+            yield encode_entries(self._less(start, by))
+
+    def renumber(self, by: int) -> None:
+        """Each number is less by so many from now on; so the table is on disk, in another place."""
+        for start in range(0, self.chunks, ENTRIES_PER_PAGE):
+            self._entries[start : start + ENTRIES_PER_PAGE] = self._less(start, by)
+        self.highest -= by
+        self._spare.clear()
+
+    def _less(self, start: int, by: int) -> array[int]:
+        """The entries of a page."""
+        page = self._entries[start : start + ENTRIES_PER_PAGE]
+        allocated = self._allocated[start : start + ENTRIES_PER_PAGE]
+        if by and allocated.any():
+            page = array("I", [entry - by if entry != UNALLOCATED else entry for entry in page])
+        return page
+
     def allocate(self, chunk: int) -> int:
         """Give the chunk a number."""
         assert self._entries[chunk] == UNALLOCATED

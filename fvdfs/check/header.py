@@ -40,6 +40,7 @@ from fvdfs.format.header import (
     string_places,
     with_fields,
 )
+from fvdfs.format.moving import PLACE, is_record
 from fvdfs.format.note import NOTE_OFFSET, Note
 
 
@@ -161,7 +162,7 @@ def _raw_faults(raw: bytes) -> Iterator[_Fault]:
         elif fill.strip(b"\0"):
             why = "something other than zeros follows the end of the string"
             yield _Fault(name, why, None, Severity.HARMLESS, Kind.HEADER_FILL, remedy="writes zeros there")
-    if any(raw[HEADER_SIZE:]) and not _is_note(raw):
+    if any(raw[HEADER_SIZE:]) and not (_is_note(raw) or is_record(raw[PLACE:])):
         why = f"bytes {HEADER_SIZE}..{HEADER_SPACE} of the file, the padding of the header, are not all zero"
         yield _Fault("header", why, None, Severity.HARMLESS, Kind.HEADER_PADDING)
 

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fvdfs.errors import FormatError, NotFvd, UsageError
+from fvdfs.format import moving
 
 MAGIC = 0x5143F5A9
 VERSION = 1
@@ -137,8 +138,8 @@ class Header:
     def decode(cls, data: bytes, image: str) -> Header:
         """The header in `data`, the first bytes of the file `image`; `check` has yet to look at its numbers.
 
-        Raises NotFvd where the magic is missing, FormatError where the data is too short, the version
-        unknown or a string not terminated.
+        Where a move of the table was interrupted, it is as if that had ended (`moving`). Raises NotFvd where the magic
+        is missing, FormatError where the data is too short, the version unknown or a string not terminated.
         """
         if len(data) < 4 or int.from_bytes(data[:4], "little") != MAGIC:
             raise NotFvd(image, "not an FVD image (the magic number is missing)")
@@ -155,6 +156,11 @@ class Header:
                 fields[name] = value
         if fields["version"] != VERSION:
             raise FormatError(image, f"version={fields['version']}: only version {VERSION} is known")
+        if moving.is_moving(data):
+            moved = moving.decode(data)
+            if moved is None:
+                raise FormatError(image, "its chunk table was being moved, and the record of where to is damaged")
+            fields |= {**moved, "clean_shutdown": 1}
         return cls(**fields)  # type: ignore[arg-type]
 
     def encode(self) -> bytes:

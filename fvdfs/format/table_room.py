@@ -4,6 +4,10 @@ The journal lies behind the table, and is larger than it has to be: 16 MiB by de
 ceil(n / 121) sectors of it (format.md, "Values at creation"). So the table takes the front of the journal, which gets
 smaller. Nothing else moves, and the change is one of two fields in one sector of the header.
 
+Where the journal is too small for that, or there is none, table and journal move behind all metadata there is, and data
+begins later: by whole chunks, so that it stays where it is, and each chunk's number becomes less by as many. The
+chunks whose places the table takes have to be copied elsewhere before. The order of the regions stays the same.
+
 Pure.
 """
 
@@ -11,6 +15,7 @@ from __future__ import annotations
 
 from fvdfs.format.header import (
     ENTRIES_WITH_BITMAP_RECORD,
+    HEADER_SPACE,
     MAX_CHUNKS,
     PAGE,
     SECTOR,
@@ -19,9 +24,15 @@ from fvdfs.format.header import (
     Region,
     ceil_div,
     round_up,
+    with_fields,
 )
 
 MAX_TABLE = 1 << 30  # bytes; larger ones are not opened (`chain.MAX_REGION`)
+
+
+def may_move(header: Header) -> bool:
+    """Whether the table can move: the record of it has room."""
+    return all(region.offset >= HEADER_SPACE for region in header.regions()) and header.metadata_end >= HEADER_SPACE
 
 
 def smaller_journal(header: Header, chunks: int) -> Region | None:
@@ -42,8 +53,27 @@ def smaller_journal(header: Header, chunks: int) -> Region | None:
     return Region("journal", offset, size) if size >= _least_journal(chunks) else None
 
 
+def moved_table(header: Header, chunks: int) -> Header:
+    """The header of the image when its table, with room for so many entries, and its journal have moved."""
+    ends = [HEADER_SPACE, header.metadata_end, *(region.end for region in header.regions())]
+    start = round_up(max(ends), PAGE)
+    end = start + round_up(chunks * TABLE_ENTRY_SIZE, PAGE)
+    changes = {"table_offset": start}
+    if header.journal_size:
+        journal_size = max(header.journal_size, round_up(_least_journal(chunks), PAGE))
+        changes |= {"journal_offset": end, "journal_size": journal_size}
+        end += journal_size
+    if header.data_file:
+        changes["metadata_size"] = end
+    else:
+        changes["metadata_size"] = header.metadata_size + round_up(end - header.metadata_end, header.chunk_size)
+    return with_fields(header, clean_shutdown=1, **changes)
+
+
 def largest_table(header: Header) -> int:
-    """How many entries the table can have at most, with `smaller_journal`."""
+    """How many entries the table can have at most."""
+    if may_move(header):
+        return max(header.table_capacity, min(MAX_CHUNKS, MAX_TABLE // TABLE_ENTRY_SIZE))
     low, high = header.table_capacity, min(MAX_CHUNKS, MAX_TABLE // TABLE_ENTRY_SIZE)
     while low < high:
         middle = (low + high + 1) // 2

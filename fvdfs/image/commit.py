@@ -38,7 +38,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import NoReturn
@@ -47,9 +47,10 @@ import trio
 
 from fvdfs.alloc.table import Table
 from fvdfs.cow.bitmap import Bitmap
-from fvdfs.format import journal
+from fvdfs.format import journal, moving
 from fvdfs.format.header import HEADER_SIZE, PAGE, SECTOR, Header, changed_sectors, round_up, with_fields
-from fvdfs.store.base import OUT_OF_SPACE, Done, FlushError, Store, pwrite_pages
+from fvdfs.format.table_room import moved_table
+from fvdfs.store.base import OUT_OF_SPACE, Done, FlushError, Store, pread_exactly, pwrite_pages
 
 log = logging.getLogger(__name__)
 
@@ -321,6 +322,8 @@ class Committer:
         Raises OSError.
         """
         self.data_written()
+        if moving.is_moving(self._raw_header):
+            await self.change_header()
         if not self.header.clean and self.header.has_metadata:
             if self._meta is not self._data:
                 await self._flush(self._meta)
@@ -396,6 +399,47 @@ class Committer:
                 await self._commit(checkpoint=True)
                 await self._write_header(journal_offset=offset, journal_size=size)
                 await self._flush(self._meta)
+
+    async def move_table(self, chunks: int, entries: Iterator[bytes]) -> None:
+        """Have the table, with room for so many entries, and the journal lie behind all metadata (`table_room`).
+
+        `entries`: the pages of the table as they belong there; nobody changes it meanwhile, and nothing uses the
+        places that become metadata. Raises OSError; the image is as it was then, or has failed.
+        """
+        async with self._lock:
+            with trio.CancelScope(shield=True):
+                await self._commit(checkpoint=True)
+                await self._clear_journal()
+                header = moved_table(self.header, chunks)
+                await self._write_moved(header, entries)
+                await self._flush(self._meta)
+                try:
+                    await self._write_header(journal_offset=moving.PLACE, journal_size=0, clean_shutdown=0)
+                    await self._flush(self._meta)
+                    self._raw_header = await write_header(self._meta, header, self._raw_header)
+                    await self._flush(self._meta)
+                except BaseException as error:
+                    self.fail(f"moving the chunk table: {error}")
+                    raise
+                self.header = header
+                self._journal_next = 0
+
+    async def _write_moved(self, header: Header, entries: Iterator[bytes]) -> None:
+        """The record of the move, and the regions as they will be; nothing is flushed. Raises OSError."""
+        meta, start, end = self._meta, self.header.metadata_end, header.metadata_end
+        padding = bytes(await pread_exactly(meta, moving.SIZE, moving.PLACE))
+        if any(padding) and not moving.is_record(padding):
+            raise OSError(errno.EFBIG, f"{meta.name}: something else is where a move has to be recorded")
+        if await meta.size() < end:
+            if meta.fixed_size:
+                raise OSError(errno.ENOSPC, f"{meta.name}: is full; a larger chunk table has no room")
+            await meta.resize(end)
+        await meta.zero(start, end - start)
+        at = header.table_offset
+        for page in entries:
+            await meta.pwrite(page, at)
+            at += len(page)
+        await meta.pwrite(moving.encode({name: getattr(header, name) for name in moving.FIELDS}), moving.PLACE)
 
     async def write_profile(self, data: bytes, entries: int, unit: int) -> None:
         """Write an encoded prefetch profile, then have the header name it. `unit` in bytes. Raises OSError."""
@@ -476,9 +520,21 @@ class Committer:
 async def write_header(meta: Store, header: Header, raw: bytes, *, every_sector: bool = False) -> bytes:
     """Write the sectors of the header that differ from `raw`, those on disk; the new ones. Nothing is flushed.
 
-    Raises OSError; each sector is old or new then, and the next call has to write `every_sector`.
+    A move of the table that was interrupted is ended (`format/moving.py`). Raises OSError; each sector is old or new
+    then, and the next call has to write `every_sector`.
     """
     new = header.encode() + raw[HEADER_SIZE:]
-    for offset, sector in changed_sectors(None if every_sector else raw, new):
+    sectors = list(changed_sectors(None if every_sector else raw, new))
+    if moving.is_moving(raw):
+        new = new[: moving.PLACE].ljust(len(raw), b"\0")
+        *others, mark = sectors
+        for offset, sector in others:
+            await meta.pwrite(sector, offset)
+        await meta.flush()
+        sectors = [mark]
+    for offset, sector in sectors:
         await meta.pwrite(sector, offset)
+    if moving.is_moving(raw):
+        await meta.flush()
+        await meta.pwrite(bytes(moving.SIZE), moving.PLACE)
     return new

@@ -10,7 +10,8 @@ Where a compact image's table has no room for the new size, it takes the front o
     3. the table grows
 
 each stable before the next, so that a crash leaves one of two images that are whole. Only who asks for a size gets
-that, and no write past the end: a stray one would take most of the journal.
+that, and no write past the end: a stray one would take most of the journal. Where the journal is too small, the table
+moves (`table_moving.py`).
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from fvdfs.format.table_room import largest_table, smaller_journal
 from fvdfs.image.core import Core
 from fvdfs.image.passing import look_at_length, make_whole
 from fvdfs.image.reading import Reads
+from fvdfs.image.table_moving import move_table
 
 
 class Resizer:
@@ -81,14 +83,18 @@ class Resizer:
         chunks = ceil_div(size, header.chunk_size) if header.compact else 0
         if not chunks or chunks <= header.table_capacity:
             return
-        journal = smaller_journal(header, chunks) if size <= MAX_DISK_SIZE else None
-        if journal is None:
-            limit = largest_table(header) * header.chunk_size
+        most = largest_table(header)
+        if size > MAX_DISK_SIZE or chunks > most:
+            limit = min(MAX_DISK_SIZE, most * header.chunk_size)
             raise OSError(
                 errno.EFBIG,
                 f"{core.name}: the chunk table can have room for a disk of {limit} bytes at most; "
                 "create a larger image and copy into it (fvdfs convert)",
             )
+        journal = smaller_journal(header, chunks)
+        if journal is None:
+            await move_table(core, self._reads, self._gate, chunks)
+            return
         await core.committer.move_journal(journal.offset, journal.size)
 
     async def _grow(self, size: int) -> None:

@@ -913,6 +913,23 @@ def unused(sim_of: Callable[[], Simulation]) -> None:
     sim.step(sim.close)
 
 
+def outgrowing(sim: Simulation) -> None:
+    """A disk that gets larger than its chunk table has room for: that moves, and data begins later."""
+    header = _header(sim.files)
+    chunk = header.chunk_size
+    size = (header.table_capacity + 3) * chunk
+    sim.step(sim.open)
+    sim.step(sim.write(2 * chunk - 300, 700), sim.flush, sim.write(5 * chunk + 100, 900))
+    sim.resize(size - sim.disk.size)
+    sim.step(sim.write(size - 2 * chunk - 500, 1000), sim.flush, sim.write(chunk - 200, 300))
+    sim.step(sim.write(9 * chunk, 100), sim.close)
+    sim.forget_facts()
+    sim.step(sim.open)
+    sim.step(sim.write(size - 100, 100), sim.flush)
+    sim.resize(5 * SECTOR - size)
+    sim.step(sim.write(700, 100), sim.close)
+
+
 def cut_elsewhere(sim_of: Callable[[], Simulation]) -> None:
     """A disk that the original has made smaller: the base's range, bits, entries, records and storage stay.
 
@@ -1076,6 +1093,7 @@ SCENARIOS: dict[str, Callable[[Callable[[], Simulation]], None]] = {
     "closing": lambda sim_of: closing(sim_of()),
     "leftovers": leftovers,
     "unused": unused,
+    "outgrowing": lambda sim_of: outgrowing(sim_of()),
     "cut elsewhere": cut_elsewhere,
     "recovering": recovering,
     "killing": killing,
@@ -1089,6 +1107,8 @@ def applies(scenario: str, subject: Subject) -> bool:
         return scenario == "writing to the base" and bool(options.update_base)
     if scenario in ("appending", "zeroing"):
         return subject.layout.passed_through == (scenario == "appending")
+    if scenario == "outgrowing":
+        return options.compact
     if scenario == "leftovers":
         return not subject.device
     if scenario == "unused":

@@ -11,6 +11,7 @@ import functools
 import hashlib
 import os
 import struct
+import zlib
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -23,6 +24,7 @@ PIECE = 1 << 20  # bytes that read_disk() yields at a time
 MAGIC = 0x5143F5A9
 BITMAP_RECORD = 0x3F2AB8ED
 TABLE_RECORD = 0xB4E6F7AC
+RECORD_AT = 7680  # of a move, in the header's padding (format.md, "A larger table")
 MISSING = 0xFFFFFFFF  # table entry of a chunk that is not allocated (format.md, "Chunk table")
 NUMBER = 0x7FFFFFFF  # the bits of a table entry that hold the chunk's number (format.md, "Chunk table")
 GARBAGE = "not zero after its records"
@@ -68,16 +70,32 @@ def _fields(raw: bytes) -> tuple[dict[str, int], dict[str, str], list[str]]:
     return numbers, strings, unterminated
 
 
+def _record(padding: bytes) -> tuple[tuple[int, ...] | None, bytes]:
+    """The numbers in the record of a move, if there is one, and the rest of the padding ("A table that moves")."""
+    rest, sector = padding[:-SECTOR], padding[-SECTOR:]
+    if sector[:8] != b"FVDmoved" or any(sector[44:]):
+        return None, padding
+    *numbers, checksum = struct.unpack_from("<4qI", sector, 8)
+    return (tuple(numbers), rest) if zlib.crc32(sector[:40]) == checksum else (None, padding)
+
+
 class Header:
     """Every number is an attribute; strings, up to their NUL, are in `text` (format.md, "Header")."""
 
     def __init__(self, path: Path) -> None:
         with path.open("rb") as file:
             raw = file.read(FORMAT.size)
+            padding = file.read(HEADER_SIZE - FORMAT.size)
         if len(raw) < FORMAT.size:
             raise ValueError("the file ends inside its header")
         numbers, self.text, self.unterminated = _fields(raw)
         self._numbers = dict(numbers)
+        self.record, self.padding = _record(padding)
+        if (self.journal_offset, self.journal_size, self.clean_shutdown) == (RECORD_AT, 0, 0):
+            if self.record is None:
+                raise ValueError("the record of a move is damaged")
+            names = ("metadata_size", "table_offset", "journal_offset", "journal_size")
+            self._numbers |= dict(zip(names, self.record, strict=True), clean_shutdown=1)
         compact = self.compact_image and self.chunk_size > 0
         self.chunks = up(self.virtual_disk_size, self.chunk_size) if compact else 0  # format.md, "Chunk table"
         self.table_size = up(4 * self.chunks, PAGE) * PAGE
@@ -401,9 +419,8 @@ def _check_layout(h: Header, length: int) -> Iterator[str]:
 def _check_contents(image: Image, writer: str) -> Iterator[str]:
     """Bitmap, table and journal: each by itself, and together after a replay."""
     h = image.header
-    with image.path.open("rb") as file:
-        if file.read(HEADER_SIZE)[FORMAT.size :].strip(b"\0"):
-            yield "the header's padding is not zero"  # format.md, "Compatibility"
+    if h.padding.strip(b"\0"):
+        yield "the header's padding is not zero"  # format.md, "Compatibility"
     if set(image.disk_table[h.chunks :]) - {MISSING}:
         yield "the table's tail is not 0xFF"  # likewise
     whole, bits = (1 << 8 * len(image.bitmap)) - 1, int.from_bytes(image.bitmap, "little")
