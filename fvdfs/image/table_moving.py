@@ -1,10 +1,11 @@
 """The move of a chunk table that has no room where it is, of an image that is open (`format/table_room.py`).
 
-    1. Writers wait. The chunks whose places the table takes are copied behind all others, the journal is cleared, their
-       entries are changed, and the table is written: now nothing on the disk names these places, and no record does.
-    2. Writers go on. Reads that are under way end: they may be of these places.
-    3. Writers wait. Checkpoint; the table, with its new numbers, and the record of the move are written to what becomes
-       metadata; then the header changes (`format/moving.py`).
+    1. Writers wait. The chunks whose places the table takes are copied behind all others. Checkpoint, and the journal
+       is cleared: an old record must not bring back an entry. Then the entries of these chunks change in memory, and
+       are committed as those of new ones.
+    2. Writers go on. Reads that are under way end: they may be of the former places.
+    3. Writers wait. Checkpoint: nothing on the disk names these places any more. The table, with its new numbers, and
+       the record of the move are written to what becomes metadata; then the header changes (`format/moving.py`).
 
 Each step, and each part of one, is stable before the next. A crash in 1 or 2 leaves the disk as it is, and perhaps
 space that nobody uses, which the next attempt takes; in 3 the image as before, or as after.
@@ -51,9 +52,7 @@ async def _clear_front(core: Core, storage: ChunkedStorage, first: int) -> None:
     for start in range(0, max(1, len(chunks)), storage.window):
         part = chunks[start : start + storage.window]
         numbers = await storage.copy_away(part, first)
-        committer.data_written()
         await committer.checkpoint(clear_journal=True)
         for chunk, number in zip(part, numbers, strict=True):
             table.move(chunk, number)
         committer.chunks_allocated(part)
-        await committer.checkpoint()

@@ -24,7 +24,7 @@ PIECE = 1 << 20  # bytes that read_disk() yields at a time
 MAGIC = 0x5143F5A9
 BITMAP_RECORD = 0x3F2AB8ED
 TABLE_RECORD = 0xB4E6F7AC
-RECORD_AT = 7680  # of a move, in the header's padding (format.md, "A larger table")
+RECORD_AT = 7680  # of a move, in the header's padding (format.md, "Left to the writer")
 MISSING = 0xFFFFFFFF  # table entry of a chunk that is not allocated (format.md, "Chunk table")
 NUMBER = 0x7FFFFFFF  # the bits of a table entry that hold the chunk's number (format.md, "Chunk table")
 GARBAGE = "not zero after its records"
@@ -71,7 +71,7 @@ def _fields(raw: bytes) -> tuple[dict[str, int], dict[str, str], list[str]]:
 
 
 def _record(padding: bytes) -> tuple[tuple[int, ...] | None, bytes]:
-    """The numbers in the record of a move, if there is one, and the rest of the padding ("A table that moves")."""
+    """The numbers in the record of a move, if there is one, and the rest of the padding (format.md, "Left to the writer")."""
     rest, sector = padding[:-SECTOR], padding[-SECTOR:]
     if sector[:8] != b"FVDmoved" or any(sector[44:]):
         return None, padding
@@ -91,7 +91,8 @@ class Header:
         numbers, self.text, self.unterminated = _fields(raw)
         self._numbers = dict(numbers)
         self.record, self.padding = _record(padding)
-        if (self.journal_offset, self.journal_size, self.clean_shutdown) == (RECORD_AT, 0, 0):
+        self.is_moving = (self.journal_offset, self.journal_size, self.clean_shutdown) == (RECORD_AT, 0, 0)
+        if self.is_moving:
             if self.record is None:
                 raise ValueError("the record of a move is damaged")
             names = ("metadata_size", "table_offset", "journal_offset", "journal_size")
