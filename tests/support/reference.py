@@ -71,7 +71,7 @@ def _fields(raw: bytes) -> tuple[dict[str, int], dict[str, str], list[str]]:
 
 
 def _record(padding: bytes) -> tuple[tuple[int, ...] | None, bytes]:
-    """The numbers in the record of a move, if there is one, and the rest of the padding (format.md, "Left to the writer")."""
+    """The record of a move, if there is one, and the rest of the padding (format.md, "Left to the writer")."""
     rest, sector = padding[:-SECTOR], padding[-SECTOR:]
     if sector[:8] != b"FVDmoved" or any(sector[44:]):
         return None, padding
