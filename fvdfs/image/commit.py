@@ -409,7 +409,6 @@ class Committer:
         async with self._lock:
             with trio.CancelScope(shield=True):
                 await self._commit(checkpoint=True)
-                await self._clear_journal()
                 header = moved_table(self.header, chunks)
                 await self._write_moved(header, entries)
                 await self._flush(self._meta)
@@ -417,7 +416,6 @@ class Committer:
                     await self._write_header(journal_offset=moving.PLACE, journal_size=0, clean_shutdown=0)
                     await self._flush(self._meta)
                     self._raw_header = await write_header(self._meta, header, self._raw_header)
-                    await self._flush(self._meta)
                 except BaseException as error:
                     self.fail(f"moving the chunk table: {error}")
                     raise

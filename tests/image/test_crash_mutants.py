@@ -19,6 +19,7 @@ _OF_BASE = "if core.base_writer is not None"
 _APART = "the bits say nothing of the base, which keeps its old bytes or gets the new ones"
 _RELEASE, _CLEAN = "commit: release_base", "if not self.header.compact"
 _TORN = "too few simulations to see a torn header; test_every_state[cow-data-file-on-device] does"
+_FRONT = "no journal here is large enough; test_power_cuts_while_the_table_takes_the_front_of_the_journal has one"
 EQUIVALENT: dict[str, str] = {
     "commit: _write: without batch.data_written = True": (
         "blocks and chunks are reported along with their data: it is set already, or there are pages"
@@ -78,6 +79,25 @@ EQUIVALENT: dict[str, str] = {
     f"{_RELEASE}: swapped {_CLEAN}: … _flush, _write_header | await self._write_header(all_data_in_fvd_img=1)": _TORN,
     f"{_RELEASE}: without await self._flush(self._meta) (2)": _TORN,
     f"{_RELEASE}: swapped await self._write_header(clean_shutdown=1) | await self._flush(self._meta)": _TORN,
+    "commit: recover: swapped if moving.is_moving(self._raw_header): … change_header | "
+    "if not self.header.clean and self.header.has_metadata: … _flush, checkpoint": "what moves counts as closed",
+    "commit: move_journal: without await self._flush(self._meta)": _FRONT,
+    "commit: move_journal: swapped await self._commit(checkpoint=True) | "
+    "await self._write_header(journal_offset=offset, journal_size=size)": _FRONT,
+    "commit: move_journal: swapped await self._write_header(journal_offset=offset, journal_size=size) | "
+    "await self._flush(self._meta)": _FRONT,
+    "commit: _write_moved: swapped if await meta.size() < end: … resize | await meta.zero(start, end - start)": (
+        "both are flushed before the header names these places"
+    ),
+    "commit: _write_moved: swapped for page in entries: … pwrite | await meta.pwrite(moving.encode("
+    "{name: getattr(header, name) for name in moving.FIELDS}), moving.PLACE)": (
+        "both are flushed before the record counts"
+    ),
+    "table_moving: _clear_front: without committer.chunks_allocated(part)": (
+        "it is for a flush before the table moves; here a checkpoint comes first"
+    ),
+    "table_moving: _clear_front: swapped numbers = await storage.copy_away(part, first) | "
+    "await committer.checkpoint(clear_journal=True)": "the entries change after both",
     "passing: settle: swapped await make_whole(core) | await core.committer.commit()": (
         "what makes the file whole flushes it, too"
     ),

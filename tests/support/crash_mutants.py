@@ -38,6 +38,7 @@ MODULES = (
     "fvdfs.image.writing",
     "fvdfs.image.resizing",
     "fvdfs.image.passing",
+    "fvdfs.image.table_moving",
     "fvdfs.image.base_writing",
     "fvdfs.image.profiling",
     "fvdfs.alloc.chunked",
@@ -69,6 +70,7 @@ DURABLE = FLUSHES | {
     *("grow", "shrink", "_grow", "_grow_to", "_shrink", "_make_room", "_make_room_on_device", "prepare", "_prepare"),
     *("_store", "_store_data", "_store_zeros", "wrote", "begin_base_writing"),
     *("_punch", "zeroed", "change", "copy"),
+    *("move_table", "_write_moved", "write_header", "copy_away", "_copy", "_clear_front"),
     *("begin_unseen_writes", "mark_unclean", "look_at_length", "make_whole", "settle", "recover_length"),
 }
 REPORTED = {"stored"}  # calls that wait for nothing, and must come after what is durable
@@ -96,6 +98,7 @@ PAIRS = (
     *(("compact-cow-data-file", "recovering"), ("cow-7680", "recovering"), ("cow-no-journal", "copying")),
     *(("passed-through", "appending"), ("passed-through", "killing"), ("passed-through", "unused")),
     *(("plain", "killing"), ("compact-cow-data-file", "killing")),
+    *(("compact-4k", "outgrowing"), ("compact-cow-data-file", "outgrowing"), ("compact-4k-on-device", "outgrowing")),
 )
 """Subject and scenario of the simulations that the mutants run through."""
 
