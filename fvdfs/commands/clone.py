@@ -4,7 +4,7 @@ All clones have the same content until somebody writes to one: a header, and the
 once, and the same bytes go to each file. They get their names together (`NewFiles`): all of them, or none.
 
 Blocks are of 4 KiB at least, the unit in which guests write: then few writes have to read of the template what they do
-not cover, and the bitmap of an open clone, of which a host has many, takes 0.6 MB for 20 GiB.
+not cover, and the bitmap of an open clone, of which a host has many, takes 0.6 MB for 20 GiB at most.
 
 A clone stands on the template itself, reads each of its blocks once, and fetches the rest by and by; or, where the
 folder has a cache of the template (`_find_cache`), on that, which does the same once for all.
