@@ -26,9 +26,9 @@ class Report:
         if self._file is not None:
             self._file.write_text(json.dumps([[*key, values] for key, values in self.figures.items()], indent=1))
 
-    def median(self, what: str, unit: str, who: str, goal: str = "") -> float:
-        """Of all rounds; 0 where there was none."""
-        return statistics.median(self.figures.get((what, unit, goal), {}).get(who, [0.0]))
+    def median(self, what: str, unit: str, who: str) -> float:
+        """Of all rounds, of a figure without a goal; 0 where there was none."""
+        return statistics.median(self.figures.get((what, unit, ""), {}).get(who, [0.0]))
 
     def table(self) -> str:
         lines = ["| | unit | fvdfs | goal | | others |", "|---|---|---|---|---|---|"]
