@@ -63,11 +63,14 @@ def _begin(tree: Tree, path: str, going: str, policy: Policy) -> Node | None:
         raise UsageError(f"{path}: there is no such file")
     if snapshot is not None and rest not in (None, snapshot):
         raise UsageError(f"{going}: is left of another one of that name; rename {path}, then delete it again")
-    if snapshot is not None and any(name != path for name in tree.names(snapshot)):
-        os.unlink(path)  # a second name of the disk itself: an interrupted snapshot has left it
-        sync_folder(os.path.dirname(path))
-        return None
     users = users_of(tree, path if snapshot is not None else going)
+    for other in tree.names(snapshot) if snapshot is not None else ():
+        if other != path and users:
+            raise UsageError(f"{path}: is the same file as {other}, which would change; remove that name, or copy it")
+        if other != path:
+            os.unlink(path)  # a second name of the disk itself: an interrupted snapshot has left it
+            sync_folder(os.path.dirname(path))
+            return None
     if len(users) > 1:
         names = ", ".join(os.path.basename(user.path) for user in users)
         raise UsageError(f"{path}: {names} stand on it; delete all but one of them first, or let one go: fvdfs flatten")

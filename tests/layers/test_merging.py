@@ -437,6 +437,14 @@ def test_what_is_no_snapshot(image: Path) -> None:
     refused(["commit", link], "is a link to")
 
 
+def test_a_snapshot_with_a_second_name_stays_as_long_as_something_stands_on_it(image: Path) -> None:
+    states = chain(image, "cow", 1)
+    os.link(image.with_name("vm@1.fvd"), image.with_name("kept.fvd"))
+    refused(["delete", image.with_name("vm@1.fvd")], "is the same file as")
+    assert content(image) == states[1]
+    assert content(image.with_name("kept.fvd")) == states[0]
+
+
 def test_what_an_interrupted_snapshot_has_left_is_removed_by_name(image: Path) -> None:
     chain(image, "cow", 0)
     before = content(image)
