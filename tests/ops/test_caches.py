@@ -67,8 +67,11 @@ def serve(images: Path, template: Template, *options: str) -> AbstractContextMan
 
 def open_files(mount: Mount, name: str) -> int:
     """How often the process of a mount has a file open."""
-    links = [link for link in Path(f"/proc/{mount.pid}/fd").iterdir() if link.is_symlink()]
-    return sum(os.path.basename(os.readlink(link)) == name for link in links)
+    found = 0
+    for link in Path(f"/proc/{mount.pid}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # it was closed meanwhile
+            found += os.path.basename(os.readlink(link)) == name
+    return found
 
 
 def read_at(path: Path, at: int, size: int) -> bytes:
