@@ -62,6 +62,12 @@ class Owner(Protocol):
     async def read_base(self, view: memoryview, start: int) -> None:
         """Fill the buffer with the base's bytes from `start` on. Raises OSError."""
 
+    def is_missing(self, start: int, stop: int) -> bool:
+        """Whether all of these bytes are only in the base."""
+
+    async def read_disk(self, view: memoryview, start: int) -> None:
+        """Fill the buffer with the disk's bytes from `start` on, from wherever they are by now. Raises OSError."""
+
     async def base_extent(self, start: int, stop: int) -> tuple[int, bool]:
         """`Store.extent` of the base. Raises OSError."""
 
@@ -152,6 +158,9 @@ class Fetcher:
 
     async def pread(self, view: memoryview, start: int) -> int:
         """Fill the buffer with bytes of the base's range. Raises OSError."""
+        if not self._owner.is_missing(start, start + len(view)):  # they were copied since somebody looked
+            await self._owner.read_disk(view, start)
+            return len(view)
         return await self._observed(view, start, self._copies)
 
     async def read_for_write(self, view: memoryview, start: int) -> None:
@@ -171,12 +180,21 @@ class Fetcher:
 
     async def _read(self, view: memoryview, start: int, copy: bool) -> None:
         calls: list[Callable[[], Awaitable[None]]] = []
-        for part_start, part_stop, fetch in self._parts(start, start + len(view)):
-            part = view[part_start - start : part_stop - start]
-            if fetch is not None:
-                calls.append(functools.partial(self._read_shared, part, part_start, fetch))
-            else:
-                calls.append(functools.partial(self._read_own, part, part_start, copy))
+        own: list[Fetch] = []
+        try:
+            for part_start, part_stop, fetch in self._parts(start, start + len(view)):
+                part = view[part_start - start : part_stop - start]
+                if fetch is not None:
+                    calls.append(functools.partial(self._read_shared, part, part_start, fetch))
+                    continue
+                # It begins here, before others look: the calls may take their turn later.
+                fetch = self._begin(*(self._round_out(part_start, part_stop) if copy else (part_start, part_stop)))
+                own.append(fetch)
+                calls.append(functools.partial(self._read_own, part, part_start, fetch, copy))
+        except BaseException:  # no memory
+            for fetch in own:
+                self.give_up(fetch)
+            raise
         await together(calls)
 
     async def _read_shared(self, view: memoryview, start: int, fetch: Fetch) -> None:
@@ -187,10 +205,8 @@ class Fetcher:
         else:
             fetch.copy_to(view, start)
 
-    async def _read_own(self, view: memoryview, start: int, copy: bool) -> None:
-        """Fill the buffer from a fetch that begins now."""
-        stop = start + len(view)
-        fetch = self._begin(*(self._round_out(start, stop) if copy else (start, stop)))
+    async def _read_own(self, view: memoryview, start: int, fetch: Fetch, copy: bool) -> None:
+        """Fill the buffer from a fetch that nobody fills yet."""
         try:
             await self.fill(fetch)
         except BaseException as error:

@@ -182,6 +182,14 @@ class Image(Core):
         """Fill the buffer with the base's bytes from `start` on, and zeros where it has none. Raises OSError."""
         await self._reads.read_base(view, start)
 
+    def is_missing(self, start: int, stop: int) -> bool:
+        """Whether all of these bytes are only in the base."""
+        return self.bitmap is not None and self.bitmap.none_local(*self.geometry.blocks(start, stop))
+
+    async def read_disk(self, view: memoryview, start: int) -> None:
+        """Fill the buffer with the disk's bytes from `start` on; for a read that is under way. Raises OSError."""
+        await self._reads.read_disk(view, start)
+
     async def store_copy(self, start: int, data: memoryview) -> int:
         """`Copies.store_copy`."""
         writes = self._writes

@@ -149,6 +149,10 @@ class Reads:
         base = self._core.base
         return base is not None and not isinstance(base, Core) and base.pread_nowait(view, start)
 
+    async def read_disk(self, view: memoryview, start: int) -> None:
+        """Fill the buffer with the disk's bytes from `start` on. Raises OSError."""
+        await _read_all(_read_now(self._core, start, view))
+
     async def read_base(self, view: memoryview, start: int) -> None:
         """Fill the buffer with the base's bytes from `start` on, and zeros where it has none. Raises OSError."""
         base = self._core.base

@@ -53,7 +53,7 @@ def test_status_shows_the_others_where_one_disk_cannot_be_read(
     def facts(path: str, _attribute: str) -> dict[str, Any]:
         if path.endswith("a.raw"):
             raise PermissionError(errno.EACCES, "Permission denied", path)
-        return {"name": "b.raw", "open": False, "state": "closed", "virtual_size": MIB}
+        return {"name": "b.raw", "image": "b.fvd", "open": False, "state": "closed", "virtual_size": MIB}
 
     monkeypatch.setattr(status, "facts", facts)
     monkeypatch.setattr(os, "getxattr", lambda *_: b"1")

@@ -104,6 +104,30 @@ async def test_a_read_is_rounded_out_stored_and_not_repeated(tmp_path: Path) -> 
         assert len(base.asked) == 1
 
 
+async def test_a_read_that_takes_its_turn_after_a_copy_asks_for_nothing(tmp_path: Path) -> None:
+    async with opened(tmp_path) as (image, base):
+        late = bytearray(2 * BLOCK)
+        pending = image.begin_read(0, memoryview(late))  # when all of it is still in the base
+        assert not isinstance(pending, int)
+        await image.read(0, 1)
+        await settle()
+        assert await pending.finish() == len(late)
+        assert late == CONTENT[: 2 * BLOCK]
+        assert base.asked == [(0, BLOCK), (BLOCK, 2 * BLOCK)]
+
+
+async def test_reads_in_several_parts_at_the_same_time_share_all_of_them(tmp_path: Path) -> None:
+    async with opened(tmp_path) as (image, base), trio.open_nursery() as nursery:
+        base.gate = trio.Event()
+        nursery.start_soon(image.read, 0, 1)
+        await base.was_asked.wait()
+        for _ in range(3):
+            nursery.start_soon(image.read, 0, 3 * BLOCK)
+        await settle()
+        assert base.asked == [(0, BLOCK), (BLOCK, 3 * BLOCK)]
+        base.gate.set()
+
+
 async def test_a_copy_is_stored_after_the_answer_and_its_bit_is_not_reported(tmp_path: Path) -> None:
     async with opened(tmp_path) as (image, _base):
         await image.read(0, 1)
