@@ -249,7 +249,7 @@ class Table:
         have = len(self._entries)
         need = round_up(chunks * TABLE_ENTRY_SIZE, PAGE) // TABLE_ENTRY_SIZE
         self._entries.extend(array("I", [UNALLOCATED]) * (need - have))
-        for chunk in range(self.chunks, chunks):
+        for chunk in range(self.chunks, min(chunks, have)):
             self._entries[chunk] = UNALLOCATED
         self._allocated.extend(bitarray(chunks - self.chunks))
         self._dirty.update(range(self.chunks // ENTRIES_PER_PAGE, ceil_div(chunks, ENTRIES_PER_PAGE)))
