@@ -381,7 +381,8 @@ async def test_each_call_that_fails(tmp_path: Path, layout: str, error: int) -> 
             try:
                 await image.zero(start, stop, discard=nth % 3 == 0)
             except OSError as caught:
-                assert caught.errno == error
+                is_discard = nth % 3 == 0 and error == errno.ENOSPC  # one that takes space
+                assert caught.errno in ((error, errno.EOPNOTSUPP) if is_discard else (error,))
             failed, plan.nth = plan.failures > 0, 0
             found = await image.read(0, SIZE)
             assert found[:start] == old[:start]
