@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable, Iterable, Sequence
 
 import trio
 
-from fvdfs.errors import FormatError, UsageError
+from fvdfs.errors import UsageError
 from fvdfs.format import note as notes
 from fvdfs.format.header import SECTOR
 from fvdfs.format.note import CHANGED_SAMPLES, NOTE_OFFSET, NOTE_ROOM, OTHER_SAMPLES, QCOW2_EXTENSION, Note
@@ -20,7 +20,7 @@ from fvdfs.image.chain import open_chain
 from fvdfs.image.changes import Change, gaps, spread
 from fvdfs.image.core import LastExtents
 from fvdfs.image.image import Image
-from fvdfs.image.loading import load_image
+from fvdfs.image.loading import load_image, refuse_damaged
 from fvdfs.image.locking import lock_for_reading
 from fvdfs.image.policy import FVD_FORMAT, Policy
 from fvdfs.store.base import Buffer
@@ -117,8 +117,7 @@ async def _open_fvd(name: str, place: str) -> Export:
             raise UsageError(f"{name}: is no export, which has a base and its data in its own file")
         await lock_for_reading([layer.meta], chain.layers)
         image = await load_image(name, layer.header, layer.raw_header, layer.meta, layer.meta, None, policy, None)
-        if image.damage:
-            raise FormatError(name, f"{image.damage}; fvdfs check {name} says what is lost")
+        refuse_damaged(image)
         found = await image.extents(0, image.size, LastExtents())
         parts = _joined(Change(start, stop, kind == "stored") for start, stop, kind in found if kind != "base")
         raw = bytearray(NOTE_ROOM)

@@ -169,12 +169,24 @@ async def load_image(
     )
 
 
-async def lock_to_write(image: Image, policy: Policy) -> None:
-    """`lock_for_writing`; where others may have filled the image with copies since it was loaded, load it again.
+def refuse_damaged(image: Core) -> None:
+    """Raise FormatError where an image of the chain is damaged: nobody is to take a copy of it for a good one."""
+    for name, damage in damaged_layers(image):
+        raise FormatError(name, f"{damage}; fvdfs check {name} says what is lost")
 
-    Raises as that, and as `load_image`.
+
+async def make_writable(image: Image, policy: Policy) -> None:
+    """Lock an image that was loaded for reading, and begin to write to it.
+
+    Raises as `lock_for_writing`, `load_image` and `Image.begin_writing`.
     """
     await lock_for_writing(image)
+    await _catch_up(image, policy)
+    await image.begin_writing(accept_unclean=policy.accept_unclean)
+
+
+async def _catch_up(image: Image, policy: Policy) -> None:
+    """Load the metadata again where others may have filled the image with copies since it was loaded."""
     if image.bitmap is None or not isinstance(image.meta, HostFile) or image.meta.file_lock.is_unfilled:
         return
     try:
@@ -241,15 +253,13 @@ async def _replay(name: str, header: Header, meta: Store, bitmap: Bitmap | None,
 async def open_image(path: str, policy: Policy, *, write: bool = False) -> Image:
     """Open the image at `path`, for tools that need no mount. Errors as the functions above.
 
-    Also FormatError where an image of the chain is damaged: nobody is to take a copy of it for a good one.
+    Also as `refuse_damaged`.
     """
     image = await load_chain(open_chain(path, policy, to_write=write))
     try:
-        for name, damage in damaged_layers(image):
-            raise FormatError(name, f"{damage}; fvdfs check {name} says what is lost")
+        refuse_damaged(image)
         if write:
-            await lock_to_write(image, policy)
-            await image.begin_writing(accept_unclean=policy.accept_unclean)
+            await make_writable(image, policy)
     except BaseException:
         await image.close()
         raise

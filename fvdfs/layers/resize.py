@@ -6,9 +6,10 @@ import os
 
 from fvdfs.errors import UsageError
 from fvdfs.format.header import SECTOR, round_up
+from fvdfs.image.loading import make_writable
 from fvdfs.image.policy import Policy
 from fvdfs.image.tree import Tree
-from fvdfs.layers.alone import begin_writing, loaded_alone
+from fvdfs.layers.alone import loaded_alone
 from fvdfs.sizes import NewSize, human_size
 
 
@@ -34,7 +35,7 @@ async def resize(path: str, wanted: NewSize, policy: Policy, *, shrink: bool) ->
     Raises UsageError, ImageBusy, ImageError, OSError as `Image.resize`.
     """
     async with loaded_alone(path, policy) as image:
-        await begin_writing(image, policy)
+        await make_writable(image, policy)
         size = round_up(wanted.after(image.size), SECTOR)
         judge(path, path, image.size, size, shrink=shrink)
         if size != image.size:

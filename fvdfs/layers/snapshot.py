@@ -27,9 +27,10 @@ from contextlib import asynccontextmanager
 from fvdfs.daemon import undisturbed
 from fvdfs.errors import UsageError
 from fvdfs.image.image import Image
+from fvdfs.image.loading import make_writable
 from fvdfs.image.policy import Policy
 from fvdfs.image.tree import SUFFIX, Tree, identity_at
-from fvdfs.layers.alone import begin_writing, loaded_alone
+from fvdfs.layers.alone import loaded_alone
 from fvdfs.layers.newtop import new_top, refuse_losses, replace, write_top
 from fvdfs.store.host import HostFile, Identity
 from fvdfs.store.placing import sync_folder
@@ -162,7 +163,7 @@ async def opened_alone(path: str, policy: Policy) -> AsyncIterator[tuple[Image, 
     async with loaded_alone(path, policy) as image:
         assert isinstance(image.meta, HostFile)
         mtime_ns = image.meta.status().st_mtime_ns
-        await begin_writing(image, policy)
+        await make_writable(image, policy)
         await image.end_writing()
         await image.meta.keep_mtime(mtime_ns)
         yield image, image.meta

@@ -15,7 +15,7 @@ import trio
 
 from fvdfs.errors import ImageBusy, ImageError
 from fvdfs.image.image import Image
-from fvdfs.image.loading import lock_to_write
+from fvdfs.image.loading import make_writable
 from fvdfs.image.locking import is_asked_for, unlock_for_writing
 from fvdfs.image.policy import Policy
 from fvdfs.ops.background import Background, stop_prefetching
@@ -29,8 +29,7 @@ KEEP_RETRY = 5.0  # seconds before a busy image is tried again
 
 async def begin_writing(entry: Entry, image: Image, policy: Policy, background: Background) -> None:
     """Make an image writable, and begin what it wants done then. Raises ImageBusy, ImageError, OSError."""
-    await lock_to_write(image, policy)
-    await image.begin_writing(accept_unclean=policy.accept_unclean)
+    await make_writable(image, policy)
     await background.begin(entry, image)
 
 
