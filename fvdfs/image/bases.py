@@ -12,7 +12,7 @@ each other.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from typing import Generic, TypeVar
 from weakref import WeakValueDictionary
 
@@ -32,6 +32,7 @@ class Bases(Generic[User, Base]):
         self.before_closing: Callable[[User], Awaitable[None]] | None = None
         """Ends what others do with a base image."""
         self._open: dict[Key, Base | User] = {}
+        self._keys: dict[Base | User, Key] = {}
         self._users: dict[Base | User, set[User]] = {}
         self._locks: WeakValueDictionary[Key, trio.Lock] = WeakValueDictionary()
 
@@ -51,7 +52,7 @@ class Bases(Generic[User, Base]):
     def add(self, key: Key, base: Base | User) -> None:
         """It is open from now on. Whoever stands on it has to `enter`, before the locks of the key are let go."""
         assert key not in self._open
-        self._open[key] = base
+        self._open[key], self._keys[base] = base, key
 
     def enter(self, base: Base | User, user: User) -> None:
         """`user` stands on the base."""
@@ -62,19 +63,24 @@ class Bases(Generic[User, Base]):
         self._users[base].add(user)
         self._users[base].discard(former)
 
-    def above(self, base: Base | User) -> Iterator[User]:
+    def above(self, base: Base | User) -> set[User]:
         """Everyone who stands on it, or on one who does."""
-        for user in self._users.get(base, set()).copy():
-            yield user
-            yield from self.above(user)
+        found: set[User] = set()
+        waiting = [base]
+        while waiting:
+            new = self._users.get(waiting.pop(), set()) - found
+            found |= new
+            waiting.extend(new)
+        return found
 
     @contextlib.asynccontextmanager
     async def leaving(self, base: Base | User, user: User) -> AsyncIterator[bool]:
         """`user` leaves the base; whether it was the last, who has to close it meanwhile."""
         users = self._users[base]
         users.discard(user)
-        async with self.changing(key for key, found in self._open.items() if found is base):
+        key = self._keys.get(base)
+        async with self.changing([key] if key is not None else []):
             is_last = not users and self._users.pop(base, None) is not None
-            if is_last:
-                self._open = {key: found for key, found in self._open.items() if found is not base}
+            if is_last and key is not None:
+                del self._open[key], self._keys[base]
             yield is_last

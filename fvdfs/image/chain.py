@@ -68,9 +68,8 @@ class Layer:
             self.data.close()
 
     def lock_for_copies(self) -> bool:
-        """Be the only one who keeps copies in it; False where that is another, or no copies are kept. Blocks."""
-        if not self.keeps_copies:
-            return False
+        """Be the only one who keeps copies in it; False where that is another. Blocks."""
+        assert self.keeps_copies
         if not self.meta.file_lock.take_copying():
             log.info("%s: another mount or process fills it; this one reads it", self.path)
             return False

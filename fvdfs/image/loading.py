@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import mmap
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 
 import trio
 
@@ -17,7 +17,7 @@ from fvdfs.cow.bitmap import Bitmap, bitmap_bytes
 from fvdfs.errors import FormatError
 from fvdfs.format import journal
 from fvdfs.format.header import HEADER_SIZE, HEADER_SPACE, PAGE, SECTOR, Header, Region, round_up
-from fvdfs.image.bases import Bases
+from fvdfs.image.bases import Bases, Key
 from fvdfs.image.chain import Chain, Layer, open_chain
 from fvdfs.image.commit import Committer
 from fvdfs.image.core import Core, damaged_layers
@@ -44,9 +44,10 @@ async def load_chain(chain: Chain, spawn: Spawn | None = None, bases: Bases[Core
     """
     bases = bases or Bases()
     loaded: list[Image] = []
+    keys = chain.keys()
     try:
-        async with bases.changing(chain.keys()):
-            await _load_chain(chain, spawn, bases, loaded)
+        async with bases.changing(keys):
+            await _load_chain(chain, keys, spawn, bases, loaded)
     except BaseException:
         await chain.aclose()
         if loaded:
@@ -55,16 +56,18 @@ async def load_chain(chain: Chain, spawn: Spawn | None = None, bases: Bases[Core
     return loaded[-1]
 
 
-async def _load_chain(chain: Chain, spawn: Spawn | None, bases: Bases[Core, Store], loaded: list[Image]) -> None:
+async def _load_chain(
+    chain: Chain, keys: Sequence[Key], spawn: Spawn | None, bases: Bases[Core, Store], loaded: list[Image]
+) -> None:
     """Load the images that are not open yet, from the lowest to the top; the chain has the rest."""
-    keys = chain.keys()
     shared = next(((depth, base) for depth, key in enumerate(keys) if (base := bases.find(key)) is not None), None)
     if shared is not None:
         await trio.to_thread.run_sync(chain.cut, shared[0])
     for store in chain.stores():
         if isinstance(store, QemuStore):
             await store.start()
-    fills = [layer for layer in chain.layers[1:] if await trio.to_thread.run_sync(layer.lock_for_copies)]
+    wanting = [layer for layer in chain.layers[1:] if layer.keeps_copies]
+    fills = [layer for layer in wanting if await trio.to_thread.run_sync(layer.lock_for_copies)]
     await lock_for_reading(chain.stores(), chain.layers)
     below: Core | Store | None = chain.base if shared is None else shared[1]
     if below is not None and not isinstance(below, Core):

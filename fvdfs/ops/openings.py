@@ -99,7 +99,7 @@ class Openings:
                     entry.for_writing = True
                 elif keep_copies and fresh:
                     await self._keeping.begin(entry, entry.image)
-                if not entry.image.writable:
+                if entry.image.bitmap is not None and not entry.image.writable:
                     await trio.to_thread.run_sync(let_fill, entry.image)
                 if fresh:
                     entry.passthrough = await self.passthroughs.begin(entry.image, entry.mtime)
