@@ -31,6 +31,7 @@ from fvdfs.image.making import new_image
 from fvdfs.image.policy import FVD_FORMAT, Policy, resolve
 from fvdfs.image.tree import identity_at
 from fvdfs.store.locations import is_local, parse_location
+from fvdfs.store.placing import fill
 
 PREFETCH_DELAY = 60  # seconds after the opening, in which a machine starts
 PROFILE_SUFFIX = ".profile"  # of a file beside the template, as `fvdfs profile show` prints it
@@ -98,9 +99,7 @@ def _write_clones(
     for path in paths:
         file = files.add(path)
         try:
-            os.ftruncate(file.store.fileno(), size)
-            for offset, data in parts:
-                file.store.pwrite_now(data, offset)
+            fill(file.store.fileno(), size, parts)
             files.written(file)
         except OSError as error:
             raise OSError(error.errno, f"{path}: {error.strerror}; none of {len(paths)} clones was made") from error

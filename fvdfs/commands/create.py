@@ -39,6 +39,7 @@ from fvdfs.image.reading import is_zero
 from fvdfs.mountoptions import hint
 from fvdfs.store.host import HostFile
 from fvdfs.store.locations import is_local
+from fvdfs.store.placing import fill
 from fvdfs.store.references import LUKS, RAW
 
 _ZEROS = bytes(1 << 20)
@@ -242,9 +243,7 @@ def _fill(file: NewFile, size: int, zeros: Sequence[Span], parts: Sequence[Part]
     store = file.store
     try:
         if not file.is_device:
-            os.ftruncate(store.fileno(), size)
-            for offset, data in parts:
-                store.pwrite_now(data, offset)
+            fill(store.fileno(), size, parts)
             return
         file.check_room(size)
         if not force and _holds_something(store):

@@ -23,7 +23,7 @@ from fvdfs.image.making import NewImage, new_image
 from fvdfs.image.policy import FVD_FORMAT
 from fvdfs.image.tree import identity_at
 from fvdfs.store.host import HostFile, Identity
-from fvdfs.store.placing import make_unnamed, sync_folder, take_permissions
+from fvdfs.store.placing import fill, make_unnamed, sync_folder, take_permissions
 from fvdfs.store.references import LUKS
 
 
@@ -63,9 +63,7 @@ def write_top(image: str, new: NewImage, old: HostFile, mtime_ns: int) -> tuple[
     """
     descriptor, place = make_unnamed(image)
     try:
-        os.ftruncate(descriptor, new.file_size)
-        for offset, data in new.parts():
-            os.pwrite(descriptor, data, offset)
+        fill(descriptor, new.file_size, new.parts())
         try:
             take_permissions(descriptor, old.fileno())
         except PermissionError:

@@ -17,7 +17,6 @@ import os
 import stat
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar
 
 import trio
 
@@ -30,15 +29,13 @@ from fvdfs.image.tree import Tree
 from fvdfs.ops.folder import NAME_MAX, Folder
 from fvdfs.ops.freshness import signature
 from fvdfs.ops.inodes import Entry, image_name
-from fvdfs.store.placing import give_name, make_unnamed, sync_folder, take_permissions
+from fvdfs.store.placing import fill, give_name, make_unnamed, sync_folder, take_permissions
 
 log = logging.getLogger(__name__)
 
 RENAME_NOREPLACE = 1
 LARGEST_COMPACT = 2 << 40  # bytes that a new compact disk can grow to: its table, of 8 MiB, is sparse at first
 SETTLING = 1.0  # seconds in which the kernel tells of the last close, unless the maker's children keep the disk open
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +75,7 @@ class Naming:
         if not self._permitted.create:
             raise NotPermittedHere("a disk cannot be made here: mount with -o create")
         path = self._path(name)
-        await _in_thread(lambda: _make(path, self._empty(), uid, gid))
+        await trio.to_thread.run_sync(lambda: _make(path, self._empty(), uid, gid))
         entry = await self._folder.lookup(name)
         if entry is None:
             raise OSError(errno.EIO, f"{os.fsdecode(path)}: has just been made, and does not appear")
@@ -118,7 +115,7 @@ class Naming:
         assert template is not None
         size = entry.size or round_up(template.length, SECTOR)
         new = new_image(size, template.length, template.options, template.profile)
-        await _in_thread(lambda: _replace(entry.path, entry.status, new))
+        await trio.to_thread.run_sync(lambda: _replace(entry.path, entry.status, new))
 
     # --- other names, and none --------------------------------------------------------------------
 
@@ -131,7 +128,7 @@ class Naming:
         path = self._path(new)
         entry = await self._entry(old)
         async with entry.lock:
-            status = await _in_thread(lambda: self._rename(entry, path, replace=not flags))
+            status = await trio.to_thread.run_sync(lambda: self._rename(entry, path, replace=not flags))
             self._folder.inodes.move(entry, path)
             if status is not None:
                 entry.status = status
@@ -160,7 +157,7 @@ class Naming:
             raise NotPermittedHere("a disk cannot be removed here: mount with -o remove")
         entry = await self._entry(name)
         async with entry.lock:
-            await _in_thread(lambda: self._remove(entry.path))
+            await trio.to_thread.run_sync(lambda: self._remove(entry.path))
             self._folder.inodes.hide(entry)
 
     def _remove(self, path: bytes) -> None:
@@ -190,10 +187,6 @@ class Naming:
         if entry is None:
             raise OSError(errno.ENOENT, os.strerror(errno.ENOENT))
         return entry
-
-
-async def _in_thread(call: Callable[[], T]) -> T:
-    return await trio.to_thread.run_sync(call)
 
 
 # --- in a thread ----------------------------------------------------------------------------------
@@ -229,9 +222,7 @@ def _write(path: bytes, new: NewImage, set_permissions: Callable[[int], None], *
     final = os.fsdecode(path)
     descriptor, place = make_unnamed(final)
     try:
-        os.ftruncate(descriptor, new.file_size)
-        for offset, data in new.parts():
-            os.pwrite(descriptor, data, offset)
+        fill(descriptor, new.file_size, new.parts())
         set_permissions(descriptor)
         os.fsync(descriptor)
         give_name(place, final, replace=replace)

@@ -12,8 +12,6 @@ import errno
 import functools
 import logging
 import os
-from collections.abc import Callable
-from typing import TypeVar
 
 import trio
 
@@ -32,7 +30,6 @@ from fvdfs.store.host import HostFile
 from fvdfs.store.placing import sync_folder
 
 log = logging.getLogger(__name__)
-T = TypeVar("T")
 
 COPIES_PATIENCE = 10.0  # seconds that reads of the base may take to end, before the snapshot is given up
 
@@ -68,25 +65,25 @@ async def _make(openings: Openings, entry: Entry, image: Image, name: str) -> st
         raise OSError(errno.EIO, f"{path}: {image.damage}")
     assert isinstance(image.meta, HostFile)
     old = image.meta
-    await _in_thread(snapshot.refuse_what_cannot_be, path)
-    under = await _in_thread(snapshot.snapshot_path, path, name, old.identity)
+    await trio.to_thread.run_sync(snapshot.refuse_what_cannot_be, path)
+    under = await trio.to_thread.run_sync(snapshot.snapshot_path, path, name, old.identity)
     new = new_top(image.header, os.path.basename(under))
-    file, place = await _in_thread(write_top, path, new, old, entry.mtime.ns)
+    file, place = await trio.to_thread.run_sync(write_top, path, new, old, entry.mtime.ns)
     swapped = False
     try:
         top = await _load(openings, path, file)
         status = file.status()
         try:
             await _stop_copies(entry, image)
-            await _in_thread(snapshot.add_name, path, under, old.identity)
+            await trio.to_thread.run_sync(snapshot.add_name, path, under, old.identity)
             entry.former = [*entry.former, entry.status, status]
 
             async def rename() -> None:
                 nonlocal swapped
-                await _in_thread(replace, place, path, old.identity)
+                await trio.to_thread.run_sync(replace, place, path, old.identity)
                 swapped = True
 
-            sync = functools.partial(_in_thread, sync_folder, os.path.dirname(path))
+            sync = functools.partial(trio.to_thread.run_sync, sync_folder, os.path.dirname(path))
             entry.snapshot_wait = await image.put_on_top(top, under, rename, sync)
         finally:
             if swapped:
@@ -97,7 +94,7 @@ async def _make(openings: Openings, entry: Entry, image: Image, name: str) -> st
     except BaseException:
         if not swapped:
             await file.aclose()
-            await _in_thread(_remove, place, under, old)
+            await trio.to_thread.run_sync(_remove, place, under, old)
         raise
     log.info("%s: snapshot %s; writers waited %.1f ms", path, under, entry.snapshot_wait * 1000)
     try:
@@ -110,8 +107,8 @@ async def _make(openings: Openings, entry: Entry, image: Image, name: str) -> st
 async def _load(openings: Openings, path: str, file: HostFile) -> Image:
     """The new top, empty and locked, without its base. Raises ImageBusy, OSError."""
     file.file_lock.with_qemu = openings.folder.policy.qemu_locks
-    await _in_thread(file.lock, True)
-    await _in_thread(file.file_lock.keep_unfilled)
+    await trio.to_thread.run_sync(file.lock, True)
+    await trio.to_thread.run_sync(file.file_lock.keep_unfilled)
     raw = bytearray(HEADER_SPACE)
     await file.pread(memoryview(raw), 0)
     header = Header.decode(bytes(raw), path)
@@ -146,7 +143,3 @@ async def _begin_copies(openings: Openings, entry: Entry, image: Image) -> None:
 def _remove(place: str, under: str, old: HostFile) -> None:
     os.unlink(place)
     snapshot.remove_name(under, old.identity)
-
-
-async def _in_thread(call: Callable[..., T], *arguments: object) -> T:
-    return await trio.to_thread.run_sync(functools.partial(call, *arguments))

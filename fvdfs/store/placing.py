@@ -7,6 +7,7 @@ import errno
 import os
 import secrets
 import stat
+from collections.abc import Iterable
 
 _ACL = "system.posix_acl_access"
 _RENAME_NOREPLACE = 1
@@ -24,6 +25,15 @@ def make_unnamed(final: str) -> tuple[int, str]:
     short = os.fsdecode(os.fsencode(name)[:_MAX_NAME])
     place = os.path.join(folder, f".{short}.{secrets.token_hex(4)}.part")
     return os.open(place, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600), place
+
+
+def fill(descriptor: int, size: int, parts: Iterable[tuple[int, bytes]]) -> None:
+    """Give a new file this size in bytes, sparse, and these parts (offset, content), whole. Raises OSError."""
+    os.ftruncate(descriptor, size)
+    for offset, data in parts:
+        done = 0
+        while done < len(data):  # a full disk may take a part
+            done += os.pwrite(descriptor, memoryview(data)[done:], offset + done)
 
 
 def give_name(place: str, final: str, *, replace: bool) -> None:
