@@ -186,6 +186,11 @@ def listed(options: Mapping[str, str], name: str) -> tuple[str, ...]:
     return tuple(_plain(value) for value in _split(options.get(name, ""), MOUNT_OPTIONS[name].separator) if value)
 
 
+def allowed_urls(options: Sequence[str]) -> tuple[str, ...]:
+    """What a command that takes `-o allow_url` alone was given. Raises UsageError."""
+    return listed(parse_mount_options(options, ("allow_url",)), "allow_url")
+
+
 def hint(name: str, value: str) -> str:
     """An option with one value as a user has to write it."""
     special = r"([\\,:])" if MOUNT_OPTIONS[name].separator == ":" else r"([\\,])"

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from fvdfs.errors import UsageError
+from fvdfs.errors import ImageBusy, UsageError
 from fvdfs.mounts import DEAD, refuse_dead
 
 _NOT_OURS = (errno.ENODATA, errno.EOPNOTSUPP, errno.ENOTSUP)
@@ -28,6 +28,15 @@ def explained(path: str) -> Iterator[None]:
         if error.errno in DEAD:
             refuse_dead(path)
         raise
+
+
+@contextmanager
+def or_by_mount() -> Iterator[None]:
+    """An image that is busy may be one that a mount has open: say that its raw file can be named."""
+    try:
+        yield
+    except ImageBusy as error:
+        raise ImageBusy(error.image, f"{error.reason}, or name the raw file in its mount") from error
 
 
 def facts(path: str, attribute: str) -> dict[str, Any]:

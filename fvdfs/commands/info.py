@@ -9,6 +9,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+from fvdfs import mountoptions
 from fvdfs.daemon import run_loop
 from fvdfs.errors import FormatError, FvdError, ImageBusy, printable
 from fvdfs.format.header import Header
@@ -17,14 +18,13 @@ from fvdfs.image.chain import Chain, Layer, open_chain
 from fvdfs.image.image import Image
 from fvdfs.image.loading import load_chain
 from fvdfs.image.policy import Policy, resolve
-from fvdfs.mountoptions import listed, parse_mount_options
 from fvdfs.sizes import human_size
 from fvdfs.store.locations import is_local
 
 
 def run(image: str, *, as_json: bool, options: Sequence[str], secret: str) -> int:
     """Print what is known of an image. Raises UsageError, and as `describe`."""
-    urls = listed(parse_mount_options(options, ("allow_url",)), "allow_url")
+    urls = mountoptions.allowed_urls(options)
     facts = describe(image, secret_file=secret, allowed_urls=urls)
     print(json.dumps(facts, indent=2) if as_json else render(facts))
     return 0

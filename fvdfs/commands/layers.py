@@ -9,6 +9,7 @@ import functools
 import time
 from collections.abc import Sequence
 
+from fvdfs import mountoptions
 from fvdfs.commands import prefetch
 from fvdfs.commands.attributes import explained, facts
 from fvdfs.commands.terminal import progress_bar
@@ -20,7 +21,6 @@ from fvdfs.layers.delete import delete
 from fvdfs.layers.flatten import flatten
 from fvdfs.layers.merging import Progress
 from fvdfs.layers.revert import revert
-from fvdfs.mountoptions import listed, parse_mount_options
 from fvdfs.xattrs import STATUS
 
 INTERVAL = 0.2  # seconds between looks at what prefetching has done
@@ -74,4 +74,4 @@ def run_revert(image: str, name: str) -> int:
 
 
 def _policy(options: Sequence[str], secret: str) -> Policy:
-    return Policy(allowed_urls=listed(parse_mount_options(options, ("allow_url",)), "allow_url"), secret_file=secret)
+    return Policy(allowed_urls=mountoptions.allowed_urls(options), secret_file=secret)

@@ -13,6 +13,7 @@ from typing import Any
 
 from rich.text import Text
 
+from fvdfs import mountoptions
 from fvdfs.commands.attributes import explained, facts
 from fvdfs.commands.newfiles import NewFiles
 from fvdfs.commands.terminal import plain_console
@@ -21,7 +22,6 @@ from fvdfs.errors import UsageError, named
 from fvdfs.image.loading import open_image
 from fvdfs.image.map import BAR_CELLS, image_map, merged, totals
 from fvdfs.image.policy import Policy
-from fvdfs.mountoptions import listed, parse_mount_options
 from fvdfs.sizes import human_size
 from fvdfs.xattrs import MAP
 
@@ -32,7 +32,7 @@ _PNG = b"\x89PNG\r\n\x1a\n"
 
 def run(image: str, *, as_json: bool, png: str, options: Sequence[str], secret: str) -> int:
     """Show the map as a bar, as JSON, as a picture. Raises as `read_map` and `draw_map`."""
-    urls = listed(parse_mount_options(options, ("allow_url",)), "allow_url")
+    urls = mountoptions.allowed_urls(options)
     found = read_map(image, secret_file=secret, allowed_urls=urls)
     if png:
         draw_map(found, png, image)

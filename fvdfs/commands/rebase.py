@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 
+from fvdfs import mountoptions
 from fvdfs.commands.base import inspect_base, open_base
 from fvdfs.commands.create import leads_outside
 from fvdfs.commands.terminal import progress_bar
@@ -12,12 +13,11 @@ from fvdfs.daemon import complain, run_loop
 from fvdfs.image.policy import Policy
 from fvdfs.layers.merging import Progress
 from fvdfs.layers.rebase import check_base, rebase, rename_base
-from fvdfs.mountoptions import listed, parse_mount_options
 
 
 def run(image: str, *, base: str, base_format: str, unsafe: bool, options: Sequence[str], secret: str) -> int:
     """Have an image stand on `base`, relative to its folder. Raises UsageError, ImageBusy, ImageError, OSError."""
-    urls = listed(parse_mount_options(options, ("allow_url",)), "allow_url")
+    urls = mountoptions.allowed_urls(options)
     policy = Policy(allowed_urls=urls, secret_file=secret)
     found = inspect_base(image, base, base_format, secret)
     check_base(image, base, found.format)

@@ -10,9 +10,9 @@ import functools
 import os
 from collections.abc import Sequence
 
-from fvdfs.commands.attributes import explained, facts
+from fvdfs.commands.attributes import explained, facts, or_by_mount
 from fvdfs.daemon import run_loop
-from fvdfs.errors import ImageBusy, ImageError, UsageError
+from fvdfs.errors import ImageError, UsageError
 from fvdfs.format.header import SECTOR, round_up
 from fvdfs.image.policy import Policy
 from fvdfs.layers.resize import judge, resize
@@ -35,10 +35,8 @@ def run(disk: str, wanted: NewSize, *, shrink: bool, options: Sequence[str], sec
             grow_command=program(given.get("grow_command", "none")),
             secret_file=secret,
         )
-        try:
+        with or_by_mount():
             size = run_loop(functools.partial(resize, disk, wanted, policy, shrink=shrink))
-        except ImageBusy as error:
-            raise ImageBusy(error.image, f"{error.reason}, or name the raw file in its mount") from error
     print(f"{disk}: {human_size(size)}")
     return 0
 

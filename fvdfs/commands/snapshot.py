@@ -9,9 +9,9 @@ import errno
 import functools
 import os
 
-from fvdfs.commands.attributes import explained, facts
+from fvdfs.commands.attributes import explained, facts, or_by_mount
 from fvdfs.daemon import run_loop
-from fvdfs.errors import ImageBusy, ImageError, UsageError
+from fvdfs.errors import ImageError, UsageError
 from fvdfs.image.policy import Policy
 from fvdfs.layers.snapshot import make_snapshot, path_of
 from fvdfs.xattrs import SNAPSHOT, STATUS
@@ -22,10 +22,8 @@ def run(disk: str, name: str) -> int:
     if disk.endswith(".raw"):
         print(_ask_mount(disk, name))
         return 0
-    try:
+    with or_by_mount():
         print(run_loop(functools.partial(make_snapshot, disk, name, Policy())))
-    except ImageBusy as error:
-        raise ImageBusy(error.image, f"{error.reason}, or name the raw file in its mount") from error
     return 0
 
 

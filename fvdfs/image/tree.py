@@ -112,6 +112,14 @@ class Tree:
             elif node.data_identity == identity:
                 yield node, "data file"
 
+    def data_file(self, node: Node) -> str:
+        """The path of the data file that no image of the folder but this one has; empty: there is none."""
+        if node.data_identity is None or any(
+            user.identity != node.identity for user, _ in self.users(node.data_identity)
+        ):
+            return ""
+        return resolve(node.path, node.header.data_file)
+
     def chain(self, path: str) -> list[Node]:
         """The image of this name and the images that it stands on, from the top. A loop ends where it begins again."""
         found: list[Node] = []

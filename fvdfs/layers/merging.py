@@ -16,10 +16,9 @@ from fvdfs.errors import UsageError
 from fvdfs.image.core import LastExtents
 from fvdfs.image.image import Image
 from fvdfs.image.loading import open_image
-from fvdfs.image.policy import Policy, resolve
+from fvdfs.image.policy import Policy
 from fvdfs.image.tree import Node, Tree, identity_at
 from fvdfs.store.host import HostFile
-from fvdfs.store.locations import is_local
 
 PIECE = 4 << 20  # bytes that are copied at a time
 STEP = 1 << 30  # bytes of the disk that are looked at at a time
@@ -74,11 +73,8 @@ def users_of(tree: Tree, path: str) -> list[Node]:
 
 def data_file_of(tree: Tree, node: Node) -> str:
     """The path of the data file that belongs to this image alone; empty: it has none, or one that is not ours."""
-    name = node.header.data_file
-    if not name or not is_local(name) or node.data_identity is None:
-        return ""
-    path = resolve(node.path, name)
-    if any(user.identity != node.identity for user, _ in tree.users(node.data_identity)) or not os.path.isfile(path):
+    path = tree.data_file(node)
+    if not os.path.isfile(path):
         return ""
     return path if os.path.dirname(os.path.realpath(path)) == os.path.realpath(tree.folder) else ""
 

@@ -245,11 +245,10 @@ def _refuse_ground(tree: Tree, path: bytes) -> None:
 def _own_data_file(tree: Tree, path: bytes) -> str:
     """The data file that goes with this image: a file beside it that no other image has; empty: none."""
     node = tree.at(os.fsdecode(path))
-    if node is None or node.data_identity is None or os.path.basename(node.header.data_file) != node.header.data_file:
+    if node is None or os.path.basename(node.header.data_file) != node.header.data_file:
         return ""
-    found = os.path.join(os.path.dirname(node.path), node.header.data_file)
-    others = [other for other, _ in tree.users(node.data_identity) if other.identity != node.identity]
-    shared = others or len(tree.names(node.identity)) > 1 or not stat.S_ISREG(os.lstat(found).st_mode)
+    found = tree.data_file(node)
+    shared = not found or len(tree.names(node.identity)) > 1 or not stat.S_ISREG(os.lstat(found).st_mode)
     return "" if shared else found
 
 
