@@ -138,7 +138,7 @@ class FileLock:
 
     def is_being_filled(self) -> bool:
         """Whether another opening fills the file with copies. Raises OSError."""
-        return self._is_held(_COPYING)
+        return self._is_held(_COPYING, fcntl.F_RDLCK)
 
     def lend(self, descriptor: int) -> None:
         """The kernel gets another opening of the file, which holds a lock from now on, of the kind that ours has.

@@ -121,7 +121,7 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> tuple[int
     capsys.readouterr()
     code = main(["check", *map(str, arguments)])
     output = capsys.readouterr()
-    assert output.err == ""
+    assert output.err == "", output.err
     return code, output.out
 
 
