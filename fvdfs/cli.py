@@ -331,6 +331,12 @@ def _parser() -> argparse.ArgumentParser:
     snapshot.set_defaults(run=_snapshot)
     snapshot.add_argument("disk", metavar="DISK", help="an image that is not open, or a raw file in a mount")
     snapshot.add_argument("name", metavar="NAME", nargs="?", default="", help="default: the next number")
+    snapshot.add_argument(
+        "--freeze",
+        default="",
+        metavar="SOCKET",
+        help="of the guest agent: its file systems are frozen for the moment of the snapshot",
+    )
 
     delete = commands.add_parser("delete", help="delete a snapshot; what stands on it takes over what it needs")
     delete.set_defaults(run=_delete)
@@ -683,7 +689,7 @@ def _resize(arguments: argparse.Namespace) -> int:
 def _snapshot(arguments: argparse.Namespace) -> int:
     from fvdfs.commands.snapshot import run
 
-    return run(arguments.disk, arguments.name)
+    return run(arguments.disk, arguments.name, freeze=arguments.freeze)
 
 
 def _delete(arguments: argparse.Namespace) -> int:

@@ -1,6 +1,7 @@
 """`fvdfs snapshot`: keep the present state of a disk, and go on with a new image over it. Blocks.
 
 The process that serves a mount is told so, through an extended attribute; an image that is not mounted is changed here.
+The guest can be frozen meanwhile (`freeze.py`).
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import functools
 import os
 
 from fvdfs.commands.attributes import explained, facts, or_by_mount
+from fvdfs.commands.freeze import while_frozen
 from fvdfs.daemon import run_loop
 from fvdfs.errors import ImageError, UsageError
 from fvdfs.image.policy import Policy
@@ -17,21 +19,33 @@ from fvdfs.layers.snapshot import make_snapshot, path_of
 from fvdfs.xattrs import SNAPSHOT, STATUS
 
 
-def run(disk: str, name: str) -> int:
-    """Make a snapshot, and print its path. Raises UsageError, ImageBusy, ImageError, OSError."""
+def run(disk: str, name: str, *, freeze: str = "") -> int:
+    """Make a snapshot, and print its path; `freeze`: the socket of the agent in the guest that uses the disk.
+
+    Raises FvdError, OSError.
+    """
     if disk.endswith(".raw"):
-        print(_ask_mount(disk, name))
+        _refuse_what_cannot_be(disk, name)
+        if freeze:
+            while_frozen(freeze, functools.partial(_by_mount, disk, name))
+        else:
+            _by_mount(disk, name)
         return 0
+    if freeze:
+        raise UsageError(f"{disk}: nobody writes it meanwhile; with --freeze name the raw file that the guest uses")
     with or_by_mount():
         print(run_loop(functools.partial(make_snapshot, disk, name, Policy())))
     return 0
 
 
-def _ask_mount(raw: str, name: str) -> str:
+def _refuse_what_cannot_be(raw: str, name: str) -> None:
     with explained(raw):
         # Another file system might take the attribute, and think nothing of it.
-        image = facts(raw, STATUS)["image"]
-        path_of(image, name or "1")
+        path_of(facts(raw, STATUS)["image"], name or "1")
+
+
+def _by_mount(raw: str, name: str) -> None:
+    with explained(raw):
         _flush(raw)
         try:
             os.setxattr(raw, SNAPSHOT, name.encode())
@@ -44,7 +58,7 @@ def _ask_mount(raw: str, name: str) -> str:
             if not refused:
                 raise
             raise (UsageError(refused) if error.errno == errno.EINVAL else ImageError(raw, refused)) from error
-        return str(facts(raw, STATUS)["snapshot"])
+        print(facts(raw, STATUS)["snapshot"])
 
 
 def _flush(raw: str) -> None:

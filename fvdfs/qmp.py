@@ -1,0 +1,125 @@
+"""QEMU's monitor (QMP) and its guest agent: JSON over a Unix socket, a message a line. Blocks.
+
+What is on the other side may be busy, hang, or say anything. So each call has a time in which it has to be answered,
+and a message has a limit. An agent answers those, too, who have gone away since: `GuestAgent.sync` skips that.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+import socket
+import time
+from types import TracebackType
+from typing import Any, Self
+
+from fvdfs.errors import FvdError, UsageError
+
+CONNECT = 3.0  # seconds
+_MOST = 16 << 20  # bytes of a message; QMP's longest, a schema, has a quarter of a megabyte
+_SENTINEL = b"\xff"  # in no JSON: begins an agent's answer to a sync, and ends what its parser is in the middle of
+
+
+class NoAnswer(FvdError):
+    """The other side is gone, does not answer in time, or says what makes no sense."""
+
+
+class CommandRefused(FvdError):
+    """It has answered a command with an error; the text is its own."""
+
+
+class Connection:
+    """One to a monitor or an agent. Use it as a context manager."""
+
+    def __init__(self, path: str) -> None:
+        """Raises UsageError where nobody listens there."""
+        self.path = path
+        self._received = bytearray()
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._socket.settimeout(CONNECT)
+        try:
+            self._socket.connect(path)
+        except OSError as error:
+            self._socket.close()
+            raise UsageError(f"{path}: {error.strerror or error}; name the Unix socket of a QEMU that runs") from None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._socket.close()
+
+    def call(self, command: str, timeout: float, **arguments: Any) -> Any:
+        """What the command returns, within so many seconds. Events are skipped. Raises CommandRefused, NoAnswer."""
+        deadline = time.monotonic() + timeout
+        request: dict[str, Any] = {"execute": command}
+        if arguments:
+            request["arguments"] = arguments
+        self._send(json.dumps(request).encode() + b"\n", deadline)
+        while True:
+            answer = self._message(deadline)
+            if "return" in answer:
+                return answer["return"]
+            if "error" in answer:
+                error = answer["error"]
+                what = error.get("desc") if isinstance(error, dict) else error
+                raise CommandRefused(f"{self.path}: {command}: {what}")
+
+    def _send(self, data: bytes, deadline: float) -> None:
+        try:
+            self._socket.settimeout(self._left(deadline))
+            self._socket.sendall(data)
+        except OSError as error:
+            raise self._gone(error) from None
+
+    def _message(self, deadline: float) -> dict[str, Any]:
+        """The next one. Raises NoAnswer."""
+        line = self._until(b"\n", deadline)
+        try:
+            found = json.loads(line)
+        except ValueError:
+            found = None
+        if not isinstance(found, dict):
+            raise NoAnswer(f"{self.path}: says {bytes(line[:40])!r}, which is no answer of QEMU's")
+        return found
+
+    def _until(self, end: bytes, deadline: float) -> bytes:
+        """What comes before this byte, which is dropped. Raises NoAnswer."""
+        while (at := self._received.find(end)) < 0:
+            if len(self._received) > _MOST:
+                raise NoAnswer(f"{self.path}: says more than {_MOST} bytes without an end")
+            try:
+                self._socket.settimeout(self._left(deadline))
+                data = self._socket.recv(1 << 16)
+            except OSError as error:
+                raise self._gone(error) from None
+            if not data:
+                raise NoAnswer(f"{self.path}: has closed the connection")
+            self._received += data
+        found = bytes(self._received[:at])
+        del self._received[: at + 1]
+        return found
+
+    def _left(self, deadline: float) -> float:
+        left = deadline - time.monotonic()
+        if left <= 0:
+            raise TimeoutError
+        return left
+
+    def _gone(self, error: OSError) -> NoAnswer:
+        return NoAnswer(f"{self.path}: {'no answer' if isinstance(error, TimeoutError) else error.strerror or error}")
+
+
+class GuestAgent(Connection):
+    """One to the agent in a guest (qemu-ga), which answers one command after the other."""
+
+    def sync(self, timeout: float) -> None:
+        """Skip what others, or we, have not waited for. Raises NoAnswer."""
+        deadline = time.monotonic() + timeout
+        number = secrets.randbits(31)
+        request = {"execute": "guest-sync-delimited", "arguments": {"id": number}}
+        self._send(_SENTINEL + json.dumps(request).encode() + b"\n", deadline)
+        while True:
+            self._until(_SENTINEL, deadline)
+            if self._message(deadline).get("return") == number:
+                return
