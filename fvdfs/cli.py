@@ -375,6 +375,8 @@ def _parser() -> argparse.ArgumentParser:
     snapshots.add_argument("disk", metavar="DISK|DIR", help="an image, a raw file in a mount, or a folder of images")
     snapshots.add_argument("--json", action="store_true")
 
+    _add_moves(commands)
+
     umount = commands.add_parser("umount", help="unmount, and wait until every image is closed")
     umount.set_defaults(run=_umount)
     umount.add_argument("mountpoint", metavar="MOUNTPOINT")
@@ -415,6 +417,22 @@ def _add_backup(commands: argparse._SubParsersAction[_Parser]) -> None:
     restore.add_argument("--force", action="store_true", help="whatever the target holds")
     _add_names(restore, _NAMES)
     _add_secret(restore)
+
+
+def _add_moves(commands: argparse._SubParsersAction[_Parser]) -> None:
+    """Commands that move a disk to another host."""
+    freeze = commands.add_parser("freeze", help="have nobody write a disk on this host, since it moves to another")
+    freeze.set_defaults(run=_freeze)
+    freeze.add_argument("disk", metavar="DISK", help="a raw file in a mount, or an image that is not open")
+
+    thaw = commands.add_parser("thaw", help="have a frozen disk be written here again: its move was cancelled")
+    thaw.set_defaults(run=_thaw)
+    thaw.add_argument("disk", metavar="DISK", help="a raw file in a mount, or an image that is not open")
+    thaw.add_argument("--lose-writes", action="store_true", help="though a target has it, and may have written to it")
+
+    release = commands.add_parser("release", help="say that the target has all of a disk: its image may be removed")
+    release.set_defaults(run=_release)
+    release.add_argument("disk", metavar="DISK", help="a raw file in a mount, or an image that is not open")
 
 
 def _add_names(command: argparse.ArgumentParser, text: str) -> None:
@@ -733,6 +751,24 @@ def _snapshots(arguments: argparse.Namespace) -> int:
     from fvdfs.commands.snapshots import run
 
     return run(arguments.disk, as_json=arguments.json)
+
+
+def _freeze(arguments: argparse.Namespace) -> int:
+    from fvdfs.commands.migration import run_freeze
+
+    return run_freeze(arguments.disk)
+
+
+def _thaw(arguments: argparse.Namespace) -> int:
+    from fvdfs.commands.migration import run_thaw
+
+    return run_thaw(arguments.disk, lose_writes=arguments.lose_writes)
+
+
+def _release(arguments: argparse.Namespace) -> int:
+    from fvdfs.commands.migration import run_release
+
+    return run_release(arguments.disk)
 
 
 def _umount(arguments: argparse.Namespace) -> int:

@@ -122,6 +122,10 @@ class ReadOnlyImage(ImageError):
     """The image, or its state, does not permit writing."""
 
 
+class MovedAway(ReadOnlyImage):
+    """The disk has moved to another host, or is not here yet; the text says what to do."""
+
+
 class NotPermitted(ImageError):
     """The host does not let us write to a file of the image; `errno` is its answer."""
 

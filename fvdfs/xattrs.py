@@ -15,7 +15,11 @@ MAP = "user.fvdfs.map"
 SNAPSHOT = "user.fvdfs.snapshot"
 """Of a raw file: the path of the last snapshot of it; to make one, its name can be written, or nothing: the next
 number. Why that was refused stands in the status."""
+MOVE = "user.fvdfs.move"
+"""Of a raw file: what its image says of a move to or from another host, in a word; written to it, what is to be done
+(`ops/moves.py`). Why that was refused stands in the status."""
 PARTS = {
+    MOVE: "move",
     PREFETCH: "state",
     SNAPSHOT: "snapshot",
     "user.fvdfs.reason": "reason",

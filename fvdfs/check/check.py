@@ -26,6 +26,7 @@ from fvdfs.errors import FvdError, ImageBusy, ImageError, Locked, Refused, Unsta
 from fvdfs.format.header import HEADER_SPACE, Header
 from fvdfs.image.chain import open_named, unstated_base_format
 from fvdfs.image.locking import lock_for_reading
+from fvdfs.image.migration import refuse_moved
 from fvdfs.image.policy import FVD_FORMAT, HostStore, Policy
 from fvdfs.store.host import HostFile, open_path
 from fvdfs.store.locations import is_local
@@ -156,10 +157,13 @@ class _Opening:
     async def open(self, path: str) -> list[CheckLayer]:
         """The chain, from the top. Raises NotFvd, ImageBusy, ImageError, OSError, of `path` itself only."""
         try:
-            meta: HostStore = open_path(path, writable=self._policy.writable)
+            top = open_path(path, writable=self._policy.writable)
         except OSError as error:
             raise ImageError(path, error.strerror or str(error)) from error
+        meta: HostStore = top
         await self._take(meta, "image", own=True)
+        if self._policy.writable:
+            refuse_moved(top)
         layers: list[CheckLayer] = []
         while True:
             layer = CheckLayer(path, meta, is_base=bool(layers))

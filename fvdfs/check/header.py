@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 from fvdfs.check.findings import Findings, Kind, Severity
 from fvdfs.errors import FormatError, NotFvd
+from fvdfs.format import migration, moving
 from fvdfs.format.header import (
     ENTRIES_WITH_BITMAP_RECORD,
     HEADER_SIZE,
@@ -40,7 +41,6 @@ from fvdfs.format.header import (
     string_places,
     with_fields,
 )
-from fvdfs.format.moving import PLACE, is_record
 from fvdfs.format.note import NOTE_OFFSET, Note
 
 
@@ -162,13 +162,21 @@ def _raw_faults(raw: bytes) -> Iterator[_Fault]:
         elif fill.strip(b"\0"):
             why = "something other than zeros follows the end of the string"
             yield _Fault(name, why, None, Severity.HARMLESS, Kind.HEADER_FILL, remedy="writes zeros there")
-    if any(raw[HEADER_SIZE:]) and not (_is_note(raw) or is_record(raw[PLACE:])):
+    if not _is_padding(raw):
         why = f"bytes {HEADER_SIZE}..{HEADER_SPACE} of the file, the padding of the header, are not all zero"
         yield _Fault("header", why, None, Severity.HARMLESS, Kind.HEADER_PADDING)
 
 
-def _is_note(raw: bytes) -> bool:
-    """Whether the padding holds what an export says of itself."""
+def _is_padding(raw: bytes) -> bool:
+    """Whether the padding holds nothing but what fvdfs puts there, or had to leave there."""
+    rest = bytearray(raw)
+    if moving.is_record(raw[moving.PLACE :]):
+        rest[moving.PLACE :] = bytes(len(raw) - moving.PLACE)
+    end = migration.PLACE + migration.SIZE
+    if migration.is_record(raw[migration.PLACE : end]):
+        rest[migration.PLACE : end] = bytes(migration.SIZE)
+    if not any(rest[HEADER_SIZE:]):
+        return True
     try:
         return not any(raw[HEADER_SIZE:NOTE_OFFSET]) and Note.decode(raw[NOTE_OFFSET:], "") is not None
     except FormatError:

@@ -16,6 +16,7 @@ from fvdfs.errors import UsageError
 from fvdfs.format.header import HEADER_SIZE, SECTOR, round_up
 from fvdfs.image.chain import Layer, open_chain
 from fvdfs.image.commit import Committer
+from fvdfs.image.migration import refuse_moved
 from fvdfs.image.policy import Policy
 from fvdfs.store.references import BASE_FORMATS
 
@@ -29,6 +30,7 @@ def opened_to_amend(path: str) -> Iterator[Layer]:
             raise UsageError(f"{path}: no permission to write to it")
         layer.meta.lock(exclusive=True)
         layer.check_unchanged()
+        refuse_moved(layer.meta)
         layer.meta.claim_device()
         yield layer
     finally:

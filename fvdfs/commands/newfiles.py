@@ -28,6 +28,7 @@ from types import FrameType, TracebackType
 from fvdfs.commands.in_use import refuse_open, with_all_below
 from fvdfs.daemon import complain
 from fvdfs.errors import UsageError
+from fvdfs.image.migration import refuse_needed
 from fvdfs.image.tree import Tree, identity_at
 from fvdfs.store.base import Store
 from fvdfs.store.host import DEVICE, HostFile, Identity, identity_of, open_host_file
@@ -206,7 +207,7 @@ class NewFiles:
                 complain(f"{file.path}: was the base of {image.path}, whose content changes with it")
 
     def _open_old(self, path: str, final: str) -> HostFile | None:
-        """What is there, open and locked; None: nothing. Raises UsageError, ImageBusy, OSError."""
+        """What is there, open and locked; None: nothing. Raises UsageError, ImageError, OSError."""
         try:
             handle = os.open(final, os.O_PATH | os.O_CLOEXEC)
         except FileNotFoundError:
@@ -225,6 +226,7 @@ class NewFiles:
             old.lock(exclusive=True)
             old.claim_device()
             refuse_open(path, old.identity)
+            refuse_needed(old)
         except BaseException:
             old.close()
             raise

@@ -19,17 +19,18 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from fvdfs.errors import FormatError
-from fvdfs.format.header import HEADER_SIZE, HEADER_SPACE, MAX_DISK_SIZE, SECTOR, round_up
+from fvdfs.format.header import HEADER_SIZE, MAX_DISK_SIZE, SECTOR, round_up
+from fvdfs.format.migration import PLACE
 
 NOTE_OFFSET = round_up(HEADER_SIZE, SECTOR)  # in an FVD image; what is before is the header's sectors
-NOTE_ROOM = HEADER_SPACE - NOTE_OFFSET
+NOTE_ROOM = PLACE - NOTE_OFFSET
 QCOW2_EXTENSION = 0x46564458
 _MAGIC = b"FVDEXPRT"
 CHANGED_SAMPLES = 256  # sectors with a checksum of their own: what there is room for
 OTHER_SAMPLES = 1024  # sectors that share one
 _SHORT = 4  # bytes of a sector's checksum
 _MAX_TIME = 1 << 36  # seconds since 1970: what localtime(3) takes everywhere
-_NAME = 100  # characters of a name that are kept
+_NAME = 60  # characters of a name that are kept, each of 6 bytes at most
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +62,7 @@ class Note:
             "changed": base64.b64encode(self.changed).decode(),
             "others": self.others,
         }
-        text = json.dumps(fields).encode()
+        text = json.dumps(fields, ensure_ascii=False).encode("utf-8", "surrogatepass")
         data = _MAGIC + len(text).to_bytes(4, "little") + zlib.crc32(text).to_bytes(4, "little") + text
         assert len(data) <= NOTE_ROOM
         return data

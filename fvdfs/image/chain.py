@@ -14,6 +14,7 @@ from fvdfs.alloc.table import decode_entries
 from fvdfs.cow.writethrough import MODES
 from fvdfs.errors import FormatError, ImageBusy, ImageError, UnsupportedFeature
 from fvdfs.format.header import HEADER_SPACE, TABLE_ENTRY_SIZE, UNALLOCATED, Header
+from fvdfs.format.migration import NO_RECORD, Record
 from fvdfs.image.bases import Key
 from fvdfs.image.core import usage_of
 from fvdfs.image.policy import FVD_FORMAT, RAW_FORMATS, HostStore, Policy, looks_like, resolve
@@ -51,7 +52,11 @@ class Layer:
         mtime_ns = 0
         if self.header.length_counts and isinstance(self.data, HostFile) and not self.data.fixed_size:
             mtime_ns = self.data.status().st_mtime_ns
-        return Facts(self.header.virtual_disk_size, self.usage(), mtime_ns)
+        return Facts(self.header.virtual_disk_size, self.usage(), mtime_ns, self.record())
+
+    def record(self) -> Record:
+        """What it says of moves. Raises FormatError."""
+        return Record.at(self.raw_header, self.path)
 
     def _allocated_chunks(self) -> int:
         region = self.header.table_region
@@ -70,6 +75,9 @@ class Layer:
     def lock_for_copies(self) -> bool:
         """Be the only one who keeps copies in it; False where that is another. Blocks."""
         assert self.keeps_copies
+        if obstacle := self.record().obstacle:
+            log.info("%s: what is read of its base is not kept: %s", self.path, obstacle)
+            return False
         if not self.meta.file_lock.take_copying():
             log.info("%s: another mount or process fills it; this one reads it", self.path)
             return False
@@ -204,6 +212,8 @@ class Facts:
     """Bytes that are allocated."""
     mtime_ns: int = 0
     """When its data file was written last, where that was not noted in the image file (`Header.length_counts`)."""
+    record: Record = NO_RECORD
+    """What it says of moves to and from other hosts."""
 
 
 def look_at_chain(path: str, policy: Policy, judged: Judged) -> Facts:

@@ -315,6 +315,18 @@ class Image(Core):
         await self.committer.close()
         self.writable = False
 
+    async def freeze(self) -> None:
+        """`stop_writing`, while writes come: those that wait, or come later, fail with EROFS. Raises OSError.
+
+        Nothing copies from the base any more, nor is anything written to it.
+        """
+        assert self.fetcher is None
+        assert self.base_writer is None
+        async with self._resizer.lock:
+            await self.committer.commit()  # so that writers wait for little
+            async with self._gate.closed():
+                await self.stop_writing()
+
     async def close(self) -> None:
         """`end_writing`, then close all files. Raises OSError of the commit."""
         with trio.CancelScope(shield=True):

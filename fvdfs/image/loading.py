@@ -23,6 +23,7 @@ from fvdfs.image.commit import Committer
 from fvdfs.image.core import Core, damaged_layers
 from fvdfs.image.image import Image
 from fvdfs.image.locking import lock_for_reading, lock_for_writing, unlock_for_writing
+from fvdfs.image.migration import refuse_moved
 from fvdfs.image.policy import Policy
 from fvdfs.store.base import Store, pread_exactly
 from fvdfs.store.host import HostFile
@@ -181,9 +182,15 @@ def refuse_damaged(image: Core) -> None:
 async def make_writable(image: Image, policy: Policy) -> None:
     """Lock an image that was loaded for reading, and begin to write to it.
 
-    Raises as `lock_for_writing`, `load_image` and `Image.begin_writing`.
+    Raises as `lock_for_writing`, `refuse_moved`, `load_image` and `Image.begin_writing`.
     """
     await lock_for_writing(image)
+    if isinstance(image.meta, HostFile):
+        try:
+            await trio.to_thread.run_sync(refuse_moved, image.meta)
+        except BaseException:
+            await unlock_for_writing(image)
+            raise
     await _catch_up(image, policy)
     await image.begin_writing(accept_unclean=policy.accept_unclean)
 

@@ -50,10 +50,10 @@ class Resizer:
         for more chunks, EROFS where the image is not open for writing.
         """
         core = self._core
-        if not core.writable:
-            raise OSError(errno.EROFS, f"{core.name}: not open for writing")
         size = round_up(size, SECTOR)
         async with self.lock:
+            if not core.writable:
+                raise OSError(errno.EROFS, f"{core.name}: not open for writing")
             await look_at_length(core)
             if size < core.size and not shrink:
                 raise OSError(errno.EPERM, f"{core.name}: the disk can be cut only where -o shrink is given")
@@ -69,11 +69,13 @@ class Resizer:
     async def reach(self, stop: int) -> None:
         """Grow the disk so that it holds bytes up to `stop`, unless somebody has done it meanwhile.
 
-        Raises OSError: EFBIG where the format or the table has no room, ENOSPC where the storage has none, EIO once
-        the image has failed.
+        Raises OSError: EFBIG where the format or the table has no room, ENOSPC where the storage has none, EROFS,
+        EIO once the image has failed.
         """
         core = self._core
         async with self.lock:
+            if not core.writable:
+                raise OSError(errno.EROFS, f"{core.name}: not open for writing")
             if stop > core.size:
                 await self._grow(round_up(stop, SECTOR))
 

@@ -226,6 +226,7 @@ class Writes:
             while end > self.core.size or self.gate.is_closed:
                 if self.gate.is_closed:
                     await self.gate.wait_until_open()
+                    self.check()  # it may have been frozen
                 else:
                     await self._resizer.reach(end)
             with self.gate.passed():

@@ -31,11 +31,21 @@ def status(entry: Entry) -> dict[str, Any]:
         "open": entry.busy,
     }
     found |= {"snapshot": entry.snapshot, "snapshot_wait": entry.snapshot_wait, "snapshot_refused": entry.refused}
+    found |= moves(entry)
     if entry.image is None:
         state = "closing" if entry.busy else "closed"
         return found | entry.last_status | {"virtual_size": entry.size, "state": state}
     passthrough = entry.passthrough if isinstance(entry.passthrough, str) else ON
     return found | status_of_image(entry.image, entry.prefetcher) | {"passthrough": passthrough or "opening"}
+
+
+def moves(entry: Entry) -> dict[str, Any]:
+    """The part of the status about moves to and from other hosts."""
+    record, refused = entry.record, entry.move_refused
+    found = {"move": record.state, "move_reason": record.obstacle, "move_refused": refused}
+    if (out := record.outgoing) is not None:
+        found |= {"move_epoch": out.epoch, "moved_to": out.name or out.target, "move_target": out.target}
+    return found
 
 
 async def control_prefetch(openings: Openings, entry: Entry, command: str) -> None:

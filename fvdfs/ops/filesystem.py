@@ -25,7 +25,7 @@ from fvdfs.image.copy_range import copy_range
 from fvdfs.image.image import Image
 from fvdfs.image.map import image_map
 from fvdfs.layers.resize import refuse_cut
-from fvdfs.ops import control, snapshots
+from fvdfs.ops import control, moves, snapshots
 from fvdfs.ops.answers import error_number
 from fvdfs.ops.commits import RegularCommits
 from fvdfs.ops.complaints import Complaints
@@ -315,16 +315,22 @@ class Filesystem(pyfuse3.Operations):
         wanted = name.decode(errors="replace")
         if wanted in xattrs.ACLS:
             await self._change_acl(inode, lambda path: os.setxattr(path, wanted, value))
-        elif inode == ROOT_INODE or wanted not in (xattrs.PREFETCH, xattrs.SNAPSHOT):
+        elif inode == ROOT_INODE or wanted not in (xattrs.PREFETCH, xattrs.SNAPSHOT, xattrs.MOVE):
             raise FUSEError(errno.EOPNOTSUPP)
         else:
             entry, text = self.folder.inodes[inode], value.decode(errors="replace").strip()
             if wanted == xattrs.PREFETCH:
                 await control.control_prefetch(self.openings, entry, text)
-            elif ctx.uid in (0, os.geteuid(), entry.status.st_uid):  # it makes files in the folder
+            elif ctx.uid not in (
+                0,
+                os.geteuid(),
+                entry.status.st_uid,
+            ):  # it is more than to write
+                raise FUSEError(errno.EPERM)
+            elif wanted == xattrs.SNAPSHOT:
                 await snapshots.make_snapshot(self.openings, entry, text)
             else:
-                raise FUSEError(errno.EPERM)
+                await moves.take_step(self.openings, entry, text)
 
     @handler
     async def removexattr(self, inode: InodeT, name: bytes, ctx: pyfuse3.RequestContext) -> None:

@@ -189,7 +189,7 @@ class Folder:
         if not stat.S_ISREG(status.st_mode) and not stat.S_ISBLK(status.st_mode):
             return None
         facts = look_at_chain(os.fsdecode(path), self.policy, judged)
-        return Seen(status, facts.size, facts.usage, facts.mtime_ns, self.policy.walker.born(path))
+        return Seen(status, facts.size, facts.usage, facts.mtime_ns, self.policy.walker.born(path), facts.record)
 
     # In the event loop again.
 
@@ -222,7 +222,7 @@ class Folder:
                     known.status = seen.status
                 return known
             if signature(seen.status) == signature(known.status) and known.size == seen.size:
-                known.usage, known.data_mtime_ns = seen.usage, seen.data_mtime_ns
+                known.usage, known.data_mtime_ns, known.record = seen.usage, seen.data_mtime_ns, seen.record
                 return known
             known.misjudged = True
             self.inodes.hide(known)

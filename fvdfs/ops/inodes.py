@@ -23,6 +23,7 @@ from typing import Any
 
 import trio
 
+from fvdfs.format.migration import NO_RECORD, Record
 from fvdfs.image.image import Image
 from fvdfs.ops.freshness import Snapshot, same_file
 from fvdfs.ops.passthrough import Passthrough
@@ -63,6 +64,8 @@ class Seen:
     """When the disk was written last, where the image file does not tell (`chain.Facts`)."""
     born: int = 0
     """When the file was made, in ns; 0 where nobody can say."""
+    record: Record = NO_RECORD
+    """What it says of moves to and from other hosts."""
     moved: Entry | None = None
     """The open image that it is, which somebody has renamed: what is known of it stands, as with `unchanged`."""
     unchanged: bool = False
@@ -100,6 +103,10 @@ class Entry:
         """References that the kernel holds."""
         self.size = seen.size
         self.usage = seen.usage
+        self.record = seen.record
+        """What the image says of moves, as it was seen last, or changed here."""
+        self.move_refused = ""
+        """Why the last step of a move that somebody asked for was refused."""
         self.data_mtime_ns = seen.data_mtime_ns
         """Of a closed disk: when it was written last, where the image file does not tell."""
         self.last_status: dict[str, Any] = {}

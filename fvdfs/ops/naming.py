@@ -25,10 +25,12 @@ from fvdfs.format.creation import CreateOptions
 from fvdfs.format.header import SECTOR, round_up, with_fields
 from fvdfs.format.profile import Extent
 from fvdfs.image.making import NewImage, new_image
+from fvdfs.image.migration import refuse_needed
 from fvdfs.image.tree import Tree
 from fvdfs.ops.folder import NAME_MAX, Folder
 from fvdfs.ops.freshness import signature
 from fvdfs.ops.inodes import Entry, image_name
+from fvdfs.store.host import open_path
 from fvdfs.store.placing import fill, give_name, make_unnamed, sync_folder, take_permissions
 
 log = logging.getLogger(__name__)
@@ -145,6 +147,7 @@ class Naming:
             if not self._permitted.remove:
                 raise NotPermittedHere("a disk cannot be replaced by another one here: mount with -o remove, too")
             _refuse_ground(tree, path)
+            _refuse_needed(path)
             data_file = _own_data_file(tree, path)
         give_name(os.fsdecode(entry.path), os.fsdecode(path), replace=replace and os.path.lexists(path))
         sync_folder(os.fsdecode(self._folder.path))
@@ -163,6 +166,7 @@ class Naming:
     def _remove(self, path: bytes) -> None:
         tree = self._look_at_tree()
         _refuse_ground(tree, path)
+        _refuse_needed(path)
         data_file = _own_data_file(tree, path)
         os.unlink(path)
         sync_folder(os.fsdecode(self._folder.path))
@@ -232,6 +236,15 @@ def _write(path: bytes, new: NewImage, set_permissions: Callable[[int], None], *
     finally:
         os.close(descriptor)
     sync_folder(os.path.dirname(final))
+
+
+def _refuse_needed(path: bytes) -> None:
+    """Raise MovedAway where a target on another host still reads the image of this name."""
+    file = open_path(os.fsdecode(path), writable=False)
+    try:
+        refuse_needed(file)
+    finally:
+        file.close()
 
 
 def _refuse_ground(tree: Tree, path: bytes) -> None:

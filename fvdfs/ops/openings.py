@@ -117,7 +117,7 @@ class Openings:
     async def _load(self, entry: Entry) -> tuple[Image, Snapshot | None]:
         status, chain = await trio.to_thread.run_sync(self._open_chain, entry.path)
         spawn = self.background.spawn
-        top = chain.layers[0]
+        top, record = chain.layers[0], chain.layers[0].record()
         image = await load_chain(chain, spawn, self._bases)
         try:
             await self.caches.begin(image)
@@ -140,7 +140,7 @@ class Openings:
             self._inodes.show(entry)
         for name, damage in damaged_layers(image):
             log.error("%s: %s", name, damage)
-        entry.status, entry.former = status, []
+        entry.status, entry.former, entry.record = status, [], record
         data_elsewhere = image.data is not image.meta or image.meta.fixed_size
         changed_ns = max(part.st_mtime_ns for part in changed)
         entry.mtime.begin(top.meta, changed_ns, spawn if data_elsewhere else None)
@@ -198,7 +198,7 @@ class Openings:
         assert entry.image is not None
         entry.unloaded.set()
         await stop_prefetching(entry)
-        await self._end_passthrough(entry)
+        await self.end_passthrough(entry)
         now = status(entry.image, None)
         entry.last_status = {key: now[key] for key in ("base_size", "local_bytes", "local_share", "failed")}
         entry.misjudged = entry.is_misjudged
@@ -224,7 +224,8 @@ class Openings:
                 if entry.misjudged:
                     self._inodes.hide(entry)
 
-    async def _end_passthrough(self, entry: Entry) -> None:
+    async def end_passthrough(self, entry: Entry) -> None:
+        """Let the kernel have the data of an image no longer, as far as nobody uses it."""
         passthrough, entry.passthrough = entry.passthrough, ""
         if isinstance(passthrough, Passthrough):
             try:

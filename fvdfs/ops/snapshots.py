@@ -74,7 +74,7 @@ async def _make(openings: Openings, entry: Entry, image: Image, name: str) -> st
         top = await _load(openings, path, file)
         status = file.status()
         try:
-            await _stop_copies(entry, image)
+            await stop_copies(entry, image)
             await trio.to_thread.run_sync(snapshot.add_name, path, under, old.identity)
             entry.former = [*entry.former, entry.status, status]
 
@@ -90,7 +90,7 @@ async def _make(openings: Openings, entry: Entry, image: Image, name: str) -> st
                 entry.status = status
                 entry.cached = None
                 await entry.mtime.move(file)
-            await _begin_copies(openings, entry, image)
+            await begin_copies(openings, entry, image)
     except BaseException:
         if not swapped:
             await file.aclose()
@@ -117,7 +117,7 @@ async def _load(openings: Openings, path: str, file: HostFile) -> Image:
     )
 
 
-async def _stop_copies(entry: Entry, image: Image) -> None:
+async def stop_copies(entry: Entry, image: Image) -> None:
     """Raises OSError where the base does not answer; then copies go on."""
     await stop_prefetching(entry)
     fetcher, image.fetcher = image.fetcher, None
@@ -130,7 +130,7 @@ async def _stop_copies(entry: Entry, image: Image) -> None:
     image.recorder = None
 
 
-async def _begin_copies(openings: Openings, entry: Entry, image: Image) -> None:
+async def begin_copies(openings: Openings, entry: Entry, image: Image) -> None:
     """What the header of the image asks for now. What cannot be done is logged, as nobody waits for it."""
     if image.header.copy_on_read:
         image.start_fetching(copy_on_read=True)

@@ -1,0 +1,101 @@
+"""`fvdfs freeze`, `thaw` and `release`: a disk moves to another host, or does not. Blocks.
+
+The process that serves a mount is told so, through an extended attribute; an image that is not mounted is changed here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import functools
+import os
+from collections.abc import Callable, Iterator
+
+from fvdfs.commands.attributes import explained, facts, or_by_mount
+from fvdfs.daemon import run_loop
+from fvdfs.errors import ImageBusy, ImageError, UsageError
+from fvdfs.format import migration
+from fvdfs.format.migration import Record
+from fvdfs.image.policy import Policy
+from fvdfs.layers.move import change_record, freeze
+from fvdfs.store.filelock import FileLock
+from fvdfs.xattrs import MOVE, STATUS
+
+
+def run_freeze(disk: str) -> int:
+    """Have nobody write a disk on this host from now on. Raises UsageError, ImageBusy, ImageError, OSError."""
+    if disk.endswith(".raw"):
+        with explained(disk), contextlib.ExitStack() as stack:
+            stack.enter_context(kept_from_qemu(disk))
+            flush(disk)
+            if facts(disk, STATUS).get("passthrough") == "on":
+                stack.close()  # else it could not be taken from the kernel
+            ask_mount(disk, "freeze")
+        return 0
+    with or_by_mount():
+        run_loop(functools.partial(freeze, disk, Policy()))
+    return 0
+
+
+def run_thaw(disk: str, *, lose_writes: bool) -> int:
+    """Have a frozen disk be written here again. Raises as `run_freeze`."""
+    step = "thaw lose-writes" if lose_writes else "thaw"
+    return _run(disk, step, functools.partial(migration.thaw, lose_writes=lose_writes), damaged=lose_writes)
+
+
+def run_release(disk: str) -> int:
+    """Say that the target has all of a disk, so that its image may be removed. Raises as `run_freeze`."""
+    return _run(disk, "release", migration.release)
+
+
+def _run(disk: str, step: str, event: Callable[[Record], Record], *, damaged: bool = False) -> int:
+    if disk.endswith(".raw"):
+        with explained(disk):
+            ask_mount(disk, step)
+        return 0
+    with or_by_mount():
+        change_record(disk, event, damaged=damaged)
+    return 0
+
+
+@contextlib.contextmanager
+def kept_from_qemu(raw: str) -> Iterator[None]:
+    """No QEMU writes a disk in a mount meanwhile, nor can a machine that was stopped go on.
+
+    Raises ImageBusy where one has it open for writing, OSError.
+    """
+    descriptor = os.open(raw, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        try:
+            FileLock(descriptor, raw).take(exclusive=False)
+        except ImageBusy:
+            raise ImageBusy(raw, "a machine runs on it; stop that, or let it migrate first") from None
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def flush(raw: str) -> None:
+    """Have the mount get what programs have written and the kernel has gathered, and make it stable."""
+    descriptor = os.open(raw, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def ask_mount(raw: str, step: str) -> dict[str, object]:
+    """Have the mount take a step of a move; the status of the disk then. Raises UsageError, ImageError, OSError."""
+    facts(raw, STATUS)  # another file system might take the attribute, and think nothing of it
+    try:
+        os.setxattr(raw, MOVE, step.encode())
+    except OSError as error:
+        if error.errno == errno.EPERM:
+            raise UsageError(f"{raw}: only its owner, or root, may move it") from None
+        refused = str(facts(raw, STATUS).get("move_refused", ""))
+        if not refused:
+            raise
+        if error.errno == errno.EINVAL:
+            raise UsageError(f"{raw}: {refused}") from error
+        raise ImageError(raw, refused) from error
+    return facts(raw, STATUS)

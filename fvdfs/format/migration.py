@@ -1,0 +1,290 @@
+"""The move of a disk from one host to another: the record in each image, and what may follow on what.
+
+While a disk moves there are two images of it, the source and the target that stands on it, and never two that may be
+written. Each says in a record of its own in which state it is (docs/migration.md has the whole table):
+
+    source  none → serving → frozen → moved → released          target  receiving → active → local
+
+`serving` draws an epoch, a random number that names this one move. `moved` names the target that has taken the disk
+over, by another random number, so that no second target can. The record is a sector of the header's padding, which is
+written whole or not at all; the image is in the new state once that is stable. An image in a chain of moves has both
+parts: it is the target of one move, and the source of the next.
+
+The record: 8 bytes magic | u32 length | u32 CRC-32 | so many bytes of JSON | zeros. Pure.
+"""
+
+from __future__ import annotations
+
+import enum
+import json
+import re
+import zlib
+from dataclasses import dataclass, replace
+
+from fvdfs.errors import FormatError, UsageError
+
+PLACE = 14 * 512
+"""Bytes. In front of it is what an export notes of itself (`note`), behind it a move of the chunk table (`moving`)."""
+SIZE = 512  # bytes
+NAME_MAX = 64  # characters of a host's name that are kept
+_MAGIC = b"FVDmove1"
+_TEXT_AT = 16
+_NUMBER = re.compile("[0-9a-f]{16}")
+
+
+class Source(enum.Enum):
+    """What an image is to the target that the disk moves to."""
+
+    SERVING = "serving"
+    """The disk is written here; a target may read it, and ask for it."""
+    FROZEN = "frozen"
+    """Nobody writes it, and no target has been told so."""
+    MOVED = "moved"
+    """A target may write its own image: this one never again, unless what is written there is given up."""
+    RELEASED = "released"
+    """The target has all of it: this image may be removed."""
+
+
+class Target(enum.Enum):
+    """What an image is to the source that the disk comes from."""
+
+    RECEIVING = "receiving"
+    """The disk may still be written at the source: it is read there, and nothing of it is kept."""
+    ACTIVE = "active"
+    """The disk is written here. The source is frozen, and gives what is missing."""
+    LOCAL = "local"
+    """The source is no longer needed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outgoing:
+    """The move that this image is the source of."""
+
+    state: Source
+    epoch: str
+    target: str = ""
+    """The number of the target that the disk has moved to."""
+    name: str = ""
+    """What that is called, for messages."""
+
+
+@dataclass(frozen=True, slots=True)
+class Incoming:
+    """The move that this image is the target of."""
+
+    state: Target
+    epoch: str
+    """That of the source."""
+    number: str
+    """The number of this target."""
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """What an image says of moves; empty where there is none."""
+
+    incoming: Incoming | None = None
+    outgoing: Outgoing | None = None
+
+    def __bool__(self) -> bool:
+        return self.incoming is not None or self.outgoing is not None
+
+    @property
+    def state(self) -> str:
+        """In a word; the later move counts. Empty where there is none."""
+        if self.outgoing is not None:
+            return self.outgoing.state.value
+        return self.incoming.state.value if self.incoming is not None else ""
+
+    @property
+    def receiving(self) -> bool:
+        """Whether the disk may still be written at its source."""
+        return self.incoming is not None and self.incoming.state is Target.RECEIVING
+
+    @property
+    def handed_over(self) -> bool:
+        """Whether a target may have it."""
+        return self.outgoing is not None and self.outgoing.state in (Source.MOVED, Source.RELEASED)
+
+    @property
+    def needed(self) -> str:
+        """Why the image must not be removed or replaced; empty where it may."""
+        if self.outgoing is None or self.outgoing.state not in (Source.FROZEN, Source.MOVED):
+            return ""
+        return f"{self.obstacle}; once the target has all of it: fvdfs release"
+
+    @property
+    def obstacle(self) -> str:
+        """Why nobody may write to the image; empty where it may be written."""
+        if self.receiving:
+            return "it is being received: fvdfs activate, or the first write, takes it over from its source"
+        out = self.outgoing
+        if out is None or out.state is Source.SERVING:
+            return ""
+        if out.state is Source.FROZEN:
+            return f"frozen for a move (epoch {out.epoch}); fvdfs thaw, if that was cancelled"
+        return f"frozen: moved to {out.name or out.target} (epoch {out.epoch})"
+
+    @property
+    def base_suffix(self) -> str:
+        """What follows the name of the base: only the source that is frozen for this target exports that.
+
+        Empty where the base is the one that the header names.
+        """
+        taken = self.incoming is not None and self.incoming.state is Target.ACTIVE
+        return f"/{self.incoming.epoch}" if taken and self.incoming is not None else ""
+
+    # --- as it is stored --------------------------------------------------------------------------
+
+    def encode(self) -> bytes:
+        """The sector."""
+        fields: dict[str, list[str]] = {}
+        if (into := self.incoming) is not None:
+            fields["in"] = [into.state.value, into.epoch, into.number]
+        if (out := self.outgoing) is not None:
+            fields["out"] = [out.state.value, out.epoch, out.target, out.name]
+        if not fields:
+            return bytes(SIZE)
+        text = json.dumps(fields).encode()
+        head = _MAGIC + len(text).to_bytes(4, "little") + zlib.crc32(text).to_bytes(4, "little")
+        assert len(head) == _TEXT_AT
+        assert len(head + text) <= SIZE
+        return (head + text).ljust(SIZE, b"\0")
+
+    @classmethod
+    def decode(cls, sector: bytes, image: str) -> Record:
+        """The record in a sector. Raises FormatError where it is damaged: nobody knows then who may write the disk."""
+        if not sector.startswith(_MAGIC):
+            return cls()
+        size, checksum = (int.from_bytes(sector[at : at + 4], "little") for at in (8, 12))
+        text = sector[_TEXT_AT : _TEXT_AT + size]
+        try:
+            if len(text) < size or zlib.crc32(text) != checksum:
+                raise ValueError
+            return cls._of(json.loads(text))
+        except (ValueError, TypeError, KeyError, AttributeError):
+            raise FormatError(
+                image,
+                "what it says of its move to or from another host is damaged; if it is the image to go on with: "
+                "fvdfs thaw --lose-writes",
+            ) from None
+
+    @classmethod
+    def _of(cls, fields: dict[str, list[str]]) -> Record:
+        if not isinstance(fields, dict):
+            raise TypeError
+        incoming = outgoing = None
+        if "in" in fields:
+            state, epoch, number = fields["in"]
+            incoming = Incoming(Target(state), _number(epoch), _number(number))
+        if "out" in fields:
+            state, epoch, target, name = fields["out"]
+            outgoing = Outgoing(Source(state), _number(epoch), _number(target) if target else "", host_name(name))
+        return cls(incoming, outgoing)
+
+    @classmethod
+    def at(cls, raw: bytes, image: str) -> Record:
+        """The record of a file that begins with these bytes. Raises as `decode`."""
+        return cls.decode(raw[PLACE : PLACE + SIZE], image)
+
+
+NO_RECORD = Record()
+
+
+def is_record(sector: bytes) -> bool:
+    """Whether a sector is a record, and whole."""
+    try:
+        return sector.startswith(_MAGIC) and Record.decode(sector, "").encode() == sector
+    except FormatError:
+        return False
+
+
+def is_number(text: str) -> bool:
+    """Whether this can be an epoch, or the number of a target."""
+    return bool(_NUMBER.fullmatch(text))
+
+
+def host_name(text: str) -> str:
+    """What of a host's name is kept."""
+    return "".join(c if c.isascii() and c.isprintable() else "?" for c in text[:NAME_MAX])
+
+
+def _number(text: str) -> str:
+    if not is_number(text):
+        raise ValueError
+    return text
+
+
+# --- events -----------------------------------------------------------------------------------------
+# Each gives the record that follows, the same one where nothing changes. Each raises UsageError, which says what to do.
+
+
+def serve(record: Record, new_epoch: str) -> Record:
+    """A server begins to give the disk to targets. `new_epoch`: where no move is under way."""
+    if record.receiving:
+        raise UsageError(f"cannot be served: {record.obstacle}")
+    if record.outgoing is not None:
+        return record
+    return replace(record, outgoing=Outgoing(Source.SERVING, new_epoch))
+
+
+def freeze(record: Record, new_epoch: str) -> Record:
+    """The user freezes the disk, before or without a target that asks for it."""
+    record = serve(record, new_epoch)
+    out = record.outgoing
+    assert out is not None
+    return replace(record, outgoing=replace(out, state=Source.FROZEN)) if out.state is Source.SERVING else record
+
+
+def hand_over(record: Record, epoch: str, target: str, name: str) -> Record:
+    """A target asks for the disk. Asking again changes nothing."""
+    out = record.outgoing
+    if out is None or out.epoch != epoch:
+        raise UsageError(f"the move of epoch {epoch} is over here; receive the disk again")
+    if out.state in (Source.MOVED, Source.RELEASED):
+        if out.target != target:
+            raise UsageError(f"has moved to another target, {out.name or out.target} (epoch {epoch})")
+        return record
+    return replace(record, outgoing=Outgoing(Source.MOVED, epoch, target, host_name(name)))
+
+
+def thaw(record: Record, *, lose_writes: bool) -> Record:
+    """The move was cancelled: the disk is written here again, and its epoch is over.
+
+    `lose_writes`: though a target may have written to its image, which is then another disk.
+    """
+    out = record.outgoing
+    if out is None or out.state is Source.SERVING:
+        raise UsageError("is not frozen")
+    if out.state is not Source.FROZEN and not lose_writes:
+        raise UsageError(
+            f"has moved to {out.name or out.target}, which may have written to it: go on there; "
+            "or, to go on here without what was written there: fvdfs thaw --lose-writes"
+        )
+    return replace(record, outgoing=None)
+
+
+def release(record: Record, epoch: str = "", target: str = "") -> Record:
+    """The target has all of the disk. It says so with its numbers, a user without."""
+    out = record.outgoing
+    if out is None or out.state in (Source.SERVING, Source.FROZEN):
+        raise UsageError("has not moved: no target has taken it over")
+    if (epoch or target) and (epoch, target) != (out.epoch, out.target):
+        raise UsageError(f"has moved to another target, {out.name or out.target} (epoch {out.epoch})")
+    return replace(record, outgoing=replace(out, state=Source.RELEASED))
+
+
+def activate(record: Record) -> Record:
+    """The source has handed over the disk."""
+    into = record.incoming
+    if into is None:
+        raise UsageError("is not being received from another host")
+    return replace(record, incoming=replace(into, state=Target.ACTIVE)) if record.receiving else record
+
+
+def complete(record: Record) -> Record:
+    """All of the disk is in the target."""
+    into = record.incoming
+    if into is None or into.state is Target.RECEIVING:
+        raise UsageError("is not being followed from another host")
+    return replace(record, incoming=replace(into, state=Target.LOCAL))

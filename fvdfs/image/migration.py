@@ -1,0 +1,50 @@
+"""The record of a move in an image file: read, written, and obeyed by all who write to images. Blocks.
+
+What it says, `format/migration.py`. It is written by who has the image locked for writing, or could have.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+
+from fvdfs.errors import MovedAway
+from fvdfs.format.header import HEADER_SPACE, MAGIC
+from fvdfs.format.migration import PLACE, SIZE, Record
+from fvdfs.store.host import HostFile
+
+_NUMBER_BYTES = 8
+_MAGIC = MAGIC.to_bytes(4, "little")
+
+
+def new_number() -> str:
+    """A random epoch, or number of a target."""
+    return secrets.token_hex(_NUMBER_BYTES)
+
+
+def read_record(file: HostFile) -> Record:
+    """The record of an image. Raises FormatError where it is damaged, OSError."""
+    sector = bytearray(SIZE)
+    file.pread_now(memoryview(sector), PLACE)
+    return Record.decode(bytes(sector), file.name)
+
+
+def write_record(file: HostFile, record: Record) -> None:
+    """Have the image say this, stable when it returns. Raises OSError."""
+    assert PLACE + SIZE <= HEADER_SPACE
+    file.pwrite_now(record.encode(), PLACE)
+    os.fsync(file.fileno())
+
+
+def refuse_moved(file: HostFile) -> None:
+    """Raise MovedAway where nobody may write to this image, FormatError where its record is damaged, OSError."""
+    if obstacle := read_record(file).obstacle:
+        raise MovedAway(file.name, obstacle)
+
+
+def refuse_needed(file: HostFile) -> None:
+    """Raise MovedAway where a file is an image that must not be removed or replaced, FormatError, OSError."""
+    magic = bytearray(len(_MAGIC))
+    file.pread_now(memoryview(magic), 0)
+    if magic == _MAGIC and (needed := read_record(file).needed):
+        raise MovedAway(file.name, needed)

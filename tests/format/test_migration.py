@@ -1,0 +1,161 @@
+"""The record of a move, and its states: each event in each state, of source and target."""
+
+from __future__ import annotations
+
+import itertools
+import random
+import zlib
+from collections.abc import Callable
+
+import pytest
+
+from fvdfs.errors import FormatError, UsageError
+from fvdfs.format import migration
+from fvdfs.format.migration import PLACE, SIZE, Incoming, Outgoing, Record, Source, Target
+
+E, OTHER_E, T, OTHER_T, NEW = "0" * 15 + "e", "f" * 16, "1" * 16, "2" * 16, "9" * 16
+
+OUTGOING = [
+    None,
+    Outgoing(Source.SERVING, E),
+    Outgoing(Source.FROZEN, E),
+    Outgoing(Source.MOVED, E, T, "beta"),
+    Outgoing(Source.RELEASED, E, T, "beta"),
+]
+INCOMING = [None, *(Incoming(state, OTHER_E, OTHER_T) for state in Target)]
+ALL = [Record(into, out) for into, out in itertools.product(INCOMING, OUTGOING)]
+
+Event = Callable[[Record], Record]
+EVENTS: dict[str, Event] = {
+    "serve": lambda r: migration.serve(r, NEW),
+    "freeze": lambda r: migration.freeze(r, NEW),
+    "asked": lambda r: migration.hand_over(r, E, T, "beta"),
+    "asked by another": lambda r: migration.hand_over(r, E, OTHER_T, "gamma"),
+    "asked of another epoch": lambda r: migration.hand_over(r, OTHER_E, T, "beta"),
+    "thaw": lambda r: migration.thaw(r, lose_writes=False),
+    "thaw, lose writes": lambda r: migration.thaw(r, lose_writes=True),
+    "release": migration.release,
+    "told to release": lambda r: migration.release(r, E, T),
+    "told by another": lambda r: migration.release(r, E, OTHER_T),
+}
+# State of the source after each event, "-" for a refusal, in the order of none, serving, frozen, moved, released.
+SOURCE = {
+    "serve": "serving serving frozen moved released",
+    "freeze": "frozen frozen frozen moved released",
+    "asked": "- moved moved moved released",
+    "asked by another": "- moved moved - -",
+    "asked of another epoch": "- - - - -",
+    "thaw": "- - none - -",
+    "thaw, lose writes": "- - none none none",
+    "release": "- - - released released",
+    "told to release": "- - - released released",
+    "told by another": "- - - - -",
+}
+
+
+@pytest.mark.parametrize("event", EVENTS)
+def test_each_event_in_each_state_of_a_source(event: str) -> None:
+    for before, after in zip(OUTGOING, SOURCE[event].split(), strict=True):
+        record = Record(None, before)
+        if after == "-":
+            with pytest.raises(UsageError):
+                EVENTS[event](record)
+            continue
+        found = EVENTS[event](record)
+        assert (found.state or "none") == after
+        if "thaw" not in event:
+            assert EVENTS[event](found) == found, "twice is once"
+
+
+def test_a_target_that_was_told_of_the_freeze_is_the_only_one_ever() -> None:
+    """Whatever events come in whatever order: once moved to T, no other target gets it until it is thawed."""
+    chance = random.Random(1)
+    for _ in range(2000):
+        record, taken = Record(), ""
+        for _ in range(12):
+            name = chance.choice(list(EVENTS))
+            before = record
+            try:
+                record = EVENTS[name](record)
+            except UsageError:
+                assert record == before
+                continue
+            if record.handed_over:
+                assert record.outgoing is not None
+                assert taken in ("", record.outgoing.target)
+                taken = record.outgoing.target
+            elif before.handed_over:
+                assert name == "thaw, lose writes"
+                taken = ""
+
+
+def test_an_epoch_that_was_thawed_is_over() -> None:
+    record = migration.thaw(migration.freeze(migration.serve(Record(), E), NEW), lose_writes=False)
+    record = migration.serve(record, NEW)
+    with pytest.raises(UsageError, match="is over"):
+        migration.hand_over(record, E, T, "beta")
+    assert migration.hand_over(record, NEW, T, "beta").handed_over
+
+
+@pytest.mark.parametrize("record", ALL)
+def test_only_one_side_may_write(record: Record) -> None:
+    frozen = record.outgoing is not None and record.outgoing.state is not Source.SERVING
+    assert bool(record.obstacle) == (frozen or record.receiving)
+    assert bool(record.needed) == (record.outgoing in OUTGOING[2:4])
+
+
+def test_states_of_a_target() -> None:
+    receiving, active, local = (Record(Incoming(state, E, T)) for state in Target)
+    assert [migration.activate(r) for r in (receiving, active, local)] == [active, active, local]
+    assert [migration.complete(r) for r in (active, local)] == [local, local]
+    assert [r.base_suffix for r in (receiving, active, local, Record())] == ["", f"/{E}", "", ""]
+    for event, record in (
+        (migration.complete, receiving),
+        (migration.complete, Record()),
+        (migration.activate, Record()),
+        (lambda r: migration.serve(r, NEW), receiving),
+        (lambda r: migration.freeze(r, NEW), receiving),
+    ):
+        with pytest.raises(UsageError):
+            event(record)
+    assert migration.hand_over(migration.serve(active, NEW), NEW, OTHER_T, "c").incoming == active.incoming
+
+
+@pytest.mark.parametrize("record", ALL)
+def test_records_are_read_as_they_were_written(record: Record) -> None:
+    sector = record.encode()
+    assert len(sector) == SIZE
+    assert Record.decode(sector, "a.fvd") == record
+    assert Record.at(bytes(PLACE) + sector, "a.fvd") == record
+    assert migration.is_record(sector) == bool(record)
+
+
+def test_a_name_is_kept_as_far_as_it_goes() -> None:
+    record = migration.hand_over(Record(None, OUTGOING[1]), E, T, "ü" * 500 + "\0")
+    assert record.outgoing is not None
+    assert record.outgoing.name == "?" * 64
+    assert Record.decode(record.encode(), "") == record
+
+
+def test_damaged_records_are_refused() -> None:
+    sector = Record(INCOMING[1], OUTGOING[3]).encode()
+    end = len(sector.rstrip(b"\0"))
+    for at in range(8, end):
+        broken = bytearray(sector)
+        broken[at] ^= 0x41
+        with pytest.raises(FormatError, match=r"a\.fvd"):
+            Record.decode(bytes(broken), "a.fvd")
+    for fields in (
+        b"[]",
+        b"{}x",
+        b'{"in": ["active", "0", "1"]}',
+        b'{"out": ["gone", 1, 2, 3]}',
+        b'{"in": "abc"}',
+        b"1",
+    ):
+        text = fields.ljust(100)
+        head = sector[:8] + len(text).to_bytes(4, "little") + zlib.crc32(text).to_bytes(4, "little")
+        with pytest.raises(FormatError):
+            Record.decode((head + text).ljust(SIZE, b"\0"), "a.fvd")
+    assert not Record.decode(bytes(SIZE), "a.fvd")
+    assert not Record.decode(b"FVDEXPRT".ljust(SIZE, b"x"), "a.fvd")
