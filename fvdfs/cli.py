@@ -421,6 +421,20 @@ def _add_backup(commands: argparse._SubParsersAction[_Parser]) -> None:
 
 def _add_moves(commands: argparse._SubParsersAction[_Parser]) -> None:
     """Commands that move a disk to another host."""
+    serve = commands.add_parser(
+        "serve",
+        help="give disks of a mount to other hosts over NBD, and hand them over to who receives them",
+        description="Reads past every cache; runs until a signal comes. Whoever reaches the address reads the disks, "
+        "and can take over those that no machine runs on: use --tls-creds, or an address that only your hosts reach.",
+    )
+    serve.set_defaults(run=_serve)
+    serve.add_argument("disks", metavar="DISK", nargs="+", help="a raw file in a mount")
+    serve.add_argument("--listen", default="", metavar="ADDR[:PORT]", help="an address of this host; port 10809")
+    serve.add_argument("--unix", default="", metavar="PATH", help="a Unix socket")
+    serve.add_argument(
+        "--tls-creds", default="", metavar="DIR", help="certificates (ca-cert.pem, server-cert.pem, server-key.pem)"
+    )
+
     freeze = commands.add_parser("freeze", help="have nobody write a disk on this host, since it moves to another")
     freeze.set_defaults(run=_freeze)
     freeze.add_argument("disk", metavar="DISK", help="a raw file in a mount, or an image that is not open")
@@ -751,6 +765,12 @@ def _snapshots(arguments: argparse.Namespace) -> int:
     from fvdfs.commands.snapshots import run
 
     return run(arguments.disk, as_json=arguments.json)
+
+
+def _serve(arguments: argparse.Namespace) -> int:
+    from fvdfs.commands.serve import run
+
+    return run(arguments.disks, listen=arguments.listen, unix=arguments.unix, tls_creds=arguments.tls_creds)
 
 
 def _freeze(arguments: argparse.Namespace) -> int:

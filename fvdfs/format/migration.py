@@ -10,25 +10,23 @@ over, by another random number, so that no second target can. The record is a se
 written whole or not at all; the image is in the new state once that is stable. An image in a chain of moves has both
 parts: it is the target of one move, and the source of the next.
 
-The record: 8 bytes magic | u32 length | u32 CRC-32 | so many bytes of JSON | zeros. Pure.
+How the record is stored, `sealed.py` says. Pure.
 """
 
 from __future__ import annotations
 
 import enum
-import json
 import re
-import zlib
 from dataclasses import dataclass, replace
 
 from fvdfs.errors import FormatError, UsageError
+from fvdfs.format.sealed import seal, unseal
 
 PLACE = 14 * 512
 """Bytes. In front of it is what an export notes of itself (`note`), behind it a move of the chunk table (`moving`)."""
 SIZE = 512  # bytes
 NAME_MAX = 64  # characters of a host's name that are kept
 _MAGIC = b"FVDmove1"
-_TEXT_AT = 16
 _NUMBER = re.compile("[0-9a-f]{16}")
 
 
@@ -145,23 +143,13 @@ class Record:
             fields["out"] = [out.state.value, out.epoch, out.target, out.name]
         if not fields:
             return bytes(SIZE)
-        text = json.dumps(fields).encode()
-        head = _MAGIC + len(text).to_bytes(4, "little") + zlib.crc32(text).to_bytes(4, "little")
-        assert len(head) == _TEXT_AT
-        assert len(head + text) <= SIZE
-        return (head + text).ljust(SIZE, b"\0")
+        return seal(_MAGIC, fields, SIZE)
 
     @classmethod
     def decode(cls, sector: bytes, image: str) -> Record:
         """The record in a sector. Raises FormatError where it is damaged: nobody knows then who may write the disk."""
-        if not sector.startswith(_MAGIC):
-            return cls()
-        size, checksum = (int.from_bytes(sector[at : at + 4], "little") for at in (8, 12))
-        text = sector[_TEXT_AT : _TEXT_AT + size]
         try:
-            if len(text) < size or zlib.crc32(text) != checksum:
-                raise ValueError
-            return cls._of(json.loads(text))
+            return cls._of(unseal(_MAGIC, sector) or {})
         except (ValueError, TypeError, KeyError, AttributeError):
             raise FormatError(
                 image,
@@ -171,8 +159,6 @@ class Record:
 
     @classmethod
     def _of(cls, fields: dict[str, list[str]]) -> Record:
-        if not isinstance(fields, dict):
-            raise TypeError
         incoming = outgoing = None
         if "in" in fields:
             state, epoch, number = fields["in"]

@@ -146,7 +146,6 @@ def test_damaged_records_are_refused() -> None:
         with pytest.raises(FormatError, match=r"a\.fvd"):
             Record.decode(bytes(broken), "a.fvd")
     for fields in (
-        b"[]",
         b"{}x",
         b'{"in": ["active", "0", "1"]}',
         b'{"out": ["gone", 1, 2, 3]}',

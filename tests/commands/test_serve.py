@@ -1,0 +1,147 @@
+"""`fvdfs serve`: what other hosts read of a disk that is in use here, and how they ask for it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import mmap
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from fvdfs.format import mailbox
+from fvdfs.format.mailbox import Answer, Question, Wish
+from support.mounts import FVDFS, MIB, Mount, fvdfs, mounted, must, needs_passthrough, running, wait_until
+
+T, OTHER_T = "1" * 16, "2" * 16
+
+
+@pytest.fixture
+def mount(folder: Path) -> Iterator[Mount]:
+    must("create", folder / "vm.fvd", "16M")
+    with mounted(folder) as found:
+        yield found
+
+
+@contextlib.contextmanager
+def serving(mount: Mount) -> Iterator[Path]:
+    """The socket; the disk is given there."""
+    socket = mount.folder.parent / "nbd"
+    socket.unlink(missing_ok=True)
+    with running(*FVDFS, "serve", mount.raw("vm"), "--unix", socket, stdout=subprocess.PIPE, text=True) as server:
+        assert server.stdout is not None
+        assert server.stdout.readline() == f"nbd+unix:///vm?socket={socket}\n"
+        yield socket
+        server.send_signal(signal.SIGTERM)
+        assert server.wait(10) == 0
+
+
+def qemu_io(socket: Path, export: str, *commands: str, write: bool = False) -> str:
+    words = ["qemu-io", *([] if write else ["-r"]), "-f", "raw", f"nbd+unix:///{export}?socket={socket}"]
+    for command in commands:
+        words += ["-c", command]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    return done.stdout + done.stderr
+
+
+def data_bytes(socket: Path, export: str) -> int:
+    """Bytes that it does not call zeros."""
+    words = ["qemu-img", "map", "--output=json", "-f", "raw", f"nbd+unix:///{export}?socket={socket}"]
+    extents = json.loads(subprocess.run(words, capture_output=True, text=True, check=True).stdout)
+    return sum(extent["length"] for extent in extents if not extent["zero"])
+
+
+def has_export(socket: Path, export: str) -> bool:
+    return "read 512/512" in qemu_io(socket, export, "read 0 512")
+
+
+def ask(socket: Path, question: Question, tmp_path: Path) -> Answer:
+    """As a target does."""
+    url, at = f"nbd+unix:///vm/move?socket={socket}", mailbox.question_at(question.target)
+    (tmp_path / "question").write_bytes(question.encode())
+    qemu_io(socket, "vm/move", f"write -s {tmp_path / 'question'} {at} 512", write=True)
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline:
+        subprocess.run(["qemu-img", "convert", "-f", "raw", "-O", "raw", url, tmp_path / "box"], check=True)
+        answer = Answer.decode((tmp_path / "box").read_bytes()[at + 512 : at + 1024])
+        if answer is not None and answer.number == question.number:
+            return answer
+    raise AssertionError("no answer")
+
+
+def number() -> str:
+    return os.urandom(8).hex()
+
+
+def test_it_gives_what_the_disk_is_now_with_its_holes(mount: Mount) -> None:
+    raw = mount.raw("vm")
+    with serving(mount) as socket:
+        descriptor = os.open(raw, os.O_RDWR | os.O_DIRECT)  # as a machine does
+        buffer = mmap.mmap(-1, 4096)
+        for n in range(1, 6):
+            buffer[:] = bytes([n]) * 4096
+            os.pwrite(descriptor, buffer, 4096 * n)
+            assert "read 512/512" in qemu_io(socket, "vm", f"read -P {n} {4096 * n} 512")
+            assert data_bytes(socket, "vm") == 4096 * n
+        os.close(descriptor)
+        with open(raw, "r+b", buffering=0) as cached:
+            for n in range(1, 6):
+                os.pwrite(cached.fileno(), bytes([n + 100]) * 4096, MIB)
+                assert "read 512/512" in qemu_io(socket, "vm", f"read -P {n + 100} {MIB} 512")
+        assert "Permission denied" in qemu_io(socket, "vm", "write 0 512", write=True)
+        assert not has_export(socket, "other")
+    assert fvdfs("serve", raw, "--unix", socket, "--listen", "127.0.0.1").code == 2
+    assert fvdfs("serve", raw).code == 2
+    assert fvdfs("serve", mount.folder / "vm.fvd", "--unix", socket).code == 2
+    assert fvdfs("serve", raw, "--listen", "127.0.0.1:1x").code == 2
+
+
+def test_it_is_handed_over_once_and_only_without_a_machine(mount: Mount, tmp_path: Path) -> None:
+    raw = mount.raw("vm")
+    with serving(mount) as socket:
+        epoch = mount.status("vm")["move_epoch"]
+        wish = Question(number(), Wish.HAND_OVER, epoch, T, "beta")
+        with running("qemu-io", "-f", "raw", "-n", raw, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as machine:
+            assert machine.stdin is not None
+            assert machine.stdout is not None
+            machine.stdin.write(b"write -P 7 0 4k\n")
+            machine.stdin.flush()
+            machine.stdout.readline()
+            answer = ask(socket, wish, tmp_path)
+            assert (answer.done, answer.later) == (False, True)
+            assert "a machine runs on it" in answer.text
+            assert not has_export(socket, f"vm/{epoch}")
+        answer = ask(socket, Question(number(), Wish.HAND_OVER, "0" * 16, T, "beta"), tmp_path)
+        assert (answer.done, answer.later) == (False, False)
+        assert ask(socket, Question(number(), Wish.HAND_OVER, epoch, T, "beta"), tmp_path).done
+        assert "read 512/512" in qemu_io(socket, f"vm/{epoch}", "read -P 7 0 512")
+        assert ask(socket, Question(number(), Wish.HAND_OVER, epoch, T, "beta"), tmp_path).done
+        answer = ask(socket, Question(number(), Wish.HAND_OVER, epoch, OTHER_T, "gamma"), tmp_path)
+        assert "has moved to another target, beta" in answer.text
+        words = ["qemu-io", "-f", "raw", "-r", "-c", "reopen -w", str(raw)]
+        again = subprocess.run(words, capture_output=True, text=True, check=False)
+        assert "Read-only" in again.stderr + again.stdout
+    mount.remount()
+    with serving(mount) as socket:
+        assert has_export(socket, f"vm/{epoch}")
+        assert ask(socket, Question(number(), Wish.RELEASE, epoch, T, "beta"), tmp_path).done
+        assert mount.status("vm")["move"] == "released"
+        must("thaw", raw, "--lose-writes")
+        wait_until(lambda: mount.status("vm")["move"] == "serving")
+        wait_until(lambda: not has_export(socket, f"vm/{epoch}"))
+        assert mount.status("vm")["move_epoch"] != epoch
+        assert "is over" in ask(socket, Question(number(), Wish.HAND_OVER, epoch, T, "beta"), tmp_path).text
+        with raw.open("r+b") as file:
+            file.write(b"again")
+
+
+@needs_passthrough
+def test_a_disk_that_the_kernel_writes_by_itself_is_not_served(folder: Path) -> None:
+    must("create", folder / "vm.fvd", "16M", "--data-file", "auto")
+    with mounted(folder, "-o", "writeback=off", passes="vm") as mount:
+        assert "-o writeback=on" in fvdfs("serve", mount.raw("vm"), "--unix", folder.parent / "nbd").err
