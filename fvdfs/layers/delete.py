@@ -95,8 +95,8 @@ def _remove(tree: Tree, path: str, going: str, policy: Policy) -> None:
             for name in (path, going):
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(name)
+            sync_folder(os.path.dirname(path))  # no crash leaves it without its data
             remove_data_file(data_file)
-            sync_folder(os.path.dirname(path))
     finally:
         chain.close()
 

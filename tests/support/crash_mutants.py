@@ -111,6 +111,16 @@ class Mutant:
     function: FunctionType
     code: CodeType
 
+    @contextlib.contextmanager
+    def applied(self) -> Iterator[None]:
+        """The running program has it while the block runs."""
+        original = self.function.__code__
+        self.function.__code__ = self.code
+        try:
+            yield
+        finally:
+            self.function.__code__ = original
+
 
 # --- making them ----------------------------------------------------------------------------------
 
@@ -193,9 +203,9 @@ def _function(module: object, name: str) -> FunctionType:
     return found
 
 
-def _changed() -> Iterator[Mutant]:
-    """The mutants of `CHANGED`."""
-    for module_name, function, old, new in CHANGED:
+def changed(changes: Sequence[tuple[str, str, str, str]]) -> Iterator[Mutant]:
+    """The mutants of a table like `CHANGED`."""
+    for module_name, function, old, new in changes:
         module = importlib.import_module(module_name)
         path = inspect.getsourcefile(module)
         assert path is not None
@@ -209,7 +219,7 @@ def _changed() -> Iterator[Mutant]:
 
 def mutants() -> Iterator[Mutant]:
     """All of them, in the order of the source; names are unique."""
-    yield from _changed()
+    yield from changed(CHANGED)
     names: Counter[str] = Counter()
     for module_name in MODULES:
         module = importlib.import_module(module_name)
@@ -275,8 +285,7 @@ class Simulations:
         """
         tried: set[str] = set()
         original = mutant.function.__code__
-        mutant.function.__code__ = mutant.code
-        try:
+        with mutant.applied():
             for pair in self._cheapest if few else tuple(self._pairs):
                 if original not in self._runs[pair] or (few and (pair[1] in tried or len(tried) == FEW)):
                     continue
@@ -287,8 +296,6 @@ class Simulations:
                     self._pairs.remove(pair)
                     self._pairs.insert(0, pair)
                     return f"{pair[0]}, {pair[1]}: {_reason(error)}"
-        finally:
-            mutant.function.__code__ = original
         return ""
 
     def _run(self, subject: str, scenario: str) -> None:
