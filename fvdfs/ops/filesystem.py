@@ -387,7 +387,7 @@ class Filesystem(pyfuse3.Operations):
     async def create(
         self, parent_inode: InodeT, name: FileNameT, mode: ModeT, flags: FlagT, ctx: pyfuse3.RequestContext
     ) -> tuple[FileInfo, EntryAttributes]:
-        entry = self.folder.inodes.tell(await self._naming.create(name, ctx.uid, ctx.gid))
+        entry = self.folder.inodes.tell(await self._naming.create(name, ctx.uid, ctx.gid, ctx.pid))
         try:
             info = await self._open(entry.inode, flags)
             await self._set_mode(entry, mode)  # not before: its maker may open it whatever it says
@@ -414,6 +414,8 @@ class Filesystem(pyfuse3.Operations):
 
     @handler
     async def open(self, inode: InodeT, flags: FlagT, ctx: pyfuse3.RequestContext) -> FileInfo:
+        if flags & os.O_ACCMODE != os.O_RDONLY:
+            await self._naming.open_to_write(self.folder.inodes[inode], ctx.pid)
         return await self._open(inode, flags)
 
     async def _open(self, inode: InodeT, flags: FlagT) -> FileInfo:

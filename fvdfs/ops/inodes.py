@@ -27,6 +27,7 @@ from fvdfs.format.migration import NO_RECORD, Record
 from fvdfs.image.image import Image
 from fvdfs.ops.freshness import Snapshot, same_file
 from fvdfs.ops.passthrough import Passthrough
+from fvdfs.ops.processes import Process
 from fvdfs.ops.times import Mtime
 from fvdfs.prefetch.prefetcher import Prefetcher
 
@@ -122,6 +123,8 @@ class Entry:
         """Why the last one that was asked for was not made."""
         self.blank = False
         """Whether it was made in this mount, is to become a clone, and holds nothing but zeros (`naming.py`)."""
+        self.maker: Process | None = None
+        """Of a blank one: who made it, where that is known."""
         self.settling: trio.Event | None = None
         """Of a blank one that its maker has closed: set when it is a clone, or is none."""
         self.mtime = Mtime()

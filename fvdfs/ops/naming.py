@@ -6,6 +6,10 @@ zeros when its maker has closed it becomes a clone of that template: `touch vm.r
 `truncate -s 40G vm.raw` one of 40 GiB. It must not come earlier: a copy skips what is a hole in its source, and has to
 find zeros there; and QEMU writes zeros to the first sectors of what it makes.
 
+Some programs give a new disk its size, close it, and open it once more to write to it; `qemu-img convert` leaves out
+what is zeros then. A clone that was made of such a disk, and that nobody has written to, becomes empty again when the
+process that made it opens it for writing.
+
 No file takes the name of another, and none that other images stand on is removed or gets another name (`Tree`).
 """
 
@@ -28,8 +32,9 @@ from fvdfs.image.making import NewImage, new_image
 from fvdfs.image.migration import refuse_needed
 from fvdfs.image.tree import Tree
 from fvdfs.ops.folder import NAME_MAX, Folder
-from fvdfs.ops.freshness import signature
+from fvdfs.ops.freshness import same_file, signature
 from fvdfs.ops.inodes import Entry, image_name
+from fvdfs.ops.processes import Process, lives, process_of
 from fvdfs.store.host import open_path
 from fvdfs.store.placing import fill, give_name, make_unnamed, sync_folder, take_permissions
 
@@ -62,6 +67,16 @@ class Permitted:
     template: Template | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class _Clone:
+    """What a new disk became that its maker had given a size."""
+
+    maker: Process
+    status: os.stat_result
+    size: int
+    """Bytes."""
+
+
 class Naming:
     """Makes, renames and removes the disks of a folder. All methods run in the event loop."""
 
@@ -69,24 +84,63 @@ class Naming:
         self._folder = folder
         self._permitted = permitted
         self._tree: Tree | None = None
+        self._clones: dict[bytes, _Clone] = {}
+        """By path; of makers that live, so that their number is bounded by theirs."""
 
     # --- making -----------------------------------------------------------------------------------
 
-    async def create(self, name: bytes, uid: int, gid: int) -> Entry:
-        """Make an empty disk that belongs to this user. Raises NotPermittedHere, UsageError, OSError."""
+    async def create(self, name: bytes, uid: int, gid: int, thread: int) -> Entry:
+        """Make an empty disk that belongs to this user, for a thread. Raises NotPermittedHere, UsageError, OSError."""
         if not self._permitted.create:
             raise NotPermittedHere("a disk cannot be made here: mount with -o create")
         path = self._path(name)
-        await trio.to_thread.run_sync(lambda: _make(path, self._empty(), uid, gid))
+        maker = await trio.to_thread.run_sync(process_of, thread)
+        await trio.to_thread.run_sync(lambda: _make(path, self._empty(0), uid, gid))
+        entry = await self._blank(name)
+        entry.maker = maker
+        return entry
+
+    async def _blank(self, name: bytes) -> Entry:
+        """The disk of this name, which was made empty. Raises OSError."""
         entry = await self._folder.lookup(name)
         if entry is None:
-            raise OSError(errno.EIO, f"{os.fsdecode(path)}: has just been made, and does not appear")
+            raise OSError(errno.EIO, f"{os.fsdecode(name)}: has just been made, and does not appear")
         entry.blank = self._permitted.template is not None
         return entry
 
-    def _empty(self) -> NewImage:
+    def _empty(self, size: int) -> NewImage:
         new = new_image(LARGEST_COMPACT, None, CreateOptions(compact=self._permitted.compact))
-        return NewImage(with_fields(new.header, virtual_disk_size=0), new.profile, new.bitmap)
+        return NewImage(with_fields(new.header, virtual_disk_size=size), new.profile, new.bitmap)
+
+    async def open_to_write(self, entry: Entry, thread: int) -> None:
+        """Before a disk is opened for writing: make a clone empty again for its maker.
+
+        Raises OSError: ESTALE where it has, so that the kernel looks for the disk anew.
+        """
+        clone = self._clones.get(entry.path)
+        if clone is None or await trio.to_thread.run_sync(process_of, thread) != clone.maker:
+            return
+        del self._clones[entry.path]
+        async with entry.lock:
+            if entry.opens or not self._folder.inodes.shows(entry):
+                return
+            if not await trio.to_thread.run_sync(self._make_empty_again, entry.path, clone):
+                return
+            self._folder.inodes.hide(entry)
+        (await self._blank(entry.name)).maker = clone.maker
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    def _make_empty_again(self, path: bytes, clone: _Clone) -> bool:
+        """Unless somebody has written to the clone, put another image there, or stands on it. Blocks.
+
+        Raises OSError.
+        """
+        status = os.stat(path)
+        untouched = same_file(status, clone.status) and status.st_mtime_ns == clone.status.st_mtime_ns
+        if not untouched or self._look_at_tree().children(os.fsdecode(path)):
+            return False
+        _replace(path, status, self._empty(clone.size))
+        return True
 
     async def until_settled(self, name: bytes) -> None:
         """Wait until a new disk that its maker has closed is what it is going to be."""
@@ -117,7 +171,12 @@ class Naming:
         assert template is not None
         size = entry.size or round_up(template.length, SECTOR)
         new = new_image(size, template.length, template.options, template.profile)
-        await trio.to_thread.run_sync(lambda: _replace(entry.path, entry.status, new))
+        status = await trio.to_thread.run_sync(lambda: _replace(entry.path, entry.status, new))
+        makers = {clone.maker for clone in self._clones.values()}
+        living = await trio.to_thread.run_sync(lambda: {maker for maker in makers if lives(maker)})
+        self._clones = {path: clone for path, clone in self._clones.items() if clone.maker in living}
+        if entry.size and entry.maker is not None:
+            self._clones[entry.path] = _Clone(entry.maker, status, size)
 
     # --- other names, and none --------------------------------------------------------------------
 
@@ -211,13 +270,17 @@ def _gives_its_group(path: bytes) -> bool:
     return bool(os.stat(os.path.dirname(path)).st_mode & stat.S_ISGID)
 
 
-def _replace(path: bytes, known: os.stat_result, new: NewImage) -> None:
-    """The same in place of an image that nobody has open. Raises OSError: EBUSY where somebody has changed that."""
+def _replace(path: bytes, known: os.stat_result, new: NewImage) -> os.stat_result:
+    """The same in place of an image that nobody has open; what is there then.
+
+    Raises OSError: EBUSY where somebody has changed that.
+    """
     old = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         if signature(os.fstat(old)) != signature(known):
             raise OSError(errno.EBUSY, "somebody else has changed it")
         _write(path, new, lambda descriptor: take_permissions(descriptor, old), replace=True)
+        return os.stat(path)
     finally:
         os.close(old)
 

@@ -179,6 +179,42 @@ def test_what_somebody_has_written_is_what_he_has_written(folder: Path, template
         assert mount.raw("b").read_bytes() == b"late".ljust(512, b"\0")
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_program_that_opens_its_new_disk_once_more_finds_it_empty(
+    folder: Path, template: Path, tmp_path: Path, layout: str
+) -> None:
+    """`qemu-img convert` makes its target, closes it, opens it again, and leaves out what is zeros in the source."""
+    source = tmp_path / "source"
+    source.write_bytes(b"end".rjust(MIB, b"\0"))
+    os.truncate(source, 2 * MIB)
+    with mounted(folder, *standing_on(template, f"new_layout={layout}")) as mount:
+        subprocess.run(["qemu-img", "convert", "-f", "raw", "-O", "raw", source, mount.raw("a")], check=True)
+        assert mount.raw("a").read_bytes() == source.read_bytes()
+        subprocess.run(["truncate", "-s", "2M", mount.raw("b")], check=True)
+        with open(mount.raw("b"), "r+b") as disk:  # another program: it is the clone's user
+            assert disk.read() == TEMPLATE[: 2 * MIB]
+        with open(mount.raw("c"), "xb") as disk:
+            disk.truncate(2 * MIB)
+        assert mount.raw("c").read_bytes() == TEMPLATE[: 2 * MIB]
+        with open(mount.raw("c"), "r+b") as disk:
+            assert disk.read() == bytes(2 * MIB)
+        assert mount.raw("c").read_bytes() == TEMPLATE[: 2 * MIB]  # it still holds nothing but zeros
+        with open(mount.raw("d"), "xb") as disk:
+            disk.truncate(2 * MIB)
+        subprocess.run(["dd", "if=/dev/zero", f"of={mount.raw('d')}", "bs=512", "count=1", "conv=notrunc"], check=True)
+        with open(mount.raw("d"), "r+b") as disk:  # somebody has written to it meanwhile
+            assert disk.read() == bytes(512) + TEMPLATE[512 : 2 * MIB]
+        with open(mount.raw("e"), "xb") as disk:
+            disk.truncate(2 * MIB)
+        must("clone", folder / "e.fvd", "f", "--into", folder)
+        with open(mount.raw("e"), "r+b") as disk:  # another disk stands on it meanwhile
+            assert disk.read() == TEMPLATE[: 2 * MIB]
+        assert "ERROR" not in mount.log
+    assert images(folder) == [f"{name}.fvd" for name in "abcdef"]
+    for name in images(folder):
+        must("check", folder / name)
+
+
 def test_a_template_in_qcow2_and_at_a_url(folder: Path, template: Path, tmp_path: Path) -> None:
     qcow2 = folder / "template.qcow2"
     subprocess.run(["qemu-img", "convert", "-f", "raw", "-O", "qcow2", template, qcow2], check=True)
