@@ -111,12 +111,21 @@ def _parsed(words: list[str]) -> argparse.Namespace:
     parser = _parser()
     for before, word in itertools.pairwise(["", *words]):
         if (not word and before != "-o") or _EMPTY_VALUE.fullmatch(word):
-            parser.error(f"{word.rstrip('=') or before or 'a name'}: what is given is empty")
-    return parser.parse_args(words)
+            option = word.rstrip("=") or (before if before.startswith("-") else "")
+            parser.error(f"{option or 'a name'}: what is given is empty")
+    arguments, unknown = parser.parse_known_args(words)
+    if unknown:
+        parser.prog += f" {arguments.command_name}"
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    return arguments
 
 
 def _run(arguments: argparse.Namespace) -> int:
     run: Callable[[argparse.Namespace], int] = arguments.run
+    if run in _OF_IMAGES:
+        from fvdfs.commands.attributes import refuse_raw
+
+        refuse_raw(arguments.image)
     if getattr(arguments, "secret", ""):
         arguments.secret = passphrase_file("--secret ", arguments.secret)
     if run is not _mount:  # which has a log
@@ -165,7 +174,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="fvdfs", description="Mount Fast Virtual Disk images as flat raw files.")
     parser.add_argument("--version", action="version", version=f"fvdfs {__version__}")
     parser.set_defaults(failed=1)  # the least exit code of a command that has failed
-    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND", dest="command_name")
 
     create = commands.add_parser("create", help="make a new image")
     create.set_defaults(run=_create)
@@ -795,6 +804,10 @@ def _umount(arguments: argparse.Namespace) -> int:
     from fvdfs.commands.umount import run
 
     return run(arguments.mountpoint)
+
+
+_OF_IMAGES = (_info, _check, _amend, _profile, _rebase, _revert, _delete, _commit)
+"""What takes no raw files of a mount."""
 
 
 def entry() -> None:

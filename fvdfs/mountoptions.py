@@ -149,7 +149,7 @@ def parse_mount_options(texts: Sequence[str], known: Collection[str] = MOUNT_OPT
         raise UsageError("-o ro and -o rw: choose one")
     for name, value in result.items():
         if name not in known:
-            raise UsageError(f"-o {name}: is for mount; here there are: {', '.join(known)}")
+            raise UsageError(f"-o {name}: is not for this command, which takes {', '.join(known)}")
         _check(name, listed(result, name) if MOUNT_OPTIONS[name].separator else [value])
     return result
 

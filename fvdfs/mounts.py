@@ -131,8 +131,7 @@ def ask(mount: MountPoint) -> tuple[int, bytes]:
 
 def _become_owner(mount: MountPoint) -> None:
     """Be the user who mounted, for good. Raises OSError."""
-    options = dict(option.partition("=")[::2] for option in mount.options.split(","))
-    user, group = (int(options.get(name, "0")) for name in ("user_id", "group_id"))
+    user, group = mount.owner("user_id"), mount.owner("group_id")
     if user:
         os.setgroups([])
         os.setresgid(group, group, group)

@@ -9,17 +9,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from fvdfs.errors import ImageBusy, UsageError
+from fvdfs.errors import ImageBusy, UsageError, named
 from fvdfs.mounts import DEAD, refuse_dead
+from fvdfs.xattrs import STATUS
 
 _NOT_OURS = (errno.ENODATA, errno.EOPNOTSUPP, errno.ENOTSUP)
 
 
 @contextmanager
 def explained(path: str) -> Iterator[None]:
-    """Errors of the system about this raw file as UsageErrors that say what is wrong, where that is known."""
+    """Errors of the system about this raw file, in words that say what is wrong, where that is known."""
     try:
-        yield
+        with named(path):
+            yield
     except OSError as error:
         if error.errno in _NOT_OURS:
             raise UsageError(f"{path}: is not a raw file of an fvdfs mount") from None
@@ -27,7 +29,20 @@ def explained(path: str) -> Iterator[None]:
             raise UsageError(f"{path}: there is no such file") from None
         if error.errno in DEAD:
             refuse_dead(path)
+        if error.errno == errno.EBUSY:
+            raise ImageBusy(path, "its image is open in another mount or process; close it there first") from error
         raise
+
+
+def refuse_raw(path: str) -> None:
+    """Raise UsageError for a raw file in a mount, where a command takes nothing but images."""
+    if not path.endswith(".raw"):
+        return
+    try:
+        image = facts(path, STATUS)["image"]
+    except (OSError, UsageError):
+        return
+    raise UsageError(f"{path}: is a raw file in a mount; name its image: {image}")
 
 
 @contextmanager

@@ -50,7 +50,7 @@ def inspect_base(image: str, name: str, base_format: str, secret_file: str = "")
     except OSError as error:
         where = ""
         if not os.path.isabs(name) and os.path.exists(name):
-            where = "; a name is relative to the folder of the new image, not to where you are"
+            where = "; a name is relative to the folder of the image, not to where you are"
         raise UsageError(f"--base {name}: {path}: {error.strerror}{where}") from error
     except UnstatedFormat as error:
         if error.image != image:  # an image further down

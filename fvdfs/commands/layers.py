@@ -11,10 +11,10 @@ from collections.abc import Sequence
 
 from fvdfs import mountoptions
 from fvdfs.commands import prefetch
-from fvdfs.commands.attributes import explained, facts
+from fvdfs.commands.attributes import explained, facts, or_by_mount
 from fvdfs.commands.terminal import progress_bar
 from fvdfs.daemon import run_loop
-from fvdfs.errors import ImageError
+from fvdfs.errors import ImageError, named
 from fvdfs.image.policy import Policy
 from fvdfs.layers.commit import commit
 from fvdfs.layers.delete import delete
@@ -30,14 +30,14 @@ _ENDED = ("done", "closed", "off", "failed")
 
 def run_delete(image: str, *, options: Sequence[str], secret: str) -> int:
     """Delete a snapshot. Raises UsageError, ImageBusy, ImageError, OSError."""
-    with progress_bar() as progress:
+    with named(image), progress_bar() as progress:
         run_loop(functools.partial(delete, image, _policy(options, secret), progress))
     return 0
 
 
 def run_commit(image: str, *, options: Sequence[str], secret: str) -> int:
     """Commit an image into its base. Raises UsageError, ImageBusy, ImageError, OSError."""
-    with progress_bar() as progress:
+    with named(image), progress_bar() as progress:
         run_loop(functools.partial(commit, image, _policy(options, secret), progress))
     return 0
 
@@ -48,7 +48,8 @@ def run_flatten(disk: str, *, options: Sequence[str], secret: str) -> int:
         if disk.endswith(".raw"):
             _flatten_in_mount(disk, progress)
         else:
-            run_loop(functools.partial(flatten, disk, _policy(options, secret), progress))
+            with named(disk), or_by_mount():
+                run_loop(functools.partial(flatten, disk, _policy(options, secret), progress))
     return 0
 
 
@@ -69,7 +70,8 @@ def _flatten_in_mount(raw: str, progress: Progress) -> None:
 
 def run_revert(image: str, name: str) -> int:
     """Go back to a snapshot. Raises UsageError, ImageBusy, ImageError, OSError."""
-    run_loop(functools.partial(revert, image, name, Policy()))
+    with named(image):
+        run_loop(functools.partial(revert, image, name, Policy()))
     return 0
 
 

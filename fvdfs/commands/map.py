@@ -14,7 +14,7 @@ from typing import Any
 from rich.text import Text
 
 from fvdfs import mountoptions
-from fvdfs.commands.attributes import explained, facts
+from fvdfs.commands.attributes import explained, facts, or_by_mount
 from fvdfs.commands.newfiles import NewFiles
 from fvdfs.commands.terminal import plain_console
 from fvdfs.daemon import run_loop
@@ -57,7 +57,8 @@ def read_map(path: str, *, secret_file: str = "", allowed_urls: tuple[str, ...] 
         finally:
             await image.close()
 
-    return run_loop(read)
+    with or_by_mount():
+        return run_loop(read)
 
 
 def print_map(found: dict[str, Any]) -> None:

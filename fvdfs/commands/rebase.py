@@ -10,6 +10,7 @@ from fvdfs.commands.base import inspect_base, open_base
 from fvdfs.commands.create import leads_outside
 from fvdfs.commands.terminal import progress_bar
 from fvdfs.daemon import complain, run_loop
+from fvdfs.errors import named
 from fvdfs.image.policy import Policy
 from fvdfs.layers.merging import Progress
 from fvdfs.layers.rebase import check_base, rebase, rename_base
@@ -21,11 +22,12 @@ def run(image: str, *, base: str, base_format: str, unsafe: bool, options: Seque
     policy = Policy(allowed_urls=urls, secret_file=secret)
     found = inspect_base(image, base, base_format, secret)
     check_base(image, base, found.format)
-    if unsafe:
-        run_loop(functools.partial(rename_base, image, base, found.length, policy))
-    else:
-        with progress_bar() as progress:
-            run_loop(functools.partial(_rebase, image, base, found.format, policy, progress))
+    with named(image):
+        if unsafe:
+            run_loop(functools.partial(rename_base, image, base, found.length, policy))
+        else:
+            with progress_bar() as progress:
+                run_loop(functools.partial(_rebase, image, base, found.format, policy, progress))
     if remark := leads_outside(image, base, found.path):
         complain(remark)
     return 0

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from fvdfs.commands.attributes import explained, facts, or_by_mount
 from fvdfs.daemon import run_loop
-from fvdfs.errors import ImageError, UsageError
+from fvdfs.errors import ImageError, UsageError, named
 from fvdfs.format.header import SECTOR, round_up
 from fvdfs.image.policy import Policy
 from fvdfs.layers.resize import judge, resize
@@ -35,7 +35,7 @@ def run(disk: str, wanted: NewSize, *, shrink: bool, options: Sequence[str], sec
             grow_command=program(given.get("grow_command", "none")),
             secret_file=secret,
         )
-        with or_by_mount():
+        with named(disk), or_by_mount():
             size = run_loop(functools.partial(resize, disk, wanted, policy, shrink=shrink))
     print(f"{disk}: {human_size(size)}")
     return 0

@@ -13,7 +13,7 @@ import os
 from fvdfs.commands.attributes import explained, facts, or_by_mount
 from fvdfs.commands.freeze import while_frozen
 from fvdfs.daemon import run_loop
-from fvdfs.errors import ImageError, UsageError
+from fvdfs.errors import ImageError, UsageError, named
 from fvdfs.image.policy import Policy
 from fvdfs.layers.snapshot import make_snapshot, path_of
 from fvdfs.xattrs import SNAPSHOT, STATUS
@@ -33,7 +33,9 @@ def run(disk: str, name: str, *, freeze: str = "") -> int:
         return 0
     if freeze:
         raise UsageError(f"{disk}: nobody writes it meanwhile; with --freeze name the raw file that the guest uses")
-    with or_by_mount():
+    if os.path.isdir(disk):
+        raise UsageError(f"{disk}: is a folder; name a disk")
+    with named(disk), or_by_mount():
         print(run_loop(functools.partial(make_snapshot, disk, name, Policy())))
     return 0
 

@@ -12,10 +12,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from fvdfs import mounts
 from fvdfs.commands.attributes import explained, facts
 from fvdfs.errors import UsageError, printable
 from fvdfs.image.tree import Node, Tree, identity_at
 from fvdfs.sizes import human_size
+from fvdfs.store.host import Identity
 from fvdfs.xattrs import STATUS
 
 
@@ -52,7 +54,8 @@ class Row:
 def find(disk: str) -> tuple[Tree, list[Row]]:
     """The tree of a folder, and its lines: all, or those of one disk. Raises UsageError, OSError."""
     if os.path.isdir(disk):
-        tree = Tree(disk)
+        mount = mounts.mount_at(disk)
+        tree = Tree(mount.source if mount is not None and mount.is_ours else disk)
         return tree, [row for root in _roots(tree) for row in _rows(tree, root)]
     path = image_of(disk)
     if not os.path.exists(path):
@@ -70,7 +73,7 @@ def find(disk: str) -> tuple[Tree, list[Row]]:
         shown |= {child.identity for child in children}
         found += children
     root = chain[-1].base or chain[-1].path
-    return tree, [row for row in _rows(tree, root) if row.node is None or row.node.identity in shown]
+    return tree, list(_rows(tree, root, shown))
 
 
 def _roots(tree: Tree) -> list[str]:
@@ -82,15 +85,15 @@ def _roots(tree: Tree) -> list[str]:
     return list(found.values())
 
 
-def _rows(tree: Tree, root: str) -> Iterator[Row]:
-    """A base, or an image, and all that stands on it, the nearest first."""
+def _rows(tree: Tree, root: str, shown: set[Identity] | None = None) -> Iterator[Row]:
+    """A base, or an image, and all that stands on it, or those of it that are to be shown; the nearest first."""
     seen = set()
     todo = [Row(tree.at(root), root, 0)]
     while todo:
         row = todo.pop()
         yield row
         children = tree.children(row.name) if row.node or os.path.exists(row.name) else _on_url(tree, row.name)
-        children = [child for child in children if child.path not in seen]
+        children = [child for child in children if child.path not in seen and (not shown or child.identity in shown)]
         seen |= {child.path for child in children}
         lead = row.lines.replace("├─", "│ ").replace("└─", "  ")
         for number, child in enumerate(reversed(children)):

@@ -49,7 +49,8 @@ def status(mountpoint: str) -> dict[str, Any]:
     except PermissionError:
         raise UsageError(f"{mountpoint}: permission denied; ask as the user who mounted it") from None
     except (OSError, ValueError):
-        raise UsageError(f"{mountpoint}: fvdfs is not mounted there") from None
+        what = "is not the mount point: name that" if os.path.isfile(mountpoint) else "fvdfs is not mounted there"
+        raise UsageError(f"{mountpoint}: {what}") from None
     caches = {os.path.realpath(image["image"]): image for image in facts(mountpoint, STATUS).get("caches", [])}
     images = []
     for name in sorted(os.listdir(mountpoint)):

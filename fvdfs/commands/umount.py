@@ -65,7 +65,10 @@ def _unmount_now(mount: MountPoint) -> str:
         if not result.returncode:
             return ""
         if "busy" not in result.stderr:
-            return " ".join(result.stderr.split())
+            why = " ".join(result.stderr.split())
+            if mount.owner("user_id") != os.geteuid():
+                return f"another user has mounted it; unmount as that one ({why})"
+            return why
     found = mounts.busy_with(mount)
     return "is busy" + (f": {mounts.listed(found)}" if found else "")
 

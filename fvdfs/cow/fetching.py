@@ -28,6 +28,7 @@ import trio
 
 from fvdfs.cow.extents import Extents
 from fvdfs.cow.planner import zero_runs
+from fvdfs.errors import told
 from fvdfs.format.header import ceil_div
 from fvdfs.store.base import Done, together
 
@@ -328,7 +329,7 @@ class Fetcher:
 
     def _refused(self, error: OSError) -> None:
         """The storage has refused a copy."""
-        log.error("%s: copy-on-read: %s; it goes on in %d s", self._owner.name, error, STORE_RETRY)
+        log.error("%s: copy-on-read: %s; it goes on in %d s", self._owner.name, told(error), STORE_RETRY)
         self._no_copies_before = trio.current_time() + STORE_RETRY
 
     # --- prefetching ------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ it really is; then that very file is opened.
 
 from __future__ import annotations
 
+import errno
 import os
 from dataclasses import dataclass, field
 from urllib.parse import parse_qs, urlsplit
@@ -68,8 +69,11 @@ class Policy:
         try:
             handle = self.walker.open(self.place(path))
         except OSError as error:
-            where = "" if path == image else f"{field}={name}: {path}: "
-            raise ImageError(image, f"{where}{error.strerror}") from error
+            where = "" if path == image else f"{field}={name}: " + (f"{path}: " if path != name else "")
+            remedy = ""
+            if error.errno == errno.ENOENT and field == "base_img":
+                remedy = "; if it was moved: fvdfs rebase IMAGE -b FILE --unsafe"
+            raise ImageError(image, f"{where}{error.strerror}{remedy}") from error
         try:
             self._check_file(image, field, name, os.readlink(f"/proc/self/fd/{handle}"))
         except BaseException:

@@ -85,10 +85,16 @@ async def rebase(path: str, name: str, new: Disk, policy: Policy, progress: Prog
 async def rename_base(path: str, name: str, length: int, policy: Policy) -> None:
     """Have an image that nobody has open name another base, whatever that holds; `length`: bytes of it.
 
-    `check_base` has found that it can. Raises UsageError where it is too short, ImageBusy, ImageError, OSError.
+    Others may stand on the image only where the old base is no file that is there, and could be compared. `check_base`
+    has found that it can be named. Raises UsageError where it is too short, ImageBusy, ImageError, OSError.
     """
-    for user in users_of(Tree(os.path.dirname(path)), path):
-        raise UsageError(f"{path}: {user.path} stands on it, and might change with it")
+    tree = Tree(os.path.dirname(path))
+    node = tree.at(path)
+    if node is None or node.base_identity is not None:
+        for user in users_of(tree, path):
+            raise UsageError(
+                f"{path}: {user.path} stands on it, and might change with it; leave out --unsafe: both bases are there"
+            )
     async with opened_alone(path, policy) as (image, file):
         if round_up(length, SECTOR) < image.header.base_size:
             raise UsageError(f"{path}: takes {image.header.base_size} bytes from its base, and {name} has {length}")

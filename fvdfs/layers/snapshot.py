@@ -46,6 +46,7 @@ def stem_of(image: str) -> str:
 
 def path_of(image: str, name: str) -> str:
     """The path that this snapshot of an image is to have. Raises UsageError for what can be no name of one."""
+    name = name.removesuffix(SUFFIX)
     if not name or "/" in name or not name.isprintable():
         raise UsageError(f"{name!r}: is no name of a snapshot; take letters, digits, dots and dashes")
     path = f"{stem_of(image)}{MARK}{name}{SUFFIX}"

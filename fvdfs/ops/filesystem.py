@@ -20,7 +20,7 @@ import trio
 from pyfuse3 import EntryAttributes, FileHandleT, FileInfo, FileNameT, FlagT, FUSEError, InodeT, ModeT
 
 from fvdfs import xattrs
-from fvdfs.errors import UsageError
+from fvdfs.errors import NotPermittedHere, UsageError
 from fvdfs.image.copy_range import copy_range
 from fvdfs.image.image import Image
 from fvdfs.image.map import image_map
@@ -254,8 +254,10 @@ class Filesystem(pyfuse3.Operations):
             await self.openings.close(entry)
 
     async def _resize(self, entry: Entry, image: Image, size: int) -> None:
-        """Raises OSError: EBUSY where the disk must not be cut because others stand on it, and as `Image.resize`."""
-        if self._shrink and size < image.size:
+        """Raises NotPermittedHere, OSError: EBUSY where others stand on a disk that is to be cut; as `Image.resize`."""
+        if size < image.size:
+            if not self._shrink:
+                raise NotPermittedHere("a disk cannot be cut, nor overwritten by cp, here: mount with -o shrink")
             try:
                 await trio.to_thread.run_sync(refuse_cut, os.fsdecode(entry.path), limiter=entry.limiter)
             except UsageError as error:

@@ -87,6 +87,11 @@ class Folder:
         found = [self._found(path, look) for path, look in zip(paths, looks, strict=True)]
         return [entry for entry in found if entry is not None]
 
+    @property
+    def refused(self) -> int:
+        """How many images do not appear, or appear as they were, since they cannot be looked at."""
+        return len(self._complaints)
+
     async def find(self, inode: int) -> Entry:
         """The image that a file handle with this number is of, as it is now. Raises OSError: ESTALE if it is gone."""
         if self.inodes.get(inode) is None:
@@ -239,14 +244,24 @@ class Folder:
         return moved
 
     def _complain(self, path: bytes, error: OSError | FvdError) -> None:
-        """Say once why a file does not appear, or appears as it was."""
+        """Say once why a file does not appear, or appears as it was.
+
+        What is wrong with one base is so for all images on it: that is one line. What is wrong with many images alike
+        is a few lines: the log counts them by the reason (`complaints.py`), which stands first, and is not shown there.
+        """
         text = str(error)
         if self._complaints.get(path) == text:
             return
+        said = isinstance(error, ImageError) and text in self._complaints.values()
         self._complaints[path] = text
+        if said:
+            return
         level = logging.INFO if isinstance(error, NotFvd) else logging.ERROR
+        if isinstance(error, ImageError):
+            log.log(level, "%.0s%s", error.reason, text)
+            return
         reason = (error.strerror or text) if isinstance(error, OSError) else text
-        log.log(level, "%s", text if isinstance(error, ImageError) else f"{os.fsdecode(path)}: {reason}")
+        log.log(level, "%.0s%s: %s", reason, os.fsdecode(path), reason)
 
 
 def _is_unchanged(known: Entry, status: os.stat_result, *, busy: bool) -> bool:

@@ -29,6 +29,7 @@ from fvdfs.image.policy import Policy
 from fvdfs.logs import ReopenLog
 from fvdfs.ops.attach import attach, detach
 from fvdfs.ops.background import Background
+from fvdfs.ops.complaints import LINES
 from fvdfs.ops.device import Device
 from fvdfs.ops.filesystem import Filesystem, Sync
 from fvdfs.ops.folder import Folder
@@ -240,11 +241,14 @@ def _end_at_once(left: list[Image], give_up: Callable[[], None]) -> NoReturn:
 async def _announce(filesystem: Filesystem, device: Device, ready: Callable[[], None]) -> None:
     """Say that the mount is ready, once requests are answered and the folder was looked at."""
     await device.connected.wait()
+    path = os.fsdecode(filesystem.folder.path)
     with trio.move_on_after(PATIENCE):
         try:
             await filesystem.folder.scan()
+            if (missing := filesystem.folder.refused) > LINES:
+                log.error("%s: %d images do not appear; the first are named above", path, missing)
         except OSError as error:
-            log.error("%s: %s", os.fsdecode(filesystem.folder.path), error.strerror)
+            log.error("%s: %s", path, error.strerror)
     filesystem.limits.raise_all(filesystem.folder.policy.walker.own_device)
     ready()
 

@@ -25,6 +25,10 @@ class MountPoint:
         """Whether fvdfs serves it."""
         return self.fs_type == "fuse.fvdfs"
 
+    def owner(self, option: str) -> int:
+        """The "user_id" or "group_id" of who mounted a FUSE file system; 0 where it says none."""
+        return int(dict(word.partition("=")[::2] for word in self.options.split(",")).get(option, "0"))
+
 
 def mount_points(process: str = "self") -> list[MountPoint]:
     """All that a process can see; the last of those on one path is the one that shows. Raises OSError."""

@@ -327,6 +327,15 @@ def test_what_may_not_be_read(images: Path, nobody: list[str]) -> None:
         assert "/proc/" not in done.stderr
 
 
+def test_a_mount_of_another_user(images: Path, nobody: list[str]) -> None:
+    with mounted(images) as mount:
+        words = [*nobody, *FVDFS, "umount", str(mount.point)]
+        done = subprocess.run(words, capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+        assert "another user has mounted it" in done.stderr
+        assert os.path.ismount(mount.point)
+
+
 def test_a_full_disk(images: Path, tmp_path: Path) -> None:
     with small_disk(tmp_path / "small", "1M"):
         small = tmp_path / "small"

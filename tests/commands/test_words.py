@@ -18,7 +18,8 @@ from fvdfs.ops.answers import error_number
 from fvdfs.ops.complaints import Complaints
 from fvdfs.store.host import open_path
 from fvdfs.store.paths import Walker
-from support.mounts import MIB, fvdfs, must
+from support.devices import small_disk
+from support.mounts import MIB, fvdfs, mounted, must
 from support.servers import nbd_server
 
 
@@ -81,3 +82,66 @@ def test_a_base_behind_a_url(folder: Path) -> None:
             assert (done.code, done.err) == (0, "")
             if words[0] == "info":
                 assert json.loads(done.out)["problems"] == []
+
+
+def test_what_takes_images_says_which_a_raw_file_is(folder: Path) -> None:
+    must("create", folder / "a.fvd", "1M")
+    with mounted(folder) as mount:
+        raw = mount.raw("a")
+        for command, *more in (["info"], ["check"], ["revert"], ["rebase", "-b", "b.raw"], ["commit"]):
+            done = fvdfs(command, raw, *more)
+            assert (done.code, done.err) == (
+                2,
+                f"fvdfs: {raw}: is a raw file in a mount; name its image: {folder}/a.fvd\n",
+            )
+        done = fvdfs("status", raw)
+        assert (done.code, done.err) == (2, f"fvdfs: {raw}: is not the mount point: name that\n")
+        assert must("snapshots", mount.point) == must("snapshots", folder)
+
+
+def test_a_disk_that_another_mount_has_open(folder: Path) -> None:
+    must("create", folder / "a.fvd", "1M")
+    (folder.parent / "others").mkdir()
+    (folder.parent / "others" / "a.fvd").symlink_to(folder / "a.fvd")
+    with mounted(folder) as mount, mounted(folder.parent / "others") as other, open(mount.raw("a"), "r+b"):
+        for command in ("snapshot", "map"):
+            done = fvdfs(command, other.raw("a"))
+            assert done.code == 1
+            assert done.err == f"fvdfs: {other.raw('a')}: its image is open in another mount or process; " + (
+                "close it there first\n"
+            )
+        for command in ("map", "flatten"):
+            assert fvdfs(command, folder / "a.fvd").err.endswith(", or name the raw file in its mount\n")
+
+
+def test_a_full_disk_is_named(tmp_path: Path) -> None:
+    (tmp_path / "base.raw").write_bytes(os.urandom(MIB))
+    folder = tmp_path / "small"
+    with small_disk(folder, "256K"):
+        must("create", folder / "a.fvd", "--base", tmp_path / "base.raw", "-F", "raw", "--journal-size", "none")
+        done = fvdfs("flatten", folder / "a.fvd")
+        assert (done.code, done.err) == (1, f"fvdfs: {folder}/a.fvd: No space left on device\n")
+
+
+def test_a_base_that_is_missing_is_one_line_for_all_on_it(folder: Path) -> None:
+    (folder / "base.raw").write_bytes(bytes(MIB))
+    must("clone", folder / "base.raw", "vm", "--into", folder)
+    for _ in range(3):
+        must("snapshot", folder / "vm.fvd")
+    must("clone", folder / "base.raw", "one", "-n", "20", "--into", folder)
+    (folder / "base.raw").unlink()
+    (folder.parent / "point").mkdir()
+    done = fvdfs("mount", folder, folder.parent / "point")
+    fvdfs("umount", folder.parent / "point")
+    lines = done.err.splitlines()
+    assert lines[-1] == f"fvdfs: {folder}: 24 images do not appear; the first are named above"
+    assert len(lines) == 11
+    assert len(set(lines)) == 11
+
+
+def test_the_tree_of_one_disk_has_no_loose_ends(folder: Path) -> None:
+    (folder / "base.raw").write_bytes(bytes(MIB))
+    must("clone", folder / "base.raw", "a", "b", "--into", folder)
+    must("snapshot", folder / "a.fvd", "x.fvd")
+    lines = must("snapshots", folder / "a.fvd").splitlines()
+    assert [line.partition(".fvd")[0] for line in lines[2:]] == ["└─ a@x", "   └─ a"]

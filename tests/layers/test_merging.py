@@ -6,6 +6,7 @@ import json
 import os
 import random
 import re
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -238,11 +239,16 @@ def test_rebase_copies_what_differs_alone(image: Path) -> None:
 
 def test_an_unsafe_rebase_changes_the_name_alone(image: Path) -> None:
     states = chain(image, "cow", 1)
-    (image.parent / "base.raw").rename(image.parent / "moved.raw")
-    refused(["rebase", image.with_name("vm@1.fvd"), "-b", "moved.raw", "-F", "raw", "--unsafe"], "vm.fvd stands on it")
-    assert fvdfs("rebase", image.with_name("vm@1.fvd"), "-b", "moved.raw", "-F", "raw").code == 1  # cannot be compared
-    image.unlink()
-    must("rebase", image.with_name("vm@1.fvd"), "-b", "moved.raw", "-F", "raw", "--unsafe")
+    shutil.copy(image.parent / "base.raw", image.parent / "moved.raw")
+    unsafe: list[str | Path] = ["rebase", image.with_name("vm@1.fvd"), "-b", "moved.raw", "-F", "raw", "--unsafe"]
+    refused(unsafe, "vm.fvd stands on it")
+    (image.parent / "base.raw").unlink()
+    refused(unsafe[:-1], "if it was moved: fvdfs rebase", code=1)  # cannot be compared
+    with mounted(image.parent) as mount:
+        assert "if it was moved: fvdfs rebase" in mount.log
+        assert not mount.raw("vm").exists()
+        must(*unsafe)
+        assert mount.raw("vm").read_bytes() == states[1]
     assert content(image.with_name("vm@1.fvd")) == states[0]
 
 
