@@ -106,6 +106,10 @@ class UnstatedFormat(ImageError):
         self.looks_like = looks_like
 
 
+class Unreachable(ImageError):
+    """What answers for a file of the image is away: a server, or the network to it."""
+
+
 class Locked(ImageError):
     """A file of the image is encrypted, and its passphrase is missing or wrong."""
 

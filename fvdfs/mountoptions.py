@@ -26,6 +26,7 @@ from typing import NamedTuple
 from fvdfs.errors import UsageError
 from fvdfs.sizes import parse_size
 from fvdfs.store.paths import in_time, real_path
+from fvdfs.store.qemu_nodes import TLS_FILES
 
 MAX_JOBS = 1024  # reads of prefetching under way; more than any server answers at a time
 
@@ -92,6 +93,12 @@ _ROWS = (
         separator=":",
     ),
     Option("secret=FILE", "the passphrase of encrypted bases and data files"),
+    Option("tls_creds=DIR", "certificates (ca-cert.pem, …) or pre-shared keys (keys.psk) for servers of nbds://"),
+    Option(
+        "on_base_error=wait|eio",
+        "requests that need a base whose server is away: wait for it, or fail after 10 s (default: eio)",
+        _one_of("wait", "eio"),
+    ),
     Option("accept_unclean", "write to an image that crashed without a journal"),
     Option("grow_command=none|stored|PROGRAM", "what makes a full device larger (default: none)"),
     Option(
@@ -251,6 +258,15 @@ def passphrase_file(option: str, path: str) -> str:
     except OSError as error:
         raise UsageError(f"{option}{path}: {error.strerror}") from error
     return os.path.abspath(path)
+
+
+def tls_credentials(option: str, folder: str) -> str:
+    """The absolute path of the file that says what the credentials in a folder are. Raises UsageError."""
+    for name in TLS_FILES:
+        path = os.path.join(os.path.abspath(folder), name)
+        if in_time(functools.partial(os.access, path, os.R_OK), True):
+            return path
+    raise UsageError(f"{option}{folder}: has neither {TLS_FILES[0]} nor {TLS_FILES[1]} that can be read")
 
 
 def program(choice: str) -> str:

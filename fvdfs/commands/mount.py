@@ -13,7 +13,7 @@ from dataclasses import replace
 from fvdfs import daemon, mounts
 from fvdfs.errors import UsageError
 from fvdfs.logs import ReopenLog
-from fvdfs.mountoptions import folders, listed, parse_mount_options, passphrase_file, program
+from fvdfs.mountoptions import folders, listed, parse_mount_options, passphrase_file, program, tls_credentials
 from fvdfs.sizes import parse_size
 from fvdfs.store.locations import is_local
 from fvdfs.store.paths import real_path, within
@@ -43,6 +43,7 @@ def run(
         raise UsageError("--debug needs -f: the requests are shown on the terminal")
     roots = (folder, *folders(chosen))
     secret = passphrase_file("-o secret=", chosen["secret"]) if "secret" in chosen else ""
+    tls_creds = tls_credentials("-o tls_creds=", chosen["tls_creds"]) if "tls_creds" in chosen else ""
     grow_command = program(chosen.get("grow_command", "none"))
     for name in ("new_base", "new_layout"):
         if name in chosen and "create" not in chosen:
@@ -63,12 +64,15 @@ def run(
         from fvdfs.ops.naming import Permitted, Template
         from fvdfs.ops.writeback import Writeback
         from fvdfs.prefetch.scheduler import DEFAULT_JOBS
+        from fvdfs.store.outage import OnLoss
 
         policy = Policy(
             roots=roots,
             writable=not (read_only or "ro" in chosen),
             allowed_urls=listed(chosen, "allow_url"),
             secret_file=secret,
+            tls_creds=tls_creds,
+            on_loss=OnLoss(chosen.get("on_base_error", "eio")),
             accept_unclean="accept_unclean" in chosen,
             grow_command=grow_command,
             base_formats=listed(chosen, "base_format"),

@@ -88,7 +88,18 @@ def _columns(image: dict[str, Any]) -> tuple[str, str, str, str, str, str]:
     rate = f"{image['rate'] / 1e6:.1f} MB/s" if image["rate"] else ""
     left = _duration(image["eta"]) if image["eta"] is not None else ""
     passthrough = "on" if image["passthrough"] == "on" else f"no: {image['passthrough']}"
-    return share, image["state"], rate, left, image["failed"] or image["reason"], passthrough
+    why = image["failed"] or _outage(image["base_outage"], image["reason"])
+    return share, image["state"], rate, left, why, passthrough
+
+
+def _outage(outage: dict[str, str | None] | None, reason: str) -> str:
+    """The reason, or that the base is away; once it is back, beside the reason."""
+    if outage is None:
+        return reason
+    since, until = (str(at).replace("T", " ")[:19] for at in (outage["since"], outage["until"]))
+    if outage["until"] is None:
+        return f"base lost since {since}: {outage['reason']}"
+    return ", ".join(filter(None, [reason, f"base back since {until}, lost at {since}"]))
 
 
 def _duration(seconds: int) -> str:

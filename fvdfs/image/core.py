@@ -25,6 +25,8 @@ from fvdfs.image.bases import Bases
 from fvdfs.image.commit import Committer
 from fvdfs.store.base import Done, Store
 from fvdfs.store.host import HostFile
+from fvdfs.store.outage import Outage
+from fvdfs.store.qemu_store import QemuStore
 
 PIECES_PER_TURN = 1000  # of a disk that are looked at before other tasks get their turn
 
@@ -177,6 +179,12 @@ class Core:
                 return False
             layer = layer.base
         return layer is not None and layer.is_remote
+
+    @property
+    def outage(self) -> Outage | None:
+        """The last time that a server was away on which the image, or what it stands on, is; it may last."""
+        outages = [store.outage for store in stores_of(self) if isinstance(store, QemuStore)]
+        return max((outage for outage in outages if outage is not None), key=lambda outage: outage.since, default=None)
 
     def base_range(self) -> tuple[int, int]:
         """The block size and the size of the base's range, bytes."""

@@ -72,7 +72,7 @@ async def _load_chain(
     await lock_for_reading(chain.stores(), chain.layers)
     below: Core | Store | None = chain.base if shared is None else shared[1]
     if below is not None and not isinstance(below, Core):
-        _look_at_size(chain.layers[-1], await below.size())
+        await _look_at_base(chain.layers[-1], below)
     lowest = chain.base if len(keys) == len(chain.layers) else None  # else it may be written, or is open already
     while chain.layers:
         layer = chain.layers[-1]
@@ -102,9 +102,14 @@ async def _load_chain(
         bases.add(key, base)
 
 
-def _look_at_size(layer: Layer, size: int) -> None:
+async def _look_at_base(layer: Layer, base: Store) -> None:
+    """Look whether it is as long as the image says: now, or when its server is back. Raises OSError."""
     header = layer.header
-    if size < header.base_size - SECTOR + 1:
+    least = header.base_size - SECTOR + 1
+    if isinstance(base, QemuStore) and base.is_away:
+        base.expect(least)
+        return
+    if (size := await base.size()) < least:
         log.warning(
             "%s: base_img=%s is %d bytes long, base_img_size says %d: what is missing reads as zeros",
             layer.path,

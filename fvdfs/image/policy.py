@@ -18,6 +18,7 @@ from fvdfs.mountoptions import hint
 from fvdfs.store import paths
 from fvdfs.store.host import HostFile, open_path
 from fvdfs.store.locations import Location, within
+from fvdfs.store.outage import OnLoss
 from fvdfs.store.paths import Walker
 from fvdfs.store.qemu_store import QemuStore
 from fvdfs.store.references import PROBE_SIZE, RAW, detect
@@ -47,6 +48,10 @@ class Policy:
     """Prefixes of URLs that names inside images may be; an empty one allows any."""
     secret_file: str = ""
     """The file with the passphrase of encrypted bases and data files."""
+    tls_creds: str = ""
+    """The file of `TLS_FILES` in the folder with the credentials for servers of nbds://."""
+    on_loss: OnLoss = OnLoss.REFUSE
+    """What becomes of requests while the server of a base is away."""
     walker: Walker = field(default_factory=Walker, compare=False)
     """Follows paths, and knows where they must not lead."""
     qemu_locks: bool = True

@@ -7,6 +7,7 @@ import os
 
 from fvdfs.errors import FvdError, ImageBusy, NotPermitted, NotPermittedHere, ReadOnlyImage, Refused, shortage, told
 from fvdfs.ops.complaints import Complaints
+from fvdfs.store.outage import Lost
 
 # Errors that are plain answers, not worth a line in the log.
 _ANSWERS = frozenset(
@@ -29,7 +30,7 @@ def error_number(error: BaseException, what: str, complaints: Complaints) -> int
     An error that nobody foresaw is logged with its traceback, and is EIO: it must not end the mount.
     """
     if isinstance(error, OSError) and error.errno:
-        if error.errno not in _ANSWERS:
+        if error.errno not in _ANSWERS and not isinstance(error, Lost | InterruptedError):
             complaints.say(f"{what}: {told(error)}", f"{what}: {os.strerror(error.errno)}")
         return error.errno
     if isinstance(error, FvdError):

@@ -78,6 +78,7 @@ from fvdfs.ops.wire import (
 )
 from fvdfs.store import uring
 from fvdfs.store.base import Buffer, Pending
+from fvdfs.store.outage import Interrupt, asked_by
 
 log = logging.getLogger(__name__)
 
@@ -85,6 +86,7 @@ _PER_TURN = 32  # requests that are received before other tasks get their turn
 _IDLE_TASKS = 16  # that wait for work: to wake one costs less than to make one
 _SMALL = 64 << 10  # bytes; a write up to this size is copied out of the buffer that it was received in
 _SPARE_BUFFERS = 16  # of the longest message, about 1 MiB each
+_PID = struct.Struct("=32xI")  # of a request: the thread that asked
 _BACKING = struct.Struct("=iIQ")  # descriptor flags padding
 _BACKING_NUMBER = struct.Struct("=I")
 _BACKING_OPEN, _BACKING_CLOSE = 0x4010_E501, 0x4004_E502  # ioctls of linux/fuse.h
@@ -169,6 +171,7 @@ class Device:
         self._started = False  # whether a task was given work in this turn
         self._begun = 0  # requests under way without a task
         self._unanswered: set[int] = set()  # all requests under way
+        self._interrupts: dict[int, Interrupt] = {}  # of those that have a task
         self._ended: trio.Event | None = None
         self._to_libfuse, self._for_libfuse = trio.open_memory_channel[bytearray](math.inf)
 
@@ -353,7 +356,10 @@ class Device:
             self._begin_seek(unique)
         elif opcode in (FUSE_COPY_FILE_RANGE, FUSE_COPY_FILE_RANGE_64):
             self._begin_copy(unique, COPIED if opcode == FUSE_COPY_FILE_RANGE_64 else WRITTEN)
-        elif opcode != FUSE_INTERRUPT:  # nothing here can be interrupted
+        elif opcode == FUSE_INTERRUPT:  # `fh` is the request that somebody does not want any more
+            if (interrupt := self._interrupts.get(fh)) is not None:
+                interrupt.interrupt()
+        else:
             if opcode == FUSE_OPEN:
                 self._opening[unique] = opens_direct(self._head)
             self._to_libfuse.send_nowait((self._head + self._payload[: max(0, length - len(self._head))])[:length])
@@ -424,7 +430,8 @@ class Device:
             return
         if not started:
             self._end()
-            self._have_done(functools.partial(self._do, unique, fh, what, pending, answer))
+            (pid,) = _PID.unpack_from(self._head)
+            self._have_done(functools.partial(self._do, unique, fh, what, pending, answer, Interrupt(pid)))
 
     def _have_done(self, work: _Work) -> None:
         """Have a task do it: one that has nothing to do if there is one."""
@@ -442,7 +449,17 @@ class Device:
             self._idle.append(trio.lowlevel.current_task())
             work = await trio.lowlevel.wait_task_rescheduled(_given_up)
 
-    async def _do(self, unique: int, fh: int, what: str, pending: Pending, answer: Callable[[int], None]) -> None:
+    async def _do(
+        self,
+        unique: int,
+        fh: int,
+        what: str,
+        pending: Pending,
+        answer: Callable[[int], None],
+        interrupt: Interrupt,
+    ) -> None:
+        self._interrupts[unique] = interrupt
+        asked_by.set(interrupt)
         try:
             result = await pending.finish()
         except Exception as error:
@@ -450,6 +467,7 @@ class Device:
         else:
             answer(result)
         finally:
+            del self._interrupts[unique]
             self._unanswered.discard(unique)
 
     def _refuse(self, unique: int, fh: int, what: str, error: Exception) -> None:

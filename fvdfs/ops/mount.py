@@ -213,6 +213,7 @@ async def _serve(
 async def _end_in_time(filesystem: Filesystem, device: Device, give_up: Callable[[], None]) -> None:
     """End the process even if something hangs that cannot be cancelled: a call to a share."""
     await device.ending.wait()
+    filesystem.openings.let_go()
     await trio.sleep(GRACE)
     openings = filesystem.openings
     async with trio.open_nursery() as nursery:

@@ -38,6 +38,7 @@ from fvdfs.ops.passthrough import Passthrough, Passthroughs
 from fvdfs.prefetch.prefetcher import status
 from fvdfs.store.base import Store
 from fvdfs.store.host import HostFile
+from fvdfs.store.qemu_store import QemuStore
 
 log = logging.getLogger(__name__)
 
@@ -237,6 +238,13 @@ class Openings:
         """The images that are open or being closed."""
         images = [(entry, entry.image or entry.closing) for entry in self._inodes.all()]
         return [(entry, image) for entry, image in images if image is not None]
+
+    def let_go(self) -> None:
+        """Have requests fail that wait for a server which is away."""
+        for _, image in self.unclosed():
+            for store in stores_of(image):
+                if isinstance(store, QemuStore):
+                    store.let_go()
 
     async def close_all(self) -> None:
         """Give up every image, whoever still has it open, side by side; errors go to the log."""

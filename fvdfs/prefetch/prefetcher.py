@@ -13,6 +13,7 @@ again in smaller parts. A block that keeps failing is left out, and tried again 
 
 from __future__ import annotations
 
+import datetime
 import enum
 import logging
 import math
@@ -35,6 +36,7 @@ from fvdfs.prefetch.order import Piece, ProfileOrder, next_piece
 from fvdfs.prefetch.pacing import FloorRule, Pacer
 from fvdfs.prefetch.profile import plan
 from fvdfs.prefetch.scheduler import Flow, Link, Scheduler
+from fvdfs.store.outage import Outage
 
 log = logging.getLogger(__name__)
 
@@ -129,7 +131,7 @@ class Prefetcher:
     @property
     def state(self) -> Activity:
         """What it is doing."""
-        if self._state in (Activity.RUNNING, Activity.PROFILE) and (not self._resume.is_set() or self._stands_back()):
+        if self._state in (Activity.RUNNING, Activity.PROFILE) and self.reason:
             return Activity.PAUSED
         return self._state
 
@@ -141,6 +143,8 @@ class Prefetcher:
         return self._reason
 
     def _stands_back(self) -> str:
+        if self._is_away():
+            return "the server of the base is away"
         if self._rule.delay(trio.current_time()) > 0:
             return self._rule.reason
         return self._scheduler.yielding(self._flow) if self._flow is not None else ""
@@ -161,6 +165,21 @@ class Prefetcher:
         self._whole = True
         self._resume.set()
         self._now.set()
+
+    def _is_away(self) -> bool:
+        outage = self.image.outage
+        return outage is not None and outage.is_away
+
+    async def _until_lost(self) -> None:
+        """Wait until the server is away: what is asked of it then would take jobs that others could use."""
+        while True:
+            if self._is_away():
+                return
+            await trio.sleep(IDLE_PASS)
+
+    async def _until_back(self) -> None:
+        while (outage := self.image.outage) is not None and outage.is_away:
+            await outage.ended.wait()
 
     async def _wait_for_now(self, seconds: float) -> None:
         """Wait so long, or until `go_on` is called, or not at all where it has been."""
@@ -291,10 +310,21 @@ class Prefetcher:
         return True
 
     async def _pass(self, flow: Flow, fetcher: Fetcher, slots: int, order: ProfileOrder | None = None) -> None:
-        """Copy, `slots` pieces at a time, to the end of the order; None: by address. Raises _Failure."""
+        """Copy, `slots` pieces at a time, to the end of the order; None: by address. Raises _Failure.
+
+        Or until the server is away, which is no failure.
+        """
         failures: list[_Failure] = []
+        lost = False
+        await self._until_back()
         async with trio.open_nursery() as nursery:
             scope = nursery.cancel_scope
+
+            async def end_when_lost() -> None:
+                nonlocal lost
+                await self._until_lost()
+                lost = True
+                scope.cancel()
 
             async def work() -> None:
                 try:
@@ -305,11 +335,14 @@ class Prefetcher:
                     scope.cancel()
 
             nursery.start_soon(self._scheduler.watch)
+            nursery.start_soon(end_when_lost)
             async with trio.open_nursery() as workers:
                 for _ in range(slots):
                     workers.start_soon(work)
             scope.cancel()
-        if failures:
+        if lost and order is not None:
+            order.leave_out(-1)
+        elif failures and not lost:
             raise min(failures, key=lambda failure: failure.start)
 
     def _slots(self) -> int:
@@ -439,6 +472,17 @@ def is_mostly_zeros(data: memoryview) -> bool:
     return 2 * sum(stop - start for start, stop, zero in zero_runs(0, data) if zero) > len(data)
 
 
+def told_of(outage: Outage | None) -> dict[str, Any] | None:
+    """What a user wants to know of the last time that a server was away, ready for JSON. Times: ISO 8601, local."""
+    if outage is None:
+        return None
+    since, until = (
+        at and datetime.datetime.fromtimestamp(at).astimezone().isoformat(timespec="seconds")
+        for at in (outage.since, outage.until)
+    )
+    return {"since": since, "until": until, "reason": outage.reason}
+
+
 def status(image: Image, prefetcher: Prefetcher | None) -> dict[str, Any]:
     """What `fvdfs status` shows of an open image, ready for JSON; sizes in bytes, rates in bytes a second."""
     block_size, _ = image.base_range()
@@ -461,5 +505,6 @@ def status(image: Image, prefetcher: Prefetcher | None) -> dict[str, Any]:
         "eta": round(missing / rate) if rate and missing else None,
         "prefetched": prefetcher.copied if prefetcher is not None else 0,
         "failed": image.damage,
+        "base_outage": told_of(image.outage),
         "writable": image.writable,
     }

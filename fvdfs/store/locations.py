@@ -13,7 +13,7 @@ import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from urllib.parse import SplitResult, quote, unquote, urlsplit
+from urllib.parse import SplitResult, parse_qs, quote, unquote, urlsplit
 
 from fvdfs.errors import ImageError, UnsupportedFeature
 from fvdfs.store.references import FORMATS, REFUSED
@@ -38,18 +38,47 @@ class Location:
     """The format that a `json:` name states; empty where none is stated."""
 
     @property
+    def address(self) -> tuple[str, int] | str | None:
+        """Where its server listens: host and port, or the path of a socket; None: a file, or not known."""
+        parts = urlsplit(self.url)
+        if parts.scheme in _UNIX:
+            return parse_qs(parts.query)["socket"][0]
+        port = parts.port or _DEFAULT_PORTS.get(parts.scheme)
+        return (parts.hostname, port) if parts.hostname and port else None
+
+    @property
+    def tls_user(self) -> str | None:
+        """Who we are for a server that is spoken to by TLS, if it asks for a pre-shared key; None: no TLS."""
+        return str(self.protocol["tls-creds"]).removeprefix(TLS_PREFIX) if "tls-creds" in self.protocol else None
+
+    @property
     def is_device(self) -> bool:
         """Whether it is an array of bytes of a fixed size, which may hold a former owner's bytes."""
         return self.protocol.get("driver") in ("nbd", "iscsi")
 
 
-_SCHEMES = ("nbd", "nbd+unix", "http", "https", "ftp", "ftps", "ssh", "iscsi", "nfs")
+_SCHEMES = ("nbd", "nbds", "nbd+unix", "nbds+unix", "http", "https", "ftp", "ftps", "ssh", "iscsi", "nfs")
 _KNOWN = "a path, " + ", ".join(f"{scheme}://" for scheme in _SCHEMES) + ", rbd:pool/image or json:{...}"
 _HAS_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 _UNSAFE = re.compile(r"[\0-\x20\x7f\\]")
 _HOST = re.compile(r"[A-Za-z0-9._:%-]+")
 _PORTAL = re.compile(r"([A-Za-z0-9._%-]+|\[[A-Za-z0-9._:%-]+\])(:[0-9]{1,5})?")
-_DEFAULT_PORTS = {"nbd": 10809, "ssh": 22, "iscsi": 3260, "http": 80, "https": 443, "ftp": 21, "ftps": 990}
+_DEFAULT_PORTS = {
+    "nbd": 10809,
+    "nbds": 10809,
+    "ssh": 22,
+    "iscsi": 3260,
+    "http": 80,
+    "https": 443,
+    "ftp": 21,
+    "ftps": 990,
+}
+_UNIX = ("nbd+unix", "nbds+unix")
+TLS_PREFIX = "tls-"
+"""What the credentials of a user are called, for the daemon."""
+_TLS_USER = re.compile(r"[A-Za-z0-9._-]{1,100}")
+DEFAULT_TLS_USER = "qemu"
+"""Whose pre-shared key is used where a URL names nobody, as QEMU does it."""
 
 
 def parse_location(name: str) -> Location:
@@ -79,16 +108,19 @@ def _parse_url(name: str, scheme: str) -> Location:
     parts, port = _split_url(name)
     if parts.fragment:
         raise ImageError(name, "a URL of an image has no #fragment")
-    if parts.password is not None or (parts.username is not None and scheme != "ssh"):
-        raise UnsupportedFeature(name, "user names and passwords in URLs are not supported (but ssh://user@host)")
+    if parts.password is not None or (parts.username is not None and scheme not in ("ssh", "nbds")):
+        known = "ssh://user@host and nbds://user@host"
+        raise UnsupportedFeature(name, f"user names and passwords in URLs are not supported (but {known})")
+    if scheme == "nbds" and parts.username is not None and not _TLS_USER.fullmatch(parts.username):
+        raise ImageError(name, "the user of a pre-shared key has only letters, digits and . _ -")
     if any(segment in (".", "..") for segment in unquote(parts.path).split("/")):
         raise ImageError(name, '"." and ".." are not allowed in a URL')
-    if scheme != "nbd+unix":
+    if scheme not in _UNIX:
         if not _HOST.fullmatch(parts.hostname or ""):
             raise ImageError(name, f"the URL needs a host: {scheme}://host/...")
         if port == 0:
             raise ImageError(name, "port 0 cannot be connected to")
-    if parts.query and scheme not in ("nbd+unix", "http", "https"):
+    if parts.query and scheme not in (*_UNIX, "http", "https"):
         raise UnsupportedFeature(name, f"options after ? are not supported for {scheme}://")
     protocol, tail = _protocol(name, scheme, parts, port or _DEFAULT_PORTS.get(scheme, 0))
     return Location(name, None, _authority(scheme, parts, port) + tail, protocol, "")
@@ -130,18 +162,20 @@ def _protocol(name: str, scheme: str, parts: SplitResult, port: int) -> tuple[Op
     inet: Options = {"host": host, "port": str(port)}
     tail = quote(path)
     match scheme:
-        case "nbd":
+        case "nbd" | "nbds":
             server: Options = {"type": "inet", **inet}
-            return _nbd(server, path[1:]), "/" + quote(path[1:])
-        case "nbd+unix":
+            tls = _tls(host, parts.username or DEFAULT_TLS_USER) if scheme == "nbds" else {}
+            return _nbd(server, path[1:], tls), "/" + quote(path[1:])
+        case "nbd+unix" | "nbds+unix":
             socket = parts.query.removeprefix("socket=")
             if parts.netloc or socket == parts.query or not socket or "&" in socket:
-                raise ImageError(name, "to be written as nbd+unix:///EXPORT?socket=PATH")
+                raise ImageError(name, f"to be written as {scheme}:///EXPORT?socket=PATH")
             socket = unquote(socket)
             if not socket.startswith("/") or "\0" in socket or ".." in socket.split("/"):
                 raise ImageError(name, "the socket must be an absolute path without ..")
             server = {"type": "unix", "path": socket}
-            return _nbd(server, path[1:]), f"{tail or '/'}?socket={quote(socket)}"
+            tls = _tls("localhost", DEFAULT_TLS_USER) if scheme == "nbds+unix" else {}
+            return _nbd(server, path[1:], tls), f"{tail or '/'}?socket={quote(socket)}"
         case "ssh":
             if not path.strip("/"):
                 raise ImageError(name, "the URL needs a path: ssh://[user@]host/path")
@@ -168,8 +202,13 @@ def _protocol(name: str, scheme: str, parts: SplitResult, port: int) -> tuple[Op
             return {"driver": scheme, "url": _authority(scheme, parts, parts.port) + tail}, tail
 
 
-def _nbd(server: Options, export: str) -> Options:
-    return {"driver": "nbd", "server": server, "export": export}
+def _nbd(server: Options, export: str, tls: Options) -> Options:
+    return {"driver": "nbd", "server": server, "export": export, **tls}
+
+
+def _tls(host: str, user: str) -> Options:
+    """`host`: whose certificate it must be."""
+    return {"tls-creds": TLS_PREFIX + user, "tls-hostname": host}
 
 
 _RBD = re.compile(r"rbd:([^/@:\\]+)/(?:([^/@:\\]+)/)?([^/@:\\]+)(?:@([^/@:\\]+))?(?::id=([^/@:=\\]+))?")

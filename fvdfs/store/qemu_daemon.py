@@ -22,6 +22,7 @@ import json
 import logging
 import os
 import shutil
+import socket
 import stat
 import subprocess
 import tempfile
@@ -32,7 +33,8 @@ from typing import IO
 
 import trio
 
-from fvdfs.errors import FvdError, ImageError, Locked, Refused, UsageError
+from fvdfs.errors import FvdError, ImageError, Locked, Refused, Unreachable, UsageError
+from fvdfs.store.connecting import SILENCE, is_closed, silence
 from fvdfs.store.host import (
     FALLOC_FL_ZERO_RANGE,
     PUNCH,
@@ -43,7 +45,6 @@ from fvdfs.store.host import (
     identity_of,
 )
 from fvdfs.store.locations import Options
-from fvdfs.store.qemu_nodes import SECRET_ID
 
 log = logging.getLogger(__name__)
 
@@ -123,19 +124,24 @@ class StorageDaemon:
         self,
         name: str,
         descriptors: Sequence[tuple[int, str]],
-        secret_file: str = "",
+        objects: Sequence[Options] = (),
         locked: Sequence[int] = (),
         *,
+        connections: Sequence[socket.socket] = (),
         holes_are_zeros: bool = True,
+        quiet: bool = False,
     ) -> None:
         """`name`: of the image, for messages. `descriptors`: what it opens files by, and their names.
 
-        `secret_file`: with the passphrase of an encrypted image. `locked`: descriptors whose locks last as long as it.
-        `holes_are_zeros`: whether holes in the image read as zeros, as those of a device need not.
+        `objects`: passphrases and keys (`QemuFiles.objects`). `locked`: descriptors whose locks last as long as it.
+        `connections`: to servers; `stop` closes them. `holes_are_zeros`: whether holes in the image read as zeros, as
+        those of a device need not. `quiet`: what it says is not for the log until it has started.
         """
+        self._quiet = quiet
+        self._connections = connections
         self._holes_are_zeros = holes_are_zeros
         self._locked = locked
-        self._secret_file = secret_file
+        self._objects = objects
         self.name = name
         self.size = 0
         """Bytes; what it was when last looked at."""
@@ -143,6 +149,8 @@ class StorageDaemon:
         """Operations under way."""
         self.gone = False
         """Whether it was given up: another one takes its place."""
+        self.verdict = ""
+        """Why it was killed."""
         self.flush_failed = False
         """Whether a flush has failed: what that lost, the next one does not tell of."""
         self._descriptors = descriptors
@@ -176,6 +184,8 @@ class StorageDaemon:
     def last_words(self) -> str:
         """What it complained of last, or else how it ended."""
         code = None if self._process is None else self._process.poll()
+        if self.verdict:
+            return self.verdict
         if code is not None and code < 0:
             return f"killed by signal {-code}"
         lines = list(self._lines)
@@ -185,7 +195,7 @@ class StorageDaemon:
     async def start(self, options: Sequence[Options], *, writable: bool) -> None:
         """Run it with these `BlockdevOptions`; the node-name of the last is `disk`. Only from the main thread.
 
-        Raises UsageError where a program or a driver is missing, ImageError, OSError.
+        Raises UsageError where a program or a driver is missing, ImageError, Unreachable among them, OSError.
         """
         # A folder of PATH may be on a share that hangs; so the event loop, which has to start the process, gets a path.
         paths = await trio.to_thread.run_sync(lambda: {program: shutil.which(program) for program in _PACKAGES})
@@ -203,8 +213,9 @@ class StorageDaemon:
                 await trio.to_thread.run_sync(self.stop)
             if isinstance(error, trio.TooSlowError):
                 text = f"no answer within {START_TIMEOUT:.0f} seconds"
-                raise ImageError(self.name, f"QEMU cannot open it: {text}") from None
+                raise Unreachable(self.name, f"QEMU cannot open it: {text}") from None
             raise
+        self._quiet = False
 
     def _make_folder(self) -> None:
         self._folder = tempfile.mkdtemp(prefix="fvdfs-")
@@ -224,9 +235,8 @@ class StorageDaemon:
         nodes = [json.dumps(node) for node in options]
         self._arguments = [*nodes, json.dumps(export)]
         command = [PROGRAM]
-        if self._secret_file:
-            secret = {"qom-type": "secret", "id": SECRET_ID, "file": self._secret_file}
-            command += ["--object", json.dumps(secret)]
+        for each in self._objects:
+            command += ["--object", json.dumps(each)]
         for node in nodes:
             command += ["--blockdev", node]
         command += ["--export", self._arguments[-1]]
@@ -236,7 +246,7 @@ class StorageDaemon:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
-            pass_fds=[*(fd for fd, _ in self._descriptors), *self._locked],
+            pass_fds=[*(fd for fd, _ in self._descriptors), *self._locked, *(c.fileno() for c in self._connections)],
             cwd="/",
             start_new_session=True,  # the terminal's signals are not for it
         )
@@ -257,7 +267,8 @@ class StorageDaemon:
                     line = line.replace(f"/proc/self/fd/{fd}'", f"{name}'").replace(f"/proc/self/fd/{fd}]", f"{name}]")
                 if line:
                     self._lines.append(line)
-                    log.log(logging.DEBUG if self._stopping else logging.WARNING, "%s: %s", self.name, line)
+                    level = logging.DEBUG if self._stopping or self._quiet else logging.WARNING
+                    log.log(level, "%s: %s", self.name, line)
 
     def _is_ready(self) -> bool:
         """Whether the pid file is written, which is done when the export stands."""
@@ -346,7 +357,20 @@ class StorageDaemon:
             self._wait(process)
         if killer is not None:
             killer.cancel()
+        for connection in self._connections:
+            connection.close()
         self._take_away()
+
+    @property
+    def is_connected(self) -> bool:
+        """Whether its connections still stand, as far as is known."""
+        return bool(self._connections) and not any(map(is_closed, self._connections))
+
+    def kill_if_silent(self) -> None:
+        """`kill`, where nothing is heard from its server. Blocks."""
+        if any(silence(connection) > SILENCE for connection in self._connections):
+            self.verdict = f"nothing was heard from its server for {SILENCE:.0f} s"
+            self.kill()
 
     def kill(self) -> None:
         """End the process, and leave the export to its users, whose calls fail from now on. Blocks."""

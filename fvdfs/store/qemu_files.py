@@ -19,10 +19,12 @@ from urllib.parse import parse_qs, urlsplit
 import trio
 
 from fvdfs.errors import FormatError, ImageError, Locked, UnsupportedFeature
+from fvdfs.store.connecting import connect, connected
 from fvdfs.store.host import HostFile, open_as_permitted
-from fvdfs.store.locations import Location, join, parse_location
+from fvdfs.store.locations import Location, Options, join, parse_location
+from fvdfs.store.outage import OnLoss
 from fvdfs.store.qemu_daemon import StorageDaemon
-from fvdfs.store.qemu_nodes import Node, blockdevs
+from fvdfs.store.qemu_nodes import SECRET_ID, Node, blockdevs, tls_object
 from fvdfs.store.references import FORMATS, LUKS, PROBE_SIZE, RAW, Reader, Reference, detect, references
 
 log = logging.getLogger(__name__)
@@ -49,6 +51,14 @@ class Access(Protocol):
     @property
     def secret_file(self) -> str:
         """Absolute path of the file with the passphrase of encrypted images; empty: there is none."""
+
+    @property
+    def tls_creds(self) -> str:
+        """Absolute path of the file of `qemu_nodes.TLS_FILES` with the credentials for nbds://; empty: none."""
+
+    @property
+    def on_loss(self) -> OnLoss:
+        """What becomes of requests while a server is away."""
 
     @property
     def qemu_locks(self) -> bool:
@@ -98,8 +108,13 @@ class QemuFiles:
     async def judge(self, *, writable: bool) -> Node:
         """Open and lock what the image refers to. Only from the main thread; `close` must follow in any case.
 
-        Raises ImageError (Refused, ImageBusy among them), UsageError where a program is missing, OSError.
+        Can be called again after a failure. Raises ImageError (Refused, ImageBusy, Unreachable among them), UsageError
+        where a program is missing, OSError.
         """
+        for opened in self._opened[1:]:
+            await trio.to_thread.run_sync(_close, opened)
+        del self._opened[1:]
+        self.own = self.own[:1]
         return await self._node(self._top, writable, 0)
 
     def _open(self, image: str, field: str, name: str, file_format: str, writable: bool) -> _Opened:
@@ -169,9 +184,9 @@ class QemuFiles:
             return await trio.to_thread.run_sync(self._read_references, opened, opened.file)
         if opened.format == RAW and opened.stated:
             return []
-        daemon = StorageDaemon(opened.path, [])
-        node = Node(RAW, opened.location)
-        await daemon.start(blockdevs(node, writable=False, node_name="disk"), writable=False)
+        async with connected(Node(RAW, opened.location)) as (node, connections):
+            daemon = StorageDaemon(opened.path, [], self.objects(), connections=connections, quiet=True)
+            await daemon.start(blockdevs(node, writable=False, node_name="disk"), writable=False)
         try:
             return await trio.to_thread.run_sync(self._read_references, opened, daemon.export)
         finally:
@@ -210,17 +225,31 @@ class QemuFiles:
         """What the daemon opens files by, and their names."""
         return [(opened.handle, opened.path) for opened in self._opened if opened.handle >= 0]
 
-    def secret_file(self) -> str:
-        """The file with the passphrase; empty where nothing is encrypted. Raises Locked where none is named."""
+    def objects(self) -> list[Options]:
+        """The passphrase of what is encrypted, and the keys for servers. Raises Locked where one is not named."""
+        found: dict[str, Options] = {}
         for opened in self._opened:
+            user = opened.location.tls_user
+            if user is not None and not self._access.tls_creds:
+                how = "--tls-creds DIR, or -o tls_creds=DIR for a mount"
+                raise Locked(opened.path, f"is spoken to by TLS: name the folder with certificates or keys: {how}")
+            if user is not None:
+                credentials = tls_object(self._access.tls_creds, user)
+                found[str(credentials["id"])] = credentials
+            if opened.format == LUKS and not self._access.secret_file:
+                how = "--secret FILE, or -o secret=FILE for a mount"
+                raise Locked(opened.path, f"is encrypted: name the file with its passphrase: {how}")
             if opened.format == LUKS:
-                if self._access.secret_file:
-                    return self._access.secret_file
-                raise Locked(
-                    opened.path,
-                    "is encrypted: name the file with its passphrase: --secret FILE, or -o secret=FILE for a mount",
-                )
-        return ""
+                found[SECRET_ID] = {"qom-type": "secret", "id": SECRET_ID, "file": self._access.secret_file}
+        return list(found.values())
+
+    async def look_for_servers(self) -> None:
+        """Connect to those that QEMU connects to by itself, and close that again. Raises Unreachable."""
+        for opened in self._opened:
+            is_known = opened.location.protocol.get("driver") == "nbd"
+            connection = None if is_known else await connect(opened.location)
+            if connection is not None:
+                connection.close()
 
     # --- what is known of them --------------------------------------------------------------------
 

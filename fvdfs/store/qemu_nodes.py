@@ -8,10 +8,21 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fvdfs.store.locations import Location, Options
+from fvdfs.store.locations import TLS_PREFIX, Location, Options
 
 SECRET_ID = "secret"
 """What an encrypted image calls its passphrase, for the daemon."""
+TLS_FILES = ("ca-cert.pem", "keys.psk")
+"""What a folder with credentials has, as QEMU names it: certificates, or pre-shared keys."""
+
+
+def tls_object(credentials: str, user: str) -> Options:
+    """What the options of a `Location` with this `tls_user` refer to. `credentials`: the path of one of `TLS_FILES`."""
+    folder, _, file = credentials.rpartition("/")
+    common: Options = {"id": TLS_PREFIX + user, "dir": folder or "/", "endpoint": "client"}
+    if file == TLS_FILES[1]:
+        return {"qom-type": "tls-creds-psk", "username": user, **common}
+    return {"qom-type": "tls-creds-x509", "verify-peer": True, **common}
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +32,7 @@ class Node:
     format: str
     location: Location
     fd: int = -1
-    """The descriptor of a local file, the same number in the daemon."""
+    """The descriptor of a local file, or of a connection to an NBD server, the same number in the daemon."""
     is_device: bool = False
     """Whether the local file is a block device."""
     backing: Node | None = None
@@ -46,7 +57,9 @@ def _blockdev(node: Node, writable: bool, found: list[Options]) -> Options:
     """One node; those that it refers to go to `found`."""
     common: Options = {"read-only": not writable, "discard": "unmap"}
     file: Options = dict(node.location.protocol)
-    if node.fd >= 0:
+    if node.fd >= 0 and file.get("driver") == "nbd":
+        file["server"] = {"type": "fd", "str": str(node.fd)}
+    elif node.fd >= 0:
         driver = "host_device" if node.is_device else "file"
         # Who opened it holds QEMU's locks; another opening's would exclude it.
         file = {"driver": driver, "filename": f"/proc/self/fd/{node.fd}", "locking": "off"}

@@ -14,12 +14,15 @@ from collections.abc import Hashable
 
 import trio
 
+from fvdfs.errors import ImageError, Unreachable
 from fvdfs.store.base import Buffer, Stepwise, Store
+from fvdfs.store.connecting import connected
 from fvdfs.store.host import HostFile
 from fvdfs.store.locations import Options
+from fvdfs.store.outage import OnLoss, Outage
 from fvdfs.store.qemu_daemon import StorageDaemon
 from fvdfs.store.qemu_files import Access, QemuFiles
-from fvdfs.store.qemu_nodes import blockdevs
+from fvdfs.store.qemu_nodes import Node, blockdevs
 from fvdfs.store.qemu_supervisor import Supervisor, is_dead
 
 _SECTOR = 512  # bytes: QEMU's formats count in sectors
@@ -36,7 +39,11 @@ class QemuStore(Stepwise):
         """
         self._files = QemuFiles(image, field, name, file_format, access, writable=writable)
         self._supervisor: Supervisor | None = None
-        self._options: list[Options] = []
+        self._on_loss = access.on_loss
+        self._node: Node | None = None
+        self._size = 0
+        """Bytes, once they are known."""
+        self._least_size = 0
         self._growing = trio.Lock()
         self._garbage_from: int | None = None
         """Where an encrypted image was extended by bytes that do not read as zeros yet."""
@@ -49,35 +56,86 @@ class QemuStore(Stepwise):
     async def start(self) -> None:
         """Judge what the image refers to, and start the daemon. Only from the main thread.
 
-        Locks all files, until they are closed: the daemon does not. Raises ImageError (Refused, ImageBusy
-        among them), UsageError where a program or a driver is missing, OSError. `aclose` must follow in any case.
+        Locks all files, until they are closed: the daemon does not. A base whose server is away is opened without it,
+        where the user chose that; it is judged when the server is back. Raises ImageError (Refused, ImageBusy,
+        Unreachable among them), UsageError where a program or a driver is missing, OSError. `aclose` must follow in any
+        case.
         """
-        files = self._files
-        node = await files.judge(writable=self.writable)
-        self._options = blockdevs(node, writable=self.writable, node_name="disk")
-        self.fixed_size = files.is_raw_device
-        supervisor = Supervisor(
-            self.name, self._start_daemon, has_server=files.has_server, writes_to_server=files.writes_to_server
-        )
-        await supervisor.start()
-        self._supervisor = supervisor
+        on_loss = OnLoss.REFUSE if self.writable else self._on_loss
+        self._supervisor = Supervisor(self.name, self._start_daemon, self._files, on_loss)
+        await self._supervisor.start()
 
     async def _start_daemon(self) -> StorageDaemon:
+        """Raises as `start`."""
+        try:
+            return await self._judge_and_run()
+        except Unreachable:
+            raise
+        except ImageError:
+            await self._files.look_for_servers()
+            raise
+
+    async def _judge_and_run(self) -> StorageDaemon:
         files = self._files
+        if self._node is None:
+            self._node = await files.judge(writable=self.writable)
+            self.fixed_size = files.is_raw_device
         locked = [file.fileno() for file in files.host_files]
-        holes_are_zeros = not (self.writable and files.has_device)
-        daemon = StorageDaemon(
-            self.name, files.descriptors, files.secret_file(), locked, holes_are_zeros=holes_are_zeros
-        )
-        await daemon.start(self._options, writable=self.writable)
+        async with connected(self._node) as (node, connections):
+            daemon = StorageDaemon(
+                self.name,
+                files.descriptors,
+                files.objects(),
+                locked,
+                connections=connections,
+                holes_are_zeros=not (self.writable and files.has_device),
+                quiet=self.is_away,
+            )
+            await self._run(daemon, blockdevs(node, writable=self.writable, node_name="disk"))
+        return daemon
+
+    async def _run(self, daemon: StorageDaemon, options: list[Options]) -> None:
+        """Start it, and compare what it has opened with what is expected. Raises as `start`."""
+        files = self._files
+        await daemon.start(options, writable=self.writable)
         try:
             if not files.has_server:  # network libraries open files of their own, for a moment
                 await trio.to_thread.run_sync(daemon.check_open_files, {file.identity for file in files.host_files})
+            self._check_size(daemon)
         except BaseException:
             with trio.CancelScope(shield=True):
                 await trio.to_thread.run_sync(daemon.stop)
             raise
-        return daemon
+
+    def _check_size(self, daemon: StorageDaemon) -> None:
+        """Raise ImageError where what is back is not what was lost."""
+        if self.writable:
+            return
+        if self._size and daemon.size != self._size:
+            raise ImageError(self.name, f"has {daemon.size} bytes, and had {self._size}: is it another one?")
+        if daemon.size < self._least_size:
+            wanted = f"and the image over it needs {self._least_size}: is it another one?"
+            raise ImageError(self.name, f"has {daemon.size} bytes, {wanted}")
+        self._size = daemon.size
+
+    @property
+    def outage(self) -> Outage | None:
+        """The last time that its server was away, which may last."""
+        return self._supervisor.outage if self._supervisor is not None and self._files.has_server else None
+
+    @property
+    def is_away(self) -> bool:
+        """Whether its server is away."""
+        return self.outage is not None and self.outage.is_away
+
+    def expect(self, size: int) -> None:
+        """While its server is away: take nothing smaller for it when it is back. `size`: bytes."""
+        self._least_size = max(self._least_size, size)
+
+    def let_go(self) -> None:
+        """Have all fail that wait for its server, from now on."""
+        if self._supervisor is not None:
+            self._supervisor.let_go()
 
     @property
     def pid(self) -> int:

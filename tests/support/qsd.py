@@ -13,6 +13,7 @@ from fvdfs.errors import (
 )
 from fvdfs.image.policy import Policy
 from fvdfs.store.locations import Location, within
+from fvdfs.store.outage import OnLoss
 from fvdfs.store.qemu_store import QemuStore
 
 
@@ -20,11 +21,13 @@ class Inside:
     """Allows files in one folder, and URLs of some prefixes."""
 
     secret_file = ""
+    tls_creds = ""
     qemu_locks = True
     base_formats: tuple[str, ...] = ()
 
-    def __init__(self, folder: Path, *prefixes: str) -> None:
+    def __init__(self, folder: Path, *prefixes: str, on_loss: OnLoss = OnLoss.REFUSE) -> None:
         self.folder = folder
+        self.on_loss = on_loss
         self.prefixes = prefixes
 
     def open_file(self, image: str, field: str, path: str) -> tuple[int, str]:
@@ -47,16 +50,18 @@ class Inside:
             raise Refused(image, f"{field}={location.url} is not allowed")
 
 
-def named(folder: Path, name: str, file_format: str, *prefixes: str, writable: bool = False) -> QemuStore:
-    access = Inside(folder, *prefixes)
+def named(
+    folder: Path, name: str, file_format: str, *prefixes: str, writable: bool = False, on_loss: OnLoss = OnLoss.REFUSE
+) -> QemuStore:
+    access = Inside(folder, *prefixes, on_loss=on_loss)
     return QemuStore(str(folder / "image.fvd"), "base_img", name, file_format, access, writable=writable)
 
 
 @contextlib.asynccontextmanager
 async def opened(
-    folder: Path, name: str, file_format: str, *prefixes: str, writable: bool = False
+    folder: Path, name: str, file_format: str, *prefixes: str, writable: bool = False, on_loss: OnLoss = OnLoss.REFUSE
 ) -> AsyncIterator[QemuStore]:
-    store = named(folder, name, file_format, *prefixes, writable=writable)
+    store = named(folder, name, file_format, *prefixes, writable=writable, on_loss=on_loss)
     try:
         await store.start()
         yield store

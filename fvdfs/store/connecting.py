@@ -1,0 +1,112 @@
+"""Connections to servers: made here for NBD, and handed to the daemon as descriptors.
+
+So it is known at once whether a server can be reached, and later whether the connection still lives. TCP alone would
+try for minutes, twice as long each time, and stand still as long again after a network that was cut is back. So each
+connection is asked for a sign of life every two seconds (keepalive), and one from which nothing was heard for
+`SILENCE` is given up, however many bytes are on their way: a server that is only slow, or stopped, still acknowledges.
+
+The connection ends with an orderly FIN, which the kernel goes on sending: a server that serves a limited number of
+clients gets its place back. (TCP_USER_TIMEOUT would end it without one.)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import struct
+from collections.abc import AsyncIterator
+from dataclasses import replace
+
+import trio
+
+from fvdfs.errors import Unreachable
+from fvdfs.store.locations import Location
+from fvdfs.store.qemu_nodes import Node
+
+CONNECT_TIMEOUT = 3.0  # seconds; TCP asks again after 1 and 3
+SILENCE = 5.0  # seconds; four retransmissions in a row were lost, or two keepalives
+_KEEPALIVE = 2  # seconds between two signs of life
+_TCP_INFO = struct.Struct("=8B24I")  # the beginning of struct tcp_info of linux/tcp.h
+_LAST_DATA_RECEIVED, _LAST_ACK_RECEIVED = 8 + 11, 8 + 12  # milliseconds ago
+
+
+async def connect(location: Location) -> socket.socket | None:
+    """A connection to the server of this URL; None where fvdfs does not know how. Raises Unreachable."""
+    address = location.address
+    if address is None:
+        return None
+    where = address if isinstance(address, str) else f"{address[0]}:{address[1]}"
+    try:
+        with trio.fail_after(CONNECT_TIMEOUT):
+            if isinstance(address, str):
+                stream = await trio.open_unix_socket(address)
+            else:
+                stream = await trio.open_tcp_stream(*address)
+    except trio.TooSlowError:
+        raise Unreachable(location.name, f"{where} does not answer within {CONNECT_TIMEOUT:.0f} s") from None
+    except OSError as error:
+        raise Unreachable(location.name, f"{where} cannot be reached: {_why(error)}") from error
+    made = socket.socket(fileno=stream.socket.detach())
+    made.setblocking(True)
+    if made.family != socket.AF_UNIX:
+        made.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        made.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        made.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, _KEEPALIVE)
+        made.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, _KEEPALIVE)
+    return made
+
+
+def _why(error: BaseException) -> str:
+    """The error of the first address that was tried."""
+    cause = error.__cause__
+    if isinstance(cause, BaseExceptionGroup):
+        cause = cause.exceptions[0]
+    found = cause if isinstance(cause, OSError) else error
+    return (found.strerror if isinstance(found, OSError) else None) or str(found)
+
+
+@contextlib.asynccontextmanager
+async def connected(node: Node) -> AsyncIterator[tuple[Node, list[socket.socket]]]:
+    """The node with connections to its NBD servers, which the caller closes where nothing is raised.
+
+    Raises Unreachable.
+    """
+    sockets: list[socket.socket] = []
+    try:
+        yield await _connected(node, sockets), sockets
+    except BaseException:
+        for each in sockets:
+            each.close()
+        raise
+
+
+async def _connected(node: Node, sockets: list[socket.socket]) -> Node:
+    if node.location.protocol.get("driver") == "nbd":
+        made = await connect(node.location)
+        assert made is not None
+        sockets.append(made)
+        node = replace(node, fd=made.fileno())
+    backing = await _connected(node.backing, sockets) if node.backing is not None else None
+    data_file = await _connected(node.data_file, sockets) if node.data_file is not None else None
+    return replace(node, backing=backing, data_file=data_file)
+
+
+def silence(connection: socket.socket) -> float:
+    """Seconds since the last sign of life of the peer; 0 on a socket of this host."""
+    if connection.family == socket.AF_UNIX:
+        return 0.0
+    info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO.size)
+    if len(info) < _TCP_INFO.size:
+        return 0.0
+    fields: tuple[int, ...] = _TCP_INFO.unpack(info)
+    return min(fields[_LAST_DATA_RECEIVED], fields[_LAST_ACK_RECEIVED]) / 1000
+
+
+def is_closed(connection: socket.socket) -> bool:
+    """Whether the peer, or QEMU, has ended the connection."""
+    try:
+        return not connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True

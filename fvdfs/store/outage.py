@@ -1,0 +1,144 @@
+"""The time in which the server of a file is away: it was closed, or the network to it is cut.
+
+What becomes of requests meanwhile is the user's choice (`OnLoss`). A request that waits ends when the server is back,
+when who asked for it is killed (`Interrupt`), and when the mount ends.
+"""
+
+from __future__ import annotations
+
+import enum
+import errno
+import math
+import signal
+import time
+from contextvars import ContextVar
+
+import trio
+
+LOOK_INTERVAL = 0.5  # seconds between looks whether who waits is to be killed
+_FLAGS, _PENDING = 9 - 3, 31 - 3  # fields of /proc/PID/stat, of which the third follows the name
+_EXITING = 4  # PF_EXITING of linux/sched.h
+_KILL = 1 << signal.SIGKILL - 1
+
+
+class OnLoss(enum.Enum):
+    """What becomes of requests that need a server which is away."""
+
+    REFUSE = "refuse"
+    """As `EIO`, and nothing is opened without it: for commands."""
+    EIO = "eio"
+    """They fail, from ten seconds after the loss on."""
+    WAIT = "wait"
+    """They wait until it is back."""
+
+
+class Lost(OSError):
+    """The server is away: EIO, which the log has told of already."""
+
+
+class Interrupt:
+    """That who asked for something does not want it any more.
+
+    The kernel says so of some requests. Of direct and asynchronous ones it does not, and has their process wait, even
+    where that is to be killed: so it is looked at now and then.
+    """
+
+    def __init__(self, pid: int = 0) -> None:
+        """`pid`: the thread that asked; 0: not known."""
+        self._pid = pid
+        self.raised = False
+        self.waits: set[trio.CancelScope] = set()
+        """Of whoever waits for a server meanwhile."""
+
+    def interrupt(self) -> None:
+        """End all waiting for servers."""
+        self.raised = True
+        for scope in self.waits:
+            scope.cancel()
+
+    def look(self) -> None:
+        """`interrupt` where the thread has ended, or is to be killed."""
+        if self._pid and _is_ending(self._pid):
+            self.interrupt()
+
+
+def _is_ending(thread: int) -> bool:
+    try:
+        with open(f"/proc/{thread}/stat", "rb") as file:
+            fields = file.read().rpartition(b")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+    except OSError:
+        return False
+    return bool(int(fields[_FLAGS]) & _EXITING or int(fields[_PENDING]) & _KILL)
+
+
+asked_by: ContextVar[Interrupt | None] = ContextVar("asked_by", default=None)
+"""Of the request that this task, and all that it starts, works for."""
+
+
+class Outage:
+    """One loss of a server."""
+
+    def __init__(self, reason: str, *, hangs: bool = False) -> None:
+        """`hangs`: the connection stands, and nothing is answered."""
+        self._hangs = hangs
+        self.reason = reason
+        """Why the server is away, or why the last attempt to reach it failed."""
+        self.since = time.time()
+        """Seconds since the epoch."""
+        self.until: float | None = None
+        """The same; None: it is not over."""
+        self.failure = ""
+        """Why nobody tries any more to end it."""
+        self.ended = trio.Event()
+        self._began = trio.current_time()
+        self._waiting: set[trio.CancelScope] = set()
+        self._is_hopeless = False
+
+    @property
+    def is_away(self) -> bool:
+        """Whether nobody can be asked, until it ends."""
+        return self.until is None and not self._hangs
+
+    @property
+    def seconds(self) -> float:
+        """How long it has lasted."""
+        return trio.current_time() - self._began
+
+    def end(self, failure: str = "") -> None:
+        """The server is back, or nobody tries any more."""
+        self.failure = failure
+        self.until = time.time()
+        self.ended.set()
+
+    def let_go(self) -> None:
+        """Have all fail that wait, and all that come: the mount ends."""
+        self._is_hopeless = True
+        for scope in self._waiting:
+            scope.cancel()
+
+    async def wait(self, name: str, patience: float = math.inf) -> None:
+        """Wait for its end, until `patience` seconds after the loss. Raises Lost; OSError, EINTR, where interrupted."""
+        interrupt = asked_by.get()
+        scope = trio.CancelScope(deadline=self._began + patience)
+        lists = [self._waiting] + ([interrupt.waits] if interrupt is not None else [])
+        for waiting in lists:
+            waiting.add(scope)
+        if self._is_hopeless or (interrupt is not None and interrupt.raised):
+            scope.cancel()
+        try:
+            with scope:
+                while not self.ended.is_set():
+                    with trio.move_on_after(LOOK_INTERVAL):
+                        await self.ended.wait()
+                    if interrupt is not None:
+                        interrupt.look()
+        finally:
+            for waiting in lists:
+                waiting.discard(scope)
+        if self.ended.is_set() and not self.failure:
+            return
+        if interrupt is not None and interrupt.raised:
+            raise InterruptedError(errno.EINTR, f"{name}: interrupted while its server is away")
+        raise Lost(errno.EIO, f"{name}: {self.failure or f'its server is away: {self.reason}'}")
