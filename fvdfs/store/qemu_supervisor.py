@@ -203,8 +203,10 @@ class Supervisor:
                     await trio.to_thread.run_sync(daemon.stop)
 
     def _has_lost_server(self, daemon: StorageDaemon, error: OSError) -> bool:
-        """Whether that is why an operation has failed; a server may also have an error of its own disk."""
-        return self._files.has_server and error.errno in _LOST_SERVER and not daemon.is_connected
+        """Whether that is why an operation has failed. EIO may also be an error of the server's own disk."""
+        if not self._files.has_server or error.errno not in _LOST_SERVER:
+            return False
+        return error.errno != errno.EIO or not daemon.is_connected
 
     # --- is the server still there? ---------------------------------------------------------------
 
