@@ -2,13 +2,13 @@
 
     1. What of the image shows through from its base, and is not the same in the new one, is copied into the image. So
        is all that the new one is too short for.
-    2. The image is closed: data, table and bitmap are stable, and the journal is empty.
-    3. If the new base is shorter, the header takes no more than that from the base.
-    4. The header names the new base.
+    2. Data, table and bitmap are stable, and the journal is empty.
+    3. If the new base is shorter, the header takes no more than that from the base. Then the bits past that are cleared.
+    4. The image is closed, and the header names the new base.
 
-3 and 4 change one sector each, which is written whole or not at all. The image shows the same at every moment. A crash
-before 4 leaves it on its old base, with copies of it. Only 4 is done where the user says that the new base is the old
-one, in another place (`rename_base`): that cannot be checked.
+The header of 3 and that of 4 change one sector each, which is written whole or not at all. The image shows the same at
+every moment. A crash before 4 leaves it on its old base, with copies of it. Only 4 is done where the user says that the
+new base is the old one, in another place (`rename_base`): that cannot be checked.
 
 The format of the base stays: it is stated in another sector than the name, and a crash between the two would leave a
 base that is taken for what it is not.
@@ -73,11 +73,13 @@ async def rebase(path: str, name: str, new: Disk, policy: Policy, progress: Prog
         length = min(image.header.base_img_size, round_up(new.size, SECTOR))
         await _copy_differences(image, new, progress)
         await image.committer.checkpoint(clear_journal=True)
-        await image.end_writing()
         if length < image.header.base_img_size:
             region = with_fields(image.header, base_img_size=length).bitmap_region
             bitmap_size = region.size if region is not None else image.header.bitmap_size
             await image.committer.change_header(base_img_size=length, bitmap_size=bitmap_size)
+            assert image.bitmap is not None
+            image.bitmap.shrink(image.header.blocks)
+        await image.end_writing()
         await image.committer.change_header(base_img=name)
         await file.keep_mtime(mtime_ns)
 

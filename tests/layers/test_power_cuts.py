@@ -337,7 +337,7 @@ def chain(folder: Path, layout: str) -> None:
     (folder / "base.raw").write_bytes(BASE)
     options, base, length = LAYOUTS[layout], "base.raw", len(BASE)
     for number, name in enumerate(("vm@0.fvd", "vm@1.fvd", "vm@2.fvd", "vm.fvd")):
-        size = SIZE + number % 2 * 4 * KIB
+        size = SIZE + (number - 2) * 4 * KIB
         if number > 1:
             options = replace(
                 options,
