@@ -3,7 +3,7 @@
     1. What of the image shows through from its base, and is not the same in the new one, is copied into the image. So
        is all that the new one is too short for.
     2. Data, table and bitmap are stable, and the journal is empty.
-    3. If the new base is shorter, the header takes no more than that from the base. Then the bits past that are cleared.
+    3. If the new base is shorter, the header takes no more than that from the base. Then bits past that are cleared.
     4. The image is closed, and the header names the new base.
 
 The header of 3 and that of 4 change one sector each, which is written whole or not at all. The image shows the same at

@@ -11,6 +11,7 @@ import os
 from fvdfs.errors import UsageError
 from fvdfs.image.policy import Policy
 from fvdfs.image.tree import Tree
+from fvdfs.layers.alone import loaded_alone
 from fvdfs.layers.merging import data_file_of, refuse_links, remove_data_file, users_of
 from fvdfs.layers.newtop import new_top, refuse_losses, replace_by_new
 from fvdfs.layers.snapshot import opened_alone, path_of
@@ -19,7 +20,7 @@ from fvdfs.layers.snapshot import opened_alone, path_of
 async def revert(image: str, name: str, policy: Policy) -> str:
     """Revert a disk that nobody has open; the path of the snapshot. `name`: empty for what the disk stands on.
 
-    Raises UsageError where that must not be, ImageBusy, ImageError, OSError.
+    Raises UsageError where that must not be, ImageBusy, also where somebody writes the snapshot, ImageError, OSError.
     """
     refuse_links(image)
     tree = Tree(os.path.dirname(image))
@@ -35,9 +36,10 @@ async def revert(image: str, name: str, policy: Policy) -> str:
             raise UsageError(f"{image}: {what}; fvdfs snapshots {image} shows what there is")
         if target.identity == file.identity:
             raise UsageError(f"{image}: {target.path} is the same file, and no snapshot")
-        refuse_losses(target.path, target.header)
-        node = tree.at(image)
-        data_file = data_file_of(tree, node) if node is not None else ""
-        replace_by_new(image, new_top(target.header, base), file, target.mtime_ns)
-        remove_data_file(data_file)
+        async with loaded_alone(target.path, policy) as below:  # which nobody writes meanwhile
+            refuse_losses(target.path, below.header)
+            node = tree.at(image)
+            data_file = data_file_of(tree, node) if node is not None else ""
+            replace_by_new(image, new_top(below.header, base), file, target.mtime_ns)
+            remove_data_file(data_file)
     return target.path

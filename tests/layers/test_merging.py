@@ -430,6 +430,14 @@ def test_an_open_image_is_left_alone(image: Path) -> None:
     assert names(image) == ["vm.fvd", "vm@1.fvd", "vm@2.fvd"]
 
 
+def test_a_snapshot_that_is_written_is_no_state_to_go_back_to(image: Path) -> None:
+    states = chain(image, "cow", 2)
+    must("rebase", image, "-b", "vm@1.fvd")
+    with mounted(image.parent) as mount, open(mount.raw("vm@2"), "r+b"):
+        refused(["revert", image, "2"], "open for writing by another mount or process", code=1)
+    assert content(image) == states[2]
+
+
 def test_what_is_no_snapshot(image: Path) -> None:
     chain(image, "cow", 0)
     refused(["delete", image], "to remove a disk: rm")

@@ -324,6 +324,8 @@ class Machine(RuleBasedStateMachine):
             self.refused("revert", work, ImageBusy)
         elif not under:
             self._wait(lambda: self.refused("revert", work, UsageError))
+        elif under in self.open:
+            self.refused("revert", work, ImageBusy)
         else:
             self.run("revert", work)
             self.images[name] = Image(self.images[under].content, under)
