@@ -444,6 +444,20 @@ def _add_moves(commands: argparse._SubParsersAction[_Parser]) -> None:
         "--tls-creds", default="", metavar="DIR", help="certificates (ca-cert.pem, server-cert.pem, server-key.pem)"
     )
 
+    receive = commands.add_parser(
+        "receive",
+        help="make a disk that another host gives by fvdfs serve, and can hand over",
+        description="Until it is taken over, by fvdfs activate or by the first write, it is read from there, and "
+        "nothing of it is kept here. The mount of IMAGE has to allow the URL: -o allow_url=nbd://HOST/",
+    )
+    receive.set_defaults(run=_receive)
+    receive.add_argument("url", metavar="URL", help="as fvdfs serve prints it: nbd://HOST/NAME")
+    receive.add_argument("image", metavar="IMAGE", help="the new image")
+
+    activate = commands.add_parser("activate", help="take a disk over from its source: it is written here from now on")
+    activate.set_defaults(run=_activate)
+    activate.add_argument("disk", metavar="DISK", help="a raw file in a mount")
+
     freeze = commands.add_parser("freeze", help="have nobody write a disk on this host, since it moves to another")
     freeze.set_defaults(run=_freeze)
     freeze.add_argument("disk", metavar="DISK", help="a raw file in a mount, or an image that is not open")
@@ -780,6 +794,18 @@ def _serve(arguments: argparse.Namespace) -> int:
     from fvdfs.commands.serve import run
 
     return run(arguments.disks, listen=arguments.listen, unix=arguments.unix, tls_creds=arguments.tls_creds)
+
+
+def _receive(arguments: argparse.Namespace) -> int:
+    from fvdfs.commands.receive import run_receive
+
+    return run_receive(arguments.url, arguments.image)
+
+
+def _activate(arguments: argparse.Namespace) -> int:
+    from fvdfs.commands.receive import run_activate
+
+    return run_activate(arguments.disk)
 
 
 def _freeze(arguments: argparse.Namespace) -> int:

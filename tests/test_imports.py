@@ -44,7 +44,8 @@ IMPURE = {
     "prefetch": {"order", "prefetcher", "pressure", "scheduler"},
     "store": {
         *("base", "devices", "filelock", "flushing", "host", "mountinfo", "paths", "placing", "uring", "worker"),
-        *("connecting", "nbd_server", "outage", "qemu_daemon", "qemu_files", "qemu_store", "qemu_supervisor"),
+        *("connecting", "nbd_client", "nbd_server", "outage", "source"),
+        *("qemu_daemon", "qemu_files", "qemu_store", "qemu_supervisor"),
     },
 }
 """The rooms of the core, each with its modules that wait or do I/O. The others are pure: bytes in, decisions out."""

@@ -75,6 +75,8 @@ def _inspect_raw(path: str, base_format: str) -> BaseImage:
 def _inspect_fvd(path: str) -> BaseImage:
     chain = open_chain(path, Policy(writable=False, allowed_urls=("",)))  # no server is asked
     try:
+        if chain.layers[0].record().receiving:
+            raise ImageError(path, f"{chain.layers[0].record().obstacle}; until then nothing can stand on it")
         size = chain.layers[0].header.virtual_disk_size
         return BaseImage(path, size, FVD_FORMAT, _identities(chain.stores()))
     finally:

@@ -32,6 +32,7 @@ from fvdfs.format.header import (
     ceil_div,
     round_up,
 )
+from fvdfs.format.migration import NO_RECORD, Record
 from fvdfs.format.profile import Extent
 from fvdfs.image.making import NewImage, Part, Span, new_image
 from fvdfs.image.policy import FVD_FORMAT, RAW_FORMATS
@@ -95,11 +96,12 @@ def create_image(
     secret_file: str = "",
     profile: Sequence[Extent] = (),
     read: Sequence[str] = (),
+    record: Record = NO_RECORD,
 ) -> list[str]:
     """Make an image; remarks for the user. `virtual_size` in bytes, None: the base's; rounded up to a sector.
 
     `profile`: what is to be fetched first from the base once the image is opened. `read`: files that must not
-    be overwritten, beside those of the base.
+    be overwritten, beside those of the base. `record`: what it says of moves.
 
     Raises UsageError for what cannot be, ImageBusy, OSError where the disk refuses. A file that exists, or a
     device that does not look empty, is overwritten only with `force`.
@@ -107,7 +109,9 @@ def create_image(
     with NewFiles(force=force) as files:
         for name in read:
             files.protect_file(name)
-        remarks = make_image(files, path, virtual_size, options, secret_file=secret_file, profile=profile)
+        remarks = make_image(
+            files, path, virtual_size, options, secret_file=secret_file, profile=profile, record=record
+        )
         files.publish()
         return remarks
 
@@ -120,9 +124,11 @@ def make_image(
     *,
     secret_file: str = "",
     profile: Sequence[Extent] = (),
+    record: Record = NO_RECORD,
 ) -> list[str]:
     """`create_image`, but for the names of the files, which the caller publishes. On a device it is done at once."""
     new, base, options = plan_image(path, virtual_size, options, secret_file=secret_file, profile=profile)
+    new = replace(new, record=record)
     for identity, name in base.files if base is not None else ():
         files.protect_identity(identity, name)
     header, size = new.header, new.header.virtual_disk_size

@@ -46,6 +46,7 @@ def describe(path: str, *, secret_file: str = "", allowed_urls: tuple[str, ...] 
         chain = open_chain(path, policy, top_only=True)
     header = chain.layers[0].header
     note = _note(chain.layers[0])
+    move = _move(chain.layers[0], problems)
     usage = chain.layers[0].usage()
     base_chain = _names(chain)
     if not problems:
@@ -69,6 +70,7 @@ def describe(path: str, *, secret_file: str = "", allowed_urls: tuple[str, ...] 
         and (header.clean or not header.has_metadata or header.journal_region is not None),
         "base_chain": base_chain,
         "export": note,
+        "move": move,
         "problems": problems,
     }
     if image is not None:
@@ -81,6 +83,17 @@ def describe(path: str, *, secret_file: str = "", allowed_urls: tuple[str, ...] 
             result["chunks"] = header.chunks
         run_loop(image.close)
     return result | fields(header)
+
+
+def _move(layer: Layer, problems: list[str]) -> dict[str, str] | None:
+    """What it says of its move to or from another host; None: nothing. A damaged record is a problem."""
+    try:
+        record = layer.record()
+    except FormatError as error:
+        if str(error) not in problems:
+            problems.append(str(error))
+        return None
+    return {"state": record.state, "reason": record.obstacle} if record else None
 
 
 def _note(layer: Layer) -> dict[str, str | int] | None:
@@ -140,6 +153,8 @@ def render(facts: dict[str, Any]) -> str:
     rows += [("base", f"{base['path']} ({base['format']})") for base in facts["base_chain"]]
     if facts["export"]:
         rows.append(("export", _of_export(facts["export"])))
+    if facts["move"]:
+        rows.append(("move", facts["move"]["reason"] or facts["move"]["state"]))
     rows += [("problem", problem) for problem in facts["problems"]]
     rows.append(("", ""))
     for field in dataclasses.fields(Header):

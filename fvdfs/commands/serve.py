@@ -26,7 +26,7 @@ from fvdfs import daemon
 from fvdfs.commands.attributes import explained, facts
 from fvdfs.commands.migration import ask_mount, flush, kept_from_qemu
 from fvdfs.commands.watching import Watch
-from fvdfs.errors import FvdError, ImageBusy, UsageError
+from fvdfs.errors import FvdError, ImageBusy, ImageError, UsageError
 from fvdfs.format import mailbox
 from fvdfs.format.mailbox import Answer, Question, Wish
 from fvdfs.format.migration import Source
@@ -58,7 +58,7 @@ class _Disk:
         self._epochs = 0
         """Exports of an epoch that there were."""
         self._announced = ""
-        self._complaint = ""
+        self._said = ""
         with open(self.box, "xb") as file:
             file.truncate(mailbox.SIZE)
 
@@ -86,7 +86,7 @@ class _Disk:
             for question in mailbox.questions(box.read()):
                 answer = self._answer(server, question)
                 who, result = question.name or question.target, answer.text or "done"
-                log.warning("%s: %s asks to %s: %s", self.raw, who, question.wish.value, result)
+                self._say(f"{self.raw}: {who} asks to {question.wish.value}: {result}")
                 box.seek(mailbox.question_at(question.target) + mailbox.SECTOR)
                 box.write(answer.encode())
 
@@ -95,7 +95,8 @@ class _Disk:
             with daemon.undisturbed():
                 self._do(server, question)
         except (FvdError, OSError) as error:
-            return Answer(question.number, done=False, later=isinstance(error, ImageBusy), text=str(error))
+            text = error.reason if isinstance(error, ImageError) else str(error)
+            return Answer(question.number, done=False, later=not isinstance(error, UsageError), text=text)
         return Answer(question.number, done=True)
 
     def _do(self, server: NbdServer, question: Question) -> None:
@@ -146,12 +147,13 @@ class _Disk:
             self._locks.enter_context(kept_from_qemu(self.raw))
             self._is_locked = True
         except ImageBusy as error:  # it cannot write, whatever it tries
-            self._complain(str(error))
+            self._say(str(error))
 
-    def _complain(self, text: str) -> None:
-        if text != self._complaint:
+    def _say(self, text: str) -> None:
+        """Once: who is refused asks again at once."""
+        if text != self._said:
             log.warning("%s", text)
-            self._complaint = text
+            self._said = text
 
     def close(self) -> None:
         """End."""

@@ -83,8 +83,10 @@ def _columns(image: dict[str, Any]) -> tuple[str, str, str, str, str, str]:
         image["reason"] = ", ".join(
             filter(None, [f"base of {image['disks']} open disk{'s' * (image['disks'] > 1)}", image["reason"]])
         )
+    if why := image.get("move_reason"):
+        image["reason"] = ", ".join(filter(None, [why, image.get("reason", "")]))
     if "rate" not in image:  # closed, or being closed
-        return share, image["state"], "", "", image.get("failed", ""), ""
+        return share, image["state"], "", "", image.get("failed", "") or image.get("reason", ""), ""
     rate = f"{image['rate'] / 1e6:.1f} MB/s" if image["rate"] else ""
     left = _duration(image["eta"]) if image["eta"] is not None else ""
     passthrough = "on" if image["passthrough"] == "on" else f"no: {image['passthrough']}"

@@ -123,14 +123,16 @@ class Record:
             return f"frozen for a move (epoch {out.epoch}); fvdfs thaw, if that was cancelled"
         return f"frozen: moved to {out.name or out.target} (epoch {out.epoch})"
 
-    @property
-    def base_suffix(self) -> str:
-        """What follows the name of the base: only the source that is frozen for this target exports that.
+    def base_name(self, name: str) -> str:
+        """The base of an image whose header names this one.
 
-        Empty where the base is the one that the header names.
+        Of a target that has the disk: what its source exports for this move alone, once it is frozen.
         """
-        taken = self.incoming is not None and self.incoming.state is Target.ACTIVE
-        return f"/{self.incoming.epoch}" if taken and self.incoming is not None else ""
+        into = self.incoming
+        if into is None or into.state is not Target.ACTIVE:
+            return name
+        export, mark, options = name.partition("?")
+        return f"{export}/{into.epoch}{mark}{options}"
 
     # --- as it is stored --------------------------------------------------------------------------
 

@@ -265,6 +265,9 @@ def _descend(path: str, policy: Policy, *, top_only: bool = False) -> Iterator[L
         except BaseException:
             store.close()
             raise
+        if len(above) > 1 and last.record().receiving:
+            last.close()
+            raise ImageError(path, f"{last.record().obstacle}; until then nothing can stand on it")
         yield last
         header = last.header
         if not header.has_base or top_only:
@@ -273,7 +276,8 @@ def _descend(path: str, policy: Policy, *, top_only: bool = False) -> Iterator[L
         through = writable and _writes_base(last, policy)
         if last.base_format != FVD_FORMAT:
             stated = last.base_format if header.base_img_fmt or last.base_format != RAW else ""
-            yield open_named(path, "base_img", header.base_img, stated, policy, writable=through)
+            name = last.record().base_name(header.base_img)
+            yield open_named(path, "base_img", name, stated, policy, writable=through)
             return
         below = open_named(path, "base_img", header.base_img, "", policy, writable=False)
         if not isinstance(below, HostFile):

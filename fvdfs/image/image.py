@@ -24,13 +24,14 @@ from fvdfs.errors import ImageError, ReadOnlyImage
 from fvdfs.format.profile import Extent
 from fvdfs.image import passing
 from fvdfs.image.base_writing import begin_base_writing
+from fvdfs.image.bases import Key
 from fvdfs.image.core import Core, LastExtents, close_chain, leave_base
 from fvdfs.image.profiling import read_profile, record_profile, write_profile
 from fvdfs.image.reading import Reads
 from fvdfs.image.resizing import Resizer
 from fvdfs.image.stacking import Step, stack
 from fvdfs.image.writing import PendingWrite, Writes
-from fvdfs.store.base import Buffer, Done, Pending
+from fvdfs.store.base import Buffer, Done, Pending, Store
 
 log = logging.getLogger(__name__)
 
@@ -257,6 +258,27 @@ class Image(Core):
     async def put_on_top(self, top: Image, name: str, rename: Step, sync: Step) -> float:
         """`stacking.stack`: `top` takes the writes from now on, and what this image was is its base."""
         return await stack(self, top, name, Image, self._resizer.lock, self._gate, rename, sync)
+
+    async def change_base(self, base: Store, key: Key) -> None:
+        """Stand on this store, which has this key among bases, from now on. Both have the same content for who asks.
+
+        It is taken over. The former base is let go when no read of it is under way.
+        """
+        former = self.base
+        assert former is not None
+        async with self.bases.changing([key]):
+            found = self.bases.find(key)
+            if found is None:
+                self.bases.add(key, base)
+            else:
+                await base.aclose()
+            new = base if found is None else found
+            self.bases.enter(new, self)
+            self.base = new
+        await self._reads.wait_for_base()
+        async with self.bases.leaving(former, self) as is_last:
+            if is_last and not isinstance(former, Core):
+                await former.aclose()
 
     # --- profiles -------------------------------------------------------------------------------
 

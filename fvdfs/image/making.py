@@ -15,6 +15,7 @@ from fvdfs.cow.bitmap import Bitmap, bitmap_bytes
 from fvdfs.errors import UsageError
 from fvdfs.format.creation import CreateOptions, new_header
 from fvdfs.format.header import HEADER_SIZE, PAGE, SECTOR, Header, round_up, with_fields
+from fvdfs.format.migration import NO_RECORD, PLACE, Record
 from fvdfs.format.profile import Extent, encode
 from fvdfs.image.chain import MAX_REGION
 
@@ -33,6 +34,8 @@ class NewImage:
     """As it is stored; empty where there is none."""
     bitmap: Bitmap | None
     """Empty; None without a base."""
+    record: Record = NO_RECORD
+    """What it says of moves to and from other hosts."""
 
     @property
     def data_size(self) -> int:
@@ -48,6 +51,8 @@ class NewImage:
         """What the image's own file holds, the header first; all else in it is zeros."""
         header = self.header
         parts = [(0, header.encode().ljust(round_up(HEADER_SIZE, SECTOR), b"\0"))]
+        if self.record:
+            parts.append((PLACE, self.record.encode()))
         if self.bitmap is not None:
             parts += [(header.bitmap_offset + number * PAGE, page) for number, page in self.bitmap.take_dirty_pages()]
         if header.compact:

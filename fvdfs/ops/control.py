@@ -8,6 +8,7 @@ import logging
 import os
 from typing import Any
 
+from fvdfs.errors import MovedAway
 from fvdfs.image.image import Image
 from fvdfs.ops.background import Prefetched
 from fvdfs.ops.inodes import Entry
@@ -79,6 +80,8 @@ async def _start(openings: Openings, entry: Entry) -> None:
     try:
         async with entry.lock:
             assert entry.image is not None
+            if entry.record.receiving:
+                raise MovedAway(os.fsdecode(entry.path), entry.record.obstacle)
             prefetcher = _prefetch(openings, entry, entry.image)
             if prefetcher is not None and not prefetcher.held and background.spawn is not None:
                 prefetcher.held = keep_open = True

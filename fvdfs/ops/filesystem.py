@@ -115,6 +115,7 @@ class Filesystem(pyfuse3.Operations):
         self._naming = Naming(self.folder, permitted or Permitted())
         self.enable_writeback_cache = writeback and sync is not Sync.ALWAYS
         self._sync = sync
+        openings.opened = functools.partial(moves.follow, openings)
         self._shrink = shrink
         self._images: dict[int, Image] = {}
         self._handles: dict[int, Handle] = {}
@@ -255,6 +256,8 @@ class Filesystem(pyfuse3.Operations):
 
     async def _resize(self, entry: Entry, image: Image, size: int) -> None:
         """Raises NotPermittedHere, OSError: EBUSY where others stand on a disk that is to be cut; as `Image.resize`."""
+        if entry.record.receiving:
+            await moves.activate(self.openings, entry)
         if size < image.size:
             if not self._shrink:
                 raise NotPermittedHere("a disk cannot be cut, nor overwritten by cp, here: mount with -o shrink")
@@ -433,12 +436,13 @@ class Filesystem(pyfuse3.Operations):
             await self.openings.close(entry)
             raise
         handle = self._new_handle()
-        through_cache = write and not flags & os.O_DIRECT
+        uncached = entry.record.receiving
+        through_cache = write and not flags & os.O_DIRECT and not uncached
         entry.cached_writers += through_cache
         self._handles[handle] = Handle(entry, write, through_cache, bool(flags & os.O_DSYNC))
         self._images[handle] = entry.image
         self.limits.before_open(is_remote=entry.image.is_remote)
-        return FileInfo(fh=FileHandleT(handle), keep_cache=keep_cache)
+        return FileInfo(fh=FileHandleT(handle), keep_cache=keep_cache, direct_io=uncached)
 
     # These take the short path (`device.py`).
 
@@ -454,9 +458,17 @@ class Filesystem(pyfuse3.Operations):
 
     def _change(self, fh: int, pending: Pending, stop: int, *, durable: bool) -> Pending:
         """A change of a disk's bytes up to `stop`; `durable` as for `begin_write`."""
+        entry = self._handles[fh].entry
+        if entry.record.receiving:
+            pending = InTask(functools.partial(self._when_active, entry, pending))
         durable = self._sync is Sync.ALWAYS or (durable and self._sync is Sync.FLUSH)
         write = DurableWrite if durable else Write
         return write(self._handles[fh].entry, pending, self._note_write, beyond=stop > self._images[fh].end)
+
+    async def _when_active(self, entry: Entry, pending: Pending) -> int:
+        """A change of a disk that is still its source's."""
+        await moves.activate(self.openings, entry)
+        return await pending.finish()
 
     def begin_fallocate(self, fh: int, mode: int, offset: int, length: int, /) -> Pending:
         """`requests.fallocate`, of the bytes from `offset` on."""

@@ -3,11 +3,18 @@
 What may follow on what, `format/migration.py` says; docs/migration.md has the whole table. A step is asked for through
 an extended attribute (`xattrs.MOVE`):
 
-    serve | freeze | handover EPOCH TARGET NAME | thaw | thaw lose-writes | release [EPOCH TARGET]
+    serve | freeze | handover EPOCH TARGET NAME | thaw | thaw lose-writes | release [EPOCH TARGET] | activate
 
 A freeze: what copies from the base ends; writers are kept out, and what was written is made stable; the image is
 closed, clean; its record says so, and is stable; then whoever waited to write gets EROFS, and so do all who come later.
 Programs keep the disk open, and read it. Where anything fails before the record is stable, the disk is written on.
+
+A disk that is being received is read from its source, and nothing of it is kept: what lies there may change at any
+moment. `activate`, or the first change that somebody makes, takes it over, and waits for it: the source is asked to
+freeze the disk and to say so; its export of this move, which is there only then, becomes the base; the record says that
+the disk is active, and is stable; the kernel's pages are dropped; the image becomes writable, and copies from now on.
+Where anything fails before the record is stable, it is received on, and the change fails with EIO. The source gives the
+disk to this target alone, however often it is asked.
 """
 
 from __future__ import annotations
@@ -23,7 +30,9 @@ import trio
 
 from fvdfs.errors import FvdError, MovedAway, UsageError
 from fvdfs.format import migration
-from fvdfs.format.migration import Record
+from fvdfs.format.mailbox import Wish
+from fvdfs.format.migration import Incoming, Record, Target
+from fvdfs.image.chain import open_named
 from fvdfs.image.image import Image
 from fvdfs.image.locking import lock_for_writing, unlock_for_writing
 from fvdfs.image.migration import new_number, read_record, write_record
@@ -34,16 +43,25 @@ from fvdfs.ops.openings import Openings
 from fvdfs.ops.passthrough import Passthrough
 from fvdfs.ops.snapshots import begin_copies, stop_copies
 from fvdfs.store.host import HostFile
+from fvdfs.store.locations import parse_location
+from fvdfs.store.qemu_store import QemuStore
+from fvdfs.store.source import ask
 
 log = logging.getLogger(__name__)
 
 Event = Callable[[Record], Record]
+ASKED_PATIENCE = 3.0  # seconds for the source to do what a user asks for
+WRITE_PATIENCE = 30.0  # seconds that a first write waits for the source
+FOLLOW_INTERVAL = 1.0  # seconds between looks whether all is local
 
 
 async def take_step(openings: Openings, entry: Entry, text: str) -> None:
     """Do what is asked for. Raises OSError, ImageError; `Entry.move_refused` tells why in words."""
     entry.move_refused = ""
     try:
+        if text == "activate":
+            await _activate_closed(openings, entry)
+            return
         event = _event(text)
         with trio.CancelScope(shield=True):
             async with _opened(openings, entry) as image:
@@ -53,6 +71,87 @@ async def take_step(openings: Openings, entry: Entry, text: str) -> None:
         if isinstance(error, UsageError):
             raise OSError(errno.EINVAL, str(error)) from error
         raise
+
+
+async def _activate_closed(openings: Openings, entry: Entry) -> None:
+    await openings.open(entry.inode, write=True)
+    try:
+        if entry.record.incoming is None:
+            migration.activate(entry.record)
+        await activate(openings, entry, ASKED_PATIENCE)
+    finally:
+        await openings.close(entry)
+
+
+async def activate(openings: Openings, entry: Entry, patience: float = WRITE_PATIENCE) -> None:
+    """Take an open disk over from its source, unless that was done. Raises OSError."""
+    async with entry.activating:
+        image, into = entry.image, entry.record.incoming
+        if not entry.record.receiving:
+            return
+        assert image is not None
+        assert into is not None
+        began = trio.current_time()
+        try:
+            await ask(parse_location(image.header.base_img), into, Wish.HAND_OVER, patience)
+            with trio.CancelScope(shield=True):
+                async with entry.lock:
+                    await _take_over(openings, entry, image)
+        except (FvdError, OSError) as error:
+            entry.move_refused = str(error) if isinstance(error, FvdError) else error.strerror or str(error)
+            log.error("%s: cannot be taken over from its source: %s", image.name, entry.move_refused)
+            raise OSError(errno.EIO, entry.move_refused) from error
+        log.info("%s: taken over from its source in %.3f s", image.name, trio.current_time() - began)
+
+
+async def _take_over(openings: Openings, entry: Entry, image: Image) -> None:
+    """The source has said that it is frozen. Raises ImageError, OSError."""
+    assert isinstance(image.meta, HostFile)
+    policy, header, after = openings.folder.policy, image.header, migration.activate(entry.record)
+    await lock_for_writing(image)
+    name, file_format = after.base_name(header.base_img), header.base_img_fmt
+    open_source = functools.partial(open_named, image.name, "base_img", name, file_format, policy, writable=False)
+    base = await trio.to_thread.run_sync(open_source)
+    try:
+        if isinstance(base, QemuStore):
+            await base.start()
+        await trio.to_thread.run_sync(write_record, image.meta, after)
+    except BaseException:
+        await base.aclose()
+        raise
+    entry.record = after
+    await image.change_base(base, (file_format, str(base.identity), ""))
+    if openings.forget_pages is not None:
+        await openings.forget_pages(entry.inode)
+    await begin_writing(entry, image, policy, openings.background)
+    follow(openings, entry, image)
+
+
+def follow(openings: Openings, entry: Entry, image: Image) -> None:
+    """An image was opened, or taken over: once all of it is here, its source is told."""
+    into, spawn = entry.record.incoming, openings.background.spawn
+    if into is not None and into.state is Target.ACTIVE and spawn is not None:
+        spawn(functools.partial(_follow, entry, image, into))
+
+
+async def _follow(entry: Entry, image: Image, into: Incoming) -> None:
+    location = parse_location(image.header.base_img)
+    while image.bitmap is not None:
+        with trio.move_on_after(FOLLOW_INTERVAL):
+            await entry.unloaded.wait()
+            return
+    assert isinstance(image.meta, HostFile)
+    async with entry.lock:
+        if entry.image is not image or not image.writable or entry.record.incoming != into:
+            return  # the next opening sees to it, or it is a snapshot's by now
+        entry.record = migration.complete(entry.record)
+        await trio.to_thread.run_sync(write_record, image.meta, entry.record)
+    try:
+        await ask(location, into, Wish.RELEASE, ASKED_PATIENCE)
+    except (FvdError, OSError) as error:
+        log.warning("%s: all is local; its source could not be told, run fvdfs release there: %s", image.name, error)
+    else:
+        log.info("%s: all is local, and its source released", image.name)
 
 
 def _event(text: str) -> Event:

@@ -26,7 +26,7 @@ from fvdfs.image.chain import Chain, image_key, open_chain, wants_copies
 from fvdfs.image.core import Core, damaged_layers, stores_of
 from fvdfs.image.image import Image
 from fvdfs.image.loading import load_chain
-from fvdfs.image.locking import let_fill
+from fvdfs.image.locking import let_fill, lock_for_writing
 from fvdfs.image.policy import HostStore
 from fvdfs.ops.background import Background, stop_prefetching
 from fvdfs.ops.caches import Caches
@@ -58,6 +58,8 @@ class Openings:
         self._keeping = Keeping(folder.policy, background)
         self._bases: Bases[Core, Store] = Bases()
         self.caches = Caches(self._bases, background)
+        self.opened: Callable[[Entry, Image], None] = lambda _entry, _image: None
+        """Is told of each image that was opened."""
         self.forget_pages: Callable[[int], Awaitable[None]] | None = None
         """Has the kernel drop its pages of an inode that nobody has open."""
 
@@ -95,15 +97,18 @@ class Openings:
                         raise OSError(errno.EROFS, "mounted read-only")
                     if isinstance(entry.passthrough, Passthrough) and (failed := entry.image.committer.failed):
                         raise OSError(errno.EIO, f"read-only since an earlier error: {failed}")
-                    if not entry.image.writable:
+                    if entry.record.receiving:  # the first write has it taken over (`moves.py`)
+                        await lock_for_writing(entry.image)
+                    elif not entry.image.writable:
                         await begin_writing(entry, entry.image, self._policy, self.background)
                     entry.for_writing = True
-                elif keep_copies and fresh:
+                elif keep_copies and fresh and not entry.record.receiving:
                     await self._keeping.begin(entry, entry.image)
                 if entry.image.bitmap is not None and not entry.image.writable:
                     await trio.to_thread.run_sync(let_fill, entry.image)
                 if fresh:
                     entry.passthrough = await self.passthroughs.begin(entry.image, entry.mtime)
+                    self.opened(entry, entry.image)
                 if isinstance(entry.passthrough, Passthrough):
                     keep = False  # there is nothing to keep
                     if entry.image.writable:
@@ -113,7 +118,7 @@ class Openings:
                     await self._unload(entry)
                 raise
             entry.opens += 1
-            return entry, keep
+            return entry, keep and not entry.record.receiving
 
     async def _load(self, entry: Entry) -> tuple[Image, Snapshot | None]:
         status, chain = await trio.to_thread.run_sync(self._open_chain, entry.path)

@@ -15,8 +15,9 @@ import os
 
 import trio
 
-from fvdfs.errors import FvdError, UsageError
+from fvdfs.errors import FvdError, MovedAway, UsageError
 from fvdfs.format.header import HEADER_SPACE, Header
+from fvdfs.format.migration import NO_RECORD
 from fvdfs.image.image import Image
 from fvdfs.image.loading import load_image
 from fvdfs.image.profiling import write_profile
@@ -57,6 +58,8 @@ async def make_snapshot(openings: Openings, entry: Entry, name: str) -> None:
 
 async def _make(openings: Openings, entry: Entry, image: Image, name: str) -> str:
     path = os.fsdecode(entry.path)
+    if entry.record.receiving:
+        raise MovedAway(path, entry.record.obstacle)
     if isinstance(entry.passthrough, Passthrough):
         raise UsageError(
             f"{path}: the kernel reads and writes its data by itself; close the disk, then: fvdfs snapshot {path}"
@@ -87,6 +90,7 @@ async def _make(openings: Openings, entry: Entry, image: Image, name: str) -> st
             entry.snapshot_wait = await image.put_on_top(top, under, rename, sync)
         finally:
             if swapped:
+                entry.record = NO_RECORD  # what lies below has it
                 entry.status = status
                 entry.cached = None
                 await entry.mtime.move(file)

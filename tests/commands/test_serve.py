@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import mmap
 import os
-import signal
 import subprocess
 import time
 from collections.abc import Iterator
@@ -16,7 +14,8 @@ import pytest
 
 from fvdfs.format import mailbox
 from fvdfs.format.mailbox import Answer, Question, Wish
-from support.mounts import FVDFS, MIB, Mount, fvdfs, mounted, must, needs_passthrough, running, wait_until
+from support.mounts import MIB, Mount, fvdfs, mounted, must, needs_passthrough, running, wait_until
+from support.moves import serving
 
 T, OTHER_T = "1" * 16, "2" * 16
 
@@ -26,19 +25,6 @@ def mount(folder: Path) -> Iterator[Mount]:
     must("create", folder / "vm.fvd", "16M")
     with mounted(folder) as found:
         yield found
-
-
-@contextlib.contextmanager
-def serving(mount: Mount) -> Iterator[Path]:
-    """The socket; the disk is given there."""
-    socket = mount.folder.parent / "nbd"
-    socket.unlink(missing_ok=True)
-    with running(*FVDFS, "serve", mount.raw("vm"), "--unix", socket, stdout=subprocess.PIPE, text=True) as server:
-        assert server.stdout is not None
-        assert server.stdout.readline() == f"nbd+unix:///vm?socket={socket}\n"
-        yield socket
-        server.send_signal(signal.SIGTERM)
-        assert server.wait(10) == 0
 
 
 def qemu_io(socket: Path, export: str, *commands: str, write: bool = False) -> str:

@@ -108,7 +108,9 @@ def test_states_of_a_target() -> None:
     receiving, active, local = (Record(Incoming(state, E, T)) for state in Target)
     assert [migration.activate(r) for r in (receiving, active, local)] == [active, active, local]
     assert [migration.complete(r) for r in (active, local)] == [local, local]
-    assert [r.base_suffix for r in (receiving, active, local, Record())] == ["", f"/{E}", "", ""]
+    base = "nbd://host/vm"
+    assert [r.base_name(base) for r in (receiving, active, local, Record())] == [base, f"{base}/{E}", base, base]
+    assert active.base_name("nbd+unix:///vm?socket=/s") == f"nbd+unix:///vm/{E}?socket=/s"
     for event, record in (
         (migration.complete, receiving),
         (migration.complete, Record()),

@@ -1,0 +1,164 @@
+"""A connection to an NBD server, to read and write a few sectors of an export without a daemon of its own.
+
+It speaks the fixed newstyle handshake, NBD_OPT_GO, and simple replies, as the protocol's document names them.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import ssl
+import struct
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+
+import trio
+
+from fvdfs.errors import UnsupportedFeature
+from fvdfs.store.locations import Location, Options
+
+CONNECT_TIMEOUT = 5.0  # seconds until the server has let us in
+CALL_TIMEOUT = 5.0  # seconds for a read or a write
+_GREETING = struct.Struct(">8s8sH")
+_OPTION = struct.Struct(">8sII")
+_OPTION_REPLY = struct.Struct(">QIII")
+_REQUEST = struct.Struct(">IHHQQI")
+_REPLY = struct.Struct(">IIQ")
+_HAVE_OPTION = b"IHAVEOPT"
+_REPLY_MAGIC = 0x3E889045565A9
+_REQUEST_MAGIC, _SIMPLE_MAGIC = 0x25609513, 0x67446698
+_FLAGS = 3  # fixed newstyle, no zeroes
+_STARTTLS, _GO = 5, 7
+_ACK, _INFO = 1, 3
+_UNKNOWN_EXPORT = 0x8000_0006
+_READ, _WRITE, _DISCONNECT = 0, 1, 2
+_LONGEST = 1 << 16  # bytes of a reply to an option
+
+
+class NoExport(OSError):
+    """The server has no export of this name."""
+
+
+class NbdClient:
+    """One export, open. Offsets in bytes."""
+
+    def __init__(self, stream: trio.abc.Stream) -> None:
+        self._stream = stream
+        self._calls = 0
+
+    async def pread(self, length: int, offset: int) -> bytes:
+        """Raises OSError."""
+        return await self._call(_READ, offset, length, b"")
+
+    async def pwrite(self, data: bytes, offset: int) -> None:
+        """Raises OSError."""
+        await self._call(_WRITE, offset, len(data), data)
+
+    async def _call(self, kind: int, offset: int, length: int, data: bytes) -> bytes:
+        self._calls += 1
+        with _answered_within(CALL_TIMEOUT):
+            request = _REQUEST.pack(_REQUEST_MAGIC, 0, kind, self._calls, offset, length)
+            await self._stream.send_all(request + data)
+            magic, error, number = _REPLY.unpack(await _exactly(self._stream, _REPLY.size))
+            if magic != _SIMPLE_MAGIC or number != self._calls:
+                raise OSError(errno.EPROTO, os.strerror(errno.EPROTO))
+            if error:
+                raise OSError(errno.EIO, f"the server answers with error {error}")
+            return await _exactly(self._stream, length) if kind == _READ else b""
+
+
+@asynccontextmanager
+async def nbd_client(location: Location, suffix: str, tls: ssl.SSLContext | None = None) -> AsyncIterator[NbdClient]:
+    """Connect to the export whose name is that of this location, and this suffix.
+
+    Raises NoExport, other OSError; UnsupportedFeature where the location is not one of NBD.
+    """
+    protocol = location.protocol
+    if protocol.get("driver") != "nbd":
+        raise UnsupportedFeature(location.name, "is not of the form nbd://HOST/NAME")
+    stream: trio.abc.Stream | None = None
+    try:
+        with _answered_within(CONNECT_TIMEOUT):
+            stream = await _connect(_server(protocol))
+            stream = await _negotiate(stream, protocol, str(protocol["export"]) + suffix, tls)
+        yield NbdClient(stream)
+        with trio.move_on_after(1), _as_os_error():
+            await stream.send_all(_REQUEST.pack(_REQUEST_MAGIC, 0, _DISCONNECT, 0, 0, 0))
+    finally:
+        if stream is not None:
+            await trio.aclose_forcefully(stream)
+
+
+@contextmanager
+def _answered_within(seconds: float) -> Iterator[None]:
+    """Raises OSError: ETIMEDOUT, and for what trio calls a broken connection."""
+    with _as_os_error():
+        try:
+            with trio.fail_after(seconds):
+                yield
+        except trio.TooSlowError:
+            raise OSError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT)) from None
+
+
+@contextmanager
+def _as_os_error() -> Iterator[None]:
+    try:
+        yield
+    except trio.BrokenResourceError as error:
+        raise OSError(errno.ECONNRESET, str(error.__cause__ or os.strerror(errno.ECONNRESET))) from error
+
+
+def _server(protocol: Options) -> Options:
+    server = protocol["server"]
+    assert isinstance(server, dict)
+    return server
+
+
+async def _connect(server: Options) -> trio.SocketStream:
+    if server["type"] == "unix":
+        return await trio.open_unix_socket(str(server["path"]))
+    return await trio.open_tcp_stream(str(server["host"]), int(str(server["port"])))
+
+
+async def _negotiate(
+    stream: trio.abc.Stream, protocol: Options, name: str, tls: ssl.SSLContext | None
+) -> trio.abc.Stream:
+    """The stream for requests. Raises OSError."""
+    first, second, _ = _GREETING.unpack(await _exactly(stream, _GREETING.size))
+    if (first, second) != (b"NBDMAGIC", _HAVE_OPTION):
+        raise OSError(errno.EPROTO, "is no NBD server, or one of before 2012")
+    await stream.send_all(struct.pack(">I", _FLAGS))
+    if tls is not None:
+        await _option(stream, _STARTTLS, b"")
+        host = str(protocol.get("tls-hostname") or _server(protocol).get("host", ""))
+        stream = trio.SSLStream(stream, tls, server_hostname=host)
+        await stream.do_handshake()
+    encoded = name.encode()
+    await _option(stream, _GO, struct.pack(">I", len(encoded)) + encoded + struct.pack(">H", 0))
+    return stream
+
+
+async def _option(stream: trio.abc.Stream, number: int, data: bytes) -> None:
+    """Ask for it, and wait until it is granted. Raises OSError."""
+    await stream.send_all(_OPTION.pack(_HAVE_OPTION, number, len(data)) + data)
+    while True:
+        magic, _, kind, length = _OPTION_REPLY.unpack(await _exactly(stream, _OPTION_REPLY.size))
+        if magic != _REPLY_MAGIC or length > _LONGEST:
+            raise OSError(errno.EPROTO, os.strerror(errno.EPROTO))
+        text = await _exactly(stream, length)
+        if kind == _ACK:
+            return
+        if kind == _UNKNOWN_EXPORT:
+            raise NoExport(errno.ENOENT, "the server has no such export")
+        if kind != _INFO:
+            raise OSError(errno.EACCES, text.decode(errors="replace") or f"the server refuses ({kind:#x})")
+
+
+async def _exactly(stream: trio.abc.Stream, size: int) -> bytes:
+    data = bytearray()
+    while len(data) < size:
+        part = await stream.receive_some(size - len(data))
+        if not part:
+            raise OSError(errno.ECONNRESET, "the server has closed the connection")
+        data += part
+    return bytes(data)

@@ -1,0 +1,78 @@
+"""What a target asks of the source of its disk, by the mailbox that this exports (`format/mailbox.py`)."""
+
+from __future__ import annotations
+
+import errno
+import secrets
+import socket
+
+import trio
+
+from fvdfs.errors import ImageError, UsageError
+from fvdfs.format import mailbox
+from fvdfs.format.mailbox import Answer, Question, Wish
+from fvdfs.format.migration import Incoming
+from fvdfs.store.locations import Location
+from fvdfs.store.nbd_client import NbdClient, NoExport, nbd_client
+
+ANSWER_TIMEOUT = 10.0  # seconds until a question is given up: a freeze may have much to flush
+_LOOK = 0.005  # seconds between looks for an answer
+_RETRY = 0.1  # seconds before what failed is asked again
+_NUMBER_BYTES = 8
+
+
+async def epoch_of(location: Location) -> str:
+    """The epoch of the move that this source is ready for.
+
+    Raises UsageError where it is no disk that `fvdfs serve` gives, ImageError, OSError.
+    """
+    try:
+        async with nbd_client(location, mailbox.EXPORT) as box:
+            epoch = mailbox.epoch_in(await box.pread(mailbox.SECTOR, 0))
+    except NoExport:
+        epoch = ""
+    if not epoch:
+        raise UsageError(f"{location.name}: is no disk that fvdfs serve gives there")
+    return epoch
+
+
+async def ask(location: Location, into: Incoming, wish: Wish, patience: float) -> None:
+    """Have the source do it, trying for so many seconds.
+
+    Raises UsageError where it refuses for good, ImageError where it cannot do it yet, OSError where it does not answer.
+    """
+    deadline = trio.current_time() + patience
+    while True:
+        try:
+            answer = await _ask_once(location, into, wish)
+            if answer.done:
+                return
+            if not answer.later:
+                raise UsageError(f"the source refuses: {answer.text}")
+            error: Exception = ImageError("the source", f"cannot hand it over: {answer.text}")
+        except OSError as failure:
+            error = failure
+        if trio.current_time() > deadline:
+            raise error
+        await trio.sleep(_RETRY)
+
+
+async def _ask_once(location: Location, into: Incoming, wish: Wish) -> Answer:
+    """Raises OSError."""
+    number = secrets.token_hex(_NUMBER_BYTES)
+    question = Question(number, wish, into.epoch, into.number, socket.gethostname())
+    at = mailbox.question_at(into.number)
+    async with nbd_client(location, mailbox.EXPORT) as box:
+        await box.pwrite(question.encode(), at)
+        deadline = trio.current_time() + ANSWER_TIMEOUT
+        while trio.current_time() < deadline:
+            answer = await _look(box, at + mailbox.SECTOR, number)
+            if answer is not None:
+                return answer
+            await trio.sleep(_LOOK)
+    raise OSError(errno.ETIMEDOUT, "the source does not answer; does fvdfs serve run there?")
+
+
+async def _look(box: NbdClient, at: int, number: str) -> Answer | None:
+    answer = Answer.decode(await box.pread(mailbox.SECTOR, at))
+    return answer if answer is not None and answer.number == number else None
