@@ -28,7 +28,7 @@ from contextlib import asynccontextmanager
 
 import trio
 
-from fvdfs.errors import FvdError, MovedAway, UsageError
+from fvdfs.errors import FvdError, MovedAway, Unreachable, UsageError
 from fvdfs.format import migration
 from fvdfs.format.mailbox import Wish
 from fvdfs.format.migration import Incoming, Record, Target
@@ -115,6 +115,8 @@ async def _take_over(openings: Openings, entry: Entry, image: Image) -> None:
     try:
         if isinstance(base, QemuStore):
             await base.start()
+            if base.is_away:  # that it is there is the proof
+                raise Unreachable(base.name, "its server is away")
         await trio.to_thread.run_sync(write_record, image.meta, after)
     except BaseException:
         await base.aclose()

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import errno
 import os
-import ssl
 import struct
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
@@ -15,7 +14,8 @@ from contextlib import asynccontextmanager, contextmanager
 import trio
 
 from fvdfs.errors import UnsupportedFeature
-from fvdfs.store.locations import Location, Options
+from fvdfs.store.connecting import connect
+from fvdfs.store.locations import Location
 
 CONNECT_TIMEOUT = 5.0  # seconds until the server has let us in
 CALL_TIMEOUT = 5.0  # seconds for a read or a write
@@ -28,7 +28,7 @@ _HAVE_OPTION = b"IHAVEOPT"
 _REPLY_MAGIC = 0x3E889045565A9
 _REQUEST_MAGIC, _SIMPLE_MAGIC = 0x25609513, 0x67446698
 _FLAGS = 3  # fixed newstyle, no zeroes
-_STARTTLS, _GO = 5, 7
+_GO = 7
 _ACK, _INFO = 1, 3
 _UNKNOWN_EXPORT = 0x8000_0006
 _READ, _WRITE, _DISCONNECT = 0, 1, 2
@@ -42,7 +42,7 @@ class NoExport(OSError):
 class NbdClient:
     """One export, open. Offsets in bytes."""
 
-    def __init__(self, stream: trio.abc.Stream) -> None:
+    def __init__(self, stream: trio.SocketStream) -> None:
         self._stream = stream
         self._calls = 0
 
@@ -68,25 +68,24 @@ class NbdClient:
 
 
 @asynccontextmanager
-async def nbd_client(location: Location, suffix: str, tls: ssl.SSLContext | None = None) -> AsyncIterator[NbdClient]:
+async def nbd_client(location: Location, suffix: str) -> AsyncIterator[NbdClient]:
     """Connect to the export whose name is that of this location, and this suffix.
 
-    Raises NoExport, other OSError; UnsupportedFeature where the location is not one of NBD.
+    Raises NoExport, other OSError; Unreachable; UnsupportedFeature where the location is not one of NBD without TLS.
     """
-    protocol = location.protocol
-    if protocol.get("driver") != "nbd":
+    if location.protocol.get("driver") != "nbd" or location.tls_user is not None:
         raise UnsupportedFeature(location.name, "is not of the form nbd://HOST/NAME")
-    stream: trio.abc.Stream | None = None
+    made = await connect(location)
+    assert made is not None
+    stream = trio.SocketStream(trio.socket.from_stdlib_socket(made))
     try:
         with _answered_within(CONNECT_TIMEOUT):
-            stream = await _connect(_server(protocol))
-            stream = await _negotiate(stream, protocol, str(protocol["export"]) + suffix, tls)
+            await _negotiate(stream, str(location.protocol["export"]) + suffix)
         yield NbdClient(stream)
         with trio.move_on_after(1), _as_os_error():
             await stream.send_all(_REQUEST.pack(_REQUEST_MAGIC, 0, _DISCONNECT, 0, 0, 0))
     finally:
-        if stream is not None:
-            await trio.aclose_forcefully(stream)
+        await trio.aclose_forcefully(stream)
 
 
 @contextmanager
@@ -108,37 +107,17 @@ def _as_os_error() -> Iterator[None]:
         raise OSError(errno.ECONNRESET, str(error.__cause__ or os.strerror(errno.ECONNRESET))) from error
 
 
-def _server(protocol: Options) -> Options:
-    server = protocol["server"]
-    assert isinstance(server, dict)
-    return server
-
-
-async def _connect(server: Options) -> trio.SocketStream:
-    if server["type"] == "unix":
-        return await trio.open_unix_socket(str(server["path"]))
-    return await trio.open_tcp_stream(str(server["host"]), int(str(server["port"])))
-
-
-async def _negotiate(
-    stream: trio.abc.Stream, protocol: Options, name: str, tls: ssl.SSLContext | None
-) -> trio.abc.Stream:
-    """The stream for requests. Raises OSError."""
+async def _negotiate(stream: trio.SocketStream, name: str) -> None:
+    """Open the export. Raises OSError."""
     first, second, _ = _GREETING.unpack(await _exactly(stream, _GREETING.size))
     if (first, second) != (b"NBDMAGIC", _HAVE_OPTION):
         raise OSError(errno.EPROTO, "is no NBD server, or one of before 2012")
     await stream.send_all(struct.pack(">I", _FLAGS))
-    if tls is not None:
-        await _option(stream, _STARTTLS, b"")
-        host = str(protocol.get("tls-hostname") or _server(protocol).get("host", ""))
-        stream = trio.SSLStream(stream, tls, server_hostname=host)
-        await stream.do_handshake()
     encoded = name.encode()
     await _option(stream, _GO, struct.pack(">I", len(encoded)) + encoded + struct.pack(">H", 0))
-    return stream
 
 
-async def _option(stream: trio.abc.Stream, number: int, data: bytes) -> None:
+async def _option(stream: trio.SocketStream, number: int, data: bytes) -> None:
     """Ask for it, and wait until it is granted. Raises OSError."""
     await stream.send_all(_OPTION.pack(_HAVE_OPTION, number, len(data)) + data)
     while True:
@@ -154,7 +133,7 @@ async def _option(stream: trio.abc.Stream, number: int, data: bytes) -> None:
             raise OSError(errno.EACCES, text.decode(errors="replace") or f"the server refuses ({kind:#x})")
 
 
-async def _exactly(stream: trio.abc.Stream, size: int) -> bytes:
+async def _exactly(stream: trio.SocketStream, size: int) -> bytes:
     data = bytearray()
     while len(data) < size:
         part = await stream.receive_some(size - len(data))

@@ -8,7 +8,7 @@ import socket
 
 import trio
 
-from fvdfs.errors import ImageError, UsageError
+from fvdfs.errors import ImageError, Unreachable, UsageError
 from fvdfs.format import mailbox
 from fvdfs.format.mailbox import Answer, Question, Wish
 from fvdfs.format.migration import Incoming
@@ -39,7 +39,7 @@ async def epoch_of(location: Location) -> str:
 async def ask(location: Location, into: Incoming, wish: Wish, patience: float) -> None:
     """Have the source do it, trying for so many seconds.
 
-    Raises UsageError where it refuses for good, ImageError where it cannot do it yet, OSError where it does not answer.
+    Raises UsageError where it refuses for good, ImageError where it cannot do it yet or cannot be reached, OSError.
     """
     deadline = trio.current_time() + patience
     while True:
@@ -50,7 +50,7 @@ async def ask(location: Location, into: Incoming, wish: Wish, patience: float) -
             if not answer.later:
                 raise UsageError(f"the source refuses: {answer.text}")
             error: Exception = ImageError("the source", f"cannot hand it over: {answer.text}")
-        except OSError as failure:
+        except (OSError, Unreachable) as failure:
             error = failure
         if trio.current_time() > deadline:
             raise error
@@ -58,7 +58,7 @@ async def ask(location: Location, into: Incoming, wish: Wish, patience: float) -
 
 
 async def _ask_once(location: Location, into: Incoming, wish: Wish) -> Answer:
-    """Raises OSError."""
+    """Raises Unreachable, OSError."""
     number = secrets.token_hex(_NUMBER_BYTES)
     question = Question(number, wish, into.epoch, into.number, socket.gethostname())
     at = mailbox.question_at(into.number)
