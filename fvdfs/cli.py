@@ -377,7 +377,9 @@ def _parser() -> argparse.ArgumentParser:
     revert = commands.add_parser("revert", help="go back to a snapshot: what was written since is lost")
     revert.set_defaults(run=_revert)
     revert.add_argument("image", metavar="IMAGE", help="of a disk that is not open")
-    revert.add_argument("name", metavar="NAME", nargs="?", default="", help="default: what it stands on")
+    revert.add_argument(
+        "name", metavar="NAME|FILE", nargs="?", default="", help="its name, or its file; default: what it stands on"
+    )
 
     snapshots = commands.add_parser("snapshots", help="show which images stand on which")
     snapshots.set_defaults(run=_snapshots)

@@ -10,15 +10,17 @@ import os
 
 from fvdfs.errors import UsageError
 from fvdfs.image.policy import Policy
-from fvdfs.image.tree import Tree
+from fvdfs.image.tree import SUFFIX, Tree
 from fvdfs.layers.alone import loaded_alone
 from fvdfs.layers.merging import data_file_of, refuse_links, remove_data_file, users_of
 from fvdfs.layers.newtop import new_top, refuse_losses, replace_by_new
-from fvdfs.layers.snapshot import opened_alone, path_of
+from fvdfs.layers.snapshot import MARK, opened_alone, path_of
 
 
 async def revert(image: str, name: str, policy: Policy) -> str:
-    """Revert a disk that nobody has open; the path of the snapshot. `name`: empty for what the disk stands on.
+    """Revert a disk that nobody has open; the path of the snapshot.
+
+    `name`: that of the snapshot, or its file; empty for what the disk stands on.
 
     Raises UsageError where that must not be, ImageBusy, also where somebody writes the snapshot, ImageError, OSError.
     """
@@ -28,7 +30,8 @@ async def revert(image: str, name: str, policy: Policy) -> str:
         raise UsageError(f"{image}: {user.path} stands on it, and would change with it")
     async with opened_alone(image, policy) as (old, file):
         if name:
-            base, target = f"{os.path.basename(path_of(image, name))}", tree.at(path_of(image, name))
+            path = _path_of(image, name)
+            base, target = os.path.basename(path), tree.at(path)
         else:
             base, target = old.header.base_img, next(iter(tree.chain(image)[1:]), None)
         if target is None:
@@ -43,3 +46,17 @@ async def revert(image: str, name: str, policy: Policy) -> str:
             replace_by_new(image, new_top(below.header, base), file, target.mtime_ns)
             remove_data_file(data_file)
     return target.path
+
+
+def _path_of(image: str, name: str) -> str:
+    """That of a snapshot beside the image, by name or by file: those of a disk that was renamed keep its former name.
+
+    Raises UsageError.
+    """
+    if "/" not in name and not (name.endswith(SUFFIX) and os.path.exists(name)):
+        return path_of(image, name)
+    if os.path.realpath(os.path.dirname(name)) != os.path.realpath(os.path.dirname(image)):
+        raise UsageError(f"{name}: is not beside {image}; name a snapshot in its folder")
+    if MARK not in os.path.basename(name):
+        raise UsageError(f"{name}: is no snapshot, whose name would be DISK{MARK}NAME{SUFFIX}")
+    return os.path.join(os.path.dirname(image), os.path.basename(name))

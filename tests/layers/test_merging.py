@@ -119,6 +119,18 @@ def test_a_chain_is_merged_down_to_one(image: Path, layout: str) -> None:
     must("check", image)
 
 
+def test_the_snapshots_of_a_disk_that_was_renamed_are_named_by_their_files(image: Path) -> None:
+    states = chain(image, "cow", 2)
+    first = image.with_name("vm@1.fvd")
+    other = image.rename(image.with_name("new.fvd"))
+    refused(["revert", other, "1"], "has no snapshot 1")
+    refused(["revert", first.with_name("vm@2.fvd"), first], "new.fvd stands on it")
+    refused(["revert", other, image.with_name("base.fvd")], "is no snapshot, whose name would be")
+    refused(["revert", other, image.parent.parent / "vm@1.fvd"], "name a snapshot in its folder")
+    must("revert", other, first)
+    assert content(other) == states[0]
+
+
 @pytest.mark.slow
 def test_a_chain_of_a_hundred_is_made_and_merged(image: Path) -> None:
     states = chain(image, "compact", 100)
