@@ -28,7 +28,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NoReturn
 
 from fvdfs import __version__, daemon, mounts
-from fvdfs.errors import FvdError, UsageError, leading, printable
+from fvdfs.errors import FvdError, NotFvd, UsageError, leading, printable
 from fvdfs.logs import LogFormatter
 from fvdfs.mountoptions import MOUNT_OPTIONS, passphrase_file
 from fvdfs.sizes import NewSize, parse_new_size, parse_size
@@ -122,15 +122,18 @@ def _parsed(words: list[str]) -> argparse.Namespace:
 
 def _run(arguments: argparse.Namespace) -> int:
     run: Callable[[argparse.Namespace], int] = arguments.run
-    if run in _OF_IMAGES:
-        from fvdfs.commands.attributes import refuse_raw
-
-        refuse_raw(arguments.image)
     if getattr(arguments, "secret", ""):
         arguments.secret = passphrase_file("--secret ", arguments.secret)
     if run is not _mount:  # which has a log
         _log_to_terminal()
-    return run(arguments)
+    try:
+        return run(arguments)
+    except (NotFvd, OSError):
+        if run in _OF_IMAGES:
+            from fvdfs.commands.attributes import refuse_raw
+
+            refuse_raw(arguments.image)
+        raise
 
 
 def _log_to_terminal() -> None:

@@ -35,7 +35,7 @@ def explained(path: str) -> Iterator[None]:
 
 
 def refuse_raw(path: str) -> None:
-    """Raise UsageError for a raw file in a mount, where a command takes nothing but images."""
+    """Raise UsageError for a raw file in a mount, in which a command has found no image."""
     if not path.endswith(".raw"):
         return
     try:
