@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, NoReturn
 from fvdfs import __version__, daemon, mounts
 from fvdfs.errors import FvdError, NotFvd, UsageError, leading, printable
 from fvdfs.logs import LogFormatter
-from fvdfs.mountoptions import MOUNT_OPTIONS, passphrase_file
+from fvdfs.mountoptions import MOUNT_OPTIONS, passphrase_file, tls_credentials
 from fvdfs.sizes import NewSize, parse_new_size, parse_size
 
 if TYPE_CHECKING:
@@ -124,6 +124,10 @@ def _run(arguments: argparse.Namespace) -> int:
     run: Callable[[argparse.Namespace], int] = arguments.run
     if getattr(arguments, "secret", ""):
         arguments.secret = passphrase_file("--secret ", arguments.secret)
+    if getattr(arguments, "servers_creds", ""):
+        from fvdfs.image.policy import given_tls_creds
+
+        given_tls_creds.set(tls_credentials("--tls-creds ", arguments.servers_creds))
     if run is not _mount:  # which has a log
         _log_to_terminal()
     try:
@@ -242,7 +246,7 @@ def _parser() -> argparse.ArgumentParser:
     amend.add_argument(
         "-F", "--base-format", required=True, metavar="FMT", help="what the base is: raw, fvd, qcow2 ..."
     )
-    amend.add_argument("--secret", default="", metavar="FILE", help="the passphrase of an encrypted base")
+    _add_secret(amend, "the passphrase of an encrypted base")
 
     convert = commands.add_parser("convert", help="make an image with the content of another one, in any format")
     convert.set_defaults(run=_convert)
@@ -481,8 +485,15 @@ def _add_names(command: argparse.ArgumentParser, text: str) -> None:
     command.add_argument("-o", dest="options", action="append", default=[], metavar="OPTIONS", help=text)
 
 
-def _add_secret(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--secret", default="", metavar="FILE", help="the passphrase of encrypted images")
+def _add_secret(command: argparse.ArgumentParser, help_text: str = "the passphrase of encrypted images") -> None:
+    command.add_argument("--secret", default="", metavar="FILE", help=help_text)
+    command.add_argument(
+        "--tls-creds",
+        default="",
+        dest="servers_creds",
+        metavar="DIR",
+        help="certificates (ca-cert.pem, …) or pre-shared keys (keys.psk) for servers of nbds://",
+    )
 
 
 def _add_layout(command: argparse.ArgumentParser) -> None:

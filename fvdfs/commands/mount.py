@@ -58,7 +58,7 @@ def run(
     def serve_folder(ready: Callable[[], None], reopen_log: ReopenLog) -> None:
         from fvdfs.commands.newdisks import new_disks
         from fvdfs.cow.planner import Zeroes
-        from fvdfs.image.policy import Policy
+        from fvdfs.image.policy import Policy, given_tls_creds
         from fvdfs.ops.filesystem import Sync
         from fvdfs.ops.mount import MountOptions, serve
         from fvdfs.ops.naming import Permitted, Template
@@ -66,12 +66,12 @@ def run(
         from fvdfs.prefetch.scheduler import DEFAULT_JOBS
         from fvdfs.store.outage import OnLoss
 
+        given_tls_creds.set(tls_creds)
         policy = Policy(
             roots=roots,
             writable=not (read_only or "ro" in chosen),
             allowed_urls=listed(chosen, "allow_url"),
             secret_file=secret,
-            tls_creds=tls_creds,
             on_loss=OnLoss(chosen.get("on_base_error", "eio")),
             accept_unclean="accept_unclean" in chosen,
             grow_command=grow_command,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import os
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from urllib.parse import parse_qs, urlsplit
 
@@ -27,6 +28,10 @@ RAW_FORMATS = ("", RAW)
 FVD_FORMAT = "fvd"
 HostStore = HostFile | QemuStore
 """A store that a name leads to."""
+
+
+given_tls_creds: ContextVar[str] = ContextVar("given_tls_creds", default="")
+"""`Policy.tls_creds` of a command, which has them for every server that it may meet."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +53,7 @@ class Policy:
     """Prefixes of URLs that names inside images may be; an empty one allows any."""
     secret_file: str = ""
     """The file with the passphrase of encrypted bases and data files."""
-    tls_creds: str = ""
+    tls_creds: str = field(default_factory=given_tls_creds.get)
     """The file of `TLS_FILES` in the folder with the credentials for servers of nbds://."""
     on_loss: OnLoss = OnLoss.REFUSE
     """What becomes of requests while the server of a base is away."""

@@ -152,7 +152,11 @@ def _look_before_mounting(options: MountOptions, point: str) -> None:
     policy = options.policy
     what = {"the folder of images": options.folder}
     what |= {f"base_path={root}": root for root in policy.roots if root != options.folder}
-    for name, path in (("secret", policy.secret_file), ("grow_command", policy.grow_command)):
+    for name, path in (
+        ("secret", policy.secret_file),
+        ("tls_creds", policy.tls_creds),
+        ("grow_command", policy.grow_command),
+    ):
         if os.path.isabs(path):
             what[name] = real_path(path)
     for name, path in what.items():
@@ -165,7 +169,7 @@ def _forbid_ways_back(options: MountOptions, mount: MountPoint | None) -> None:
     policy = options.policy
     if mount is not None:
         policy.walker.own_device = mount.device
-    for path in (options.folder, policy.secret_file, policy.grow_command):
+    for path in (options.folder, policy.secret_file, policy.tls_creds, policy.grow_command):
         if os.path.isabs(path) and (reason := in_time(functools.partial(_way_back, policy, path), "")):
             raise UsageError(f"{path}: {reason}")
 

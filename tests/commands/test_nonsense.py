@@ -20,6 +20,8 @@ MOUNTS = {
     "base_path=": "needs a value",
     "base_path": "needs a value",
     "secret=/nosuch": "No such file",
+    "tls_creds=/nosuch": "has neither ca-cert.pem nor keys.psk",
+    "on_base_error=never": "must be wait or eio",
     "secret=/etc": "is no regular file",
     "secret": "needs a value",
     "grow_command=/nosuch": "there is no such program",

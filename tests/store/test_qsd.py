@@ -420,13 +420,6 @@ async def test_missing_driver(folder: Path) -> None:
 # ---- Servers ----
 
 
-@pytest.fixture
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
-
-
 @contextlib.contextmanager
 def nbdkit(*arguments: str | Path) -> Iterator[None]:
     with running("nbdkit", "--foreground", "--exit-with-parent", *arguments):

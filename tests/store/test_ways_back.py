@@ -217,11 +217,11 @@ def test_a_mount_point_above_the_images_by_another_name(images: Path, tmp_path: 
         subprocess.run(["umount", "-l", tmp_path / "same"], check=True)
 
 
-@pytest.mark.parametrize("option", ["base_path={}", "secret={}/key", "grow_command={}/grow"])
+@pytest.mark.parametrize("option", ["base_path={}", "secret={}/key", "tls_creds={}", "grow_command={}/grow"])
 def test_an_option_that_leads_below_the_mount_point(images: Path, tmp_path: Path, option: str) -> None:
     point = tmp_path / "mnt"
     point.mkdir()
-    for name in ("key", "grow"):
+    for name in ("key", "keys.psk", "grow"):
         (point / name).write_text("#!/bin/sh\n")
         (point / name).chmod(0o700)
     must_not_mount(images, point, "would be hidden by the mount", "-o", option.format(point))

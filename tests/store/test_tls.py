@@ -1,0 +1,146 @@
+"""Bases on servers that are spoken to by TLS, with certificates and pre-shared keys, in a mount and by commands."""
+
+from __future__ import annotations
+
+import os
+import random
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from fvdfs.errors import ImageError, UnsupportedFeature
+from fvdfs.store.locations import parse_location
+from fvdfs.store.qemu_nodes import tls_object
+from support.mounts import MIB, fvdfs, mounted, must, running, wait_until
+
+DATA = random.Random(3).randbytes(MIB)
+KEY = os.urandom(32).hex()
+
+
+def openssl(*words: str | Path) -> None:
+    subprocess.run(["openssl", *map(str, words)], check=True, capture_output=True)
+
+
+def make_certificate(folder: Path, name: str, extensions: str, *signed: str | Path) -> None:
+    """NAME-cert.pem and NAME-key.pem."""
+    (folder / "extensions").write_text(f"[req]\ndistinguished_name=dn\n[dn]\n[e]\n{extensions}\n")
+    key = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-keyout", folder / f"{name}-key.pem")
+    how = ("-config", folder / "extensions", "-extensions", "e", "-subj", f"/CN={name}", "-days", "2")
+    openssl("req", "-x509", *key, *how, "-out", folder / f"{name}-cert.pem", *signed)
+
+
+@pytest.fixture(scope="module")
+def keys(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folders: `x509` has certificates of an authority for the server and its clients, `psk` has keys."""
+    top = tmp_path_factory.mktemp("keys")
+    for name in ("x509", "psk"):
+        (top / name).mkdir()
+    folder = top / "x509"
+    make_certificate(folder, "ca", "basicConstraints=critical,CA:TRUE\nkeyUsage=critical,keyCertSign")
+    by_ca = ("-CA", folder / "ca-cert.pem", "-CAkey", folder / "ca-key.pem")
+    usage = "basicConstraints=CA:FALSE\nkeyUsage=critical,digitalSignature\nextendedKeyUsage="
+    make_certificate(folder, "server", f"{usage}serverAuth\nsubjectAltName=IP:127.0.0.1", *by_ca)
+    make_certificate(folder, "client", f"{usage}clientAuth", *by_ca)
+    (top / "psk" / "keys.psk").write_text(f"qemu:{KEY}\nalice:{KEY}\n")
+    return top
+
+
+def qemu_nbd(folder: Path, port: int, credentials: Path) -> list[str]:
+    kind = "tls-creds-x509,verify-peer=yes" if credentials.name == "x509" else "tls-creds-psk"
+    return [
+        *("qemu-nbd", "-t", "-r", "-e", "0", "-f", "raw", "-x", "disk", "-b", "127.0.0.1", "-p", str(port)),
+        *("--object", f"{kind},id=t,dir={credentials},endpoint=server", "--tls-creds", "t", str(folder / "base")),
+    ]
+
+
+def nbdkit(folder: Path, port: int, credentials: Path) -> list[str]:
+    by = f"--tls-certificates={credentials}" if credentials.name == "x509" else f"--tls-psk={credentials}/keys.psk"
+    where = ["-i", "127.0.0.1", "-p", str(port), "-e", "disk"]
+    return ["nbdkit", "-f", "-r", *where, "--tls=require", by, "file", str(folder / "base")]
+
+
+@pytest.mark.parametrize(
+    ("server", "kind", "user"),
+    [(qemu_nbd, "x509", ""), (nbdkit, "x509", ""), (qemu_nbd, "psk", ""), (nbdkit, "psk", "alice@")],
+)
+def test_a_base_by_tls(
+    folder: Path, tmp_path: Path, keys: Path, free_port: int, server: object, kind: str, user: str
+) -> None:
+    assert callable(server)
+    (tmp_path / "base").write_bytes(DATA)
+    command: Sequence[str] = server(tmp_path, free_port, keys / kind)
+    url = f"nbds://{user}127.0.0.1:{free_port}/disk"
+    tls = ("--tls-creds", keys / kind)
+    create = ("create", folder / "disk.fvd", "--base", url, "--base-format", "raw", "--copy-on-read")
+    with running(*command, stderr=subprocess.DEVNULL):
+        wait_until(lambda: fvdfs(*create, *tls).code == 0)
+        with mounted(folder, "-o", f"allow_url=nbds://,tls_creds={keys / kind}") as mount:
+            assert mount.raw("disk").read_bytes() == DATA
+        allowed = ("-o", "allow_url=nbds://")
+        for words in (("info", folder / "disk.fvd"), ("map", folder / "disk.fvd")):
+            must(*words, *tls, *allowed)
+        must("clone", url, "other", "--into", folder, *tls)
+        must("convert", folder / "other.fvd", tmp_path / "copy.raw", *tls, *allowed)
+        assert (tmp_path / "copy.raw").read_bytes() == DATA
+
+
+def test_what_keeps_a_server_from_being_read(folder: Path, tmp_path: Path, keys: Path, free_port: int) -> None:
+    """No credentials, those of another authority, a name that is not in the certificate, or a server without TLS."""
+    (tmp_path / "base").write_bytes(DATA)
+    other = tmp_path / "other"
+    other.mkdir()
+    make_certificate(other, "ca", "basicConstraints=critical,CA:TRUE\nkeyUsage=critical,keyCertSign")
+    create = ("create", folder / "disk.fvd", "--base-format", "raw", "--base")
+    with running(*nbdkit(tmp_path, free_port, keys / "x509"), stderr=subprocess.DEVNULL):
+        good, tls = f"nbds://127.0.0.1:{free_port}/disk", ("--tls-creds", keys / "x509")
+        wait_until(lambda: fvdfs(*create, good, *tls).code == 0)
+        for url, given, message in (
+            (good, (), "name the folder with certificates or keys: --tls-creds DIR"),
+            (good, ("--tls-creds", other), "certificate"),
+            (good, ("--tls-creds", tmp_path), "has neither ca-cert.pem nor keys.psk"),
+            (f"nbds://localhost:{free_port}/disk", tls, "does not match the hostname localhost"),
+            (f"nbd://127.0.0.1:{free_port}/disk", (), "TLS"),
+        ):
+            done = fvdfs(*create, url, *given, "--force")
+            assert done.code != 0, url
+            assert message in done.err
+
+
+@pytest.mark.parametrize(
+    ("name", "url"),
+    [
+        ("nbds://host:10809/a", "nbds://host/a"),
+        ("nbds://alice@host/a", "nbds://alice@host/a"),
+        ("nbds+unix:///a?socket=/s", "nbds+unix:///a?socket=/s"),
+    ],
+)
+def test_urls(name: str, url: str) -> None:
+    found = parse_location(name)
+    assert found.url == url
+    user = found.tls_user
+    assert user == ("alice" if "alice" in name else "qemu")
+    assert found.protocol["tls-creds"] == tls_object("/keys/keys.psk", user)["id"]
+    assert found.protocol["tls-hostname"] == ("host" if "host" in name else "localhost")
+    assert parse_location(name.replace("nbds", "nbd").replace("alice@", "")).tls_user is None
+
+
+@pytest.mark.parametrize(
+    ("name", "error"),
+    [
+        ("nbds://a,b@host/", ImageError),
+        ("nbds://alice:secret@host/", UnsupportedFeature),
+        ("nbd://alice@host/", UnsupportedFeature),
+        ("nbds://host/a?tls-certificates=/etc", UnsupportedFeature),
+        ("nbds+unix:///a?socket=/s&tls-psk-file=/etc/shadow", ImageError),
+        (
+            'json:{"driver":"nbd","server":{"type":"inet","host":"h","port":"1"},"tls-creds":"tls-qemu"}',
+            UnsupportedFeature,
+        ),
+    ],
+)
+def test_urls_that_say_too_much(name: str, error: type[ImageError]) -> None:
+    """An image cannot choose the credentials, nor a password."""
+    with pytest.raises(error):
+        parse_location(name)
