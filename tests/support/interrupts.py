@@ -1,25 +1,26 @@
 """Runs a command again and again, a signal at another line of it each time.
 
-    python -m support.interrupts SIGNAL FIRST STEP FUNCTION WORDS...
+    python -m support.interrupts SIGNAL TIMES SEED FUNCTION WORDS...
 
-The signal is raised at the FIRST line that the main thread passes, in the next run STEP lines later, and so on, until
-the command ends before that. FUNCTION: only lines of functions of this name, and below them, count (empty: all).
+A first run is left alone, and notes the lines that the main thread passes. The signal then comes so many TIMES, each
+in a run of its own: at lines that differ, chosen at random, and one of the times that each is passed; at any time
+when there are no more. FUNCTION: only lines of functions of this name, and below them, count (empty: all).
 Each run is a process of its own in the working directory, in which the files are then put back as they were. Prints, as
 JSON, a list of how they ended: exit code, what was said, the files that were new or other ones, "no NAME" for those
-missing. What the command imports
-is there before.
+missing. Runs that ended before the signal are left out. What the command imports is there before.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from types import FrameType
+from types import CodeType, FrameType
 from typing import Any, NoReturn
 
 import fvdfs.check.check
@@ -42,20 +43,33 @@ import fvdfs.commands.snapshot
 
 LONGEST = 20  # seconds of a run
 DEFECT = 99  # the exit code where an exception passes all
+REACHED = b"reached"
+
+Ended = tuple[int, str, list[str]]
 
 
-def interrupted(words: list[str], number: int, at: int, function: str, output: int) -> NoReturn:
-    """Be the command, which the signal meets at this line."""
+def interrupted(words: list[str], number: int, at: int, function: str, output: int, notes: int) -> NoReturn:
+    """Be the command, which the signal meets at this line: as it does, a note says so.
+
+    Without a line (0) the notes are, as JSON, how many lines there were, and a number of each that differs.
+    """
     lines = 0
+    passed: dict[tuple[CodeType, int], tuple[int, int]] = {}
+    chance = random.Random(words[0])
 
-    def count() -> None:
+    def count(frame: FrameType) -> None:
         nonlocal lines
         lines += 1
         if lines == at:
+            sys.settrace(None)
+            os.write(notes, REACHED)
             signal.raise_signal(number)
+        elif not at:
+            times, one = passed.get(place := (frame.f_code, frame.f_lineno), (0, 0))
+            passed[place] = times + 1, lines if chance.random() * (times + 1) < 1 else one
 
-    def inside(_frame: FrameType, _event: str, _arg: Any) -> Any:
-        count()
+    def inside(frame: FrameType, _event: str, _arg: Any) -> Any:
+        count(frame)
         return inside
 
     def called(frame: FrameType, _event: str, _arg: Any) -> Any:
@@ -82,34 +96,51 @@ def interrupted(words: list[str], number: int, at: int, function: str, output: i
         sys.settrace(None)
         sys.excepthook(*sys.exc_info())
     finally:
+        sys.settrace(None)
         sys.stdout.flush()
+        if not at:
+            with open(notes, "w", closefd=False) as file:
+                json.dump([lines, [one for _, one in passed.values()]], file)
         os._exit(code)
 
 
-def runs(words: list[str], number: int, first: int, step: int, function: str) -> Iterator[tuple[int, str, list[str]]]:
+def run(words: list[str], number: int, at: int, function: str, before: dict[str, bytes]) -> tuple[Ended, bytes]:
+    """How the command ended, and its notes; the files are as they were `before`."""
+    with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as notes:
+        child = os.fork()
+        if not child:
+            interrupted(words, number, at, function, output.fileno(), notes.fileno())
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        output.seek(0)
+        notes.seek(0)
+        said, noted = output.read().decode(), notes.read()
+    left = sorted(path.name for path in Path().iterdir() if before.get(path.name) != path.read_bytes())
+    for name in left:
+        Path(name).unlink()
+    for name, content in before.items():
+        if not Path(name).exists():
+            Path(name).write_bytes(content)
+            left += [] if name in left else [f"no {name}"]
+    return (code, said, left), noted
+
+
+def runs(words: list[str], number: int, times: int, seed: str, function: str) -> Iterator[Ended]:
     before = {path.name: path.read_bytes() for path in Path().iterdir()}
-    at, parent = first, os.getppid()
-    while os.getppid() == parent:
-        with tempfile.TemporaryFile() as output:
-            child = os.fork()
-            if not child:
-                interrupted(words, number, at, function, output.fileno())
-            code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-            output.seek(0)
-            said = output.read().decode()
-        left = sorted(path.name for path in Path().iterdir() if before.get(path.name) != path.read_bytes())
-        for name in left:
-            Path(name).unlink()
-        for name, content in before.items():
-            if not Path(name).exists():
-                Path(name).write_bytes(content)
-                left += [] if name in left else [f"no {name}"]
-        yield code, said, left
-        if code == 0:
+    (code, said, _), noted = run(words, number, 0, function, before)
+    assert code == 0, said
+    lines, places = json.loads(noted)
+    chance = random.Random(seed)
+    moments = chance.sample(places, min(times, len(places)))
+    moments += [chance.randint(1, lines) for _ in range(times - len(moments))]
+    parent = os.getppid()
+    for at in moments:
+        ended, noted = run(words, number, at, function, before)
+        if noted == REACHED or ended[0] != 0:
+            yield ended
+        if os.getppid() != parent:
             return
-        at += step
 
 
 if __name__ == "__main__":
-    name, first, step, function, *words = sys.argv[1:]
-    print(json.dumps(list(runs(words, signal.Signals[name], int(first), int(step), function))))
+    name, times, seed, function, *words = sys.argv[1:]
+    print(json.dumps(list(runs(words, signal.Signals[name], int(times), seed, function))))
