@@ -832,11 +832,15 @@ class Disk:
         assert len(found) in sizes, f"{len(found)} bytes after a cut, not one of {sizes}"
         touched = self._touched(at)
         flushed = self._flushed(at)
-        expected = self.content[: len(found)].ljust(len(found), b"\0")
-        differ = set(touched)
-        for piece in range(0, len(found), 32 * SECTOR):
-            if found[piece : piece + 32 * SECTOR] != expected[piece : piece + 32 * SECTOR]:
-                differ.update(range(piece // SECTOR, min(piece // SECTOR + 32, len(found) // SECTOR)))
+        expected = self.content[: len(found)]
+        expected.extend(bytes(len(found) - len(expected)))
+        differ = {sector for sector in touched if sector * SECTOR < len(found)}
+        for sector in differ:
+            expected[sector * SECTOR : (sector + 1) * SECTOR] = found[sector * SECTOR : (sector + 1) * SECTOR]
+        if found != expected:
+            for piece in range(0, len(found), 32 * SECTOR):
+                if found[piece : piece + 32 * SECTOR] != expected[piece : piece + 32 * SECTOR]:
+                    differ.update(range(piece // SECTOR, min(piece // SECTOR + 32, len(found) // SECTOR)))
         for sector in sorted(differ):
             if sector * SECTOR >= free or (sector in self.unknown and not flushed):
                 continue
