@@ -138,7 +138,7 @@ def test_many_images_on_one_share_that_hangs(folder: Path, share: Share) -> None
         with many(*[("stat", mount.raw(f"more{number}")) for number in range(100)]):
             must_work(mount, "other")
             assert threads(mount) < MOST_THREADS / 2
-        share.go_on()
+            share.go_on()
         wait_until(lambda: len(names(mount)) == 202)
 
 
