@@ -180,16 +180,23 @@ def run_loop(call: Callable[[], Awaitable[T]]) -> T:
 
     Ctrl-C ends it at a checkpoint of the main task. Anywhere else it could strike where trio starts a task on behalf of
     one of ours, which trio does not survive, or where we clean up. SIGPIPE is ignored meanwhile: a signal that comes
-    while trio closes its wakeup socket is written where nobody reads. In another thread than the main one Ctrl-C does
-    nothing.
+    while trio closes its wakeup socket is written where nobody reads. Python says so on stderr where it finds that socket
+    closed, so at the end it is told to write no more. In another thread than the main one Ctrl-C does nothing.
     """
     import trio  # takes long, and not every command needs it
 
     if threading.current_thread() is not threading.main_thread():
         return trio.run(call)
+
+    async def main() -> T:
+        try:
+            return await call()
+        finally:
+            signal.set_wakeup_fd(-1)
+
     before = signal.signal(signal.SIGPIPE, signal.SIG_IGN)
     try:
-        return trio.run(call, restrict_keyboard_interrupt_to_checkpoints=True)
+        return trio.run(main, restrict_keyboard_interrupt_to_checkpoints=True)
     finally:
         signal.signal(signal.SIGPIPE, before)
 

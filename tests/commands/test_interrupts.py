@@ -20,7 +20,7 @@ import pytest
 import support
 from support.mounts import FVDFS, MIB, must
 
-TIMES = int(os.environ.get("FVDFS_INTERRUPTS", "40"))
+TIMES = int(os.environ.get("FVDFS_INTERRUPTS", "24"))
 SEED = os.environ.get("FVDFS_INTERRUPTS_SEED", "0")
 CONTENT = random.Random(5).randbytes(MIB)
 COMMANDS = {
@@ -102,6 +102,26 @@ def test_ctrl_c_where_trio_starts_a_task(folder: Path) -> None:
     assert {code for code, _, _ in ended} == {130}
     assert {said for _, said, _ in ended} == {""}
     assert not [name for _, _, left in ended for name in left if ".part" in name]
+
+
+CLOSING = """
+import signal, socket, trio
+from fvdfs import daemon
+close = socket.socket.close
+def interrupted(self):
+    close(self)
+    signal.raise_signal(signal.SIGINT)
+socket.socket.close = interrupted
+try:
+    daemon.run_loop(trio.lowlevel.checkpoint)
+except KeyboardInterrupt:
+    print("interrupted")
+"""
+
+
+def test_ctrl_c_where_trio_closes_the_socket_that_signals_are_written_to() -> None:
+    done = subprocess.run([sys.executable, "-c", CLOSING], capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("interrupted\n", "")
 
 
 @pytest.mark.parametrize("function", ["_make", "_rename_all", "discard"])

@@ -1,4 +1,4 @@
-"""One workload for every layout; at every call to a store, an error or a power cut.
+"""One workload for every layout; at calls to a store, an error (`workload.py` says at which), at every one a power cut.
 
 The workload begins with the replay of an image that was not closed, and ends with closing it.
 """

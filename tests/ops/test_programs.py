@@ -409,9 +409,7 @@ GUEST_CACHES = {
 
 
 @pytest.mark.slow
-def test_a_virtual_machine_writes_to_its_disk(
-    raw_disk: Path, tmp_path: Path, request: pytest.FixtureRequest
-) -> None:
+def test_a_virtual_machine_writes_to_its_disk(raw_disk: Path, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     for cache in GUEST_CACHES[request.node.callspec.params["raw_disk"]]:
         write_as_guest(raw_disk, tmp_path, cache)
 
