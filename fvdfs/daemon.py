@@ -180,8 +180,8 @@ def run_loop(call: Callable[[], Awaitable[T]]) -> T:
 
     Ctrl-C ends it at a checkpoint of the main task. Anywhere else it could strike where trio starts a task on behalf of
     one of ours, which trio does not survive, or where we clean up. SIGPIPE is ignored meanwhile: a signal that comes
-    while trio closes its wakeup socket is written where nobody reads. Python says so on stderr where it finds that socket
-    closed, so at the end it is told to write no more. In another thread than the main one Ctrl-C does nothing.
+    while trio closes its wakeup socket is written where nobody reads. At the end nothing is written there: where
+    that socket is closed Python says so on stderr. In another thread than the main one Ctrl-C does nothing.
     """
     import trio  # takes long, and not every command needs it
 

@@ -1111,13 +1111,17 @@ SCENARIOS: dict[str, Callable[[Callable[[], Simulation]], None]] = {
 
 def _outgrows_alike(subject: Subject, other: Subject) -> bool:
     """Whether their tables move in the same way; sizes of blocks and chunks make no difference but in time."""
-    one, two = subject.layout.options, other.layout.options
-    alike = (one.journal_size, one.data_file, bool(one.base_img)) == (
-        two.journal_size,
-        two.data_file,
-        bool(two.base_img),
-    )
-    return alike and two.compact and subject.device == other.device
+    kinds = [
+        (
+            each.device,
+            layout.options.compact,
+            layout.options.journal_size,
+            layout.options.data_file,
+            layout.base_length > 0,
+        )
+        for each, layout in ((subject, subject.layout), (other, other.layout))
+    ]
+    return kinds[0] == kinds[1]
 
 
 def applies(scenario: str, subject: Subject) -> bool:
