@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import errno
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
 from contextlib import asynccontextmanager
 
 import trio
@@ -36,11 +36,13 @@ from bitarray import bitarray
 from fvdfs.alloc.growth import GrowCommand
 from fvdfs.alloc.table import Table
 from fvdfs.format.header import MAX_CHUNKS, UNALLOCATED, ceil_div
+from fvdfs.format.journal import Range
 from fvdfs.store.base import OUT_OF_SPACE, Store, pread_exactly
 
 log = logging.getLogger(__name__)
 
 _PIECE = 1 << 20  # bytes that are read at a time
+_GROWTH_STEP = 1 << 17  # chunks for which a table gets room before others get their turn
 _PER_LOOK = 1 << 30  # bytes that are read to find chunks that hold zeros
 ZERO_AHEAD = 32 << 20  # bytes of a device that are zeroed before they are needed
 
@@ -307,35 +309,49 @@ class ChunkedStorage:
 
     # --- room for metadata ------------------------------------------------------------------------
 
-    async def copy_away(self, chunks: Sequence[int], first: int) -> range:
-        """Copy these chunks to places from number `first` on, or behind all others; their new numbers.
-
-        The entries stay as they are. Nobody writes meanwhile. Raises OSError, ENOSPC where there is no room.
-        """
+    def give_from(self, first: int) -> None:
+        """Give no place below this number."""
         self._unnamed = []
         self._table.give_from(first)
-        used = self._table.highest + 1
-        numbers = range(used, used + len(chunks))
-        if numbers.stop > MAX_CHUNKS:
-            raise OSError(errno.ENOSPC, f"{self._store.name}: every chunk number of the format is in use")
-        if chunks and (self._room is None or self._room < numbers.stop):
-            await self._make_room(len(chunks))
-        try:
-            async with self._touch():
-                for chunk, number in zip(chunks, numbers, strict=True):
-                    await self._copy(self._table[chunk], number)
-        except BaseException:
-            self._room = None  # what lies behind reads as zeros no longer
-            raise
-        return numbers
 
-    async def _copy(self, number: int, to: int) -> None:
-        at, stop, distance = self._end(number), self._end(number + 1), (to - number) * self._chunk_size
+    async def take_places(self, count: int) -> range:
+        """The numbers of so many places, which read as zeros and which nobody else gets. Raises OSError, as ENOSPC."""
+        while self._room is None or self._table.highest + 1 + count > self._room:
+            if self._table.highest + 1 + count > MAX_CHUNKS:
+                raise OSError(errno.ENOSPC, f"{self._store.name}: every chunk number of the format is in use")
+            await self._make_room(count)
+        return self._table.take(count)
+
+    async def give_back_places(self, numbers: range) -> None:
+        """They are not needed. Raises OSError; nobody uses them then."""
+        async with self._touch():
+            await self._store.zero(self._end(numbers.start), len(numbers) * self._chunk_size)
+        self._table.give_again(numbers)
+
+    async def copy_away(self, ranges: Iterable[Range], places: Mapping[int, int], *, fresh: bool) -> None:
+        """Copy bytes [start, stop) of the disk to the new places of their chunks, as far as these have one.
+
+        The entries stay as they are. `fresh`: the places read as zeros. Raises OSError.
+        """
+        size = self._chunk_size
+        for start, stop in ranges:
+            for chunk in range(start // size, ceil_div(stop, size)):
+                if (to := places.get(chunk)) is not None:
+                    number, origin = self._table[chunk], chunk * size
+                    at = self._end(number) + max(0, start - origin)
+                    end = self._end(number) + min(size, stop - origin)
+                    await self._copy(at, end, (to - number) * size, fresh=fresh)
+
+    async def _copy(self, at: int, stop: int, distance: int, *, fresh: bool) -> None:
+        """Copy bytes [at, stop) of the store to so many bytes further behind."""
         while at < stop:
-            end, hole = await self._store.extent(at, stop)
-            if not hole:
-                end = min(end, at + _PIECE)
-                await self._store.pwrite(await pread_exactly(self._store, end - at, at), at + distance)
+            async with self._touch():
+                end, hole = await self._store.extent(at, stop)
+                if not hole:
+                    end = min(end, at + _PIECE)
+                    await self._store.pwrite(await pread_exactly(self._store, end - at, at), at + distance)
+                elif not fresh:
+                    await self._store.zero(at + distance, end - at)
             at = end
 
     @asynccontextmanager
@@ -344,15 +360,21 @@ class ChunkedStorage:
         async with self._growing:
             yield
 
-    def data_moved_on(self, chunks: int) -> None:
-        """Data starts later by so many chunks, which nobody uses, and stays where it is."""
-        self._table.renumber(chunks)
-        self._offset += chunks * self._chunk_size
-        self._room = self._full_at = None
-        self._unnamed = []
-        self._freed = [number - chunks for number in self._freed if number >= chunks]
+    def table_moved(self, filled: int) -> None:
+        """Data begins where numbers are given from, in the header and for the numbers on disk; it stays where it is.
+
+        `filled`: as for `Table.use_copy`.
+        """
+        self._table.use_copy(filled)
+        self._full_at = None
 
     # --- size -----------------------------------------------------------------------------------
+
+    async def make_table_room(self, chunks: int) -> None:
+        """Have room in memory for a table of so many entries."""
+        while self._table.room < chunks:
+            self._table.make_room(min(chunks, self._table.room + _GROWTH_STEP))
+            await trio.lowlevel.checkpoint()
 
     async def grow(self, size: int) -> None:
         """The disk grows to `size` bytes, and what is new reads as zeros. Raises OSError."""

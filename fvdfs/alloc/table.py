@@ -2,9 +2,10 @@
 
 One u32 a chunk of the virtual disk (format.md, "Chunk table"): UNALLOCATED, or the number of the chunk
 in the storage, where its bytes are at data start + number * chunk_size. Numbers are handed out in
-the order of first writes: the next is the highest in the table + 1. An entry never changes once it
+the order of first writes: the next is the highest in the table + 1. An entry does not change once it
 is set, and two virtual chunks never share one place. Where the storage is full, chunks that hold nothing are freed, and
-numbers that no entry names are given again (`image/reuse.py`).
+numbers that no entry names are given again (`image/reuse.py`). When the table moves, chunks get other places, and all
+numbers on disk become less (`image/table_moving.py`); those in memory stay.
 
 Bit 31 on disk says "not yet journaled" about the original's memory; it is ignored here and stored
 as 0.
@@ -21,6 +22,7 @@ import sys
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 
 from bitarray import bitarray
 
@@ -62,6 +64,15 @@ class Table:
         self.highest = -1
         self._spare: list[int] = []
         """Numbers below the highest that are ready to be given again."""
+        self._lowest = 0
+        """Numbers below it are not given."""
+        self._less = 0
+        """Numbers on disk are less by so many than here."""
+        self._uncopied: bitarray | None = None
+        """Pages that a copy of the table does not have as they are."""
+        self._copy_less = 0
+        self._filled = 0
+        """Behind the table, entries up to this page are UNALLOCATED on disk."""
         self._load()
 
     def _load(self) -> None:
@@ -132,7 +143,7 @@ class Table:
     @property
     def unnamed(self) -> int:
         """How many numbers below the highest no entry names, besides those."""
-        return self.highest + 1 - self.allocated() - len(self._spare)
+        return max(0, self.highest + 1 - self._lowest - self.allocated() - len(self._spare))
 
     def take_unnamed(self) -> list[int]:
         """Those numbers, and those that were ready, in descending order."""
@@ -140,7 +151,7 @@ class Table:
         for chunk in self._allocated.search(1):
             used[self._entries[chunk]] = 1
         self._spare.clear()
-        return sorted(used.search(0), reverse=True)
+        return sorted(used.search(0, self._lowest), reverse=True)
 
     def leave_allocated(self, chunks: bitarray) -> None:
         """Of these chunks, leave those that have a place in the storage."""
@@ -149,7 +160,7 @@ class Table:
 
     def give_again(self, numbers: Iterable[int]) -> None:
         """No entry names these numbers, none does on the disk, and their places read as zeros."""
-        self._spare.extend(numbers)
+        self._spare.extend(number for number in numbers if number >= self._lowest)
 
     def free(self, chunks: Iterable[int]) -> None:
         """These chunks hold zeros, and need no place any more. The journal must be clear."""
@@ -157,43 +168,67 @@ class Table:
             assert self._entries[chunk] != UNALLOCATED
             self._entries[chunk] = UNALLOCATED
             self._allocated[chunk] = 0
-            self._dirty.add(chunk // ENTRIES_PER_PAGE)
+            self._changed(chunk)
 
-    def in_front(self, first: int) -> list[int]:
-        """The chunks with numbers below this one."""
-        entries = self._entries
-        return [chunk for chunk in self._allocated.search(1) if entries[chunk] < first]
+    def on_disk(self, chunk: int) -> int:
+        """The entry as it belongs there; the chunk has a place."""
+        return self._entries[chunk] - self._less
+
+    # --- a move of the table (`image/table_moving.py`) --------------------------------------------
 
     def give_from(self, first: int) -> None:
-        """Give no number below this one any more."""
+        """Give no number below this one."""
         self._spare.clear()
+        self._lowest = first
         self.highest = max(self.highest, first - 1)
 
+    def in_front(self, first: int, start: int, stop: int) -> list[int]:
+        """Those of the chunks [start, stop) whose numbers are below this one."""
+        entries = self._entries[start : min(stop, self.chunks)]
+        if not entries or min(entries) >= first:
+            return []
+        return [chunk for chunk, entry in enumerate(entries, start) if entry < first]
+
+    def take(self, count: int) -> range:
+        """So many numbers above all others, which are given to nobody else."""
+        numbers = range(self.highest + 1, self.highest + 1 + count)
+        self.highest += count
+        return numbers
+
     def move(self, chunk: int, number: int) -> None:
-        """The chunk's bytes are at another place, too. The journal must be clear."""
+        """The chunk's bytes are at another place, too. No record in the journal may name the former one."""
         self._entries[chunk] = number
-        self.highest = max(self.highest, number)
-        self._dirty.add(chunk // ENTRIES_PER_PAGE)
+        self._changed(chunk)
 
-    def pages_less(self, by: int) -> Iterator[bytes]:
-        """The pages of the table, each number less by so many; there is none below that."""
-        for start in range(0, self.chunks, ENTRIES_PER_PAGE):
-            yield encode_entries(self._less(start, by))
+    def begin_copy(self, less: int) -> None:
+        """A copy of the table is going to be made, whose numbers are less by so many than those on disk now."""
+        self._copy_less = self._less + less
+        self._uncopied = bitarray(ceil_div(self.chunks, ENTRIES_PER_PAGE))
+        self._uncopied.setall(1)
 
-    def renumber(self, by: int) -> None:
-        """Each number is less by so many from now on; so the table is on disk, in another place."""
-        for start in range(0, self.chunks, ENTRIES_PER_PAGE):
-            self._entries[start : start + ENTRIES_PER_PAGE] = self._less(start, by)
-        self.highest -= by
-        self._spare.clear()
+    def take_uncopied(self, limit: int | None = None) -> list[tuple[int, bytes]]:
+        """So many pages that the copy does not have as they are, in order, as (page number, bytes); now it has them."""
+        assert self._uncopied is not None
+        pages = list(islice(self._uncopied.search(1), limit))
+        for page in pages:
+            self._uncopied[page] = 0
+        return [(page, self._page(page, self._copy_less)) for page in pages]
 
-    def _less(self, start: int, by: int) -> array[int]:
-        """The entries of a page."""
-        page = self._entries[start : start + ENTRIES_PER_PAGE]
-        allocated = self._allocated[start : start + ENTRIES_PER_PAGE]
-        if by and allocated.any():
-            page = array("I", [entry - by if entry != UNALLOCATED else entry for entry in page])
-        return page
+    def end_move(self) -> None:
+        """There is none, or it is done: no copy is needed, and all numbers above metadata may be given."""
+        self._uncopied, self._lowest = None, self._less
+
+    def use_copy(self, filled: int) -> None:
+        """It is the table from now on. On disk, entries up to the end of so many pages follow it, all UNALLOCATED."""
+        assert self._uncopied is not None
+        assert not self._uncopied.any()
+        self._less, self._uncopied, self._filled = self._copy_less, None, filled
+
+    def _changed(self, chunk: int) -> None:
+        page = chunk // ENTRIES_PER_PAGE
+        self._dirty.add(page)
+        if self._uncopied is not None:
+            self._uncopied[page] = 1
 
     def allocate(self, chunk: int) -> int:
         """Give the chunk a number."""
@@ -203,7 +238,7 @@ class Table:
         self.highest = max(self.highest, number)
         self._entries[chunk] = number
         self._allocated[chunk] = 1
-        self._dirty.add(chunk // ENTRIES_PER_PAGE)
+        self._changed(chunk)
         return number
 
     def replay(self, first: int, entries: Sequence[int]) -> str | None:
@@ -243,16 +278,26 @@ class Table:
             self.shared = {chunk for chunk in self.shared if owners[self._entries[chunk]] > 1}
         self._used = bitarray()
 
+    @property
+    def room(self) -> int:
+        """How many entries it has room for in memory."""
+        return len(self._entries)
+
+    def make_room(self, chunks: int) -> None:
+        """Have room for so many entries."""
+        more = round_up(chunks, ENTRIES_PER_PAGE) - len(self._entries)
+        self._entries.extend(array("I", [UNALLOCATED]) * more)
+
     def grow(self, chunks: int) -> None:
         """The disk has grown: the new chunks are unallocated, whatever stood in their place."""
         assert chunks >= self.chunks
-        have = len(self._entries)
-        need = round_up(chunks * TABLE_ENTRY_SIZE, PAGE) // TABLE_ENTRY_SIZE
-        self._entries.extend(array("I", [UNALLOCATED]) * (need - have))
-        for chunk in range(self.chunks, min(chunks, have)):
-            self._entries[chunk] = UNALLOCATED
+        end = min(chunks, round_up(self.chunks, ENTRIES_PER_PAGE))
+        self._entries[self.chunks : end] = array("I", [UNALLOCATED]) * (end - self.chunks)
+        self.make_room(chunks)
         self._allocated.extend(bitarray(chunks - self.chunks))
-        self._dirty.update(range(self.chunks // ENTRIES_PER_PAGE, ceil_div(chunks, ENTRIES_PER_PAGE)))
+        pages = ceil_div(self.chunks, ENTRIES_PER_PAGE)
+        self._dirty.update(range(self.chunks // ENTRIES_PER_PAGE, pages))
+        self._dirty.update(range(max(pages, self._filled), ceil_div(chunks, ENTRIES_PER_PAGE)))
         self.chunks = chunks
 
     def shrink(self, chunks: int) -> list[int]:
@@ -272,7 +317,7 @@ class Table:
         if freed:
             self._spare.clear()
             live = (e for e in self._entries[:chunks] if e != UNALLOCATED)
-            self.highest = max(live, default=-1)
+            self.highest = max(live, default=self._lowest - 1)
         return freed
 
     def chunk_runs(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
@@ -302,10 +347,14 @@ class Table:
         """The dirty pages as (page number, bytes), in order; they count as clean from here on."""
         pages = sorted(self._dirty)
         self._dirty.clear()
-        return [(page, self._page(page)) for page in pages]
+        return [(page, self._page(page, self._less)) for page in pages]
 
-    def _page(self, page: int) -> bytes:
-        return encode_entries(self._entries[page * ENTRIES_PER_PAGE : (page + 1) * ENTRIES_PER_PAGE])
+    def _page(self, page: int, less: int) -> bytes:
+        start, stop = page * ENTRIES_PER_PAGE, (page + 1) * ENTRIES_PER_PAGE
+        entries = self._entries[start:stop]
+        if less and self._allocated[start:stop].any():
+            entries = array("I", [entry - less if entry != UNALLOCATED else entry for entry in entries])
+        return encode_entries(entries)
 
     def pages_not_written(self, pages: Iterable[tuple[int, bytes]]) -> None:
         """Writing these pages failed: they are dirty again."""

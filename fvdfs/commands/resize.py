@@ -1,6 +1,7 @@
 """`fvdfs resize`: change the size of a disk. Blocks.
 
-The raw file in a mount is truncated, as any program may do it; an image that is not mounted is changed here.
+The raw file in a mount is truncated, as any program may do it, after the mount has made room for that; an image that is
+not mounted is changed here.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from fvdfs.image.policy import Policy
 from fvdfs.layers.resize import judge, resize
 from fvdfs.mountoptions import folders, parse_mount_options, program
 from fvdfs.sizes import NewSize, human_size
-from fvdfs.xattrs import STATUS
+from fvdfs.xattrs import ROOM, STATUS
 
 
 def run(disk: str, wanted: NewSize, *, shrink: bool, options: Sequence[str], secret: str) -> int:
@@ -49,6 +50,9 @@ def _by_mount(raw: str, wanted: NewSize, *, shrink: bool) -> int:
         judge(raw, image, old, size, shrink=shrink)
         if size != old:
             try:
+                if size > old:
+                    os.setxattr(raw, ROOM, str(size).encode())
+                    os.getxattr(raw, ROOM)
                 os.truncate(raw, size)
             except OSError as error:
                 raise _refusal(raw, image, size, error) or error from error

@@ -60,6 +60,9 @@ class Entries(Protocol):
     def __getitem__(self, chunk: int) -> int:
         """The number of the chunk in the storage, or UNALLOCATED."""
 
+    def on_disk(self, chunk: int) -> int:
+        """The entry of a chunk that has a place, as it belongs on disk."""
+
     def replay(self, first: int, entries: Sequence[int]) -> str | None:
         """Take over the entries from `first` on, or none of them; why not."""
 
@@ -240,8 +243,9 @@ def _bitmap_records(header: Header, start: int, stop: int) -> Iterator[bytes]:
 
 
 def _table_record(table: Entries, first: int, last: int) -> bytes:
-    entries = [table[chunk] for chunk in range(first, last + 1)]
-    assert UNALLOCATED not in entries, "a block is local, but its chunk has no place"
+    chunks = range(first, last + 1)
+    assert all(table[chunk] != UNALLOCATED for chunk in chunks), "a block is local, but its chunk has no place"
+    entries = [table.on_disk(chunk) for chunk in chunks]
     return struct.pack(f"<III{len(entries)}I", TABLE_MAGIC, first, len(entries), *entries)
 
 

@@ -38,7 +38,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import NoReturn
@@ -49,8 +49,7 @@ from fvdfs.alloc.table import Table
 from fvdfs.cow.bitmap import Bitmap
 from fvdfs.format import journal, moving
 from fvdfs.format.header import HEADER_SIZE, PAGE, SECTOR, Header, changed_sectors, round_up, with_fields
-from fvdfs.format.table_room import moved_table
-from fvdfs.store.base import OUT_OF_SPACE, Done, FlushError, Store, pread_exactly, pwrite_pages
+from fvdfs.store.base import OUT_OF_SPACE, Done, FlushError, Store, pwrite_pages
 
 log = logging.getLogger(__name__)
 
@@ -112,6 +111,8 @@ class Committer:
         self.writes = 0
         """Data writes so far."""
         self._journal_next = 0  # sector
+        self._journal_is_empty = False
+        """Whether it is known to hold no record."""
         self._lock = trio.Lock()
         self._begun = 0
         """The number of the last commit that has begun."""
@@ -213,6 +214,17 @@ class Committer:
                 if clear_journal:
                     await self._clear_journal()
 
+    async def empty_journal(self) -> None:
+        """Have no record in the journal; a checkpoint, unless there is none already. Raises OSError.
+
+        No commit is under way when this returns, and none has begun.
+        """
+        async with self._lock:
+            with trio.CancelScope(shield=True):
+                if not self._journal_is_empty and self.header.journal_region is not None:
+                    await self._commit(checkpoint=True)
+                    await self._clear_journal()
+
     async def _commit(self, *, checkpoint: bool) -> None:
         self._check_failed()
         self._begun += 1
@@ -297,6 +309,7 @@ class Committer:
         # last checkpoint and no longer needed.
         end = min(round_up(offset + len(sectors) * SECTOR, PAGE), region.end)
         data = b"".join(sectors).ljust(end - offset, b"\0")
+        self._journal_is_empty = False
         try:
             await self._meta.append_stable(data, offset, flush_first=flush_first)
         except FlushError as error:
@@ -331,11 +344,12 @@ class Committer:
 
     async def _clear_journal(self) -> None:
         region = self.header.journal_region
-        if region is None:
+        if region is None or self._journal_is_empty:
             return
         await self._meta.zero(region.offset, region.size)
         await self._flush(self._meta)
         self._journal_next = 0
+        self._journal_is_empty = True
 
     async def release_base(self) -> None:
         """Every block is local: have the header say that the base is no longer needed. Raises OSError.
@@ -400,44 +414,35 @@ class Committer:
                 await self._write_header(journal_offset=offset, journal_size=size)
                 await self._flush(self._meta)
 
-    async def move_table(self, chunks: int, entries: Iterator[bytes]) -> None:
-        """Have the table, with room for so many entries, and the journal lie behind all metadata (`table_room`).
+    async def flush_metadata(self) -> None:
+        """Make stable what others have written to the image's file. Raises OSError; the image has failed then."""
+        await self._flush(self._meta)
 
-        `entries`: the pages of the table as they belong there; nobody changes it meanwhile, and nothing uses the
-        places that become metadata. Raises OSError; the image is as it was then, or has failed.
+    async def begin_move(self, fields: dict[str, int]) -> None:
+        """Have table, journal and data be where these fields of the header say (`moving.FIELDS`), after a checkpoint.
+
+        The regions are written there already, the journal empty. It counts when this returns, but `end_move` must
+        follow. The caller holds the lock (`held`). Raises OSError; the image is as it was then, or has failed.
         """
-        async with self._lock:
-            with trio.CancelScope(shield=True):
-                await self._commit(checkpoint=True)
-                header = moved_table(self.header, chunks)
-                await self._write_moved(header, entries)
-                await self._flush(self._meta)
-                try:
-                    await self._write_header(journal_offset=moving.PLACE, journal_size=0, clean_shutdown=0)
-                    await self._flush(self._meta)
-                    self._raw_header = await write_header(self._meta, header, self._raw_header)
-                except BaseException as error:
-                    self.fail(f"moving the chunk table: {error}")
-                    raise
-                self.header = header
-                self._journal_next = 0
+        await self._commit(checkpoint=True)
+        await self._meta.pwrite(moving.encode(fields), moving.PLACE)
+        await self._flush(self._meta)
+        try:
+            await self._write_header(journal_offset=moving.PLACE, journal_size=0, clean_shutdown=0)
+            await self._flush(self._meta)
+        except BaseException as error:
+            self.fail(f"moving the chunk table: {error}")
+            raise
+        self.header = with_fields(self.header, clean_shutdown=1, **fields)
+        self._journal_next, self._journal_is_empty = 0, True
 
-    async def _write_moved(self, header: Header, entries: Iterator[bytes]) -> None:
-        """The record of the move, and the regions as they will be; nothing is flushed. Raises OSError."""
-        meta, start, end = self._meta, self.header.metadata_end, header.metadata_end
-        padding = bytes(await pread_exactly(meta, moving.SIZE, moving.PLACE))
-        if any(padding) and not moving.is_record(padding):
-            raise OSError(errno.EFBIG, f"{meta.name}: something else is where a move has to be recorded")
-        if await meta.size() < end:
-            if meta.fixed_size:
-                raise OSError(errno.ENOSPC, f"{meta.name}: is full; a larger chunk table has no room")
-            await meta.resize(end)
-        await meta.zero(start, end - start)
-        at = header.table_offset
-        for page in entries:
-            await meta.pwrite(page, at)
-            at += len(page)
-        await meta.pwrite(moving.encode({name: getattr(header, name) for name in moving.FIELDS}), moving.PLACE)
+    async def end_move(self) -> None:
+        """Write the rest of the header. As `begin_move`."""
+        try:
+            self._raw_header = await write_header(self._meta, self.header, self._raw_header)
+        except BaseException as error:
+            self.fail(f"moving the chunk table: {error}")
+            raise
 
     async def write_profile(self, data: bytes, entries: int, unit: int) -> None:
         """Write an encoded prefetch profile, then have the header name it. `unit` in bytes. Raises OSError."""

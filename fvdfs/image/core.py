@@ -21,6 +21,7 @@ from fvdfs.cow.planner import Geometry, Zeroes, read_runs
 from fvdfs.cow.recorder import Recorder
 from fvdfs.cow.writethrough import BaseWriter
 from fvdfs.format.header import Header
+from fvdfs.format.journal import Range
 from fvdfs.image.bases import Bases
 from fvdfs.image.commit import Committer
 from fvdfs.store.base import Done, Store
@@ -122,6 +123,8 @@ class Core:
         if self.base is not None:
             self.bases.enter(self.base, self)
         self.writable = False
+        self.written: list[Range] | None = None
+        """What writes have changed of the storage since somebody began to copy it; None: nobody does."""
         self.base_writer: BaseWriter | None = None
         """Makes writes reach the base, where the image asks for it and the mount allows it."""
         self.fetcher: Fetcher | None = None

@@ -153,6 +153,10 @@ class Image(Core):
         """
         await self._resizer.resize(size, shrink=shrink)
 
+    async def make_room(self, size: int) -> None:
+        """Do what takes time before the disk gets this long, as far as it changes nothing of it. Raises as `resize`."""
+        await self._resizer.make_room(size)
+
     async def pass_through(self) -> None:
         """The kernel uses the data by itself from now on (`passing`). Raises OSError."""
         if self.writable:
@@ -369,6 +373,7 @@ class Image(Core):
         """Commit everything and make the header clean; nothing is written again. Raises OSError of the commit."""
         with trio.CancelScope(shield=True):
             try:
+                await self._resizer.stop()
                 if self.fetcher is not None:
                     await self.fetcher.close()
                     await self.release_base()

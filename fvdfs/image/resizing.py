@@ -20,6 +20,7 @@ import errno
 
 import trio
 
+from fvdfs.alloc.chunked import ChunkedStorage
 from fvdfs.cow.locks import Gate
 from fvdfs.cow.planner import Geometry
 from fvdfs.format.header import MAX_DISK_SIZE, SECTOR, ceil_div, round_up, with_fields
@@ -40,6 +41,7 @@ class Resizer:
         self._gate = gate
         self.lock = trio.Lock()
         """Held while the size changes, or the base is let go."""
+        self._making_room: trio.CancelScope | None = None
         self._journal_cleared = False
         """Whether it holds no records from before this opening."""
 
@@ -65,6 +67,24 @@ class Resizer:
             else:
                 await make_whole(core)
             core.end = core.size
+
+    async def make_room(self, size: int) -> None:
+        """Have room for a disk of so many bytes. Raises OSError: EFBIG, EROFS as `resize`, ECANCELED at its closing."""
+        core = self._core
+        if not core.writable:
+            raise OSError(errno.EROFS, f"{core.name}: not open for writing")
+        async with self.lock:
+            with trio.CancelScope() as self._making_room:
+                await self._make_table_room(size)
+            if self._making_room.cancelled_caught:
+                raise OSError(errno.ECANCELED, f"{core.name}: it is being closed")
+
+    async def stop(self) -> None:
+        """Make no room any more."""
+        if self._making_room is not None:
+            self._making_room.cancel()
+            async with self.lock:
+                pass
 
     async def reach(self, stop: int) -> None:
         """Grow the disk so that it holds bytes up to `stop`, unless somebody has done it meanwhile.
@@ -96,8 +116,10 @@ class Resizer:
         journal = smaller_journal(header, chunks)
         if journal is None:
             await move_table(core, self._reads, self._gate, chunks)
-            return
-        await core.committer.move_journal(journal.offset, journal.size)
+        else:
+            await core.committer.move_journal(journal.offset, journal.size)
+        assert isinstance(core.storage, ChunkedStorage)
+        await core.storage.make_table_room(chunks)
 
     async def _grow(self, size: int) -> None:
         core = self._core

@@ -71,7 +71,7 @@ class PendingWrite:
                 return False
 
         def ended(result: int) -> None:
-            core.committer.data_written()
+            writes.data_written(offset, stop)
             if result >= 0:
                 writes.stored(bitmap, plan)
                 writes.ended(offset, stop)
@@ -123,6 +123,13 @@ class Writes:
             bitmap.set_local(first, end)
         if not bitmap.all_committed(first, end):
             self.core.committer.blocks_stored(first, end)
+
+    def data_written(self, start: int, stop: int) -> None:
+        """Bytes [start, stop) of the storage were written, perhaps in part."""
+        core = self.core
+        core.committer.data_written()
+        if core.written is not None:
+            core.written.append((start, stop))
 
     def ended(self, start: int, stop: int) -> None:
         """A write was successful, and is about to be answered."""
@@ -368,7 +375,7 @@ class Writes:
                 assert where is not None
                 await core.data.pwrite(view[run_start - start : run_stop - start], where)
         finally:
-            core.committer.data_written()
+            self.data_written(start, stop)
 
     async def _store_piece(self, source: Store, where: int, start: int, stop: int) -> None:
         """Have bytes [start, stop) of the disk get in the storage what a store has from `where` on."""
@@ -379,7 +386,7 @@ class Writes:
                 assert to is not None
                 await core.data.copy(source, where + run_start - start, to, run_stop - run_start)
         finally:
-            core.committer.data_written()
+            self.data_written(start, stop)
 
     async def _store_zeros(self, start: int, stop: int) -> None:
         """Have bytes [start, stop) read as zeros, and store nothing for what does so already."""
@@ -396,7 +403,7 @@ class Writes:
                     await core.data.pwrite(bytes(size), at)
                     at += size
         finally:
-            core.committer.data_written()
+            self.data_written(start, stop)
 
     async def _punch(self, start: int, stop: int, *, writes: bool = True) -> None:
         """Have bytes [start, stop) read as zeros, and give their space back; `writes` as for `Store.zero`."""
@@ -406,7 +413,7 @@ class Writes:
             for where, length in await self._places(start, stop):
                 await core.data.zero(where, length, writes=writes)
         finally:
-            core.committer.data_written()
+            self.data_written(start, stop)
         if isinstance(core.storage, ChunkedStorage):
             core.storage.zeroed(start, stop)
 

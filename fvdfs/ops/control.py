@@ -1,4 +1,7 @@
-"""What a user asks of an image through its extended attributes: its status; to start, pause or stop prefetching."""
+"""What a user asks of an image through its extended attributes.
+
+Its status; to start, pause or stop prefetching; to have room for a larger size.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +11,12 @@ import logging
 import os
 from typing import Any
 
+import trio
+
 from fvdfs.errors import MovedAway
 from fvdfs.image.image import Image
 from fvdfs.ops.background import Prefetched
-from fvdfs.ops.inodes import Entry
+from fvdfs.ops.inodes import Entry, Outcome
 from fvdfs.ops.openings import Openings
 from fvdfs.ops.passthrough import ON
 from fvdfs.prefetch.prefetcher import Prefetcher
@@ -105,3 +110,37 @@ async def _close_when_ended(openings: Openings, entry: Entry, prefetcher: Prefet
         await openings.close(entry)
     except OSError as error:
         log.error("%s: closing failed: %s", os.fsdecode(entry.path), error)
+
+
+async def begin_room(openings: Openings, entry: Entry, size: str) -> None:
+    """Begin to make room for a disk of so many bytes, if it is open. Raises OSError, EINVAL for what is no number."""
+    if not size.isdecimal() or len(size) > _COMMAND_SHOWN:
+        raise OSError(errno.EINVAL, f"room for a number of bytes, not {size[:_COMMAND_SHOWN]!r}")
+    entry.room = None
+    if entry.image is None or openings.background.spawn is None:
+        return
+    await openings.open(entry.inode, write=True)
+    entry.room = Outcome()
+    openings.background.spawn(functools.partial(_make_room, openings, entry, entry.image, int(size), entry.room))
+
+
+async def _make_room(openings: Openings, entry: Entry, image: Image, size: int, outcome: Outcome) -> None:
+    try:
+        try:
+            await image.make_room(size)
+        finally:
+            with trio.CancelScope(shield=True):
+                await openings.close(entry)
+    except OSError as error:
+        log.error("%s: %s", os.fsdecode(entry.path), error.strerror)
+        outcome.error = error
+    finally:
+        outcome.ended.set()
+
+
+async def wait_for_room(entry: Entry) -> None:
+    """Wait for the end of what `begin_room` has begun last. Raises its OSError."""
+    if (outcome := entry.room) is not None:
+        await outcome.ended.wait()
+        if outcome.error is not None:
+            raise OSError(outcome.error.errno, outcome.error.strerror)

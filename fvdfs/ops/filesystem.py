@@ -291,6 +291,9 @@ class Filesystem(pyfuse3.Operations):
             if wanted == xattrs.STATUS:
                 return json.dumps({"caches": self.openings.caches.status()}).encode()
             raise FUSEError(pyfuse3.ENOATTR)
+        if wanted == xattrs.ROOM:
+            await control.wait_for_room(self.folder.inodes[inode])
+            return b""
         if wanted == xattrs.MAP:
             return await self._map(inode)
         if wanted == xattrs.STATUS:
@@ -320,17 +323,15 @@ class Filesystem(pyfuse3.Operations):
         wanted = name.decode(errors="replace")
         if wanted in xattrs.ACLS:
             await self._change_acl(inode, lambda path: os.setxattr(path, wanted, value))
-        elif inode == ROOT_INODE or wanted not in (xattrs.PREFETCH, xattrs.SNAPSHOT, xattrs.MOVE):
+        elif inode == ROOT_INODE or wanted not in xattrs.STEERED:
             raise FUSEError(errno.EOPNOTSUPP)
         else:
             entry, text = self.folder.inodes[inode], value.decode(errors="replace").strip()
             if wanted == xattrs.PREFETCH:
                 await control.control_prefetch(self.openings, entry, text)
-            elif ctx.uid not in (
-                0,
-                os.geteuid(),
-                entry.status.st_uid,
-            ):  # it is more than to write
+            elif wanted == xattrs.ROOM:
+                await control.begin_room(self.openings, entry, text)
+            elif ctx.uid not in (0, os.geteuid(), entry.status.st_uid):  # it is more than to write
                 raise FUSEError(errno.EPERM)
             elif wanted == xattrs.SNAPSHOT:
                 await snapshots.make_snapshot(self.openings, entry, text)

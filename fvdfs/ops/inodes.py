@@ -73,6 +73,14 @@ class Seen:
     """The file is as it was, or open: what is known of it stands, and the fields above are not set."""
 
 
+class Outcome:
+    """How something ends that is done in the background."""
+
+    def __init__(self) -> None:
+        self.ended = trio.Event()
+        self.error: OSError | None = None
+
+
 class Entry:
     """An image that appears in the mount, or did while the kernel still knows it."""
 
@@ -123,6 +131,8 @@ class Entry:
         """Seconds for which it kept writers out."""
         self.refused = ""
         """Why the last one that was asked for was not made."""
+        self.room: Outcome | None = None
+        """That of the last making of room for a larger size."""
         self.blank = False
         """Whether it was made in this mount, is to become a clone, and holds nothing but zeros (`naming.py`)."""
         self.maker: Process | None = None

@@ -553,8 +553,8 @@ class Simulation:
 
         return work
 
-    def resize(self, change: int) -> None:
-        """A step of its own."""
+    def resize(self, change: int, *beside: Callable[[], Awaitable[None]]) -> None:
+        """A step of its own; these are done at the same time."""
         size = self.disk.size + change
         start = self.clock.tick()
 
@@ -564,7 +564,7 @@ class Simulation:
             self.disk.resize = Resize(start, self.clock.tick(), size)
             assert not self.image.committer.unseen_writes or await self.image.data.size() == size
 
-        self.step(work, cut_short=change < 0)
+        self.step(self.together(work, *beside), cut_short=change < 0)
         self.run(self.read(0, self.disk.size))
 
     def append(self, change: int, length: int, *, missing: int = 0) -> Callable[[], Awaitable[None]]:
@@ -923,13 +923,21 @@ def outgrowing(sim_of: Callable[[], Simulation]) -> None:
         header = _header(sim.files)
         chunk = header.chunk_size
         size = (header.table_capacity + 3) * chunk
+
+        async def writes(sim: Simulation = sim, chunk: int = chunk) -> None:
+            """Old chunks and new ones, and flushes, while the old ones get other places."""
+            for number in range(6):
+                await sim.write(number * chunk + 300, 700)()
+                if number % 3 == 2:
+                    await sim.flush()
+
         sim.step(sim.open)
         sim.step(sim.write(2 * chunk - 300, 700), sim.flush, sim.write(5 * chunk + 100, 900))
         if grows_at_once:
             sim.step(sim.close)
             sim.forget_facts()
             sim.step(sim.open)
-        sim.resize(size - sim.disk.size)
+        sim.resize(size - sim.disk.size, writes, sim.watch(2 * chunk - 300, 700))
         sim.step(sim.write(size - 2 * chunk - 500, 1000), sim.flush, sim.write(chunk - 200, 300))
         sim.step(sim.write(9 * chunk, 100), sim.close)
         sim.forget_facts()
