@@ -66,7 +66,7 @@ class Table:
         """Numbers below the highest that are ready to be given again."""
         self._lowest = 0
         """Numbers below it are not given."""
-        self._less = 0
+        self.less = 0
         """Numbers on disk are less by so many than here."""
         self._uncopied: bitarray | None = None
         """Pages that a copy of the table does not have as they are."""
@@ -172,7 +172,7 @@ class Table:
 
     def on_disk(self, chunk: int) -> int:
         """The entry as it belongs there; the chunk has a place."""
-        return self._entries[chunk] - self._less
+        return self._entries[chunk] - self.less
 
     # --- a move of the table (`image/table_moving.py`) --------------------------------------------
 
@@ -202,7 +202,7 @@ class Table:
 
     def begin_copy(self, less: int) -> None:
         """A copy of the table is going to be made, whose numbers are less by so many than those on disk now."""
-        self._copy_less = self._less + less
+        self._copy_less = self.less + less
         self._uncopied = bitarray(ceil_div(self.chunks, ENTRIES_PER_PAGE))
         self._uncopied.setall(1)
 
@@ -216,13 +216,13 @@ class Table:
 
     def end_move(self) -> None:
         """There is none, or it is done: no copy is needed, and all numbers above metadata may be given."""
-        self._uncopied, self._lowest = None, self._less
+        self._uncopied, self._lowest = None, self.less
 
     def use_copy(self, filled: int) -> None:
         """It is the table from now on. On disk, entries up to the end of so many pages follow it, all UNALLOCATED."""
         assert self._uncopied is not None
         assert not self._uncopied.any()
-        self._less, self._uncopied, self._filled = self._copy_less, None, filled
+        self.less, self._uncopied, self._filled = self._copy_less, None, filled
 
     def _changed(self, chunk: int) -> None:
         page = chunk // ENTRIES_PER_PAGE
@@ -347,7 +347,7 @@ class Table:
         """The dirty pages as (page number, bytes), in order; they count as clean from here on."""
         pages = sorted(self._dirty)
         self._dirty.clear()
-        return [(page, self._page(page, self._less)) for page in pages]
+        return [(page, self._page(page, self.less)) for page in pages]
 
     def _page(self, page: int, less: int) -> bytes:
         start, stop = page * ENTRIES_PER_PAGE, (page + 1) * ENTRIES_PER_PAGE

@@ -106,6 +106,7 @@ class Committer:
         self._pending_blocks: list[journal.Range] = []
         self._pending_chunks: set[int] = set()
         self._data_written = False
+        self._has_moved = False
         self._unseen_writes = False
         self._still_used = False
         self.writes = 0
@@ -137,6 +138,14 @@ class Committer:
     def chunks_allocated(self, chunks: list[int]) -> None:
         """These chunks got their place."""
         self._pending_chunks.update(chunks)
+
+    def chunks_moved(self, chunks: list[int]) -> None:
+        """These chunks, which had a place, got another one. The journal is empty, and no commit is under way.
+
+        The next commit is a checkpoint: no record shows an entry that changes.
+        """
+        self._pending_chunks.update(chunks)
+        self._has_moved = True
 
     @property
     def dirty(self) -> bool:
@@ -229,7 +238,7 @@ class Committer:
         self._check_failed()
         self._begun += 1
         this = self._begun
-        batch = self._take_pending(checkpoint=checkpoint)
+        batch = self._take_pending(checkpoint=checkpoint or self._has_moved)
         try:
             await self._write(batch)
         except BaseException as error:
@@ -243,6 +252,7 @@ class Committer:
             for first, end in batch.blocks:
                 self._bitmap.mark_committed(first, end)
             self._bitmap.pages_written(batch.bitmap_pages)
+        self._has_moved = False
         self._done = this
 
     def _take_pending(self, *, checkpoint: bool) -> _Batch:

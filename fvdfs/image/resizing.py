@@ -42,6 +42,7 @@ class Resizer:
         self.lock = trio.Lock()
         """Held while the size changes, or the base is let go."""
         self._making_room: trio.CancelScope | None = None
+        self._stopped = False
         self._journal_cleared = False
         """Whether it holds no records from before this opening."""
 
@@ -75,16 +76,18 @@ class Resizer:
             raise OSError(errno.EROFS, f"{core.name}: not open for writing")
         async with self.lock:
             with trio.CancelScope() as self._making_room:
-                await self._make_table_room(size)
-            if self._making_room.cancelled_caught:
+                if not self._stopped:
+                    await self._make_table_room(size)
+            if self._stopped:
                 raise OSError(errno.ECANCELED, f"{core.name}: it is being closed")
 
     async def stop(self) -> None:
-        """Make no room any more."""
+        """The image is being closed: make no room any more."""
+        self._stopped = True
         if self._making_room is not None:
             self._making_room.cancel()
-            async with self.lock:
-                pass
+        async with self.lock:
+            pass
 
     async def reach(self, stop: int) -> None:
         """Grow the disk so that it holds bytes up to `stop`, unless somebody has done it meanwhile.

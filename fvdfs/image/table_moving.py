@@ -4,8 +4,7 @@
        a. The part is copied while writers go on. What they write to it meanwhile is noted, and copied again.
        b. Checkpoint, and the journal is cleared: an old record must not bring back an entry.
        c. Writers wait. What was written since is copied, and b is repeated where records have come since. The entries
-          change in memory, and are committed as those of new chunks. Until then the former places have all that was
-          flushed.
+          change in memory; the next commit is a checkpoint. Until then the former places have all that was flushed.
     2. Reads that are under way end: they may be of the former places. Checkpoint: nothing on the disk names these
        places any more.
     3. The table, with its new numbers, is written to what becomes metadata, while writers go on. Pages in which entries
@@ -59,7 +58,7 @@ async def move_table(core: Core, reads: Reads, gate: Gate, chunks: int) -> None:
     await _look_at_padding(core)
     try:
         with _part_of_window(storage, core.header) as part:
-            await _clear_front(core, storage, table, gate, moved, part)
+            await _clear_front(core, storage, table, gate, moved + table.less, part)
         await reads.wait(core.own)
         await core.committer.checkpoint()
         await _copy_table(core, storage, table, header, moved, filled)
@@ -121,8 +120,7 @@ async def _move_chunks(core: Core, storage: ChunkedStorage, table: Table, gate: 
                 # No checkpoint from here on: a commit would record the former places.
                 for chunk, number in places.items():
                     table.move(chunk, number)
-                core.committer.chunks_allocated(list(chunks))
-                core.committer.data_written()
+                core.committer.chunks_moved(list(chunks))
     except BaseException:
         with contextlib.suppress(OSError), trio.CancelScope(shield=True):  # then nobody uses them
             await storage.give_back_places(numbers)

@@ -125,12 +125,14 @@ async def begin_room(openings: Openings, entry: Entry, size: str) -> None:
 
 
 async def _make_room(openings: Openings, entry: Entry, image: Image, size: int, outcome: Outcome) -> None:
+    outcome.error = OSError(errno.EIO, os.strerror(errno.EIO))
     try:
         try:
             await image.make_room(size)
         finally:
             with trio.CancelScope(shield=True):
                 await openings.close(entry)
+        outcome.error = None
     except OSError as error:
         log.error("%s: %s", os.fsdecode(entry.path), error.strerror)
         outcome.error = error

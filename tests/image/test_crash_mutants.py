@@ -20,6 +20,7 @@ _APART = "the bits say nothing of the base, which keeps its old bytes or gets th
 _RELEASE, _CLEAN = "commit: release_base", "if not self.header.compact"
 _TORN = "too few simulations to see a torn header; test_every_state[cow-data-file-on-device] does"
 _FRONT = "no journal here is large enough; test_power_cuts_while_the_table_takes_the_front_of_the_journal has one"
+_SHORT = "it is done again, or as well, while writers wait; before, it makes that wait short"
 EQUIVALENT: dict[str, str] = {
     "commit: _write: without batch.data_written = True": (
         "blocks and chunks are reported along with their data: it is set already, or there are pages"
@@ -86,18 +87,30 @@ EQUIVALENT: dict[str, str] = {
     "await self._write_header(journal_offset=offset, journal_size=size)": _FRONT,
     "commit: move_journal: swapped await self._write_header(journal_offset=offset, journal_size=size) | "
     "await self._flush(self._meta)": _FRONT,
-    "commit: _write_moved: swapped if await meta.size() < end: … resize | await meta.zero(start, end - start)": (
-        "both are flushed before the header names these places"
+    "commit: flush_metadata: without await self._flush(self._meta)": _SHORT,
+    "commit: begin_move: swapped await self._commit(checkpoint=True) | "
+    "await self._meta.pwrite(moving.encode(fields), moving.PLACE)": "both are flushed before the record counts",
+    "table_moving: _clear_front: swapped await trio.lowlevel.checkpoint() | "
+    "for at in range(0, len(chunks), part): … _move_chunks, commit": "one is a turn for others",
+    "table_moving: _clear_front: swapped await core.committer.commit() | "
+    "await _move_chunks(core, storage, table, gate, chunks[at:at + part])": (
+        "the window is larger than what two parts and a writer leave here"
     ),
-    "commit: _write_moved: swapped for page in entries: … pwrite | await meta.pwrite(moving.encode("
-    "{name: getattr(header, name) for name in moving.FIELDS}), moving.PLACE)": (
-        "both are flushed before the record counts"
-    ),
-    "table_moving: _clear_front: without committer.chunks_allocated(part)": (
-        "it is for a flush before the table moves; here a checkpoint comes first"
-    ),
-    "table_moving: _clear_front: swapped numbers = await storage.copy_away(part, first) | "
-    "await committer.checkpoint(clear_journal=True)": "the entries change after both",
+    "table_moving: _move_chunks: swapped await storage.copy_away("
+    "[(chunk * size, (chunk + 1) * size) for chunk in chunks], places, fresh=True) | "
+    "await core.committer.empty_journal()": _SHORT,
+    "table_moving: _move_chunks: swapped await core.committer.empty_journal() | "
+    "for _ in range(ROUNDS): … copy_away": _SHORT,
+    "table_moving: _move_chunks: swapped for _ in range(ROUNDS): … copy_away | "
+    "async with gate.closed(): … copy_away, empty_journal": _SHORT,
+    "table_moving: _move_chunks: swapped await storage.copy_away(_take_written(core, places), places, fresh=False) | "
+    "await core.committer.empty_journal()": "the entries change after both",
+    "table_moving: _copy_table: swapped async with storage.still(): … resize | "
+    "for at in range(start, end, PART): … zero": "what a file gets longer by is zeros",
+    "table_moving: _copy_table: swapped while at < stop: … pwrite | "
+    "while (pages := table.take_uncopied(PAGES_PER_TURN)): … pwrite_pages": "they are different pages",
+    "table_moving: _copy_table: swapped while (pages := table.take_uncopied(PAGES_PER_TURN)): … pwrite_pages | "
+    "await core.committer.flush_metadata()": _SHORT,
     "passing: settle: swapped await make_whole(core) | await core.committer.commit()": (
         "what makes the file whole flushes it, too"
     ),

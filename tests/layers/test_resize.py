@@ -19,8 +19,12 @@ from fvdfs.format import moving
 from fvdfs.format.creation import CreateOptions, new_header
 from fvdfs.format.header import Header, with_fields
 from fvdfs.format.table_room import moved_table, smaller_journal
+from fvdfs.image.image import Image
 from fvdfs.image.loading import open_image
 from fvdfs.image.policy import Policy
+from fvdfs.store.base import Buffer
+from fvdfs.store.host import HostFile
+from fvdfs.xattrs import ROOM
 from support import reference
 from support.builder import KIB, Layout, create
 from support.crash import Counts, Effort, Simulation, Subject, quiet
@@ -167,6 +171,86 @@ def test_a_table_that_moves(image: Path) -> None:
     assert image.stat().st_size - length <= new.metadata_size - old.metadata_size + new.storage_grow_unit
     assert content(image) == before.ljust(LARGE, b"\0")
     check(image)
+
+
+def test_writers_do_not_wait_for_what_is_copied(image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While the gate is closed little is written, however much lies where the table goes."""
+    make(image, LAYOUTS["compact small journal"])
+    write(image, os.urandom(SIZE), 0)
+    before, written = content(image), [0, 0]
+    pwrite, images = HostFile.pwrite, list[Image]()
+
+    async def counted(file: HostFile, data: Buffer, offset: int) -> None:
+        written[bool(images) and images[0]._gate.is_closed] += len(data)
+        await pwrite(file, data, offset)
+
+    monkeypatch.setattr(HostFile, "pwrite", counted)
+
+    async def work() -> None:
+        images.append(await open_image(str(image), Policy(), write=True))
+        await images[0].resize(4 << 30)
+        await images[0].close()
+
+    trio.run(work)
+    assert written[0] > 2 * MIB
+    assert written[1] < 32 * KIB
+    assert content(image)[:SIZE] == before
+    check(image)
+
+
+def test_room_that_is_made_before_the_truncation(image: Path) -> None:
+    """A program that writes is not kept waiting by the kernel, and the truncation has little left to do."""
+    make(image, LAYOUTS["compact small journal"])
+    write(image, os.urandom(SIZE), 0)
+    before, old = content(image), header(image)
+    with mounted(image.parent) as mount, open(mount.raw("vm"), "r+b", buffering=0) as disk:
+        raw = mount.raw("vm")
+        os.setxattr(raw, ROOM, str(LARGE).encode())
+        assert os.getxattr(raw, ROOM) == b""
+        assert header(image).table_offset > old.table_offset
+        assert os.fstat(disk.fileno()).st_size == SIZE
+        for size, code in (("none", errno.EINVAL), ("4000000000000", errno.EFBIG)):
+            with pytest.raises(OSError) as caught:
+                os.setxattr(raw, ROOM, size.encode())
+                os.getxattr(raw, ROOM)
+            assert caught.value.errno == code
+        done = fvdfs("resize", raw, "4T")
+        assert (done.code, "see the log" in done.err, done.err.count("\n")) == (2, True, 1)
+        os.setxattr(raw, ROOM, str(2 * LARGE).encode())
+        assert os.getxattr(raw, ROOM) == b""
+        must("resize", raw, str(LARGE))
+    assert content(image) == before.ljust(LARGE, b"\0")
+    check(image)
+
+
+def test_a_disk_that_is_closed_while_room_is_made(image: Path) -> None:
+    """The move ends there, and the disk is whole."""
+    make(image, LAYOUTS["compact small journal"])
+    write(image, os.urandom(SIZE), 0)
+    before = content(image)
+    found: list[OSError] = []
+
+    async def make_room(opened: Image) -> None:
+        try:
+            await opened.make_room(4 << 30)
+        except OSError as error:
+            found.append(error)
+
+    async def work(turns: int) -> None:
+        opened = await open_image(str(image), Policy(), write=True)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(make_room, opened)
+            for _ in range(turns):
+                await trio.lowlevel.checkpoint()
+            await opened.close()
+
+    for turns in (1, 30, 300):
+        trio.run(work, turns)
+        assert found.pop().errno == errno.ECANCELED
+        assert content(image) == before
+        assert fvdfs("check", image).code in (0, 3)
+    must("resize", image, str(LARGE))
+    assert content(image) == before.ljust(LARGE, b"\0")
 
 
 def test_a_table_that_is_too_large(image: Path) -> None:

@@ -37,6 +37,7 @@ from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from unittest import mock
 
 import trio
 from trio.testing import MockClock
@@ -45,6 +46,7 @@ from fvdfs.alloc.growth import GrowCommand
 from fvdfs.cow.planner import Zeroes
 from fvdfs.format.creation import CreateOptions
 from fvdfs.format.header import Header
+from fvdfs.image import table_moving
 from fvdfs.image.image import Image
 from fvdfs.image.policy import Policy
 from fvdfs.prefetch.prefetcher import Prefetcher
@@ -926,9 +928,9 @@ def outgrowing(sim_of: Callable[[], Simulation]) -> None:
 
         async def writes(sim: Simulation = sim, chunk: int = chunk) -> None:
             """Old chunks and new ones, and flushes, while the old ones get other places."""
-            for number in range(6):
+            for number in (0, 8, 1, 2):
                 await sim.write(number * chunk + 300, 700)()
-                if number % 3 == 2:
+                if number % 2:
                     await sim.flush()
 
         sim.step(sim.open)
@@ -937,7 +939,8 @@ def outgrowing(sim_of: Callable[[], Simulation]) -> None:
             sim.step(sim.close)
             sim.forget_facts()
             sim.step(sim.open)
-        sim.resize(size - sim.disk.size, writes, sim.watch(2 * chunk - 300, 700))
+        with mock.patch.object(table_moving, "PART", chunk if grows_at_once else table_moving.PART):
+            sim.resize(size - sim.disk.size, writes, sim.watch(2 * chunk - 300, 700))
         sim.step(sim.write(size - 2 * chunk - 500, 1000), sim.flush, sim.write(chunk - 200, 300))
         sim.step(sim.write(9 * chunk, 100), sim.close)
         sim.forget_facts()

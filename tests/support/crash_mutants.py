@@ -61,7 +61,7 @@ CHANGED = (
 """Module, function, and what of its text is replaced by what: slips in what zeroes ranges."""
 FLUSHES = {"flush", "_flush"}
 OF_STORE = {"append_by_steps", "Stepwise.append_stable"}  # what else that module has is not simulated
-REPORTS = {"mark_committed", "pages_written", "data_written", "blocks_stored", "chunks_allocated"}
+REPORTS = {"mark_committed", "pages_written", "data_written", "blocks_stored", "chunks_allocated", "chunks_moved"}
 DURABLE = FLUSHES | {
     *("pwrite", "pwrite_pages", "zero", "resize", "append_stable", "append_by_steps"),
     *("_append", "_write_pages", "_write_header", "_commit", "commit", "checkpoint", "recover"),
@@ -70,7 +70,8 @@ DURABLE = FLUSHES | {
     *("grow", "shrink", "_grow", "_grow_to", "_shrink", "_make_room", "_make_room_on_device", "prepare", "_prepare"),
     *("_store", "_store_data", "_store_zeros", "wrote", "begin_base_writing"),
     *("_punch", "zeroed", "change", "copy"),
-    *("move_table", "_write_moved", "write_header", "copy_away", "_copy", "_clear_front"),
+    *("begin_move", "end_move", "write_header", "empty_journal", "flush_metadata", "copy_away", "_copy", "take_places"),
+    *("give_back_places", "_clear_front", "_move_chunks", "_copy_table", "_use_copy"),
     *("begin_unseen_writes", "mark_unclean", "look_at_length", "make_whole", "settle", "recover_length"),
 }
 REPORTED = {"stored"}  # calls that wait for nothing, and must come after what is durable
