@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import trio
+import trio.testing
 
 from fvdfs.format.header import HEADER_SPACE, Header
 from fvdfs.format.migration import PLACE, SIZE, Outgoing, Record, Source
@@ -20,6 +22,7 @@ from fvdfs.store.filelock import FileLock
 from support import reference
 from support.kernel import Kernel
 from support.mounts import MIB, PASSED_THROUGH, Mount, fvdfs, mounted, must, needs_passthrough, running, wait_for_log
+from support.served import SIZE as SIZE_OF_DISK
 from support.served import Served
 
 E, T, OTHER_T = "e" * 16, "1" * 16, "2" * 16
@@ -242,6 +245,37 @@ def test_a_freeze_that_fails_leaves_the_disk_as_it_was(
     served = Served(tmp_path, monkeypatch)
     served.run(work)
     assert record(tmp_path / "a.fvd").state == "frozen"
+
+
+def test_a_write_that_waits_for_a_freeze_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def work(kernel: Kernel, fh: int) -> None:
+        image = served.entry.image
+        assert image is not None
+        begun, go_on, stop_writing = trio.Event(), trio.Event(), image.stop_writing
+
+        async def stop_slowly() -> None:
+            begun.set()
+            await go_on.wait()
+            await stop_writing()
+
+        monkeypatch.setattr(image, "stop_writing", stop_slowly)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(moves.take_step, served.filesystem.openings, served.entry, "freeze")
+            await begun.wait()
+            waiting = [
+                kernel.send_write(fh, 0, DATA),
+                kernel.send_write(fh, SIZE_OF_DISK, DATA),
+            ]  # and one that grows it
+            await trio.testing.wait_all_tasks_blocked(0.05)
+            assert kernel.answered == []
+            go_on.set()
+            for unique in waiting:
+                with pytest.raises(OSError, match="Read-only"):
+                    await kernel.answer(unique)
+
+    served = Served(tmp_path, monkeypatch)
+    served.run(work)
+    assert not b"".join(reference.read_disk(tmp_path / "a.fvd")).startswith(DATA)
 
 
 def test_a_frozen_base_gets_no_copies(folder: Path) -> None:

@@ -16,9 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import trio
 
+from fvdfs.format.mailbox import Wish
 from fvdfs.format.migration import PLACE, SIZE, Record
 from fvdfs.image.tree import Tree
+from fvdfs.store.locations import parse_location
+from fvdfs.store.source import ask
 from support.mounts import MIB, Mount, fvdfs, mounted, must, running, wait_until
 from support.moves import serving
 
@@ -184,6 +188,21 @@ def test_source_and_target_end_and_come_back(move: Move) -> None:
             assert data[: len(CONTENT)] == CONTENT
             assert data[12 * MIB : 12 * MIB + 512] == b"x" * 512
             write_direct(target.raw("vm"), 0, 1)
+
+
+def test_an_answer_that_got_lost_is_asked_for_again(move: Move) -> None:
+    """The source has moved, and the target that asked has ended before it knew."""
+    with move.served():
+        move.receive()
+        into = record(move.image).incoming
+        assert into is not None
+        trio.run(ask, parse_location(move.url), into, Wish.HAND_OVER, 3.0)
+        assert move.source.status("vm")["move"] == "moved"
+        assert record(move.image).receiving
+        with move.target() as target:
+            write_direct(target.raw("vm"), 4096, 7)
+            assert target.status("vm")["move"] == "active"
+            assert target.raw("vm").read_bytes()[:8192] == CONTENT[:4096] + b"\7" * 4096
 
 
 def test_the_first_write_waits_for_a_machine_that_is_about_to_end(move: Move) -> None:
