@@ -27,10 +27,9 @@ from fvdfs.ops.folder import Folder
 from fvdfs.ops.inodes import ROOT_INODE
 from fvdfs.ops.openings import Openings
 from support.builder import KIB, create
+from support.served import CTX
 
 SIZE = 64 * KIB
-CTX: Any = None
-"""Who asks: no handler looks, the kernel judges."""
 ROOT: Any = ROOT_INODE
 
 

@@ -6,6 +6,7 @@ import os
 import random
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyfuse3
@@ -26,7 +27,8 @@ from support.kernel import Kernel, Libfuse, run_device
 SIZE = 4096 * KIB
 BASE = random.Random(1).randbytes(SIZE // 2)
 ROOT: Any = ROOT_INODE
-CTX: Any = None
+CTX: Any = SimpleNamespace(uid=os.geteuid(), gid=os.getegid(), pid=os.getpid())
+"""Who asks."""
 Work = Callable[[Kernel, int], Awaitable[None]]
 
 
