@@ -22,8 +22,10 @@ A read that began before 5 goes on with what it has found: the old image keeps i
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import TypeVar
 
 import trio
@@ -34,6 +36,8 @@ from fvdfs.image.core import Core, OwnData
 from fvdfs.store.host import HostFile
 
 log = logging.getLogger(__name__)
+
+WRITES_PATIENCE = 3.0  # seconds that writers are kept waiting for one that does not end
 
 Image = TypeVar("Image", bound=Core)
 Step = Callable[[], Awaitable[None]]
@@ -63,7 +67,7 @@ async def stack(
             for _ in range(2):  # the second has what came during the first
                 await image.committer.commit()
             async with top.committer.held():
-                async with gate.closed():
+                async with closed_in_time(gate, image.name):
                     began = trio.current_time()
                     if image.header.journal_region is None:
                         await image.committer.close()
@@ -79,6 +83,17 @@ async def stack(
                     raise
         await _close(below)
     return waited
+
+
+@contextlib.asynccontextmanager
+async def closed_in_time(gate: Gate, name: str) -> AsyncIterator[None]:
+    """`Gate.closed`. Raises OSError where a write does not end, as one that waits for a base that is away."""
+    async with contextlib.AsyncExitStack() as stack:
+        with trio.move_on_after(WRITES_PATIENCE) as waiting:
+            await stack.enter_async_context(gate.closed())
+        if waiting.cancelled_caught:
+            raise OSError(errno.EAGAIN, f"{name}: a write to it does not end: does its base answer? try again then")
+        yield
 
 
 def _swap(image: Image, top: Core, name: str, make: Callable[..., Image]) -> Image:

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fvdfs.cow.locks import Gate, RangeLock
+from fvdfs.image import stacking
 
 
 @pytest.mark.trio
@@ -306,3 +307,17 @@ async def test_who_gives_up_closing_a_gate_leaves_it_open(autojump_clock: trio.t
             raise AssertionError
     assert not gate.is_closed
     gate.leave()
+
+
+async def test_a_swap_keeps_no_writers_waiting_for_one_that_does_not_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It waits for its base, which may be away for long."""
+    monkeypatch.setattr(stacking, "WRITES_PATIENCE", 0.01)
+    gate = Gate()
+    gate.enter()
+    with pytest.raises(OSError, match="try again"):
+        async with stacking.closed_in_time(gate, "disk"):
+            pass
+    assert not gate.is_closed
+    gate.leave()
+    async with stacking.closed_in_time(gate, "disk"):
+        assert gate.is_closed
