@@ -7,7 +7,7 @@ PID = "user.fvdfs.pid"
 DAEMON = "user.fvdfs.daemon"
 """Of the mount point and each file, not listed: how to see that the process has ended, as JSON (`unmount.py`)."""
 STATUS = "user.fvdfs.status"
-"""Of a raw file: all that is known of it, as JSON. Of the mount point: the `caches` (`ops/caches.py`)."""
+"""Of a raw file: all that is known of it, as JSON. Of the mount point: `folder`, and the `caches` (`ops/caches.py`)."""
 PREFETCH = "user.fvdfs.prefetch"
 """Of a raw file: what prefetching does; `start`, `pause` or `stop` can be written to it."""
 MAP = "user.fvdfs.map"
@@ -24,6 +24,9 @@ the kernel waits for a truncation, it lets nobody write to the file; so what tak
 wait for that; a failure is the error. Not listed."""
 STEERED = (PREFETCH, ROOM, SNAPSHOT, MOVE)
 """Of a raw file: those that can be written."""
+LAYERS = "user.fvdfs.layers"
+"""Of the mount point, not listed: the layers that are being merged, or were, as JSON (`ops/merging.py`). To be written:
+`delete NAME.fvd`, `commit NAME.fvd`, `stop NAME.fvd`."""
 PARTS = {
     MOVE: "move",
     PREFETCH: "state",

@@ -1,45 +1,115 @@
 """`fvdfs delete`, `commit`, `flatten`, `revert`: changes of what an image stands on. Blocks.
 
-None but `flatten` changes an image that is open; it has the mount prefetch all, and waits for that.
+Where a mount has the disk open, it is told to do it, and shows how far it is: `delete` and `commit` by an attribute of
+the mount point, `flatten` by having all prefetched.
 """
 
 from __future__ import annotations
 
+import errno
 import functools
+import os
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
 
 from fvdfs import mountoptions
 from fvdfs.commands import prefetch
 from fvdfs.commands.attributes import explained, facts, or_by_mount
 from fvdfs.commands.terminal import progress_bar
 from fvdfs.daemon import run_loop
-from fvdfs.errors import ImageError, named
+from fvdfs.errors import FvdError, ImageError, UsageError, named
 from fvdfs.image.policy import Policy
 from fvdfs.layers.commit import commit
 from fvdfs.layers.delete import delete
 from fvdfs.layers.flatten import flatten
 from fvdfs.layers.merging import Progress
 from fvdfs.layers.revert import revert
-from fvdfs.xattrs import STATUS
+from fvdfs.store.mountinfo import mount_points
+from fvdfs.xattrs import LAYERS, STATUS
 
-INTERVAL = 0.2  # seconds between looks at what prefetching has done
+INTERVAL = 0.2  # seconds between looks at what prefetching, or a merge, has done
 _ENDED = ("done", "closed", "off", "failed")
 """What a disk is of which nothing is being prefetched."""
+Change = Callable[[str, Policy, Progress], Awaitable[object]]
 
 
 def run_delete(image: str, *, options: Sequence[str], secret: str) -> int:
     """Delete a snapshot. Raises UsageError, ImageBusy, ImageError, OSError."""
-    with named(image), progress_bar() as progress:
-        run_loop(functools.partial(delete, image, _policy(options, secret), progress))
-    return 0
+    return _run("delete", delete, image, options, secret)
 
 
 def run_commit(image: str, *, options: Sequence[str], secret: str) -> int:
     """Commit an image into its base. Raises UsageError, ImageBusy, ImageError, OSError."""
+    return _run("commit", commit, image, options, secret)
+
+
+def _run(what: str, change: Change, image: str, options: Sequence[str], secret: str) -> int:
+    """By the mount that has the disk open, if there is one; else here."""
+    folder, name = os.path.split(image)
+    if image.endswith(".raw"):
+        if options or secret:
+            raise UsageError(f"{image}: -o and --secret are for images; a mount has its own")
+        with explained(image):
+            mountpoint = folder or "."
+            folder, name = facts(mountpoint, STATUS)["folder"], name.removesuffix(".raw") + ".fvd"
+            image = os.path.join(folder, name)
+    else:
+        mountpoint = _mount_of(folder)
     with named(image), progress_bar() as progress:
-        run_loop(functools.partial(commit, image, _policy(options, secret), progress))
+        if not mountpoint or not _by_mount(what, mountpoint, name, progress):
+            run_loop(functools.partial(change, image, _policy(options, secret), progress))
     return 0
+
+
+def _mount_of(folder: str) -> str:
+    """The mount point of the mount that shows a folder, and answers us; empty: there is none."""
+    real = os.path.realpath(folder or ".")
+    try:
+        found = [point.path for point in mount_points() if point.is_ours and point.source == real]
+    except OSError:
+        return ""
+    for path in found:
+        try:
+            if facts(path, STATUS).get("folder") == real:
+                return path
+        except (OSError, FvdError):  # dead, or of another user
+            continue
+    return ""
+
+
+def _by_mount(what: str, mountpoint: str, name: str, progress: Progress) -> bool:
+    """Have the mount do it; False where no disk that it has open needs that. Raises FvdError, OSError."""
+    try:
+        os.setxattr(mountpoint, LAYERS, f"{what} {name}".encode("utf-8", "surrogateescape"))
+    except OSError as error:
+        if error.errno in (errno.EPERM, errno.EACCES, errno.EROFS):
+            return False
+        raise
+    try:
+        while True:
+            found = _merge(mountpoint, name)
+            progress(found["done"], found["total"])
+            if found["state"] not in ("waiting", "running"):
+                break
+            time.sleep(INTERVAL)
+    except KeyboardInterrupt:
+        os.setxattr(mountpoint, LAYERS, f"stop {name}".encode("utf-8", "surrogateescape"))
+        while _merge(mountpoint, name)["state"] in ("waiting", "running"):
+            time.sleep(INTERVAL)
+        raise
+    if found["state"] == "failed":
+        raise (UsageError if found["is_mistake"] else FvdError)(found["error"])
+    if found["state"] == "stopped":
+        raise ImageError(name, f"{what} was stopped by somebody else; call it again")
+    return bool(found["state"] == "done")
+
+
+def _merge(mountpoint: str, name: str) -> dict[str, Any]:
+    for found in facts(mountpoint, LAYERS)["merges"]:
+        if os.path.basename(found["image"]) == name:
+            return dict(found)
+    raise ImageError(name, f"the mount at {mountpoint} has been made anew meanwhile; see fvdfs snapshots")
 
 
 def run_flatten(disk: str, *, options: Sequence[str], secret: str) -> int:

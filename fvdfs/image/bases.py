@@ -63,6 +63,18 @@ class Bases(Generic[User, Base]):
         self._users[base].add(user)
         self._users[base].discard(former)
 
+    def drop(self, base: Base | User) -> None:
+        """Nobody stands on it any more, and nobody finds it; it is not closed."""
+        self._users.pop(base, None)
+        if (key := self._keys.pop(base, None)) is not None:
+            del self._open[key]
+
+    def rename(self, base: Base | User, key: Key) -> None:
+        """It has another key, if it had one."""
+        if (former := self._keys.get(base)) is not None:
+            del self._open[former]
+            self._open[key], self._keys[base] = base, key
+
     def above(self, base: Base | User) -> set[User]:
         """Everyone who stands on it, or on one who does."""
         found: set[User] = set()

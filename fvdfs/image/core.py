@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import trio
 
@@ -16,6 +17,7 @@ from fvdfs.alloc.chunked import ChunkedStorage, Spawn
 from fvdfs.alloc.flat import FlatStorage
 from fvdfs.alloc.table import Table
 from fvdfs.cow.bitmap import Bitmap
+from fvdfs.cow.dirty import Dirty
 from fvdfs.cow.fetching import Fetcher
 from fvdfs.cow.planner import Geometry, Zeroes, read_runs
 from fvdfs.cow.recorder import Recorder
@@ -99,6 +101,14 @@ class LastExtents:
         return end, hole
 
 
+class _Layer(NamedTuple):
+    """What an image consists of at one moment, as far as a walk along the chain needs it."""
+
+    storage: Storage
+    own: OwnData
+    base: Core | Store | None
+
+
 @dataclass(kw_only=True, eq=False)
 class Core:
     """The parts of an open image. Offsets and lengths are bytes of the virtual disk."""
@@ -131,6 +141,8 @@ class Core:
         """Reads the base for copy-on-read and prefetching; None where there is neither."""
         self.recorder: Recorder | None = None
         """Records what is read first, for a profile."""
+        self.dirty: Dirty | None = None
+        """What is written while somebody copies the disk."""
         header = self.committer.header
         self.size = header.virtual_disk_size
         self.end = self.size
@@ -226,17 +238,18 @@ class Core:
         `known`: for the whole of a walk, which asks once for an extent that goes on behind `stop`.
         """
         found = []
+        storage, own = self.storage, self.own  # they may be exchanged meanwhile
         for run_start, run_stop, local in self.local_runs(start, stop):
             if not local:
                 found.append((run_start, run_stop, "base"))
                 continue
-            for piece_start, piece_stop, where in self.storage.byte_runs(run_start, run_stop):
+            for piece_start, piece_stop, where in storage.byte_runs(run_start, run_stop):
                 at = piece_start
                 while at < piece_stop:
                     end, hole = piece_stop, True
                     if where is not None:
                         place = where + at - piece_start
-                        extent_end, hole = await known.at(self.own, place, place + max(piece_stop, self.size) - at)
+                        extent_end, hole = await known.at(own, place, place + max(piece_stop, self.size) - at)
                         end = min(piece_stop, at + extent_end - place)
                     found.append((at, end, "hole" if hole else "stored"))
                     at = end
@@ -288,11 +301,11 @@ class Core:
             if run is None:
                 layers.pop()
                 continue
-            image, begin, end, local = run
-            base = image.base
+            layer, begin, end, local = run
+            base = layer.base
             if local:
-                for piece_start, piece_stop, where in image.storage.byte_runs(begin, end):
-                    yield piece_start, piece_stop, None if where is None else image.own, where or 0
+                for piece_start, piece_stop, where in layer.storage.byte_runs(begin, end):
+                    yield piece_start, piece_stop, None if where is None else layer.own, where or 0
             elif not isinstance(base, Core):
                 assert base is not None
                 yield begin, end, base, begin
@@ -303,12 +316,15 @@ class Core:
             else:
                 layers.append(base._layer_runs(begin, min(end, base.size)))
 
-    def _layer_runs(self, start: int, stop: int) -> Iterator[tuple[Core, int, int, bool]]:
-        """As `local_runs`, but one at a time: a whole disk may have millions."""
-        bitmap = self.bitmap
+    def _layer_runs(self, start: int, stop: int) -> Iterator[tuple[_Layer, int, int, bool]]:
+        """As `local_runs`, but one at a time: a whole disk may have millions.
+
+        They are those of one moment, with what the image consists of then.
+        """
+        bitmap, layer = self.bitmap, _Layer(self.storage, self.own, self.base)
         runs = read_runs(self.geometry, bitmap, start, stop) if bitmap is not None else ((start, stop, True),)
         for run_start, run_stop, local in runs:
-            yield self, run_start, run_stop, local
+            yield layer, run_start, run_stop, local
 
     async def write_out(self, start: int, stop: int) -> None:
         """Have stored bytes leave memory for the disk, where that is possible; promises nothing."""

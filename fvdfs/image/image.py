@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import functools
 import logging
+from contextlib import AbstractAsyncContextManager
 
 import trio
 
@@ -26,6 +27,7 @@ from fvdfs.image import passing
 from fvdfs.image.base_writing import begin_base_writing
 from fvdfs.image.bases import Key
 from fvdfs.image.core import Core, LastExtents, close_chain, leave_base
+from fvdfs.image.exchange import Other, exchange
 from fvdfs.image.profiling import read_profile, record_profile, write_profile
 from fvdfs.image.reading import Reads
 from fvdfs.image.resizing import Resizer
@@ -157,6 +159,12 @@ class Image(Core):
         """Do what takes time before the disk gets this long, as far as it changes nothing of it. Raises as `resize`."""
         await self._resizer.make_room(size)
 
+    async def fit(self, size: int) -> None:
+        """Have an empty image that nobody uses yet be as large as a disk that has grown meanwhile. Raises OSError."""
+        if self.size < size:
+            await self.begin_writing()
+            await self.resize(size)
+
     async def pass_through(self) -> None:
         """The kernel uses the data by itself from now on (`passing`). Raises OSError."""
         if self.writable:
@@ -249,9 +257,7 @@ class Image(Core):
             if not bitmap.all_local(0, bitmap.blocks):
                 return False
             await self.committer.release_base()
-            for image in (self, *self.bases.above(self)):
-                assert isinstance(image, Image)
-                await image._reads.wait_for_base()  # later ones find all blocks local
+            await self.wait_for_reads()  # later ones find all blocks local
             if self.fetcher is not None:
                 await self.fetcher.close()
             self.bitmap, self.fetcher = None, None
@@ -283,6 +289,23 @@ class Image(Core):
         async with self.bases.leaving(former, self) as is_last:
             if is_last and not isinstance(former, Core):
                 await former.aclose()
+
+    def without_writers(self) -> AbstractAsyncContextManager[None]:
+        """Keep all writers out meanwhile."""
+        return self._gate.closed()
+
+    async def exchange(self, other: Other) -> tuple[float, Core]:
+        """`exchange.exchange`, which see: go on in other files that show the same; the caller has ended copies."""
+        async with self._resizer.lock:
+            done = await exchange(self, other, self._gate)
+            self._resizer.forget_journal()
+        return done
+
+    async def wait_for_reads(self) -> None:
+        """Wait for the end of all reads, of this disk and of those above it, that are under way now."""
+        for image in (self, *self.bases.above(self)):
+            assert isinstance(image, Image)
+            await image._reads.wait_for_base()
 
     # --- profiles -------------------------------------------------------------------------------
 

@@ -14,13 +14,14 @@ from fvdfs.alloc.flat import FlatStorage
 from fvdfs.alloc.growth import grow_command
 from fvdfs.alloc.table import Table, TooDamaged, decode_entries
 from fvdfs.cow.bitmap import Bitmap, bitmap_bytes
-from fvdfs.errors import FormatError
+from fvdfs.errors import FormatError, ImageBusy
 from fvdfs.format import journal
 from fvdfs.format.header import HEADER_SIZE, HEADER_SPACE, PAGE, SECTOR, Header, Region, round_up
 from fvdfs.image.bases import Bases, Key
-from fvdfs.image.chain import Chain, Layer, open_chain
+from fvdfs.image.chain import Chain, Layer, open_alone, open_chain
 from fvdfs.image.commit import Committer
 from fvdfs.image.core import Core, damaged_layers
+from fvdfs.image.exchange import close_former, take_parts
 from fvdfs.image.image import Image
 from fvdfs.image.locking import lock_for_reading, lock_for_writing, unlock_for_writing
 from fvdfs.image.migration import refuse_moved
@@ -189,6 +190,15 @@ async def make_writable(image: Image, policy: Policy) -> None:
 
     Raises as `lock_for_writing`, `refuse_moved`, `load_image` and `Image.begin_writing`.
     """
+    await lock_to_change(image, policy)
+    await image.begin_writing(accept_unclean=policy.accept_unclean)
+
+
+async def lock_to_change(image: Image, policy: Policy) -> None:
+    """Lock an image that was loaded for reading against everybody else, and know what it is now.
+
+    Raises as `lock_for_writing` and `load_image`.
+    """
     await lock_for_writing(image)
     if isinstance(image.meta, HostFile):
         try:
@@ -197,7 +207,25 @@ async def make_writable(image: Image, policy: Policy) -> None:
             await unlock_for_writing(image)
             raise
     await _catch_up(image, policy)
-    await image.begin_writing(accept_unclean=policy.accept_unclean)
+
+
+async def reopen(image: Image, policy: Policy) -> None:
+    """Have the files of an image that others stand on be open for writing; it is still only read.
+
+    Raises as `open_alone` and `load_chain`; ImageBusy where its name leads to another file.
+    """
+    if image.meta.writable and image.data.writable:
+        return
+    loaded = await load_chain(await trio.to_thread.run_sync(open_alone, image.name, policy), image.spawn)
+    assert isinstance(loaded.meta, HostFile)
+    assert isinstance(image.meta, HostFile)
+    if loaded.meta.identity != image.meta.identity:
+        await loaded.close()
+        raise ImageBusy(image.name, "was replaced by somebody else meanwhile")
+    former = take_parts(image, loaded)
+    with trio.CancelScope(shield=True):
+        await image.wait_for_reads()
+        await close_former(former)
 
 
 async def _catch_up(image: Image, policy: Policy) -> None:

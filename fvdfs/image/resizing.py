@@ -46,6 +46,10 @@ class Resizer:
         self._journal_cleared = False
         """Whether it holds no records from before this opening."""
 
+    def forget_journal(self) -> None:
+        """The image has another journal, whose records nobody has looked at."""
+        self._journal_cleared = False
+
     async def resize(self, size: int, *, shrink: bool = False) -> None:
         """Make the disk this long, in bytes, rounded up to a sector; the new part reads as zeros.
 

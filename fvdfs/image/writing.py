@@ -22,7 +22,8 @@ from __future__ import annotations
 
 import errno
 import functools
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 import trio
@@ -72,6 +73,7 @@ class PendingWrite:
 
         def ended(result: int) -> None:
             writes.data_written(offset, stop)
+            writes.changed(offset, stop)
             if result >= 0:
                 writes.stored(bitmap, plan)
                 writes.ended(offset, stop)
@@ -130,6 +132,19 @@ class Writes:
         core.committer.data_written()
         if core.written is not None:
             core.written.append((start, stop))
+
+    def changed(self, start: int, stop: int) -> None:
+        """These bytes are other ones now, or may be in part; before the gate is left."""
+        if self.core.dirty is not None:
+            self.core.dirty.add(start, stop)
+
+    @contextmanager
+    def changing(self, start: int, stop: int) -> Iterator[None]:
+        """`changed` at the end, whatever that is."""
+        try:
+            yield
+        finally:
+            self.changed(start, stop)
 
     def ended(self, start: int, stop: int) -> None:
         """A write was successful, and is about to be answered."""
@@ -193,6 +208,10 @@ class Writes:
             await core.committer.commit()
 
     async def _write(self, start: int, stop: int, data: memoryview) -> None:
+        with self.changing(start, stop):
+            await self._write_past_gate(start, stop, data)
+
+    async def _write_past_gate(self, start: int, stop: int, data: memoryview) -> None:
         core = self.core
         bitmap, plan = core.bitmap, plan_write(core.geometry, core.bitmap, start, stop)
         shared = core.base_writer is not None and plan.first < plan.end
@@ -244,7 +263,8 @@ class Writes:
     async def _zero(self, start: int, stop: int, *, discard: bool) -> None:
         stop = min(stop, self.core.size)
         if start < stop:  # else: it has shrunk
-            await self._replace(start, stop, functools.partial(self._punch, start, stop, writes=not discard))
+            with self.changing(start, stop):
+                await self._replace(start, stop, functools.partial(self._punch, start, stop, writes=not discard))
 
     async def _replace(self, start: int, stop: int, change: Callable[[], Awaitable[None]]) -> None:
         """Have `change` store bytes [start, stop), then local with all of their blocks. Zeros, if a base gets them."""
@@ -288,7 +308,8 @@ class Writes:
                 return start
             store = found.store if isinstance(found, OwnData) else found
             stop = start + end - at
-            await self._replace(start, stop, functools.partial(self._store_piece, store, where, start, stop))
+            with self.changing(start, stop):
+                await self._replace(start, stop, functools.partial(self._store_piece, store, where, start, stop))
         return stop
 
     async def reserve(self, start: int, stop: int) -> None:

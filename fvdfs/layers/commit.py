@@ -14,7 +14,7 @@ import os
 
 from fvdfs.errors import UsageError
 from fvdfs.image.policy import Policy
-from fvdfs.image.tree import Tree
+from fvdfs.image.tree import Node, Tree
 from fvdfs.layers.merging import (
     Progress,
     data_file_of,
@@ -33,17 +33,9 @@ async def commit(path: str, policy: Policy, progress: Progress) -> str:
 
     Raises UsageError where that must not be, ImageBusy, ImageError, OSError.
     """
-    refuse_links(path)
-    tree = Tree(os.path.dirname(path))
-    chain = tree.chain(path)
-    if len(chain) == 1:
-        raise UsageError(f"{path}: stands on no FVD image that it could be committed to; fvdfs convert makes a copy")
+    tree, node, base = begin(path)
     async with opened_alone(path, policy) as (upper, file):
-        node, base = chain[0], chain[0].base
         refuse_losses(path, upper.header)
-        for other in (*users_of(Tree(os.path.dirname(base)), base), *users_of(tree, base)):
-            if other.identity != node.identity:
-                raise UsageError(f"{path}: {other.path} stands on {base}, too, whose content would change")
         data_file = data_file_of(tree, node)
         async with opened_to_merge(base, policy) as (lower, _):
             await merge(upper, lower, progress)
@@ -52,3 +44,20 @@ async def commit(path: str, policy: Policy, progress: Progress) -> str:
             replace_by_new(path, new, file, file.status().st_mtime_ns)
         remove_data_file(data_file)
     return base
+
+
+def begin(path: str) -> tuple[Tree, Node, str]:
+    """The images of the folder, this one, and the path of the one that it stands on alone. Blocks.
+
+    Raises UsageError where that cannot be changed, OSError.
+    """
+    refuse_links(path)
+    tree = Tree(os.path.dirname(path))
+    chain = tree.chain(path)
+    if len(chain) <= 1:
+        raise UsageError(f"{path}: stands on no FVD image that it could be committed to; fvdfs convert makes a copy")
+    node, base = chain[0], chain[0].base
+    for other in (*users_of(Tree(os.path.dirname(base)), base), *users_of(tree, base)):
+        if other.identity != node.identity:
+            raise UsageError(f"{path}: {other.path} stands on {base}, too, whose content would change")
+    return tree, node, base

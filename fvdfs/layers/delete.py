@@ -20,6 +20,8 @@ from __future__ import annotations
 import contextlib
 import os
 
+import trio
+
 from fvdfs.daemon import undisturbed
 from fvdfs.errors import UsageError
 from fvdfs.format.header import SECTOR, Header, string_places
@@ -40,7 +42,7 @@ from fvdfs.layers.snapshot import MARK, opened_alone
 from fvdfs.store.host import HostFile
 from fvdfs.store.placing import sync_folder, take_permissions
 
-_ENDING = ".deleted"
+ENDING = ".deleted"
 
 
 async def delete(path: str, policy: Policy, progress: Progress) -> None:
@@ -48,14 +50,14 @@ async def delete(path: str, policy: Policy, progress: Progress) -> None:
 
     Raises UsageError where it must stay, ImageBusy, ImageError, OSError.
     """
-    going, tree = path + _ENDING, Tree(os.path.dirname(path))
-    user = _begin(tree, path, going, policy)
+    going, tree = path + ENDING, Tree(os.path.dirname(path))
+    user = begin(tree, path, going, policy)
     if user is not None:
         await _merge(tree, user, path, going, policy, progress)
 
 
-def _begin(tree: Tree, path: str, going: str, policy: Policy) -> Node | None:
-    """The image that stands on it; where none does, it is removed. Raises as `delete`."""
+def begin(tree: Tree, path: str, going: str, policy: Policy) -> Node | None:
+    """The image that stands on it; where none does, it is removed. Blocks. Raises as `delete`."""
     if MARK not in os.path.basename(path):
         raise UsageError(f"{path}: is no snapshot, whose name would be DISK{MARK}NAME.fvd; to remove a disk: rm {path}")
     snapshot, rest = identity_at(path), identity_at(going)
@@ -105,27 +107,41 @@ async def _merge(tree: Tree, user: Node, path: str, going: str, policy: Policy, 
     folder = os.path.dirname(path)
     refuse_links(path, user.path)
     async with opened_alone(user.path, policy) as (upper, file):
-        with contextlib.suppress(FileExistsError, FileNotFoundError):  # begun before
-            os.link(path, going)
-        sync_folder(folder)
         mtime_ns = file.status().st_mtime_ns
-        await _rename_base(upper, os.path.basename(going))
+        await remove_name(upper, path, going)
         await file.keep_mtime(mtime_ns)
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(path)
-        sync_folder(folder)
         data_file = data_file_of(tree, user)
         async with opened_to_merge(going, policy) as (lower, below):
             await merge(upper, lower, progress)
             await lower.end_writing()
             with undisturbed():
-                _take_over(below, file, mtime_ns)
+                take_over(below, file, mtime_ns)
                 os.rename(going, user.path)
                 sync_folder(folder)
                 remove_data_file(data_file)
 
 
-def _take_over(new: HostFile, old: HostFile, mtime_ns: int) -> None:
+async def remove_name(upper: Image, path: str, going: str) -> None:
+    """Steps 1 to 3, from where they have ended. Raises UsageError, OSError."""
+    await trio.to_thread.run_sync(_link, path, going)
+    await _rename_base(upper, os.path.basename(going))
+    await trio.to_thread.run_sync(_unlink, path)
+
+
+def _link(path: str, going: str) -> None:
+    with contextlib.suppress(FileExistsError, FileNotFoundError):  # begun before
+        os.link(path, going)
+    sync_folder(os.path.dirname(path))
+
+
+def _unlink(path: str) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(path)
+    sync_folder(os.path.dirname(path))
+
+
+def take_over(new: HostFile, old: HostFile, mtime_ns: int) -> None:
+    """Give the snapshot's file owner, permissions and time of the image whose place it takes, stable. Blocks."""
     take_permissions(new.fileno(), old.fileno())
     os.utime(new.fileno(), ns=(mtime_ns, mtime_ns))
     os.fsync(new.fileno())

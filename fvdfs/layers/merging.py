@@ -12,6 +12,8 @@ import contextlib
 import os
 from collections.abc import AsyncIterator, Callable
 
+import trio
+
 from fvdfs.errors import UsageError
 from fvdfs.image.core import LastExtents
 from fvdfs.image.image import Image
@@ -36,21 +38,37 @@ def refuse_links(*paths: str) -> None:
 async def merge(upper: Image, lower: Image, progress: Progress) -> None:
     """Have the lower image, which is open for writing, show what the upper one shows, and make that stable.
 
-    `upper`: open without its base. Raises OSError: EFBIG where the lower one cannot become as large.
+    Raises OSError: EFBIG where the lower one cannot become as large.
     """
-    if lower.size != upper.size:
-        await lower.resize(upper.size, shrink=True)
+    with trio.CancelScope(shield=True):  # an image that is open is of use afterwards
+        if lower.size != upper.size:
+            await lower.resize(upper.size, shrink=True)
     known = LastExtents()
     for start in range(0, upper.size, STEP):
-        for run_start, run_stop, where in await upper.extents(start, min(start + STEP, upper.size), known):
-            if where == "hole":
-                await lower.zero(run_start, run_stop)
-            elif where == "stored":
-                for at in range(run_start, run_stop, PIECE):
-                    await lower.write(at, await upper.read(at, min(PIECE, run_stop - at)))
-                    progress(at, upper.size)
-    await lower.fsync()
+        await merge_part(upper, lower, start, start + STEP, known, progress)
+    with trio.CancelScope(shield=True):
+        await lower.fsync()
     progress(upper.size, upper.size)
+
+
+async def merge_part(
+    upper: Image, lower: Image, start: int, stop: int, known: LastExtents, progress: Progress = lambda done, total: None
+) -> None:
+    """Of bytes [start, stop), as far as the disk reaches, write to the lower image what the upper one stores.
+
+    `known`: as for `Core.extents`. Raises OSError.
+    """
+    for run_start, run_stop, where in await upper.extents(start, min(stop, upper.size), known):
+        if where == "hole":
+            with trio.CancelScope(shield=True):
+                await lower.zero(run_start, run_stop)
+        elif where == "stored":
+            for at in range(run_start, run_stop, PIECE):
+                data = await upper.read(at, min(PIECE, run_stop - at))
+                with trio.CancelScope(shield=True):
+                    await lower.write(at, data)
+                progress(at, upper.size)
+        await trio.lowlevel.checkpoint()
 
 
 @contextlib.asynccontextmanager

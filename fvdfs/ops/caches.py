@@ -50,13 +50,16 @@ class Caches:
         self._bases = bases
         self._background = background
         self._caches: dict[Core, Cache] = {}
+        self.left_alone: set[Core] = set()
+        """Base images that are written for another reason (`merging.py`)."""
         bases.before_closing = self._end
 
     async def begin(self, image: Image) -> None:
         """An image was opened: begin what those below it want done, if nobody has yet. Failures go to the log."""
         layer = image.base
         while isinstance(layer, Image):
-            if layer.writable and layer not in self._caches and self._background.spawn is not None:
+            fills = layer.writable and layer not in self._caches and layer not in self.left_alone
+            if fills and self._background.spawn is not None:
                 cache = self._caches[layer] = Cache(layer)
                 self._background.spawn(functools.partial(_make_stable, cache))
                 try:

@@ -87,6 +87,8 @@ async def _start(openings: Openings, entry: Entry) -> None:
             assert entry.image is not None
             if entry.record.receiving:
                 raise MovedAway(os.fsdecode(entry.path), entry.record.obstacle)
+            if entry.merging:
+                raise OSError(errno.EBUSY, f"{entry.image.name}: what it stands on is being merged into it")
             prefetcher = _prefetch(openings, entry, entry.image)
             if prefetcher is not None and not prefetcher.held and background.spawn is not None:
                 prefetcher.held = keep_open = True

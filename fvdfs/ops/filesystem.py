@@ -31,6 +31,7 @@ from fvdfs.ops.commits import RegularCommits
 from fvdfs.ops.complaints import Complaints
 from fvdfs.ops.inodes import ROOT_INODE, Attributes, Entry
 from fvdfs.ops.kernel_limits import KernelLimits
+from fvdfs.ops.merging import Merges
 from fvdfs.ops.naming import Naming, Permitted
 from fvdfs.ops.openings import Openings
 from fvdfs.ops.passthrough import Passthrough
@@ -113,6 +114,7 @@ class Filesystem(pyfuse3.Operations):
         self.openings = openings
         self.folder = openings.folder
         self._naming = Naming(self.folder, permitted or Permitted())
+        self._merges = Merges(openings)
         self.enable_writeback_cache = writeback and sync is not Sync.ALWAYS
         self._sync = sync
         openings.opened = functools.partial(moves.follow, openings)
@@ -261,6 +263,8 @@ class Filesystem(pyfuse3.Operations):
         if size < image.size:
             if not self._shrink:
                 raise NotPermittedHere("a disk cannot be cut, nor overwritten by cp, here: mount with -o shrink")
+            if entry.merging:
+                raise OSError(errno.EBUSY, f"{image.name}: what it stands on is being merged into it")
             try:
                 await trio.to_thread.run_sync(refuse_cut, os.fsdecode(entry.path), limiter=entry.limiter)
             except UsageError as error:
@@ -289,7 +293,10 @@ class Filesystem(pyfuse3.Operations):
             if wanted == xattrs.PID:
                 return str(os.getpid()).encode()
             if wanted == xattrs.STATUS:
-                return json.dumps({"caches": self.openings.caches.status()}).encode()
+                folder = os.fsdecode(self.folder.path)
+                return json.dumps({"folder": folder, "caches": self.openings.caches.status()}).encode()
+            if wanted == xattrs.LAYERS:
+                return json.dumps({"merges": self._merges.status()}).encode()
             raise FUSEError(pyfuse3.ENOATTR)
         if wanted == xattrs.ROOM:
             await control.wait_for_room(self.folder.inodes[inode])
@@ -323,6 +330,10 @@ class Filesystem(pyfuse3.Operations):
         wanted = name.decode(errors="replace")
         if wanted in xattrs.ACLS:
             await self._change_acl(inode, lambda path: os.setxattr(path, wanted, value))
+        elif inode == ROOT_INODE and wanted == xattrs.LAYERS:
+            if ctx.uid not in (0, os.geteuid()):
+                raise FUSEError(errno.EPERM)
+            self._merges.control(os.fsdecode(value))
         elif inode == ROOT_INODE or wanted not in xattrs.STEERED:
             raise FUSEError(errno.EOPNOTSUPP)
         else:

@@ -133,6 +133,8 @@ class Entry:
         """Why the last one that was asked for was not made."""
         self.room: Outcome | None = None
         """That of the last making of room for a larger size."""
+        self.merging = False
+        """Whether it is being merged with what it stands on (`merging.py`): it keeps its layers and its size."""
         self.blank = False
         """Whether it was made in this mount, is to become a clone, and holds nothing but zeros (`naming.py`)."""
         self.maker: Process | None = None

@@ -198,6 +198,10 @@ async def _change(openings: Openings, entry: Entry, image: Image, event: Event) 
     after = event(before)
     if after == before:
         return
+    if entry.merging:
+        raise UsageError(
+            f"{image.name}: what it stands on is being merged into it; wait for that, or end it by Ctrl-C there"
+        )
     await _refuse_passthrough(openings, entry)
     policy = openings.folder.policy
     if image.writable and after.obstacle:

@@ -184,11 +184,24 @@ class Openings:
         async with self._bases.changing([key]):
             if self._bases.find(key) is None:
                 self._bases.add(key, below)
-            if wants_copies(below.header) and await trio.to_thread.run_sync(below.meta.file_lock.take_copying):
-                await below.begin_copies()
-            else:
-                await trio.to_thread.run_sync(let_fill, below)
+            await self._keep_copies(below)
         await self.caches.begin(image)
+
+    async def go_on_copying(self, base: Image) -> None:
+        """A base image that was changed is only read again: it goes on as `share` says. Raises OSError."""
+        await self._keep_copies(base)
+        for user in base.bases.above(base):
+            assert isinstance(user, Image)
+            await self.caches.begin(user)
+
+    async def _keep_copies(self, base: Image) -> None:
+        assert isinstance(base.meta, HostFile)
+        wanted = wants_copies(base.header) and base.meta.writable and base.data.writable
+        if wanted and await trio.to_thread.run_sync(base.meta.file_lock.take_copying):
+            await base.begin_copies()
+        else:
+            await trio.to_thread.run_sync(let_fill, base)
+            base.share_reads()
 
     # --- closing ----------------------------------------------------------------------------------
 

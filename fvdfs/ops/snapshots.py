@@ -12,14 +12,17 @@ import errno
 import functools
 import logging
 import os
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
 
 import trio
 
 from fvdfs.errors import FvdError, MovedAway, UsageError
 from fvdfs.format.header import HEADER_SPACE, Header
-from fvdfs.format.migration import NO_RECORD
 from fvdfs.image.image import Image
 from fvdfs.image.loading import load_image
+from fvdfs.image.migration import read_record
 from fvdfs.image.profiling import write_profile
 from fvdfs.layers import snapshot
 from fvdfs.layers.newtop import new_top, replace, write_top
@@ -64,6 +67,8 @@ async def _make(openings: Openings, entry: Entry, image: Image, name: str) -> st
         raise UsageError(
             f"{path}: the kernel reads and writes its data by itself; close the disk, then: fvdfs snapshot {path}"
         )
+    if entry.merging:
+        raise UsageError(f"{path}: what it stands on is being merged into it; wait for that, or end it by Ctrl-C there")
     if image.damage:
         raise OSError(errno.EIO, f"{path}: {image.damage}")
     assert isinstance(image.meta, HostFile)
@@ -72,31 +77,21 @@ async def _make(openings: Openings, entry: Entry, image: Image, name: str) -> st
     under = await trio.to_thread.run_sync(snapshot.snapshot_path, path, name, old.identity)
     new = new_top(image.header, os.path.basename(under))
     file, place = await trio.to_thread.run_sync(write_top, path, new, old, entry.mtime.ns)
-    swapped = False
+    turn = Turn()
     try:
-        top = await _load(openings, path, file)
-        status = file.status()
-        try:
-            await stop_copies(entry, image)
+        top = await load_top(openings, path, file)
+
+        async def rename() -> None:
+            await top.fit(image.size)
+            await trio.to_thread.run_sync(replace, place, path, old.identity)
+            turn.is_taken = True
+
+        sync = functools.partial(trio.to_thread.run_sync, sync_folder, os.path.dirname(path))
+        async with other_file(openings, entry, image, top, turn):
             await trio.to_thread.run_sync(snapshot.add_name, path, under, old.identity)
-            entry.former = [*entry.former, entry.status, status]
-
-            async def rename() -> None:
-                nonlocal swapped
-                await trio.to_thread.run_sync(replace, place, path, old.identity)
-                swapped = True
-
-            sync = functools.partial(trio.to_thread.run_sync, sync_folder, os.path.dirname(path))
             entry.snapshot_wait = await image.put_on_top(top, under, rename, sync)
-        finally:
-            if swapped:
-                entry.record = NO_RECORD  # what lies below has it
-                entry.status = status
-                entry.cached = None
-                await entry.mtime.move(file)
-            await begin_copies(openings, entry, image)
     except BaseException:
-        if not swapped:
+        if not turn.is_taken:
             await file.aclose()
             await trio.to_thread.run_sync(_remove, place, under, old)
         raise
@@ -108,7 +103,37 @@ async def _make(openings: Openings, entry: Entry, image: Image, name: str) -> st
     return under
 
 
-async def _load(openings: Openings, path: str, file: HostFile) -> Image:
+@dataclass(slots=True)
+class Turn:
+    """The moment in which the image of an open disk gets another file."""
+
+    is_taken: bool = False
+    """Whether the file has the image's name."""
+
+
+@asynccontextmanager
+async def other_file(openings: Openings, entry: Entry, image: Image, parts: Image, turn: Turn) -> AsyncIterator[None]:
+    """An open disk goes on in the file of these parts, if the turn is taken meanwhile; `Entry.lock` is held.
+
+    What copies from the base ends before; afterwards it is done as the header says then. Raises OSError.
+    """
+    assert isinstance(parts.meta, HostFile)
+    status = await trio.to_thread.run_sync(parts.meta.status)
+    entry.former = [*entry.former, entry.status, status]
+    try:
+        await stop_copies(entry, image)
+        yield
+    finally:
+        if turn.is_taken:
+            entry.record = await trio.to_thread.run_sync(read_record, parts.meta)
+            entry.status = status
+            entry.cached = None
+            data_elsewhere = parts.data is not parts.meta or parts.meta.fixed_size
+            await entry.mtime.move(parts.meta, openings.background.spawn if data_elsewhere else None)
+        await begin_copies(openings, entry, image)
+
+
+async def load_top(openings: Openings, path: str, file: HostFile) -> Image:
     """The new top, empty and locked, without its base. Raises ImageBusy, OSError."""
     file.file_lock.with_qemu = openings.folder.policy.qemu_locks
     await trio.to_thread.run_sync(file.lock, True)

@@ -106,10 +106,10 @@ class Mtime:
         assert self._file is not None
         await _store(self._file, self.ns)
 
-    async def move(self, file: HostFile) -> None:
-        """Writes go to this file from now on, metadata and data; the former one keeps the disk's time as it is."""
+    async def move(self, file: HostFile, spawn: Spawn | None) -> None:
+        """Writes go to this file from now on; the former one keeps the disk's time as it is. `spawn`: as in `begin`."""
         async with self._storing:
-            former, self._file, self._spawn = self._file, file, None
+            former, self._file, self._spawn = self._file, file, spawn
             self._is_to_be_stored = False
             assert former is not None
             await _store(former, self.ns)

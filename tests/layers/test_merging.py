@@ -420,13 +420,16 @@ def test_an_image_that_cannot_be_read_may_stand_on_anything(image: Path) -> None
 def test_an_open_image_is_left_alone(image: Path) -> None:
     chain(image, "cow", 2)
     with mounted(image.parent) as mount, open(mount.raw("vm"), "rb"):
-        commands: list[list[str | Path]] = [
-            ["delete", image.with_name("vm@2.fvd")],
-            ["commit", image],
-            ["revert", image],
-        ]
+        refused(["revert", image], "by another mount or process", code=1)
+
+    async def work() -> None:  # open elsewhere than in a mount
+        disk = await open_image(str(image), Policy(), write=True)
+        commands: list[list[str | Path]] = [["delete", image.with_name("vm@2.fvd")], ["commit", image]]
         for words in commands:
-            refused(words, "by another mount or process", code=1)
+            await trio.to_thread.run_sync(refused, words, "by another mount or process", 1)
+        await disk.close()
+
+    trio.run(work)
     assert names(image) == ["vm.fvd", "vm@1.fvd", "vm@2.fvd"]
 
 
