@@ -356,13 +356,13 @@ def _parser() -> argparse.ArgumentParser:
 
     delete = commands.add_parser("delete", help="delete a snapshot; what stands on it takes over what it needs")
     delete.set_defaults(run=_delete)
-    delete.add_argument("image", metavar="SNAPSHOT", help="DISK@NAME.fvd; what stands on it must not be open")
+    delete.add_argument("image", metavar="SNAPSHOT", help="DISK@NAME.fvd, or its raw file in a mount, which may be in use")
     _add_names(delete, _URLS)
     _add_secret(delete)
 
     commit = commands.add_parser("commit", help="write what an image stores into the FVD image that it stands on")
     commit.set_defaults(run=_commit)
-    commit.add_argument("image", metavar="IMAGE", help="not open; it is empty afterwards, and shows the same")
+    commit.add_argument("image", metavar="IMAGE", help="or its raw file in a mount; it is empty afterwards, and shows the same")
     _add_names(commit, _URLS)
     _add_secret(commit)
 

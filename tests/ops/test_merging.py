@@ -198,7 +198,7 @@ def test_what_is_refused(tmp_path: Path) -> None:
         refused("there is no such file", "delete", folder / "vm@7.fvd")
         refused("stands on no FVD image", "commit", folder / "vm@1.fvd")
         refused("close it there first", "revert", folder / "vm.fvd", code=1)
-        with open(mount.raw("vm@1"), "rb"):
+        with open(mount.raw("vm@2"), "rb"):
             refused("close it there first", "delete", mount.raw("vm@2"), code=1)
         assert names(folder) == {"vm.fvd", "vm@1.fvd", "vm@2.fvd"}
         must("delete", mount.raw("vm@2"))
@@ -227,7 +227,7 @@ def test_a_closed_disk_is_changed_by_the_command(tmp_path: Path) -> None:
 
 # --- what is interrupted ---------------------------------------------------------------------------
 
-MANY, APART = 3000, 32 * KIB  # writes, and bytes between two: to merge them takes a second
+MANY, APART = 2000, 16 * KIB  # writes, and bytes between two: to merge them takes a second
 
 
 @contextlib.contextmanager
