@@ -356,13 +356,15 @@ def _parser() -> argparse.ArgumentParser:
 
     delete = commands.add_parser("delete", help="delete a snapshot; what stands on it takes over what it needs")
     delete.set_defaults(run=_delete)
-    delete.add_argument("image", metavar="SNAPSHOT", help="DISK@NAME.fvd, or its raw file in a mount, which may be in use")
+    delete.add_argument("image", metavar="SNAPSHOT", help="DISK@NAME.fvd, or its raw file in a mount")
     _add_names(delete, _URLS)
     _add_secret(delete)
 
     commit = commands.add_parser("commit", help="write what an image stores into the FVD image that it stands on")
     commit.set_defaults(run=_commit)
-    commit.add_argument("image", metavar="IMAGE", help="or its raw file in a mount; it is empty afterwards, and shows the same")
+    commit.add_argument(
+        "image", metavar="IMAGE", help="or its raw file in a mount; it is empty afterwards, and shows the same"
+    )
     _add_names(commit, _URLS)
     _add_secret(commit)
 
@@ -848,7 +850,7 @@ def _umount(arguments: argparse.Namespace) -> int:
     return run(arguments.mountpoint)
 
 
-_OF_IMAGES = (_info, _check, _amend, _profile, _rebase, _revert, _delete, _commit)
+_OF_IMAGES = (_info, _check, _amend, _profile, _rebase, _revert)
 """What takes no raw files of a mount."""
 
 

@@ -88,7 +88,7 @@ def test_what_takes_images_says_which_a_raw_file_is(folder: Path) -> None:
     must("create", folder / "a.fvd", "1M")
     with mounted(folder) as mount:
         raw = mount.raw("a")
-        for command, *more in (["info"], ["check"], ["revert"], ["amend", "-F", "raw"], ["commit"]):
+        for command, *more in (["info"], ["check"], ["revert"], ["amend", "-F", "raw"]):
             done = fvdfs(command, raw, *more)
             assert (done.code, done.err) == (
                 2,
