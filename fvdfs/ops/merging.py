@@ -26,6 +26,7 @@ import trio
 
 from fvdfs.cow.dirty import Dirty
 from fvdfs.errors import FvdError, ImageBusy, ImageError, UsageError
+from fvdfs.format.header import ceil_div
 from fvdfs.image.chain import image_key
 from fvdfs.image.core import Core, LastExtents
 from fvdfs.image.exchange import Other, Step, close_former
@@ -223,6 +224,11 @@ class Merges:
 
     async def _copy(self, merge: Merge, upper: Image, lower: Image) -> Step:
         """Have the lower image show what the upper one does; what is left to do for that while nobody writes."""
+        header = lower.header
+        if header.compact and ceil_div(upper.size, header.chunk_size) > header.table_capacity:
+            raise UsageError(
+                f"{lower.name}: needs a larger chunk table, which moves; close the disk, and call it again"
+            )
         await merge_all(upper, lower, merge.progress)
         dirty = upper.dirty
         if dirty is None:
