@@ -34,7 +34,7 @@ from support.mounts import MIB, PASSED_THROUGH, Mount, mounted, must, needs_pass
 
 KILLS = int(os.environ.get("FVDFS_KILLS", "1"))
 SEED = os.environ.get("FVDFS_KILLS_SEED", "0")
-MANY = 16  # kills of a layout, of two images
+MANY = 8  # kills of a layout
 KILLS_PER_IMAGE = 8
 DISK = 6 * MIB
 BASE = 4 * MIB + 3 * SECTOR

@@ -22,7 +22,7 @@ from support.simulation import MIB, Log, Machine, NbdkitLink, SimulatedLink, mac
 
 GIB = 1024 * MIB
 TICK = 0.004
-RUNS = int(os.environ.get("FVDFS_BUSY_HOSTS", "24"))
+RUNS = int(os.environ.get("FVDFS_BUSY_HOSTS", "16"))
 CAPS = (2e6, 10e6, 50e6, 200e6)
 FAST = 1e9
 SECONDS = 8.0
@@ -177,7 +177,7 @@ def test_a_rival_gets_the_link(depth: int, size: int) -> None:
     """
     well = []
     lost = []
-    for host in hosts(20):
+    for host in hosts():
         if depth < 16 and MIB / host.cap < 2 * TICK:
             continue
 

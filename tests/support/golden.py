@@ -14,7 +14,7 @@ _ZEROS = bytes(1 << 20)
 
 def extract(name: str, folder: Path) -> Path:
     """Unpack a golden image, sparse where it is zero; returns the path of the image itself."""
-    with tarfile.open(GOLDEN / f"{name}.tar.xz", "r|xz") as archive:
+    with tarfile.open(GOLDEN / f"{name}.tar.xz", "r:xz") as archive:
         for member in archive:
             source = archive.extractfile(member)
             assert source is not None
