@@ -695,6 +695,18 @@ def reason_of(folder: Path, point: Path, *program: str, user: Sequence[str] = ()
         must("umount", point)
 
 
+def test_a_snapshot_ends_it_until_that_is_deleted(folder: Path, data: Path) -> None:
+    """The new image over it keeps its data in its own file; the snapshot has the data file, and gets the name again."""
+    must("snapshot", folder / "a.fvd", "s")
+    with mounted(folder, *OPTIONS) as mount, opened(mount) as disk:
+        assert mount.passthrough("a") != "on"
+        os.pwrite(disk, b"new", 5000)
+    must("delete", folder / "a@s.fvd")
+    with mounted(folder, *OPTIONS) as mount, opened(mount):
+        assert mount.passthrough("a") == "on"
+        assert mount.raw("a").read_bytes() == CONTENT[:5000] + b"new" + CONTENT[5003:]
+
+
 def test_an_old_kernel(folder: Path, data: Path, tmp_path: Path) -> None:
     """One that does not offer the flag."""
     code = "from fvdfs.ops import wire; wire.FUSE_PASSTHROUGH = 0; from fvdfs.cli import entry; entry()"
