@@ -27,6 +27,10 @@ def run_receive(url: str, image: str) -> int:
     location = parse_location(url)
     if is_local(url) or location.protocol.get("driver") != "nbd" or url.startswith("json:"):
         raise UsageError(f"{url}: to be written as nbd://HOST/NAME, as fvdfs serve prints it")
+    if location.tls_user is not None:
+        raise UsageError(
+            f"{url}: a disk cannot be received by TLS yet; serve it without --tls-creds, where only your hosts reach it"
+        )
     epoch = daemon.run_loop(functools.partial(epoch_of, location))
     options = CreateOptions(
         base_img=url,
