@@ -95,7 +95,10 @@ def silence(connection: socket.socket) -> float:
     """Seconds since the last sign of life of the peer; 0 on a socket of this host."""
     if connection.family == socket.AF_UNIX:
         return 0.0
-    info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO.size)
+    try:
+        info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO.size)
+    except OSError:  # it was closed just now
+        return 0.0
     if len(info) < _TCP_INFO.size:
         return 0.0
     fields: tuple[int, ...] = _TCP_INFO.unpack(info)

@@ -70,6 +70,8 @@ class Supervisor:
         self._replacing = trio.Lock()
         self._connecting = trio.CancelScope()
         self._is_watched = False
+        self._under_way = 0
+        """Operations of all daemons."""
         self._answered = 0.0
         """When an operation has ended last, by trio's clock."""
         self._hang: Outage | None = None
@@ -184,10 +186,11 @@ class Supervisor:
     async def _attempt(
         self, daemon: StorageDaemon, operation: Callable[[StorageDaemon], Awaitable[T]], *, changes: bool
     ) -> T:
-        if not daemon.users:
+        if not self._under_way:
             self._answered = trio.current_time()
+        self._under_way += 1
         daemon.users += 1
-        self._watch(daemon)
+        self._watch()
         try:
             result = await operation(daemon)
             if changes:
@@ -197,6 +200,7 @@ class Supervisor:
             return result
         finally:
             self._has_answered()
+            self._under_way -= 1
             daemon.users -= 1
             if daemon.gone and not daemon.users:  # the last one closes the export
                 with trio.CancelScope(shield=True):
@@ -210,21 +214,20 @@ class Supervisor:
 
     # --- is the server still there? ---------------------------------------------------------------
 
-    def _watch(self, daemon: StorageDaemon) -> None:
+    def _watch(self) -> None:
         """Have the connection be watched while there are operations."""
         if self._files.has_server and not self._is_watched:
             self._is_watched = True
-            trio.lowlevel.spawn_system_task(self._keep_watching, daemon)
+            trio.lowlevel.spawn_system_task(self._keep_watching)
 
-    async def _keep_watching(self, daemon: StorageDaemon) -> None:
+    async def _keep_watching(self) -> None:
         try:
-            while daemon.users and not daemon.gone and daemon.alive:
-                await trio.to_thread.run_sync(daemon.kill_if_silent)
+            while self._under_way:
+                if (daemon := self._daemon) is not None and daemon.users and not daemon.gone:
+                    await trio.to_thread.run_sync(daemon.kill_if_silent)
                 await trio.sleep(_WATCH_INTERVAL)
-                if daemon.users and not daemon.gone and trio.current_time() - self._answered > SERVER_TIMEOUT:
+                if self._under_way and trio.current_time() - self._answered > SERVER_TIMEOUT:
                     self._say_that_it_hangs()
-        except OSError as error:
-            log.error("%s: its connection cannot be watched: %s", self._name, error)
         finally:
             self._is_watched = False
 
