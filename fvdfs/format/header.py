@@ -330,10 +330,11 @@ class Header:
     def table_capacity(self) -> int:
         """How many entries table and journal have room for (format.md, "Regions" and "Values at creation")."""
         assert self.compact
-        ends = [region.offset for region in self.regions()] + [self.metadata_end]
+        others = [region for region in self.regions() if region != self.table_region]
         if self.profile_region is not None:
-            ends.append(self.profile_region.offset)
-        ends = [end for end in ends if end > self.table_offset]
+            others.append(self.profile_region)
+        ends = [region.offset for region in others if region.size] + [self.metadata_end]
+        ends = [end for end in ends if end >= self.table_offset]  # a table of no entries may lie where another begins
         room = min(ends) - self.table_offset if ends else round_up(self.chunks * TABLE_ENTRY_SIZE, PAGE)
         entries = min(room // PAGE * PAGE // TABLE_ENTRY_SIZE, MAX_CHUNKS)
         if self.journal_size:

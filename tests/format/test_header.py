@@ -10,7 +10,7 @@ import tarfile
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from fvdfs.errors import FormatError, FvdError, NotFvd, UsageError
@@ -598,6 +598,7 @@ any_value = st.sampled_from(VALUES) | st.integers(0, 128).map(lambda n: n * 512)
 
 
 @settings(max_examples=400, deadline=None)
+@example("both", [("virtual_disk_size", 0), ("journal_offset", 12288)], None, LENGTH)
 @given(
     st.sampled_from(["both", "flat", "table", "plain"]),
     st.lists(st.tuples(st.sampled_from(GEOMETRY), any_value), max_size=4),
