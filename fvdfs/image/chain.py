@@ -5,6 +5,7 @@ What names inside an image may lead to, `policy` says. What is opened here is lo
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 from collections.abc import Iterator
@@ -18,7 +19,7 @@ from fvdfs.format.migration import NO_RECORD, Record
 from fvdfs.image.bases import Key
 from fvdfs.image.core import usage_of
 from fvdfs.image.policy import FVD_FORMAT, RAW_FORMATS, HostStore, Policy, looks_like, resolve
-from fvdfs.store.host import HostFile, open_as_permitted
+from fvdfs.store.host import HostFile, identity_of, open_as_permitted
 from fvdfs.store.locations import is_local
 from fvdfs.store.qemu_store import QemuStore
 from fvdfs.store.references import BASE_FORMATS, FORMATS, RAW
@@ -42,6 +43,8 @@ class Layer:
     """The base's format, once somebody has looked: the header need not state it."""
     keeps_copies: bool = False
     """Whether what is read through this base is to be kept in it, and its files are open for that."""
+    place: str = ""
+    """Where its file was found; differs from `path` where it does not have its name yet."""
 
     def usage(self) -> int:
         """Bytes that the image takes, metadata and data. Blocks."""
@@ -86,8 +89,12 @@ class Layer:
     def check_unchanged(self) -> None:
         """Once the image is locked: raise ImageBusy where its header has changed since it was read. Blocks.
 
-        Only a changed `clean_shutdown` is taken over.
+        Also where another file has its name: who held the lock may have replaced it, and this is a snapshot now, or
+        nothing any more. Only a changed `clean_shutdown` is taken over.
         """
+        with contextlib.suppress(OSError, ValueError):  # without a name it is still the same image
+            if self.place and identity_of(os.stat(self.place)) != self.meta.identity:
+                raise ImageBusy(self.path, "it was replaced while it was opened; try again")
         raw = bytearray(len(self.raw_header))
         self.meta.pread_now(memoryview(raw), 0)
         if raw == self.raw_header and not self.header.length_counts:
@@ -353,7 +360,7 @@ def _open_layer(path: str, meta: HostFile, policy: Policy, *, writable: bool, wi
             data.close()
             raise FormatError(path, f"data_file={header.data_file}: this is the image itself")
         header = _as_long_as(header, data)
-    return Layer(path, meta, data, header, bytes(raw))
+    return Layer(path, meta, data, header, bytes(raw), place=policy.place(path))
 
 
 def wants_copies(header: Header) -> bool:

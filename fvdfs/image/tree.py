@@ -2,8 +2,8 @@
 
 A tree reads the header of each `NAME.fvd` of the folder once, and tells files by their identity, not by their names: a
 base may be named in many ways, and two names may be one file. An image that has let go of its base stands on nothing.
-Bases elsewhere, FVD images too, are looked at where a chain leads there; images elsewhere that stand on something here
-nobody can find.
+FVD images elsewhere, or under another name (`NAME.fvd.deleted`), are looked at where a chain leads there, since it may
+lead back; other images elsewhere that stand on something here nobody can find.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import stat
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 
 from fvdfs.errors import FvdError, NotFvd
 from fvdfs.format.header import Header
@@ -87,6 +88,16 @@ class Tree:
                     continue
                 except (FvdError, OSError) as error:
                     self.unreadable[path] = str(error)
+        self._follow_chains()
+
+    def _follow_chains(self) -> None:
+        known = {*self._by_identity}
+        todo = [*self.nodes.values()]
+        for node in todo:
+            if node.stands_on_image and node.base_identity is not None and node.base_identity not in known:
+                known.add(node.base_identity)
+                below = self.at(node.base)
+                todo += [below] if below is not None else []
 
     def at(self, path: str) -> Node | None:
         """The image of this name, in the folder or elsewhere; None where there is none that can be read."""
@@ -100,13 +111,13 @@ class Tree:
             return None
 
     def children(self, path: str) -> list[Node]:
-        """The images, of the folder and of chains that were followed, that stand on the file of this name."""
+        """The images, of the folder and of the chains of these, that stand on the file of this name."""
         identity = identity_at(path)
         return self._above.get(identity, []) if identity is not None else []
 
     def users(self, identity: Identity) -> Iterator[tuple[Node, str]]:
-        """The images of the folder that have this file as their "base" or "data file", each with which."""
-        for node in self.nodes.values():
+        """The images, as `children`, that have this file as their "base" or "data file", each with which."""
+        for node in chain.from_iterable(self._by_identity.values()):
             if node.base_identity == identity:
                 yield node, "base"
             elif node.data_identity == identity:

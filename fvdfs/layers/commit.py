@@ -33,8 +33,9 @@ async def commit(path: str, policy: Policy, progress: Progress) -> str:
 
     Raises UsageError where that must not be, ImageBusy, ImageError, OSError.
     """
-    tree, node, base = begin(path)
+    begin(path)  # what is refused is not even replayed
     async with opened_alone(path, policy) as (upper, file):
+        tree, node, base = begin(path)  # as it is now that nobody else can change the image
         refuse_losses(path, upper.header)
         data_file = data_file_of(tree, node)
         async with opened_to_merge(base, policy) as (lower, _):

@@ -30,9 +30,11 @@ def change_record(path: str, event: Callable[[Record], Record], *, damaged: bool
 
     Raises UsageError, ImageBusy, ImageError, OSError.
     """
-    file = open_chain(path, Policy(), top_only=True).layers[0].meta
+    layer = open_chain(path, Policy(), top_only=True).layers[0]
+    file = layer.meta
     try:
         file.lock(exclusive=True)
+        layer.check_unchanged()
         try:
             before = read_record(file)
             after = event(before)

@@ -24,11 +24,9 @@ async def revert(image: str, name: str, policy: Policy) -> str:
 
     Raises UsageError where that must not be, ImageBusy, also where somebody writes the snapshot, ImageError, OSError.
     """
-    refuse_links(image)
-    tree = Tree(os.path.dirname(image))
-    for user in users_of(tree, image):
-        raise UsageError(f"{image}: {user.path} stands on it, and would change with it")
+    _begin(image)  # what is refused is not even replayed
     async with opened_alone(image, policy) as (old, file):
+        tree = _begin(image)  # as it is now that nobody else can change the image
         if name:
             path = _path_of(image, name)
             base, target = os.path.basename(path), tree.at(path)
@@ -46,6 +44,14 @@ async def revert(image: str, name: str, policy: Policy) -> str:
             replace_by_new(image, new_top(below.header, base), file, target.mtime_ns)
             remove_data_file(data_file)
     return target.path
+
+
+def _begin(image: str) -> Tree:
+    refuse_links(image)
+    tree = Tree(os.path.dirname(image))
+    for user in users_of(tree, image):
+        raise UsageError(f"{image}: {user.path} stands on it, and would change with it")
+    return tree
 
 
 def _path_of(image: str, name: str) -> str:

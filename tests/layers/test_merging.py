@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import random
@@ -14,9 +15,12 @@ import pytest
 import trio
 
 from fvdfs.cli import main
+from fvdfs.errors import ImageBusy
 from fvdfs.format.creation import CreateOptions
-from fvdfs.image.loading import open_image
+from fvdfs.image.chain import open_chain
+from fvdfs.image.loading import load_chain, open_image
 from fvdfs.image.policy import Policy
+from fvdfs.layers.snapshot import opened_alone
 from support import reference
 from support.builder import KIB, create
 from support.mounts import fvdfs, mounted, must
@@ -469,3 +473,46 @@ def test_what_an_interrupted_snapshot_has_left_is_removed_by_name(image: Path) -
     must("delete", image.with_name("vm@1.fvd"))
     assert names(image) == ["vm.fvd"]
     assert content(image) == before
+
+
+@pytest.mark.parametrize("command", ["snapshot", "revert", "commit"])
+def test_what_was_replaced_before_it_was_locked_is_not_written(image: Path, command: str) -> None:
+    """It is a snapshot by then, or has no name any more: a change of it would be wrong, or lost."""
+    chain(image, "flat", 1)
+    opened = open_chain(str(image), Policy())
+    must(command, image)
+    with pytest.raises(ImageBusy, match="replaced while it was opened"):
+        trio.run(load_chain, opened)
+
+
+@pytest.mark.parametrize(("words", "snapshots"), [(["commit"], 1), (["revert"], 0)])
+def test_a_snapshot_that_comes_before_the_lock_is_seen(
+    image: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], snapshots: int
+) -> None:
+    states = chain(image, "data file", snapshots)
+
+    def late(path: str, policy: Policy) -> object:
+        must("snapshot", path, "late")
+        must("resize", path, "+64K")
+        return opened_alone(path, policy)
+
+    monkeypatch.setattr(importlib.import_module(f"fvdfs.layers.{words[0]}"), "opened_alone", late)
+    assert main([*words, str(image), *(["late"] if words == ["revert"] else [])]) == 0
+    longer = states[-1] + bytes(64 * KIB)
+    assert content(image) == (longer if words == ["commit"] else states[-1])
+    assert content(image.with_name("vm@late.fvd")) == content(image)
+    if snapshots:
+        assert content(image.with_name("vm@1.fvd")) == states[0]
+
+
+def test_what_a_deletion_that_has_not_ended_stands_on_stays(image: Path) -> None:
+    states = chain(image, "flat", 2)
+    going = image.with_name("vm@2.fvd.deleted")
+    image.with_name("vm@2.fvd").rename(going)
+    must("rebase", image, "-b", going.name, "-F", "fvd", "--unsafe")
+    refused(["resize", image.with_name("vm@1.fvd"), "4K", "--shrink"], "stands on it")
+    must("delete", image.with_name("vm@1.fvd"))
+    assert content(image) == states[-1]
+    must("delete", image.with_name("vm@2.fvd"))
+    assert content(image) == states[-1]
+    assert names(image) == ["vm.fvd"]
