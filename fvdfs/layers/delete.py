@@ -19,11 +19,12 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Iterator
 
 import trio
 
 from fvdfs.daemon import undisturbed
-from fvdfs.errors import UsageError
+from fvdfs.errors import ImageBusy, UsageError
 from fvdfs.format.header import SECTOR, Header, string_places
 from fvdfs.image.chain import open_alone
 from fvdfs.image.image import Image
@@ -53,7 +54,7 @@ async def delete(path: str, policy: Policy, progress: Progress) -> None:
     going, tree = path + ENDING, Tree(os.path.dirname(path))
     user = begin(tree, path, going, policy)
     if user is not None:
-        await _merge(tree, user, path, going, policy, progress)
+        await _merge(user, path, going, policy, progress)
 
 
 def begin(tree: Tree, path: str, going: str, policy: Policy) -> Node | None:
@@ -79,18 +80,35 @@ def begin(tree: Tree, path: str, going: str, policy: Policy) -> Node | None:
     if users and not os.path.samefile(os.path.dirname(users[0].path) or ".", os.path.dirname(path) or "."):
         raise UsageError(f"{path}: {users[0].path} stands on it, and lies in another folder; move them into one")
     if not users:
-        _remove(tree, path, going, policy)
+        _remove(path, going, policy)
         return None
     return users[0]
 
 
-def _remove(tree: Tree, path: str, going: str, policy: Policy) -> None:
-    """A snapshot on which nothing stands."""
-    chain = open_alone(path if os.path.lexists(path) else going, policy)
+@contextlib.contextmanager
+def _held(path: str, going: str, user: Node | None, policy: Policy) -> Iterator[Tree]:
+    """The snapshot, which nobody else has open, and on which only this image stands; who stands on what. Blocks.
+
+    Raises UsageError, ImageBusy, ImageError, OSError.
+    """
+    name = path if os.path.lexists(path) else going
+    chain = open_alone(name, policy)
     try:
         for store in chain.stores():
             if isinstance(store, HostFile):
                 store.lock(exclusive=True)
+        chain.layers[0].check_unchanged()
+        tree = Tree(os.path.dirname(path))
+        if {other.identity for other in users_of(tree, name)} != ({user.identity} if user else set()):
+            raise ImageBusy(path, "what stands on it has just changed; try again")
+        yield tree
+    finally:
+        chain.close()
+
+
+def _remove(path: str, going: str, policy: Policy) -> None:
+    """A snapshot on which nothing stands."""
+    with _held(path, going, None, policy) as tree:
         node = tree.at(path)
         data_file = data_file_of(tree, node) if node is not None else ""
         with undisturbed():
@@ -99,18 +117,17 @@ def _remove(tree: Tree, path: str, going: str, policy: Policy) -> None:
                     os.unlink(name)
             sync_folder(os.path.dirname(path))  # no crash leaves it without its data
             remove_data_file(data_file)
-    finally:
-        chain.close()
 
 
-async def _merge(tree: Tree, user: Node, path: str, going: str, policy: Policy, progress: Progress) -> None:
+async def _merge(user: Node, path: str, going: str, policy: Policy, progress: Progress) -> None:
     folder = os.path.dirname(path)
     refuse_links(path, user.path)
     async with opened_alone(user.path, policy) as (upper, file):
         mtime_ns = file.status().st_mtime_ns
-        await remove_name(upper, path, going)
+        with _held(path, going, user, policy) as tree:  # so that it is not itself being merged
+            await remove_name(upper, path, going)
+            data_file = data_file_of(tree, user)
         await file.keep_mtime(mtime_ns)
-        data_file = data_file_of(tree, user)
         async with opened_to_merge(going, policy) as (lower, below):
             await merge(upper, lower, progress)
             await lower.end_writing()

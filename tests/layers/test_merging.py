@@ -10,6 +10,7 @@ import re
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
@@ -17,9 +18,10 @@ import trio
 from fvdfs.cli import main
 from fvdfs.errors import ImageBusy
 from fvdfs.format.creation import CreateOptions
-from fvdfs.image.chain import open_chain
+from fvdfs.image.chain import open_alone, open_chain
 from fvdfs.image.loading import load_chain, open_image
 from fvdfs.image.policy import Policy
+from fvdfs.layers.merging import merge
 from fvdfs.layers.snapshot import opened_alone
 from support import reference
 from support.builder import KIB, create
@@ -516,3 +518,39 @@ def test_what_a_deletion_that_has_not_ended_stands_on_stays(image: Path) -> None
     must("delete", image.with_name("vm@2.fvd"))
     assert content(image) == states[-1]
     assert names(image) == ["vm.fvd"]
+
+
+@pytest.mark.parametrize("second", [1, 2])
+def test_two_deletions_at_once(image: Path, monkeypatch: pytest.MonkeyPatch, second: int) -> None:
+    """What one merges into, or from, the other leaves alone."""
+    states = chain(image, "flat", 3)
+    seen = []
+
+    async def late(*what: Any) -> None:
+        seen.append(names(image))
+        refused(["delete", image.with_name(f"vm@{second}.fvd")], "close it there first", code=1)
+        assert names(image) == seen[0]
+        await merge(*what)
+
+    monkeypatch.setattr("fvdfs.layers.delete.merge", late)
+    assert main(["delete", str(image.with_name("vm@1.fvd"))]) == 0
+    assert seen
+    assert content(image) == states[-1]
+    for number in (2, 3):
+        must("delete", image.with_name(f"vm@{number}.fvd"))
+    assert content(image) == states[-1]
+
+
+def test_an_image_that_comes_before_a_snapshot_is_removed_keeps_it(
+    image: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    states = chain(image, "flat", 1)
+    must("flatten", image)
+
+    def late(path: str, policy: Policy) -> object:
+        must("revert", image, "1")
+        return open_alone(path, policy)
+
+    monkeypatch.setattr("fvdfs.layers.delete.open_alone", late)
+    assert main(["delete", str(image.with_name("vm@1.fvd"))]) == 1
+    assert content(image) == states[0]
