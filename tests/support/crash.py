@@ -933,12 +933,19 @@ def outgrowing(sim_of: Callable[[], Simulation]) -> None:
                 if number % 2:
                     await sim.flush()
 
+        async def writes_late(sim: Simulation = sim, chunk: int = chunk) -> None:
+            """To a new chunk, when the table was written to its new place."""
+            vars(sim.image.committer).pop("flush_metadata")
+            await sim.write(3 * chunk + 100, 300)()
+            await sim.image.committer.flush_metadata()
+
         sim.step(sim.open)
         sim.step(sim.write(2 * chunk - 300, 700), sim.flush, sim.write(5 * chunk + 100, 900))
         if grows_at_once:
             sim.step(sim.close)
             sim.forget_facts()
             sim.step(sim.open)
+        vars(sim.image.committer)["flush_metadata"] = writes_late
         with mock.patch.object(table_moving, "PART", chunk if grows_at_once else table_moving.PART):
             sim.resize(size - sim.disk.size, writes, sim.watch(2 * chunk - 300, 700))
         sim.step(sim.write(size - 2 * chunk - 500, 1000), sim.flush, sim.write(chunk - 200, 300))
