@@ -356,7 +356,7 @@ def _parser() -> argparse.ArgumentParser:
 
     delete = commands.add_parser("delete", help="delete a snapshot; what stands on it takes over what it needs")
     delete.set_defaults(run=_delete)
-    delete.add_argument("image", metavar="SNAPSHOT", help="DISK@NAME.fvd, or its raw file in a mount")
+    delete.add_argument("image", metavar="SNAPSHOT", help="DISK@NAME: of an image, or of its raw file in a mount")
     _add_names(delete, _URLS)
     _add_secret(delete)
 

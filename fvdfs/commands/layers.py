@@ -16,6 +16,7 @@ from typing import Any
 from fvdfs import mountoptions
 from fvdfs.commands import prefetch
 from fvdfs.commands.attributes import explained, facts, or_by_mount
+from fvdfs.commands.states import without_mark
 from fvdfs.commands.terminal import progress_bar
 from fvdfs.daemon import run_loop
 from fvdfs.errors import FvdError, ImageError, UsageError, named
@@ -46,6 +47,7 @@ def run_commit(image: str, *, options: Sequence[str], secret: str) -> int:
 
 def _run(what: str, change: Change, image: str, options: Sequence[str], secret: str) -> int:
     """By the mount that has the disk open, if there is one; else here."""
+    image = without_mark(image)
     folder, name = os.path.split(image)
     if image.endswith(".raw"):
         if options or secret:

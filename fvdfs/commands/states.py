@@ -24,14 +24,18 @@ from fvdfs.store.host import Identity, identity_of
 
 def image_of(disk: str) -> str:
     """The path of the image DISK[@SNAPSHOT]. Raises UsageError where there is none, OSError."""
-    name, at, snapshot = disk.rpartition(MARK)
-    is_snapshot = bool(name and at) and "/" not in snapshot and not os.path.lexists(disk)
-    path = image_file(name if is_snapshot else disk)
-    if is_snapshot:
-        path = snapshot_file(path, snapshot)
+    path = image_file(without_mark(disk))
     if not os.path.lexists(path):
         raise UsageError(f"{disk}: there is no file {path}" if path != disk else f"{disk}: there is no such file")
     return path
+
+
+def without_mark(disk: str) -> str:
+    """The path of the image if DISK@SNAPSHOT is named, else what is named. Raises UsageError, OSError."""
+    name, at, snapshot = disk.rpartition(MARK)
+    if name and at and "/" not in snapshot and not os.path.lexists(disk):
+        return snapshot_file(image_file(name), snapshot)
+    return disk
 
 
 def snapshot_file(image: str, snapshot: str) -> str:

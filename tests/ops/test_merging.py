@@ -151,7 +151,7 @@ def test_a_disk_that_grows_meanwhile(tmp_path: Path) -> None:
             must("snapshot", mount.raw("vm"), name)
             os.ftruncate(file.fileno(), DISK + int(name) * MIB)
             os.pwrite(file.fileno(), b"end", DISK + int(name) * MIB - 3)
-        must("delete", mount.folder / "vm@2.fvd")
+        must("delete", f"{mount.folder / 'vm.fvd'}@2")
         must("commit", mount.folder / "vm.fvd")
         os.ftruncate(file.fileno(), DISK + 3 * MIB)
         must("commit", mount.folder / "vm.fvd")
@@ -222,7 +222,7 @@ def test_a_closed_disk_is_changed_by_the_command(tmp_path: Path) -> None:
         for _ in range(2):
             must("snapshot", mount.raw("vm"))
         before = mount.raw("vm").read_bytes()
-        must("delete", mount.raw("vm@2"))
+        must("delete", f"{mount.raw('vm')}@2")
         must("commit", mount.raw("vm"))
         assert mount.raw("vm").read_bytes() == before
         found = json.loads(os.getxattr(mount.point, "user.fvdfs.layers"))["merges"]
