@@ -10,13 +10,14 @@ from fvdfs.image.loading import make_writable
 from fvdfs.image.policy import Policy
 from fvdfs.image.tree import Tree
 from fvdfs.layers.alone import loaded_alone
+from fvdfs.layers.merging import users_of
 from fvdfs.sizes import NewSize, human_size
 
 
 def refuse_cut(image: str) -> None:
-    """Raise UsageError where another image of the folder stands on this one, and has its content from it. Blocks."""
-    if children := Tree(os.path.dirname(image)).children(image):
-        raise UsageError(f"{image}: {children[0].path} stands on it, and would lose what is cut off")
+    """Raise UsageError where another image of the folder stands on this one, or may: it cannot be read. Blocks."""
+    for user in users_of(Tree(os.path.dirname(image)), image):
+        raise UsageError(f"{image}: {user.path} stands on it, and would lose what is cut off")
 
 
 def judge(name: str, image: str, old: int, size: int, *, shrink: bool) -> None:

@@ -36,7 +36,7 @@ from fvdfs.store.host import HostFile, Identity
 from fvdfs.store.placing import sync_folder
 
 MARK = "@"
-NAME_MAX = 255  # bytes of a file name
+NAME_MAX = 255 - len(".deleted")  # bytes of a file name, which can be given this ending (`delete.py`)
 
 
 def stem_of(image: str) -> str:

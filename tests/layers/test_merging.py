@@ -554,3 +554,19 @@ def test_an_image_that_comes_before_a_snapshot_is_removed_keeps_it(
     monkeypatch.setattr("fvdfs.layers.delete.open_alone", late)
     assert main(["delete", str(image.with_name("vm@1.fvd"))]) == 1
     assert content(image) == states[0]
+
+
+def test_what_an_image_that_cannot_be_read_may_stand_on_is_not_cut(image: Path) -> None:
+    states = chain(image, "flat", 0)
+    image.with_name("cut.fvd").write_bytes(image.read_bytes()[:3000])
+    refused(["resize", image, "4K", "--shrink"], "cut.fvd: nobody knows what it stands on")
+    assert content(image) == states[0]
+
+
+def test_the_longest_name_of_a_snapshot_that_can_be_deleted(image: Path) -> None:
+    states = chain(image, "flat", 0)
+    name = "x" * (255 - len("vm@.fvd.deleted"))
+    refused(["snapshot", image, f"{name}x"], "too long")
+    must("snapshot", image, name)
+    must("delete", image.with_name(f"vm@{name}.fvd"))
+    assert content(image) == states[0]
