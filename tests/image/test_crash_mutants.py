@@ -28,12 +28,12 @@ EQUIVALENT: dict[str, str] = {
     f"commit: recover: swapped {_META} | await self.checkpoint(clear_journal=self.journal_is_bad)": (
         "the checkpoint writes only what a replay has rebuilt, from records written after clean_shutdown=0 was stable"
     ),
-    "writing: _write: swapped await self._store(start, stop, data) | self.stored(bitmap, plan)": _LOCAL,
+    "writing: _write_past_gate: swapped await self._store(start, stop, data) | self.stored(bitmap, plan)": _LOCAL,
     "writing: _replace: swapped await change() | self.stored(bitmap, plan)": _LOCAL,
     "writing: _store_zeros: swapped if core.zeroes is Zeroes.PUNCH: … _punch | try: … pwrite": (
         "a hole is made where zeros have just been written"
     ),
-    f"writing: _write: swapped self.stored(bitmap, plan) | {_OF_BASE}: … wrote": _APART,
+    f"writing: _write_past_gate: swapped self.stored(bitmap, plan) | {_OF_BASE}: … wrote": _APART,
     f"writing: _replace: swapped self.stored(bitmap, plan) | {_OF_BASE}: … zeroed": _APART,
     "writing: _replace: swapped for part in (plan.head, plan.tail): … _store | await change()": (
         "nobody reads any of it before the bits are set"
