@@ -47,6 +47,8 @@ class Bitmap:
         assert len(data) % PAGE == 0
         assert len(data) * 8 >= blocks
         self.blocks = blocks
+        self.changes = 0
+        """How often blocks have become local."""
         self._local = bitarray(endian="little", buffer=bytearray(data) if isinstance(data, bytes) else data)
         self._committed: dict[int, bitarray] = {}
         """By page number; in all other pages the committed bits are the local ones."""
@@ -109,6 +111,7 @@ class Bitmap:
                 self._committed[page] = self._page(page)
             self._dirty.add(page)
         self._local[start:stop] = 1
+        self.changes += 1
 
     def shrink(self, blocks: int) -> None:
         """The base's range has become smaller: clear all bits past its end, also those that meant nothing."""

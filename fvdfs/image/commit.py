@@ -148,6 +148,11 @@ class Committer:
         self._has_moved = True
 
     @property
+    def local_changes(self) -> int:
+        """How often blocks have become local."""
+        return self._bitmap.changes if self._bitmap else 0
+
+    @property
     def dirty(self) -> bool:
         """Whether something that was reported is not stable yet; true while a commit runs."""
         return self._data_written or self._unseen_writes or self.uncommitted or self._lock.locked()

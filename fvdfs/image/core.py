@@ -44,6 +44,11 @@ class OwnData:
         self._storage = storage
         self._committer = committer
 
+    @property
+    def changes(self) -> int:
+        """How often blocks have become local."""
+        return self._committer.local_changes
+
     def follow(self, storage: Storage, committer: Committer) -> None:
         """The metadata were loaded again."""
         self._storage, self._committer = storage, committer
@@ -87,17 +92,21 @@ class OwnData:
 
 
 class LastExtents:
-    """What stores say of their extents: the last answer of each is remembered, so that a walk asks for each once."""
+    """What stores say of their extents: the last answer of each is remembered, so that a walk asks for each once.
+
+    Until blocks become local: copies fill holes of an image's storage, and change nothing that others would notice.
+    """
 
     def __init__(self) -> None:
-        self._known: dict[OwnData | Store, tuple[int, int, bool]] = {}
+        self._known: dict[OwnData | Store, tuple[int, int, bool, int]] = {}
 
     async def at(self, source: OwnData | Store, start: int, stop: int) -> tuple[int, bool]:
         """`Store.extent`, perhaps past `stop`, which is no more than how far to look now. Raises OSError."""
-        first, end, hole = self._known.get(source, (0, 0, False))
-        if not first <= start < end:
+        changes = source.changes if isinstance(source, OwnData) else 0
+        first, end, hole, then = self._known.get(source, (0, 0, False, 0))
+        if not first <= start < end or (hole and then != changes):
             end, hole = await source.extent(start, stop)
-            self._known[source] = start, end, hole
+            self._known[source] = start, end, hole, changes
         return end, hole
 
 

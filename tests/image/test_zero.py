@@ -17,6 +17,7 @@ import trio
 
 from fvdfs.cow.fetching import Fetcher
 from fvdfs.format.creation import CreateOptions
+from fvdfs.image.core import LastExtents
 from fvdfs.image.image import Image
 from fvdfs.image.loading import open_image
 from fvdfs.image.map import image_map, totals
@@ -702,6 +703,17 @@ async def test_a_map_of_a_long_disk_asks_for_each_extent_once(tmp_path: Path, op
         assert stored + base + hole == min(size, at + found["cell_size"]) - at
     assert data.calls["extent"] - before < 12
     await image.close()
+
+
+async def test_a_hole_that_is_known_ends_where_copies_are_stored(tmp_path: Path) -> None:
+    """A walk along a disk that is open, as a merge makes it."""
+    async with opened(make(tmp_path, "cow"), spawn=True) as bench:
+        image, known = bench.image, LastExtents()
+        await bench.zero(0, 8 * KIB)
+        assert await image.extents(0, 8 * KIB, known) == [(0, 8 * KIB, "hole")]
+        assert await image.store_copy(32 * KIB, memoryview(BASE)[32 * KIB : 48 * KIB]) == 16 * KIB
+        assert await image.extents(32 * KIB, 48 * KIB, known) == [(32 * KIB, 48 * KIB, "stored")]
+        await image.close()
 
 
 @pytest.mark.parametrize("asked_of", ["base", "own"])
