@@ -136,8 +136,8 @@ def test_files_in_pages_exist(page: Path) -> None:
     assert [name for name in FILE.findall(page.read_text()) if not any(ROOT.rglob(name))] == []
 
 
-def test_readme_tells_of_every_mount_option() -> None:
-    rows = "".join(re.findall(r"^\| (.+?) \|", (ROOT / "README.md").read_text(), re.MULTILINE))
+def test_pages_tell_of_every_mount_option() -> None:
+    rows = "".join(re.findall(r"^\| (.+?) \|", (ROOT / "docs/commands.md").read_text(), re.MULTILINE))
     assert [name for name in MOUNT_OPTIONS if not re.search(rf"`{name}\b", rows)] == []
 
 
