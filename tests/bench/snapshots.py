@@ -1,11 +1,12 @@
-"""A hundred snapshots while fio writes and verifies, then merged down to one image again.
+"""A hundred snapshots while fio writes and verifies, then merged down to one image again, half of them meanwhile.
 
     python tests/bench/snapshots.py [--snapshots N] [--layout flat|compact] [--write RATE] [--work DIR]
 
 fio writes random blocks of 4 KiB through the mount, a flush after every 16, and verifies each later; a snapshot is
-made every 0.3 s. Prints how long writers waited for one, what fio saw of it (its slowest writes, with and without
-snapshots), how long a snapshot took in all, and how long the deletions took. Ends with an error where the content is
-wrong: fio's verification of the disk, after the snapshots and after the merge, and `fvdfs check`.
+made every 0.3 s. Then every other one is deleted, from the last on, while fio writes again, and the rest when the disk
+is closed. Prints how long writers waited for one, what fio saw of it (its slowest writes, alone, with snapshots and
+with deletions), how long a snapshot took in all, and how long the deletions took. Ends with an error where the content
+is wrong: fio's verification of the disk, after the snapshots and after the merges, and `fvdfs check`.
 Needs root and fio.
 """
 
@@ -63,6 +64,25 @@ def take(raw: Path, process: subprocess.Popen[str], number: int) -> tuple[list[f
     return found, waited
 
 
+def delete(point: Path, process: subprocess.Popen[str], numbers: Sequence[int]) -> tuple[list[float], list[float]]:
+    """Delete these while the disk is written: how long each took, and kept writers out in the end, in seconds."""
+    found, waited = [], []
+    for number in numbers:
+        time.sleep(INTERVAL)
+        assert process.poll() is None, "fio has ended; have it write more slowly"
+        began = time.monotonic()
+        os.setxattr(point, "user.fvdfs.layers", f"delete vm@{number}.fvd".encode())
+        while True:
+            merge = json.loads(os.getxattr(point, "user.fvdfs.layers"))["merges"][-1]
+            if merge["state"] not in ("waiting", "running"):
+                break
+            time.sleep(0.005)
+        assert merge["state"] == "done", merge
+        found.append(time.monotonic() - began)
+        waited.append(merge["waited"])
+    return found, waited
+
+
 def main(words: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--snapshots", type=int, default=100)
@@ -88,15 +108,21 @@ def measure(work: Path, snapshots: int, layout: str, rate: str) -> None:
         taken, waited = take(raw, process, snapshots)
         beside = slowest(process)
         verify(raw)
+        process = fio(raw, f"--rate={rate}", "--do_verify=1", f"--io_size={SIZE}")
+        merged, held = delete(point, process, range(snapshots, 0, -2))
+        under = slowest(process)
+        verify(raw)
     finally:
         command(*FVDFS, "umount", point)
     print(f"{layout}: writers waited, ms: {percentiles(waited)}")
     print(f"whole snapshots, ms: {percentiles(taken)}")
-    print(f"fio without snapshots: {alone}\nfio with them: {beside}")
+    print(f"deletions meanwhile, ms: {percentiles(merged)}; writers waited in the end: {percentiles(held)}")
+    print(f"fio without snapshots: {alone}\nfio with them: {beside}\nfio with deletions: {under}")
     began = time.monotonic()
-    for number in sorted(range(1, snapshots + 1), key=lambda number: (number % 2, number)):
+    for number in range(snapshots - 1, 0, -2):
         assert fvdfs(["delete", str(folder / f"vm@{number}.fvd")]) == 0
-    print(f"{snapshots} deletions: {time.monotonic() - began:.1f} s; left: {sorted(os.listdir(folder))}")
+    took = time.monotonic() - began
+    print(f"{snapshots // 2} deletions of a closed disk: {took:.1f} s; left: {sorted(os.listdir(folder))}")
     assert fvdfs(["check", str(folder / "vm.fvd")]) == 0
     command(*mount)
     try:
