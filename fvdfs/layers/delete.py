@@ -98,12 +98,20 @@ def _held(path: str, going: str, user: Node | None, policy: Policy) -> Iterator[
             if isinstance(store, HostFile):
                 store.lock(exclusive=True)
         chain.layers[0].check_unchanged()
-        tree = Tree(os.path.dirname(path))
-        if {other.identity for other in users_of(tree, name)} != ({user.identity} if user else set()):
-            raise ImageBusy(path, "what stands on it has just changed; try again")
-        yield tree
+        yield look_again(path, name, user)
     finally:
         chain.close()
+
+
+def look_again(path: str, name: str, user: Node | None) -> Tree:
+    """Who stands on what, now that nobody else can change this image, under this name of the snapshot, or that. Blocks.
+
+    Raises UsageError; ImageBusy where others stand on the snapshot than was seen before.
+    """
+    tree = Tree(os.path.dirname(path))
+    if {other.identity for other in users_of(tree, name)} != ({user.identity} if user else set()):
+        raise ImageBusy(path, "what stands on it has just changed; try again")
+    return tree
 
 
 def _remove(path: str, going: str, policy: Policy) -> None:

@@ -9,21 +9,31 @@ shows is neither its old content nor the new until the end.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 from collections.abc import AsyncIterator, Callable
 
 import trio
 
+from fvdfs.cow.dirty import Dirty
 from fvdfs.errors import UsageError
 from fvdfs.image.core import LastExtents
 from fvdfs.image.image import Image
 from fvdfs.image.loading import open_image
 from fvdfs.image.policy import Policy
 from fvdfs.image.tree import Node, Tree, identity_at
+from fvdfs.store.base import together
 from fvdfs.store.host import HostFile
 
 PIECE = 4 << 20  # bytes that are copied at a time
 STEP = 1 << 30  # bytes of the disk that are looked at at a time
+PART = 256 << 10  # bytes that are copied again at a time
+PARTS = 8  # side by side
+ENOUGH = 16  # dirty units for which writers wait in the end: a few milliseconds
+ROUND = 1.0  # seconds, in which less has to become dirty than is copied
+SLICE = 0.01  # seconds for which writers are kept out
+LONGEST_BREAK = 0.01  # seconds between two slices, at first; half as long after each
+SHORTEST_BREAK = 0.0005  # what is written in one is little enough
 Progress = Callable[[int, int], None]
 """Told bytes done, and bytes in all."""
 
@@ -69,6 +79,42 @@ async def merge_part(
                     await lower.write(at, data)
                 progress(at, upper.size)
         await trio.lowlevel.checkpoint()
+
+
+async def catch_up(upper: Image, lower: Image, dirty: Dirty) -> None:
+    """Copy what is written to the upper image meanwhile, until little is left.
+
+    Where writers are faster than that, they are kept out for `SLICE` again and again, with ever shorter breaks. Raises
+    OSError.
+    """
+    left = dirty.units + 1
+    while ENOUGH < dirty.units < left:
+        left = dirty.units
+        until = trio.current_time() + ROUND
+        while trio.current_time() < until and await copy_some(upper, lower, dirty):
+            pass
+    pause = LONGEST_BREAK
+    while dirty.units > ENOUGH and pause > SHORTEST_BREAK:
+        left = dirty.units
+        async with upper.without_writers():
+            until = trio.current_time() + SLICE
+            while trio.current_time() < until and await copy_some(upper, lower, dirty):
+                pass
+        await trio.sleep(pause)
+        if dirty.units >= left:
+            pause /= 2
+
+
+async def copy_some(upper: Image, lower: Image, dirty: Dirty) -> bool:
+    """Copy some of what is dirty, side by side; False where nothing is. Raises OSError."""
+    parts = [part for _ in range(PARTS) if (part := dirty.take(PART)) is not None]
+    if not parts:
+        await trio.lowlevel.checkpoint()
+        return False
+    with trio.CancelScope(shield=True):
+        await together([functools.partial(merge_part, upper, lower, *part, LastExtents()) for part in parts])
+    await trio.lowlevel.checkpoint()
+    return True
 
 
 @contextlib.asynccontextmanager

@@ -4,8 +4,6 @@ The names in the folder change as `layers/delete.py` and `layers/commit.py` say,
 `image/exchange.py` does it. A layer that others stand on is not written by anybody. Of the top, what is written while
 it is copied is noted (`cow/dirty.py`), and copied again, until so little is left that writers may wait for it.
 
-Where they write faster than that goes on, they are kept out for `SLICE` again and again, with ever shorter breaks.
-
 One merge runs at a time. It is steered, and seen, by an attribute of the mount point. One that is stopped leaves on
 disk what an interrupted one of an image that is not open leaves, and in memory the same chain. Calling it again ends
 it.
@@ -28,14 +26,14 @@ from fvdfs.cow.dirty import Dirty
 from fvdfs.errors import FvdError, ImageBusy, ImageError, UsageError
 from fvdfs.format.header import ceil_div
 from fvdfs.image.chain import image_key
-from fvdfs.image.core import Core, LastExtents
+from fvdfs.image.core import Core
 from fvdfs.image.exchange import Other, Step, close_former
 from fvdfs.image.image import Image
 from fvdfs.image.loading import lock_to_change, make_writable, reopen
 from fvdfs.image.locking import unlock_for_writing
-from fvdfs.image.tree import SUFFIX, Tree, identity_at
+from fvdfs.image.tree import SUFFIX, Node, Tree, identity_at
 from fvdfs.layers import commit, delete
-from fvdfs.layers.merging import data_file_of, merge_part, refuse_links, remove_data_file
+from fvdfs.layers.merging import catch_up, copy_some, data_file_of, refuse_links, remove_data_file
 from fvdfs.layers.merging import merge as merge_all
 from fvdfs.layers.newtop import new_top, refuse_losses, replace, write_top
 from fvdfs.ops.background import stop_prefetching
@@ -44,20 +42,13 @@ from fvdfs.ops.inodes import Entry
 from fvdfs.ops.openings import Openings
 from fvdfs.ops.passthrough import Passthrough
 from fvdfs.ops.snapshots import Turn, begin_copies, load_top, other_file
-from fvdfs.store.base import Store, together
+from fvdfs.store.base import Store
 from fvdfs.store.host import HostFile, Identity
 from fvdfs.store.placing import sync_folder
 
 log = logging.getLogger(__name__)
 
 DELETE, COMMIT, STOP = "delete", "commit", "stop"
-PART = 256 << 10  # bytes that are copied again at a time
-PARTS = 8  # side by side
-ENOUGH = 16  # dirty units for which writers wait in the end: a few milliseconds
-ROUND = 1.0  # seconds, in which less has to become dirty than is copied
-SLICE = 0.01  # seconds for which writers are kept out
-LONGEST_BREAK = 0.01  # seconds between two slices, at first; half as long after each
-SHORTEST_BREAK = 0.0005  # what is written in one is little enough
 KEPT = 20  # merges whose outcome is told
 _SHOWN = 40  # characters of what somebody wrote to the attribute
 
@@ -178,14 +169,11 @@ class Merges:
         user = await trio.to_thread.run_sync(delete.begin, tree, path, going, self._policy)
         if user is None:
             return
-        refuse_links(path, user.path)
         async with self._prepared(user.identity) as (entry, upper, lower):
-            below = identity_at(path) or identity_at(going)
             assert isinstance(upper.meta, HostFile)
             assert isinstance(lower.meta, HostFile)
-            if lower.meta.identity != below:
-                raise ImageBusy(path, "was replaced by somebody else meanwhile")
-            data_file = await trio.to_thread.run_sync(data_file_of, tree, user)
+            look = functools.partial(_data_file_of_user, path, going, user, lower.meta.identity)
+            data_file = await trio.to_thread.run_sync(look)
             mtime_ns = await _mtime_ns(entry, upper)
             await delete.remove_name(upper, path, going)
             lower.name = lower.meta.name = going
@@ -198,8 +186,11 @@ class Merges:
             await trio.to_thread.run_sync(remove_data_file, data_file)
 
     async def _commit(self, merge: Merge) -> None:
-        tree, node, _ = await trio.to_thread.run_sync(commit.begin, merge.path)
-        async with self._prepared(node.identity) as (entry, upper, lower):
+        _, seen, _ = await trio.to_thread.run_sync(commit.begin, merge.path)
+        async with self._prepared(seen.identity) as (entry, upper, lower):
+            tree, node, _ = await trio.to_thread.run_sync(commit.begin, merge.path)  # as it is under the locks
+            if node.identity != seen.identity:
+                raise ImageBusy(merge.path, "was replaced by somebody else meanwhile")
             assert isinstance(upper.meta, HostFile)
             refuse_losses(merge.path, upper.header)
             data_file = await trio.to_thread.run_sync(data_file_of, tree, node)
@@ -234,11 +225,11 @@ class Merges:
         if dirty is None:
             await lower.end_writing()
             return trio.lowlevel.checkpoint
-        await _catch_up(upper, lower, dirty)
+        await catch_up(upper, lower, dirty)
         await lower.fsync()  # in the end there will be less to flush
 
         async def finish() -> None:
-            while await _copy_some(upper, lower, dirty):
+            while await copy_some(upper, lower, dirty):
                 pass
             if lower.size != upper.size:
                 await lower.resize(upper.size, shrink=True)
@@ -364,6 +355,18 @@ class Merges:
             log.error("%s: %s", image.name, error)
 
 
+def _data_file_of_user(path: str, going: str, user: Node, file: Identity) -> str:
+    """The data file that goes with the image that stands on a snapshot, both being locked. Blocks.
+
+    Raises UsageError, ImageBusy where somebody has changed what was seen before.
+    """
+    refuse_links(path, user.path)
+    name = path if os.path.lexists(path) else going
+    if identity_at(name) != file:
+        raise ImageBusy(path, "was replaced by somebody else meanwhile")
+    return data_file_of(delete.look_again(path, name, user), user)
+
+
 async def _close_fetcher(image: Image) -> None:
     fetcher, image.fetcher = image.fetcher, None
     if fetcher is not None:
@@ -376,35 +379,3 @@ async def _mtime_ns(entry: Entry, image: Image) -> int:
         return entry.mtime.ns
     assert isinstance(image.meta, HostFile)
     return (await trio.to_thread.run_sync(image.meta.status)).st_mtime_ns
-
-
-async def _catch_up(upper: Image, lower: Image, dirty: Dirty) -> None:
-    """Copy what is written meanwhile, until little is left."""
-    left = dirty.units + 1
-    while ENOUGH < dirty.units < left:
-        left = dirty.units
-        until = trio.current_time() + ROUND
-        while trio.current_time() < until and await _copy_some(upper, lower, dirty):
-            pass
-    pause = LONGEST_BREAK
-    while dirty.units > ENOUGH and pause > SHORTEST_BREAK:
-        left = dirty.units
-        async with upper.without_writers():
-            until = trio.current_time() + SLICE
-            while trio.current_time() < until and await _copy_some(upper, lower, dirty):
-                pass
-        await trio.sleep(pause)
-        if dirty.units >= left:
-            pause /= 2
-
-
-async def _copy_some(upper: Image, lower: Image, dirty: Dirty) -> bool:
-    """Some of what is dirty, side by side; False where nothing is."""
-    parts = [part for _ in range(PARTS) if (part := dirty.take(PART)) is not None]
-    if not parts:
-        await trio.lowlevel.checkpoint()
-        return False
-    with trio.CancelScope(shield=True):
-        await together([functools.partial(merge_part, upper, lower, *part, LastExtents()) for part in parts])
-    await trio.lowlevel.checkpoint()
-    return True

@@ -67,6 +67,8 @@ def take(raw: Path, process: subprocess.Popen[str], number: int) -> tuple[list[f
 def delete(point: Path, process: subprocess.Popen[str], numbers: Sequence[int]) -> tuple[list[float], list[float]]:
     """Delete these while the disk is written: how long each took, and kept writers out in the end, in seconds."""
     found, waited = [], []
+    while not json.loads(os.getxattr(point / "vm.raw", "user.fvdfs.status"))["open"]:
+        time.sleep(INTERVAL)
     for number in numbers:
         time.sleep(INTERVAL)
         assert process.poll() is None, "fio has ended; have it write more slowly"

@@ -19,7 +19,9 @@ from typing import Any
 import pytest
 import trio
 
+from fvdfs.errors import FvdError
 from fvdfs.format.creation import CreateOptions
+from fvdfs.image import loading
 from fvdfs.layers import merging as layers_merging
 from fvdfs.layers.newtop import replace
 from fvdfs.ops import merging
@@ -383,6 +385,31 @@ def test_what_is_written_after_it_was_copied(tmp_path: Path, monkeypatch: pytest
         assert served.entry.image.dirty is None
 
     served.run(work, flags=os.O_RDWR | os.O_DIRECT)
+
+
+@pytest.mark.parametrize("what", ["delete", "commit"])
+def test_who_stands_on_it_is_looked_at_under_the_locks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    """Somebody makes a disk on the snapshot when it was looked at, and is not locked yet."""
+    served, whole = Served(tmp_path, monkeypatch), loading.reopen
+
+    async def reopen(*arguments: Any) -> None:
+        options = CreateOptions(base_img="a@1.fvd", base_img_fmt="fvd", block_size=4096)
+        create(tmp_path / "clone.fvd", SIZE, options, base_length=SIZE)
+        await whole(*arguments)
+
+    async def work(kernel: Kernel, handle: int) -> None:
+        await make_snapshot(served.filesystem.openings, served.entry, "")
+        await kernel.write(handle, 0, b"x" * 4096)
+        monkeypatch.setattr(merging, "reopen", reopen)
+        with pytest.raises(FvdError, match=r"has just changed|clone.fvd stands on"):
+            await change(served, what, "a@1.fvd" if what == "delete" else "a.fvd")
+        await kernel.write(handle, 4096, b"y" * 4096)
+
+    served.run(work)
+    assert content(tmp_path / "a.fvd")[:8192] == b"x" * 4096 + b"y" * 4096
+    assert content(tmp_path / "clone.fvd") == content(tmp_path / "a@1.fvd") == BASE.ljust(SIZE, b"\0")
 
 
 @pytest.mark.parametrize("what", ["delete", "commit"])
