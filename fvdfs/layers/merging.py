@@ -82,17 +82,18 @@ async def merge_part(
 
 
 async def catch_up(upper: Image, lower: Image, dirty: Dirty) -> None:
-    """Copy what is written to the upper image meanwhile, until little is left.
-
-    Where writers are faster than that, they are kept out for `SLICE` again and again, with ever shorter breaks. Raises
-    OSError.
-    """
+    """Copy what is written to the upper image meanwhile, until little is left. Raises OSError."""
     left = dirty.units + 1
     while ENOUGH < dirty.units < left:
         left = dirty.units
         until = trio.current_time() + ROUND
         while trio.current_time() < until and await copy_some(upper, lower, dirty):
             pass
+    await hold_back(upper, lower, dirty)
+
+
+async def hold_back(upper: Image, lower: Image, dirty: Dirty) -> None:
+    """`catch_up` with writers that are faster: they are kept out for `SLICE` again and again, with shorter breaks."""
     pause = LONGEST_BREAK
     while dirty.units > ENOUGH and pause > SHORTEST_BREAK:
         left = dirty.units

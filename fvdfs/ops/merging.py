@@ -33,7 +33,7 @@ from fvdfs.image.loading import lock_to_change, make_writable, reopen
 from fvdfs.image.locking import unlock_for_writing
 from fvdfs.image.tree import SUFFIX, Node, Tree, identity_at
 from fvdfs.layers import commit, delete
-from fvdfs.layers.merging import catch_up, copy_some, data_file_of, refuse_links, remove_data_file
+from fvdfs.layers.merging import catch_up, copy_some, data_file_of, hold_back, refuse_links, remove_data_file
 from fvdfs.layers.merging import merge as merge_all
 from fvdfs.layers.newtop import new_top, refuse_losses, replace, write_top
 from fvdfs.ops.background import stop_prefetching
@@ -215,11 +215,6 @@ class Merges:
 
     async def _copy(self, merge: Merge, upper: Image, lower: Image) -> Step:
         """Have the lower image show what the upper one does; what is left to do for that while nobody writes."""
-        header = lower.header
-        if header.compact and ceil_div(upper.size, header.chunk_size) > header.table_capacity:
-            raise UsageError(
-                f"{lower.name}: needs a larger chunk table, which moves; close the disk, and call it again"
-            )
         await merge_all(upper, lower, merge.progress)
         dirty = upper.dirty
         if dirty is None:
@@ -250,14 +245,19 @@ class Merges:
 
         sync = functools.partial(trio.to_thread.run_sync, sync_folder, os.path.dirname(upper.name))
         other = Other(next_.parts, next_.base, next_.finish, rename, sync)
-        with trio.CancelScope(shield=True):
-            if is_top:
-                async with entry.lock, other_file(self._openings, entry, upper, next_.parts, turn):
+        if upper.dirty is not None:  # flushes have taken their time since
+            assert isinstance(upper.base, Image)
+            await hold_back(upper, upper.base, upper.dirty)
+        async with entry.lock:
+            with trio.CancelScope(shield=True):
+                if is_top:
+                    async with other_file(self._openings, entry, upper, next_.parts, turn):
+                        merge.waited, former = await upper.exchange(other)
+                else:
                     merge.waited, former = await upper.exchange(other)
-            else:
-                merge.waited, former = await upper.exchange(other)
-                upper.bases.rename(upper, image_key(new, upper.name))
-            log.info("%s: %s; writers waited %.1f ms", merge.path, merge.what, merge.waited * 1000)
+                    upper.bases.rename(upper, image_key(new, upper.name))
+        log.info("%s: %s; writers waited %.1f ms", merge.path, merge.what, merge.waited * 1000)
+        with trio.CancelScope(shield=True):
             await upper.wait_for_reads()
             await close_former(former)
 
@@ -277,6 +277,11 @@ class Merges:
         try:
             if self._find(file) != (entry, upper) or not isinstance(upper.base, Image):
                 raise ImageBusy(upper.name, "was changed by somebody else meanwhile; try again")
+            header = upper.base.header
+            if header.compact and ceil_div(upper.size, header.chunk_size) > header.table_capacity:
+                raise UsageError(
+                    f"{upper.base.name}: needs a larger chunk table, which moves; close the disk, and call it again"
+                )
             async with self._upper(entry, upper), self._lower(upper.base) as lower:
                 yield entry, upper, lower
         finally:

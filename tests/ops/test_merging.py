@@ -210,6 +210,23 @@ def test_what_is_refused(tmp_path: Path) -> None:
         must("delete", mount.raw("vm@2"))
 
 
+def test_a_table_that_would_have_to_move(tmp_path: Path) -> None:
+    """Then nothing has changed, and it is done when the disk is closed."""
+    with disk(tmp_path, "compact cow") as mount:
+        raw = mount.raw("vm")
+        with open(raw, "r+b", buffering=0) as file:
+            must("snapshot", raw)
+            must("resize", raw, "512G")
+            refused("close the disk, and call it again", "delete", mount.folder / "vm@1.fvd")
+            os.pwrite(file.fileno(), b"end", (512 << 30) - 3)
+        assert names(mount.folder) == {"vm.fvd", "vm@1.fvd"}
+        wait_until(lambda: mount.status("vm")["state"] == "closed")
+        must("delete", mount.folder / "vm@1.fvd")
+        with open(raw, "rb") as reader:
+            assert os.pread(reader.fileno(), 8, (512 << 30) - 3) == b"end"
+    must("check", mount.folder / "vm.fvd")
+
+
 def test_the_attribute_takes_no_other_words(tmp_path: Path) -> None:
     with disk(tmp_path, "cow") as mount:
         for words in (b"", b"delete", b"delete ../vm@1.fvd", b"remove vm@1.fvd", b"delete x", b"\xff x.fvd"):
