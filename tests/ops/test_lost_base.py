@@ -248,7 +248,7 @@ def test_a_network_that_is_cut_for_a_while(folder: Path, tmp_path: Path, network
     """The disk goes on as soon as the network is back, not when TCP tries again."""
     (tmp_path / "template").write_bytes(DATA)
     server = ["nbdkit", "-f", "-r", "-i", network.there, "-p", "10809", "file", str(tmp_path / "template")]
-    with running("ip", "netns", "exec", network.name, *server, stderr=subprocess.DEVNULL):
+    with running("nsenter", f"--net=/run/netns/{network.name}", *server, stderr=subprocess.DEVNULL):
         url = f"nbd://{network.there}/"
         wait_until(lambda: fvdfs("create", folder / "disk.fvd", "--base", url, "--base-format", "raw").code == 0)
         with mounted(folder, "-o", f"allow_url={url},on_base_error=wait") as mount, open(mount.raw("disk"), "r+b"):

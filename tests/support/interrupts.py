@@ -7,7 +7,8 @@ in a run of its own: at lines that differ, chosen at random, and one of the time
 when there are no more. FUNCTION: only lines of functions of this name, and below them, count (empty: all).
 Each run is a process of its own in the working directory, in which the files are then put back as they were. Prints, as
 JSON, a list of how they ended: exit code, what was said, the files that were new or other ones, "no NAME" for those
-missing. Runs that ended before the signal are left out. What the command imports is there before.
+missing. Runs that ended before the signal are left out, and lines behind the end of the command: what is done is done.
+What the command imports is there before.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import random
 import signal
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import CodeType, FrameType
 from typing import Any, NoReturn
@@ -40,6 +41,7 @@ import fvdfs.commands.profile
 import fvdfs.commands.rebase
 import fvdfs.commands.restore
 import fvdfs.commands.snapshot
+import fvdfs.daemon
 
 LONGEST = 20  # seconds of a run
 DEFECT = 99  # the exit code where an exception passes all
@@ -54,11 +56,21 @@ def interrupted(words: list[str], number: int, at: int, function: str, output: i
     Without a line (0) the notes are, as JSON, how many lines there were, and a number of each that differs.
     """
     lines = 0
+    is_over = False
+    with_streams = fvdfs.daemon.with_streams
     passed: dict[tuple[CodeType, int], tuple[int, int]] = {}
     chance = random.Random(words[0])
 
+    def command(run: Callable[[], int]) -> int:
+        nonlocal is_over
+        code = with_streams(run)
+        is_over = True
+        return code
+
     def count(frame: FrameType) -> None:
         nonlocal lines
+        if is_over:
+            return
         lines += 1
         if lines == at:
             sys.settrace(None)
@@ -83,6 +95,7 @@ def interrupted(words: list[str], number: int, at: int, function: str, output: i
     os.dup2(output, 1)
     os.dup2(output, 2)
     sys.argv = ["fvdfs", *words]
+    fvdfs.daemon.with_streams = command
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     signal.alarm(LONGEST)
     sys.settrace(called)
