@@ -54,6 +54,15 @@ def or_by_mount() -> Iterator[None]:
         raise ImageBusy(error.image, f"{error.reason}, or name the raw file in its mount") from error
 
 
+def flush(raw: str) -> None:
+    """Have the mount get what programs have written and the kernel has gathered, and make it stable."""
+    descriptor = os.open(raw, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def facts(path: str, attribute: str) -> dict[str, Any]:
     """What an attribute tells. Raises UsageError where somebody else has made it, OSError."""
     value = os.getxattr(path, attribute)

@@ -11,7 +11,7 @@ import functools
 import os
 from collections.abc import Callable, Iterator
 
-from fvdfs.commands.attributes import explained, facts, or_by_mount
+from fvdfs.commands.attributes import explained, facts, flush, or_by_mount
 from fvdfs.daemon import run_loop
 from fvdfs.errors import ImageBusy, ImageError, UsageError
 from fvdfs.format import migration
@@ -71,15 +71,6 @@ def kept_from_qemu(raw: str) -> Iterator[None]:
         except ImageBusy:
             raise ImageBusy(raw, "a machine runs on it; stop that, or let it migrate first") from None
         yield
-    finally:
-        os.close(descriptor)
-
-
-def flush(raw: str) -> None:
-    """Have the mount get what programs have written and the kernel has gathered, and make it stable."""
-    descriptor = os.open(raw, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
     finally:
         os.close(descriptor)
 

@@ -23,8 +23,8 @@ from types import FrameType
 from typing import Any
 
 from fvdfs import daemon
-from fvdfs.commands.attributes import explained, facts
-from fvdfs.commands.migration import ask_mount, flush, kept_from_qemu
+from fvdfs.commands.attributes import explained, facts, flush
+from fvdfs.commands.migration import ask_mount, kept_from_qemu
 from fvdfs.commands.watching import Watch
 from fvdfs.errors import FvdError, ImageBusy, ImageError, UsageError
 from fvdfs.format import mailbox

@@ -10,7 +10,7 @@ import errno
 import functools
 import os
 
-from fvdfs.commands.attributes import explained, facts, or_by_mount
+from fvdfs.commands.attributes import explained, facts, flush, or_by_mount
 from fvdfs.commands.freeze import while_frozen
 from fvdfs.daemon import run_loop
 from fvdfs.errors import ImageError, UsageError, named
@@ -48,7 +48,7 @@ def _refuse_what_cannot_be(raw: str, name: str) -> None:
 
 def _by_mount(raw: str, name: str) -> None:
     with explained(raw):
-        _flush(raw)
+        flush(raw)
         try:
             os.setxattr(raw, SNAPSHOT, name.encode())
         except OSError as error:
@@ -61,12 +61,3 @@ def _by_mount(raw: str, name: str) -> None:
                 raise
             raise (UsageError(refused) if error.errno == errno.EINVAL else ImageError(raw, refused)) from error
         print(facts(raw, STATUS)["snapshot"])
-
-
-def _flush(raw: str) -> None:
-    """Have the mount get what programs have written and the kernel has gathered."""
-    descriptor = os.open(raw, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -14,13 +14,13 @@ import base64
 import binascii
 import hashlib
 import json
-import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 from fvdfs.errors import FormatError
 from fvdfs.format.header import HEADER_SIZE, MAX_DISK_SIZE, SECTOR, round_up
 from fvdfs.format.migration import PLACE
+from fvdfs.format.sealed import seal_text, unseal
 
 NOTE_OFFSET = round_up(HEADER_SIZE, SECTOR)  # in an FVD image; what is before is the header's sectors
 NOTE_ROOM = PLACE - NOTE_OFFSET
@@ -63,21 +63,14 @@ class Note:
             "others": self.others,
         }
         text = json.dumps(fields, ensure_ascii=False).encode("utf-8", "surrogatepass")
-        data = _MAGIC + len(text).to_bytes(4, "little") + zlib.crc32(text).to_bytes(4, "little") + text
-        assert len(data) <= NOTE_ROOM
-        return data
+        return seal_text(_MAGIC, text, NOTE_ROOM)
 
     @classmethod
     def decode(cls, data: bytes, image: str) -> Note | None:
         """The note in these bytes of an image; None where there is none. Raises FormatError where it is damaged."""
-        if not data.startswith(_MAGIC):
-            return None
-        size, checksum = (int.from_bytes(data[at : at + 4], "little") for at in (8, 12))
-        text = data[16 : 16 + size]
         try:
-            if len(text) < size or zlib.crc32(text) != checksum:
-                raise ValueError
-            fields = json.loads(text)
+            if (fields := unseal(_MAGIC, data)) is None:
+                return None
             note = cls(**{**fields, "changed": base64.b64decode(fields["changed"], validate=True)})
             limits = (note.size, MAX_DISK_SIZE), (note.since_size, MAX_DISK_SIZE), (note.since_time, _MAX_TIME)
             if not all(isinstance(number, int) and 0 <= number <= limit for number, limit in limits):

@@ -1,4 +1,4 @@
-"""Values as JSON in a sector or two: 8 bytes magic | u32 length | u32 CRC-32 | so many bytes of JSON | zeros. Pure."""
+"""Values as JSON in a few sectors: 8 bytes magic | u32 length | u32 CRC-32 | so many bytes of JSON | zeros. Pure."""
 
 from __future__ import annotations
 
@@ -11,11 +11,15 @@ _TEXT_AT = 16
 
 def seal(magic: bytes, fields: dict[str, Any], size: int) -> bytes:
     """The values as so many bytes, which they have to fit into."""
-    text = json.dumps(fields).encode()
+    return seal_text(magic, json.dumps(fields).encode(), size).ljust(size, b"\0")
+
+
+def seal_text(magic: bytes, text: bytes, size: int) -> bytes:
+    """JSON that is there already, without the zeros; at most so many bytes."""
     data = magic + len(text).to_bytes(4, "little") + zlib.crc32(text).to_bytes(4, "little") + text
     assert len(magic) + 8 == _TEXT_AT
     assert len(data) <= size
-    return data.ljust(size, b"\0")
+    return data
 
 
 def unseal(magic: bytes, data: bytes) -> dict[str, Any] | None:
