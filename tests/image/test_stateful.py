@@ -22,7 +22,7 @@ from typing import Protocol, TypeVar
 import hypothesis.strategies as st
 import pytest
 import trio
-from hypothesis import HealthCheck, Phase, seed, settings
+from hypothesis import seed
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
 from trio.testing import MockClock
 
@@ -54,6 +54,7 @@ from support.fakes import (
     write_some_way,
     zero_some_way,
 )
+from support.stateful import machine_settings
 
 T = TypeVar("T")
 
@@ -701,16 +702,7 @@ def run(layout: Layout, files_class: Callable[[Path, Path], Files], tmp_path: Pa
         "content": b"".join(reference.read_disk(built / IMAGE)),
     }
     machine: type[Machine] = type("LayoutMachine", (Machine,), members)
-    profile = settings(
-        max_examples=max(1, steps // STEPS_PER_EXAMPLE // 2),
-        stateful_step_count=STEPS_PER_EXAMPLE,
-        deadline=None,
-        database=None,
-        phases=(Phase.generate,),
-        suppress_health_check=list(HealthCheck),
-        print_blob=False,
-        report_multiple_bugs=False,
-    )
+    profile = machine_settings(steps // STEPS_PER_EXAMPLE // 2, STEPS_PER_EXAMPLE)
     number = 0
     while counts.total() < steps:
         chosen = seed(zlib.crc32(f"{SEED} {layout.name} {number}".encode()))(machine)

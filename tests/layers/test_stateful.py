@@ -21,7 +21,7 @@ from pathlib import Path
 
 import hypothesis.strategies as st
 import pytest
-from hypothesis import HealthCheck, Phase, seed, settings
+from hypothesis import seed
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_state_machine_as_test
 
 from fvdfs.check.check import check_image, render
@@ -43,6 +43,7 @@ from support import reference
 from support.builder import KIB, create
 from support.crash import quiet
 from support.mounts import Mount, mounted, wait_until
+from support.stateful import machine_settings
 
 STEPS = int(os.environ.get("FVDFS_STATEFUL_STEPS", "500"))
 SEED = os.environ.get("FVDFS_STATEFUL_SEED", "")
@@ -548,16 +549,7 @@ class Machine(RuleBasedStateMachine):
 
 @pytest.mark.slow
 def test_layers(folder: Path) -> None:
-    profile = settings(
-        max_examples=max(1, STEPS // STEPS_PER_EXAMPLE),
-        stateful_step_count=STEPS_PER_EXAMPLE,
-        deadline=None,
-        database=None,
-        phases=(Phase.generate,),
-        suppress_health_check=list(HealthCheck),
-        print_blob=False,
-        report_multiple_bugs=False,
-    )
+    profile = machine_settings(STEPS // STEPS_PER_EXAMPLE, STEPS_PER_EXAMPLE)
     counts: Counter[str] = Counter()
     with mounted(folder, "-o", "create,remove,shrink") as mount:
         machine: type[Machine] = type("LayersMachine", (Machine,), {"mount": mount, "counts": counts})

@@ -34,7 +34,7 @@ from fvdfs.store.placing import sync_folder
 from support import reference
 from support.builder import KIB, create
 from support.kernel import Kernel
-from support.mounts import FVDFS, MIB, Mount, fvdfs, mounted, must, running, wait_until
+from support.mounts import FVDFS, MIB, Mount, fvdfs, mounted_disk, must, running, wait_until
 from support.served import BASE, SIZE, Served
 from support.steps import killed_before, recorded
 
@@ -49,15 +49,9 @@ DISK = 8 * MIB
 CONTENT = random.Random(2).randbytes(5 * MIB)
 
 
-@contextlib.contextmanager
-def disk(tmp_path: Path, layout: str, *options: str) -> Iterator[Mount]:
+def disk(tmp_path: Path, layout: str, *options: str) -> contextlib.AbstractContextManager[Mount]:
     """A mount of a folder with vm.fvd."""
-    folder = tmp_path / "images"
-    folder.mkdir()
-    (folder / "base.raw").write_bytes(CONTENT)
-    must("create", folder / "vm.fvd", *LAYOUTS[layout])
-    with mounted(folder, *options) as mount:
-        yield mount
+    return mounted_disk(tmp_path, CONTENT, LAYOUTS[layout], *options)
 
 
 def content(path: Path) -> bytes:

@@ -10,7 +10,6 @@ import mmap
 import os
 import random
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,7 @@ from fvdfs.store.host import HostFile
 from support import reference
 from support.builder import KIB, create
 from support.kernel import Kernel
-from support.mounts import MIB, Mount, fvdfs, mounted, must, needs_passthrough, wait_until
+from support.mounts import MIB, Mount, fvdfs, mounted, mounted_disk, must, needs_passthrough, wait_until
 from support.served import BASE, CTX, ROOT, SIZE, Served
 from support.steps import kills
 
@@ -44,15 +43,9 @@ layouts = pytest.mark.parametrize("layout", LAYOUTS)
 CONTENT = random.Random(2).randbytes(2 * MIB)
 
 
-@contextlib.contextmanager
-def disk(tmp_path: Path, layout: str, *options: str) -> Iterator[Mount]:
+def disk(tmp_path: Path, layout: str, *options: str) -> contextlib.AbstractContextManager[Mount]:
     """A mount of a folder with vm.fvd."""
-    folder = tmp_path / "images"
-    folder.mkdir()
-    (folder / "base.raw").write_bytes(CONTENT)
-    must("create", folder / "vm.fvd", *LAYOUTS[layout])
-    with mounted(folder, *options) as mount:
-        yield mount
+    return mounted_disk(tmp_path, CONTENT, LAYOUTS[layout], *options)
 
 
 def content(path: Path) -> bytes:

@@ -9,7 +9,7 @@ import select
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -168,3 +168,14 @@ def mounted(folder: Path, *options: str, passes: str = "") -> Iterator[Mount]:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, 9)
             assert done.code == 0, f"umount: {done.err}"
+
+
+@contextlib.contextmanager
+def mounted_disk(tmp_path: Path, base: bytes, words: Sequence[str], *options: str) -> Iterator[Mount]:
+    """A mount of a new folder with vm.fvd, which `create` makes by these words, and the base.raw beside it."""
+    folder = tmp_path / "images"
+    folder.mkdir()
+    (folder / "base.raw").write_bytes(base)
+    must("create", folder / "vm.fvd", *words)
+    with mounted(folder, *options) as mount:
+        yield mount
