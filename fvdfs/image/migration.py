@@ -30,9 +30,20 @@ def read_record(file: HostFile) -> Record:
 
 
 def write_record(file: HostFile, record: Record) -> None:
-    """Have the image say this, stable when it returns. Raises OSError."""
+    """Have the image say this, stable when it returns. Raises OSError; then it says what it said before."""
     assert PLACE + SIZE <= HEADER_SPACE
+    before = bytearray(SIZE)
+    file.pread_now(memoryview(before), PLACE)
     file.pwrite_now(record.encode(), PLACE)
+    try:
+        os.fsync(file.fileno())
+    except OSError:  # it may never get to the disk, and whoever reads it now would take it for stable
+        file.pwrite_now(bytes(before), PLACE)
+        raise
+
+
+def settle_record(file: HostFile) -> None:
+    """Have what the image says be stable: who wrote it may have been killed before it was. Raises OSError."""
     os.fsync(file.fileno())
 
 

@@ -8,7 +8,7 @@ from fvdfs.errors import FormatError, MovedAway
 from fvdfs.format import migration
 from fvdfs.format.migration import Record
 from fvdfs.image.chain import open_chain
-from fvdfs.image.migration import new_number, read_record, write_record
+from fvdfs.image.migration import new_number, read_record, settle_record, write_record
 from fvdfs.image.policy import Policy
 from fvdfs.layers.snapshot import opened_alone
 
@@ -44,5 +44,7 @@ def change_record(path: str, event: Callable[[Record], Record], *, damaged: bool
             before, after = None, Record()
         if after != before:
             write_record(file, after)
+        else:
+            settle_record(file)
     finally:
         file.close()

@@ -35,7 +35,7 @@ from fvdfs.format.migration import Incoming, Record, Target
 from fvdfs.image.chain import open_named
 from fvdfs.image.image import Image
 from fvdfs.image.locking import lock_for_writing, unlock_for_writing
-from fvdfs.image.migration import new_number, read_record, write_record
+from fvdfs.image.migration import new_number, read_record, settle_record, write_record
 from fvdfs.image.policy import Policy
 from fvdfs.ops.inodes import Entry
 from fvdfs.ops.keeping import begin_writing
@@ -197,6 +197,7 @@ async def _change(openings: Openings, entry: Entry, image: Image, event: Event) 
     entry.record = before
     after = event(before)
     if after == before:
+        await trio.to_thread.run_sync(settle_record, image.meta)
         return
     if entry.merging:
         raise UsageError(

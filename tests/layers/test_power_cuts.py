@@ -21,17 +21,21 @@ import pytest
 import trio
 
 from fvdfs.check.check import check_image, render
-from fvdfs.commands import layers
+from fvdfs.commands import layers, migration
 from fvdfs.commands import rebase as rebase_command
 from fvdfs.commands import resize as resize_command
 from fvdfs.commands import snapshot as snapshot_command
 from fvdfs.errors import FvdError
 from fvdfs.format.creation import CreateOptions
+from fvdfs.format.migration import PLACE, Incoming, Outgoing, Record, Target
+from fvdfs.format.migration import Source as MoveState
 from fvdfs.image.loading import open_image
 from fvdfs.image.policy import Policy
 from fvdfs.layers.snapshot import MARK
+from fvdfs.ops import moves
 from fvdfs.ops.snapshots import make_snapshot
 from fvdfs.sizes import NewSize
+from fvdfs.store.host import HostFile, open_path
 from support import reference
 from support.builder import KIB, create
 from support.crash import quiet
@@ -219,6 +223,14 @@ def resize(size: int) -> Command:
     )
 
 
+def freeze(folder: Path) -> int:
+    return migration.run_freeze(str(folder / "vm.fvd"))
+
+
+def thaw(folder: Path) -> int:
+    return migration.run_thaw(str(folder / "vm.fvd"), lose_writes=True)
+
+
 def after_snapshot(folder: Folder) -> None:
     folder.shows("vm.fvd", "vm.fvd")
     new = folder.at("vm@3.fvd")
@@ -315,6 +327,23 @@ def after_resize(size: int) -> Callable[[Folder], None]:
     return look
 
 
+def record_of(image: Path) -> Record:
+    return Record.at(image.read_bytes(), image.name)
+
+
+def after_freeze(folder: Folder) -> None:
+    folder.shows("vm.fvd", "vm.fvd")
+    if record_of(folder.image):
+        assert reference.Header(folder.image).clean_shutdown
+    else:
+        assert not folder.ended
+    if folder.again(freeze):
+        assert record_of(folder.image).state == "frozen"
+        folder.shows("vm.fvd", "vm.fvd")
+        assert not after(lambda: thaw(folder.path))
+        folder.shows("vm.fvd", "vm.fvd")
+
+
 GROWN, CUT = 5 * 1024 * KIB, 32 * KIB
 CASES = {
     "snapshot": Case(snapshot, after_snapshot),
@@ -324,6 +353,7 @@ CASES = {
     "rebase": Case(rebase, after_rebase),
     "flatten": Case(flatten, after_flatten),
     "revert": Case(revert, after_revert, ("cow", "compact", "data file")),
+    "freeze": Case(freeze, after_freeze),
     "grow": Case(resize(GROWN), after_resize(GROWN)),
     "shrink": Case(resize(CUT), after_resize(CUT)),
 }
@@ -407,11 +437,82 @@ def test_every_cut(scratch: Path, name: str, layout: str) -> None:
     print(f"{name}, {layout}: {explore(name, layout, scratch, EFFORT)} states")
 
 
-PLACES = {b"A": 4096, b"B": 20_001, b"C": 60_000}
+NUMBERS = "e" * 16, "1" * 16
+"""Epoch and target of a move."""
 
 
-def explore_open(scratch: Path, monkeypatch: pytest.MonkeyPatch, layout: str, effort: float) -> int:
-    """The same for three snapshots of a disk that is open and written."""
+def explore_hand_over(scratch: Path, monkeypatch: pytest.MonkeyPatch, layout: str, effort: float) -> int:
+    """The same for a disk that is open, and written, and handed over to another host."""
+    path, served = open_disk(scratch, monkeypatch, layout)
+    created = Record(None, Outgoing(MoveState.SERVING, NUMBERS[0]))
+    put_record(path / "a.fvd", created)
+    told: list[int] = []
+    flushed: list[int] = []
+
+    async def work(kernel: Kernel, handle: int) -> None:
+        await kernel.write(handle, PLACES[b"A"], b"A" * 5000)
+        await kernel.fsync(handle)
+        flushed.append(recording.now())
+        await kernel.write(handle, PLACES[b"B"], b"B" * 5000)
+        await moves.take_step(served.filesystem.openings, served.entry, f"handover {' '.join(NUMBERS)} beta")
+        told.append(recording.now())
+
+    with quiet(), recorded(path) as recording:
+        served.run(work)
+
+    def look(at: int) -> None:
+        record, found = record_of(path / "a.fvd"), content(path / "a.fvd")
+        Folder(path, layout, {}).check()
+        if record.handed_over:
+            assert reference.Header(path / "a.fvd").clean_shutdown
+            expect(found, b"AB")
+            return
+        assert record == created
+        assert at < told[0], "it was told to the target"
+        expect(found, b"A" if at >= flushed[0] else b"")
+
+    return try_cuts(recording, path, look, limit=round(100 * effort), randoms=max(2, round(6 * effort)), seed=1)
+
+
+def explore_take_over(scratch: Path, monkeypatch: pytest.MonkeyPatch, effort: float) -> int:
+    """The same for a disk that is taken over from another host by its first write."""
+    path, served = open_disk(scratch, monkeypatch, "cow")
+    shutil.copy(path / "base.raw", path / "frozen.raw")
+    put_record(path / "a.fvd", Record(Incoming(Target.RECEIVING, *NUMBERS)))
+    promised: list[tuple[int, bytes]] = []
+
+    async def say_yes(*_: object) -> None:
+        pass
+
+    def open_source(image: str, *_: object, **__: object) -> HostFile:
+        return open_path(os.path.join(os.path.dirname(image), "frozen.raw"), writable=False)
+
+    monkeypatch.setattr(moves, "ask", say_yes)
+    monkeypatch.setattr(moves, "open_named", open_source)
+
+    async def work(kernel: Kernel, handle: int) -> None:
+        for letter, place in PLACES.items():
+            await kernel.write(handle, place, letter * 5000)
+            await kernel.fsync(handle)
+            promised.append((recording.now(), letter))
+
+    with quiet(), recorded(path) as recording:
+        served.run(work)
+
+    def look(at: int) -> None:
+        image = path / "a.fvd"
+        assert set(reference.check(image, "fvdfs")) <= {"the header's padding is not zero"}, "it has a record"
+        found = b"".join(reference.read_disk(image))
+        stable = b"".join(letter for time, letter in promised if time <= at)
+        expect(found, stable)
+        if record_of(image).receiving:
+            assert not stable
+            assert found == BASE.ljust(SIZE, b"\0"), "something is kept of what the source may yet change"
+
+    return try_cuts(recording, path, look, limit=round(100 * effort), randoms=max(2, round(6 * effort)), seed=1)
+
+
+def open_disk(scratch: Path, monkeypatch: pytest.MonkeyPatch, layout: str) -> tuple[Path, Served]:
     path = scratch / "open"
     shutil.rmtree(path, ignore_errors=True)
     path.mkdir()
@@ -419,6 +520,48 @@ def explore_open(scratch: Path, monkeypatch: pytest.MonkeyPatch, layout: str, ef
     (path / "base.raw").write_bytes(BASE)
     options = LAYOUTS[layout]
     create(path / "a.fvd", SIZE, options, base_length=len(BASE) if options.base_img else None)
+    return path, served
+
+
+def put_record(image: Path, record: Record) -> None:
+    with image.open("r+b") as file:
+        file.seek(PLACE)
+        file.write(record.encode())
+
+
+@pytest.mark.parametrize("layout", ("cow", "compact", "data file") if EFFORT >= 1 else ("compact cow",))
+def test_a_disk_that_is_handed_over(scratch: Path, monkeypatch: pytest.MonkeyPatch, layout: str) -> None:
+    """Once the target was told, it is frozen after every cut; what is frozen has all that was answered."""
+    print(f"handed over, {layout}: {explore_hand_over(scratch, monkeypatch, layout, EFFORT)} states")
+
+
+def test_a_disk_that_is_taken_over(scratch: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After every cut nothing was kept of a disk that is still its source's."""
+    print(f"taken over: {explore_take_over(scratch, monkeypatch, EFFORT)} states")
+
+
+def test_a_step_of_a_move_that_was_killed_is_stable_once_it_was_repeated(scratch: Path) -> None:
+    (folder := scratch / "killed").mkdir()
+    image = folder / "vm.fvd"
+    create(image, SIZE, CreateOptions())
+    with recorded(folder) as recording:
+        file = open_path(str(image), writable=True)
+        file.pwrite_now(Record(None, Outgoing(MoveState.FROZEN, NUMBERS[0])).encode(), PLACE)
+        file.close()
+        assert not after(lambda: freeze(folder))
+
+    def look(at: int) -> None:
+        assert record_of(image).state == "frozen" or at < NEVER
+
+    try_cuts(recording, folder, look, limit=100, randoms=3, seed=1)
+
+
+PLACES = {b"A": 4096, b"B": 20_001, b"C": 60_000}
+
+
+def explore_open(scratch: Path, monkeypatch: pytest.MonkeyPatch, layout: str, effort: float) -> int:
+    """The same for three snapshots of a disk that is open and written."""
+    path, served = open_disk(scratch, monkeypatch, layout)
     promised: list[tuple[int, bytes]] = []
 
     async def work(kernel: Kernel, handle: int) -> None:
@@ -462,7 +605,7 @@ def expect(found: bytes, letters: bytes) -> None:
 
 
 NEWTOP, SNAPSHOT, DELETE = "fvdfs.layers.newtop", "fvdfs.layers.snapshot", "fvdfs.layers.delete"
-REBASE, COMMIT = "fvdfs.layers.rebase", "fvdfs.image.commit"
+REBASE, COMMIT, RECORD = "fvdfs.layers.rebase", "fvdfs.image.commit", "fvdfs.image.migration"
 FOLDER = "sync_folder(os.path.dirname(image))"
 NO_FLUSH = ("fvdfs.store.flushing", "Flusher._flush_now", "os.fdatasync(self._fd)", "pass")
 MUTANTS: dict[tuple[str, str], list[tuple[str, str, str, str]]] = {
@@ -501,6 +644,9 @@ MUTANTS: dict[tuple[str, str], list[tuple[str, str, str, str]]] = {
     ("flatten", "compact cow"): [
         (COMMIT, "Committer.release_base", "await self._commit(checkpoint=True)", "pass"),
     ],
+    ("freeze", "data file"): [
+        (RECORD, "write_record", "os.fsync(file.fileno())", "pass"),
+    ],
     ("grow", "data file"): [NO_FLUSH],
     ("shrink", "compact cow"): [NO_FLUSH],
     ("revert", "data file"): [(NEWTOP, "replace_by_new", FOLDER, "pass")],
@@ -533,4 +679,21 @@ def test_a_mutant_of_the_open_disk_is_found(scratch: Path, monkeypatch: pytest.M
     (mutant,) = changed([OPEN_MUTANTS[number]])
     with mutant.applied(), pytest.raises(Exception) as found:
         explore_open(scratch, monkeypatch, "cow", 1)
+    print(f"{mutant.name}: {found.value} {found.value.__notes__[0]}")
+
+
+HAND_OVER_MUTANTS = [
+    (RECORD, "write_record", "os.fsync(file.fileno())", "pass"),
+    ("fvdfs.ops.moves", "_change", "await _freeze(openings, entry, image)", "pass"),
+    ("fvdfs.image.image", "Image.freeze", "await self.stop_writing()", "self.writable = False"),
+]
+"""The same of a disk that is handed over."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", range(len(HAND_OVER_MUTANTS)))
+def test_a_mutant_of_a_hand_over_is_found(scratch: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    (mutant,) = changed([HAND_OVER_MUTANTS[number]])
+    with mutant.applied(), pytest.raises(AssertionError) as found:
+        explore_hand_over(scratch, monkeypatch, "cow", 1)
     print(f"{mutant.name}: {found.value} {found.value.__notes__[0]}")

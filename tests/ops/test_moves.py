@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import trio
@@ -220,9 +221,9 @@ def test_a_crashed_image_is_recovered_before_it_is_frozen(mount: Mount) -> None:
     assert refused(raw) == "EROFS"
 
 
-@pytest.mark.parametrize("failing", ["write_record", "stop_copies"])
+@pytest.mark.parametrize(("where", "failing"), [(moves, "write_record"), (moves, "stop_copies"), (os, "fsync")])
 def test_a_freeze_that_fails_leaves_the_disk_as_it_was(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: ModuleType, failing: str
 ) -> None:
     def fail(*_: object) -> None:
         raise OSError(errno.EIO, "no")
@@ -231,7 +232,7 @@ def test_a_freeze_that_fails_leaves_the_disk_as_it_was(
         step = functools.partial(moves.take_step, served.filesystem.openings, served.entry, "freeze")
         assert await kernel.write(fh, 0, DATA) == len(DATA)
         with monkeypatch.context() as patched:
-            patched.setattr(moves, failing, fail)
+            patched.setattr(where, failing, fail)
             with pytest.raises(OSError, match="no"):
                 await step()
         assert await kernel.write(fh, 4096, DATA) == len(DATA)
