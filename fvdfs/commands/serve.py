@@ -30,6 +30,7 @@ from fvdfs.errors import FvdError, ImageBusy, ImageError, UsageError
 from fvdfs.format import mailbox
 from fvdfs.format.mailbox import Answer, Question, Wish
 from fvdfs.format.migration import Source
+from fvdfs.mounts import DEAD
 from fvdfs.store.locations import Options
 from fvdfs.store.nbd_server import TLS_ID, NbdServer
 from fvdfs.xattrs import STATUS
@@ -59,6 +60,8 @@ class _Disk:
         """Exports of an epoch that there were."""
         self._announced = ""
         self._said = ""
+        # The file in this mount: one that took the place of it is not what is exported.
+        self._held = os.open(self.raw, os.O_PATH | os.O_CLOEXEC)
         with open(self.box, "xb") as file:
             file.truncate(mailbox.SIZE)
 
@@ -81,7 +84,7 @@ class _Disk:
 
     def look(self, server: NbdServer) -> None:
         """Bring all in line with the disk's state, and answer who has asked. Raises UsageError, ImageError, OSError."""
-        self._follow(server, facts(self.raw, STATUS))
+        self._follow(server, self._status())
         with open(self.box, "r+b", buffering=0) as box:
             for question in mailbox.questions(box.read()):
                 answer = self._answer(server, question)
@@ -89,6 +92,18 @@ class _Disk:
                 self._say(f"{self.raw}: {who} asks to {question.wish.value}: {result}")
                 box.seek(mailbox.question_at(question.target) + mailbox.SECTOR)
                 box.write(answer.encode())
+
+    def _status(self) -> dict[str, Any]:
+        """Raises UsageError where the mount has ended, OSError."""
+        try:
+            return facts(f"/proc/self/fd/{self._held}", STATUS)
+        except OSError as error:
+            if error.errno in DEAD:
+                raise UsageError(
+                    f"{self.raw}: the mount that it was served from has ended; mount it again, "
+                    "then start fvdfs serve again"
+                ) from error
+            raise
 
     def _answer(self, server: NbdServer, question: Question) -> Answer:
         try:
@@ -113,8 +128,11 @@ class _Disk:
         if not status["move"]:
             status = ask_mount(self.raw, "serve")
         state, epoch = status["move"], str(status.get("move_epoch", ""))
-        self._hold_locks(wanted=state in _FROZEN)
+        if state in _FROZEN:
+            self._hold_locks(wanted=True)
         self._export_epoch(server, epoch if state in _TAKEN else "")
+        if state not in _FROZEN:  # no machine goes on here before the last reader of the frozen disk is cut off
+            self._hold_locks(wanted=False)
         if epoch != self._announced:
             with open(self.box, "r+b", buffering=0) as box:
                 box.write(mailbox.announcement(epoch))
@@ -158,6 +176,7 @@ class _Disk:
     def close(self) -> None:
         """End."""
         self._locks.close()
+        os.close(self._held)
 
 
 class _Ended(Exception):

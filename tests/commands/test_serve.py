@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import mmap
 import os
+import signal
 import subprocess
 import time
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ import pytest
 
 from fvdfs.format import mailbox
 from fvdfs.format.mailbox import Answer, Question, Wish
-from support.mounts import MIB, Mount, fvdfs, mounted, must, needs_passthrough, running, wait_until
+from support.mounts import FVDFS, MIB, Mount, fvdfs, mounted, must, needs_passthrough, running, wait_until
 from support.moves import serving
 
 T, OTHER_T = "1" * 16, "2" * 16
@@ -131,3 +132,20 @@ def test_a_disk_that_the_kernel_writes_by_itself_is_not_served(folder: Path) -> 
     must("create", folder / "vm.fvd", "16M", "--data-file", "auto")
     with mounted(folder, "-o", "writeback=off", passes="vm") as mount:
         assert "-o writeback=on" in fvdfs("serve", mount.raw("vm"), "--unix", folder.parent / "nbd").err
+
+
+def test_it_ends_with_the_mount_that_it_serves_from(mount: Mount, tmp_path: Path) -> None:
+    """One that takes its place at once is another one: what is exported is open in the first."""
+    command = (*FVDFS, "serve", mount.raw("vm"), "--unix", tmp_path / "nbd")
+    with running(*command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as server:
+        assert server.stdout is not None
+        assert server.stdout.readline()
+        server.send_signal(signal.SIGSTOP)  # so that it sees nothing of the time between
+        mount.kill()
+        mount.mount()
+        server.send_signal(signal.SIGCONT)
+        assert server.wait(10)
+        assert server.stderr is not None
+        assert "start fvdfs serve again" in server.stderr.read()
+    with serving(mount):
+        assert mount.status("vm")["move"] == "serving"
