@@ -452,7 +452,10 @@ def _add_moves(commands: argparse._SubParsersAction[_Parser]) -> None:
     serve.add_argument("--listen", default="", metavar="ADDR[:PORT]", help="an address of this host; port 10809")
     serve.add_argument("--unix", default="", metavar="PATH", help="a Unix socket")
     serve.add_argument(
-        "--tls-creds", default="", metavar="DIR", help="certificates (ca-cert.pem, server-cert.pem, server-key.pem)"
+        "--tls-creds",
+        default="",
+        metavar="DIR",
+        help="TLS alone, by certificates (ca-cert.pem, server-cert.pem, server-key.pem) or pre-shared keys (keys.psk)",
     )
 
     receive = commands.add_parser(
@@ -462,8 +465,9 @@ def _add_moves(commands: argparse._SubParsersAction[_Parser]) -> None:
         "nothing of it is kept here. The mount of IMAGE has to allow the URL: -o allow_url=nbd://HOST/",
     )
     receive.set_defaults(run=_receive)
-    receive.add_argument("url", metavar="URL", help="as fvdfs serve prints it: nbd://HOST/NAME")
+    receive.add_argument("url", metavar="URL", help="as fvdfs serve prints it: nbd://HOST/NAME, nbds://HOST/NAME")
     receive.add_argument("image", metavar="IMAGE", help="the new image")
+    _add_tls_creds(receive)
 
     activate = commands.add_parser("activate", help="take a disk over from its source: it is written here from now on")
     activate.set_defaults(run=_activate)
@@ -489,6 +493,10 @@ def _add_names(command: argparse.ArgumentParser, text: str) -> None:
 
 def _add_secret(command: argparse.ArgumentParser, help_text: str = "the passphrase of encrypted images") -> None:
     command.add_argument("--secret", default="", metavar="FILE", help=help_text)
+    _add_tls_creds(command)
+
+
+def _add_tls_creds(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--tls-creds",
         default="",

@@ -44,7 +44,7 @@ IMPURE = {
     "prefetch": {"order", "prefetcher", "pressure", "scheduler"},
     "store": {
         *("base", "devices", "filelock", "flushing", "host", "mountinfo", "paths", "placing", "uring", "worker"),
-        *("connecting", "nbd_client", "nbd_server", "outage", "source"),
+        *("connecting", "nbd_client", "nbd_server", "nbd_tls", "outage", "source"),
         *("qemu_daemon", "qemu_files", "qemu_store", "qemu_supervisor"),
     },
 }

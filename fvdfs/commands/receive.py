@@ -8,11 +8,12 @@ from fvdfs import daemon
 from fvdfs.commands.attributes import explained
 from fvdfs.commands.create import create_image, never_appears
 from fvdfs.commands.migration import ask_mount
-from fvdfs.errors import UsageError
+from fvdfs.errors import UsageError, named
 from fvdfs.format.creation import CreateOptions
 from fvdfs.format.header import PAGE
 from fvdfs.format.migration import Incoming, Record, Target
 from fvdfs.image.migration import new_number
+from fvdfs.image.policy import given_tls_creds
 from fvdfs.store.locations import is_local, parse_location
 from fvdfs.store.references import RAW
 from fvdfs.store.source import epoch_of
@@ -26,12 +27,9 @@ def run_receive(url: str, image: str) -> int:
         raise UsageError(remark)
     location = parse_location(url)
     if is_local(url) or location.protocol.get("driver") != "nbd" or url.startswith("json:"):
-        raise UsageError(f"{url}: to be written as nbd://HOST/NAME, as fvdfs serve prints it")
-    if location.tls_user is not None:
-        raise UsageError(
-            f"{url}: a disk cannot be received by TLS yet; serve it without --tls-creds, where only your hosts reach it"
-        )
-    epoch = daemon.run_loop(functools.partial(epoch_of, location))
+        raise UsageError(f"{url}: to be written as nbd://HOST/NAME or nbds://HOST/NAME, as fvdfs serve prints it")
+    with named(url):
+        epoch = daemon.run_loop(functools.partial(epoch_of, location, given_tls_creds.get()))
     options = CreateOptions(
         base_img=url,
         base_img_fmt=RAW,

@@ -30,9 +30,11 @@ from fvdfs.errors import FvdError, ImageBusy, ImageError, UsageError
 from fvdfs.format import mailbox
 from fvdfs.format.mailbox import Answer, Question, Wish
 from fvdfs.format.migration import Source
+from fvdfs.mountoptions import tls_credentials
 from fvdfs.mounts import DEAD
 from fvdfs.store.locations import Options
 from fvdfs.store.nbd_server import TLS_ID, NbdServer
+from fvdfs.store.qemu_nodes import server_tls
 from fvdfs.xattrs import STATUS
 
 log = logging.getLogger(__name__)
@@ -41,7 +43,6 @@ DEFAULT_PORT = "10809"
 LOOK = 2.0  # seconds between looks that nothing has called for
 _FROZEN = {state.value for state in Source} - {Source.SERVING.value}
 _TAKEN = _FROZEN - {Source.FROZEN.value}
-_PSK_FILE = "keys.psk"
 
 
 class _Disk:
@@ -186,7 +187,8 @@ class _Ended(Exception):
 def run(disks: Sequence[str], *, listen: str, unix: str, tls_creds: str) -> int:
     """Serve until a signal comes. Raises UsageError, ImageError, OSError."""
     _check(disks)
-    server_options, where = _server(listen, unix, tls_creds)
+    credentials = tls_credentials("--tls-creds ", tls_creds) if tls_creds else ""
+    server_options, where = _server(listen, unix, tls=bool(tls_creds))
     with contextlib.ExitStack() as stack:
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT):
             stack.callback(signal.signal, number, signal.signal(number, _end))
@@ -196,7 +198,7 @@ def run(disks: Sequence[str], *, listen: str, unix: str, tls_creds: str) -> int:
             with explained(raw):
                 ask_mount(raw, "serve")
         nodes = [node for disk in served for node in disk.nodes()]
-        server = NbdServer(server_options, nodes, _tls_objects(tls_creds))
+        server = NbdServer(server_options, nodes, [server_tls(TLS_ID, credentials)] if credentials else [])
         stack.callback(server.stop)
         watch = Watch()
         stack.callback(watch.close)
@@ -240,19 +242,19 @@ def _node(name: str, path: str, *, writable: bool, direct: bool) -> Options:
     return {"driver": "raw", "node-name": name, "file": file, **common}
 
 
-def _server(listen: str, unix: str, tls_creds: str) -> tuple[Options, str]:
+def _server(listen: str, unix: str, *, tls: bool) -> tuple[Options, str]:
     """QEMU's options of the server, and the URL of what it gives. Raises UsageError."""
-    scheme = "nbds" if tls_creds else "nbd"
-    tls: Options = {"tls-creds": TLS_ID} if tls_creds else {}
+    scheme = "nbds" if tls else "nbd"
+    credentials: Options = {"tls-creds": TLS_ID} if tls else {}
     if bool(listen) == bool(unix):
         raise UsageError("say where to serve: either --listen ADDR[:PORT] or --unix PATH")
     if unix:
         path = os.path.abspath(unix)
-        return {"addr": {"type": "unix", "path": path}, **tls}, f"{scheme}+unix:///{{}}?socket={path}"
+        return {"addr": {"type": "unix", "path": path}, **credentials}, f"{scheme}+unix:///{{}}?socket={path}"
     host, port = _host_and_port(listen)
     shown = f"[{host}]" if ":" in host else host
     tail = "" if port == DEFAULT_PORT else f":{port}"
-    return {"addr": {"type": "inet", "host": host, "port": port}, **tls}, f"{scheme}://{shown}{tail}/{{}}"
+    return {"addr": {"type": "inet", "host": host, "port": port}, **credentials}, f"{scheme}://{shown}{tail}/{{}}"
 
 
 def _host_and_port(listen: str) -> tuple[str, str]:
@@ -267,15 +269,3 @@ def _host_and_port(listen: str) -> tuple[str, str]:
     if not host or not port.isdecimal() or not 0 < int(port) < 1 << 16 or (rest and not rest.startswith(":")):
         raise UsageError(f"--listen {listen}: to be written as ADDR, ADDR:PORT or [ADDR6]:PORT")
     return host, port
-
-
-def _tls_objects(folder: str) -> list[Options]:
-    if not folder:
-        return []
-    path = os.path.abspath(folder)
-    if not os.path.isdir(path):
-        raise UsageError(f"--tls-creds {folder}: is no folder")
-    common: Options = {"id": TLS_ID, "endpoint": "server", "dir": path}
-    if os.path.exists(os.path.join(path, _PSK_FILE)):
-        return [{"qom-type": "tls-creds-psk", **common}]
-    return [{"qom-type": "tls-creds-x509", "verify-peer": True, **common}]

@@ -93,7 +93,9 @@ async def activate(openings: Openings, entry: Entry, patience: float = WRITE_PAT
         assert into is not None
         began = trio.current_time()
         try:
-            await ask(parse_location(image.header.base_img), into, Wish.HAND_OVER, patience)
+            await ask(
+                parse_location(image.header.base_img), openings.folder.policy.tls_creds, into, Wish.HAND_OVER, patience
+            )
             with trio.CancelScope(shield=True):
                 async with entry.lock:
                     await _take_over(openings, entry, image)
@@ -133,10 +135,10 @@ def follow(openings: Openings, entry: Entry, image: Image) -> None:
     """An image was opened, or taken over: once all of it is here, its source is told."""
     into, spawn = entry.record.incoming, openings.background.spawn
     if into is not None and into.state is Target.ACTIVE and spawn is not None:
-        spawn(functools.partial(_follow, entry, image, into))
+        spawn(functools.partial(_follow, openings, entry, image, into))
 
 
-async def _follow(entry: Entry, image: Image, into: Incoming) -> None:
+async def _follow(openings: Openings, entry: Entry, image: Image, into: Incoming) -> None:
     location = parse_location(image.header.base_img)
     while image.bitmap is not None:
         with trio.move_on_after(FOLLOW_INTERVAL):
@@ -149,7 +151,7 @@ async def _follow(entry: Entry, image: Image, into: Incoming) -> None:
         entry.record = migration.complete(entry.record)
         await trio.to_thread.run_sync(write_record, image.meta, entry.record)
     try:
-        await ask(location, into, Wish.RELEASE, ASKED_PATIENCE)
+        await ask(location, openings.folder.policy.tls_creds, into, Wish.RELEASE, ASKED_PATIENCE)
     except (FvdError, OSError) as error:
         log.warning("%s: all is local; its source could not be told, run fvdfs release there: %s", image.name, error)
     else:

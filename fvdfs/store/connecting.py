@@ -12,6 +12,7 @@ clients gets its place back. (TCP_USER_TIMEOUT would end it without one.)
 from __future__ import annotations
 
 import contextlib
+import errno
 import socket
 import struct
 from collections.abc import AsyncIterator
@@ -28,6 +29,13 @@ SILENCE = 5.0  # seconds; four retransmissions in a row were lost, or two keepal
 _KEEPALIVE = 2  # seconds between two signs of life
 _TCP_INFO = struct.Struct("=8B24I")  # the beginning of struct tcp_info of linux/tcp.h
 _LAST_DATA_RECEIVED, _LAST_ACK_RECEIVED = 8 + 11, 8 + 12  # milliseconds ago
+
+
+class NoExport(OSError):
+    """The server has no export of this name."""
+
+    def __init__(self) -> None:
+        super().__init__(errno.ENOENT, "the server has no such export")
 
 
 async def connect(location: Location) -> socket.socket | None:

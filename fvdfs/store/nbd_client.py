@@ -14,8 +14,10 @@ from contextlib import asynccontextmanager, contextmanager
 import trio
 
 from fvdfs.errors import UnsupportedFeature
-from fvdfs.store.connecting import connect
+from fvdfs.store.connecting import NoExport, connect
 from fvdfs.store.locations import Location
+from fvdfs.store.nbd_tls import without_tls
+from fvdfs.store.qemu_words import WANTS_TLS
 
 CONNECT_TIMEOUT = 5.0  # seconds until the server has let us in
 CALL_TIMEOUT = 5.0  # seconds for a read or a write
@@ -30,13 +32,9 @@ _REQUEST_MAGIC, _SIMPLE_MAGIC = 0x25609513, 0x67446698
 _FLAGS = 3  # fixed newstyle, no zeroes
 _GO = 7
 _ACK, _INFO = 1, 3
-_UNKNOWN_EXPORT = 0x8000_0006
+_TLS_REQUIRED, _UNKNOWN_EXPORT = 0x8000_0005, 0x8000_0006
 _READ, _WRITE, _DISCONNECT = 0, 1, 2
 _LONGEST = 1 << 16  # bytes of a reply to an option
-
-
-class NoExport(OSError):
-    """The server has no export of this name."""
 
 
 class NbdClient:
@@ -68,22 +66,32 @@ class NbdClient:
 
 
 @asynccontextmanager
-async def nbd_client(location: Location, suffix: str) -> AsyncIterator[NbdClient]:
-    """Connect to the export whose name is that of this location, and this suffix.
+async def nbd_client(location: Location, suffix: str, tls_creds: str) -> AsyncIterator[NbdClient]:
+    """Connect to the export whose name is that of this location, and this suffix. `tls_creds`: as `Policy.tls_creds`.
 
-    Raises NoExport, other OSError; Unreachable; UnsupportedFeature where the location is not one of NBD without TLS.
+    Raises NoExport, other OSError; Unreachable; ImageError where TLS fails for good; UnsupportedFeature where the
+    location is not one of NBD.
     """
-    if location.protocol.get("driver") != "nbd" or location.tls_user is not None:
+    if location.protocol.get("driver") != "nbd":
         raise UnsupportedFeature(location.name, "is not of the form nbd://HOST/NAME")
+    name = str(location.protocol["export"]) + suffix
+    connection = _plain(location) if location.tls_user is None else without_tls(location, name, tls_creds)
+    async with connection as stream:
+        with _answered_within(CONNECT_TIMEOUT):
+            await _negotiate(stream, name)
+        yield NbdClient(stream)
+        with trio.move_on_after(1), _as_os_error():
+            await stream.send_all(_REQUEST.pack(_REQUEST_MAGIC, 0, _DISCONNECT, 0, 0, 0))
+
+
+@asynccontextmanager
+async def _plain(location: Location) -> AsyncIterator[trio.SocketStream]:
+    """Raises Unreachable."""
     made = await connect(location)
     assert made is not None
     stream = trio.SocketStream(trio.socket.from_stdlib_socket(made))
     try:
-        with _answered_within(CONNECT_TIMEOUT):
-            await _negotiate(stream, str(location.protocol["export"]) + suffix)
-        yield NbdClient(stream)
-        with trio.move_on_after(1), _as_os_error():
-            await stream.send_all(_REQUEST.pack(_REQUEST_MAGIC, 0, _DISCONNECT, 0, 0, 0))
+        yield stream
     finally:
         await trio.aclose_forcefully(stream)
 
@@ -128,7 +136,9 @@ async def _option(stream: trio.SocketStream, number: int, data: bytes) -> None:
         if kind == _ACK:
             return
         if kind == _UNKNOWN_EXPORT:
-            raise NoExport(errno.ENOENT, "the server has no such export")
+            raise NoExport
+        if kind == _TLS_REQUIRED:
+            raise OSError(errno.EACCES, WANTS_TLS)
         if kind != _INFO:
             raise OSError(errno.EACCES, text.decode(errors="replace") or f"the server refuses ({kind:#x})")
 

@@ -13,11 +13,18 @@ from typing import Any
 
 from fvdfs.errors import ImageError, UsageError
 from fvdfs.store.locations import Options
-from fvdfs.store.qemu_daemon import PROGRAM
+from fvdfs.store.qemu_words import PROGRAM, complaint, of_tls
 
 _WITH_PARENT = ("setpriv", "--pdeathsig", "KILL", "sh", "-c", 'test "$PPID" = "$0" && exec "$@"')
 TLS_ID = "tls"
 STOP_TIMEOUT = 5.0  # seconds
+
+
+def bound_to_us(words: list[str]) -> list[str]:
+    """The storage daemon with these arguments; it ends with the thread that starts it. Raises UsageError."""
+    if shutil.which(PROGRAM) is None:
+        raise UsageError(f"{PROGRAM} is needed to serve disks and is not installed: apt install qemu-system-common")
+    return [*_WITH_PARENT, str(os.getpid()), PROGRAM, *words]
 
 
 class NbdServer:
@@ -28,9 +35,7 @@ class NbdServer:
 
         Raises UsageError where the program is missing or does not take this.
         """
-        if shutil.which(PROGRAM) is None:
-            raise UsageError(f"{PROGRAM} is needed to serve disks and is not installed: apt install qemu-system-common")
-        words = [*_WITH_PARENT, str(os.getpid()), PROGRAM]
+        words = []
         for options in objects:
             words += ["--object", json.dumps(options)]
         words += ["--nbd-server", _flat(server)]
@@ -39,7 +44,7 @@ class NbdServer:
         words += ["--chardev", "stdio,id=monitor", "--monitor", "chardev=monitor"]
         self._said = os.memfd_create("said")
         self._process = subprocess.Popen(
-            words,
+            bound_to_us(words),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._said,
@@ -103,8 +108,8 @@ class NbdServer:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
-            said = os.pread(self._said, 1 << 16, 0).decode(errors="replace").splitlines()
-            raise UsageError(said[-1] if said else f"{PROGRAM} has ended")
+            said = complaint(os.pread(self._said, 1 << 16, 0).decode(errors="replace"))
+            raise UsageError(of_tls(said) or said or f"{PROGRAM} has ended")
         found: dict[str, Any] = json.loads(line)
         return found
 

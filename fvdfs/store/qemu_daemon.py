@@ -45,10 +45,10 @@ from fvdfs.store.host import (
     identity_of,
 )
 from fvdfs.store.locations import Options
+from fvdfs.store.qemu_words import PROGRAM, of_tls
 
 log = logging.getLogger(__name__)
 
-PROGRAM = "qemu-storage-daemon"
 START_TIMEOUT = 10.0  # seconds until the export answers; a server may be far away
 STOP_TIMEOUT = 10.0  # seconds to write out what is left, then it is killed
 _POLL_INTERVAL = 0.002  # seconds between looks whether it is ready
@@ -76,6 +76,8 @@ def _failure(name: str, line: str) -> FvdError:
     if "Invalid password" in line:
         right = "name the file with the right one: --secret FILE, or -o secret=FILE for a mount"
         return Locked(name, f"the passphrase is wrong: {right} ({line})")
+    if reason := of_tls(line):
+        return ImageError(name, reason)
     return ImageError(name, f"QEMU cannot open it: {line}")
 
 

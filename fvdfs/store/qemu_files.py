@@ -24,7 +24,7 @@ from fvdfs.store.host import HostFile, open_as_permitted
 from fvdfs.store.locations import Location, Options, join, parse_location
 from fvdfs.store.outage import OnLoss
 from fvdfs.store.qemu_daemon import StorageDaemon
-from fvdfs.store.qemu_nodes import SECRET_ID, Node, blockdevs, tls_object
+from fvdfs.store.qemu_nodes import NO_CREDENTIALS, SECRET_ID, Node, blockdevs, tls_object
 from fvdfs.store.references import FORMATS, LUKS, PROBE_SIZE, RAW, Reader, Reference, detect, references
 
 log = logging.getLogger(__name__)
@@ -231,8 +231,7 @@ class QemuFiles:
         for opened in self._opened:
             user = opened.location.tls_user
             if user is not None and not self._access.tls_creds:
-                how = "--tls-creds DIR, or -o tls_creds=DIR for a mount"
-                raise Locked(opened.path, f"is spoken to by TLS: name the folder with certificates or keys: {how}")
+                raise Locked(opened.path, NO_CREDENTIALS)
             if user is not None:
                 credentials = tls_object(self._access.tls_creds, user)
                 found[str(credentials["id"])] = credentials

@@ -16,12 +16,27 @@ TLS_FILES = ("ca-cert.pem", "keys.psk")
 """What a folder with credentials has, as QEMU names it: certificates, or pre-shared keys."""
 
 
+NO_CREDENTIALS = (
+    "is spoken to by TLS: name the folder with certificates or keys: --tls-creds DIR, or -o tls_creds=DIR for a mount"
+)
+
+
 def tls_object(credentials: str, user: str) -> Options:
     """What the options of a `Location` with this `tls_user` refer to. `credentials`: the path of one of `TLS_FILES`."""
+    found = _tls_object(TLS_PREFIX + user, credentials, "client")
+    return found | {"username": user} if credentials.endswith(TLS_FILES[1]) else found
+
+
+def server_tls(name: str, credentials: str) -> Options:
+    """What a server refers to by this name: it lets in clients with a certificate of its authority, or with a key."""
+    return _tls_object(name, credentials, "server")
+
+
+def _tls_object(name: str, credentials: str, endpoint: str) -> Options:
     folder, _, file = credentials.rpartition("/")
-    common: Options = {"id": TLS_PREFIX + user, "dir": folder or "/", "endpoint": "client"}
+    common: Options = {"id": name, "dir": folder or "/", "endpoint": endpoint}
     if file == TLS_FILES[1]:
-        return {"qom-type": "tls-creds-psk", "username": user, **common}
+        return {"qom-type": "tls-creds-psk", **common}
     return {"qom-type": "tls-creds-x509", "verify-peer": True, **common}
 
 

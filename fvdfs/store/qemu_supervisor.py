@@ -24,7 +24,8 @@ import trio
 
 from fvdfs.errors import FvdError, ImageError, Unreachable
 from fvdfs.store.outage import OnLoss, Outage
-from fvdfs.store.qemu_daemon import PROGRAM, STOP_TIMEOUT, StorageDaemon
+from fvdfs.store.qemu_daemon import STOP_TIMEOUT, StorageDaemon
+from fvdfs.store.qemu_words import PROGRAM
 
 log = logging.getLogger(__name__)
 

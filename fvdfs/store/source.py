@@ -12,8 +12,9 @@ from fvdfs.errors import ImageError, Unreachable, UsageError
 from fvdfs.format import mailbox
 from fvdfs.format.mailbox import Answer, Question, Wish
 from fvdfs.format.migration import Incoming
+from fvdfs.store.connecting import NoExport
 from fvdfs.store.locations import Location
-from fvdfs.store.nbd_client import NbdClient, NoExport, nbd_client
+from fvdfs.store.nbd_client import NbdClient, nbd_client
 
 ANSWER_TIMEOUT = 10.0  # seconds until a question is given up: a freeze may have much to flush
 _LOOK = 0.005  # seconds between looks for an answer
@@ -21,13 +22,13 @@ _RETRY = 0.1  # seconds before what failed is asked again
 _NUMBER_BYTES = 8
 
 
-async def epoch_of(location: Location) -> str:
-    """The epoch of the move that this source is ready for.
+async def epoch_of(location: Location, tls_creds: str) -> str:
+    """The epoch of the move that this source is ready for. `tls_creds`: as `Policy.tls_creds`.
 
     Raises UsageError where it is no disk that `fvdfs serve` gives, ImageError, OSError.
     """
     try:
-        async with nbd_client(location, mailbox.EXPORT) as box:
+        async with nbd_client(location, mailbox.EXPORT, tls_creds) as box:
             epoch = mailbox.epoch_in(await box.pread(mailbox.SECTOR, 0))
     except NoExport:
         epoch = ""
@@ -36,7 +37,7 @@ async def epoch_of(location: Location) -> str:
     return epoch
 
 
-async def ask(location: Location, into: Incoming, wish: Wish, patience: float) -> None:
+async def ask(location: Location, tls_creds: str, into: Incoming, wish: Wish, patience: float) -> None:
     """Have the source do it, trying for so many seconds.
 
     Raises UsageError where it refuses for good, ImageError where it cannot do it yet or cannot be reached, OSError.
@@ -44,7 +45,7 @@ async def ask(location: Location, into: Incoming, wish: Wish, patience: float) -
     deadline = trio.current_time() + patience
     while True:
         try:
-            answer = await _ask_once(location, into, wish)
+            answer = await _ask_once(location, tls_creds, into, wish)
             if answer.done:
                 return
             if not answer.later:
@@ -57,12 +58,12 @@ async def ask(location: Location, into: Incoming, wish: Wish, patience: float) -
         await trio.sleep(_RETRY)
 
 
-async def _ask_once(location: Location, into: Incoming, wish: Wish) -> Answer:
+async def _ask_once(location: Location, tls_creds: str, into: Incoming, wish: Wish) -> Answer:
     """Raises Unreachable, OSError."""
     number = secrets.token_hex(_NUMBER_BYTES)
     question = Question(number, wish, into.epoch, into.number, socket.gethostname())
     at = mailbox.question_at(into.number)
-    async with nbd_client(location, mailbox.EXPORT) as box:
+    async with nbd_client(location, mailbox.EXPORT, tls_creds) as box:
         await box.pwrite(question.encode(), at)
         deadline = trio.current_time() + ANSWER_TIMEOUT
         while trio.current_time() < deadline:

@@ -196,7 +196,7 @@ def test_an_answer_that_got_lost_is_asked_for_again(move: Move) -> None:
         move.receive()
         into = record(move.image).incoming
         assert into is not None
-        trio.run(ask, parse_location(move.url), into, Wish.HAND_OVER, 3.0)
+        trio.run(ask, parse_location(move.url), "", into, Wish.HAND_OVER, 3.0)
         assert move.source.status("vm")["move"] == "moved"
         assert record(move.image).receiving
         with move.target() as target:
@@ -315,7 +315,6 @@ def test_nothing_stands_on_what_is_being_received(move: Move) -> None:
         assert "is being received" in done.err
         assert fvdfs("receive", move.url.replace("/vm?", "/nothing?"), move.folder / "x.fvd").code == 2
         assert fvdfs("receive", move.url, move.image).code == 2
-        assert "by TLS" in fvdfs("receive", "nbds://localhost/vm", move.folder / "x.fvd").err
         assert fvdfs("receive", "image.raw", move.folder / "x.fvd").code == 2
         assert sorted(path.name for path in move.folder.iterdir()) == ["vm.fvd"]
         assert Tree(str(move.folder)).at(str(move.image)) is not None

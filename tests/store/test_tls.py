@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 import subprocess
 from collections.abc import Sequence
@@ -14,37 +13,9 @@ from fvdfs.errors import ImageError, UnsupportedFeature
 from fvdfs.store.locations import parse_location
 from fvdfs.store.qemu_nodes import tls_object
 from support.mounts import MIB, fvdfs, mounted, must, running, wait_until
+from support.tls import make_authority, make_keys
 
 DATA = random.Random(3).randbytes(MIB)
-KEY = os.urandom(32).hex()
-
-
-def openssl(*words: str | Path) -> None:
-    subprocess.run(["openssl", *map(str, words)], check=True, capture_output=True)
-
-
-def make_certificate(folder: Path, name: str, extensions: str, *signed: str | Path) -> None:
-    """NAME-cert.pem and NAME-key.pem."""
-    (folder / "extensions").write_text(f"[req]\ndistinguished_name=dn\n[dn]\n[e]\n{extensions}\n")
-    key = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-keyout", folder / f"{name}-key.pem")
-    how = ("-config", folder / "extensions", "-extensions", "e", "-subj", f"/CN={name}", "-days", "2")
-    openssl("req", "-x509", *key, *how, "-out", folder / f"{name}-cert.pem", *signed)
-
-
-@pytest.fixture(scope="module")
-def keys(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folders: `x509` has certificates of an authority for the server and its clients, `psk` has keys."""
-    top = tmp_path_factory.mktemp("keys")
-    for name in ("x509", "psk"):
-        (top / name).mkdir()
-    folder = top / "x509"
-    make_certificate(folder, "ca", "basicConstraints=critical,CA:TRUE\nkeyUsage=critical,keyCertSign")
-    by_ca = ("-CA", folder / "ca-cert.pem", "-CAkey", folder / "ca-key.pem")
-    usage = "basicConstraints=CA:FALSE\nkeyUsage=critical,digitalSignature\nextendedKeyUsage="
-    make_certificate(folder, "server", f"{usage}serverAuth\nsubjectAltName=IP:127.0.0.1", *by_ca)
-    make_certificate(folder, "client", f"{usage}clientAuth", *by_ca)
-    (top / "psk" / "keys.psk").write_text(f"qemu:{KEY}\nalice:{KEY}\n")
-    return top
 
 
 def qemu_nbd(folder: Path, port: int, credentials: Path) -> list[str]:
@@ -59,6 +30,11 @@ def nbdkit(folder: Path, port: int, credentials: Path) -> list[str]:
     by = f"--tls-certificates={credentials}" if credentials.name == "x509" else f"--tls-psk={credentials}/keys.psk"
     where = ["-i", "127.0.0.1", "-p", str(port), "-e", "disk"]
     return ["nbdkit", "-f", "-r", *where, "--tls=require", by, "file", str(folder / "base")]
+
+
+@pytest.fixture(scope="module")
+def keys(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_keys(tmp_path_factory.mktemp("keys"))
 
 
 @pytest.mark.parametrize(
@@ -91,7 +67,7 @@ def test_what_keeps_a_server_from_being_read(folder: Path, tmp_path: Path, keys:
     (tmp_path / "base").write_bytes(DATA)
     other = tmp_path / "other"
     other.mkdir()
-    make_certificate(other, "ca", "basicConstraints=critical,CA:TRUE\nkeyUsage=critical,keyCertSign")
+    make_authority(other)
     create = ("create", folder / "disk.fvd", "--base-format", "raw", "--base")
     with running(*nbdkit(tmp_path, free_port, keys / "x509"), stderr=subprocess.DEVNULL):
         good, tls = f"nbds://127.0.0.1:{free_port}/disk", ("--tls-creds", keys / "x509")

@@ -1,0 +1,48 @@
+"""What QEMU's storage daemon complains of, in words that say what to do. Pure."""
+
+from __future__ import annotations
+
+import re
+
+PROGRAM = "qemu-storage-daemon"
+WANTS_TLS = "the server speaks TLS only: write nbds:// for nbd://, and name certificates or keys"
+_ARGUMENT = re.compile(rf"{PROGRAM}: (--\S+ (\{{.*\}}|\S+): )?")
+_OF_TLS = (
+    (r"Our own certificate (\S+) failed validation against (\S+): .*", r"{1} is of another authority than {2}"),
+    (r"The (?:client|server) certificate (\S+) has expired", r"{1} has expired"),
+    (r"The certificate has expired", "the server's certificate has expired"),
+    (
+        r"The certificate hasn't got a known issuer",
+        "the server's certificate is not of our ca-cert.pem",
+    ),
+    (r"Certificate does not match the hostname (\S+)", "the server's certificate does not match the hostname {1}"),
+    (
+        r"Cannot read from TLS channel: Software caused connection abort",
+        "the server does not take our client-cert.pem, or we have none and it asks for one",
+    ),
+    (r"Insufficient credentials for that request", "the server has certificates, and we have keys"),
+    (
+        r"TLS connection was non-properly terminated",
+        "the server does not take our key, or has keys where we have certificates",
+    ),
+    (r"Username (\S+) not found in PSK file (\S+)", "{2} has no key for {1}"),
+    (r"option 5 \(starttls\)", "the server speaks no TLS: write nbd:// for nbds://"),
+    (r"(?i)option \S+ not permitted before TLS|server requires TLS", WANTS_TLS),
+    (r"Unable to access credentials (\S+): (.*)", "{1}: {2}"),
+)
+
+
+def complaint(said: str) -> str:
+    """The line that says why it has ended, without its arguments; empty where it has said nothing."""
+    lines = said.splitlines()
+    own = [line for line in lines if line.startswith(f"{PROGRAM}: ")]
+    line = [*lines, *own][-1] if lines else ""
+    return _ARGUMENT.sub("", line, count=1)
+
+
+def of_tls(line: str) -> str:
+    """What of a line is about TLS, in our words; empty: nothing."""
+    for pattern, words in _OF_TLS:
+        if found := re.search(pattern, line):
+            return words.format("", *found.groups())
+    return ""
