@@ -452,6 +452,9 @@ def _add_moves(commands: argparse._SubParsersAction[_Parser]) -> None:
     serve.add_argument("--listen", default="", metavar="ADDR[:PORT]", help="an address of this host; port 10809")
     serve.add_argument("--unix", default="", metavar="PATH", help="a Unix socket")
     serve.add_argument(
+        "--systemd", action="store_true", help="the one socket that systemd has activated the service with"
+    )
+    serve.add_argument(
         "--tls-creds",
         default="",
         metavar="DIR",
@@ -819,7 +822,13 @@ def _snapshots(arguments: argparse.Namespace) -> int:
 def _serve(arguments: argparse.Namespace) -> int:
     from fvdfs.commands.serve import run
 
-    return run(arguments.disks, listen=arguments.listen, unix=arguments.unix, tls_creds=arguments.tls_creds)
+    return run(
+        arguments.disks,
+        listen=arguments.listen,
+        unix=arguments.unix,
+        systemd=arguments.systemd,
+        tls_creds=arguments.tls_creds,
+    )
 
 
 def _receive(arguments: argparse.Namespace) -> int:

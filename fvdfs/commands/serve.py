@@ -14,11 +14,14 @@ As long as a disk is frozen, QEMU's locks keep a machine that was stopped on thi
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import logging
 import os
 import signal
+import socket
 import tempfile
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import Any
 
@@ -33,15 +36,18 @@ from fvdfs.format.migration import Source
 from fvdfs.mountoptions import tls_credentials
 from fvdfs.mounts import DEAD
 from fvdfs.store.locations import Options
-from fvdfs.store.nbd_server import TLS_ID, NbdServer
+from fvdfs.store.nbd_server import TLS_ID, Ended, NbdServer
 from fvdfs.store.qemu_nodes import server_tls
+from fvdfs.store.qemu_words import PROGRAM
 from fvdfs.xattrs import STATUS
 
 log = logging.getLogger(__name__)
 
 DEFAULT_PORT = "10809"
+FIRST_PAUSE, LONGEST_PAUSE = 0.1, 10.0  # seconds before a daemon is started again, twice as long each time
 LOOK = 2.0  # seconds between looks that nothing has called for
 _FROZEN = {state.value for state in Source} - {Source.SERVING.value}
+_FIRST_SOCKET = 3  # the descriptor, by sd_listen_fds(3)
 _TAKEN = _FROZEN - {Source.FROZEN.value}
 
 
@@ -63,6 +69,8 @@ class _Disk:
         self._said = ""
         # The file in this mount: one that took the place of it is not what is exported.
         self._held = os.open(self.raw, os.O_PATH | os.O_CLOEXEC)
+        self._only = -1
+        """The descriptor whose lock keeps other servers away."""
         with open(self.box, "xb") as file:
             file.truncate(mailbox.SIZE)
 
@@ -73,15 +81,27 @@ class _Disk:
             _node(self.box_node, self.box, writable=True, direct=False),
         ]
 
-    def begin(self, server: NbdServer) -> None:
-        """Raises UsageError, ImageError, OSError."""
-        server.add_export(self.node, self.node, self.name)
-        server.add_export(self.box_node, self.box_node, self.name + mailbox.EXPORT, writable=True)
+    def begin(self) -> None:
+        """Have it be given to others, here alone. Raises UsageError, ImageBusy, ImageError, OSError."""
+        with explained(self.raw):
+            self._only = os.open(self.raw, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                fcntl.flock(self._only, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ImageBusy(self.raw, "is served already; end that fvdfs serve first") from None
+            ask_mount(self.raw, "serve")
         if facts(self.raw, STATUS).get("passthrough") == "on":
             raise UsageError(
                 f"{self.raw}: the kernel reads and writes its data by itself, so that it cannot be frozen while it is "
                 "open; mount its folder with -o writeback=on"
             )
+
+    def export(self, server: NbdServer) -> None:
+        """Give it by a server that has just begun. Raises as `look`."""
+        self._epoch = ""
+        server.add_export(self.node, self.node, self.name)
+        server.add_export(self.box_node, self.box_node, self.name + mailbox.EXPORT, writable=True)
+        self.look(server)
 
     def look(self, server: NbdServer) -> None:
         """Bring all in line with the disk's state, and answer who has asked. Raises UsageError, ImageError, OSError."""
@@ -178,48 +198,99 @@ class _Disk:
         """End."""
         self._locks.close()
         os.close(self._held)
+        if self._only >= 0:
+            with contextlib.suppress(OSError):  # of a mount that has ended; nothing was written
+                os.close(self._only)
 
 
 class _Ended(Exception):
     """A signal has come."""
 
 
-def run(disks: Sequence[str], *, listen: str, unix: str, tls_creds: str) -> int:
+def run(disks: Sequence[str], *, listen: str, unix: str, systemd: bool, tls_creds: str) -> int:
     """Serve until a signal comes. Raises UsageError, ImageError, OSError."""
     _check(disks)
     credentials = tls_credentials("--tls-creds ", tls_creds) if tls_creds else ""
-    server_options, where = _server(listen, unix, tls=bool(tls_creds))
+    address, inherited = _address(listen, unix, systemd=systemd)
     with contextlib.ExitStack() as stack:
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT):
             stack.callback(signal.signal, number, signal.signal(number, _end))
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="fvdfs-serve-"))
-        served = [_Disk(disk, number, folder) for number, disk in enumerate(disks)]
-        for raw in disks:
-            with explained(raw):
-                ask_mount(raw, "serve")
-        nodes = [node for disk in served for node in disk.nodes()]
-        server = NbdServer(server_options, nodes, [server_tls(TLS_ID, credentials)] if credentials else [])
-        stack.callback(server.stop)
         watch = Watch()
         stack.callback(watch.close)
-        for disk in served:
+        served = []
+        for place, raw in enumerate(disks):
+            disk = _Disk(raw, place, folder)
             stack.callback(disk.close)
-            disk.begin(server)
+            disk.begin()
+            served.append(disk)
             watch.add(disk.raw)
             watch.add(disk.box)
-            disk.look(server)
-            print(where.format(disk.name), flush=True)
+        how: Options = {"addr": address} | ({"tls-creds": TLS_ID} if credentials else {})
+        nodes = [node for disk in served for node in disk.nodes()]
+        objects = [server_tls(TLS_ID, credentials)] if credentials else []
+        keeper = _Keeper(served, lambda: NbdServer(how, nodes, objects, inherited), watch)
+        stack.callback(keeper.stop)
+        keeper.start()
+        for disk in served:
+            print(_url(address, disk.name, inherited, tls=bool(credentials)), flush=True)
         with contextlib.suppress(_Ended):
-            _serve(served, server, watch)
+            keeper.run()
         return 0
 
 
-def _serve(served: Sequence[_Disk], server: NbdServer, watch: Watch) -> None:
-    while server.alive:
-        watch.wait(LOOK)
-        for disk in served:
-            disk.look(server)
-    raise UsageError("qemu-storage-daemon has ended; start fvdfs serve again")
+class _Keeper:
+    """Keeps a storage daemon running that gives the disks."""
+
+    def __init__(self, served: Sequence[_Disk], launch: Callable[[], NbdServer], watch: Watch) -> None:
+        self._served = served
+        self._launch = launch
+        self._watch = watch
+        self._server: NbdServer | None = None
+
+    def start(self) -> None:
+        """Raises UsageError, ImageError, OSError."""
+        self._server = self._launch()
+        for disk in self._served:
+            disk.export(self._server)
+
+    def run(self) -> None:
+        """Follow the states of the disks, and replace each daemon that ends. Raises UsageError, ImageError, OSError."""
+        pause = FIRST_PAUSE
+        while True:
+            began = time.monotonic()
+            try:
+                if self._server is None:
+                    self.start()
+                    log.warning("%s runs again", PROGRAM)
+                self._follow()
+            except Ended as error:
+                self._bury(error.reason)
+            except UsageError as error:
+                if self._server is not None:  # not of the daemon, which has not started
+                    raise
+                self._bury(str(error))
+            pause = FIRST_PAUSE if time.monotonic() - began > LONGEST_PAUSE else min(2 * pause, LONGEST_PAUSE)
+            time.sleep(pause)
+
+    def _follow(self) -> None:
+        assert self._server is not None
+        while True:
+            if not self._server.alive:
+                raise Ended(PROGRAM, self._server.last_words)
+            self._watch.wait(LOOK, self._server.fileno())
+            for disk in self._served:
+                disk.look(self._server)
+
+    def _bury(self, reason: str) -> None:
+        log.error("%s has ended, and is started again: %s", PROGRAM, reason)
+        self.stop()
+
+    def stop(self) -> None:
+        """End."""
+        server, self._server = self._server, None
+        if server is not None:
+            server.stop()
 
 
 def _end(_number: int, _frame: FrameType | None) -> None:
@@ -242,19 +313,34 @@ def _node(name: str, path: str, *, writable: bool, direct: bool) -> Options:
     return {"driver": "raw", "node-name": name, "file": file, **common}
 
 
-def _server(listen: str, unix: str, *, tls: bool) -> tuple[Options, str]:
-    """QEMU's options of the server, and the URL of what it gives. Raises UsageError."""
-    scheme = "nbds" if tls else "nbd"
-    credentials: Options = {"tls-creds": TLS_ID} if tls else {}
-    if bool(listen) == bool(unix):
-        raise UsageError("say where to serve: either --listen ADDR[:PORT] or --unix PATH")
+def _address(listen: str, unix: str, *, systemd: bool) -> tuple[Options, Sequence[int]]:
+    """Where to serve, as QEMU's SocketAddress, and the descriptor that this names. Raises UsageError."""
+    if [bool(listen), bool(unix), systemd].count(True) != 1:
+        raise UsageError("say where to serve: --listen ADDR[:PORT], --unix PATH or --systemd")
     if unix:
-        path = os.path.abspath(unix)
-        return {"addr": {"type": "unix", "path": path}, **credentials}, f"{scheme}+unix:///{{}}?socket={path}"
-    host, port = _host_and_port(listen)
+        return {"type": "unix", "path": os.path.abspath(unix)}, ()
+    if listen:
+        host, port = _host_and_port(listen)
+        return {"type": "inet", "host": host, "port": port}, ()
+    if os.environ.get("LISTEN_PID") != str(os.getpid()) or os.environ.get("LISTEN_FDS") != "1":
+        raise UsageError("--systemd: is for a service with one socket (sd_listen_fds(3)); else say --listen or --unix")
+    return {"type": "fd", "str": str(_FIRST_SOCKET)}, (_FIRST_SOCKET,)
+
+
+def _url(address: Options, name: str, inherited: Sequence[int], *, tls: bool) -> str:
+    """What is given under this name at this address."""
+    scheme = "nbds" if tls else "nbd"
+    host, port, path = (str(address.get(key, "")) for key in ("host", "port", "path"))
+    for descriptor in inherited:
+        with socket.socket(fileno=os.dup(descriptor)) as listener:
+            found = listener.getsockname()
+            host, port, path = ("", "", found) if isinstance(found, str) else (found[0], str(found[1]), "")
+    if path:
+        return f"{scheme}+unix:///{name}?socket={path}"
+    if host in ("0.0.0.0", "::"):
+        host = socket.gethostname()
     shown = f"[{host}]" if ":" in host else host
-    tail = "" if port == DEFAULT_PORT else f":{port}"
-    return {"addr": {"type": "inet", "host": host, "port": port}, **credentials}, f"{scheme}://{shown}{tail}/{{}}"
+    return f"{scheme}://{shown}{'' if port == DEFAULT_PORT else ':' + port}/{name}"
 
 
 def _host_and_port(listen: str) -> tuple[str, str]:

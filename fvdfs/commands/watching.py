@@ -21,9 +21,9 @@ class Watch:
         """Also of this one: its content, and its attributes. Raises OSError."""
         _checked(_libc.inotify_add_watch(self._fd, os.fsencode(path), _MODIFY | _ATTRIBUTES))
 
-    def wait(self, seconds: float) -> None:
-        """Until one has changed since, or so long."""
-        if select.select([self._fd], [], [], seconds)[0]:
+    def wait(self, seconds: float, *others: int) -> None:
+        """Until one has changed since, or one of the other descriptors can be read, or so long."""
+        if self._fd in select.select([self._fd, *others], [], [], seconds)[0]:
             os.read(self._fd, 1 << 16)
 
     def close(self) -> None:

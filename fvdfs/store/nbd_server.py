@@ -5,10 +5,12 @@ It is told by QMP over its standard streams, and ends with this process.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
 import subprocess
+from collections.abc import Sequence
 from typing import Any
 
 from fvdfs.errors import ImageError, UsageError
@@ -18,6 +20,10 @@ from fvdfs.store.qemu_words import PROGRAM, complaint, of_tls
 _WITH_PARENT = ("setpriv", "--pdeathsig", "KILL", "sh", "-c", 'test "$PPID" = "$0" && exec "$@"')
 TLS_ID = "tls"
 STOP_TIMEOUT = 5.0  # seconds
+
+
+class Ended(ImageError):
+    """The daemon runs no more."""
 
 
 def bound_to_us(words: list[str]) -> list[str]:
@@ -30,10 +36,12 @@ def bound_to_us(words: list[str]) -> list[str]:
 class NbdServer:
     """Start it with all that it is to open; exports can come and go."""
 
-    def __init__(self, server: Options, nodes: list[Options], objects: list[Options]) -> None:
+    def __init__(
+        self, server: Options, nodes: Sequence[Options], objects: Sequence[Options], inherited: Sequence[int] = ()
+    ) -> None:
         """`server`: QEMU's options of an NBD server; `nodes`: each a BlockdevOptions with a node-name; `objects`: TLS.
 
-        Raises UsageError where the program is missing or does not take this.
+        `inherited`: descriptors that they name. Raises UsageError where the program is missing or does not take this.
         """
         words = []
         for options in objects:
@@ -48,12 +56,17 @@ class NbdServer:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._said,
+            pass_fds=inherited,
             cwd="/",
             start_new_session=True,  # the terminal's signals are not for it
         )
+        self._end = os.pidfd_open(self._process.pid)
         try:
             self._message()
             self._call("qmp_capabilities")
+        except Ended as error:
+            self.stop()
+            raise UsageError(error.reason) from None
         except BaseException:
             self.stop()
             raise
@@ -62,6 +75,19 @@ class NbdServer:
     def alive(self) -> bool:
         """Whether it runs."""
         return self._process.poll() is None
+
+    @property
+    def last_words(self) -> str:
+        """How it has ended, or what it complained of last."""
+        code = self._process.poll()
+        if code is not None and code < 0:
+            return f"killed by signal {-code}"
+        said = complaint(os.pread(self._said, 1 << 16, 0).decode(errors="replace"))
+        return of_tls(said) or said or "it has ended"
+
+    def fileno(self) -> int:
+        """What can be read once it has ended."""
+        return self._end
 
     @property
     def pid(self) -> int:
@@ -73,7 +99,7 @@ class NbdServer:
         self._call("blockdev-add", **node)
 
     def add_export(self, number: str, node: str, name: str, *, writable: bool = False) -> None:
-        """Give a node under this name. Raises ImageError."""
+        """Give a node under this name. Raises ImageError, Ended among them, as all of these."""
         self._call("block-export-add", type="nbd", id=number, name=name, writable=writable, **{"node-name": node})
 
     def remove_export(self, number: str) -> None:
@@ -90,13 +116,18 @@ class NbdServer:
             self._process.wait()
         for stream in (self._process.stdin, self._process.stdout):
             assert stream is not None
-            stream.close()
+            with contextlib.suppress(BrokenPipeError):
+                stream.close()
         os.close(self._said)
+        os.close(self._end)
 
     def _call(self, command: str, **arguments: Any) -> None:
         assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps({"execute": command, "arguments": arguments}).encode() + b"\n")
-        self._process.stdin.flush()
+        try:
+            self._process.stdin.write(json.dumps({"execute": command, "arguments": arguments}).encode() + b"\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            raise self._has_ended() from None
         while True:
             message = self._message()
             if "error" in message:
@@ -108,10 +139,14 @@ class NbdServer:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
-            said = complaint(os.pread(self._said, 1 << 16, 0).decode(errors="replace"))
-            raise UsageError(of_tls(said) or said or f"{PROGRAM} has ended")
+            raise self._has_ended()
         found: dict[str, Any] = json.loads(line)
         return found
+
+    def _has_ended(self) -> Ended:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(STOP_TIMEOUT)
+        return Ended(PROGRAM, self.last_words)
 
 
 def _flat(options: Options, prefix: str = "") -> str:

@@ -241,11 +241,11 @@ class Hosts:
         self.steps.before(left, event)
         try:
             if image.disk is None:
-                self._ask_mount(image.raw, "serve")
                 self.numbers += 1
                 image.disk, image.exports = serve._Disk(image.raw, self.numbers, str(self.folder)), Exports(self.steps)
+                image.disk.begin()
                 server: Any = image.exports
-                image.disk.begin(server)
+                image.disk.export(server)
             server = image.exports
             image.disk.look(server)
         except (Killed, UsageError, ImageError, OSError):

@@ -15,7 +15,7 @@ import pytest
 
 from fvdfs.format import mailbox
 from fvdfs.format.mailbox import Answer, Question, Wish
-from support.mounts import FVDFS, MIB, Mount, fvdfs, mounted, must, needs_passthrough, running, wait_until
+from support.mounts import FVDFS, MIB, Mount, fvdfs, mounted, must, needs_passthrough, running, wait_for_end, wait_until
 from support.moves import serving
 
 T, OTHER_T = "1" * 16, "2" * 16
@@ -125,6 +125,66 @@ def test_it_is_handed_over_once_and_only_without_a_machine(mount: Mount, tmp_pat
         assert "is over" in ask(socket, Question(number(), Wish.HAND_OVER, epoch, T, "beta"), tmp_path).text
         with raw.open("r+b") as file:
             file.write(b"again")
+
+
+def children(pid: int) -> list[int]:
+    return [int(each) for each in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def test_another_daemon_takes_the_place_of_one_that_has_died(mount: Mount, tmp_path: Path) -> None:
+    raw, path = mount.raw("vm"), tmp_path / "nbd"
+    command = (*FVDFS, "serve", raw, "--unix", path)
+    with running(*command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as server:
+        assert server.stdout is not None
+        assert server.stderr is not None
+        assert server.stdout.readline()
+        epoch = mount.status("vm")["move_epoch"]
+        for wish in (None, Question(number(), Wish.HAND_OVER, epoch, T, "beta")):
+            os.kill(children(server.pid)[0], signal.SIGKILL)
+            assert "has ended, and is started again: killed by signal 9" in server.stderr.readline()
+            assert "runs again" in server.stderr.readline()
+            assert has_export(path, "vm")
+            assert has_export(path, f"vm/{epoch}") == (mount.status("vm")["move"] == "moved")
+            if wish is not None:
+                assert ask(path, wish, tmp_path).done
+                assert "beta asks to hand over: done" in server.stderr.readline()
+        os.kill(children(server.pid)[0], signal.SIGKILL)
+        wait_until(lambda: has_export(path, f"vm/{epoch}"))
+        again = fvdfs("serve", raw, "--unix", tmp_path / "other")
+        assert (again.code, again.err) == (1, f"fvdfs: {raw}: is served already; end that fvdfs serve first\n")
+        done = fvdfs("umount", mount.point)
+        assert done.code == 1
+        assert "is busy: " in done.err
+        assert f"process {server.pid}" in done.err
+        daemon = children(server.pid)[0]
+        server.kill()
+        wait_for_end(daemon)
+    mount.umount()
+
+
+def test_systemd_gives_it_a_socket(mount: Mount, tmp_path: Path, free_port: int) -> None:
+    raw = mount.raw("vm")
+    assert "--systemd: is for a service with one socket" in fvdfs("serve", raw, "--systemd").err
+    assert fvdfs("serve", raw, "--systemd", "--listen", "127.0.0.1").code == 2
+    for address, url in (
+        (f"127.0.0.1:{free_port}", f"nbd://127.0.0.1:{free_port}/vm"),
+        (tmp_path / "nbd", f"nbd+unix:///vm?socket={tmp_path / 'nbd'}"),
+    ):
+        activate = ("systemd-socket-activate", "-l", address, "-E", "PYTHONPATH", "-E", "PATH", *FVDFS)
+        how = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
+        with running(*map(str, activate), "serve", raw, "--systemd", **how) as server:
+            assert server.stdout is not None
+            words = ["qemu-io", "-r", "-f", "raw", "-c", "read 0 512", url]
+
+            def is_read(words: list[str] = words) -> bool:
+                return "512/512" in subprocess.run(words, capture_output=True, text=True, check=False).stdout
+
+            wait_until(is_read)
+            assert server.stdout.readline() == f"{url}\n"
+            os.kill(children(server.pid)[0], signal.SIGKILL)
+            wait_until(is_read)
+            server.send_signal(signal.SIGTERM)
+            assert server.wait(10) == 0
 
 
 @needs_passthrough
