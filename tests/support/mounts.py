@@ -67,10 +67,12 @@ class Mount:
     options: tuple[str, ...] = field(default=())
     passes: str = ""
     """A disk that the kernel has to read and write by itself, so that no test of that passes without."""
+    must: Callable[..., str] = must
+    """Runs the program."""
 
     def mount(self) -> None:
         """Mount, which must succeed."""
-        must("mount", self.folder, self.point, "--log-file", self.log_file, *self.options)
+        self.must("mount", self.folder, self.point, "--log-file", self.log_file, *self.options)
         self.pid = int(os.getxattr(self.point, "user.fvdfs.pid"))
         if self.passes:
             self.expect_passthrough(self.passes)
@@ -87,6 +89,10 @@ class Mount:
     def kill(self) -> None:
         """End the process at once, and clear the dead mount away."""
         os.kill(self.pid, 9)
+        self.clear()
+
+    def clear(self) -> None:
+        """Clear the mount away of a process that was killed."""
         subprocess.run(["umount", "-l", self.point], check=True)
         wait_for_end(self.pid)
         self.pid = 0
@@ -151,11 +157,11 @@ def wait_for_log(mount: Mount, text: str, timeout: float = 10) -> None:
 
 
 @contextlib.contextmanager
-def mounted(folder: Path, *options: str, passes: str = "") -> Iterator[Mount]:
-    """The folder, mounted beside itself; unmounted at the end whatever happens. `passes`: as `Mount.passes`."""
+def mounted(folder: Path, *options: str, passes: str = "", must: Callable[..., str] = must) -> Iterator[Mount]:
+    """The folder, mounted beside itself; unmounted at the end whatever happens. `passes` and `must`: as of `Mount`."""
     point = folder.parent / f"{folder.name}.mnt"
     point.mkdir(exist_ok=True)
-    mount = Mount(folder, point, folder.parent / f"{folder.name}.log", options=options, passes=passes)
+    mount = Mount(folder, point, folder.parent / f"{folder.name}.log", options=options, passes=passes, must=must)
     try:
         mount.mount()
         yield mount
