@@ -27,8 +27,8 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NoReturn
 
-from fvdfs import __version__, daemon, mounts
-from fvdfs.errors import FvdError, NotFvd, UsageError, leading, printable
+from fvdfs import __version__, daemon, programs
+from fvdfs.errors import NotFvd, UsageError, printable
 from fvdfs.logs import LogFormatter
 from fvdfs.mountoptions import MOUNT_OPTIONS, passphrase_file, tls_credentials
 from fvdfs.sizes import NewSize, parse_new_size, parse_size
@@ -95,8 +95,11 @@ class _Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; its exit code."""
     failed = 1
+    words = sys.argv[1:] if argv is None else list(argv)
+    if words and words[0].startswith("/"):  # no command, but what mount.fuse has of `mount -t fuse.fvdfs`
+        return programs.mount(words)
     try:
-        arguments = _parsed(sys.argv[1:] if argv is None else list(argv))
+        arguments = _parsed(words)
         failed = arguments.failed
         code = _run(arguments)
         sys.stdout.flush()
@@ -104,7 +107,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as end:  # the parser's
         return _flushed(int(end.code or 0))
     except (Exception, KeyboardInterrupt) as error:
-        return max(failed, _ended_by(error))
+        return max(failed, daemon.ended_by(error))
 
 
 def _parsed(words: list[str]) -> argparse.Namespace:
@@ -152,26 +155,8 @@ def _flushed(code: int) -> int:
     try:
         sys.stdout.flush()
     except OSError as error:
-        return _ended_by(error)
+        return daemon.ended_by(error)
     return code
-
-
-def _ended_by(error: BaseException) -> int:
-    """Say in a line why a command has ended early; its exit code. Defects are raised again."""
-    error = leading(error)
-    if isinstance(error, FvdError):
-        daemon.complain(str(error))
-        return error.exit_code
-    if isinstance(error, KeyboardInterrupt) or isinstance(error.__cause__, KeyboardInterrupt):
-        # The cause: where it came while a class was made, in an import, Python raises RuntimeError from it.
-        return daemon.INTERRUPTED
-    if isinstance(error, OSError):
-        daemon.complain(mounts.explained(error))
-    elif isinstance(error, MemoryError):
-        daemon.complain("there is not enough memory for this")
-    else:
-        raise error
-    return 1
 
 
 # --- the parser ---------------------------------------------------------------------------------
@@ -400,6 +385,9 @@ def _parser() -> argparse.ArgumentParser:
     umount = commands.add_parser("umount", help="unmount, and wait until every image is closed")
     umount.set_defaults(run=_umount)
     umount.add_argument("mountpoint", metavar="MOUNTPOINT")
+    umount.add_argument(
+        "-l", "--lazy", action="store_true", help="take it out of the tree now, though it is busy; images stay open"
+    )
     return parser
 
 
@@ -864,7 +852,7 @@ def _release(arguments: argparse.Namespace) -> int:
 def _umount(arguments: argparse.Namespace) -> int:
     from fvdfs.commands.umount import run
 
-    return run(arguments.mountpoint)
+    return run(arguments.mountpoint, lazy=arguments.lazy)
 
 
 _OF_IMAGES = (_info, _check, _amend, _profile, _rebase, _revert)

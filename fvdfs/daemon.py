@@ -30,7 +30,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, TextIO, TypeVar
 
 from fvdfs import mounts
-from fvdfs.errors import FvdError
+from fvdfs.errors import FvdError, leading
 from fvdfs.logs import ReopenLog, set_up_log
 
 if TYPE_CHECKING:
@@ -325,3 +325,21 @@ def complain(text: str) -> None:
     """Say it on stderr, if anybody still listens."""
     with contextlib.suppress(OSError):
         print(f"fvdfs: {text}", file=sys.stderr, flush=True)
+
+
+def ended_by(error: BaseException) -> int:
+    """Say in a line why a command has ended early; its exit code. Defects are raised again."""
+    error = leading(error)
+    if isinstance(error, FvdError):
+        complain(str(error))
+        return error.exit_code
+    if isinstance(error, KeyboardInterrupt) or isinstance(error.__cause__, KeyboardInterrupt):
+        # The cause: where it came while a class was made, in an import, Python raises RuntimeError from it.
+        return INTERRUPTED
+    if isinstance(error, OSError):
+        complain(mounts.explained(error))
+    elif isinstance(error, MemoryError):
+        complain("there is not enough memory for this")
+    else:
+        raise error
+    return 1

@@ -9,6 +9,8 @@ shell would.
 
 To add one, give it a row in `_ROWS` and use it in `commands/mount.py`.
 
+Beside them stand the options of mount(8), which /etc/fstab may hold for any file system: `without_those_of_mount8`.
+
 Reading options looks at nothing; `folders`, `passphrase_file` and `program` look whether what is named is there.
 """
 
@@ -135,11 +137,49 @@ _ROWS = (
         "take QEMU's image locks, and respect them, beside fvdfs's own (default: on)",
         _one_of("on", "off"),
     ),
+    Option("log_file=FILE", "like --log-file"),
     Option("allow_other", "like --allow-other"),
     Option("ro", "like --read-only"),
     Option("rw", "the default"),
 )
 MOUNT_OPTIONS = {option.form.partition("=")[0]: option for option in _ROWS}
+
+# --- the options of mount(8), "FILESYSTEM-INDEPENDENT MOUNT OPTIONS" -----------------------------
+
+_OF_THE_KERNEL = {"suid", "nosuid", "dev", "nodev", "exec", "noexec", "noatime", "nodiratime", "dirsync"}
+"""What fusermount3 has the kernel see to."""
+_OF_NO_EFFECT = {
+    # For mount(8) and systemd.
+    *("defaults", "auto", "noauto", "nofail", "_netdev", "user", "nouser", "users", "owner", "group", "silent", "loud"),
+    # What a mount of fvdfs is in any case, or what makes no difference to it.
+    *("async", "default_permissions", "atime", "diratime", "relatime", "norelatime", "strictatime", "nostrictatime"),
+    *("lazytime", "nolazytime", "symfollow", "nosymfollow", "iversion", "noiversion", "mand", "nomand"),
+}
+_OF_OTHERS = ("x-", "X-", "comment=", "user=")
+"""How options begin that are notes for other programs."""
+_OWNERS = {"uid", "gid", "umask", "fmask", "dmask"}
+
+
+def without_those_of_mount8(texts: Sequence[str], *, sloppy: bool = False) -> tuple[list[str], list[str]]:
+    """Our own options of all -o arguments, each by itself, and those of mount(8) that the kernel sees to.
+
+    `sloppy`: leave out what nobody knows. Raises UsageError for what other file systems can do, and no mount of fvdfs.
+    """
+    ours: list[str] = []
+    kernels: list[str] = []
+    for option in (option for text in texts for option in _split(_unquoted(text), ",")):
+        name = option.partition("=")[0]
+        if option == "remount":
+            raise UsageError("-o remount: the options of a mount stay; unmount it, and mount it with others")
+        if name in _OWNERS:
+            raise UsageError(f"-o {name}: a disk has the owner and the mode of its image; chown or chmod that")
+        if option in _OF_THE_KERNEL:
+            kernels.append(option)
+        elif option == "sync":
+            ours.append("sync=always")
+        elif not (option in _OF_NO_EFFECT or option.startswith(_OF_OTHERS) or (sloppy and name not in MOUNT_OPTIONS)):
+            ours.append(option.replace(",", r"\,"))
+    return ours, kernels
 
 
 def parse_mount_options(texts: Sequence[str], known: Collection[str] = MOUNT_OPTIONS.keys()) -> dict[str, str]:

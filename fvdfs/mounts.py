@@ -35,7 +35,7 @@ SHOWN = 5
 LOCK_PATIENCE = 3.0  # seconds for another one to mount, or to close its images
 LOOK_PATIENCE = 3.0  # seconds for a mount to answer
 _LOCK_RETRY = 0.02  # seconds
-_UMOUNT_NOFOLLOW = 8  # of linux/fs.h
+_MNT_DETACH, _UMOUNT_NOFOLLOW = 2, 8  # of linux/fs.h
 _AT_FDCWD, _AT_STATX_DONT_SYNC = -100, 0x4000  # of linux/fcntl.h
 _STATX_MNT_ID = 0x1000  # of linux/stat.h
 _STATX_SIZE = 256  # bytes of struct statx
@@ -61,9 +61,9 @@ def mount_at(path: str) -> MountPoint | None:
     return at.get(there) or at.get(os.path.realpath(there))
 
 
-def umount(mount: MountPoint) -> None:
+def umount(mount: MountPoint, *, lazy: bool) -> None:
     """The system call; umount(8) would ask the mount first, and wait for one that hangs. Raises OSError."""
-    if _libc.umount2(os.fsencode(mount.path), _UMOUNT_NOFOLLOW):
+    if _libc.umount2(os.fsencode(mount.path), _UMOUNT_NOFOLLOW | _MNT_DETACH * lazy):
         number = ctypes.get_errno()
         raise OSError(number, os.strerror(number), mount.path)
 

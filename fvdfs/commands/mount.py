@@ -13,7 +13,15 @@ from dataclasses import replace
 from fvdfs import daemon, mounts
 from fvdfs.errors import UsageError
 from fvdfs.logs import ReopenLog
-from fvdfs.mountoptions import folders, listed, parse_mount_options, passphrase_file, program, tls_credentials
+from fvdfs.mountoptions import (
+    folders,
+    listed,
+    parse_mount_options,
+    passphrase_file,
+    program,
+    tls_credentials,
+    without_those_of_mount8,
+)
 from fvdfs.sizes import parse_size
 from fvdfs.store.locations import is_local
 from fvdfs.store.paths import real_path, within
@@ -29,12 +37,17 @@ def run(
     allow_other: bool,
     log_file: str,
     debug: bool,
+    sloppy: bool = False,
+    fake: bool = False,
 ) -> int:
     """Mount the images of a folder; return when requests are answered, or, in the foreground, when it is unmounted.
 
-    `options`: the arguments of -o. Returns the exit code. Raises UsageError.
+    `options`: the arguments of -o; `sloppy`: unknown ones are left out. `fake`: mount nothing, but refuse what would be
+    refused before. Returns the exit code. Raises UsageError.
     """
-    chosen = parse_mount_options(options)
+    own_options, kernel_options = without_those_of_mount8(options, sloppy=sloppy)
+    chosen = parse_mount_options(own_options)
+    log_file = log_file or chosen.get("log_file", "")
     folder, mountpoint = os.path.realpath(folder), os.path.abspath(mountpoint)
     _check_places(folder, mountpoint)
     if read_only and "rw" in chosen:
@@ -54,6 +67,9 @@ def run(
     log_file = os.path.abspath(log_file) if log_file else ""
     if log_file and within(real_path(log_file), os.path.realpath(mountpoint)):
         raise UsageError(f"--log-file {log_file}: would be hidden by the mount; choose another one")
+
+    if fake:
+        return 0
 
     def serve_folder(ready: Callable[[], None], reopen_log: ReopenLog) -> None:
         from fvdfs.commands.newdisks import new_disks
@@ -89,6 +105,7 @@ def run(
             mountpoint=mountpoint,
             policy=policy,
             allow_other=allow_other or "allow_other" in chosen,
+            kernel_options=tuple(kernel_options),
             writeback=Writeback(chosen.get("writeback", "auto")),
             io_uring=chosen.get("io_uring") != "off",
             shrink="shrink" in chosen,

@@ -26,10 +26,11 @@ PATIENCE_CLOSING = 3.0  # seconds, until it is said that images are still being 
 LOOK = 0.02  # seconds between two looks
 
 
-def run(mountpoint: str) -> int:
+def run(mountpoint: str, *, lazy: bool = False) -> int:
     """Unmount, and wait until every image is closed. The exit code: 0, 1 where it is refused, `STILL_OPEN`.
 
-    Raises UsageError where fvdfs is not mounted there.
+    `lazy`: also where it is busy; then the images stay open until nobody uses them any more. Raises UsageError where
+    fvdfs is not mounted there.
     """
     mountpoint = os.path.abspath(mountpoint)
     mount = mounts.mount_at(mountpoint)
@@ -37,7 +38,7 @@ def run(mountpoint: str) -> int:
         raise UsageError(f"{mountpoint}: fvdfs is not mounted there")
     daemon = _Daemon(mount)
     try:
-        reason = _unmount_now(mount)
+        reason = _unmount_now(mount, lazy=lazy)
         if reason:
             complain(f"{mountpoint}: {reason}")
             return 1
@@ -46,18 +47,18 @@ def run(mountpoint: str) -> int:
         daemon.close()
 
 
-def _unmount_now(mount: MountPoint) -> str:
+def _unmount_now(mount: MountPoint, *, lazy: bool) -> str:
     """Unmount; the reason where it is refused."""
     if os.geteuid() == 0:
         try:
-            mounts.umount(mount)
+            mounts.umount(mount, lazy=lazy)
         except OSError as error:
             if error.errno != errno.EBUSY:
                 return error.strerror or str(error)
         else:
             return ""
     else:
-        command = ["fusermount3", "-u", mount.path]
+        command = ["fusermount3", "-u", *["-z"] * lazy, mount.path]
         try:
             result = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
         except FileNotFoundError:

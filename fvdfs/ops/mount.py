@@ -66,6 +66,8 @@ class MountOptions:
     mountpoint: str
     policy: Policy
     allow_other: bool = False
+    kernel_options: tuple[str, ...] = ()
+    """Options of mount(8) that the kernel sees to, such as noexec."""
     writeback: Writeback = Writeback.AUTO
     io_uring: bool = True
     shrink: bool = False
@@ -103,6 +105,7 @@ def serve(options: MountOptions, ready: Callable[[], None], reopen_log: ReopenLo
         filesystem.daemon = json.dumps(_identity(claim)).encode()
         daemon.note_signals()
         words = ["allow_other"] * options.allow_other + ["ro"] * (not options.policy.writable)
+        words += options.kernel_options
         kernel = attach(options.mountpoint, options.folder, words)
         # Not by a look at the mount point: nothing is answered yet.
         mount = next((mount for mount in reversed(mount_points()) if mount.path == point), None)
