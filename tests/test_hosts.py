@@ -1,4 +1,4 @@
-"""The hosts of tests that need several: they reach each other, and a link can be cut."""
+"""The hosts of tests that need several: they reach each other, a link can be cut, a guest tells how it fares."""
 
 from __future__ import annotations
 
@@ -6,8 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+from support.guest import CommandError, drive
 from support.hosts import Host, joined_hosts, needs_hosts, two_hosts
-from support.mounts import MIB, must
+from support.mounts import MIB, must, wait_until
+from support.witness import Witness, follow, move
 
 pytestmark = needs_hosts
 
@@ -76,3 +80,29 @@ def test_a_host_crashes_and_comes_back(folder: Path) -> None:
             assert reaches(three, two)
             mount.mount()
     assert not any(host.namespace.exists() for host in (one, two, three))
+
+
+def test_a_guest_tells_what_it_went_through(tmp_path: Path) -> None:
+    """Over a file that both hosts have, with a move; and one that finds other data than it wrote."""
+    raw = tmp_path / "disk.raw"
+    witness = Witness(tmp_path, 16)
+    witness.fill(raw)
+    with two_hosts() as (source, target, _):
+        here = witness.boot(source, drive(raw, cache="none"))
+        here.wait_for(3)
+        address = f"tcp:{target.address}:4444"
+        there = witness.boot(target, drive(raw, cache="none"), incoming=address)
+        assert move(here, address)["downtime"] > 0
+        there.wait_for(3)
+        course = follow(here, there)
+        assert course.is_right, course
+        assert len(course.ticks) >= 6
+        assert 0 < course.gap < 10
+        there.monitor("stop")
+        assert "wrong=0 failed=0" in witness.check(raw)
+        witness.reset(raw)  # what it wrote is gone
+        there.monitor("cont")
+        wait_until(lambda: not follow(here, there).is_right)
+        with pytest.raises(CommandError, match="WRONG"):
+            there.monitor("stop")
+            witness.check(raw)

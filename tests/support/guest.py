@@ -159,12 +159,12 @@ poweroff -f
 """
 
 
-def build_initrd(dir: Path, init_script: str, extra_modules: Iterable[str] = ()) -> Path:
+def build_initrd(dir: Path, init_script: str, extra_modules: Iterable[str] = (), programs: Iterable[Path] = ()) -> Path:
     """Make an initrd in the directory `dir` whose guest runs a shell script; return its path.
 
     The script runs under `sh -eu` with all of busybox in PATH and with /dev, /proc and /sys
     mounted; the disk is /dev/vda. The guest powers off when the script ends. `extra_modules`
-    names kernel modules to load besides those of the disk ("ext4", say).
+    names kernel modules to load besides those of the disk ("ext4", say); `programs`, linked statically, are in PATH.
     """
     _, version = find_kernel()
     root = dir / "initrd.d"
@@ -172,7 +172,8 @@ def build_initrd(dir: Path, init_script: str, extra_modules: Iterable[str] = ())
         shutil.rmtree(root)
     (root / "bin").mkdir(parents=True)
     (root / "modules").mkdir()
-    shutil.copy(find_program("busybox"), root / "bin/busybox")
+    for program in (Path(find_program("busybox")), *programs):
+        shutil.copy(program, root / "bin")
     modules = ["virtio_pci", "virtio_blk", *extra_modules]
     for number, module in enumerate(_module_files(version, modules)):
         content = module.read_bytes()
