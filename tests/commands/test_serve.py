@@ -201,6 +201,7 @@ def test_it_ends_with_the_mount_that_it_serves_from(mount: Mount, tmp_path: Path
         assert server.stdout is not None
         assert server.stdout.readline()
         server.send_signal(signal.SIGSTOP)  # so that it sees nothing of the time between
+        wait_until(lambda: "State:\tT" in Path(f"/proc/{server.pid}/status").read_text())
         mount.kill()
         mount.mount()
         server.send_signal(signal.SIGCONT)
