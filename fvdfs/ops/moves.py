@@ -31,7 +31,7 @@ import trio
 from fvdfs.errors import FvdError, MovedAway, Unreachable, UsageError
 from fvdfs.format import migration
 from fvdfs.format.mailbox import Wish
-from fvdfs.format.migration import Incoming, Record, Target
+from fvdfs.format.migration import Incoming, Record, Source, Target
 from fvdfs.image.chain import open_named
 from fvdfs.image.image import Image
 from fvdfs.image.locking import lock_for_writing, unlock_for_writing
@@ -43,7 +43,7 @@ from fvdfs.ops.openings import Openings
 from fvdfs.ops.passthrough import Passthrough
 from fvdfs.ops.snapshots import begin_copies, stop_copies
 from fvdfs.store.host import HostFile
-from fvdfs.store.locations import parse_location
+from fvdfs.store.locations import Location, parse_location
 from fvdfs.store.qemu_store import QemuStore
 from fvdfs.store.source import ask
 
@@ -66,6 +66,7 @@ async def take_step(openings: Openings, entry: Entry, text: str) -> None:
         with trio.CancelScope(shield=True):
             async with _opened(openings, entry) as image:
                 await _change(openings, entry, image, event)
+                _pass_release_on(openings, entry, image)
     except (FvdError, OSError) as error:
         entry.move_refused = str(error) if isinstance(error, FvdError) else error.strerror or str(error)
         if isinstance(error, UsageError):
@@ -150,12 +151,27 @@ async def _follow(openings: Openings, entry: Entry, image: Image, into: Incoming
             return  # the next opening sees to it, or it is a snapshot's by now
         entry.record = migration.complete(entry.record)
         await trio.to_thread.run_sync(write_record, image.meta, entry.record)
+    await _tell_source(openings, image.name, location, into, "all is local")
+
+
+def _pass_release_on(openings: Openings, entry: Entry, image: Image) -> None:
+    """The disk went on to a third host before all of it was here: once that has all, it needs no source."""
+    into, out, spawn = entry.record.incoming, entry.record.outgoing, openings.background.spawn
+    if into is None or into.state is not Target.ACTIVE or out is None or out.state is not Source.RELEASED:
+        return
+    if spawn is not None:
+        location = parse_location(image.header.base_img)
+        why = f"{out.name or out.target} has all of it"
+        spawn(functools.partial(_tell_source, openings, image.name, location, into, why))
+
+
+async def _tell_source(openings: Openings, name: str, location: Location, into: Incoming, why: str) -> None:
     try:
         await ask(location, openings.folder.policy.tls_creds, into, Wish.RELEASE, ASKED_PATIENCE)
     except (FvdError, OSError) as error:
-        log.warning("%s: all is local; its source could not be told, run fvdfs release there: %s", image.name, error)
+        log.warning("%s: %s; its source could not be told, run fvdfs release there: %s", name, why, error)
     else:
-        log.info("%s: all is local, and its source released", image.name)
+        log.info("%s: %s, and its source released", name, why)
 
 
 def _event(text: str) -> Event:
