@@ -131,10 +131,10 @@ class Machine:
         self.process.wait()
 
 
-def move(source: Machine, to: str, at_switchover: Callable[[], object] | None = None) -> dict[str, Any]:
+def move(source: Machine, to: str, at_switchover: Callable[[Connection], object] | None = None) -> dict[str, Any]:
     """Move a machine, as QEMU's `migrate`; what `query-migrate` says at the end.
 
-    `at_switchover` is called while neither machine runs.
+    `at_switchover` is called with the source's monitor while neither machine runs.
     """
     capabilities = {"events": True, "pause-before-switchover": at_switchover is not None}
     source.monitor(
@@ -148,11 +148,11 @@ def move(source: Machine, to: str, at_switchover: Callable[[], object] | None = 
             found: dict[str, Any] = connection.call("query-migrate", _ANSWER)
             status = found.get("status")
             if status == "pre-switchover" and at_switchover is not None:
-                at_switchover()
+                at_switchover(connection)
                 connection.call("migrate-continue", _ANSWER, state="pre-switchover")
                 at_switchover = None
             assert status not in ("failed", "cancelled"), found
-            if status == "completed":
+            if status == "completed" and found["total-time"]:  # the times come a moment after the status
                 return found
             time.sleep(0.005)
 

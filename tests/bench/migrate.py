@@ -1,0 +1,427 @@
+"""A running guest moves to another host and its disk follows, next to what QEMU does: mirroring, or shared storage.
+
+    python tests/bench/migrate.py [--only fvdfs,mirror,shared,alone] [--size SIZE] [--percent N] [--memory MIB]
+        [--bits N] [--delay-us N] [--rounds N] [--work DIR] [--json FILE]
+    python tests/bench/migrate.py --guests 10 [--size SIZE] ...
+
+Two hosts (network namespaces) are joined by a link of 1 Gbit/s and 0.5 ms each way. The guest (`support/witness.py`)
+has a disk of 20 GiB, 30 % full. Ten times a second it appends to a log, flushes, rewrites hot blocks, and verifies what
+it reads; 128 MiB of its memory change. The candidates take turns, and each has a cold cache:
+
+- `shared`: QEMU's own migration, of a raw file that both hosts see. What a move takes without its disk.
+- `mirror`: QEMU's own storage migration: `blockdev-mirror` of qcow2 over NBD, then the memory.
+- `fvdfs`: `serve`, `receive`, then QEMU's migration. The disk follows. Before that, `nbdcopy` copies the disk over the
+  same link, from the same server, while the guest runs.
+- `alone`: as `fvdfs`, but nothing is fetched ahead in the first seconds: what the guest reads by copy-on-read alone.
+
+Times to the target are from the first command to the guest's first line there, the start of QEMU there included. Bytes
+over the link are frames from the source to the target, less QEMU's own count of the memory. With `--guests`, so many
+guests, each with a disk of its own of 1 GiB, are moved at once, by fvdfs. Each run ends with an error where the guest
+has seen anything wrong, and a check of all of the disk.
+
+Needs root, a machine that is otherwise idle, gcc, libnbd-bin, qemu-utils, qemu-system-x86, busybox-static, cpio and
+linux-image-cloud-amd64; in the folder of work, three times what is allocated on the disk.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from bench.lab import MIB, command, drop_caches
+from bench.report import Report
+from fvdfs.qmp import Connection
+from fvdfs.sizes import parse_size
+from support.guest import drive
+from support.hosts import Host, Link, two_hosts
+from support.mounts import FVDFS, Mount, must, wait_until
+from support.witness import Course, Machine, Tick, Witness, follow, move
+
+BEFORE = 30  # ticks of the guest at the source
+FIRST = 20.0  # seconds at the target that are compared
+RAM_PORT, NBD_PORT = 4444, "10810"
+MOST = 600.0  # seconds for a disk to follow
+
+
+@dataclass
+class Bench:
+    """Where to work, what the disk and the link are, and the figures."""
+
+    work: Path
+    mib: int
+    percent: int
+    memory: int
+    dirty: int
+    hz: int
+    bits: float
+    delay_us: int
+    report: Report
+    is_checked: bool
+
+    @functools.cached_property
+    def witness(self) -> Witness:
+        return Witness(self.work, self.mib, percent=self.percent, hz=self.hz, dirty=self.dirty)
+
+    @functools.cached_property
+    def raw(self) -> Path:
+        """A filled disk that is a raw file."""
+        file = self.work / "disk.raw"
+        self.witness.fill(file)
+        return file
+
+    def hosts(self) -> Any:
+        return two_hosts(bits=self.bits, delay_us=self.delay_us)
+
+    def boot(self, host: Host, drive: Sequence[str], incoming: str = "") -> Machine:
+        return self.witness.boot(host, drive, incoming=incoming, memory=self.memory)
+
+    def judge(self, course: Course, disk: Path) -> None:
+        if not course.is_right:
+            raise RuntimeError(f"the guest has seen: {course.lost} {course.complaints}")
+        if self.is_checked:
+            print(self.witness.check(disk).strip(), file=sys.stderr)
+
+
+def address(host: Host, number: int = 0) -> str:
+    return f"tcp:{host.address}:{RAM_PORT + number}"
+
+
+def first_tick(machine: Machine) -> float:
+    machine.wait_for(1)
+    return machine.ticks[0].when
+
+
+def milliseconds(values: Sequence[int], percent: float) -> float:
+    """A percentile of microseconds."""
+    return sorted(values)[int(len(values) * percent / 100)] / 1000
+
+
+def reads(ticks: Sequence[Tick], start: float, stop: float) -> list[int]:
+    return [read for tick in ticks if start <= tick.when < stop for read in tick.reads]
+
+
+def add_move(bench: Bench, who: str, done: dict[str, Any], course: Course, to_target: float) -> None:
+    bench.report.add("downtime, as QEMU tells it", "ms", who, done["downtime"])
+    bench.report.add("longest time between two lines of the guest", "s", who, course.gap)
+    bench.report.add("from the command to the guest's first line at the target", "s", who, to_target)
+    bench.report.add("memory over the link", "MB", who, done["ram"]["transferred"] / 1e6)
+
+
+def shared(bench: Bench) -> None:
+    """QEMU's own, with a file that both hosts see."""
+    disk = drive(bench.raw, cache="none")
+    bench.witness.reset(bench.raw)
+    with bench.hosts() as (here, there, _):
+        source = bench.boot(here, disk)
+        source.wait_for(BEFORE)
+        drop_caches()
+        began = time.monotonic()
+        target = bench.boot(there, disk, incoming=address(there))
+        done = move(source, address(there))
+        to_target = first_tick(target) - began
+        time.sleep(3)
+        course = follow(source, target)
+        target.kill()
+        bench.judge(course, bench.raw)
+        add_move(bench, "shared", done, course, to_target)
+
+
+def qcow2_drive(file: Path) -> list[str]:
+    node = f"driver=qcow2,node-name=disk,file.driver=file,file.filename={file},cache.direct=on,file.cache.direct=on"
+    return ["-blockdev", node, "-device", "virtio-blk-pci,drive=disk"]
+
+
+def mirror(bench: Bench) -> None:
+    """QEMU's own, with a qcow2 image at each host."""
+    file, copy = bench.work / "source.qcow2", bench.work / "target.qcow2"
+    bench.witness.reset(bench.raw)
+    command("qemu-img", "convert", "-f", "raw", "-O", "qcow2", "-W", bench.raw, file)
+    command("qemu-img", "create", "-q", "-f", "qcow2", copy, str(bench.mib * MIB))
+    with bench.hosts() as (here, there, link):
+        source = bench.boot(here, qcow2_drive(file))
+        source.wait_for(BEFORE)
+        drop_caches()
+        began, before = time.monotonic(), link.bytes()[0]
+        target = bench.boot(there, qcow2_drive(copy), incoming=address(there))
+        server = {"type": "inet", "host": there.address, "port": NBD_PORT}
+        listen = {"type": "inet", "data": {"host": there.address, "port": NBD_PORT}}
+        target.monitor("nbd-server-start", addr=listen)
+        target.monitor(
+            "block-export-add", **{"type": "nbd", "id": "e", "node-name": "disk", "name": "disk", "writable": True}
+        )
+        source.monitor("blockdev-add", **{"driver": "nbd", "node-name": "copy", "server": server, "export": "disk"})
+        source.monitor("blockdev-mirror", **{"job-id": "m", "device": "disk", "target": "copy", "sync": "full"})
+        wait_until(lambda: any(job["ready"] for job in source.monitor("query-block-jobs")), MOST)
+        bench.report.add("mirroring until memory may go", "s", "mirror", time.monotonic() - began)
+
+        def finish(monitor: Connection) -> None:
+            monitor.call("block-job-cancel", MOST, device="m")
+            wait_until(lambda: not monitor.call("query-block-jobs", MOST), MOST)
+            target.monitor("block-export-del", id="e", mode="hard")
+
+        done = move(source, address(there), finish)
+        to_target = first_tick(target) - began
+        crossed = link.bytes()[0] - before - done["ram"]["transferred"]
+        time.sleep(3)
+        course = follow(source, target)
+        target.kill()
+        if not course.is_right:
+            raise RuntimeError(f"the guest has seen: {course.lost} {course.complaints}")
+        add_move(bench, "mirror", done, course, to_target)
+        bench.report.add("bytes over the link, of those allocated", "", "mirror", crossed / allocated(file))
+        during = [read for tick in course.ticks if began <= tick.when < began + to_target for read in tick.reads]
+        add_reads(bench, "reads while the disk is copied", "mirror", during)
+    file.unlink()
+    copy.unlink()
+
+
+def allocated(file: Path) -> int:
+    return file.stat().st_blocks * 512
+
+
+def add_reads(bench: Bench, what: str, who: str, found: Sequence[int], goal: str = "") -> None:
+    bench.report.add(f"{what}, median", "ms", who, milliseconds(found, 50))
+    bench.report.add(f"{what}, p99", "ms", who, milliseconds(found, 99), goal)
+
+
+@contextmanager
+def mounts(bench: Bench, here: Host, there: Host, *options: str) -> Iterator[tuple[Mount, Mount]]:
+    """At the source the folder with the disk, as it was filled; at the target an empty one."""
+    folder = bench.work / "source"
+    if not folder.exists():
+        folder.mkdir()
+        must("create", folder / "vm.fvd", str(bench.mib * MIB))
+        with here.mounted(folder) as source:
+            bench.witness.fill(source.raw("vm"))
+    target_folder = Path(tempfile.mkdtemp(dir=bench.work, prefix="target-"))
+    allow = ",".join([f"allow_url=nbd://{here.address}/", *options])
+    with here.mounted(folder) as source, there.mounted(target_folder, "-o", allow) as target:
+        if source.status("vm")["move_reason"]:
+            must("thaw", "--lose-writes", source.raw("vm"))
+        bench.witness.reset(source.raw("vm"))
+        yield source, target
+    for file in target_folder.iterdir():
+        file.unlink()
+
+
+@dataclass
+class Arrived:
+    """A guest that was moved by fvdfs."""
+
+    source: Machine
+    target: Machine
+    began: float
+    first: float
+    done: dict[str, Any]
+
+    def kill(self) -> None:
+        self.source.kill()
+        self.target.kill()
+
+
+@contextmanager
+def serving(host: Host, *disks: Path) -> Iterator[list[str]]:
+    """Where they are."""
+    process = host.popen(*FVDFS, "serve", *disks, "--listen", host.address, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    yield [process.stdout.readline().strip() for _ in disks]
+    process.terminate()
+    process.wait()
+
+
+def moved(
+    bench: Bench, source: Machine, there: Host, target: Mount, url: str, began: float, number: int = 0
+) -> Arrived:
+    """Receive the disk, and move the machine."""
+    name = url.rpartition("/")[2]
+    there.must("receive", url, target.folder / f"{name}.fvd")
+    machine = bench.boot(there, drive(target.raw(name), cache="none"), incoming=address(there, number))
+    done = move(source, address(there, number))
+    return Arrived(source, machine, began, first_tick(machine), done)
+
+
+def copy_by_nbdcopy(bench: Bench, here: Host, there: Host, link: Link, raw: Path) -> float:
+    """Seconds, and the bytes, that nbdcopy needs for the same."""
+    copy = bench.work / "copy.raw"
+    with serving(here, raw) as (url,):
+        before, began = link.bytes()[0], time.monotonic()
+        done = there.run("nbdcopy", url, copy, timeout=MOST)
+        took = time.monotonic() - began
+        if done.code:
+            raise RuntimeError(done.err)
+        crossed = link.bytes()[0] - before
+    bench.report.add("bytes over the link, of those allocated", "", "nbdcopy", crossed / allocated(copy))
+    bench.report.add("all is local", "s", "nbdcopy", took)
+    copy.unlink()
+    return took
+
+
+def by_fvdfs(bench: Bench) -> None:
+    with bench.hosts() as (here, there, link), mounts(bench, here, there) as (source, target):
+        machine = bench.boot(here, drive(source.raw("vm"), cache="none"))
+        machine.wait_for(BEFORE)
+        drop_caches()
+        nbdcopy = copy_by_nbdcopy(bench, here, there, link, source.raw("vm"))
+        drop_caches()
+        time.sleep(3)
+        began, before = time.monotonic(), link.bytes()[0]
+        with serving(here, source.raw("vm")) as (url,):
+            arrived = moved(bench, machine, there, target, url, began)
+            data = allocated(source.folder / "vm.fvd")
+            wait_until(lambda: target.status("vm")["move"] == "local", MOST)
+            local = time.monotonic()
+            crossed = link.bytes()[0] - before - arrived.done["ram"]["transferred"]
+            wait_until(lambda: source.status("vm")["move"] == "released")
+            time.sleep(3)
+        course = follow(machine, arrived.target)
+        arrived.kill()
+        bench.judge(course, target.raw("vm"))
+        add_move(bench, "fvdfs", arrived.done, course, arrived.first - began)
+        report = bench.report
+        report.add("bytes over the link, of those allocated", "", "fvdfs", crossed / data)
+        report.add("all is local", "s", "fvdfs", local - arrived.first)
+        report.add("all is local, of what nbdcopy takes", "", "fvdfs", (local - arrived.first) / nbdcopy, "<= 1.1")
+        add_reads(bench, "reads at the source", "fvdfs", reads(course.ticks, 0, began))
+        add_reads(bench, "reads while the disk is copied", "fvdfs", reads(course.ticks, arrived.first, local))
+        early = reads(course.ticks, arrived.first, min(arrived.first + FIRST, local))
+        add_reads(bench, f"reads in the first {FIRST:g} s", "fvdfs", early)
+        add_reads(bench, "reads afterwards", "fvdfs", reads(course.ticks, local + 0.5, local + 100))
+
+
+def alone(bench: Bench) -> None:
+    with bench.hosts() as (here, there, _), mounts(bench, here, there) as (source, target):
+        machine = bench.boot(here, drive(source.raw("vm"), cache="none"))
+        machine.wait_for(BEFORE)
+        drop_caches()
+        with serving(here, source.raw("vm")) as (url,):
+            arrived = moved(bench, machine, there, target, url, time.monotonic())
+            must("prefetch", "pause", target.raw("vm"))
+            time.sleep(FIRST)
+            course = follow(machine, arrived.target)
+            arrived.kill()
+        if not course.is_right:
+            raise RuntimeError(f"the guest has seen: {course.lost} {course.complaints}")
+        early = reads(course.ticks, arrived.first, arrived.first + FIRST)
+        add_reads(bench, f"reads in the first {FIRST:g} s", "copy-on-read alone", early)
+
+
+def many(bench: Bench, count: int) -> None:
+    """So many guests at once."""
+    folder, target_folder = bench.work / "source", bench.work / "target"
+    folder.mkdir()
+    target_folder.mkdir()
+    names = [f"vm{number}" for number in range(count)]
+    for name in names:
+        must("create", folder / f"{name}.fvd", str(bench.mib * MIB))
+    with (
+        bench.hosts() as (here, there, link),
+        here.mounted(folder) as source,
+        there.mounted(target_folder, "-o", f"allow_url=nbd://{here.address}/") as target,
+        ThreadPoolExecutor(count) as threads,
+    ):
+        for name in names:
+            bench.witness.fill(source.raw(name))
+        machines = [bench.boot(here, drive(source.raw(name), cache="none")) for name in names]
+        for machine in machines:
+            machine.wait_for(BEFORE, 600)
+        drop_caches()
+        began, before = time.monotonic(), link.bytes()[0]
+        with serving(here, *(source.raw(name) for name in names)) as urls:
+            found = list(
+                threads.map(
+                    lambda number: moved(bench, machines[number], there, target, urls[number], began, number),
+                    range(count),
+                )
+            )
+            data = sum(allocated(file) for file in folder.glob("*.fvd"))
+            wait_until(lambda: all(target.status(name)["move"] == "local" for name in names), MOST)
+            local = time.monotonic()
+            crossed = link.bytes()[0] - before - sum(one.done["ram"]["transferred"] for one in found)
+            wait_until(lambda: all(source.status(name)["move"] == "released" for name in names))
+        courses = [follow(one.source, one.target) for one in found]
+        for one in found:
+            one.kill()
+        for name, course in zip(names, courses, strict=True):
+            bench.judge(course, target.raw(name))
+        what = f"{count} guests at once"
+        report = bench.report
+        report.add(f"{what}: all run at the target after", "s", "fvdfs", max(one.first for one in found) - began)
+        report.add(f"{what}: median downtime", "ms", "fvdfs", statistics.median(one.done["downtime"] for one in found))
+        report.add(f"{what}: longest downtime", "ms", "fvdfs", max(one.done["downtime"] for one in found))
+        report.add(f"{what}: longest time between two lines", "s", "fvdfs", max(course.gap for course in courses))
+        report.add(f"{what}: all is local after", "s", "fvdfs", local - began)
+        report.add(f"{what}: bytes over the link, of those allocated", "", "fvdfs", crossed / data)
+
+
+def ratios(report: Report) -> None:
+    """The goals, where there is what they need."""
+
+    def median(what: str, unit: str, who: str) -> float:
+        return report.median(what, unit, who)
+
+    to_target = ("from the command to the guest's first line at the target", "s")
+    early = (f"reads in the first {FIRST:g} s, p99", "ms")
+    wanted: list[tuple[str, str, tuple[str, str], str, Callable[[float, float], float], str]] = [
+        ("downtime, beyond shared's", "ms", ("downtime, as QEMU tells it", "ms"), "shared", lambda a, b: a - b, "<= 0"),
+        ("at the target, after shared", "s", to_target, "shared", lambda a, b: a - b, "<= 0.3"),
+        ("at the target, times as soon as mirror", "", to_target, "mirror", lambda a, b: b / a, ">= 20"),
+        ("early reads' p99, of copy-on-read's alone", "", early, "copy-on-read alone", lambda a, b: a / b, "<= 2"),
+    ]
+    for what, unit, figure, other, relation, goal in wanted:
+        mine, theirs = median(*figure, "fvdfs"), median(*figure, other)
+        if mine and theirs:
+            report.add(what, unit, "fvdfs", relation(mine, theirs), goal)
+
+
+CANDIDATES = {"shared": shared, "mirror": mirror, "fvdfs": by_fvdfs, "alone": alone}
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default=",".join(CANDIDATES), metavar="NAME,...")
+    parser.add_argument("--size", type=parse_size, help="of the disk (20G; with --guests 1G)")
+    parser.add_argument("--percent", type=int, default=30, help="of the disk that holds data (%(default)s)")
+    parser.add_argument("--memory", type=int, default=384, help="MiB of a guest (%(default)s)")
+    parser.add_argument("--bits", type=float, default=1e9, help="a second, over the link (1e9)")
+    parser.add_argument("--delay-us", type=int, default=500, help="over the link, each way (%(default)s)")
+    parser.add_argument("--guests", type=int, default=1, help="that are moved at once (%(default)s)")
+    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--no-check", action="store_true", help="do not read the whole disk in the end")
+    parser.add_argument("--work", type=Path, help="a folder on the disk to use (default: the temporary folder)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="keep the figures there, and count those there")
+    arguments = parser.parse_args(words)
+    report = Report(arguments.json)
+    with tempfile.TemporaryDirectory(dir=arguments.work, prefix="migrate-") as name:
+        is_one = arguments.guests == 1
+        size = arguments.size or ((20 if is_one else 1) << 30)
+        dirty, hz = (128, 10) if is_one else (0, 2)
+        bench = Bench(
+            *(Path(name), size // MIB, arguments.percent, arguments.memory if is_one else 160, dirty, hz),
+            *(arguments.bits, arguments.delay_us, report, not arguments.no_check),
+        )
+        with suppress(KeyboardInterrupt):
+            for _ in range(arguments.rounds):
+                if is_one:
+                    for candidate in arguments.only.split(","):
+                        CANDIDATES[candidate](bench)
+                else:
+                    many(bench, arguments.guests)
+    ratios(report)
+    print(report.table())
+
+
+if __name__ == "__main__":
+    main()
