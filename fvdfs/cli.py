@@ -464,6 +464,16 @@ def _add_moves(commands: argparse._SubParsersAction[_Parser]) -> None:
     activate.set_defaults(run=_activate)
     activate.add_argument("disk", metavar="DISK", help="a raw file in a mount")
 
+    abandon = commands.add_parser(
+        "abandon",
+        help="give up a move at its target, which has not taken the disk over: its source goes on",
+        description="For good: the image is never written again, and may be removed. The source is told, and needs no "
+        "fvdfs thaw --lose-writes then. What has been taken over is refused.",
+    )
+    abandon.set_defaults(run=_abandon)
+    abandon.add_argument("disk", metavar="DISK", help="a raw file in a mount, or an image that is not open")
+    _add_tls_creds(abandon)
+
     freeze = commands.add_parser("freeze", help="have nobody write a disk on this host, since it moves to another")
     freeze.set_defaults(run=_freeze)
     freeze.add_argument("disk", metavar="DISK", help="a raw file in a mount, or an image that is not open")
@@ -829,6 +839,12 @@ def _activate(arguments: argparse.Namespace) -> int:
     from fvdfs.commands.receive import run_activate
 
     return run_activate(arguments.disk)
+
+
+def _abandon(arguments: argparse.Namespace) -> int:
+    from fvdfs.commands.receive import run_abandon
+
+    return run_abandon(arguments.disk)
 
 
 def _freeze(arguments: argparse.Namespace) -> int:

@@ -1,22 +1,25 @@
-"""`fvdfs receive` and `fvdfs activate`: a disk comes from another host. Blocks."""
+"""`fvdfs receive`, `activate` and `abandon`: a disk comes from another host, or does not. Blocks."""
 
 from __future__ import annotations
 
 import functools
 
 from fvdfs import daemon
-from fvdfs.commands.attributes import explained
+from fvdfs.commands.attributes import explained, or_by_mount
 from fvdfs.commands.create import create_image, never_appears
 from fvdfs.commands.migration import ask_mount
 from fvdfs.errors import UsageError, named
+from fvdfs.format import migration
 from fvdfs.format.creation import CreateOptions
 from fvdfs.format.header import PAGE
 from fvdfs.format.migration import Incoming, Record, Target
+from fvdfs.image.chain import open_chain
 from fvdfs.image.migration import new_number
-from fvdfs.image.policy import given_tls_creds
+from fvdfs.image.policy import Policy, given_tls_creds
+from fvdfs.layers.move import change_record
 from fvdfs.store.locations import is_local, parse_location
 from fvdfs.store.references import RAW
-from fvdfs.store.source import epoch_of
+from fvdfs.store.source import ASKED_PATIENCE, epoch_of, tell_of_end
 
 FOLLOW_DELAY = 1  # seconds after which all that is missing is copied, once the disk is written here
 
@@ -49,4 +52,22 @@ def run_activate(raw: str) -> int:
         raise UsageError(f"{raw}: name the raw file in its mount")
     with explained(raw):
         ask_mount(raw, "activate")
+    return 0
+
+
+def run_abandon(disk: str) -> int:
+    """Give a move up at its target, and tell the source. Raises UsageError, ImageBusy, ImageError, OSError."""
+    if disk.endswith(".raw"):
+        with explained(disk):
+            ask_mount(disk, "abandon")
+        return 0
+    with or_by_mount():
+        change_record(disk, migration.abandon)
+    layer = open_chain(disk, Policy(), top_only=True).layers[0]
+    try:
+        source, into = parse_location(layer.header.base_img), layer.record().incoming
+    finally:
+        layer.meta.close()
+    assert into is not None
+    daemon.run_loop(functools.partial(tell_of_end, source, given_tls_creds.get(), into, ASKED_PATIENCE))
     return 0

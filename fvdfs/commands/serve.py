@@ -137,8 +137,9 @@ class _Disk:
 
     def _do(self, server: NbdServer, question: Question) -> None:
         words = f"{question.epoch} {question.target}"
-        if question.wish is Wish.RELEASE:
-            self._follow(server, ask_mount(self.raw, f"release {words}"))
+        if question.wish is not Wish.HAND_OVER:
+            step = "release" if question.wish is Wish.RELEASE else "go-on"
+            self._follow(server, ask_mount(self.raw, f"{step} {words}"))
             return
         with kept_from_qemu(self.raw):
             flush(self.raw)

@@ -31,6 +31,8 @@ class Wish(enum.Enum):
     """That the disk be frozen, and given to this target alone."""
     RELEASE = "release"
     """Nothing more: it has all."""
+    GO_ON = "go on without it"
+    """That the disk be written there again: it has never written to it, and never will."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,6 +4,7 @@ While a disk moves there are two images of it, the source and the target that st
 written. Each says in a record of its own in which state it is (docs/migration.md has the whole table):
 
     source  none → serving → frozen → moved → released          target  receiving → active → local
+                                                                   ↘ abandoned
 
 `serving` draws an epoch, a random number that names this one move. `moved` names the target that has taken the disk
 over, by another random number, so that no second target can. The record is a sector of the header's padding, which is
@@ -52,6 +53,8 @@ class Target(enum.Enum):
     """The disk is written here. The source is frozen, and gives what is missing."""
     LOCAL = "local"
     """The source is no longer needed."""
+    ABANDONED = "abandoned"
+    """The move is given up: the disk was never written here, and never will be."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,8 +99,13 @@ class Record:
 
     @property
     def receiving(self) -> bool:
-        """Whether the disk may still be written at its source."""
-        return self.incoming is not None and self.incoming.state is Target.RECEIVING
+        """Whether the disk may still be written at its source: nothing of it is kept here."""
+        return self.incoming is not None and self.incoming.state in (Target.RECEIVING, Target.ABANDONED)
+
+    @property
+    def abandoned(self) -> bool:
+        """Whether its move was given up."""
+        return self.incoming is not None and self.incoming.state is Target.ABANDONED
 
     @property
     def handed_over(self) -> bool:
@@ -114,6 +122,8 @@ class Record:
     @property
     def obstacle(self) -> str:
         """Why nobody may write to the image; empty where it may be written."""
+        if self.abandoned:
+            return "its move to this host was given up (fvdfs abandon): remove this image, and receive the disk again"
         if self.receiving:
             return "it is being received: fvdfs activate, or the first write, takes it over from its source"
         out = self.outgoing
@@ -252,6 +262,19 @@ def thaw(record: Record, *, lose_writes: bool) -> Record:
     return replace(record, outgoing=None)
 
 
+def told_of_end(record: Record, epoch: str, target: str) -> Record:
+    """This target says that it has given the move up: it has never written to the disk, and never will.
+
+    Where it was told to have the disk, that is written here again, and the epoch is over.
+    """
+    out = record.outgoing
+    if out is None or (out.epoch, out.target) != (epoch, target):
+        return record
+    if out.state is Source.RELEASED:
+        raise UsageError(f"has moved to {out.name or out.target}, which has said that it has all of it")
+    return replace(record, outgoing=None)
+
+
 def release(record: Record, epoch: str = "", target: str = "") -> Record:
     """The target has all of the disk. It says so with its numbers, a user without."""
     out = record.outgoing
@@ -267,12 +290,26 @@ def activate(record: Record) -> Record:
     into = record.incoming
     if into is None:
         raise UsageError("is not being received from another host")
+    if record.abandoned:
+        raise UsageError(record.obstacle)
     return replace(record, incoming=replace(into, state=Target.ACTIVE)) if record.receiving else record
+
+
+def abandon(record: Record) -> Record:
+    """The user gives the move up at the target. Once this is stable the source may be told (`told_of_end`)."""
+    into = record.incoming
+    if into is None:
+        raise UsageError("is not being received from another host")
+    if not record.receiving:
+        raise UsageError(
+            "has been taken over: go on here; or, to lose what was written: fvdfs thaw --lose-writes there"
+        )
+    return replace(record, incoming=replace(into, state=Target.ABANDONED))
 
 
 def complete(record: Record) -> Record:
     """All of the disk is in the target."""
     into = record.incoming
-    if into is None or into.state is Target.RECEIVING:
+    if into is None or record.receiving:
         raise UsageError("is not being followed from another host")
     return replace(record, incoming=replace(into, state=Target.LOCAL))

@@ -115,7 +115,7 @@ class Entry:
         self.record = seen.record
         """What the image says of moves, as it was seen last, or changed here."""
         self.activating = trio.Lock()
-        """Held while it is taken over from its source."""
+        """Held while it is taken over from its source, or its move is given up."""
         self.move_refused = ""
         """Why the last step of a move that somebody asked for was refused."""
         self.data_mtime_ns = seen.data_mtime_ns

@@ -3,7 +3,8 @@
 What may follow on what, `format/migration.py` says; docs/migration.md has the whole table. A step is asked for through
 an extended attribute (`xattrs.MOVE`):
 
-    serve | freeze | handover EPOCH TARGET NAME | thaw | thaw lose-writes | release [EPOCH TARGET] | activate
+    serve | freeze | handover EPOCH TARGET NAME | thaw | thaw lose-writes | release [EPOCH TARGET]
+    go-on EPOCH TARGET | activate | abandon
 
 A freeze: what copies from the base ends; writers are kept out, and what was written is made stable; the image is
 closed, clean; its record says so, and is stable; then whoever waited to write gets EROFS, and so do all who come later.
@@ -14,7 +15,8 @@ moment. `activate`, or the first change that somebody makes, takes it over, and 
 freeze the disk and to say so; its export of this move, which is there only then, becomes the base; the record says that
 the disk is active, and is stable; the kernel's pages are dropped; the image becomes writable, and copies from now on.
 Where anything fails before the record is stable, it is received on, and the change fails with EIO. The source gives the
-disk to this target alone, however often it is asked.
+disk to this target alone, however often it is asked. `abandon` ends that for good: once the record says so, and is
+stable, the source is told, and goes on by itself.
 """
 
 from __future__ import annotations
@@ -45,12 +47,11 @@ from fvdfs.ops.snapshots import begin_copies, stop_copies
 from fvdfs.store.host import HostFile
 from fvdfs.store.locations import Location, parse_location
 from fvdfs.store.qemu_store import QemuStore
-from fvdfs.store.source import ask
+from fvdfs.store.source import ASKED_PATIENCE, ask, tell_of_end
 
 log = logging.getLogger(__name__)
 
 Event = Callable[[Record], Record]
-ASKED_PATIENCE = 3.0  # seconds for the source to do what a user asks for
 WRITE_PATIENCE = 30.0  # seconds that a first write waits for the source
 FOLLOW_INTERVAL = 1.0  # seconds between looks whether all is local
 
@@ -61,6 +62,9 @@ async def take_step(openings: Openings, entry: Entry, text: str) -> None:
     try:
         if text == "activate":
             await _activate_closed(openings, entry)
+            return
+        if text == "abandon":
+            await _abandon(openings, entry)
             return
         event = _event(text)
         with trio.CancelScope(shield=True):
@@ -84,6 +88,18 @@ async def _activate_closed(openings: Openings, entry: Entry) -> None:
         await openings.close(entry)
 
 
+async def _abandon(openings: Openings, entry: Entry) -> None:
+    """A write that waits for the source is waited for: the kernel lets nobody else at the disk meanwhile."""
+    async with entry.activating:
+        with trio.CancelScope(shield=True):
+            async with _opened(openings, entry) as image:
+                await _change(openings, entry, image, migration.abandon)
+                source = parse_location(image.header.base_img)
+        assert entry.record.incoming is not None
+        await tell_of_end(source, openings.folder.policy.tls_creds, entry.record.incoming, ASKED_PATIENCE)
+    log.info("%s: its move to this host is given up, and its source told", os.fsdecode(entry.path))
+
+
 async def activate(openings: Openings, entry: Entry, patience: float = WRITE_PATIENCE) -> None:
     """Take an open disk over from its source, unless that was done. Raises OSError."""
     async with entry.activating:
@@ -92,11 +108,11 @@ async def activate(openings: Openings, entry: Entry, patience: float = WRITE_PAT
             return
         assert image is not None
         assert into is not None
-        began = trio.current_time()
+        if entry.record.abandoned:
+            raise OSError(errno.EROFS, entry.record.obstacle)
+        began, source = trio.current_time(), parse_location(image.header.base_img)
         try:
-            await ask(
-                parse_location(image.header.base_img), openings.folder.policy.tls_creds, into, Wish.HAND_OVER, patience
-            )
+            await ask(source, openings.folder.policy.tls_creds, into, Wish.HAND_OVER, patience)
             with trio.CancelScope(shield=True):
                 async with entry.lock:
                     await _take_over(openings, entry, image)
@@ -187,6 +203,8 @@ def _event(text: str) -> Event:
             return functools.partial(migration.thaw, lose_writes=False)
         case ["thaw", "lose-writes"]:
             return functools.partial(migration.thaw, lose_writes=True)
+        case ["go-on", epoch, target] if migration.is_number(epoch) and migration.is_number(target):
+            return functools.partial(migration.told_of_end, epoch=epoch, target=target)
         case ["release"]:
             return migration.release
         case ["release", epoch, target] if migration.is_number(epoch) and migration.is_number(target):

@@ -97,7 +97,9 @@ class Openings:
                         raise OSError(errno.EROFS, "mounted read-only")
                     if isinstance(entry.passthrough, Passthrough) and (failed := entry.image.committer.failed):
                         raise OSError(errno.EIO, f"read-only since an earlier error: {failed}")
-                    if entry.record.receiving:  # the first write has it taken over (`moves.py`)
+                    if (
+                        entry.record.receiving and not entry.record.abandoned
+                    ):  # the first write has it taken over (`moves.py`)
                         await lock_for_writing(entry.image)
                     elif not entry.image.writable:
                         await begin_writing(entry, entry.image, self._policy, self.background)

@@ -8,7 +8,7 @@ import socket
 
 import trio
 
-from fvdfs.errors import ImageError, Unreachable, UsageError
+from fvdfs.errors import FvdError, ImageError, Unreachable, UsageError
 from fvdfs.format import mailbox
 from fvdfs.format.mailbox import Answer, Question, Wish
 from fvdfs.format.migration import Incoming
@@ -16,6 +16,7 @@ from fvdfs.store.connecting import NoExport
 from fvdfs.store.locations import Location
 from fvdfs.store.nbd_client import NbdClient, nbd_client
 
+ASKED_PATIENCE = 3.0  # seconds for the source to do what a user asks for
 ANSWER_TIMEOUT = 10.0  # seconds until a question is given up: a freeze may have much to flush
 _LOOK = 0.005  # seconds between looks for an answer
 _RETRY = 0.1  # seconds before what failed is asked again
@@ -56,6 +57,21 @@ async def ask(location: Location, tls_creds: str, into: Incoming, wish: Wish, pa
         if trio.current_time() > deadline:
             raise error
         await trio.sleep(_RETRY)
+
+
+async def tell_of_end(location: Location, tls_creds: str, into: Incoming, patience: float) -> None:
+    """Say that the move was given up, which is stable in the target's record.
+
+    Raises ImageError where it cannot be told.
+    """
+    try:
+        await ask(location, tls_creds, into, Wish.GO_ON, patience)
+    except (FvdError, OSError) as error:
+        raise ImageError(
+            location.name,
+            f"the move is given up for good here, but the source could not be told: {error}; do this once more later, "
+            "or there: fvdfs thaw --lose-writes, which loses nothing",
+        ) from error
 
 
 async def _ask_once(location: Location, tls_creds: str, into: Incoming, wish: Wish) -> Answer:

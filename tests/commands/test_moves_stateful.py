@@ -41,7 +41,7 @@ HOSTS = range(3)
 SAME_SLOT = 63  # numbers of targets that differ by so much meet in one slot of the mailbox
 MOST = 7  # images
 EVENTS_MAX = 150  # of a run
-COUNTED = 6  # kinds of what a run is to reach
+COUNTED = 7  # kinds of what a run is to reach
 
 
 class Killed(BaseException):
@@ -326,7 +326,7 @@ class Hosts:
             box.write(image.question.encode())
 
     def _ask(self, image: Image) -> None:
-        if image.record.receiving and image.mounted:
+        if image.record.receiving and not image.record.abandoned and image.mounted:
             self._put(image, Wish.HAND_OVER)
 
     def _hear(self, image: Image) -> None:
@@ -343,7 +343,7 @@ class Hosts:
         into, source = image.record.incoming, image.source
         if not image.told or into is None or source is None or not source.is_given(f"/{into.epoch}"):
             return
-        if image.record.receiving:
+        if image.record.receiving and not image.record.abandoned:
             image.record = migration.activate(image.record)
             image.truth = dict(source.truth)
             self.counts["taken over"] += 1
@@ -367,6 +367,19 @@ class Hosts:
     def lose_answer(self, number: int, **_: int) -> None:
         if image := self._pick(number, lambda image: image.question or image.told):
             image.forget()
+
+    @event
+    def abandon(self, number: int, *, left: int, **_: int) -> None:
+        """A target gives the move up, and tells its source, if that hears it."""
+        image = self._pick(number, lambda image: image.record.receiving and image.mounted)
+        if image is None or image.source is None:
+            return
+        image.record = migration.abandon(image.record)
+        had = image.source.record.handed_over
+        self._put(image, Wish.GO_ON)
+        if image.source.disk is not None:
+            self._serve(image.source, left)
+        self.counts["given up by the target that had it"] += had and not image.source.record.handed_over
 
     @event
     def take_over(self, number: int, **_: int) -> None:
@@ -505,7 +518,8 @@ class Hosts:
 
     def what_is_exported_as_frozen_is_written_by_no_machine(self) -> None:
         for image in self.images:
-            is_frozen = image.exports is not None and any("/" in n and "move" not in n for n in image.exports.names)
+            names = image.exports.names if image.exports is not None and not image.lost_mount else ()
+            is_frozen = any("/" in name and "move" not in name for name in names)
             assert not (is_frozen and image.has_machine and image.may_write), image.raw
 
     def get_out(self) -> None:
@@ -531,10 +545,12 @@ class Hosts:
         self.nothing_old_is_read()
 
     def _go_on(self, source: Image, target: str, epoch: str) -> None:
-        """A target that has asked asks again."""
+        """A target that has asked asks again, or tells again that it has given the move up."""
         for image in self.images:
             into = image.record.incoming
             if image.source is source and into is not None and (into.number, into.epoch) == (target, epoch):
+                if image.record.abandoned:
+                    self._put(image, Wish.GO_ON)
                 self._ask(image)
                 self._serve(source)
                 self._hear(image)

@@ -37,6 +37,9 @@ EVENTS: dict[str, Event] = {
     "release": migration.release,
     "told to release": lambda r: migration.release(r, E, T),
     "told by another": lambda r: migration.release(r, E, OTHER_T),
+    "given up": lambda r: migration.told_of_end(r, E, T),
+    "given up by another": lambda r: migration.told_of_end(r, E, OTHER_T),
+    "given up of another epoch": lambda r: migration.told_of_end(r, OTHER_E, T),
 }
 # State of the source after each event, "-" for a refusal, in the order of none, serving, frozen, moved, released.
 SOURCE = {
@@ -50,6 +53,9 @@ SOURCE = {
     "release": "- - - released released",
     "told to release": "- - - released released",
     "told by another": "- - - - -",
+    "given up": "none serving frozen none -",
+    "given up by another": "none serving frozen moved released",
+    "given up of another epoch": "none serving frozen moved released",
 }
 
 
@@ -85,7 +91,7 @@ def test_a_target_that_was_told_of_the_freeze_is_the_only_one_ever() -> None:
                 assert taken in ("", record.outgoing.target)
                 taken = record.outgoing.target
             elif before.handed_over:
-                assert name == "thaw, lose writes"
+                assert name in ("thaw, lose writes", "given up")
                 taken = ""
 
 
@@ -105,11 +111,12 @@ def test_only_one_side_may_write(record: Record) -> None:
 
 
 def test_states_of_a_target() -> None:
-    receiving, active, local = (Record(Incoming(state, E, T)) for state in Target)
+    receiving, active, local, abandoned = (Record(Incoming(state, E, T)) for state in Target)
     assert [migration.activate(r) for r in (receiving, active, local)] == [active, active, local]
     assert [migration.complete(r) for r in (active, local)] == [local, local]
+    assert [migration.abandon(r) for r in (receiving, abandoned)] == [abandoned, abandoned]
     base = "nbd://host/vm"
-    assert [r.base_name(base) for r in (receiving, active, local, Record())] == [base, f"{base}/{E}", base, base]
+    assert [r.base_name(base) for r in (receiving, active, local, abandoned)] == [base, f"{base}/{E}", base, base]
     assert active.base_name("nbd+unix:///vm?socket=/s") == f"nbd+unix:///vm/{E}?socket=/s"
     for event, record in (
         (migration.complete, receiving),
@@ -117,6 +124,11 @@ def test_states_of_a_target() -> None:
         (migration.activate, Record()),
         (lambda r: migration.serve(r, NEW), receiving),
         (lambda r: migration.freeze(r, NEW), receiving),
+        *((migration.abandon, r) for r in (Record(), active, local)),
+        (migration.activate, abandoned),
+        (migration.complete, abandoned),
+        (lambda r: migration.serve(r, NEW), abandoned),
+        (lambda r: migration.freeze(r, NEW), abandoned),
     ):
         with pytest.raises(UsageError):
             event(record)
