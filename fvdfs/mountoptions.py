@@ -30,6 +30,7 @@ from fvdfs.sizes import parse_size
 from fvdfs.store.paths import in_time, real_path
 from fvdfs.store.qemu_nodes import TLS_FILES
 
+MAX_PORT = 65535
 MAX_JOBS = 1024  # reads of prefetching under way; more than any server answers at a time
 
 
@@ -67,13 +68,25 @@ def _jobs(value: str) -> None:
         raise ValueError(f"must be a number from 1 to {MAX_JOBS}")
 
 
+def metrics_address(value: str) -> tuple[str, int | None]:
+    """Host and port that `metrics` names; of a socket its path, and None. Raises ValueError."""
+    if value.startswith("unix:"):
+        if not os.path.isabs(path := value.removeprefix("unix:")):
+            raise ValueError("must be an absolute path")
+        return path, None
+    found = re.fullmatch(r"\[?([^][]+?)\]?:([0-9]{1,5})", value)
+    if found is None or int(found[2]) > MAX_PORT:
+        raise ValueError("must be HOST:PORT, such as 127.0.0.1:9101, or unix:PATH")
+    return found[1], int(found[2])
+
+
 class Option(NamedTuple):
     """What an option is like."""
 
     form: str
     """How it is written; one without `=` takes no value."""
     help: str
-    check: Callable[[str], None] = _anything
+    check: Callable[[str], object] = _anything
     """Raises ValueError for a value that makes no sense, or for one of several; the text says why."""
     separator: str = ""
     """What stands between several values; empty where there is one."""
@@ -115,6 +128,7 @@ _ROWS = (
     Option("remove", "let disks be removed, with their images"),
     Option("new_base=FILE|URL", "what new disks become clones of, unless their maker writes more than zeros"),
     Option("new_layout=flat|compact", "how new disks are laid out (default: flat)", _one_of("flat", "compact")),
+    Option("metrics=HOST:PORT|unix:PATH", "where to tell Prometheus what the mount does", metrics_address),
     Option("record_profile", "record what is read first from images that have no profile yet"),
     Option("shrink", "permit truncating a disk to a smaller size"),
     Option(

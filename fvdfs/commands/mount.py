@@ -113,6 +113,7 @@ def run(
             debug=debug,
             prefetch_jobs=int(chosen.get("prefetch_jobs", DEFAULT_JOBS)),
             prefetch_max=parse_size(chosen.get("prefetch_max", "0")),
+            metrics=chosen.get("metrics", ""),
             record_profiles="record_profile" in chosen,
             permitted=Permitted("create" in chosen, "remove" in chosen, compact=compact, template=template),
         )

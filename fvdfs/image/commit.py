@@ -120,6 +120,16 @@ class Committer:
         self._done = 0
         """The number of the last commit that was completed."""
 
+    @property
+    def commits(self) -> int:
+        """How many were completed since it was opened; flushes of data alone are none."""
+        return self._done
+
+    @property
+    def journal_used(self) -> int:
+        """Bytes of the journal since the last checkpoint."""
+        return self._journal_next * SECTOR
+
     # --- what writers report; none of these waits ----------------------------------------------
 
     def data_written(self) -> None:

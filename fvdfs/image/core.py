@@ -146,6 +146,8 @@ class Core:
         """What writes have changed of the storage since somebody began to copy it; None: nobody does."""
         self.base_writer: BaseWriter | None = None
         """Makes writes reach the base, where the image asks for it and the mount allows it."""
+        self.base_read = 0
+        """Bytes that were asked of the base."""
         self.fetcher: Fetcher | None = None
         """Reads the base for copy-on-read and prefetching; None where there is neither."""
         self.recorder: Recorder | None = None

@@ -147,7 +147,10 @@ class Reads:
     def read_base_nowait(self, view: memoryview, start: int) -> bool:
         """Fill the buffer with the base's bytes from `start` on, if that needs no waiting; else say False."""
         base = self._core.base
-        return base is not None and not isinstance(base, Core) and base.pread_nowait(view, start)
+        if base is None or isinstance(base, Core) or not base.pread_nowait(view, start):
+            return False
+        self._core.base_read += len(view)
+        return True
 
     async def read_disk(self, view: memoryview, start: int) -> None:
         """Fill the buffer with the disk's bytes from `start` on. Raises OSError."""
@@ -157,6 +160,7 @@ class Reads:
         """Fill the buffer with the base's bytes from `start` on, and zeros where it has none. Raises OSError."""
         base = self._core.base
         assert base is not None
+        self._core.base_read += len(view)
         if isinstance(base, Core):
             read = PendingRead(0, [], self._of_base)
             try:
@@ -183,9 +187,12 @@ def _read_now(top: Core, start: int, view: memoryview) -> _Todo:
             base = image.base
             if local:
                 _read_storage(image, run_start, run, todo)
-            elif image.fetcher is not None:
+                continue
+            if image.fetcher is not None:  # which reads it by `Reads.read_base`
                 _try(image.fetcher, run, run_start, todo)
-            elif isinstance(base, Core):
+                continue
+            image.base_read += len(run)
+            if isinstance(base, Core):
                 layers.append((base, run_start, _zero_behind(base, run_start, run)))
             else:
                 assert base is not None

@@ -37,7 +37,7 @@ def status(entry: Entry) -> dict[str, Any]:
         "open": entry.busy,
     }
     found |= {"snapshot": entry.snapshot, "snapshot_wait": entry.snapshot_wait, "snapshot_refused": entry.refused}
-    found |= moves(entry)
+    found |= {"requests": entry.counters.status()} | moves(entry)
     if entry.image is None:
         state = "closing" if entry.busy else "closed"
         return found | entry.last_status | {"virtual_size": entry.size, "state": state}

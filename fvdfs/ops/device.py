@@ -126,6 +126,9 @@ class Requests(Protocol):
     def set_mtime(self, inode: int, mtime_ns: int, /) -> pyfuse3.EntryAttributes | None:
         """Set the mtime, if it need only be remembered; the attributes then, else None."""
 
+    def answered(self, fh: int, what: str, result: int, nanoseconds: int, /) -> None:
+        """A request was answered, so long after it was received."""
+
     def error_number(self, error: Exception, fh: int, what: str, /) -> int:
         """The errno to answer a failed request with; logs what the errno does not tell."""
 
@@ -365,11 +368,13 @@ class Device:
             self._to_libfuse.send_nowait((self._head + self._payload[: max(0, length - len(self._head))])[:length])
 
     def _begin_read(self, unique: int, fh: int, offset: int, size: int) -> None:
+        received = time.perf_counter_ns()
         pooled = _SMALL < size <= self._max_write
         buffer = self._take_buffer() if pooled else memoryview(bytearray(OUT_HEADER.size + size))
         found = self._requests.begin_read(fh, offset, buffer[OUT_HEADER.size : OUT_HEADER.size + size])
         if isinstance(found, int):
             self._answer_read(unique, buffer, found)
+            self._requests.answered(fh, "read", found, time.perf_counter_ns() - received)
         else:
             self._begin(unique, fh, "read", found, functools.partial(self._answer_read, unique, buffer))
 
@@ -411,11 +416,14 @@ class Device:
         `what`: its name, for the log.
         """
 
+        received = time.perf_counter_ns()
+
         def done(result: int) -> None:
             self._end()
             self._unanswered.discard(unique)
             if result >= 0:
                 answer(result)
+                self._requests.answered(fh, what, result, time.perf_counter_ns() - received)
             else:
                 self._refuse(unique, fh, what, OSError(-result, os.strerror(-result)))
 
@@ -431,7 +439,7 @@ class Device:
         if not started:
             self._end()
             (pid,) = _PID.unpack_from(self._head)
-            self._have_done(functools.partial(self._do, unique, fh, what, pending, answer, Interrupt(pid)))
+            self._have_done(functools.partial(self._do, unique, fh, what, pending, answer, Interrupt(pid), received))
 
     def _have_done(self, work: _Work) -> None:
         """Have a task do it: one that has nothing to do if there is one."""
@@ -457,6 +465,7 @@ class Device:
         pending: Pending,
         answer: Callable[[int], None],
         interrupt: Interrupt,
+        received: int,
     ) -> None:
         self._interrupts[unique] = interrupt
         asked_by.set(interrupt)
@@ -466,6 +475,7 @@ class Device:
             self._refuse(unique, fh, what, error)
         else:
             answer(result)
+            self._requests.answered(fh, what, result, time.perf_counter_ns() - received)
         finally:
             del self._interrupts[unique]
             self._unanswered.discard(unique)

@@ -535,12 +535,20 @@ class Filesystem(pyfuse3.Operations):
         """`Image.fsync`; None with `sync=none`."""
         return None if self._sync is Sync.NONE else Fsync(self._handles[fh].entry, self._images[fh])
 
+    def answered(self, fh: int, what: str, result: int, nanoseconds: int, /) -> None:
+        """A request to an open file was answered."""
+        if (handle := self._handles.get(fh)) is not None:
+            handle.entry.counters.answered(what, result, nanoseconds)
+
     def error_number(self, error: Exception, fh: int, what: str, /) -> int:
         """`fuse_error`, of a request to an open file; EBADF where there is none of that handle."""
         image = self._images.get(FileHandleT(fh))
         if image is None and isinstance(error, KeyError):
             return errno.EBADF
-        return self.fuse_error(error, f"{image.name}: {what}" if image is not None else what).errno
+        number = self.fuse_error(error, f"{image.name}: {what}" if image is not None else what).errno
+        if image is not None and number != errno.ENXIO:  # there is no more data, or hole
+            self._handles[fh].entry.counters.failed(what)
+        return number
 
     def set_mtime(self, inode: int, mtime_ns: int, /) -> EntryAttributes | None:
         """Remember the mtime of an image that is open for writing, where the kernel keeps it; else None.

@@ -25,6 +25,7 @@ import trio
 
 from fvdfs.format.migration import NO_RECORD, Record
 from fvdfs.image.image import Image
+from fvdfs.ops.counters import Counters
 from fvdfs.ops.freshness import Snapshot, same_file
 from fvdfs.ops.passthrough import Passthrough
 from fvdfs.ops.processes import Process
@@ -101,6 +102,7 @@ class Entry:
         """The kernel's own way to the data of an open image; in words, why there is none."""
         self.busy = False
         """Whether the image is open, or still being closed: the file changes, and is what we think it is."""
+        self.counters = Counters()
         self.opens = 0
         self.cached_writers = 0
         """Openings that write through the kernel's cache: it may hold what they have written, and not send it yet."""

@@ -15,7 +15,7 @@ import logging
 import os
 import signal
 import subprocess
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
 from typing import NoReturn
 
@@ -76,6 +76,8 @@ class MountOptions:
     prefetch_jobs: int = DEFAULT_JOBS
     prefetch_max: int = 0
     """Bytes a second, of all images; 0: no cap."""
+    metrics: str = ""
+    """Where to answer Prometheus; empty: nowhere."""
     record_profiles: bool = False
     permitted: Permitted = field(default_factory=Permitted)
 
@@ -104,6 +106,7 @@ def serve(options: MountOptions, ready: Callable[[], None], reopen_log: ReopenLo
         filesystem.mountpoint = os.fsencode(point)
         filesystem.daemon = json.dumps(_identity(claim)).encode()
         daemon.note_signals()
+        answer_scrapes = stack.enter_context(_metrics(options.metrics, filesystem))
         words = ["allow_other"] * options.allow_other + ["ro"] * (not options.policy.writable)
         words += options.kernel_options
         kernel = attach(options.mountpoint, options.folder, words)
@@ -124,7 +127,7 @@ def serve(options: MountOptions, ready: Callable[[], None], reopen_log: ReopenLo
             stack.close()
 
         with filesystem.complaints.filtering():
-            trio.run(_serve, options, filesystem, device, mount, ready, reopen_log, give_up)
+            trio.run(_serve, options, filesystem, device, mount, ready, reopen_log, give_up, answer_scrapes)
 
 
 def _identity(claim: mounts.Claim | None) -> dict[str, object]:
@@ -150,6 +153,20 @@ def _unmount(point: str, mount: MountPoint | None) -> None:
         detach(point)
 
 
+@contextlib.contextmanager
+def _metrics(address: str, filesystem: Filesystem) -> Iterator[Callable[[], Awaitable[None]]]:
+    """What answers Prometheus while it is mounted. Raises UsageError where it cannot listen there."""
+    if not address:
+        yield trio.lowlevel.checkpoint
+        return
+    try:
+        from fvdfs.ops.metrics import listening, serve
+    except ModuleNotFoundError as error:
+        raise UsageError(f"-o metrics: {error.name} is not installed: pip install 'fvdfs[metrics]'") from None
+    with listening(address) as server:
+        yield functools.partial(serve, server, filesystem)
+
+
 def _look_before_mounting(options: MountOptions, point: str) -> None:
     """Raise UsageError where the mount would hide what it needs."""
     policy = options.policy
@@ -159,6 +176,7 @@ def _look_before_mounting(options: MountOptions, point: str) -> None:
         ("secret", policy.secret_file),
         ("tls_creds", policy.tls_creds),
         ("grow_command", policy.grow_command),
+        ("metrics", options.metrics.removeprefix("unix:")),
     ):
         if os.path.isabs(path):
             what[name] = real_path(path)
@@ -196,6 +214,7 @@ async def _serve(
     ready: Callable[[], None],
     reopen_log: ReopenLog,
     give_up: Callable[[], None],
+    answer_scrapes: Callable[[], Awaitable[None]],
 ) -> None:
     filesystem.openings.forget_pages = device.forget_pages
     # The ring outlives all who may wait for what is under way in it: that cannot be cancelled.
@@ -207,6 +226,7 @@ async def _serve(
                 nursery.start_soon(_obey_signals, options.mountpoint, filesystem, device, mount, reopen_log)
                 nursery.start_soon(filesystem.commits.run)
                 nursery.start_soon(filesystem.complaints.sum_up)
+                nursery.start_soon(answer_scrapes)
                 nursery.start_soon(_announce, filesystem, device, ready)
                 # One task each: requests for an image whose base hangs must not be all that there may be.
                 await device.serve(functools.partial(pyfuse3.main, max_tasks=MAX_REQUESTS))

@@ -486,7 +486,8 @@ def told_of(outage: Outage | None) -> dict[str, Any] | None:
 def status(image: Image, prefetcher: Prefetcher | None) -> dict[str, Any]:
     """What `fvdfs status` shows of an open image, ready for JSON; sizes in bytes, rates in bytes a second."""
     block_size, _ = image.base_range()
-    base_size = local = min(image.header.base_img_size, image.size)
+    journal, base_size = image.header.journal_region, min(image.header.base_img_size, image.size)
+    local = base_size
     if image.bitmap is not None:
         local = min(image.bitmap.count_local() * block_size, base_size)
     rate = prefetcher.rate if prefetcher is not None else 0.0
@@ -504,6 +505,10 @@ def status(image: Image, prefetcher: Prefetcher | None) -> dict[str, Any]:
         "rate": round(rate),
         "eta": round(missing / rate) if rate and missing else None,
         "prefetched": prefetcher.copied if prefetcher is not None else 0,
+        "base_read": image.base_read,
+        "commits": image.committer.commits,
+        "journal_used": image.committer.journal_used,
+        "journal_size": journal.size if journal is not None else 0,
         "failed": image.damage,
         "base_outage": told_of(image.outage),
         "writable": image.writable,
