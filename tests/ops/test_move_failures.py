@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import os
 import random
+import re
 import subprocess
 import sys
 import time
@@ -28,9 +29,12 @@ import pytest
 
 from fvdfs.format.migration import PLACE, SIZE, Record
 from support import logwriter
+from support.guest import drive
 from support.hosts import Host, joined_hosts, needs_hosts
 from support.logwriter import BAD, BLOCK, BLOCKS, FAILED
 from support.mounts import FVDFS, Mount, must, wait_until
+from support.witness import Machine as Guest
+from support.witness import Witness, follow, move
 
 MOVES = int(os.environ.get("FVDFS_MOVES", "0"))
 SEED = os.environ.get("FVDFS_MOVES_SEED", "")
@@ -609,3 +613,151 @@ def test_it_goes_on_to_a_third_host_while_it_still_follows(world: World, turn: i
     assert logwriter.problems(c.raw(), machine.journal) == []
     machine.run(c)
     machine.stop()
+
+
+# --- with guests ----------------------------------------------------------------------------------------
+
+
+class GuestWorld:
+    """Two hosts, and a guest on the first, whose disk the second can take over."""
+
+    MIB = 32
+    STOPS = "none,rerror=stop,werror=stop"
+    """The machine stands still at an error, and goes on when it is told to."""
+
+    def __init__(self, work: Path, hosts: Sequence[Host]) -> None:
+        self.a, self.b = (Site(host, work) for host in hosts)
+        self.witness = Witness(work, self.MIB, percent=60)
+        self.source: Guest
+
+    def begin(self, *options: str) -> None:
+        """It runs on the first; `options` of the mount of the second."""
+        must("create", self.a.folder / "vm.fvd", f"{self.MIB}M")
+        self.a.begin()
+        self.witness.fill(self.a.raw())
+        self.a.serve()
+        self.b.must("receive", self.a.url(), self.b.folder / "vm.fvd")
+        self.b.begin(*options, sources=(self.a,))
+        self.source = self.witness.boot(self.a.host, drive(self.a.raw(), self.STOPS))
+        self.source.wait_for(5)
+
+    def incoming(self) -> tuple[Guest, str]:
+        """A machine at the target that waits, and where it waits."""
+        where = f"tcp:{self.b.host.address}:4444"
+        return self.witness.boot(self.b.host, drive(self.b.raw(), self.STOPS), incoming=where), where
+
+    def ends_well(self, *machines: Guest) -> None:
+        """All gets to the target; no guest has seen anything wrong, and the disk holds what they have flushed."""
+        machines[-1].wait_for(5)
+        wait_until(lambda: self.a.status()["move"] == "released", LONG)
+        machines[-1].monitor("stop")
+        machines[-1].kill()
+        self.a.die()
+        self.holds_the_log_of(*machines)
+        self.b.mount.umount()
+        assert self.b.fvdfs("check", self.b.folder / "vm.fvd").code == 0
+
+    def holds_the_log_of(self, *machines: Guest) -> None:
+        """The target's disk is right, and none of what the guest has flushed is missing."""
+        course, found = follow(*machines), self.witness.check(self.b.raw())
+        assert course.is_right, course
+        records = re.search("records=([0-9]+)", found)
+        assert records is not None
+        assert int(records[1]) > course.ticks[-1].sequence
+
+    def close(self) -> None:
+        for site in (self.a, self.b):
+            site.host.crash()
+            site.close()
+
+
+@contextlib.contextmanager
+def guest_world(work: Path, *options: str) -> Iterator[GuestWorld]:
+    with joined_hosts(2) as (hosts, _):
+        world = GuestWorld(work, hosts)
+        try:
+            world.begin(*options)
+            yield world
+        finally:
+            world.close()
+
+
+def go_on(machine: Guest) -> None:
+    """Have it go on, if it has stopped at an error."""
+    if machine.monitor("query-status")["status"] == "io-error":
+        machine.monitor("cont")
+
+
+def more(machine: Guest, ticks: int) -> None:
+    machine.wait_for(len(machine.ticks) + ticks, LONG)
+
+
+@pytest.mark.slow
+@always
+def test_a_guest_whose_source_dies_at_the_switch_over(tmp_path: Path, turn: int) -> None:
+    """It stands still until the source is back, and goes on."""
+    with guest_world(tmp_path, SLOWLY, "on_base_error=wait") as world:
+        there, where = world.incoming()
+        move(world.source, where)
+        wait_some_time(turn, 0.3)
+        world.a.die(turn)
+        if turn % 3 == 1:
+            time.sleep(40)  # longer than a first write waits
+        world.a.come_back("vm")
+        go_on(there)
+        more(there, 5)
+        world.ends_well(world.source, there)
+
+
+@pytest.mark.slow
+@often
+def test_a_guest_whose_migration_is_cancelled(tmp_path: Path, turn: int) -> None:
+    """It goes on as if nothing had been, and can be moved again."""
+    with guest_world(tmp_path) as world:
+        there, where = world.incoming()
+        world.source.monitor("migrate-set-parameters", **{"max-bandwidth": 1 << 20})
+        world.source.monitor("migrate", uri=where)
+        wait_some_time(turn, 2)
+        world.source.monitor("migrate_cancel")
+        wait_until(lambda: world.source.monitor("query-migrate")["status"] == "cancelled", LONG)
+        there.kill()
+        more(world.source, 3)
+        assert world.a.status()["move"] == "serving"
+        assert world.b.status()["move"] == "receiving"
+        assert world.b.status()["local_bytes"] == 0
+        there, where = world.incoming()
+        move(world.source, where)
+        world.ends_well(world.source, there)
+
+
+@pytest.mark.slow
+@often
+def test_a_guest_whose_link_is_cut_while_its_disk_follows(tmp_path: Path, turn: int) -> None:
+    """Its machine stops at the first error, and goes on when it is told to."""
+    with guest_world(tmp_path, SLOWLY) as world:
+        there, where = world.incoming()
+        move(world.source, where)
+        there.wait_for(1)
+        wait_some_time(turn, 1)
+        world.a.host.link.cut(world.a.host)
+        wait_until(lambda: there.monitor("query-status")["status"] == "io-error", LONG)
+        says_why(world.b)
+        world.a.host.link.join(world.a.host)
+        wait_until(lambda: world.b.status()["base_outage"]["until"] is not None, LONG)
+        there.monitor("cont")
+        more(there, 5)
+        world.ends_well(world.source, there)
+
+
+@pytest.mark.slow
+@often
+def test_a_guest_whose_host_loses_power_while_its_disk_follows(tmp_path: Path, turn: int) -> None:
+    """What it had flushed there is there."""
+    with guest_world(tmp_path, SLOWLY) as world:
+        there, where = world.incoming()
+        move(world.source, where)
+        there.wait_for(1)
+        wait_some_time(turn, 2)
+        world.b.die(turn)
+        world.b.come_back()
+        world.holds_the_log_of(world.source, there)

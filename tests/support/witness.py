@@ -21,6 +21,7 @@ import functools
 import io
 import re
 import shutil
+import socket
 import subprocess
 import tempfile
 import threading
@@ -97,9 +98,13 @@ class Machine:
                 stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors,
             )  # fmt: skip
         self.console = Console(self.process)
-        wait_until(lambda: self.socket.exists() or self.process.poll() is not None)
+        wait_until(lambda: self._listens() or self.process.poll() is not None)
         assert self.process.poll() is None, self.said()
         self.monitor("query-status")  # it answers when it listens for a move, too
+
+    def _listens(self) -> bool:
+        with socket.socket(socket.AF_UNIX) as probe:
+            return probe.connect_ex(str(self.socket)) == 0
 
     def said(self) -> str:
         """The end of its console, and its complaints."""
