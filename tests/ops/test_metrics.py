@@ -191,6 +191,7 @@ def test_the_page_names_all_that_is_told(monitored: tuple[Mount, Path]) -> None:
     page = (EXAMPLES.parent.parent / "docs/monitoring.md").read_text()
     with open(mount.raw("vm"), "r+b", buffering=0) as disk:
         disk.write(bytes(BLOCK))
+        os.fsync(disk.fileno())
         told = {re.sub("_(bucket|count|sum|created)$", "", name) for name, _ in scrape(_Connection(path))}
     named = _words(page)
     assert told <= named
