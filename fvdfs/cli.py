@@ -460,6 +460,41 @@ def _add_moves(commands: argparse._SubParsersAction[_Parser]) -> None:
     receive.add_argument("image", metavar="IMAGE", help="the new image")
     _add_tls_creds(receive)
 
+    migrate = commands.add_parser(
+        "migrate",
+        help="move a running machine to another host with its disks, or disks without a machine",
+        description="Serves the disks here, receives them there, has QEMU move the machine, and copies until all is "
+        "there. fvdfs must be installed there, and a mount allow this host: -o allow_url=nbd://ADDR/. Ctrl-C before "
+        "the machine runs there leaves all as before; after that it ends the display alone.",
+    )
+    migrate.set_defaults(run=_migrate)
+    migrate.add_argument("disks", metavar="DISK", nargs="+", help="a raw file in a mount")
+    migrate.add_argument("target", metavar="HOST:DIR", help="the mount there, or its folder of images")
+    migrate.add_argument("--qmp", default="", metavar="SOCKET", help="the monitor of the machine here")
+    migrate.add_argument(
+        "--qmp-target",
+        default="",
+        metavar="SOCKET",
+        help="there, of a machine started with -incoming defer; it may start while this waits, since its disk is there "
+        "only then",
+    )
+    migrate.add_argument("--start", default="", metavar="COMMAND", help="a shell command that starts it there")
+    migrate.add_argument("--ssh", default="", metavar="COMMAND", help="what runs a program there; default: ssh HOST")
+    migrate.add_argument("--program", default="fvdfs", metavar="COMMAND", help="fvdfs there; default: fvdfs")
+    migrate.add_argument(
+        "--listen", default="", metavar="ADDR[:PORT]", help="of this host, for the disks; default: that which HOST sees"
+    )
+    migrate.add_argument(
+        "--migrate-uri", default="", metavar="URI", help="for the machine, as QEMU has it; default: a free port of HOST"
+    )
+    migrate.add_argument(
+        "--tls-creds", default="", metavar="DIR", help="serve by TLS alone; there the mount's -o tls_creds counts"
+    )
+    migrate.add_argument("--log-file", default="", metavar="FILE", help="of the server (default: the system's log)")
+
+    migrate_target = commands.add_parser("migrate-target")  # started by migrate, at the other host
+    migrate_target.set_defaults(run=_migrate_target)
+
     activate = commands.add_parser("activate", help="take a disk over from its source: it is written here from now on")
     activate.set_defaults(run=_activate)
     activate.add_argument("disk", metavar="DISK", help="a raw file in a mount")
@@ -833,6 +868,29 @@ def _receive(arguments: argparse.Namespace) -> int:
     from fvdfs.commands.receive import run_receive
 
     return run_receive(arguments.url, arguments.image)
+
+
+def _migrate(arguments: argparse.Namespace) -> int:
+    from fvdfs.commands.migrate import Choices, prefix, run
+
+    choices = Choices(
+        qmp=arguments.qmp,
+        qmp_target=arguments.qmp_target,
+        ssh=prefix(arguments.ssh),
+        program=prefix(arguments.program),
+        listen=arguments.listen,
+        tls_creds=arguments.tls_creds,
+        start=arguments.start,
+        uri=arguments.migrate_uri,
+        log_file=arguments.log_file,
+    )
+    return run(arguments.disks, arguments.target, choices)
+
+
+def _migrate_target(_arguments: argparse.Namespace) -> int:
+    from fvdfs.commands.migrate_target import run
+
+    return run()
 
 
 def _activate(arguments: argparse.Namespace) -> int:

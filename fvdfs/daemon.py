@@ -286,6 +286,37 @@ def in_background(serve: Serve, log_file: str | None) -> int:
     return code if code > 0 else 1
 
 
+def spawn(serve: Serve, log_file: str | None) -> int:
+    """Serve in a process of its own; its number, once it is ready. Where it fails it has said why on stderr.
+
+    Raises NotReady; an interrupt ends it.
+    """
+    read_end, write_end = os.pipe()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {*STOP, HANGUP})
+    child = os.fork()
+    if not child:
+        os.close(read_end)
+        _serve_in_child(serve, log_file, write_end)
+    os.close(write_end)
+    try:
+        with os.fdopen(read_end, "rb") as pipe:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+            if pipe.read():
+                return child
+    except BaseException:
+        os.kill(child, signal.SIGTERM)
+        os.waitpid(child, 0)
+        raise
+    os.waitpid(child, 0)
+    raise NotReady
+
+
+class NotReady(Exception):
+    """A process was started that has ended before it was ready."""
+
+
 def _serve_in_child(serve: Serve, log_file: str | None, write_end: int) -> None:
     """Serve, tell `write_end` when it is ready, and end the process."""
     code = 1
@@ -316,7 +347,7 @@ def _serve_in_child(serve: Serve, log_file: str | None, write_end: int) -> None:
     except OSError as error:
         complain(mounts.explained(error))
     except BaseException:
-        log.critical("the mount has ended by an error", exc_info=True)
+        log.critical("ended by an error", exc_info=True)
     finally:
         os._exit(code)
 

@@ -7,7 +7,9 @@ and a message has a limit. An agent answers those, too, who have gone away since
 from __future__ import annotations
 
 import json
+import os
 import secrets
+import select
 import socket
 import time
 from types import TracebackType
@@ -50,7 +52,7 @@ class Connection:
         self._socket.close()
 
     def call(self, command: str, timeout: float, **arguments: Any) -> Any:
-        """What the command returns, within so many seconds. Events are skipped. Raises CommandRefused, NoAnswer."""
+        """What the command returns, within so many seconds. Raises CommandRefused, NoAnswer."""
         deadline = time.monotonic() + timeout
         request: dict[str, Any] = {"execute": command}
         if arguments:
@@ -64,6 +66,10 @@ class Connection:
                 error = answer["error"]
                 what = error.get("desc") if isinstance(error, dict) else error
                 raise CommandRefused(f"{self.path}: {command}: {what}")
+            self._told(answer)
+
+    def _told(self, message: dict[str, Any]) -> None:
+        """Something that answers nothing: an event. Skipped here."""
 
     def _send(self, data: bytes, deadline: float) -> None:
         try:
@@ -123,3 +129,53 @@ class GuestAgent(Connection):
             self._until(_SENTINEL, deadline)
             if self._message(deadline).get("return") == number:
                 return
+
+
+class Monitor(Connection):
+    """One to the monitor of a QEMU, ready for commands."""
+
+    def __init__(self, path: str) -> None:
+        """Raises UsageError where nobody listens there, or somebody else is connected; NoAnswer, CommandRefused."""
+        super().__init__(path)
+        try:
+            try:
+                self._message(time.monotonic() + CONNECT)
+            except NoAnswer as error:
+                raise UsageError(f"{error}; a monitor has one user at a time: give QEMU another -qmp socket") from None
+            self.call("qmp_capabilities", CONNECT)
+        except BaseException:
+            self._socket.close()
+            raise
+
+    def fileno(self) -> int:
+        """For select: readable where there is news."""
+        return self._socket.fileno()
+
+    def close(self) -> None:
+        """Leave it to others."""
+        self._socket.close()
+
+    def skip_events(self) -> None:
+        """Read what there is. Raises NoAnswer where QEMU has ended."""
+        while select.select([self._socket], [], [], 0)[0]:
+            self._message(time.monotonic() + CONNECT)
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether QEMU has closed the connection; what it says meanwhile is skipped."""
+        try:
+            self.skip_events()
+        except NoAnswer:
+            return True
+        return False
+
+    def opens(self, file: str) -> bool:
+        """Whether the machine has this file as a disk. Raises CommandRefused, NoAnswer, OSError."""
+        wanted = os.stat(file)
+        for node in self.call("query-named-block-nodes", CONNECT):
+            try:
+                if os.path.samestat(os.stat(str(node.get("file"))), wanted):
+                    return True
+            except (OSError, ValueError):
+                continue  # json:{...}, or of another name space
+        return False

@@ -46,6 +46,7 @@ log = logging.getLogger(__name__)
 DEFAULT_PORT = "10809"
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 10.0  # seconds before a daemon is started again, twice as long each time
 LOOK = 2.0  # seconds between looks that nothing has called for
+LAST_ANSWER = 0.5  # seconds in which a target reads what it was answered last
 _FROZEN = {state.value for state in Source} - {Source.SERVING.value}
 _FIRST_SOCKET = 3  # the descriptor, by sd_listen_fds(3)
 _TAKEN = _FROZEN - {Source.FROZEN.value}
@@ -56,7 +57,7 @@ class _Disk:
 
     def __init__(self, raw: str, number: int, folder: str) -> None:
         self.raw = os.path.abspath(raw)
-        self.name = os.path.basename(raw).removesuffix(".raw")
+        self.name = name_of(raw)
         self.node, self.box_node = f"disk{number}", f"box{number}"
         self.box = os.path.join(folder, self.box_node)
         self._locks = contextlib.ExitStack()
@@ -113,6 +114,10 @@ class _Disk:
                 self._say(f"{self.raw}: {who} asks to {question.wish.value}: {result}")
                 box.seek(mailbox.question_at(question.target) + mailbox.SECTOR)
                 box.write(answer.encode())
+
+    def is_over(self) -> bool:
+        """Whether its move has ended. Raises as `_status`."""
+        return self._status()["move"] in ("", Source.RELEASED.value)
 
     def _status(self) -> dict[str, Any]:
         """Raises UsageError where the mount has ended, OSError."""
@@ -210,6 +215,43 @@ class _Ended(Exception):
 
 def run(disks: Sequence[str], *, listen: str, unix: str, systemd: bool, tls_creds: str) -> int:
     """Serve until a signal comes. Raises UsageError, ImageError, OSError."""
+    serve(
+        disks,
+        lambda urls: print(*urls, sep="\n", flush=True),
+        listen=listen,
+        unix=unix,
+        systemd=systemd,
+        tls_creds=tls_creds,
+    )
+    return 0
+
+
+def name_of(raw: str) -> str:
+    """That of a disk, by its raw file."""
+    return os.path.basename(raw).removesuffix(".raw")
+
+
+def locations(disks: Sequence[str], listen: str, *, tls: bool) -> list[str]:
+    """The URLs of what is given at this address. Raises UsageError for what makes no sense."""
+    _check(disks)
+    address, _ = _address(listen, "", systemd=False)
+    return [_url(address, name_of(disk), (), tls=tls) for disk in disks]
+
+
+def serve(
+    disks: Sequence[str],
+    ready: Callable[[list[str]], None],
+    *,
+    listen: str = "",
+    unix: str = "",
+    systemd: bool = False,
+    tls_creds: str = "",
+    once: bool = False,
+) -> None:
+    """Serve until a signal comes; tell the URLs. `once`: no longer than until each disk's move is over, or given up.
+
+    Raises UsageError, ImageError, OSError.
+    """
     _check(disks)
     credentials = tls_credentials("--tls-creds ", tls_creds) if tls_creds else ""
     address, inherited = _address(listen, unix, systemd=systemd)
@@ -230,23 +272,22 @@ def run(disks: Sequence[str], *, listen: str, unix: str, systemd: bool, tls_cred
         how: Options = {"addr": address} | ({"tls-creds": TLS_ID} if credentials else {})
         nodes = [node for disk in served for node in disk.nodes()]
         objects = [server_tls(TLS_ID, credentials)] if credentials else []
-        keeper = _Keeper(served, lambda: NbdServer(how, nodes, objects, inherited), watch)
+        keeper = _Keeper(served, lambda: NbdServer(how, nodes, objects, inherited), watch, once=once)
         stack.callback(keeper.stop)
         keeper.start()
-        for disk in served:
-            print(_url(address, disk.name, inherited, tls=bool(credentials)), flush=True)
         with contextlib.suppress(_Ended):
+            ready([_url(address, disk.name, inherited, tls=bool(credentials)) for disk in served])
             keeper.run()
-        return 0
 
 
 class _Keeper:
     """Keeps a storage daemon running that gives the disks."""
 
-    def __init__(self, served: Sequence[_Disk], launch: Callable[[], NbdServer], watch: Watch) -> None:
+    def __init__(self, served: Sequence[_Disk], launch: Callable[[], NbdServer], watch: Watch, *, once: bool) -> None:
         self._served = served
         self._launch = launch
         self._watch = watch
+        self._once = once
         self._server: NbdServer | None = None
 
     def start(self) -> None:
@@ -265,6 +306,7 @@ class _Keeper:
                     self.start()
                     log.warning("%s runs again", PROGRAM)
                 self._follow()
+                return
             except Ended as error:
                 self._bury(error.reason)
             except UsageError as error:
@@ -276,12 +318,15 @@ class _Keeper:
 
     def _follow(self) -> None:
         assert self._server is not None
-        while True:
+        over_since: float | None = None
+        while over_since is None or time.monotonic() - over_since < LAST_ANSWER:
             if not self._server.alive:
                 raise Ended(PROGRAM, self._server.last_words)
-            self._watch.wait(LOOK, self._server.fileno())
-            for disk in self._served:
+            self._watch.wait(LOOK if over_since is None else LAST_ANSWER, self._server.fileno())
+            going_on = [disk for disk in self._served if not (self._once and disk.is_over())]
+            for disk in going_on:
                 disk.look(self._server)
+            over_since = None if going_on else over_since or time.monotonic()
 
     def _bury(self, reason: str) -> None:
         log.error("%s has ended, and is started again: %s", PROGRAM, reason)

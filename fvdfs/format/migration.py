@@ -262,6 +262,13 @@ def thaw(record: Record, *, lose_writes: bool) -> Record:
     return replace(record, outgoing=None)
 
 
+def end(record: Record) -> Record:
+    """No target is to have the disk: it is written here, as before, and its epoch is over."""
+    if record.handed_over:
+        return thaw(record, lose_writes=False)
+    return replace(record, outgoing=None)
+
+
 def told_of_end(record: Record, epoch: str, target: str) -> Record:
     """This target says that it has given the move up: it has never written to the disk, and never will.
 

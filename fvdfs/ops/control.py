@@ -17,6 +17,7 @@ from fvdfs.errors import MovedAway
 from fvdfs.image.image import Image
 from fvdfs.ops.background import Prefetched
 from fvdfs.ops.inodes import Entry, Outcome
+from fvdfs.ops.moves import finish
 from fvdfs.ops.openings import Openings
 from fvdfs.ops.passthrough import ON
 from fvdfs.prefetch.prefetcher import Prefetcher
@@ -109,7 +110,10 @@ def _prefetch(openings: Openings, owner: Prefetched, image: Image) -> Prefetcher
 async def _close_when_ended(openings: Openings, entry: Entry, prefetcher: Prefetcher) -> None:
     await prefetcher.ended.wait()
     try:
-        await openings.close(entry)
+        try:
+            await finish(openings, entry)
+        finally:
+            await openings.close(entry)
     except OSError as error:
         log.error("%s: closing failed: %s", os.fsdecode(entry.path), error)
 

@@ -293,8 +293,9 @@ class Filesystem(pyfuse3.Operations):
             if wanted == xattrs.PID:
                 return str(os.getpid()).encode()
             if wanted == xattrs.STATUS:
-                folder = os.fsdecode(self.folder.path)
-                return json.dumps({"folder": folder, "caches": self.openings.caches.status()}).encode()
+                policy, folder = self.folder.policy, os.fsdecode(self.folder.path)
+                found = {"folder": folder, "allow_url": policy.allowed_urls, "tls_creds": policy.tls_creds}
+                return json.dumps(found | {"caches": self.openings.caches.status()}).encode()
             if wanted == xattrs.LAYERS:
                 return json.dumps({"merges": self._merges.status()}).encode()
             raise FUSEError(pyfuse3.ENOATTR)

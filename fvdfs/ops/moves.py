@@ -3,7 +3,7 @@
 What may follow on what, `format/migration.py` says; docs/migration.md has the whole table. A step is asked for through
 an extended attribute (`xattrs.MOVE`):
 
-    serve | freeze | handover EPOCH TARGET NAME | thaw | thaw lose-writes | release [EPOCH TARGET]
+    serve | end | freeze | handover EPOCH TARGET NAME | thaw | thaw lose-writes | release [EPOCH TARGET]
     go-on EPOCH TARGET | activate | abandon
 
 A freeze: what copies from the base ends; writers are kept out, and what was written is made stable; the image is
@@ -156,11 +156,22 @@ def follow(openings: Openings, entry: Entry, image: Image) -> None:
 
 
 async def _follow(openings: Openings, entry: Entry, image: Image, into: Incoming) -> None:
-    location = parse_location(image.header.base_img)
     while image.bitmap is not None:
         with trio.move_on_after(FOLLOW_INTERVAL):
             await entry.unloaded.wait()
             return
+    await _complete(openings, entry, image, into)
+
+
+async def finish(openings: Openings, entry: Entry) -> None:
+    """A disk that is about to be closed may be local since a moment ago: its source is told, as `follow` would."""
+    image, into = entry.image, entry.record.incoming
+    if image is not None and image.bitmap is None and into is not None and into.state is Target.ACTIVE:
+        await _complete(openings, entry, image, into)
+
+
+async def _complete(openings: Openings, entry: Entry, image: Image, into: Incoming) -> None:
+    location = parse_location(image.header.base_img)
     assert isinstance(image.meta, HostFile)
     async with entry.lock:
         if entry.image is not image or not image.writable or entry.record.incoming != into:
@@ -195,6 +206,8 @@ def _event(text: str) -> Event:
     match text.split(" ", 3):
         case ["serve"]:
             return functools.partial(migration.serve, new_epoch=new_number())
+        case ["end"]:
+            return migration.end
         case ["freeze"]:
             return functools.partial(migration.freeze, new_epoch=new_number())
         case ["handover", epoch, target, name] if migration.is_number(epoch) and migration.is_number(target):

@@ -28,6 +28,7 @@ ALL = [Record(into, out) for into, out in itertools.product(INCOMING, OUTGOING)]
 Event = Callable[[Record], Record]
 EVENTS: dict[str, Event] = {
     "serve": lambda r: migration.serve(r, NEW),
+    "end": migration.end,
     "freeze": lambda r: migration.freeze(r, NEW),
     "asked": lambda r: migration.hand_over(r, E, T, "beta"),
     "asked by another": lambda r: migration.hand_over(r, E, OTHER_T, "gamma"),
@@ -44,6 +45,7 @@ EVENTS: dict[str, Event] = {
 # State of the source after each event, "-" for a refusal, in the order of none, serving, frozen, moved, released.
 SOURCE = {
     "serve": "serving serving frozen moved released",
+    "end": "none none none - -",
     "freeze": "frozen frozen frozen moved released",
     "asked": "- moved moved moved released",
     "asked by another": "- moved moved - -",

@@ -1,0 +1,602 @@
+"""`fvdfs migrate`: a running machine moves to another host with its disks. Blocks.
+
+What docs/migration.md has as single steps, in one order:
+
+    look that all fits · serve here · receive there · QEMU moves the machine · the target takes the disks over ·
+    QEMU here ends · what is missing is copied · the source is released
+
+Before the machine runs there, an error, a signal or a target that ends leaves the source as it was: QEMU's migration is
+cancelled, the epoch is over, and what was made at the target is removed. From then on the move goes on without this
+command: the server here is a process of its own, which ends when the target has all; the target's mount copies, and
+tells it. The same command again finds what there is, and goes on with that.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import ipaddress
+import os
+import shlex
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from types import FrameType
+from typing import Any
+
+from fvdfs import daemon
+from fvdfs.commands import serve
+from fvdfs.commands.attributes import explained, facts
+from fvdfs.commands.far_side import FarSide
+from fvdfs.commands.migrate_target import ACTIVE, WAITS
+from fvdfs.commands.migration import ask_mount, kept_from_qemu
+from fvdfs.commands.terminal import progress_bar
+from fvdfs.errors import FvdError, UsageError
+from fvdfs.qmp import CommandRefused, Monitor, NoAnswer
+from fvdfs.sizes import human_size
+from fvdfs.store.locations import parse_location
+from fvdfs.store.source import epoch_of
+from fvdfs.xattrs import STATUS
+
+QMP_TIME = 10.0  # seconds in which a QEMU answers that is busy
+LOOK = 0.05  # seconds between looks at a machine that moves
+FOLLOW_LOOK = 0.3  # seconds between looks at a disk that is copied
+TOLD = 10.0  # seconds between lines about that, where there is no terminal
+CANCEL = 20.0  # seconds for QEMU to end a migration
+SETTLE = 10.0  # seconds after an interrupt for what cannot be undone any more to be finished
+TOLD_SOURCE = 5.0  # seconds for the target to say that it has all
+MACHINE = 600.0  # seconds to wait for the machine at the target
+_HANDED_OVER = ("moved", "released")
+_MOVED_OVER = "completed"
+_OVER = (_MOVED_OVER, "failed", "cancelled")
+
+
+class MoveFailed(FvdError):
+    """The machine has not moved; the text says why, and what is where."""
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What the user chose."""
+
+    qmp: str = ""
+    """The monitor of the machine here; empty: none runs on the disks."""
+    qmp_target: str = ""
+    ssh: tuple[str, ...] = ()
+    """The command that runs words at the target; empty: ssh TARGETHOST."""
+    program: tuple[str, ...] = ("fvdfs",)
+    """fvdfs there."""
+    listen: str = ""
+    tls_creds: str = ""
+    start: str = ""
+    """A shell command for the target that starts the machine."""
+    uri: str = ""
+    """Where QEMU sends the machine; empty: a free TCP port of the target."""
+    log_file: str = ""
+    """Of the server."""
+
+
+@dataclass
+class _Disk:
+    raw: str
+    name: str
+    size: int
+    image: str
+    state: str
+    epoch: str
+    target: str
+    url: str = ""
+    there: dict[str, str] | None = field(default=None)
+    """What there is of it at the target: `migrate_target.find`."""
+
+    @property
+    def is_there(self) -> bool:
+        """Whether the target has taken it over."""
+        return self.there is not None and self.there["state"] in ACTIVE
+
+
+def run(disks: Sequence[str], target: str, choices: Choices) -> int:
+    """Move them. Raises UsageError, FvdError, OSError, KeyboardInterrupt."""
+    user_host, host, place = _target(target)
+    if bool(choices.qmp) != bool(choices.qmp_target):
+        raise UsageError("a machine has two ends: give --qmp and --qmp-target, or neither where none runs on the disk")
+    for given, what in ((choices.start, "--start"), (choices.uri, "--migrate-uri")):
+        if given and not choices.qmp:
+            raise UsageError(f"{what}: is for a machine; give --qmp and --qmp-target")
+    signal.signal(signal.SIGPIPE, signal.SIG_IGN)
+    with _interrupted_by_all():
+        found = [_look_at(raw) for raw in disks]
+        listen = choices.listen or _own_address(host)
+        urls = serve.locations(disks, listen, tls=bool(choices.tls_creds))
+        for disk, url in zip(found, urls, strict=True):
+            disk.url = url
+        with FarSide(choices.ssh or ("ssh", user_host), choices.program, host) as far, contextlib.ExitStack() as stack:
+            move = _Move(found, host, place, far, choices, listen, stack)
+            try:
+                move.run()
+            except BaseException as error:
+                with daemon.undisturbed():
+                    move.give_up(error)
+                raise
+    return 0
+
+
+def _target(text: str) -> tuple[str, str, str]:
+    """[USER@]HOST:DIR as what ssh takes, the host's name alone, and the folder. Raises UsageError."""
+    if text.partition("@")[2].startswith("[") or text.startswith("["):
+        before, _, place = text.partition("]:")
+        user, _, host = before.rpartition("[")
+        user_host = user + host
+    else:
+        user_host, _, place = text.partition(":")
+        host = user_host.rpartition("@")[2]
+    if not host or not place.startswith("/"):
+        raise UsageError(
+            f"{text}: to be written as HOST:DIR, DIR an absolute path: the mount of the target, or its folder"
+        )
+    return user_host, host, place
+
+
+def _look_at(raw: str) -> _Disk:
+    """A disk here. Raises UsageError where it cannot move, OSError."""
+    if not raw.endswith(".raw"):
+        raise UsageError(f"{raw}: name the raw file in its mount")
+    raw = os.path.abspath(raw)
+    with explained(raw):
+        status = facts(raw, STATUS)
+        size = os.stat(raw).st_size
+    state = status["move"]
+    if status.get("passthrough") == "on":
+        raise UsageError(
+            f"{raw}: the kernel reads and writes its data by itself, so that it cannot be frozen; "
+            "mount its folder with -o writeback=on"
+        )
+    if state == "receiving":
+        raise UsageError(f"{raw}: {status['move_reason']}")
+    if state == "frozen":
+        raise UsageError(f"{raw}: {status['move_reason']}")
+    epoch, target = status.get("move_epoch", ""), status.get("move_target", "")
+    return _Disk(raw, serve.name_of(raw), size, status["image"], state, epoch, target)
+
+
+def _own_address(host: str) -> str:
+    """That from which this host reaches the other one. Raises UsageError."""
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host, serve.DEFAULT_PORT, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind) as probe:
+            probe.connect(address)  # sends nothing
+            own: str = probe.getsockname()[0]
+    except OSError as error:
+        raise UsageError(f"{host}: {error.strerror}; name a host that is reached, and give --listen ADDR") from None
+    return f"[{own}]" if ":" in own else own
+
+
+@contextlib.contextmanager
+def _interrupted_by_all() -> Iterator[None]:
+    """A signal to end, or a terminal that is closed, is as Ctrl-C."""
+
+    def interrupt(_number: int, _frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    numbers = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
+    before = [signal.signal(number, interrupt) for number in numbers]
+    try:
+        yield
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
+
+
+class _Move:
+    """Of some disks, and the machine that runs on them."""
+
+    def __init__(
+        self, disks: list[_Disk], host: str, place: str, far: FarSide, choices: Choices, listen: str,
+        stack: contextlib.ExitStack,
+    ) -> None:  # fmt: skip
+        self._disks = disks
+        self._names = [disk.name for disk in disks]
+        self._host, self._place, self._far, self._choices, self._listen = host, place, far, choices, listen
+        self._stack = stack
+        self._began = time.monotonic()
+        self._point = ""
+        self._folder = ""
+        self._monitor: Monitor | None = None
+        self._server = 0
+        """Its process, where we have started it."""
+        self._ran = True
+        """Whether the machine here ran, and was not paused."""
+        self._changed = False
+        self._migrating = False
+        self._switched = False
+        """Whether the target has the disks."""
+
+    def say(self, text: str) -> None:
+        """A step, with its time."""
+        print(f"{time.monotonic() - self._began:8.2f} s  {text}", flush=True)
+
+    # --- the order of all -------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Raises UsageError, FvdError, OSError, KeyboardInterrupt."""
+        self._prepare()
+        if all(disk.state == "released" for disk in self._disks):
+            self.say(f"{self._all} moved to {self._host} before; nothing is left to do")
+            return
+        self._switched = all(disk.is_there for disk in self._disks)
+        self._changed = True
+        self._serve()
+        if not self._switched:
+            self._receive()
+            if self._monitor is not None:
+                self._move_machine(self._monitor)
+            else:
+                self._take()
+        self._end_machine()
+        self._follow()
+        self._release()
+
+    @property
+    def _all(self) -> str:
+        return ", ".join(f"{name}.raw" for name in self._names)
+
+    def _prepare(self) -> None:
+        """Look that all fits; nothing is changed."""
+        urls = {disk.name: disk.url for disk in self._disks}
+        found = self._far.call("find", place=self._place, urls=urls)
+        self._point, self._folder = found["point"], found["folder"]
+        for disk in self._disks:
+            disk.there = there = found["disks"][disk.name]
+            if there is not None and there["epoch"] != disk.epoch:
+                raise UsageError(
+                    f"{self._host}:{self._folder}/{disk.name}.fvd: exists already, of another move; remove it"
+                )
+            if there is None and disk.state in _HANDED_OVER:
+                raise UsageError(f"{disk.raw}: has moved, and {self._host}:{self._folder} has no {disk.name}.fvd")
+        if self._choices.qmp and not all(disk.is_there for disk in self._disks):
+            self._monitor = self._look_at_machine(self._choices.qmp)
+        elif not self._choices.qmp:
+            for disk in self._disks:
+                if disk.state not in _HANDED_OVER:
+                    with explained(disk.raw), kept_from_qemu(disk.raw):
+                        pass  # else a machine runs on it
+        sizes = ", ".join(f"{disk.name}.raw ({human_size(disk.size).partition(' (')[0]})" for disk in self._disks)
+        self.say(f"{sizes}: to {self._host}:{self._point}")
+
+    def _look_at_machine(self, path: str) -> Monitor:
+        monitor = Monitor(path)
+        self._stack.callback(monitor.close)
+        for disk in self._disks:
+            if not monitor.opens(disk.raw):
+                raise UsageError(f"{path}: the machine there has not {disk.raw} as its disk")
+        if monitor.call("query-migrate", QMP_TIME).get("status") in ("setup", "active", "device", "cancelling"):
+            raise UsageError(f"{path}: the machine there migrates already; cancel that first: migrate_cancel")
+        self._ran = bool(monitor.call("query-status", QMP_TIME)["running"])
+        self._far.call("connect", path=self._choices.qmp_target, names=[])
+        return monitor
+
+    # --- the disks --------------------------------------------------------------------------------
+
+    def _serve(self) -> None:
+        """Have a server that outlives this command."""
+        if all(disk.state for disk in self._disks) and self._is_served():
+            self.say(f"is served already at {self._urls}")
+            return
+        raws = [disk.raw for disk in self._disks]
+        creds = os.path.abspath(self._choices.tls_creds) if self._choices.tls_creds else ""
+
+        def give(ready: Callable[[], None], _reopen_log: object) -> None:
+            serve.serve(raws, lambda _urls: ready(), listen=self._listen, tls_creds=creds, once=True)
+
+        try:
+            self._server = daemon.spawn(give, self._choices.log_file or None)
+        except daemon.NotReady:
+            raise MoveFailed(f"{self._all}: cannot be served at {self._listen}") from None
+        self.say(f"served at {self._urls} (process {self._server})")
+
+    @property
+    def _urls(self) -> str:
+        return ", ".join(disk.url for disk in self._disks)
+
+    def _is_served(self) -> bool:
+        if self._choices.tls_creds:
+            return False  # only the target has what it takes to ask
+        try:
+            for disk in self._disks:
+                if daemon.run_loop(functools.partial(epoch_of, parse_location(disk.url), "")) != disk.epoch:
+                    return False
+        except (FvdError, OSError):
+            return False
+        return True
+
+    def _receive(self) -> None:
+        for disk in self._disks:
+            image = self._far.call("receive", name=disk.name, url=disk.url, size=disk.size)
+            self.say(f"received at {self._host} as {image}")
+
+    def _take(self) -> None:
+        """Without a machine."""
+        for disk in self._disks:
+            self._far.call("take", name=disk.name)
+            self._switched = True
+            self._far.call("fetch", name=disk.name)
+        self.say(f"{self._host} has taken {self._all} over: written there, and nowhere else")
+
+    # --- the machine ------------------------------------------------------------------------------
+
+    def _move_machine(self, monitor: Monitor) -> None:
+        state = self._machine_there()
+        if state == WAITS:
+            self._far.call("watch", names=self._names)
+            if monitor.call("query-migrate", QMP_TIME).get("status") != _MOVED_OVER:
+                self._migrate(monitor)
+        elif monitor.call("query-migrate", QMP_TIME).get("status") != _MOVED_OVER:
+            raise UsageError(
+                f"{self._choices.qmp_target}: the machine at {self._host} waits for none (it is {state}); "
+                "start it with -incoming defer"
+            )
+        else:
+            self._far.call("watch", names=self._names)
+        self._switch(None)
+
+    def _machine_there(self) -> str:
+        """Its state, once it is there."""
+        path, names = self._choices.qmp_target, self._names
+        state: str | None = self._far.call("connect", path=path, names=names)
+        if state is None:
+            if self._choices.start:
+                self._far.call("start", words=self._choices.start)
+            else:
+                self.say(f"waiting for the machine at {self._host}: start it with -incoming defer, its QMP at {path}")
+            deadline = time.monotonic() + MACHINE
+            while state is None:
+                if time.monotonic() > deadline:
+                    raise MoveFailed(f"{self._host}: no machine has come to {path}")
+                time.sleep(LOOK)
+                state = self._far.call("connect", path=path, names=names)
+        return state
+
+    def _migrate(self, monitor: Monitor) -> None:
+        uri = self._incoming_uri()
+        if uri.startswith(("tcp:", "unix:")):  # so that the source learns of a target that could not go on
+            capability = {"capability": "return-path", "state": True}
+            with contextlib.suppress(CommandRefused):
+                monitor.call("migrate-set-capabilities", QMP_TIME, capabilities=[capability])
+        self._migrating = True
+        monitor.call("migrate", QMP_TIME, uri=uri)
+        self.say(f"QEMU sends the machine to {uri}")
+        with progress_bar() as show:
+            while (status := self._migration(monitor))["status"] not in _OVER:
+                if status["status"] == "pre-switchover":
+                    monitor.call("migrate-continue", QMP_TIME, state="pre-switchover")
+                if self._far.call("state")["gone"] and self._migration(monitor)["status"] not in _OVER:
+                    raise MoveFailed(f"{self._host}: the machine there has ended")
+                ram = status.get("ram", {})
+                show(ram.get("total", 0) - ram.get("remaining", 0), ram.get("total", 0))
+                time.sleep(LOOK)
+        if status["status"] != _MOVED_OVER:
+            why = status.get("error-desc", "")
+            raise MoveFailed(f"QEMU: the migration was {status['status']}" + (f": {why}" if why else ""))
+        ram = human_size(status["ram"]["transferred"]).partition(" (")[0]
+        self.say(f"the machine was sent ({ram}); it stood still for {status.get('downtime', '?')} ms")
+
+    @staticmethod
+    def _migration(monitor: Monitor) -> dict[str, Any]:
+        found: dict[str, Any] = monitor.call("query-migrate", QMP_TIME)
+        return {"status": "none", **found}
+
+    def _incoming_uri(self) -> str:
+        """Where the machine there waits; it is told to."""
+        if self._choices.uri:
+            with contextlib.suppress(UsageError, FvdError):  # it may wait there already
+                self._far.call("command", name="migrate-incoming", uri=self._choices.uri)
+            return self._choices.uri
+        address = socket.getaddrinfo(self._host, None, type=socket.SOCK_STREAM)[0][4][0]
+        shown = f"[{address}]" if ipaddress.ip_address(address).version == 6 else str(address)
+        refused = ""
+        try:
+            self._far.call("command", name="migrate-incoming", uri=f"tcp:{shown}:0")
+        except FvdError as error:
+            refused = str(error)
+        for place in self._far.call("command", name="query-migrate").get("socket-address", []):
+            if place["type"] == "inet":
+                return f"tcp:{shown}:{place['port']}"
+            if place["type"] == "unix":
+                return f"unix:{place['path']}"
+        raise MoveFailed(refused or f"{self._host}: QEMU there does not say where it waits; give --migrate-uri")
+
+    def _switch(self, patience: float | None) -> None:
+        """QEMU has sent all: the target takes the disks over. `patience`: seconds; None: no end.
+
+        Raises MoveFailed where that is no more to come: the machine runs here again.
+        """
+        began = time.monotonic()
+        said = ""
+        while True:
+            state = self._far.call("state")
+            if not state["due"]:
+                break
+            if state["gone"]:
+                self._come_home()
+            if state["refused"] and state["refused"] != said:
+                said = state["refused"]
+                daemon.complain(f"{self._host}: {said}; trying again")
+            if patience is not None and time.monotonic() - began > patience:
+                return
+            time.sleep(LOOK / 5)
+        self._switched = True
+        self.say(f"the machine runs at {self._host}; {self._all}: written there, and nowhere else")
+
+    def _come_home(self) -> None:
+        """The machine there has ended before it had the disks: it goes on here, unless one was taken just now."""
+        taken = []
+        for disk in self._disks:
+            try:
+                ask_mount(disk.raw, "end")
+            except UsageError:
+                taken.append(disk)
+        if taken:
+            self._switched = True
+            names = ", ".join(f"{disk.name}.raw" for disk in taken)
+            raise MoveFailed(f"{self._host}: the machine there has ended, after {names} was taken over")
+        raise MoveFailed(f"{self._host}: the machine there has ended at the switch-over")
+
+    def _end_machine(self) -> None:
+        """That here has no disk any more: it must not go on."""
+        if self._monitor is None:
+            return
+        monitor, self._monitor = self._monitor, None
+        try:
+            monitor.call("quit", QMP_TIME)
+        except NoAnswer:
+            pass  # it has ended
+        except CommandRefused as error:
+            daemon.complain(f"{error}; end the machine here: its disk is frozen")
+            return
+        self.say("QEMU here has ended")
+
+    # --- afterwards -------------------------------------------------------------------------------
+
+    def _follow(self) -> None:
+        """Until all is local there."""
+        told = time.monotonic()
+        machine_told = fetched = False
+        with progress_bar() as show:
+            while True:
+                found = self._far.call("disks", names=self._names)
+                left = [disk for disk in found.values() if disk["move"] in ("receiving", "active")]
+                if not left:
+                    break
+                has_machine = bool(self._choices.qmp) and not self._far.call("state")["gone"]
+                if self._choices.qmp and not has_machine and not machine_told:
+                    machine_told = True
+                    daemon.complain(f"{self._host}: the machine there has ended; its disk is still copied")
+                if not has_machine and not fetched:
+                    fetched = True
+                    for name, disk in found.items():
+                        if disk["move"] == "active":
+                            self._far.call("fetch", name=name)
+                done = sum(disk.get("local_bytes", 0) for disk in found.values())
+                total = sum(disk.get("base_size", 0) for disk in found.values())
+                show(done, total)
+                if time.monotonic() - told > TOLD and not sys.stderr.isatty():
+                    told = time.monotonic()
+                    self.say(f"{done / max(total, 1):.1%} of {self._all} is local at {self._host}{_pace(left)}")
+                time.sleep(FOLLOW_LOOK)
+        self.say(f"all of {self._all} is local at {self._host}")
+
+    def _release(self) -> None:
+        deadline = time.monotonic() + TOLD_SOURCE
+        for disk in self._disks:
+            while facts(disk.raw, STATUS)["move"] != "released":
+                if time.monotonic() > deadline:
+                    ask_mount(disk.raw, "release")
+                time.sleep(LOOK)
+        self._far.call("end")
+        self._end_server()
+        images = ", ".join(disk.image for disk in self._disks)
+        self.say(f"done; {images} may be removed here")
+
+    def _end_server(self) -> None:
+        """It ends by itself, once nothing is left to serve."""
+        if not self._server:
+            return
+        deadline = time.monotonic() + 2 * serve.LOOK
+        while not os.waitpid(self._server, os.WNOHANG)[0]:
+            if time.monotonic() > deadline:
+                os.kill(self._server, signal.SIGTERM)
+                os.waitpid(self._server, 0)
+                break
+            time.sleep(LOOK)
+        self._server = 0
+
+    # --- giving up --------------------------------------------------------------------------------
+
+    def give_up(self, error: BaseException) -> None:
+        """Something ended us: have all as before, or, where that cannot be, say what is where."""
+        if not self._changed:
+            return
+        if self._migrating and not self._switched and self._monitor is not None:
+            with contextlib.suppress(FvdError, OSError):
+                self._settle(self._monitor)
+        if self._switched or not self._undo():
+            self._tell()
+
+    def _settle(self, monitor: Monitor) -> None:
+        """End QEMU's migration; if that is too late, finish what has begun. Raises FvdError, OSError."""
+        if self._migration(monitor)["status"] not in _OVER:
+            with contextlib.suppress(CommandRefused):  # it may have ended just now
+                monitor.call("migrate_cancel", QMP_TIME)
+        deadline = time.monotonic() + CANCEL
+        while (status := self._migration(monitor)["status"]) not in _OVER and time.monotonic() < deadline:
+            time.sleep(LOOK)
+        if status == _MOVED_OVER:
+            self._switch(SETTLE)
+            if self._switched:
+                self._end_machine()
+
+    def _undo(self) -> bool:
+        """Have the source as it was, and nothing at the target; False where it is too late for that."""
+        if self._may_run_there():
+            return False
+        for disk in self._disks:
+            try:
+                ask_mount(disk.raw, "end")
+            except (FvdError, OSError) as error:
+                daemon.complain(str(error) if isinstance(error, FvdError) else f"{disk.raw}: {error.strerror}")
+                return False
+        if self._monitor is not None and self._ran:
+            try:
+                if not self._monitor.call("query-status", QMP_TIME)["running"]:
+                    self._monitor.call("cont", QMP_TIME)
+            except FvdError as error:
+                daemon.complain(str(error))
+        self._end_server()
+        try:
+            for failed in self._far.call("remove"):
+                daemon.complain(f"{self._host}: {failed}; remove it there")
+        except FvdError as error:
+            daemon.complain(f"{error}; what was made there is removed as soon as fvdfs there notices")
+        daemon.complain(f"{self._all}: not moved; all is as before")
+        return True
+
+    def _may_run_there(self) -> bool:
+        """Whether the machine may have come to run there, as far as can be known here."""
+        if not self._migrating or self._monitor is None:
+            return False
+        try:
+            if self._migration(self._monitor)["status"] != _MOVED_OVER:
+                return False
+        except FvdError:
+            return False  # it has ended
+        try:
+            return not self._far.call("state")["gone"]
+        except FvdError:
+            return True
+
+    def _tell(self) -> None:
+        """What is where, and how to go on."""
+        by = f"process {self._server}" if self._server else "fvdfs serve"
+        have = "has" if self._switched else "may have"
+        daemon.complain(
+            f"{self._host} {have} {self._all}: {self._point} there is to be used from now on, and nothing here; "
+            f"what is missing is copied in the background. Until all is there, {by} has to run on this host: it ends "
+            "by itself then. The same command again shows how far it is, and goes on."
+        )
+
+
+def _pace(left: list[dict[str, Any]]) -> str:
+    rate = sum(disk.get("rate") or 0 for disk in left)
+    eta = max((disk.get("eta") or 0 for disk in left), default=0)
+    return (f", {rate / 1e6:.1f} MB/s" if rate else "") + (f", {eta} s left" if eta else "")
+
+
+def prefix(text: str) -> tuple[str, ...]:
+    """The words of a command. Raises UsageError."""
+    try:
+        return tuple(shlex.split(text))
+    except ValueError as error:
+        raise UsageError(f"{text}: {error}") from None

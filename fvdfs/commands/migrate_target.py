@@ -1,0 +1,292 @@
+"""The far end of `fvdfs migrate`: does at the target what the command at the source asks for. Blocks.
+
+    {"do": NAME, ...} in a line on stdin ──▶ {"is": ...} or {"failed": text, "code": exit code} in a line on stdout
+
+Once it is told to `watch`, it takes the disks over as soon as the machine runs here, without being asked. When its
+stdin ends, somebody at the source was killed, or the connection was cut: then it goes on as far as it can know what
+is right. A machine that comes to run here gets its disks; where none can come any more, what was made is removed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import select
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from typing import Any
+
+from fvdfs import mounts
+from fvdfs.commands.attributes import explained, facts
+from fvdfs.commands.migration import ask_mount
+from fvdfs.commands.receive import run_receive
+from fvdfs.errors import FvdError, UsageError
+from fvdfs.format.migration import Record, Target
+from fvdfs.image.migration import read_record
+from fvdfs.image.policy import given_tls_creds
+from fvdfs.qmp import CONNECT, Monitor
+from fvdfs.store.host import open_path
+from fvdfs.store.locations import parse_location, within
+from fvdfs.store.mountinfo import mount_points
+from fvdfs.xattrs import PREFETCH, STATUS
+
+APPEAR = 10.0  # seconds until a new image is seen in its mount
+LOOK = 0.02  # seconds between looks whether the machine runs
+QUIT = 5.0  # seconds for QEMU to end
+WAITS = "inmigrate"
+"""What QEMU says of a machine that is to come."""
+
+
+def run() -> int:
+    """Serve until stdin ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    signal.signal(signal.SIGPIPE, signal.SIG_IGN)
+    target = _Target()
+    received = b""
+    while True:
+        _wait(target, [0])
+        if not select.select([0], [], [], 0)[0]:
+            continue
+        data = os.read(0, 1 << 16)
+        if not data:
+            break
+        *lines, received = (received + data).split(b"\n")
+        for line in lines:
+            answer = json.dumps(_answer(target, json.loads(line))).encode() + b"\n"
+            with contextlib.suppress(BrokenPipeError):  # then stdin ends, too
+                os.write(1, answer)
+    while target.is_watching and not target.gone and target.due:
+        _wait(target, [])
+    target.clear()
+    return 0
+
+
+def _wait(target: _Target, files: list[int]) -> None:
+    """Until there is something to read, or for a moment where the machine is watched."""
+    target.look()
+    is_due = target.is_watching and bool(target.due) and not target.gone
+    select.select(files, [], [], LOOK if is_due else None)
+
+
+def _answer(target: _Target, request: dict[str, Any]) -> dict[str, Any]:
+    calls: dict[str, Callable[..., Any]] = {
+        "find": target.find,
+        "receive": target.receive,
+        "connect": target.connect,
+        "start": target.start,
+        "command": target.command,
+        "watch": target.watch,
+        "state": target.state,
+        "take": target.take,
+        "fetch": target.fetch,
+        "disks": target.disks,
+        "remove": target.remove,
+        "end": target.end,
+    }
+    try:
+        return {"is": calls[request.pop("do")](**request)}
+    except FvdError as error:
+        return {"failed": str(error), "code": error.exit_code}
+    except OSError as error:
+        return {"failed": mounts.explained(error), "code": 1}
+
+
+class _Target:
+    """The mount here, the machine here, and what was made."""
+
+    def __init__(self) -> None:
+        self.point = ""
+        self._folder = ""
+        self._tls_creds = ""
+        self._made: list[str] = []
+        """Names of disks that may be removed, while they are being received."""
+        self._monitor: Monitor | None = None
+        self.is_watching = False
+        self.gone = False
+        """Whether the machine has ended."""
+        self.runs = False
+        self.due: list[str] = []
+        """Disks to be taken over as soon as it runs."""
+        self._refused = ""
+        self._starting: subprocess.Popen[bytes] | None = None
+
+    def find(self, place: str, urls: dict[str, str]) -> dict[str, Any]:
+        """The mount, and what there is of these disks. Raises UsageError where they cannot be received, OSError."""
+        self.point, self._folder, allowed, self._tls_creds = _mount_of(place)
+        found: dict[str, Any] = {}
+        for name, url in urls.items():
+            location = parse_location(url)
+            if not any(prefix == "" or within(location.url, prefix) for prefix in allowed):
+                prefix = location.url.removesuffix(f"/{name}") + "/"
+                raise UsageError(f"{self.point}: does not allow {url}; mount it with -o allow_url={prefix}")
+            found[name] = self._there(name)
+        return {"point": self.point, "folder": self._folder, "disks": found}
+
+    def _there(self, name: str) -> dict[str, str] | None:
+        """What there is under this name. Raises UsageError where it is no disk that is being received."""
+        image = self._image(name)
+        if not os.path.lexists(image):
+            if os.path.lexists(self._raw(name)):
+                raise UsageError(f"{self._raw(name)}: exists already")
+            return None
+        into = _record_of(image).incoming
+        if into is None:
+            raise UsageError(f"{image}: exists already; remove it, or choose another folder")
+        return {"state": into.state.value, "epoch": into.epoch, "number": into.number}
+
+    def receive(self, name: str, url: str, size: int) -> str:
+        """Make the disk; its image. Raises UsageError, ImageError, OSError."""
+        image = self._image(name)
+        if not os.path.lexists(image):
+            given_tls_creds.set(self._tls_creds)
+            run_receive(url, image)
+        self._made.append(name)
+        self._await_disk(name, size)
+        return image
+
+    def _await_disk(self, name: str, size: int) -> None:
+        raw, deadline = self._raw(name), time.monotonic() + APPEAR
+        while not os.path.lexists(raw):
+            if time.monotonic() > deadline:
+                raise UsageError(f"{raw}: does not appear; the log of its mount says why")
+            time.sleep(LOOK)
+        if (there := os.stat(raw).st_size) != size:
+            raise UsageError(f"{raw}: has {there} bytes, and its source {size}")
+
+    def connect(self, path: str, names: list[str]) -> str | None:
+        """To the machine here, which has these disks; its state, or None. Raises UsageError, NoAnswer."""
+        if self._starting is not None and self._starting.poll():
+            raise UsageError(f"--start: the command has ended with exit code {self._starting.returncode}")
+        if not os.path.exists(path):
+            return None
+        if self._monitor is None:
+            self._monitor = Monitor(path)
+        status = str(self._monitor.call("query-status", CONNECT)["status"])
+        for name in names:
+            if not self._monitor.opens(self._raw(name)):
+                raise UsageError(f"{path}: the machine there has not {self._raw(name)} as its disk")
+        return status
+
+    def start(self, words: str) -> None:
+        """Start the machine by a shell command. Raises UsageError, OSError."""
+        with open(os.devnull, "r+b") as null:
+            self._starting = subprocess.Popen(
+                ["sh", "-c", words], stdin=null, stdout=null, stderr=2, start_new_session=True
+            )
+
+    def command(self, name: str, **arguments: Any) -> Any:
+        """One of QEMU's. Raises CommandRefused, NoAnswer."""
+        assert self._monitor is not None
+        return self._monitor.call(name, CONNECT, **arguments)
+
+    def watch(self, names: list[str]) -> None:
+        """Take these over as soon as the machine runs."""
+        self.due = list(names)
+        self.is_watching = True
+
+    def look(self) -> None:
+        """Whether it runs, and what is due then."""
+        if not self.is_watching or self._monitor is None or self.gone:
+            return
+        try:
+            self._monitor.skip_events()
+            if self.due and not self.runs:
+                self.runs = self._monitor.call("query-status", CONNECT)["status"] != WAITS
+        except FvdError:
+            self.gone = True
+        if self.runs:
+            for name in list(self.due):
+                try:
+                    self.take(name)
+                except (FvdError, OSError) as error:
+                    self._refused = str(error)
+
+    def take(self, name: str) -> None:
+        """Have the disk be written here. Raises UsageError, ImageError, OSError."""
+        raw = self._raw(name)
+        with explained(raw):
+            ask_mount(raw, "activate")
+        if name in self.due:
+            self.due.remove(name)
+
+    def state(self) -> dict[str, Any]:
+        """Of the machine, and of what is due; `refused`: why the last attempt was."""
+        self.look()
+        return {"runs": self.runs, "gone": self.gone, "due": self.due, "refused": self._refused if self.due else ""}
+
+    def fetch(self, name: str) -> None:
+        """Have what is missing be copied, though no machine runs. Raises OSError."""
+        os.setxattr(self._raw(name), PREFETCH, b"start")
+
+    def disks(self, names: list[str]) -> dict[str, Any]:
+        """Their states. Raises OSError."""
+        return {name: facts(self._raw(name), STATUS) for name in names}
+
+    def remove(self) -> list[str]:
+        """End a machine that waits here, and remove what was made; what could not be, and why."""
+        self.is_watching = False
+        failed = []
+        if self._monitor is not None:
+            with contextlib.suppress(FvdError):  # then it has ended
+                if self._monitor.call("query-status", CONNECT)["status"] == WAITS:
+                    self._monitor.call("quit", QUIT)
+                    select.select([self._monitor], [], [], QUIT)
+        for name in self._made:
+            image = self._image(name)
+            try:
+                if _record_of(image).receiving:
+                    os.unlink(image)
+                else:
+                    failed.append(f"{image}: is no longer being received")
+            except FileNotFoundError:
+                continue
+            except (FvdError, OSError) as error:
+                failed.append(f"{image}: {error}")
+        self._made.clear()
+        return failed
+
+    def clear(self) -> None:
+        """Nobody says what is to become of this: remove what no machine can need."""
+        if not self.runs:
+            self.remove()
+
+    def end(self) -> None:
+        """All is as it is to be."""
+        self._made.clear()
+        self.is_watching = False
+
+    def _image(self, name: str) -> str:
+        return os.path.join(self._folder, f"{name}.fvd")
+
+    def _raw(self, name: str) -> str:
+        return os.path.join(self.point, f"{name}.raw")
+
+
+def _record_of(image: str) -> Record:
+    file = open_path(image, writable=False)
+    try:
+        return read_record(file)
+    finally:
+        file.close()
+
+
+def _mount_of(place: str) -> tuple[str, str, list[str], str]:
+    """Mount point, folder of images, allowed URLs, and credentials, of a mount or its folder. Raises UsageError."""
+    wanted = os.path.realpath(place)
+    for mount in reversed(mount_points()):
+        if mount.is_ours and wanted in (mount.path, os.path.realpath(mount.source)):
+            mounts.refuse_dead(mount.path)
+            try:
+                found = facts(mount.path, STATUS)
+            except PermissionError:
+                raise UsageError(f"{mount.path}: permission denied; it is another user's mount") from None
+            return mount.path, found["folder"], found["allow_url"], found["tls_creds"]
+    raise UsageError(f"{place}: fvdfs is not mounted there, and no mount shows it; mount it first")
+
+
+ACTIVE = {Target.ACTIVE.value, Target.LOCAL.value}
+"""What a disk is that was taken over."""
