@@ -10,7 +10,7 @@ import shlex
 import signal
 import subprocess
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Self
 
 from fvdfs.errors import FvdError, UsageError
@@ -18,6 +18,7 @@ from fvdfs.qmp import NoAnswer
 
 PATIENCE = 30.0  # seconds in which what is asked is done
 END = 5.0  # seconds
+_CHECK = 0.2  # seconds
 
 
 class _Failed(FvdError):
@@ -31,8 +32,13 @@ class _Lost(NoAnswer):
 class FarSide:
     """A conversation with `migrate_target.py`."""
 
-    def __init__(self, prefix: Sequence[str], program: Sequence[str], name: str) -> None:
-        """`name`: of the host, for messages. Raises UsageError."""
+    def __init__(self, prefix: Sequence[str], program: Sequence[str], name: str, check: Callable[[], None]) -> None:
+        """`name`: of the host, for messages. `check` is called while an answer is waited for, and may raise.
+
+        Raises UsageError.
+        """
+        self._check = check
+        self._asked = 0
         self._name = name
         self._received = b""
         words = [*prefix, *program, "migrate-target"]
@@ -60,12 +66,15 @@ class FarSide:
     def call(self, what: str, timeout: float = PATIENCE, **arguments: Any) -> Any:
         """Have something done there; what it returns. Raises UsageError, FvdError as it failed there, NoAnswer."""
         assert self._process.stdin is not None
-        request = json.dumps({"do": what, **arguments}).encode() + b"\n"
+        self._asked += 1
+        request = json.dumps({"do": what, "number": self._asked, **arguments}).encode() + b"\n"
         try:
             os.write(self._process.stdin.fileno(), request)
         except OSError:
             raise self._lost() from None
-        answer = json.loads(self._line(time.monotonic() + timeout))
+        deadline = time.monotonic() + timeout
+        while (answer := json.loads(self._line(deadline)))["number"] != self._asked:
+            pass  # to what nobody waits for any more
         if "failed" in answer:
             kind = UsageError if answer["code"] == UsageError.exit_code else _Failed
             raise kind(f"{self._name}: {answer['failed']}")
@@ -75,8 +84,10 @@ class FarSide:
         assert self._process.stdout is not None
         while b"\n" not in self._received:
             left = max(0.0, deadline - time.monotonic())
-            if not select.select([self._process.stdout], [], [], left)[0]:
-                self._process.kill()  # a late answer would be taken for that to another question
+            self._check()
+            if not select.select([self._process.stdout], [], [], min(left, _CHECK))[0]:
+                if left:
+                    continue
                 raise NoAnswer(f"{self._name}: does not answer")
             data = os.read(self._process.stdout.fileno(), 1 << 16)
             if not data:

@@ -107,19 +107,21 @@ def run(disks: Sequence[str], target: str, choices: Choices) -> int:
         if given and not choices.qmp:
             raise UsageError(f"{what}: is for a machine; give --qmp and --qmp-target")
     signal.signal(signal.SIGPIPE, signal.SIG_IGN)
-    with _interrupted_by_all():
+    signals = _Signals()
+    with signals.watched():
         found = [_look_at(raw) for raw in disks]
         listen = choices.listen or _own_address(host)
         urls = serve.locations(disks, listen, tls=bool(choices.tls_creds))
         for disk, url in zip(found, urls, strict=True):
             disk.url = url
-        with FarSide(choices.ssh or ("ssh", user_host), choices.program, host) as far, contextlib.ExitStack() as stack:
-            move = _Move(found, host, place, far, choices, listen, stack)
+        prefix = choices.ssh or ("ssh", user_host)
+        with FarSide(prefix, choices.program, host, signals.check) as far, contextlib.ExitStack() as stack:
+            move = _Move(found, host, place, far, choices, listen, stack, signals)
             try:
                 move.run()
-            except BaseException as error:
-                with daemon.undisturbed():
-                    move.give_up(error)
+            except BaseException:
+                signals.deaf = True
+                move.give_up()
                 raise
     return 0
 
@@ -174,20 +176,38 @@ def _own_address(host: str) -> str:
     return f"[{own}]" if ":" in own else own
 
 
-@contextlib.contextmanager
-def _interrupted_by_all() -> Iterator[None]:
-    """A signal to end, or a terminal that is closed, is as Ctrl-C."""
+class _Signals:
+    """What ends the command: signals, and a terminal that is closed, are as Ctrl-C.
 
-    def interrupt(_number: int, _frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
+    Where something was changed they count at `check` only, so that no conversation is broken off in the middle.
+    """
 
-    numbers = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
-    before = [signal.signal(number, interrupt) for number in numbers]
-    try:
-        yield
-    finally:
-        for number, handler in zip(numbers, before, strict=True):
-            signal.signal(number, handler)
+    def __init__(self) -> None:
+        self.at_once = True
+        self.deaf = False
+        """Whether nothing counts any more."""
+        self._came = False
+
+    @contextlib.contextmanager
+    def watched(self) -> Iterator[None]:
+        numbers = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
+        before = [signal.signal(number, self._note) for number in numbers]
+        try:
+            yield
+        finally:
+            for number, handler in zip(numbers, before, strict=True):
+                signal.signal(number, handler)
+
+    def _note(self, _number: int, _frame: FrameType | None) -> None:
+        self._came = True
+        if self.at_once:
+            self.check()
+
+    def check(self) -> None:
+        """Raises KeyboardInterrupt."""
+        if self._came and not self.deaf:
+            self._came = False
+            raise KeyboardInterrupt
 
 
 class _Move:
@@ -196,11 +216,13 @@ class _Move:
     def __init__(
         self, disks: list[_Disk], host: str, place: str, far: FarSide, choices: Choices, listen: str,
         stack: contextlib.ExitStack,
+        signals: _Signals,
     ) -> None:  # fmt: skip
         self._disks = disks
         self._names = [disk.name for disk in disks]
         self._host, self._place, self._far, self._choices, self._listen = host, place, far, choices, listen
         self._stack = stack
+        self._signals = signals
         self._began = time.monotonic()
         self._point = ""
         self._folder = ""
@@ -215,8 +237,14 @@ class _Move:
         """Whether the target has the disks."""
 
     def say(self, text: str) -> None:
-        """A step, with its time."""
+        """A step, with its time. Raises KeyboardInterrupt, OSError."""
+        self._signals.check()
         print(f"{time.monotonic() - self._began:8.2f} s  {text}", flush=True)
+
+    def _pause(self, seconds: float) -> None:
+        """Raises KeyboardInterrupt."""
+        time.sleep(seconds)
+        self._signals.check()
 
     # --- the order of all -------------------------------------------------------------------------
 
@@ -227,6 +255,7 @@ class _Move:
             self.say(f"{self._all} moved to {self._host} before; nothing is left to do")
             return
         self._switched = all(disk.is_there for disk in self._disks)
+        self._signals.at_once = False
         self._changed = True
         self._serve()
         if not self._switched:
@@ -355,7 +384,7 @@ class _Move:
             while state is None:
                 if time.monotonic() > deadline:
                     raise MoveFailed(f"{self._host}: no machine has come to {path}")
-                time.sleep(LOOK)
+                self._pause(LOOK)
                 state = self._far.call("connect", path=path, names=names)
         return state
 
@@ -376,7 +405,7 @@ class _Move:
                     raise MoveFailed(f"{self._host}: the machine there has ended")
                 ram = status.get("ram", {})
                 show(ram.get("total", 0) - ram.get("remaining", 0), ram.get("total", 0))
-                time.sleep(LOOK)
+                self._pause(LOOK)
         if status["status"] != _MOVED_OVER:
             why = status.get("error-desc", "")
             raise MoveFailed(f"QEMU: the migration was {status['status']}" + (f": {why}" if why else ""))
@@ -426,7 +455,7 @@ class _Move:
                 daemon.complain(f"{self._host}: {said}; trying again")
             if patience is not None and time.monotonic() - began > patience:
                 return
-            time.sleep(LOOK / 5)
+            self._pause(LOOK / 5)
         self._switched = True
         self.say(f"the machine runs at {self._host}; {self._all}: written there, and nowhere else")
 
@@ -485,7 +514,7 @@ class _Move:
                 if time.monotonic() - told > TOLD and not sys.stderr.isatty():
                     told = time.monotonic()
                     self.say(f"{done / max(total, 1):.1%} of {self._all} is local at {self._host}{_pace(left)}")
-                time.sleep(FOLLOW_LOOK)
+                self._pause(FOLLOW_LOOK)
         self.say(f"all of {self._all} is local at {self._host}")
 
     def _release(self) -> None:
@@ -494,7 +523,7 @@ class _Move:
             while facts(disk.raw, STATUS)["move"] != "released":
                 if time.monotonic() > deadline:
                     ask_mount(disk.raw, "release")
-                time.sleep(LOOK)
+                self._pause(LOOK)
         self._far.call("end")
         self._end_server()
         images = ", ".join(disk.image for disk in self._disks)
@@ -510,12 +539,12 @@ class _Move:
                 os.kill(self._server, signal.SIGTERM)
                 os.waitpid(self._server, 0)
                 break
-            time.sleep(LOOK)
+            self._pause(LOOK)
         self._server = 0
 
     # --- giving up --------------------------------------------------------------------------------
 
-    def give_up(self, error: BaseException) -> None:
+    def give_up(self) -> None:
         """Something ended us: have all as before, or, where that cannot be, say what is where."""
         if not self._changed:
             return

@@ -87,12 +87,13 @@ def _answer(target: _Target, request: dict[str, Any]) -> dict[str, Any]:
         "remove": target.remove,
         "end": target.end,
     }
+    number = {"number": request.pop("number")}
     try:
-        return {"is": calls[request.pop("do")](**request)}
+        return number | {"is": calls[request.pop("do")](**request)}
     except FvdError as error:
-        return {"failed": str(error), "code": error.exit_code}
+        return number | {"failed": str(error), "code": error.exit_code}
     except OSError as error:
-        return {"failed": mounts.explained(error), "code": 1}
+        return number | {"failed": mounts.explained(error), "code": 1}
 
 
 class _Target:

@@ -1,0 +1,219 @@
+"""`fvdfs migrate`: a machine moves with its disk by one command, and whatever ends that, one host has the disk."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from support.machines import Machine, is_there, machine, started_by
+from support.mounts import FVDFS, MIB, Finished, Mount, fvdfs, mounted, must, running, wait_until
+
+SIZE = 32 * MIB
+
+
+class Ground:
+    """Two mounts, and a machine on the disk of the first."""
+
+    def __init__(self, tmp_path: Path, source: Mount, port: int) -> None:
+        self.tmp_path = tmp_path
+        self.source = source
+        self.listen = f"127.0.0.1:{port}"
+        self.folder = tmp_path / "target"
+        self.folder.mkdir()
+        self.target: Mount
+        self.here, self.there = tmp_path / "here.qmp", tmp_path / "there.qmp"
+
+    def words(self, *more: str | Path, disks: tuple[str, ...] = ("vm",)) -> list[str]:
+        raws = [self.source.raw(name) for name in disks]
+        how = ["--ssh", "env", "--program", f"{sys.executable} -m fvdfs", "--listen", self.listen]
+        return ["migrate", *map(str, raws), f"127.0.0.1:{self.target.point}", *how, *map(str, more)]
+
+    def with_machine(self) -> list[str]:
+        start = started_by(self.there, self.target.raw("vm"))
+        return ["--qmp", str(self.here), "--qmp-target", str(self.there), "--start", start]
+
+    def migrate(self, *more: str | Path, disks: tuple[str, ...] = ("vm",)) -> Finished:
+        return fvdfs(*self.words(*more, disks=disks))
+
+    @property
+    def is_served(self) -> bool:
+        host, port = self.listen.split(":")
+        with socket.socket() as probe:
+            return probe.connect_ex((host, int(port))) == 0
+
+    def expect_as_before(self, name: str = "vm") -> None:
+        assert self.source.status(name)["move"] == ""
+        assert list(self.folder.iterdir()) == []
+        wait_until(lambda: not self.is_served)
+        wait_until(lambda: not is_there(self.there))
+
+
+@pytest.fixture
+def ground(tmp_path: Path, folder: Path) -> Iterator[Ground]:
+    must("create", folder / "vm.fvd", str(SIZE))
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    with mounted(folder) as source:
+        with source.raw("vm").open("r+b") as file:
+            file.write(b"x" * 4 * MIB)
+        found = Ground(tmp_path, source, port)
+        with mounted(found.folder, "-o", f"allow_url=nbd://127.0.0.1:{port}/") as found.target:
+            try:
+                yield found
+            finally:
+                if is_there(found.there):
+                    with contextlib.suppress(ValueError):
+                        Machine(found.there, found.there.with_suffix(".out"))("quit")
+
+
+@pytest.fixture
+def here(ground: Ground) -> Iterator[Machine]:
+    with machine(ground.here, ground.source.raw("vm")) as found:
+        yield found
+
+
+def there(ground: Ground) -> Machine:
+    return Machine(ground.there)
+
+
+def slow_down(here: Machine) -> None:
+    """So that the migration does not end by itself."""
+    here("migrate-set-parameters", max_bandwidth=2000)
+
+
+@contextlib.contextmanager
+def under_way(ground: Ground, step: str, *more: str) -> Iterator[subprocess.Popen[Any]]:
+    """The command, which has just told this step."""
+    words = ground.words(*(more or ground.with_machine()))
+    with running(*FVDFS, *words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        while step not in (line := process.stdout.readline()):
+            assert line, process.stderr and process.stderr.read()
+        yield process
+
+
+def ended(process: subprocess.Popen[Any]) -> tuple[int, str]:
+    _, err = process.communicate(timeout=60)
+    return process.returncode, err
+
+
+def test_a_machine_moves_with_its_disk(ground: Ground, here: Machine) -> None:
+    assert "wrote" in here.qemu_io("write -P 1 0 4k")
+    done = ground.migrate(*ground.with_machine())
+    assert (done.code, done.err) == (0, ""), done
+    assert [word for word in ("served", "received", "stood still", "QEMU here has ended") if word not in done.out] == []
+    assert there(ground).state == "running"
+    assert "read 4096/4096" in there(ground).qemu_io("read -P 1 0 4k")
+    assert "wrote" in there(ground).qemu_io("write -P 2 0 4k")
+    assert (ground.source.status("vm")["move"], ground.target.status("vm")["move"]) == ("released", "local")
+    assert not is_there(ground.here)
+    assert not ground.is_served
+    again = ground.migrate(*ground.with_machine())
+    assert (again.code, "moved" in again.out) == (0, True), again
+    with pytest.raises(OSError, match="Read-only"):
+        ground.source.raw("vm").open("r+b").close()
+
+
+def test_disks_without_a_machine(ground: Ground) -> None:
+    must("create", ground.source.folder / "data.fvd", "8M")
+    with ground.source.raw("data").open("r+b") as file:
+        file.write(b"y" * MIB)
+    done = ground.migrate(disks=("vm", "data"))
+    assert (done.code, done.err) == (0, ""), done
+    for name, byte in (("vm", b"x"), ("data", b"y")):
+        assert ground.source.status(name)["move"] == "released"
+        assert ground.target.raw(name).read_bytes()[:MIB] == byte * MIB
+        assert fvdfs("check", ground.folder / f"{name}.fvd").code == 0
+    assert not ground.is_served
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_while_the_machine_moves_leaves_all_as_before(
+    ground: Ground, here: Machine, number: signal.Signals
+) -> None:
+    slow_down(here)
+    with under_way(ground, "QEMU sends") as process:
+        process.send_signal(number)
+        code, err = ended(process)
+    assert (code, "not moved; all is as before" in err) == (130, True), err
+    ground.expect_as_before()
+    assert here.state == "running"
+    assert "wrote" in here.qemu_io("write -P 1 0 4k")
+
+
+@pytest.mark.parametrize("step", ["to 127.0.0.1", "served", "received"])
+def test_ctrl_c_before_the_machine_moves(ground: Ground, here: Machine, step: str) -> None:
+    slow_down(here)
+    with under_way(ground, step) as process:
+        process.send_signal(signal.SIGINT)
+        assert ended(process)[0] == 130
+    ground.expect_as_before()
+    assert here.state == "running"
+    assert "wrote" in here.qemu_io("write -P 1 0 4k")
+
+
+def test_ctrl_c_after_the_machine_has_moved(ground: Ground, here: Machine) -> None:
+    with under_way(ground, "the machine runs at") as process:
+        process.send_signal(signal.SIGINT)
+        code, err = ended(process)
+    assert (code, "127.0.0.1 has vm.raw" in err) == (130, True), err
+    assert "wrote" in there(ground).qemu_io("write -P 2 0 4k")
+    wait_until(lambda: ground.source.status("vm")["move"] == "released")
+    wait_until(lambda: not ground.is_served)
+    assert ground.migrate(*ground.with_machine()).code == 0
+    assert not is_there(ground.here)
+
+
+def test_the_target_ends_while_the_machine_moves(ground: Ground, here: Machine) -> None:
+    slow_down(here)
+    with under_way(ground, "QEMU sends") as process:
+        subprocess.run(["fuser", "-k", ground.there], capture_output=True, check=False)
+        code, err = ended(process)
+    assert (code, "not moved; all is as before" in err) == (1, True), err
+    ground.expect_as_before()
+    assert here.state == "running"
+
+
+def test_qemu_cancels(ground: Ground, here: Machine) -> None:
+    slow_down(here)
+    with under_way(ground, "QEMU sends") as process:
+        here("migrate_cancel")
+        code, err = ended(process)
+    assert (code, "the migration was cancelled" in err) == (1, True), err
+    ground.expect_as_before()
+    assert here.state == "running"
+
+
+def test_what_does_not_fit_is_said_before_anything_is_done(ground: Ground, here: Machine) -> None:
+    raw, place = str(ground.source.raw("vm")), f"127.0.0.1:{ground.target.point}"
+    how = ["--ssh", "env", "--program", f"{sys.executable} -m fvdfs"]
+    qmp = ["--qmp", str(ground.here), "--qmp-target", str(ground.there)]
+    for words, said in (
+        ([raw, place, *how, *qmp], "allow_url=nbd://127.0.0.1/"),
+        ([raw, f"127.0.0.1:{ground.tmp_path}", *how, *qmp, "--listen", ground.listen], "is not mounted there"),
+        ([raw, "127.0.0.1:target", *how], "HOST:DIR"),
+        ([raw, place, *how, "--qmp", str(ground.here)], "--qmp-target"),
+        ([raw, place, *how, "--listen", ground.listen], "a machine runs on it"),
+        ([raw, place, *how, *qmp, "--ssh", "/nowhere", "--listen", ground.listen], "/nowhere"),
+        ([raw, place, *how, *qmp, "--ssh", "false", "--listen", ground.listen], "the connection has ended"),
+        ([raw, place, *how, "--qmp", raw, "--qmp-target", raw, "--listen", ground.listen], "Unix socket"),
+        ([raw[:-4], place, *how], "raw file"),
+    ):
+        done = fvdfs("migrate", *words)
+        assert (done.code in (1, 2), done.err.count("\n"), said in done.err) == (True, 1, True), (words, done)
+        ground.expect_as_before()
+    (ground.folder / "vm.fvd").write_bytes(b"somebody's")
+    done = ground.migrate(*qmp)
+    assert (done.code, done.err.count("\n"), "exists already" in done.err) == (2, 1, True), done
+    assert (ground.folder / "vm.fvd").read_bytes() == b"somebody's"
+    assert os.listdir(ground.folder) == ["vm.fvd"]
