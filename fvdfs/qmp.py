@@ -18,6 +18,7 @@ from typing import Any, Self
 from fvdfs.errors import FvdError, UsageError
 
 CONNECT = 3.0  # seconds
+ANSWER = 10.0  # seconds in which a monitor answers, on a host that is busy
 _MOST = 16 << 20  # bytes of a message; QMP's longest, a schema, has a quarter of a megabyte
 _SENTINEL = b"\xff"  # in no JSON: begins an agent's answer to a sync, and ends what its parser is in the middle of
 
@@ -116,6 +117,16 @@ class Connection:
         return NoAnswer(f"{self.path}: {'no answer' if isinstance(error, TimeoutError) else error.strerror or error}")
 
 
+def somebody_listens(path: str) -> bool:
+    """Whether this is a Unix socket that can be connected to."""
+    with socket.socket(socket.AF_UNIX) as probe:
+        try:
+            probe.connect(path)
+        except OSError:
+            return False
+        return True
+
+
 class GuestAgent(Connection):
     """One to the agent in a guest (qemu-ga), which answers one command after the other."""
 
@@ -139,10 +150,10 @@ class Monitor(Connection):
         super().__init__(path)
         try:
             try:
-                self._message(time.monotonic() + CONNECT)
+                self._message(time.monotonic() + ANSWER)
             except NoAnswer as error:
                 raise UsageError(f"{error}; a monitor has one user at a time: give QEMU another -qmp socket") from None
-            self.call("qmp_capabilities", CONNECT)
+            self.call("qmp_capabilities", ANSWER)
         except BaseException:
             self._socket.close()
             raise
@@ -158,7 +169,7 @@ class Monitor(Connection):
     def skip_events(self) -> None:
         """Read what there is. Raises NoAnswer where QEMU has ended."""
         while select.select([self._socket], [], [], 0)[0]:
-            self._message(time.monotonic() + CONNECT)
+            self._message(time.monotonic() + ANSWER)
 
     @property
     def has_ended(self) -> bool:
@@ -172,7 +183,7 @@ class Monitor(Connection):
     def opens(self, file: str) -> bool:
         """Whether the machine has this file as a disk. Raises CommandRefused, NoAnswer, OSError."""
         wanted = os.stat(file)
-        for node in self.call("query-named-block-nodes", CONNECT):
+        for node in self.call("query-named-block-nodes", ANSWER):
             try:
                 if os.path.samestat(os.stat(str(node.get("file"))), wanted):
                     return True

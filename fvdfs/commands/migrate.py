@@ -35,13 +35,12 @@ from fvdfs.commands.migrate_target import ACTIVE, WAITS
 from fvdfs.commands.migration import ask_mount, kept_from_qemu
 from fvdfs.commands.terminal import progress_bar
 from fvdfs.errors import FvdError, UsageError
-from fvdfs.qmp import CommandRefused, Monitor, NoAnswer
+from fvdfs.qmp import ANSWER, CommandRefused, Monitor, NoAnswer
 from fvdfs.sizes import human_size
 from fvdfs.store.locations import parse_location
 from fvdfs.store.source import epoch_of
 from fvdfs.xattrs import STATUS
 
-QMP_TIME = 10.0  # seconds in which a QEMU answers that is busy
 LOOK = 0.05  # seconds between looks at a machine that moves
 FOLLOW_LOOK = 0.3  # seconds between looks at a disk that is copied
 TOLD = 10.0  # seconds between lines about that, where there is no terminal
@@ -301,9 +300,9 @@ class _Move:
         for disk in self._disks:
             if not monitor.opens(disk.raw):
                 raise UsageError(f"{path}: the machine there has not {disk.raw} as its disk")
-        if monitor.call("query-migrate", QMP_TIME).get("status") in ("setup", "active", "device", "cancelling"):
+        if monitor.call("query-migrate", ANSWER).get("status") in ("setup", "active", "device", "cancelling"):
             raise UsageError(f"{path}: the machine there migrates already; cancel that first: migrate_cancel")
-        self._ran = bool(monitor.call("query-status", QMP_TIME)["running"])
+        self._ran = bool(monitor.call("query-status", ANSWER)["running"])
         self._far.call("connect", path=self._choices.qmp_target, names=[])
         return monitor
 
@@ -360,9 +359,9 @@ class _Move:
         state = self._machine_there()
         if state == WAITS:
             self._far.call("watch", names=self._names)
-            if monitor.call("query-migrate", QMP_TIME).get("status") != _MOVED_OVER:
+            if monitor.call("query-migrate", ANSWER).get("status") != _MOVED_OVER:
                 self._migrate(monitor)
-        elif monitor.call("query-migrate", QMP_TIME).get("status") != _MOVED_OVER:
+        elif monitor.call("query-migrate", ANSWER).get("status") != _MOVED_OVER:
             raise UsageError(
                 f"{self._choices.qmp_target}: the machine at {self._host} waits for none (it is {state}); "
                 "start it with -incoming defer"
@@ -393,14 +392,14 @@ class _Move:
         if uri.startswith(("tcp:", "unix:")):  # so that the source learns of a target that could not go on
             capability = {"capability": "return-path", "state": True}
             with contextlib.suppress(CommandRefused):
-                monitor.call("migrate-set-capabilities", QMP_TIME, capabilities=[capability])
+                monitor.call("migrate-set-capabilities", ANSWER, capabilities=[capability])
         self._migrating = True
-        monitor.call("migrate", QMP_TIME, uri=uri)
+        monitor.call("migrate", ANSWER, uri=uri)
         self.say(f"QEMU sends the machine to {uri}")
         with progress_bar() as show:
             while (status := self._migration(monitor))["status"] not in _OVER:
                 if status["status"] == "pre-switchover":
-                    monitor.call("migrate-continue", QMP_TIME, state="pre-switchover")
+                    monitor.call("migrate-continue", ANSWER, state="pre-switchover")
                 if self._far.call("state")["gone"] and self._migration(monitor)["status"] not in _OVER:
                     raise MoveFailed(f"{self._host}: the machine there has ended")
                 ram = status.get("ram", {})
@@ -414,7 +413,7 @@ class _Move:
 
     @staticmethod
     def _migration(monitor: Monitor) -> dict[str, Any]:
-        found: dict[str, Any] = monitor.call("query-migrate", QMP_TIME)
+        found: dict[str, Any] = monitor.call("query-migrate", ANSWER)
         return {"status": "none", **found}
 
     def _incoming_uri(self) -> str:
@@ -479,7 +478,7 @@ class _Move:
             return
         monitor, self._monitor = self._monitor, None
         try:
-            monitor.call("quit", QMP_TIME)
+            monitor.call("quit", ANSWER)
         except NoAnswer:
             pass  # it has ended
         except CommandRefused as error:
@@ -558,7 +557,7 @@ class _Move:
         """End QEMU's migration; if that is too late, finish what has begun. Raises FvdError, OSError."""
         if self._migration(monitor)["status"] not in _OVER:
             with contextlib.suppress(CommandRefused):  # it may have ended just now
-                monitor.call("migrate_cancel", QMP_TIME)
+                monitor.call("migrate_cancel", ANSWER)
         deadline = time.monotonic() + CANCEL
         while (status := self._migration(monitor)["status"]) not in _OVER and time.monotonic() < deadline:
             time.sleep(LOOK)
@@ -579,8 +578,8 @@ class _Move:
                 return False
         if self._monitor is not None and self._ran:
             try:
-                if not self._monitor.call("query-status", QMP_TIME)["running"]:
-                    self._monitor.call("cont", QMP_TIME)
+                if not self._monitor.call("query-status", ANSWER)["running"]:
+                    self._monitor.call("cont", ANSWER)
             except FvdError as error:
                 daemon.complain(str(error))
         self._end_server()

@@ -27,7 +27,7 @@ from fvdfs.errors import FvdError, UsageError
 from fvdfs.format.migration import Record, Target
 from fvdfs.image.migration import read_record
 from fvdfs.image.policy import given_tls_creds
-from fvdfs.qmp import CONNECT, Monitor
+from fvdfs.qmp import ANSWER, Monitor, somebody_listens
 from fvdfs.store.host import open_path
 from fvdfs.store.locations import parse_location, within
 from fvdfs.store.mountinfo import mount_points
@@ -162,11 +162,11 @@ class _Target:
         """To the machine here, which has these disks; its state, or None. Raises UsageError, NoAnswer."""
         if self._starting is not None and self._starting.poll():
             raise UsageError(f"--start: the command has ended with exit code {self._starting.returncode}")
-        if not os.path.exists(path):
-            return None
         if self._monitor is None:
+            if not somebody_listens(path):
+                return None
             self._monitor = Monitor(path)
-        status = str(self._monitor.call("query-status", CONNECT)["status"])
+        status = str(self._monitor.call("query-status", ANSWER)["status"])
         for name in names:
             if not self._monitor.opens(self._raw(name)):
                 raise UsageError(f"{path}: the machine there has not {self._raw(name)} as its disk")
@@ -182,7 +182,7 @@ class _Target:
     def command(self, name: str, **arguments: Any) -> Any:
         """One of QEMU's. Raises CommandRefused, NoAnswer."""
         assert self._monitor is not None
-        return self._monitor.call(name, CONNECT, **arguments)
+        return self._monitor.call(name, ANSWER, **arguments)
 
     def watch(self, names: list[str]) -> None:
         """Take these over as soon as the machine runs."""
@@ -196,7 +196,7 @@ class _Target:
         try:
             self._monitor.skip_events()
             if self.due and not self.runs:
-                self.runs = self._monitor.call("query-status", CONNECT)["status"] != WAITS
+                self.runs = self._monitor.call("query-status", ANSWER)["status"] != WAITS
         except FvdError:
             self.gone = True
         if self.runs:
@@ -233,7 +233,7 @@ class _Target:
         failed = []
         if self._monitor is not None:
             with contextlib.suppress(FvdError):  # then it has ended
-                if self._monitor.call("query-status", CONNECT)["status"] == WAITS:
+                if self._monitor.call("query-status", ANSWER)["status"] == WAITS:
                     self._monitor.call("quit", QUIT)
                     select.select([self._monitor], [], [], QUIT)
         for name in self._made:

@@ -72,8 +72,7 @@ def ground(tmp_path: Path, folder: Path) -> Iterator[Ground]:
                 yield found
             finally:
                 if is_there(found.there):
-                    with contextlib.suppress(ValueError):
-                        Machine(found.there, found.there.with_suffix(".out"))("quit")
+                    Machine(found.there).kill()
 
 
 @pytest.fixture
@@ -177,7 +176,7 @@ def test_ctrl_c_after_the_machine_has_moved(ground: Ground, here: Machine) -> No
 def test_the_target_ends_while_the_machine_moves(ground: Ground, here: Machine) -> None:
     slow_down(here)
     with under_way(ground, "QEMU sends") as process:
-        subprocess.run(["fuser", "-k", ground.there], capture_output=True, check=False)
+        there(ground).kill()
         code, err = ended(process)
     assert (code, "not moved; all is as before" in err) == (1, True), err
     ground.expect_as_before()
