@@ -25,6 +25,7 @@ import errno
 import functools
 import logging
 import os
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
@@ -32,6 +33,7 @@ import trio
 
 from fvdfs.errors import FvdError, MovedAway, Unreachable, UsageError
 from fvdfs.format import migration
+from fvdfs.format.header import SECTOR
 from fvdfs.format.mailbox import Wish
 from fvdfs.format.migration import Incoming, Record, Source, Target
 from fvdfs.image.chain import open_named
@@ -46,6 +48,7 @@ from fvdfs.ops.passthrough import Passthrough
 from fvdfs.ops.snapshots import begin_copies, stop_copies
 from fvdfs.store.host import HostFile
 from fvdfs.store.locations import Location, parse_location
+from fvdfs.store.outage import OnLoss
 from fvdfs.store.qemu_store import QemuStore
 from fvdfs.store.source import ASKED_PATIENCE, ask, tell_of_end
 
@@ -112,7 +115,10 @@ async def activate(openings: Openings, entry: Entry, patience: float = WRITE_PAT
             raise OSError(errno.EROFS, entry.record.obstacle)
         began, source = trio.current_time(), parse_location(image.header.base_img)
         try:
-            await ask(source, openings.folder.policy.tls_creds, into, Wish.HAND_OVER, patience)
+            if openings.folder.policy.on_loss is OnLoss.WAIT and patience > ASKED_PATIENCE:
+                await _ask_or_wait(image, openings.folder.policy.tls_creds, into, patience)
+            else:
+                await ask(source, openings.folder.policy.tls_creds, into, Wish.HAND_OVER, patience)
             with trio.CancelScope(shield=True):
                 async with entry.lock:
                     await _take_over(openings, entry, image)
@@ -121,6 +127,24 @@ async def activate(openings: Openings, entry: Entry, patience: float = WRITE_PAT
             log.error("%s: cannot be taken over from its source: %s", image.name, entry.move_refused)
             raise OSError(errno.EIO, entry.move_refused) from error
         log.info("%s: taken over from its source in %.3f s", image.name, trio.current_time() - began)
+
+
+async def _ask_or_wait(image: Image, tls_creds: str, into: Incoming, patience: float) -> None:
+    """Ask for the disk. While the source is away, wait as a read does: the status tells, and who waits can be killed.
+
+    Raises as `ask`, OSError.
+    """
+    source = parse_location(image.header.base_img)
+    while True:
+        try:
+            await ask(source, tls_creds, into, Wish.HAND_OVER, patience, ASKED_PATIENCE)
+            return
+        except (Unreachable, OSError):
+            asked = time.time()
+            await image.read(0, SECTOR)
+            outage = image.outage
+            if outage is None or outage.until is None or outage.until < asked:
+                raise  # it was there all the time, and does not answer
 
 
 async def _take_over(openings: Openings, entry: Entry, image: Image) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import math
 import secrets
 import socket
 
@@ -38,12 +39,16 @@ async def epoch_of(location: Location, tls_creds: str) -> str:
     return epoch
 
 
-async def ask(location: Location, tls_creds: str, into: Incoming, wish: Wish, patience: float) -> None:
-    """Have the source do it, trying for so many seconds.
+async def ask(
+    location: Location, tls_creds: str, into: Incoming, wish: Wish, patience: float, away_patience: float = math.inf
+) -> None:
+    """Have the source do it, trying for so many seconds; `away_patience`: where it cannot be reached, if that is less.
 
-    Raises UsageError where it refuses for good, ImageError where it cannot do it yet or cannot be reached, OSError.
+    Raises UsageError where it refuses for good, ImageError where it cannot do it yet, Unreachable or OSError where it
+    cannot be reached.
     """
-    deadline = trio.current_time() + patience
+    began = trio.current_time()
+    deadline = began + patience
     while True:
         try:
             answer = await _ask_once(location, tls_creds, into, wish)
@@ -53,6 +58,8 @@ async def ask(location: Location, tls_creds: str, into: Incoming, wish: Wish, pa
                 raise UsageError(f"the source refuses: {answer.text}")
             error: Exception = ImageError("the source", f"cannot hand it over: {answer.text}")
         except (OSError, Unreachable) as failure:
+            if trio.current_time() > began + away_patience:
+                raise
             error = failure
         if trio.current_time() > deadline:
             raise error

@@ -8,6 +8,7 @@ import json
 import mmap
 import os
 import random
+import signal
 import socket
 import subprocess
 import threading
@@ -223,6 +224,27 @@ def test_the_first_write_waits_for_a_machine_that_is_about_to_end(move: Move) ->
             assert done.wait(10)
             writer.join()
             assert target.raw("vm").read_bytes()[:8192] == b"\x08" * 4096 + b"\7" * 4096
+
+
+def test_the_first_write_waits_for_a_source_that_is_away(move: Move) -> None:
+    """With on_base_error=wait; meanwhile whoever waits can be killed."""
+    with move.served():
+        move.receive()
+    with move.target("on_base_error=wait") as target:
+        raw = target.raw("vm")
+        write = ("dd", "if=/dev/zero", f"of={raw}", "bs=4096", "seek=1", "count=1", "oflag=direct", "conv=notrunc")
+        with running(*write, stderr=subprocess.DEVNULL) as killed:
+            wait_until(lambda: target.status("vm").get("base_outage"))
+            killed.kill()
+            assert killed.wait(15) == -signal.SIGKILL
+        assert record(move.image).receiving
+        with running(*write, stderr=subprocess.DEVNULL) as writer:
+            wait_until(lambda: target.status("vm").get("base_outage"))
+            assert writer.poll() is None
+            with move.served():
+                assert writer.wait(30) == 0
+                assert target.status("vm")["move"] in ("active", "local")
+                assert raw.read_bytes()[:12288] == CONTENT[:4096] + bytes(4096) + CONTENT[8192:12288]
 
 
 def qmp_qemu(work: Path, name: str, raw: Path, *more: str) -> list[str | Path]:
