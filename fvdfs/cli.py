@@ -458,6 +458,16 @@ def _add_moves(commands: argparse._SubParsersAction[_Parser]) -> None:
     receive.set_defaults(run=_receive)
     receive.add_argument("url", metavar="URL", help="as fvdfs serve prints it: nbd://HOST/NAME, nbds://HOST/NAME")
     receive.add_argument("image", metavar="IMAGE", help="the new image")
+    receive.add_argument(
+        "--keep-base",
+        default="",
+        metavar="TEMPLATE",
+        help="have it stand on this, which the disk stands on at its source, too: only the rest is copied; "
+        "a name from the folder of IMAGE on, or a URL",
+    )
+    receive.add_argument(
+        "-F", "--base-format", default="", metavar="FMT", help="of the template; default: raw, for NAME.fvd fvd"
+    )
     _add_tls_creds(receive)
 
     migrate = commands.add_parser(
@@ -867,7 +877,7 @@ def _serve(arguments: argparse.Namespace) -> int:
 def _receive(arguments: argparse.Namespace) -> int:
     from fvdfs.commands.receive import run_receive
 
-    return run_receive(arguments.url, arguments.image)
+    return run_receive(arguments.url, arguments.image, keep_base=arguments.keep_base, base_format=arguments.base_format)
 
 
 def _migrate(arguments: argparse.Namespace) -> int:

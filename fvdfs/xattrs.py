@@ -19,6 +19,9 @@ number. Why that was refused stands in the status."""
 MOVE = "user.fvdfs.move"
 """Of a raw file: what its image says of a move to or from another host, in a word; written to it, what is to be done
 (`ops/moves.py`). Why that was refused stands in the status."""
+OWN = "user.fvdfs.own."
+"""Of a raw file whose disk has moved, and a number: that part of the map of what it has beyond its template
+(`ops/templates.py`). Not listed."""
 ROOM = "user.fvdfs.room"
 """Of a raw file: the size that it is going to get, in bytes, can be written to it before it is truncated to that. While
 the kernel waits for a truncation, it lets nobody write to the file; so what takes time is done before. To read it is to

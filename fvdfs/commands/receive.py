@@ -6,26 +6,34 @@ import functools
 
 from fvdfs import daemon
 from fvdfs.commands.attributes import explained, or_by_mount
+from fvdfs.commands.base import inspect_base, open_base, refuse_changing
 from fvdfs.commands.create import create_image, never_appears
 from fvdfs.commands.migration import ask_mount
 from fvdfs.errors import UsageError, named
 from fvdfs.format import migration
 from fvdfs.format.creation import CreateOptions
 from fvdfs.format.header import PAGE
-from fvdfs.format.migration import Incoming, Record, Target
+from fvdfs.format.mailbox import Wish
+from fvdfs.format.migration import Incoming, Record, Target, fits
 from fvdfs.image.chain import open_chain
+from fvdfs.image.following import stamp_of
 from fvdfs.image.migration import new_number
 from fvdfs.image.policy import Policy, given_tls_creds
 from fvdfs.layers.move import change_record
-from fvdfs.store.locations import is_local, parse_location
+from fvdfs.store.locations import Location, is_local, parse_location
 from fvdfs.store.references import RAW
-from fvdfs.store.source import ASKED_PATIENCE, epoch_of, tell_of_end
+from fvdfs.store.source import ASKED_PATIENCE, ask, epoch_of, tell_of_end
 
 FOLLOW_DELAY = 1  # seconds after which all that is missing is copied, once the disk is written here
 
 
-def run_receive(url: str, image: str) -> int:
-    """Make an image that stands on a disk that another host gives. Raises UsageError, ImageError, OSError."""
+def run_receive(url: str, image: str, *, keep_base: str, base_format: str) -> int:
+    """Make an image that stands on a disk that another host gives. Raises UsageError, ImageError, OSError.
+
+    `keep_base`: the name of a template that it is to stand on, as the source does; empty: nothing.
+    """
+    if base_format and not keep_base:
+        raise UsageError("--base-format needs a template: give --keep-base")
     if remark := never_appears(image):
         raise UsageError(remark)
     location = parse_location(url)
@@ -33,6 +41,8 @@ def run_receive(url: str, image: str) -> int:
         raise UsageError(f"{url}: to be written as nbd://HOST/NAME or nbds://HOST/NAME, as fvdfs serve prints it")
     with named(url):
         epoch = daemon.run_loop(functools.partial(epoch_of, location, given_tls_creds.get()))
+    if keep_base:
+        return _on_template(location, epoch, url, image, keep_base, base_format)
     options = CreateOptions(
         base_img=url,
         base_img_fmt=RAW,
@@ -44,6 +54,30 @@ def run_receive(url: str, image: str) -> int:
     for remark in create_image(image, None, options, record=record):
         daemon.complain(remark)
     return 0
+
+
+def _on_template(location: Location, epoch: str, url: str, image: str, template: str, base_format: str) -> int:
+    if not fits(url):
+        raise UsageError(f"{url}: is too long for --keep-base; use a shorter name for the host or the disk")
+    base = inspect_base(image, template, base_format)
+    refuse_changing(base)
+    size = inspect_base(image, url, RAW).length
+    stamp = daemon.run_loop(functools.partial(_stamp, image, template, base.format))
+    into = Incoming(Target.RECEIVING, epoch, new_number(), url, stamp)
+    with named(url):
+        daemon.run_loop(functools.partial(ask, location, given_tls_creds.get(), into, Wish.STAND, ASKED_PATIENCE))
+    options = CreateOptions(base_img=template, base_img_fmt=base.format, block_size=PAGE, base_to_end=True)
+    for remark in create_image(image, size, options, record=Record(into)):
+        daemon.complain(remark)
+    return 0
+
+
+async def _stamp(image: str, template: str, base_format: str) -> str:
+    side, _ = await open_base(image, template, base_format, "")
+    try:
+        return await stamp_of(side.read, side.size)
+    finally:
+        await side.close()
 
 
 def run_activate(raw: str) -> int:
@@ -65,9 +99,10 @@ def run_abandon(disk: str) -> int:
         change_record(disk, migration.abandon)
     layer = open_chain(disk, Policy(), top_only=True).layers[0]
     try:
-        source, into = parse_location(layer.header.base_img), layer.record().incoming
+        into = layer.record().incoming
     finally:
         layer.meta.close()
     assert into is not None
+    source = parse_location(into.url(layer.header.base_img))
     daemon.run_loop(functools.partial(tell_of_end, source, given_tls_creds.get(), into, ASKED_PATIENCE))
     return 0

@@ -4,7 +4,8 @@ A qemu-storage-daemon reads the raw file in the mount, past every cache, and giv
 
 - `NAME`, read-only: what the disk is now, with its holes;
 - `NAME/move`, writable: a mailbox (`format/mailbox.py`), in which a target asks for the disk;
-- `NAME/EPOCH`, read-only, once the disk has moved: that it is there proves that nobody writes the disk here any more.
+- `NAME/EPOCH`, read-only, once the disk has moved: that it is there proves that nobody writes the disk here any more;
+- `NAME/EPOCH/own`, read-only, once the target has asked for it: what the disk has beyond its template (`cow/own.py`).
 
 What a disk is in follows from its record alone (`format/migration.py`), which the mount keeps: whoever changes it, the
 exports and QEMU's locks are brought in line with it. So nothing is lost when this process ends; another one goes on.
@@ -39,7 +40,7 @@ from fvdfs.store.locations import Options
 from fvdfs.store.nbd_server import TLS_ID, Ended, NbdServer
 from fvdfs.store.qemu_nodes import server_tls
 from fvdfs.store.qemu_words import PROGRAM
-from fvdfs.xattrs import STATUS
+from fvdfs.xattrs import OWN, STATUS
 
 log = logging.getLogger(__name__)
 
@@ -66,6 +67,9 @@ class _Disk:
         """That of the export that stands."""
         self._epochs = 0
         """Exports of an epoch that there were."""
+        self._map = ""
+        """The export of the map of what the disk has beyond its template."""
+        self._maps = 0
         self._announced = ""
         self._said = ""
         # The file in this mount: one that took the place of it is not what is exported.
@@ -99,7 +103,7 @@ class _Disk:
 
     def export(self, server: NbdServer) -> None:
         """Give it by a server that has just begun. Raises as `look`."""
-        self._epoch = ""
+        self._epoch = self._map = ""
         server.add_export(self.node, self.node, self.name)
         server.add_export(self.box_node, self.box_node, self.name + mailbox.EXPORT, writable=True)
         self.look(server)
@@ -142,13 +146,21 @@ class _Disk:
 
     def _do(self, server: NbdServer, question: Question) -> None:
         words = f"{question.epoch} {question.target}"
-        if question.wish is not Wish.HAND_OVER:
-            step = "release" if question.wish is Wish.RELEASE else "go-on"
-            self._follow(server, ask_mount(self.raw, f"{step} {words}"))
-            return
-        with kept_from_qemu(self.raw):
-            flush(self.raw)
-            self._follow(server, ask_mount(self.raw, f"handover {words} {question.name or 'another host'}"))
+        match question.wish:
+            case Wish.STAND:
+                ask_mount(self.raw, f"stand {question.stamp}")
+            case Wish.MAP:
+                self._follow(server, ask_mount(self.raw, f"own {words} {question.stamp}"))
+                self._export_map(server, question.epoch)
+            case Wish.RELEASE:
+                self._follow(server, ask_mount(self.raw, f"release {words}"))
+            case Wish.GO_ON:
+                self._follow(server, ask_mount(self.raw, f"go-on {words}"))
+            case Wish.HAND_OVER:
+                with kept_from_qemu(self.raw):
+                    flush(self.raw)
+                    step = f"handover {words} {question.name or 'another host'}"
+                    self._follow(server, ask_mount(self.raw, step))
 
     def _follow(self, server: NbdServer, status: dict[str, Any]) -> None:
         """Have locks and exports as this state wants them."""
@@ -171,6 +183,7 @@ class _Disk:
             return
         node = f"frozen{self._epochs}-{self.node}"
         if self._epoch:
+            self._end_map(server)
             server.remove_export(node)
             self._epoch = ""
         if epoch:
@@ -180,6 +193,27 @@ class _Disk:
             server.add_node(_node(node, self.raw, writable=False, direct=True))
             server.add_export(node, node, f"{self.name}/{epoch}")
             self._epoch = epoch
+
+    def _export_map(self, server: NbdServer, epoch: str) -> None:
+        """Give the map that the mount has made, under the name of this epoch."""
+        self._end_map(server)
+        self._maps += 1
+        node, path = f"map{self._maps}-{self.node}", f"{self.box}.map"
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)  # a node that is there already keeps its own
+        with open(path, "xb") as file:
+            number = 0
+            while part := os.getxattr(self.raw, f"{OWN}{number}"):
+                file.write(part)
+                number += 1
+        server.add_node(_node(node, path, writable=False, direct=False))
+        server.add_export(node, node, f"{self.name}/{epoch}{mailbox.MAP_EXPORT}")
+        self._map = node
+
+    def _end_map(self, server: NbdServer) -> None:
+        if self._map:
+            server.remove_export(self._map)
+            self._map = ""
 
     def _hold_locks(self, *, wanted: bool) -> None:
         if wanted == self._is_locked:

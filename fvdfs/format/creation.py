@@ -52,6 +52,8 @@ class CreateOptions:
     detect_holes: int = 0
     grow_command: str = ""
     update_base: str = ""
+    base_to_end: bool = False
+    """Whether the base's range reaches to the end of the disk, however long the base is."""
     profile_room: int = 0
     """Room for a prefetch profile, where there is a base; the original leaves none."""
 
@@ -121,7 +123,9 @@ def _refusals(size: int, has_base: bool, options: CreateOptions) -> Iterator[tup
 
 
 def _with_base(header: Header, base_length: int, options: CreateOptions) -> Header:
-    base_size = min(header.virtual_disk_size, round_up(base_length, SECTOR))
+    base_size = header.virtual_disk_size
+    if not options.base_to_end:
+        base_size = min(base_size, round_up(base_length, SECTOR))
     block_size = round_up(options.block_size, SECTOR) or default_block_size(base_size)
     bitmap_size = round_up(ceil_div(ceil_div(base_size, block_size), 8), PAGE)
     return with_fields(

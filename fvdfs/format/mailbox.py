@@ -13,9 +13,12 @@ from dataclasses import dataclass
 
 from fvdfs.format.migration import host_name, is_number
 from fvdfs.format.sealed import seal, unseal
+from fvdfs.format.stamp import is_stamp
 
 EXPORT = "/move"
 """What follows the name of the disk."""
+MAP_EXPORT = "/own"
+"""What follows the name of the disk that has moved, as NAME/EPOCH, for the map that was asked for."""
 SECTOR = 512  # bytes
 _SLOT = 2 * SECTOR
 _SLOTS = 63
@@ -33,6 +36,10 @@ class Wish(enum.Enum):
     """Nothing more: it has all."""
     GO_ON = "go on without it"
     """That the disk be written there again: it has never written to it, and never will."""
+    STAND = "stand on the template"
+    """To know whether the disk stands on the template of this stamp."""
+    MAP = "know what to copy"
+    """The map of what the disk, which has moved to this target, has beyond that template (`cow/own.py`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,10 +53,13 @@ class Question:
     target: str
     name: str
     """Of the target's host."""
+    stamp: str = ""
+    """Of a template (`stamp.py`)."""
 
     def encode(self) -> bytes:
         """The sector."""
         fields = {"n": self.number, "wish": self.wish.value, "epoch": self.epoch, "target": self.target}
+        fields |= {"stamp": self.stamp} if self.stamp else {}
         return seal(_MAGIC, fields | {"name": host_name(self.name)}, SECTOR)
 
     @classmethod
@@ -59,8 +69,10 @@ class Question:
             fields = unseal(_MAGIC, sector)
             if fields is None or not all(is_number(fields[key]) for key in ("n", "epoch", "target")):
                 return None
-            name = host_name(fields["name"])
-            return cls(fields["n"], Wish(fields["wish"]), fields["epoch"], fields["target"], name)
+            name, stamp = host_name(fields["name"]), fields.get("stamp", "")
+            if stamp and not is_stamp(stamp):
+                return None
+            return cls(fields["n"], Wish(fields["wish"]), fields["epoch"], fields["target"], name, stamp)
         except (ValueError, TypeError, KeyError):
             return None
 

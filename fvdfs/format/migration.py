@@ -17,16 +17,19 @@ How the record is stored, `sealed.py` says. Pure.
 from __future__ import annotations
 
 import enum
+import json
 import re
 from dataclasses import dataclass, replace
 
 from fvdfs.errors import FormatError, UsageError
 from fvdfs.format.sealed import seal, unseal
+from fvdfs.format.stamp import is_stamp
 
 PLACE = 14 * 512
 """Bytes. In front of it is what an export notes of itself (`note`), behind it a move of the chunk table (`moving`)."""
 SIZE = 512  # bytes
 NAME_MAX = 64  # characters of a host's name that are kept
+SOURCE_MAX = 200  # bytes of a source's URL, as JSON
 _MAGIC = b"FVDmove1"
 _NUMBER = re.compile("[0-9a-f]{16}")
 
@@ -78,6 +81,14 @@ class Incoming:
     """That of the source."""
     number: str
     """The number of this target."""
+    source: str = ""
+    """The URL of the source, where the header names a template that the target is to stand on; empty: it names that."""
+    stamp: str = ""
+    """That of the template (`stamp.py`)."""
+
+    def url(self, base: str) -> str:
+        """That of the source, where the header names this base."""
+        return self.source or base
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,11 +144,23 @@ class Record:
             return f"frozen for a move (epoch {out.epoch}); fvdfs thaw, if that was cancelled"
         return f"frozen: moved to {out.name or out.target} (epoch {out.epoch})"
 
-    def base_name(self, name: str) -> str:
-        """The base of an image whose header names this one.
+    @property
+    def keeps_base(self) -> bool:
+        """Whether the source gives what the disk has beyond its base, and is still needed for that."""
+        into = self.incoming
+        return into is not None and bool(into.source) and into.state is not Target.LOCAL
 
-        Of a target that has the disk: what its source exports for this move alone, once it is frozen.
-        """
+    def base_name(self, name: str) -> str:
+        """The base of an image whose header names this one."""
+        return name if self.keeps_base else self._given(name)
+
+    @property
+    def source_name(self) -> str:
+        """What a source gives beside the base; empty: nothing."""
+        return self._given(self.incoming.source) if self.keeps_base and self.incoming is not None else ""
+
+    def _given(self, name: str) -> str:
+        """What a source exports. Of a target that has the disk: for this move alone, once it is frozen."""
         into = self.incoming
         if into is None or into.state is not Target.ACTIVE:
             return name
@@ -151,6 +174,7 @@ class Record:
         fields: dict[str, list[str]] = {}
         if (into := self.incoming) is not None:
             fields["in"] = [into.state.value, into.epoch, into.number]
+            fields["in"] += [into.source, into.stamp] if into.source else []
         if (out := self.outgoing) is not None:
             fields["out"] = [out.state.value, out.epoch, out.target, out.name]
         if not fields:
@@ -173,8 +197,11 @@ class Record:
     def _of(cls, fields: dict[str, list[str]]) -> Record:
         incoming = outgoing = None
         if "in" in fields:
-            state, epoch, number = fields["in"]
-            incoming = Incoming(Target(state), _number(epoch), _number(number))
+            state, epoch, number, *template = fields["in"]
+            source, stamp = template or ("", "")
+            if template and not (source and is_stamp(stamp)):
+                raise ValueError
+            incoming = Incoming(Target(state), _number(epoch), _number(number), source, stamp)
         if "out" in fields:
             state, epoch, target, name = fields["out"]
             outgoing = Outgoing(Source(state), _number(epoch), _number(target) if target else "", host_name(name))
@@ -205,6 +232,11 @@ def is_number(text: str) -> bool:
 def host_name(text: str) -> str:
     """What of a host's name is kept."""
     return "".join(c if c.isascii() and c.isprintable() else "?" for c in text[:NAME_MAX])
+
+
+def fits(source: str) -> bool:
+    """Whether a record has room for this URL of a source."""
+    return len(json.dumps(source)) <= SOURCE_MAX
 
 
 def _number(text: str) -> str:
@@ -319,4 +351,4 @@ def complete(record: Record) -> Record:
     into = record.incoming
     if into is None or record.receiving:
         raise UsageError("is not being followed from another host")
-    return replace(record, incoming=replace(into, state=Target.LOCAL))
+    return replace(record, incoming=replace(into, state=Target.LOCAL, source="", stamp=""))

@@ -45,6 +45,8 @@ class Layer:
     """Whether what is read through this base is to be kept in it, and its files are open for that."""
     place: str = ""
     """Where its file was found; differs from `path` where it does not have its name yet."""
+    source: QemuStore | None = None
+    """What another host gives of it beside its base, as long as it follows that."""
 
     def usage(self) -> int:
         """Bytes that the image takes, metadata and data. Blocks."""
@@ -74,6 +76,8 @@ class Layer:
         self.meta.close()
         if self.data is not self.meta:
             self.data.close()
+        if self.source is not None:
+            self.source.close()
 
     def lock_for_copies(self) -> bool:
         """Be the only one who keeps copies in it; False where that is another. Blocks."""
@@ -125,6 +129,7 @@ class Chain:
         found: list[HostStore] = []
         for layer in self.layers:
             found += [layer.meta] if layer.data is layer.meta else [layer.meta, layer.data]
+            found += [layer.source] if layer.source is not None else []
         return found + ([self.base] if self.base is not None else [])
 
     def keys(self) -> list[Key]:
@@ -275,6 +280,12 @@ def _descend(path: str, policy: Policy, *, top_only: bool = False) -> Iterator[L
         if len(above) > 1 and last.record().receiving:
             last.close()
             raise ImageError(path, f"{last.record().obstacle}; until then nothing can stand on it")
+        if not top_only and last.header.has_base and (source := last.record().source_name):
+            try:
+                last.source = open_source(path, source, policy)
+            except BaseException:
+                last.close()
+                raise
         yield last
         header = last.header
         if not header.has_base or top_only:
@@ -341,6 +352,11 @@ def open_named(image: str, field: str, name: str, file_format: str, policy: Poli
         raise ImageError(image, f"{field}={name}: {path}: {reason}") from error
     finally:
         os.close(handle)
+
+
+def open_source(image: str, name: str, policy: Policy) -> QemuStore:
+    """Open what another host gives of a disk, if the policy allows; it is not started yet. Raises as `open_named`."""
+    return QemuStore(image, "source", name, RAW, policy, writable=False)
 
 
 def _open_layer(path: str, meta: HostFile, policy: Policy, *, writable: bool, with_data: bool) -> Layer:

@@ -86,7 +86,7 @@ class Copies:
         return (stop if end >= stop else max(end // block_size, start // block_size + 1) * block_size), not hole
 
     async def _store_missing(self, start: int, stop: int, store: Callable[[int, int], Awaitable[None]]) -> int:
-        """Have `store` put whole blocks of [start, stop) into the storage: those that are missing and not claimed.
+        """Have `store` put whole blocks of [start, stop) into the storage: those to copy, missing and not claimed.
 
         They are held meanwhile, and are local afterwards. The number of bytes.
         """
@@ -101,10 +101,13 @@ class Copies:
         stored = 0
         with self._gate.passed():
             while block < end:
+                block, until = core.to_copy(block, end)
+                if block == until:
+                    break
                 if bitmap.is_local(block):
                     block = bitmap.next_missing(block) or end
                     continue
-                free = self._locks.free_until(block, end)
+                free = self._locks.free_until(block, until)
                 if free == block:
                     block += 1
                     continue

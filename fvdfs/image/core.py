@@ -22,7 +22,7 @@ from fvdfs.cow.fetching import Fetcher
 from fvdfs.cow.planner import Geometry, Zeroes, read_runs
 from fvdfs.cow.recorder import Recorder
 from fvdfs.cow.writethrough import BaseWriter
-from fvdfs.format.header import Header
+from fvdfs.format.header import Header, ceil_div
 from fvdfs.format.journal import Range
 from fvdfs.image.bases import Bases
 from fvdfs.image.commit import Committer
@@ -154,6 +154,8 @@ class Core:
         """Records what is read first, for a profile."""
         self.dirty: Dirty | None = None
         """What is written while somebody copies the disk."""
+        self.followed: Core | None = None
+        """The base, where that is a source on top of a template, for the time of a move (`following`)."""
         header = self.committer.header
         self.size = header.virtual_disk_size
         self.end = self.size
@@ -190,7 +192,7 @@ class Core:
         """What the lowest base of the chain shares its throughput with."""
         base = self.base
         while isinstance(base, Core):
-            base = base.base if base.base is not None else base.data
+            base = base.base if base.base is not None and self.followed is not base else base.data
         assert base is not None
         return base.server
 
@@ -219,17 +221,43 @@ class Core:
     def missing(self, start: int, length: int) -> tuple[int, int]:
         """The first bytes [start, stop), whole blocks and at most about `length`, that are only in the base.
 
-        Looks from byte `start` on; an empty range at the end of the base's range where nothing is missing.
+        Looks from byte `start` on; an empty range at the end of the base's range where nothing is missing. Of a disk
+        that follows its source, what the template has is not missing.
         """
         block_size, base_size = self.base_range()
         bitmap = self.bitmap
         if bitmap is None or start >= base_size:
             return base_size, base_size
-        first = bitmap.next_missing(start // block_size)
-        if first is None:
-            return base_size, base_size
-        end = bitmap.next_local(first, first + max(1, length // block_size))
-        return first * block_size, min(end * block_size, base_size)
+        block, most = start // block_size, max(1, length // block_size)
+        while (first := bitmap.next_missing(block)) is not None:
+            first, until = self.to_copy(first, bitmap.blocks)
+            if first == until:
+                break
+            if bitmap.is_local(first):
+                block = first
+                continue
+            end = bitmap.next_local(first, min(first + most, until))
+            return first * block_size, min(end * block_size, base_size)
+        return base_size, base_size
+
+    def to_copy(self, start: int, stop: int) -> tuple[int, int]:
+        """The first blocks in [start, stop) that are to be copied if they are missing: all but the template's.
+
+        An empty range where there are none, or as long as nobody knows which these are.
+        """
+        followed = self.followed
+        if followed is None:
+            return start, stop
+        if followed.bitmap is None:
+            return stop, stop
+        unit, block_size = followed.geometry.block_size, self.geometry.block_size
+        own, end = followed.bitmap, min(ceil_div(stop * block_size, unit), followed.bitmap.blocks)
+        first = own.next_local(start * block_size // unit, end)
+        if first >= end:
+            return stop, stop
+        until = own.next_missing(first)
+        last = stop if until is None else min(stop, ceil_div(until * unit, block_size))
+        return max(start, first * unit // block_size), last
 
     def local_runs(self, start: int, stop: int) -> Sequence[tuple[int, int, bool]]:
         """Bytes [start, stop) as runs (start, stop, local); the rest of each run is in the base."""
@@ -401,7 +429,7 @@ def _may_hang(store: Store) -> bool:
 
 async def close_chain(image: Core) -> None:
     """Give up the files of an image, and of all below it that nobody else stands on."""
-    await _close_files(image)
+    await close_files(image)
     await leave_base(image)
 
 
@@ -409,7 +437,7 @@ async def leave_base(image: Core) -> None:
     """The image stands on nothing from now on; what nobody else stands on is closed."""
     with trio.CancelScope(shield=True):
         while (base := image.base) is not None:
-            image.base = None
+            image.base = image.followed = None
             async with image.bases.leaving(base, image) as is_last:
                 if not is_last:
                     return
@@ -417,11 +445,12 @@ async def leave_base(image: Core) -> None:
                     await base.aclose()
                     return
                 await base.end_copies()
-                await _close_files(base)
+                await close_files(base)
             image = base
 
 
-async def _close_files(image: Core) -> None:
+async def close_files(image: Core) -> None:
+    """Close an image's own files."""
     await image.meta.aclose()
     if image.data is not image.meta:
         await image.data.aclose()

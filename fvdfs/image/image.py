@@ -290,6 +290,21 @@ class Image(Core):
             if is_last and not isinstance(former, Core):
                 await former.aclose()
 
+    async def let_source_go(self) -> None:
+        """Stand on the template alone from now on; all that is to be copied is here. Raises OSError.
+
+        First that is stable: data, table and bitmap, as before the header says that a base is no longer needed. Then
+        the header says that the base's range ends with the base.
+        """
+        followed = self.followed
+        assert followed is not None
+        template = followed.base
+        assert template is not None
+        size = template.size if isinstance(template, Core) else await template.size()
+        await self._resizer.end_base_at(size)
+        if self.fetcher is not None:
+            self.fetcher.copy_on_read = bool(self.header.copy_on_read)
+
     def without_writers(self) -> AbstractAsyncContextManager[None]:
         """Keep all writers out meanwhile."""
         return self._gate.closed()
@@ -345,7 +360,7 @@ class Image(Core):
         if self.base_may_be_written:
             await begin_base_writing(self, self._locks, self.read, crashed=not header.clean)
         self.writable = True
-        if header.copy_on_read:
+        if header.copy_on_read or self.followed is not None:
             self.start_fetching(copy_on_read=True)
 
     async def stop_writing(self) -> None:

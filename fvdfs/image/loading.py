@@ -22,6 +22,7 @@ from fvdfs.image.chain import Chain, Layer, open_alone, open_chain
 from fvdfs.image.commit import Committer
 from fvdfs.image.core import Core, damaged_layers
 from fvdfs.image.exchange import close_former, take_parts
+from fvdfs.image.following import check_source, put_source_below
 from fvdfs.image.image import Image
 from fvdfs.image.locking import lock_for_reading, lock_for_writing, unlock_for_writing
 from fvdfs.image.migration import refuse_moved
@@ -72,7 +73,10 @@ async def _load_chain(
     fills = [layer for layer in wanting if await trio.to_thread.run_sync(layer.lock_for_copies)]
     await lock_for_reading(chain.stores(), chain.layers)
     below: Core | Store | None = chain.base if shared is None else shared[1]
-    if below is not None and not isinstance(below, Core):
+    for layer in chain.layers:
+        if layer.source is not None:
+            await check_source(layer.source, layer.header.base_size)
+    if below is not None and not isinstance(below, Core) and chain.layers[-1].source is None:
         await _look_at_base(chain.layers[-1], below)
     lowest = chain.base if len(keys) == len(chain.layers) else None  # else it may be written, or is open already
     while chain.layers:
@@ -88,6 +92,8 @@ async def _load_chain(
             spawn,
             bases,
         )
+        if layer.source is not None:
+            put_source_below(image, layer.source)
         loaded.append(image)
         chain.base = None
         chain.layers.pop()

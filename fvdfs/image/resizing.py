@@ -85,6 +85,27 @@ class Resizer:
             if self._stopped:
                 raise OSError(errno.ECANCELED, f"{core.name}: it is being closed")
 
+    async def end_base_at(self, size: int) -> None:
+        """All is stable, and the base's range ends at this byte, if it went on: what lies behind is local.
+
+        Raises OSError.
+        """
+        core, size = self._core, round_up(size, SECTOR)
+        async with self.lock:
+            if core.bitmap is None or core.header.base_size <= size:
+                await core.committer.checkpoint()
+                return
+            async with self._gate.closed():
+                with trio.CancelScope(shield=True):
+                    if core.header.clean:
+                        await core.committer.change_header(clean_shutdown=0)
+                    await core.committer.checkpoint(clear_journal=True)  # no record names a block behind the new end
+                    self._journal_cleared = True
+                    await self._shrink_base_range(size)
+                    core.geometry = Geometry(core.header.block_size, core.header.base_size)
+                    core.bitmap.shrink(core.header.blocks)
+                    await core.committer.checkpoint()
+
     async def stop(self) -> None:
         """The image is being closed: make no room any more."""
         self._stopped = True

@@ -50,7 +50,8 @@ class Background:
             self.spawn is not None
             and image.bitmap is not None
             and (
-                bool(header.copy_on_read)
+                image.followed is not None
+                or bool(header.copy_on_read)
                 or header.prefetch_start_delay > 0
                 or (header.profile_directed_prefetch_start_delay >= 0 and header.prefetch_profile_entries > 0)
                 or self._wants_profile(image)
@@ -74,7 +75,9 @@ class Background:
         if header.profile_directed_prefetch_start_delay >= 0:
             profile = await image.read_profile()
         whole = header.prefetch_start_delay > 0
-        if profile or whole:
+        if image.followed is not None and image.followed.bitmap is not None:
+            self.prefetch(owner, image, profile)
+        elif profile or whole:
             self.prefetch(owner, image, profile, whole=whole, delay=header.prefetch_start_delay)
 
     def prefetch(

@@ -25,7 +25,7 @@ from fvdfs.image.copy_range import copy_range
 from fvdfs.image.image import Image
 from fvdfs.image.map import image_map
 from fvdfs.layers.resize import refuse_cut
-from fvdfs.ops import control, moves, snapshots
+from fvdfs.ops import control, moves, snapshots, templates
 from fvdfs.ops.answers import error_number
 from fvdfs.ops.commits import RegularCommits
 from fvdfs.ops.complaints import Complaints
@@ -306,6 +306,9 @@ class Filesystem(pyfuse3.Operations):
             return await self._map(inode)
         if wanted == xattrs.STATUS:
             return json.dumps(control.status(self.folder.inodes[inode])).encode()
+        if wanted.startswith(xattrs.OWN) and (number := wanted.removeprefix(xattrs.OWN)).isdecimal():
+            at = int(number[:9]) * templates.PART
+            return self.folder.inodes[inode].own[at : at + templates.PART]
         if wanted in xattrs.PARTS:
             part = control.status(self.folder.inodes[inode]).get(xattrs.PARTS[wanted], "")
             return str(part).encode(errors="surrogateescape")

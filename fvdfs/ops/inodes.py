@@ -120,6 +120,8 @@ class Entry:
         """Held while it is taken over from its source, or its move is given up."""
         self.move_refused = ""
         """Why the last step of a move that somebody asked for was refused."""
+        self.own = b""
+        """The map that the target of its move has asked for (`templates.py`)."""
         self.data_mtime_ns = seen.data_mtime_ns
         """Of a closed disk: when it was written last, where the image file does not tell."""
         self.last_status: dict[str, Any] = {}

@@ -4,7 +4,7 @@ What may follow on what, `format/migration.py` says; docs/migration.md has the w
 an extended attribute (`xattrs.MOVE`):
 
     serve | end | freeze | handover EPOCH TARGET NAME | thaw | thaw lose-writes | release [EPOCH TARGET]
-    go-on EPOCH TARGET | activate | abandon
+    go-on EPOCH TARGET | activate | abandon | stand STAMP | own EPOCH TARGET STAMP
 
 A freeze: what copies from the base ends; writers are kept out, and what was written is made stable; the image is
 closed, clean; its record says so, and is stable; then whoever waited to write gets EROFS, and so do all who come later.
@@ -36,11 +36,14 @@ from fvdfs.format import migration
 from fvdfs.format.header import SECTOR
 from fvdfs.format.mailbox import Wish
 from fvdfs.format.migration import Incoming, Record, Source, Target
-from fvdfs.image.chain import open_named
+from fvdfs.format.stamp import is_stamp
+from fvdfs.image.chain import open_named, open_source
+from fvdfs.image.following import change_source, check_source, stand_on_template
 from fvdfs.image.image import Image
 from fvdfs.image.locking import lock_for_writing, unlock_for_writing
 from fvdfs.image.migration import new_number, read_record, settle_record, write_record
-from fvdfs.image.policy import Policy
+from fvdfs.image.policy import HostStore, Policy
+from fvdfs.ops import templates
 from fvdfs.ops.inodes import Entry
 from fvdfs.ops.keeping import begin_writing
 from fvdfs.ops.openings import Openings
@@ -63,12 +66,19 @@ async def take_step(openings: Openings, entry: Entry, text: str) -> None:
     """Do what is asked for. Raises OSError, ImageError; `Entry.move_refused` tells why in words."""
     entry.move_refused = ""
     try:
-        if text == "activate":
-            await _activate_closed(openings, entry)
-            return
-        if text == "abandon":
-            await _abandon(openings, entry)
-            return
+        match text.split(" "):
+            case ["activate"]:
+                await _activate_closed(openings, entry)
+                return
+            case ["abandon"]:
+                await _abandon(openings, entry)
+                return
+            case ["stand", stamp] if is_stamp(stamp):
+                await templates.stand(openings, entry, stamp)
+                return
+            case ["own", epoch, target, stamp] if is_stamp(stamp):
+                await templates.make_map(openings, entry, epoch, target, stamp)
+                return
         event = _event(text)
         with trio.CancelScope(shield=True):
             async with _opened(openings, entry) as image:
@@ -97,8 +107,8 @@ async def _abandon(openings: Openings, entry: Entry) -> None:
         with trio.CancelScope(shield=True):
             async with _opened(openings, entry) as image:
                 await _change(openings, entry, image, migration.abandon)
-                source = parse_location(image.header.base_img)
         assert entry.record.incoming is not None
+        source = _source(image, entry.record.incoming)
         await tell_of_end(source, openings.folder.policy.tls_creds, entry.record.incoming, ASKED_PATIENCE)
     log.info("%s: its move to this host is given up, and its source told", os.fsdecode(entry.path))
 
@@ -113,7 +123,7 @@ async def activate(openings: Openings, entry: Entry, patience: float = WRITE_PAT
         assert into is not None
         if entry.record.abandoned:
             raise OSError(errno.EROFS, entry.record.obstacle)
-        began, source = trio.current_time(), parse_location(image.header.base_img)
+        began, source = trio.current_time(), _source(image, into)
         try:
             if openings.folder.policy.on_loss is OnLoss.WAIT and patience > ASKED_PATIENCE:
                 await _ask_or_wait(image, openings.folder.policy.tls_creds, into, patience)
@@ -153,19 +163,30 @@ async def _take_over(openings: Openings, entry: Entry, image: Image) -> None:
     policy, header, after = openings.folder.policy, image.header, migration.activate(entry.record)
     await lock_for_writing(image)
     name, file_format = after.base_name(header.base_img), header.base_img_fmt
-    open_source = functools.partial(open_named, image.name, "base_img", name, file_format, policy, writable=False)
-    base = await trio.to_thread.run_sync(open_source)
+
+    def open_given() -> HostStore:
+        if after.keeps_base:
+            return open_source(image.name, after.source_name, policy)
+        return open_named(image.name, "base_img", name, file_format, policy, writable=False)
+
+    base = await trio.to_thread.run_sync(open_given)
     try:
         if isinstance(base, QemuStore):
             await base.start()
             if base.is_away:  # that it is there is the proof
                 raise Unreachable(base.name, "its server is away")
+            if after.keeps_base:
+                await check_source(base, header.base_size)
         await trio.to_thread.run_sync(write_record, image.meta, after)
     except BaseException:
         await base.aclose()
         raise
     entry.record = after
-    await image.change_base(base, (file_format, str(base.identity), ""))
+    if after.keeps_base:
+        assert isinstance(base, QemuStore)
+        await change_source(image, base)
+    else:
+        await image.change_base(base, (file_format, str(base.identity), ""))
     if openings.forget_pages is not None:
         await openings.forget_pages(entry.inode)
     await begin_writing(entry, image, policy, openings.background)
@@ -179,8 +200,16 @@ def follow(openings: Openings, entry: Entry, image: Image) -> None:
         spawn(functools.partial(_follow, openings, entry, image, into))
 
 
+def _source(image: Image, into: Incoming) -> Location:
+    return parse_location(into.url(image.header.base_img))
+
+
 async def _follow(openings: Openings, entry: Entry, image: Image, into: Incoming) -> None:
-    while image.bitmap is not None:
+    location = _source(image, into)
+    if image.followed is not None:
+        await templates.learn_map(openings, entry, image, into, location)
+        await _begin_copying(openings, entry, image)
+    while image.bitmap is not None and not _has_all_own(image):
         with trio.move_on_after(FOLLOW_INTERVAL):
             await entry.unloaded.wait()
             return
@@ -195,13 +224,16 @@ async def finish(openings: Openings, entry: Entry) -> None:
 
 
 async def _complete(openings: Openings, entry: Entry, image: Image, into: Incoming) -> None:
-    location = parse_location(image.header.base_img)
+    location = _source(image, into)
     assert isinstance(image.meta, HostFile)
     async with entry.lock:
         if entry.image is not image or not image.writable or entry.record.incoming != into:
             return  # the next opening sees to it, or it is a snapshot's by now
+        if image.followed is not None:
+            await image.let_source_go()
         entry.record = migration.complete(entry.record)
         await trio.to_thread.run_sync(write_record, image.meta, entry.record)
+        await stand_on_template(image)
     await _tell_source(openings, image.name, location, into, "all is local")
 
 
@@ -211,7 +243,7 @@ def _pass_release_on(openings: Openings, entry: Entry, image: Image) -> None:
     if into is None or into.state is not Target.ACTIVE or out is None or out.state is not Source.RELEASED:
         return
     if spawn is not None:
-        location = parse_location(image.header.base_img)
+        location = _source(image, into)
         why = f"{out.name or out.target} has all of it"
         spawn(functools.partial(_tell_source, openings, image.name, location, into, why))
 
@@ -223,6 +255,21 @@ async def _tell_source(openings: Openings, name: str, location: Location, into: 
         log.warning("%s: %s; its source could not be told, run fvdfs release there: %s", name, why, error)
     else:
         log.info("%s: %s, and its source released", name, why)
+
+
+def _has_all_own(image: Image) -> bool:
+    """Whether only the template's is missing."""
+    if image.followed is None or image.followed.bitmap is None:
+        return False
+    start, stop = image.missing(0, 1)
+    return start == stop
+
+
+async def _begin_copying(openings: Openings, entry: Entry, image: Image) -> None:
+    async with entry.lock:
+        prefetcher = entry.prefetcher
+        if entry.image is image and image.writable and (prefetcher is None or prefetcher.ended.is_set()):
+            openings.background.prefetch(entry, image)
 
 
 def _event(text: str) -> Event:

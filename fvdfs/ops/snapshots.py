@@ -63,6 +63,8 @@ async def _make(openings: Openings, entry: Entry, image: Image, name: str) -> st
     path = os.fsdecode(entry.path)
     if entry.record.receiving:
         raise MovedAway(path, entry.record.obstacle)
+    if image.followed is not None:
+        raise UsageError(f"{path}: still follows its source, on top of a template: wait until all is local")
     if isinstance(entry.passthrough, Passthrough):
         raise UsageError(
             f"{path}: the kernel reads and writes its data by itself; close the disk, then: fvdfs snapshot {path}"
