@@ -27,7 +27,7 @@ from fvdfs.store.source import ASKED_PATIENCE, ask, epoch_of, tell_of_end
 FOLLOW_DELAY = 1  # seconds after which all that is missing is copied, once the disk is written here
 
 
-def run_receive(url: str, image: str, *, keep_base: str, base_format: str) -> int:
+def run_receive(url: str, image: str, *, keep_base: str = "", base_format: str = "") -> int:
     """Make an image that stands on a disk that another host gives. Raises UsageError, ImageError, OSError.
 
     `keep_base`: the name of a template that it is to stand on, as the source does; empty: nothing.
