@@ -296,7 +296,11 @@ def _parser() -> argparse.ArgumentParser:
     status.add_argument("mountpoint", metavar="MOUNTPOINT")
     how = status.add_mutually_exclusive_group()
     how.add_argument("--json", action="store_true")
-    how.add_argument("--watch", action="store_true", help="live progress bars")
+    how.add_argument("--watch", action="store_true", help="again and again; top shows more")
+
+    top = commands.add_parser("top", help="a live table of the disks of a mount that are open, with keys to steer them")
+    top.set_defaults(run=_top)
+    top.add_argument("mountpoint", metavar="MOUNTPOINT")
 
     prefetch = commands.add_parser("prefetch", help="copy all that is missing of a mounted disk from its base")
     prefetch.set_defaults(run=_prefetch)
@@ -783,6 +787,15 @@ def _status(arguments: argparse.Namespace) -> int:
     from fvdfs.commands.status import run
 
     return run(arguments.mountpoint, as_json=arguments.json, watch=arguments.watch)
+
+
+def _top(arguments: argparse.Namespace) -> int:
+    try:
+        from fvdfs.commands.top import run
+    except ModuleNotFoundError as error:
+        raise UsageError(f"top: {error.name} is not installed: pip install 'fvdfs[top]'") from None
+    run(arguments.mountpoint)
+    return 0
 
 
 def _prefetch(arguments: argparse.Namespace) -> int:

@@ -63,21 +63,36 @@ def read_map(path: str, *, secret_file: str = "", allowed_urls: tuple[str, ...] 
 
 def print_map(found: dict[str, Any]) -> None:
     """The map as a bar on the terminal, with a legend."""
-    bar = Text()
-    signs, mixed_sign = {"stored": "█", "base": "░", "hole": "·"}, "▓"
-    try:
-        "█░·▓".encode(sys.stdout.encoding or "ascii")
-    except UnicodeEncodeError:
-        signs, mixed_sign = {"stored": "#", "base": "-", "hole": "."}, "+"
-    for counts in merged(found, BAR_CELLS):
-        state = found["states"][counts.index(max(counts))]
-        mixed = state == "stored" and counts[found["states"].index("base")] > 0
-        bar.append(mixed_sign if mixed else signs[state], style="rgb({},{},{})".format(*COLOURS[state]))
     console = plain_console()
-    console.print(bar)
-    whole = found["virtual_size"] or 1
+    console.print(bar_of(found, BAR_CELLS))
+    signs, whole = _signs(), found["virtual_size"] or 1
     for state, size in totals(found).items():
         console.print(f"{signs[state]} {state:<6}{size / whole:6.1%}  {human_size(size)}")
+
+
+def bar_of(found: dict[str, Any], cells: int) -> Text:
+    """A map in a line of at most so many characters; each shows what most of its part of the disk is."""
+    bar, signs = Text(), _signs()
+    for counts in merged(found, cells):
+        state = found["states"][counts.index(max(counts))]
+        mixed = state == "stored" and counts[found["states"].index("base")] > 0
+        bar.append(signs["mixed" if mixed else state], style="rgb({},{},{})".format(*COLOURS[state]))
+    return bar
+
+
+def legend() -> str:
+    """What the characters of a bar mean, in a line."""
+    return "  ".join(f"{sign} {state}" for state, sign in _signs().items())
+
+
+def _signs() -> dict[str, str]:
+    """What stands for each state, and for what is mostly stored, but in part in the base."""
+    states, plain = ("stored", "mixed", "base", "hole"), "#+-."
+    try:
+        "█▓░·".encode((sys.__stdout__ and sys.__stdout__.encoding) or "ascii")
+    except UnicodeEncodeError:
+        return dict(zip(states, plain, strict=True))
+    return dict(zip(states, "█▓░·", strict=True))
 
 
 def draw_map(found: dict[str, Any], path: str, image: str) -> None:

@@ -10,19 +10,21 @@ import json
 import os
 import sys
 import time
-from typing import Any
+from typing import Any, Literal
 
-from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn
+from rich.console import ConsoleDimensions, Group
+from rich.live import Live
 from rich.table import Table
 
 from fvdfs import mounts
+from fvdfs.commands import rows
 from fvdfs.commands.attributes import facts
 from fvdfs.commands.terminal import plain_console
 from fvdfs.errors import UsageError, printable
 from fvdfs.sizes import human_size
 from fvdfs.xattrs import PID, STATUS
 
-INTERVAL = 0.5  # seconds between two looks
+INTERVAL = 1.0  # seconds between two looks
 WIDE = 200  # columns of a table that is not shown on a terminal, so that nothing is folded
 
 
@@ -88,7 +90,7 @@ def _columns(image: dict[str, Any]) -> tuple[str, str, str, str, str, str]:
     if "rate" not in image:  # closed, or being closed
         return share, image["state"], "", "", image.get("failed", "") or image.get("reason", ""), ""
     rate = f"{image['rate'] / 1e6:.1f} MB/s" if image["rate"] else ""
-    left = _duration(image["eta"]) if image["eta"] is not None else ""
+    left = rows.duration(image["eta"])
     passthrough = "on" if image["passthrough"] == "on" else f"no: {image['passthrough']}"
     why = image["failed"] or _outage(image["base_outage"], image["reason"])
     return share, image["state"], rate, left, why, passthrough
@@ -104,39 +106,40 @@ def _outage(outage: dict[str, str | None] | None, reason: str) -> str:
     return ", ".join(filter(None, [reason, f"base back since {until}, lost at {since}"]))
 
 
-def _duration(seconds: int) -> str:
-    minutes, seconds = divmod(seconds, 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
-
-
 def watch_status(mountpoint: str) -> None:
-    """Show a live bar for each open image, until interrupted or unmounted."""
-    columns = (
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        TaskProgressColumn(),
-        TextColumn("{task.fields[state]:<8}"),
-        TextColumn("{task.fields[rate]:>11}"),
-        TextColumn("{task.fields[left]:>8}"),
-        TextColumn("{task.fields[why]}", style="yellow", markup=False),
-    )
-    tasks: dict[str, TaskID] = {}
-    with Progress(*columns, console=plain_console()) as progress:
+    """Show the disks that are open, again and again, until interrupted or unmounted."""
+    console, before = plain_console(width=None if sys.stdout.isatty() else WIDE), None
+    with Live(console=console, auto_refresh=False, vertical_overflow="visible") as live:
         while True:
+            now = time.monotonic()
             try:
-                images = {image["name"]: image for image in status(mountpoint)["images"] if image["open"]}
+                found = status(mountpoint)
             except UsageError:
-                if not tasks:
+                if before is None:
                     raise
                 return
-            for name in [name for name in tasks if name not in images]:
-                progress.remove_task(tasks.pop(name))
-            for name, image in images.items():
-                if name not in tasks:
-                    tasks[name] = progress.add_task(printable(name), state="", rate="", left="", why="")
-                _, state, rate, left, why, _ = _columns(image)
-                total = image["base_size"] or 1
-                done = image["local_bytes"] if image["base_size"] else 1
-                progress.update(tasks[name], total=total, completed=done, state=state, rate=rate, left=left, why=why)
+            since, former = before or (now, None)
+            shown = _watched(rows.rows(former, found, now - since), len(found["images"]), console.size)
+            if console.is_terminal:
+                live.update(shown, refresh=True)
+            else:
+                console.print(shown)
+            before = now, found
             time.sleep(INTERVAL)
+
+
+def _watched(found: list[rows.Row], images: int, size: ConsoleDimensions) -> Group:
+    """A table of as many disks as there are lines for, and how many more there are."""
+    found = sorted(found, key=rows.NAME.key)
+    room = size.height - 3 if sys.stdout.isatty() else len(found)
+    table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False)
+    columns = rows.fitting(size.width, [row.name for row in found[:room]], padding=1)
+    for column, width in columns:
+        justify: Literal["left", "right"] = "right" if column.at_right else "left"
+        table.add_column(column.title, width=width, no_wrap=True, overflow="ellipsis", justify=justify)
+    for row in found[:room]:
+        table.add_row(
+            *(rows.shortened(row.name, width) if column is rows.NAME else column.cell(row) for column, width in columns)
+        )
+    more = [f"and {len(found) - room} more; fvdfs top shows them all"] if len(found) > room else []
+    return Group(rows.total(found, images), *([table] if found else []), *more)

@@ -7,6 +7,7 @@ by itself (`passthrough.py`), and what its page cache answers, reaches nobody wh
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 KINDS = ("read", "write", "fsync", "fallocate", "lseek", "copy")
@@ -46,20 +47,20 @@ class Count:
         first, last = _LEAST + 1, _LEAST + len(BOUNDS)
         return [sum(self._times[:first]), *self._times[first:last], sum(self._times[last:])]
 
-    def quantile(self, share: float) -> float | None:
-        """The seconds within which this share of all was answered, rounded up to one of BOUNDS.
 
-        None: there were none; infinite: longer than all.
-        """
-        times = self.times
-        wanted = share * sum(times)
-        if not wanted:
-            return None
-        for count, bound in zip(times, (*BOUNDS, math.inf), strict=True):
-            wanted -= count
-            if wanted <= 0:
-                return bound
-        return math.inf
+def quantile(times: Sequence[int], share: float) -> float | None:
+    """The seconds within which this share of `times` (as `Count.times`) was answered, rounded up to one of BOUNDS.
+
+    None: there were none; infinite: longer than all.
+    """
+    wanted = share * sum(times)
+    if not wanted:
+        return None
+    for count, bound in zip(times, (*BOUNDS, math.inf), strict=True):
+        wanted -= count
+        if wanted <= 0:
+            return bound
+    return math.inf
 
 
 class Counters:
