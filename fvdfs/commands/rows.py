@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from fvdfs.counters import BOUNDS, quantile
 from fvdfs.errors import printable
-from fvdfs.ops.counters import BOUNDS, quantile
 
 NAME_LEAST = 12  # characters that a name gets before there is another column
 WHY_LEAST = 16

@@ -23,9 +23,9 @@ from typing import Any
 
 import trio
 
+from fvdfs.counters import Counters
 from fvdfs.format.migration import NO_RECORD, Record
 from fvdfs.image.image import Image
-from fvdfs.ops.counters import Counters
 from fvdfs.ops.freshness import Snapshot, same_file
 from fvdfs.ops.passthrough import Passthrough
 from fvdfs.ops.processes import Process

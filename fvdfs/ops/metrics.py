@@ -30,10 +30,10 @@ from prometheus_client.core import (
 from prometheus_client.registry import Collector
 
 from fvdfs import __version__
+from fvdfs.counters import BOUNDS
 from fvdfs.errors import UsageError
 from fvdfs.mountoptions import metrics_address
 from fvdfs.ops.control import status
-from fvdfs.ops.counters import BOUNDS
 from fvdfs.ops.filesystem import Filesystem
 from fvdfs.prefetch.prefetcher import Activity
 

@@ -21,7 +21,7 @@ from textual.widgets import DataTable, Static
 
 from fvdfs.commands import rows
 from fvdfs.commands.top import Top
-from fvdfs.ops.counters import BOUNDS, Counters
+from fvdfs.counters import BOUNDS, Counters
 from support.mounts import FVDFS, MIB, Mount, fvdfs, mounted, must
 
 LONG = "a-machine-whose-name-nobody-can-read-on-one-line-of-a-terminal"

@@ -8,7 +8,7 @@ import math
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fvdfs.ops.counters import BOUNDS, Count, Counters, quantile
+from fvdfs.counters import BOUNDS, Count, Counters, quantile
 
 
 @given(st.lists(st.integers(0, 10**11)))
