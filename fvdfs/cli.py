@@ -287,6 +287,8 @@ def _parser() -> argparse.ArgumentParser:
     mount.add_argument(
         "--log-file", default="", metavar="FILE", help="log there; SIGHUP reopens it (default: the system's log)"
     )
+    mount.add_argument("--replace", action="store_true", help="clear a dead mount away that is left at MOUNTPOINT")
+    mount.add_argument("--syslog", action="store_true", help="log to the system's log, with -f or --log-file, too")
     mount.add_argument("--debug", action="store_true", help="log every request (with -f)")
 
     status = commands.add_parser(
@@ -296,6 +298,7 @@ def _parser() -> argparse.ArgumentParser:
     status.add_argument("mountpoint", metavar="MOUNTPOINT")
     how = status.add_mutually_exclusive_group()
     how.add_argument("--json", action="store_true")
+    how.add_argument("--log", action="store_true", help="the last lines of the mount's log")
     how.add_argument("--watch", action="store_true", help="again and again; top shows more")
 
     top = commands.add_parser("top", help="a live table of the disks of a mount that are open, with keys to steer them")
@@ -779,6 +782,8 @@ def _mount(arguments: argparse.Namespace) -> int:
         read_only=arguments.read_only,
         allow_other=arguments.allow_other,
         log_file=arguments.log_file,
+        syslog=arguments.syslog,
+        replace_dead=arguments.replace,
         debug=arguments.debug,
     )
 
@@ -786,7 +791,7 @@ def _mount(arguments: argparse.Namespace) -> int:
 def _status(arguments: argparse.Namespace) -> int:
     from fvdfs.commands.status import run
 
-    return run(arguments.mountpoint, as_json=arguments.json, watch=arguments.watch)
+    return run(arguments.mountpoint, as_json=arguments.json, watch=arguments.watch, log=arguments.log)
 
 
 def _top(arguments: argparse.Namespace) -> int:

@@ -23,6 +23,7 @@ import logging
 import os
 import resource
 import signal
+import socket
 import sys
 import threading
 from collections.abc import Awaitable, Callable, Iterator
@@ -31,7 +32,7 @@ from typing import TYPE_CHECKING, TextIO, TypeVar
 
 from fvdfs import mounts
 from fvdfs.errors import FvdError, leading
-from fvdfs.logs import ReopenLog, set_up_log
+from fvdfs.logs import LogPlaces, ReopenLog, leveled, set_up_log, to_journal
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
@@ -235,15 +236,27 @@ Serve = Callable[[Callable[[], None], ReopenLog], None]
 """Serves a mount; is given what to call when it is ready, and what opens the log file anew."""
 
 
-def in_foreground(serve: Serve, log_file: str | None) -> int:
+def in_foreground(serve: Serve, places: LogPlaces) -> int:
     """Serve in this process; the exit code. Raises FvdError."""
     ignore_signals()
     os.chdir("/")
-    serve(lambda: None, set_up_log(log_file, foreground=True))
+    os.umask(os.umask(0o022) | 0o022)
+    reopen_log = set_up_log(places, foreground=True)
+    serve(lambda: notify("READY=1"), reopen_log)
     return 0
 
 
-def in_background(serve: Serve, log_file: str | None) -> int:
+def notify(text: str) -> None:
+    """Tell the service manager that started this process, if one did: sd_notify(3)."""
+    address = os.environ.get("NOTIFY_SOCKET", "")
+    if not address:
+        return
+    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
+        sender.setblocking(False)  # it must not have the mount wait
+        sender.sendto(text.encode(), f"\0{address[1:]}" if address.startswith("@") else address)
+
+
+def in_background(serve: Serve, places: LogPlaces) -> int:
     """Serve in a process of its own; return when it is ready, or has failed. The exit code.
 
     Until it is ready its messages go to the terminal as well. A signal that stops this process before that stops the
@@ -257,7 +270,7 @@ def in_background(serve: Serve, log_file: str | None) -> int:
     child = os.fork()
     if not child:
         os.close(read_end)
-        _serve_in_child(serve, log_file, write_end)
+        _serve_in_child(serve, places, write_end)
     os.close(write_end)
     stopped: list[int] = []
 
@@ -286,7 +299,7 @@ def in_background(serve: Serve, log_file: str | None) -> int:
     return code if code > 0 else 1
 
 
-def spawn(serve: Serve, log_file: str | None) -> int:
+def spawn(serve: Serve, places: LogPlaces) -> int:
     """Serve in a process of its own; its number, once it is ready. Where it fails it has said why on stderr.
 
     Raises NotReady; an interrupt ends it.
@@ -298,7 +311,7 @@ def spawn(serve: Serve, log_file: str | None) -> int:
     child = os.fork()
     if not child:
         os.close(read_end)
-        _serve_in_child(serve, log_file, write_end)
+        _serve_in_child(serve, places, write_end)
     os.close(write_end)
     try:
         with os.fdopen(read_end, "rb") as pipe:
@@ -317,7 +330,7 @@ class NotReady(Exception):
     """A process was started that has ended before it was ready."""
 
 
-def _serve_in_child(serve: Serve, log_file: str | None, write_end: int) -> None:
+def _serve_in_child(serve: Serve, places: LogPlaces, write_end: int) -> None:
     """Serve, tell `write_end` when it is ready, and end the process."""
     code = 1
     try:
@@ -330,7 +343,7 @@ def _serve_in_child(serve: Serve, log_file: str | None, write_end: int) -> None:
             os.dup2(null.fileno(), 1)
         os.chdir("/")
         os.umask(os.umask(0o022) | 0o022)
-        reopen_log = set_up_log(log_file, foreground=False)
+        reopen_log = set_up_log(places, foreground=False)
 
         def ready() -> None:
             with open(os.devnull, "r+b") as null:
@@ -355,7 +368,7 @@ def _serve_in_child(serve: Serve, log_file: str | None, write_end: int) -> None:
 def complain(text: str) -> None:
     """Say it on stderr, if anybody still listens."""
     with contextlib.suppress(OSError):
-        print(f"fvdfs: {text}", file=sys.stderr, flush=True)
+        print(leveled(text, logging.ERROR) if to_journal(2) else f"fvdfs: {text}", file=sys.stderr, flush=True)
 
 
 def ended_by(error: BaseException) -> int:

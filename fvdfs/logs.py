@@ -1,7 +1,10 @@
-"""The log of a mount: a file, syslog, the terminal.
+"""The log of a mount: a file, syslog, the terminal or the journal; its last lines also in memory (`status --log`).
 
-It must neither stop nor end the mount. A line that cannot be written at once (a full disk, a pipe that nobody reads, a
-terminal that is gone) is dropped, and counted.
+A message has a level: in a file its name; to syslog its number, and to the journal where stderr leads there
+(sd-daemon(3): `<3>` before each line).
+
+The log must neither stop nor end the mount. A line that cannot be written at once (a full disk, a pipe that nobody
+reads, a terminal that is gone) is dropped, and counted.
 """
 
 from __future__ import annotations
@@ -14,13 +17,18 @@ import select
 import socket
 import stat
 import threading
+from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from fvdfs.errors import FvdError, UsageError, printable
 
 LOG_PATIENCE = 0.1  # seconds for a line in a file that is on no disk of this host
 _LOOKED_AT = 4096  # bytes of a file that is to be a log
 _SYSLOG = "/dev/log"
+_IN_FILES = "%(asctime)s %(levelname)s %(message)s"
+MOST_KEPT = 60_000  # bytes of the last lines; an extended attribute holds 65536
+_LONGEST_KEPT = 4000  # bytes of one of them: a traceback is one
 _SYSLOG_DAEMON = 3 << 3  # the facility, of RFC 3164
 _SYSLOG_LEVELS = {logging.CRITICAL: 2, logging.ERROR: 3, logging.WARNING: 4, logging.INFO: 6, logging.DEBUG: 7}
 
@@ -32,6 +40,57 @@ class LogFormatter(logging.Formatter):
 
     def formatMessage(self, record: logging.LogRecord) -> str:
         return printable(super().formatMessage(record))
+
+
+def to_journal(descriptor: int) -> bool:
+    """Whether what is written there gets into systemd's journal (systemd.exec(5), JOURNAL_STREAM)."""
+    device, _, inode = os.environ.get("JOURNAL_STREAM", "").partition(":")
+    try:
+        status = os.fstat(descriptor)
+    except OSError:
+        return False
+    return (device, inode) == (str(status.st_dev), str(status.st_ino))
+
+
+def leveled(text: str, level: int) -> str:
+    """Lines as the journal takes them from a stream."""
+    return "\n".join(f"<{_SYSLOG_LEVELS.get(level, 6)}>{line}" for line in text.split("\n"))
+
+
+class _JournalFormatter(LogFormatter):
+    """The journal knows the program, and the time."""
+
+    def __init__(self) -> None:
+        super().__init__("%(message)s")
+
+    def format(self, record: logging.LogRecord) -> str:
+        return leveled(super().format(record), record.levelno)
+
+
+class _Recent(logging.Handler):
+    """Keeps the last lines."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.setFormatter(LogFormatter(_IN_FILES))
+        self._lines: deque[bytes] = deque()
+        self._size = 0
+
+    def emit(self, record: logging.LogRecord) -> None:
+        line = self.format(record).encode(errors="backslashreplace")[:_LONGEST_KEPT] + b"\n"
+        self._lines.append(line)
+        self._size += len(line)
+        while self._size > MOST_KEPT:
+            self._size -= len(self._lines.popleft())
+
+    def text(self) -> bytes:
+        """What is kept."""
+        with self.lock or contextlib.nullcontext():
+            return b"".join(self._lines)
+
+
+recent = _Recent()
+"""Of the mount that this process serves."""
 
 
 class _Lines(logging.Handler):
@@ -148,30 +207,43 @@ def _keep_log(_check: Callable[[str], None]) -> None:
     """There is no log file."""
 
 
-def set_up_log(log_file: str | None, *, foreground: bool) -> ReopenLog:
-    """Log to the file, or to syslog in the background, and to the terminal.
+@dataclass(frozen=True, slots=True)
+class LogPlaces:
+    """Where a user wants the log."""
 
-    Returns what opens the file anew. Raises UsageError where it cannot be opened.
+    file: str = ""
+    syslog: bool = False
+    """Also where there is a file, or a terminal."""
+
+
+def set_up_log(places: LogPlaces, *, foreground: bool) -> ReopenLog:
+    """Log to the file, or to syslog in the background, and to the terminal or the journal.
+
+    Returns what opens the file anew. Raises UsageError where one of them cannot be had.
     """
     logging.raiseExceptions = False
     root = logging.getLogger()
     root.setLevel(logging.INFO)
+    root.addHandler(recent)
+    log_file = places.file
     reopen: ReopenLog = _keep_log
     if log_file:
         try:
             handler = LogFile(log_file)
         except OSError as error:
             raise UsageError(f"--log-file {log_file}: {error.strerror}") from error
-        handler.setFormatter(LogFormatter("%(asctime)s %(levelname)s %(message)s"))
+        handler.setFormatter(LogFormatter(_IN_FILES))
         root.addHandler(handler)
         reopen = handler.reopen
-    elif not foreground and os.path.exists(_SYSLOG):
+    if places.syslog and not os.path.exists(_SYSLOG):
+        raise UsageError(f"--syslog: there is no {_SYSLOG}: no journal or syslog runs here; give --log-file")
+    if places.syslog or (not foreground and not log_file and os.path.exists(_SYSLOG)):
         syslog = _Syslog()
         syslog.setFormatter(LogFormatter(f"fvdfs[{os.getpid()}]: %(levelname)s %(message)s"))
         root.addHandler(syslog)
     if foreground or not log_file:
         terminal = _Lines(2)
         terminal.setLevel(logging.INFO if foreground else logging.WARNING)
-        terminal.setFormatter(LogFormatter("fvdfs: %(message)s"))
+        terminal.setFormatter(_JournalFormatter() if to_journal(2) else LogFormatter("fvdfs: %(message)s"))
         root.addHandler(terminal)
     return reopen

@@ -152,6 +152,7 @@ _ROWS = (
         _one_of("on", "off"),
     ),
     Option("log_file=FILE", "like --log-file"),
+    Option("replace", "like --replace"),
     Option("allow_other", "like --allow-other"),
     Option("ro", "like --read-only"),
     Option("rw", "the default"),

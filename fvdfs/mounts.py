@@ -76,7 +76,7 @@ def refuse_dead(path: str) -> None:
     if mount is not None and mount.is_ours and is_dead(mount):
         raise UsageError(
             f"{mount.path}: the fvdfs that served this mount has ended; clear it away with: "
-            f"fvdfs umount {shlex.quote(mount.path)}"
+            f"fvdfs umount {shlex.quote(mount.path)} (or mount with --replace)"
         )
 
 

@@ -6,6 +6,8 @@ PID = "user.fvdfs.pid"
 """Of the mount point: the process that serves it."""
 DAEMON = "user.fvdfs.daemon"
 """Of the mount point and each file, not listed: how to see that the process has ended, as JSON (`unmount.py`)."""
+LOG = "user.fvdfs.log"
+"""Of the mount point, not listed: the last lines of the log."""
 STATUS = "user.fvdfs.status"
 """Of a raw file: all that is known of it, as JSON. Of the mount point: `folder`, what `-o` says
 of servers (`allow_url`, `tls_creds`), and the `caches` (`ops/caches.py`)."""

@@ -35,6 +35,7 @@ from fvdfs.commands.migrate_target import ACTIVE, WAITS
 from fvdfs.commands.migration import ask_mount, kept_from_qemu
 from fvdfs.commands.terminal import progress_bar
 from fvdfs.errors import FvdError, UsageError
+from fvdfs.logs import LogPlaces
 from fvdfs.qmp import ANSWER, CommandRefused, Monitor, NoAnswer
 from fvdfs.sizes import human_size
 from fvdfs.store.locations import parse_location
@@ -320,7 +321,7 @@ class _Move:
             serve.serve(raws, lambda _urls: ready(), listen=self._listen, tls_creds=creds, once=True)
 
         try:
-            self._server = daemon.spawn(give, self._choices.log_file or None)
+            self._server = daemon.spawn(give, LogPlaces(self._choices.log_file))
         except daemon.NotReady:
             raise MoveFailed(f"{self._all}: cannot be served at {self._listen}") from None
         self.say(f"served at {self._urls} (process {self._server})")

@@ -11,8 +11,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from fvdfs import daemon, mounts
+from fvdfs.commands.umount import clear_dead
 from fvdfs.errors import UsageError
-from fvdfs.logs import ReopenLog
+from fvdfs.logs import LogPlaces, ReopenLog
 from fvdfs.mountoptions import (
     folders,
     listed,
@@ -36,19 +37,24 @@ def run(
     read_only: bool,
     allow_other: bool,
     log_file: str,
+    syslog: bool = False,
     debug: bool,
+    replace_dead: bool = False,
     sloppy: bool = False,
     fake: bool = False,
 ) -> int:
     """Mount the images of a folder; return when requests are answered, or, in the foreground, when it is unmounted.
 
     `options`: the arguments of -o; `sloppy`: unknown ones are left out. `fake`: mount nothing, but refuse what would be
-    refused before. Returns the exit code. Raises UsageError.
+    refused before. `replace_dead`: clear away what a daemon that has ended has left at the mount point. Returns the
+    exit code. Raises UsageError.
     """
     own_options, kernel_options = without_those_of_mount8(options, sloppy=sloppy)
     chosen = parse_mount_options(own_options)
     log_file = log_file or chosen.get("log_file", "")
     folder, mountpoint = os.path.realpath(folder), os.path.abspath(mountpoint)
+    if (replace_dead or "replace" in chosen) and not fake:
+        clear_dead(mountpoint)
     _check_places(folder, mountpoint)
     if read_only and "rw" in chosen:
         raise UsageError("--read-only and -o rw: choose one")
@@ -119,7 +125,7 @@ def run(
         )
         serve(settings, ready, reopen_log)
 
-    return (daemon.in_foreground if foreground else daemon.in_background)(serve_folder, log_file or None)
+    return (daemon.in_foreground if foreground else daemon.in_background)(serve_folder, LogPlaces(log_file, syslog))
 
 
 def _check_places(folder: str, mountpoint: str) -> None:

@@ -22,17 +22,23 @@ from fvdfs.commands.attributes import facts
 from fvdfs.commands.terminal import plain_console
 from fvdfs.errors import UsageError, printable
 from fvdfs.sizes import human_size
-from fvdfs.xattrs import PID, STATUS
+from fvdfs.xattrs import LOG, PID, STATUS
 
 INTERVAL = 1.0  # seconds between two looks
 WIDE = 200  # columns of a table that is not shown on a terminal, so that nothing is folded
 
 
-def run(mountpoint: str, *, as_json: bool, watch: bool) -> int:
-    """Show the state of every image, once or until interrupted. Raises UsageError where it is no mount, OSError."""
+def run(mountpoint: str, *, as_json: bool, watch: bool, log: bool = False) -> int:
+    """Show the state of every image, once or until interrupted, or the last lines of the log.
+
+    Raises UsageError where it is no mount, OSError.
+    """
     mountpoint = os.path.abspath(mountpoint)
     mounts.refuse_dead(mountpoint)
-    if watch:
+    if log:
+        _process(mountpoint)
+        sys.stdout.write(os.getxattr(mountpoint, LOG).decode(errors="replace"))
+    elif watch:
         watch_status(mountpoint)
     elif as_json:
         print(json.dumps(status(mountpoint), indent=2))
@@ -46,13 +52,7 @@ def status(mountpoint: str) -> dict[str, Any]:
 
     Raises UsageError where it is no mount or another user's, OSError.
     """
-    try:
-        pid = int(os.getxattr(mountpoint, PID))
-    except PermissionError:
-        raise UsageError(f"{mountpoint}: permission denied; ask as the user who mounted it") from None
-    except (OSError, ValueError):
-        what = "is not the mount point: name that" if os.path.isfile(mountpoint) else "fvdfs is not mounted there"
-        raise UsageError(f"{mountpoint}: {what}") from None
+    pid = _process(mountpoint)
     caches = {os.path.realpath(image["image"]): image for image in facts(mountpoint, STATUS).get("caches", [])}
     images = []
     for name in sorted(os.listdir(mountpoint)):
@@ -66,6 +66,17 @@ def status(mountpoint: str) -> dict[str, Any]:
             if error.errno not in (errno.ENOENT, errno.ESTALE):  # gone meanwhile
                 images.append({"name": name, "open": False, "state": "unreadable", "failed": error.strerror})
     return {"mountpoint": mountpoint, "pid": pid, "images": images + list(caches.values())}
+
+
+def _process(mountpoint: str) -> int:
+    """The process that serves it. Raises UsageError where it is no mount or another user's."""
+    try:
+        return int(os.getxattr(mountpoint, PID))
+    except PermissionError:
+        raise UsageError(f"{mountpoint}: permission denied; ask as the user who mounted it") from None
+    except (OSError, ValueError):
+        what = "is not the mount point: name that" if os.path.isfile(mountpoint) else "fvdfs is not mounted there"
+        raise UsageError(f"{mountpoint}: {what}") from None
 
 
 def print_status(mountpoint: str) -> None:

@@ -47,6 +47,18 @@ def run(mountpoint: str, *, lazy: bool = False) -> int:
         daemon.close()
 
 
+def clear_dead(mountpoint: str) -> None:
+    """Unmount what a daemon that has ended has left there, if it has, though programs may still have it open.
+
+    Raises UsageError where that is refused.
+    """
+    mount = mounts.mount_at(mountpoint)
+    while mount is not None and mount.is_ours and mounts.is_dead(mount):
+        if reason := _unmount_now(mount, lazy=True):
+            raise UsageError(f"{mountpoint}: a dead mount cannot be cleared away: {reason}")
+        mount = mounts.mount_at(mountpoint)
+
+
 def _unmount_now(mount: MountPoint, *, lazy: bool) -> str:
     """Unmount; the reason where it is refused."""
     if os.geteuid() == 0:

@@ -25,6 +25,7 @@ from fvdfs.image.copy_range import copy_range
 from fvdfs.image.image import Image
 from fvdfs.image.map import image_map
 from fvdfs.layers.resize import refuse_cut
+from fvdfs.logs import recent
 from fvdfs.ops import control, moves, snapshots, templates
 from fvdfs.ops.answers import error_number
 from fvdfs.ops.commits import RegularCommits
@@ -296,6 +297,8 @@ class Filesystem(pyfuse3.Operations):
                 policy, folder = self.folder.policy, os.fsdecode(self.folder.path)
                 found = {"folder": folder, "allow_url": policy.allowed_urls, "tls_creds": policy.tls_creds}
                 return json.dumps(found | {"caches": self.openings.caches.status()}).encode()
+            if wanted == xattrs.LOG:
+                return recent.text()
             if wanted == xattrs.LAYERS:
                 return json.dumps({"merges": self._merges.status()}).encode()
             raise FUSEError(pyfuse3.ENOATTR)

@@ -23,7 +23,7 @@ import pyfuse3
 import trio
 
 from fvdfs import daemon, mounts
-from fvdfs.errors import UsageError
+from fvdfs.errors import UsageError, printable
 from fvdfs.image.image import Image
 from fvdfs.image.policy import Policy
 from fvdfs.logs import ReopenLog
@@ -227,7 +227,7 @@ async def _serve(
                 nursery.start_soon(filesystem.commits.run)
                 nursery.start_soon(filesystem.complaints.sum_up)
                 nursery.start_soon(answer_scrapes)
-                nursery.start_soon(_announce, filesystem, device, ready)
+                nursery.start_soon(_announce, options.mountpoint, filesystem, device, ready)
                 # One task each: requests for an image whose base hangs must not be all that there may be.
                 await device.serve(functools.partial(pyfuse3.main, max_tasks=MAX_REQUESTS))
         finally:
@@ -241,6 +241,7 @@ async def _end_in_time(filesystem: Filesystem, device: Device, give_up: Callable
     """End the process even if something hangs that cannot be cancelled: a call to a share."""
     await device.ending.wait()
     filesystem.openings.let_go()
+    daemon.notify(f"STOPPING=1\nSTATUS=closing images: {len(filesystem.openings.unclosed())}")
     await trio.sleep(GRACE)
     openings = filesystem.openings
     async with trio.open_nursery() as nursery:
@@ -250,6 +251,7 @@ async def _end_in_time(filesystem: Filesystem, device: Device, give_up: Callable
             await trio.sleep(GRACE)
             if openings.unclosed() != left:
                 left, since = openings.unclosed(), trio.current_time()
+                daemon.notify(f"STATUS=closing images: {len(left)}")
             hopeless = all(image.needs_share and not image.committer.dirty for _, image in left)
             if trio.current_time() - since > (END_PATIENCE if hopeless else SAVE_PATIENCE):
                 _end_at_once([image for _, image in left], give_up)
@@ -266,7 +268,7 @@ def _end_at_once(left: list[Image], give_up: Callable[[], None]) -> NoReturn:
     os._exit(1 if left else 0)
 
 
-async def _announce(filesystem: Filesystem, device: Device, ready: Callable[[], None]) -> None:
+async def _announce(mountpoint: str, filesystem: Filesystem, device: Device, ready: Callable[[], None]) -> None:
     """Say that the mount is ready, once requests are answered and the folder was looked at."""
     await device.connected.wait()
     path = os.fsdecode(filesystem.folder.path)
@@ -278,6 +280,8 @@ async def _announce(filesystem: Filesystem, device: Device, ready: Callable[[], 
         except OSError as error:
             log.error("%s: %s", path, error.strerror)
     filesystem.limits.raise_all(filesystem.folder.policy.walker.own_device)
+    log.info("%s: ready; shows the images of %s", mountpoint, path)
+    daemon.notify("STATUS=" + printable(f"{mountpoint} shows the images of {path}"))
     ready()
 
 
@@ -293,6 +297,7 @@ async def _obey_signals(
                     await trio.to_thread.run_sync(reopen_log, filesystem.folder.policy.walker.check)
                     continue
                 log.info("%s: signal %s", mountpoint, signal.Signals(number).name)
+                daemon.notify("STOPPING=1\nSTATUS=writing what the kernel still holds")
                 await _drain_kernel_cache(mountpoint, filesystem, device, mount)
                 device.terminate()
                 return

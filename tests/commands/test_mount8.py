@@ -16,7 +16,7 @@ from fvdfs.programs import FAILED, NO_SENSE
 from support import reference
 from support.mounts import fvdfs, must, wait_for_end
 from support.namespaces import in_mount_namespace
-from support.programs import installed
+from support.programs import in_sbin
 
 ALL_OF_MOUNT8 = (
     "nofail,_netdev,noatime,nodev,nosuid,suid,nosuid,exec,noexec,auto,noauto,nouser,x-systemd.requires=network.target,"
@@ -35,19 +35,7 @@ def point(folder: Path) -> Path:
 
 def run(folder: Path, script: str, helpers: Sequence[str] = ("mount.fuse.fvdfs",)) -> subprocess.CompletedProcess[str]:
     """Run a script as root, with D the folder, P the mount point beside it, F a file for an fstab."""
-    programs = installed(folder.parent / "bin")
-    links = "".join(f'ln -s "{programs / name}" /sbin/{name}\n' for name in helpers)
-    over = folder.parent / "over"  # /usr/sbin, in memory
-    over.mkdir()
-    prepared = f"""
-set -e
-PATH={programs}:$PATH
-mount -t tmpfs none {over}
-mkdir {over}/upper {over}/work
-mount -t overlay none -o lowerdir=/usr/sbin,upperdir={over}/upper,workdir={over}/work /usr/sbin
-{links}
-{script}
-"""
+    prepared = in_sbin(folder.parent, *helpers) + script
     places = {"D": str(folder), "P": str(folder.parent / "point"), "F": str(folder.parent / "fstab")}
     return subprocess.run(
         in_mount_namespace("sh", "-c", prepared),
@@ -73,7 +61,7 @@ def test_mount_and_umount(folder: Path, point: Path, kind: str) -> None:
         umount $P
         fvdfs check $D/a.fvd
     """
-    [found, checked] = done(run(folder, script.replace("KIND", kind), (f"mount.{kind}",)))
+    [found, checked] = done(run(folder, script.replace("KIND", kind), (f"mount.{kind}", "fvdfs")))
     source, fs_type, options = found.split()
     assert (source, fs_type) == (str(folder), "fuse.fvdfs")
     assert {"noexec", "noatime", "nosuid", "nodev", "allow_other", "rw"} <= set(options.split(","))
@@ -121,8 +109,8 @@ REFUSED = {
     "mount -t fuse.fvdfs $D $P -o umask=022": (FAILED, "chown or chmod"),
     "mount -t fuse.fvdfs $D $P -o banana": (FAILED, "-o banana: unknown"),
     "mount -t fuse.fvdfs /no/such/folder $P": (FAILED, "/no/such/folder: is not a directory; make it first"),
-    "mount.fuse.fvdfs $D": (NO_SENSE, "usage: DIR MOUNTPOINT"),
-    "mount.fuse.fvdfs $D $P -q": (NO_SENSE, "option -q not recognized; usage"),
+    "/sbin/mount.fuse.fvdfs $D": (NO_SENSE, "usage: DIR MOUNTPOINT"),
+    "/sbin/mount.fuse.fvdfs $D $P -q": (NO_SENSE, "option -q not recognized; usage"),
     "mount -t fuse.fvdfs $D $P; mount -o remount,ro $P": (FAILED, "unmount it, and mount it with others"),
 }
 

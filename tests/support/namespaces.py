@@ -25,6 +25,18 @@ def in_mount_namespace(*command: str | Path, keep: tuple[Path, ...] = ()) -> lis
     return [sys.executable, "-P", __file__, *map(str, keep), "--", *map(str, command)]
 
 
+def overlaid(folder: Path, *places: str) -> str:
+    """Commands of a shell, in a mount namespace, after which what is written below `places` is in memory."""
+    over = folder / "over"
+    over.mkdir()
+    lines = ["set -e", f"mount -t tmpfs none {over}"]
+    for number, place in enumerate(places):
+        upper, work = over / f"upper{number}", over / f"work{number}"
+        lines.append(f"mkdir {upper} {work}")
+        lines.append(f"mount -t overlay none -o lowerdir={place},upperdir={upper},workdir={work} {place}")
+    return "\n".join([*lines, ""])
+
+
 def _is_of_a_test(mount: MountPoint) -> bool:
     return mount.is_ours or mount.path.startswith(f"{tempfile.gettempdir()}/pytest-of-")
 

@@ -6,6 +6,8 @@ import configparser
 import sys
 from pathlib import Path
 
+from support.namespaces import overlaid
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -24,3 +26,10 @@ def installed(folder: Path) -> Path:
         program.write_text(f"{text}{function}()\n")
         program.chmod(0o755)
     return folder
+
+
+def in_sbin(folder: Path, *names: str) -> str:
+    """Commands of a shell, in a mount namespace, after which these programs lie in /usr/sbin."""
+    programs = installed(folder / "bin")
+    links = (f"ln -s {programs / name} /usr/sbin/{name}" for name in names)
+    return "\n".join([overlaid(folder, "/usr/sbin", "/etc"), *links, ""])
