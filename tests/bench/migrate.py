@@ -198,6 +198,16 @@ def add_reads(bench: Bench, what: str, who: str, found: Sequence[int], goal: str
 
 
 @contextmanager
+def ending(*hosts: Host) -> Iterator[None]:
+    """Whatever happens, their machines do not keep a mount busy afterwards."""
+    try:
+        yield
+    finally:
+        for host in hosts:
+            host.kill()
+
+
+@contextmanager
 def mounts(bench: Bench, here: Host, there: Host, *options: str) -> Iterator[tuple[Mount, Mount]]:
     """At the source the folder with the disk, as it was filled; at the target an empty one."""
     folder = bench.work / "source"
@@ -212,7 +222,8 @@ def mounts(bench: Bench, here: Host, there: Host, *options: str) -> Iterator[tup
         if source.status("vm")["move_reason"]:
             must("thaw", "--lose-writes", source.raw("vm"))
         bench.witness.reset(source.raw("vm"))
-        yield source, target
+        with ending(here, there):
+            yield source, target
     for file in target_folder.iterdir():
         file.unlink()
 
@@ -330,6 +341,7 @@ def many(bench: Bench, count: int) -> None:
         bench.hosts() as (here, there, link),
         here.mounted(folder) as source,
         there.mounted(target_folder, "-o", f"allow_url=nbd://{here.address}/") as target,
+        ending(here, there),
         ThreadPoolExecutor(count) as threads,
     ):
         for name in names:

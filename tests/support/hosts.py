@@ -127,9 +127,13 @@ class Host:
 
         wait_until(none_left, complaint=lambda: f"processes {inside()} do not end")
 
+    def kill(self) -> None:
+        """End what `popen` has started."""
+        self._processes.close()
+
     def _end(self) -> None:
         self._kill_all()
-        self._processes.close()
+        self.kill()
 
 
 @functools.cache
