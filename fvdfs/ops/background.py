@@ -24,6 +24,10 @@ class Prefetched(Protocol):
 
     prefetcher: Prefetcher | None
 
+    @property
+    def follows(self) -> bool:
+        """Whether its disk is on the way to this host."""
+
 
 class Background:
     """Of all images of a mount."""
@@ -86,7 +90,7 @@ class Background:
         """Fetch the profile, then all that is missing if `whole`, `delay` seconds from now; None without tasks."""
         if self.spawn is None:
             return None
-        prefetcher = owner.prefetcher = Prefetcher(image, self._scheduler, whole=whole)
+        prefetcher = owner.prefetcher = Prefetcher(image, self._scheduler, whole=whole, follows=owner.follows)
         profile_delay = max(0, image.header.profile_directed_prefetch_start_delay)
         self.spawn(functools.partial(prefetcher.run, profile=profile, profile_delay=profile_delay, delay=delay))
         return prefetcher

@@ -35,6 +35,8 @@ CHECKPOINT_INTERVAL = 30.0  # seconds, of which a crash may lose the copies
 class Cache:
     """A base image that is filled."""
 
+    follows = False
+
     def __init__(self, image: Image) -> None:
         self.image = image
         self.prefetcher: Prefetcher | None = None

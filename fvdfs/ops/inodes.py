@@ -24,7 +24,7 @@ from typing import Any
 import trio
 
 from fvdfs.counters import Counters
-from fvdfs.format.migration import NO_RECORD, Record
+from fvdfs.format.migration import NO_RECORD, Record, Target
 from fvdfs.image.image import Image
 from fvdfs.ops.freshness import Snapshot, same_file
 from fvdfs.ops.passthrough import Passthrough
@@ -152,6 +152,12 @@ class Entry:
         """Whether it ever was open, so that the kernel may have pages of it."""
         self.cached: Snapshot | None = None
         """How the files were when the image was loaded last; None: nobody can tell."""
+
+    @property
+    def follows(self) -> bool:
+        """Whether the disk is on the way to this host, where its machine is already."""
+        into = self.record.incoming
+        return into is not None and into.state is Target.ACTIVE
 
     def look(self) -> None:
         """Take up what the kernel has done to the disk without telling (`passthrough.py`). Waits for nothing."""

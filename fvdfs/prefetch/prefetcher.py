@@ -98,9 +98,15 @@ class Prefetcher:
     """Copies what an open image is missing; `run` is its task."""
 
     def __init__(
-        self, image: Image, scheduler: Scheduler, *, whole: bool = True, rng: random.Random | None = None
+        self,
+        image: Image,
+        scheduler: Scheduler,
+        *,
+        whole: bool = True,
+        follows: bool = False,
+        rng: random.Random | None = None,
     ) -> None:
-        """`whole`: fetch all that is missing, not only a profile."""
+        """`whole`: fetch all that is missing, not only a profile. `follows`: as of `Flow`."""
         self.image = image
         self.copied = 0
         """Bytes that were copied; those of holes were not."""
@@ -110,6 +116,7 @@ class Prefetcher:
         self.held = False
         """Whether somebody keeps the image open until this task has ended."""
         self._whole = whole
+        self._follows = follows
         self._now = trio.Event()
         self._scheduler = scheduler
         self._rule = floor_rule(image.header, rng or random.Random())
@@ -233,7 +240,7 @@ class Prefetcher:
     @contextmanager
     def _sharing(self, link: Link, activity: Activity) -> Iterator[Flow]:
         self._state = activity
-        with self._scheduler.flow(link, caps(self.image.header)) as flow:
+        with self._scheduler.flow(link, caps(self.image.header), follows=self._follows) as flow:
             self._flow = flow
             try:
                 yield flow
@@ -401,7 +408,7 @@ class Prefetcher:
             now = trio.current_time()
             seconds = self._scheduler.storing.stop(now)
         self._scheduler.disk.written(now, size, seconds)
-        if self._scheduler.disk.beset:
+        if self._scheduler.disk.beset and not self._follows:
             self._rule.wrote(now, size, seconds)
         self.copied += stored
         self._localized += stored
@@ -427,7 +434,8 @@ class Prefetcher:
     async def _read(self, link: Link, fetcher: Fetcher, fetch: Fetch, *, urgent: bool) -> None:
         size = len(fetch.data)
         now = trio.current_time()
-        request = link.watch.started(now, size, urgent=urgent)
+        request = link.watch.started(now, size, urgent=urgent or self._follows)
+        sent = link.window.started(now, size)
         link.reading.start(now)
         failed, hole = True, False
         try:
@@ -438,8 +446,9 @@ class Prefetcher:
         finally:
             now = trio.current_time()
             link.watch.finished(now, request, failed=failed, hole=hole)
+            link.window.finished(now, sent, says_nothing=failed or hole)
             seconds = link.reading.stop(now)
-        if link.watch.beset:
+        if link.watch.beset and not self._follows:
             self._rule.read(now, size, seconds)
 
     async def _next(self, limit: int, fetcher: Fetcher) -> Piece | None:

@@ -5,6 +5,9 @@ of jobs permit (`linkwatch.py` and `diskwatch.py` decide about the first two). A
 that was served least goes first (start-time fair queueing): ten images on one server each get a tenth, and
 fifty together never have more requests under way than `jobs`.
 
+Disks that follow their machine from another host do not stand back for others (`window.py`). They share their link
+fairly, too, and have jobs and caps.
+
 What a profile asks for the guest is about to need: it goes before all others, and waits only for jobs and
 caps.
 
@@ -23,6 +26,7 @@ from fvdfs.prefetch.diskwatch import DiskWatch
 from fvdfs.prefetch.linkwatch import LinkWatch
 from fvdfs.prefetch.manners import State
 from fvdfs.prefetch.pacing import Pacer, Stopwatch
+from fvdfs.prefetch.window import Window
 
 DEFAULT_JOBS = 4  # requests of one mount under way
 SLACK = 8 << 20  # bytes that a flow may have fallen behind the others and still catch up
@@ -42,6 +46,7 @@ class Link:
     def __init__(self, changed: Callable[[], None]) -> None:
         """`changed` is called when a guest's read has ended."""
         self.watch = LinkWatch(trio.current_time())
+        self.window = Window()
         self.reading = Stopwatch()
         """Of all images together: while they share a link, what one gets does not tell how fast it is."""
         self.flows = 0
@@ -62,9 +67,10 @@ class Link:
 class Flow:
     """What one image takes part with."""
 
-    def __init__(self, link: Link, pacer: Pacer) -> None:
-        """`pacer`: the image's own cap."""
+    def __init__(self, link: Link, pacer: Pacer, follows: bool) -> None:
+        """`pacer`: the image's own cap. `follows`: its disk is on the way to this host."""
         self.link = link
+        self.follows = follows
         self.pacer = pacer
         self.served = 0.0
 
@@ -112,9 +118,9 @@ class Scheduler:
         return self._links[name]
 
     @contextmanager
-    def flow(self, link: Link, pacer: Pacer) -> Iterator[Flow]:
+    def flow(self, link: Link, pacer: Pacer, *, follows: bool = False) -> Iterator[Flow]:
         """Take part in the sharing while the block runs, which also has to run `watch`."""
-        flow = Flow(link, pacer)
+        flow = Flow(link, pacer, follows)
         flow.served = min((other.served for other in self._flows), default=0.0)
         if not link.flows:
             link.watch.look(trio.current_time())  # others may have come meanwhile
@@ -154,7 +160,7 @@ class Scheduler:
             late = max(0.0, trio.current_time() - due - CLOCK_TICK)
             self._lag += (late - self._lag) * LAG_WEIGHT
             for link in self._links.values():
-                link.watch.lag = self._lag
+                link.watch.lag = link.window.lag = self._lag
 
     @asynccontextmanager
     async def turn(self, flow: Flow, *, urgent: bool = False) -> AsyncIterator[int]:
@@ -164,7 +170,7 @@ class Scheduler:
         """
         await self._wait(flow, urgent)
         try:
-            yield flow.link.watch.size_limit(trio.current_time())
+            yield flow.link.window.size if flow.follows else flow.link.watch.size_limit(trio.current_time())
         finally:
             self._end_turn(flow)
 
@@ -214,9 +220,11 @@ class Scheduler:
             return math.inf
         now = trio.current_time()
         delay = max(self._pacer.delay(now), waiter.flow.pacer.delay(now))
-        if not waiter.urgent:
-            delay = max(delay, waiter.flow.link.watch.delay(now, waiter.flow.link.turns), self.disk.delay(now))
-        return delay
+        if waiter.urgent:
+            return delay
+        if waiter.flow.follows:
+            return math.inf if waiter.flow.link.turns >= waiter.flow.link.window.limit else delay
+        return max(delay, waiter.flow.link.watch.delay(now, waiter.flow.link.turns), self.disk.delay(now))
 
     def spend(self, flow: Flow, size: int) -> None:
         """The turn reads so many bytes."""
@@ -228,6 +236,8 @@ class Scheduler:
 
     def yielding(self, flow: Flow) -> str:
         """Why prefetching stands back now; empty where it does not."""
+        if flow.follows:
+            return ""
         if flow.link.watch.manners.state is State.YIELD:
             return "others use the base's server"
         if self.disk.manners.state is State.YIELD:

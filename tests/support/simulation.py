@@ -447,9 +447,9 @@ class Machine:
         await image.begin_writing(accept_unclean=False)
         return image
 
-    def prefetch(self, image: Image, *, seed: int = SEED, delay: float = 0) -> Prefetcher:
+    def prefetch(self, image: Image, *, seed: int = SEED, delay: float = 0, follows: bool = False) -> Prefetcher:
         """Start to prefetch it."""
-        prefetcher = Prefetcher(image, self.scheduler, rng=random.Random(seed))
+        prefetcher = Prefetcher(image, self.scheduler, follows=follows, rng=random.Random(seed))
         self._nursery.start_soon(functools.partial(prefetcher.run, delay=delay))
         return prefetcher
 

@@ -1,0 +1,99 @@
+"""A disk that follows its machine from another host fills the link whoever else is there; the machine hardly waits."""
+
+from __future__ import annotations
+
+import functools
+import math
+import os
+
+import pytest
+import trio
+
+from fvdfs.format.migration import Incoming, Record, Target
+from fvdfs.ops.inodes import Entry, Seen
+from fvdfs.prefetch.linkwatch import GOOD_REQUEST, SHORT_OF_TIME, SMALLEST_REQUEST
+from fvdfs.prefetch.window import FEWEST, LARGEST_REQUEST, MORE, Sent, Window
+from support.simulation import MIB, Guest, SimulatedDisk, SimulatedLink, machine, percentile, rival, simulate
+
+GIB = 1024 * MIB
+
+
+@pytest.mark.parametrize(("rate", "latency"), [(112e6, 1e-3), (112e6, 3e-3), (20e6, 5e-3), (2e6, 1e-3), (1e9, 1e-3)])
+def test_it_fills_the_link_and_hardly_more(rate: float, latency: float) -> None:
+    """A server in order of arrival, in time that is counted."""
+    window, now, free_at, served = Window(), 0.0, 0.0, 0
+    under_way: list[tuple[float, Sent]] = []
+    longest = 0.0
+    while now < 5:
+        while len(under_way) < min(window.limit, 8):
+            size = window.size
+            longest = max(longest, free_at - now) if now > 2 else 0.0
+            free_at = max(now + latency / 2, free_at) + size / rate
+            under_way.append((free_at + latency / 2, window.started(now, size)))
+        now, sent = min(under_way, key=lambda found: found[0])
+        under_way.remove((now, sent))
+        window.finished(now, sent, says_nothing=False)
+        served += sent.size if now > 2 else 0
+    assert served > 0.9 * rate * 3
+    assert longest < max(0.01, 1.5 * FEWEST * SMALLEST_REQUEST / rate), "what a read of the machine's would wait for"
+
+
+def test_holes_and_failures_say_nothing_and_short_processors_ask_for_more() -> None:
+    window = Window()
+    sent = window.started(0.0, MIB)
+    window.finished(1e-5, sent, says_nothing=True)
+    assert (window.size, window.limit) == (SMALLEST_REQUEST, FEWEST)
+    for number in range(100):
+        sent = window.started(number, MIB)
+        window.finished(number + (0.01 if number == 50 else 0.5), sent, says_nothing=False)
+        if 50 < number < 55:
+            assert window.size == GOOD_REQUEST, "the best of the last seconds counts"
+    assert window.size < GOOD_REQUEST <= LARGEST_REQUEST
+    limit = window.limit
+    window.lag = 2 * SHORT_OF_TIME
+    assert window.limit == limit + MORE
+
+
+@pytest.mark.parametrize("follows", [True, False])
+def test_neither_rivals_nor_the_machine_hold_it_up(follows: bool) -> None:
+    """Beside a client of the server, others at the disk, and a machine that reads; one that does not follow yields."""
+
+    async def main() -> tuple[float, float, float]:
+        link, disk = SimulatedLink(112e6, 1e-3, fair=True), SimulatedDisk(400e6)
+        guest = Guest()
+        async with machine(link, disk=disk) as mount:
+            image = await mount.open(8 * GIB)
+            mount.prefetch(image, follows=follows)
+            mount.start(functools.partial(mount.guest, think=0.01), image, guest, (4 * GIB, 8 * GIB))
+            await trio.sleep(6)
+            alone = link.log("prefetch").rate(3, 6)
+            mount.start(rival, link, 6.0, math.inf, 2)
+            mount.start(rival, disk, 6.0, math.inf, 2)
+            await trio.sleep(6)
+            return alone, link.log("prefetch").rate(8, 12), percentile(guest.latencies(3, 6), 0.99)
+
+    alone, beside, slowest = simulate(main)
+    assert (alone > 0.75 * 112e6) == follows
+    assert (beside > 0.2 * 112e6) == follows
+    assert slowest < 0.01
+
+
+def test_caps_are_kept() -> None:
+    async def main() -> float:
+        link = SimulatedLink(112e6, 1e-3)
+        async with machine(link, max_rate=10e6) as mount:
+            mount.prefetch(await mount.open(4 * GIB), follows=True)
+            await trio.sleep(6)
+            return link.log("prefetch").rate(2, 6)
+
+    assert simulate(main) == pytest.approx(10e6, rel=0.05)
+
+
+def test_a_disk_follows_once_it_is_taken_over_until_all_is_local() -> None:
+    status = os.stat(__file__)
+    following = {
+        state: Entry(2, b"/x/vm.fvd", Seen(status, record=Record(incoming=Incoming(state, "0" * 16, "1" * 16)))).follows
+        for state in Target
+    }
+    assert following == {Target.RECEIVING: False, Target.ACTIVE: True, Target.LOCAL: False}
+    assert not Entry(2, b"/x/vm.fvd", Seen(status)).follows
