@@ -110,6 +110,8 @@ class Prefetcher:
         self.image = image
         self.copied = 0
         """Bytes that were copied; those of holes were not."""
+        self.profile: Sequence[Extent] = ()
+        """What it fetches first."""
         self._localized = 0  # the same with holes
         self._looking = trio.Lock()
         self.ended = trio.Event()
@@ -217,6 +219,7 @@ class Prefetcher:
 
     async def _run(self, profile: Sequence[Extent], profile_delay: float, start: float) -> None:
         image = self.image
+        self.profile = profile
         fetcher = image.start_fetching(copy_on_read=False)
         if fetcher is None or image.base is None:
             self._state = Activity.DONE
@@ -250,7 +253,7 @@ class Prefetcher:
     async def _fetch_profile(self, flow: Flow, fetcher: Fetcher, requests: Sequence[Extent]) -> None:
         """Copy what a profile names. It is advice: what fails twice is left to the guest's own reads."""
         retry, failed = FIRST_RETRY, True
-        orders = [ProfileOrder(self.image, fetcher, requests) for _ in range(PROFILE_TRIES)]
+        orders = [ProfileOrder(self.image, fetcher, requests, PROFILE_REQUEST) for _ in range(PROFILE_TRIES)]
         while orders and failed:
             order, failed = orders.pop(), False
             while order.has_more():
