@@ -475,6 +475,12 @@ def _add_moves(commands: argparse._SubParsersAction[_Parser]) -> None:
     receive.add_argument(
         "-F", "--base-format", default="", metavar="FMT", help="of the template; default: raw, for NAME.fvd fvd"
     )
+    receive.add_argument(
+        "--profile",
+        choices=["auto", "none"],
+        default="auto",
+        help="auto: copy first what was used last at the source (default); none: copy by address",
+    )
     _add_tls_creds(receive)
 
     migrate = commands.add_parser(
@@ -895,7 +901,13 @@ def _serve(arguments: argparse.Namespace) -> int:
 def _receive(arguments: argparse.Namespace) -> int:
     from fvdfs.commands.receive import run_receive
 
-    return run_receive(arguments.url, arguments.image, keep_base=arguments.keep_base, base_format=arguments.base_format)
+    return run_receive(
+        arguments.url,
+        arguments.image,
+        keep_base=arguments.keep_base,
+        base_format=arguments.base_format,
+        hot_first=arguments.profile == "auto",
+    )
 
 
 def _migrate(arguments: argparse.Namespace) -> int:
