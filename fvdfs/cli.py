@@ -28,7 +28,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NoReturn
 
 from fvdfs import __version__, daemon, programs
-from fvdfs.errors import NotFvd, UsageError, printable
+from fvdfs.errors import NotFvd, UsageError, nearest, printable
 from fvdfs.logs import LogFormatter
 from fvdfs.mountoptions import MOUNT_OPTIONS, passphrase_file, tls_credentials
 from fvdfs.sizes import NewSize, parse_new_size, parse_size
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 MAX_DELAY = (1 << 31) - 1  # seconds; the header's field holds no more
 _URLS = "allow_url=PREFIX: URLs that bases and data files may have"
 _NAMES = "base_path=DIR, allow_url=PREFIX: where names in the image may lead, beside its folder"
+_CHOICE = re.compile(r"(argument .+?: invalid choice: '(?P<name>.+?)')(?P<choices> \(choose from .+\))")
 _EMPTY_VALUE = re.compile("--[a-z-]+=")
 
 
@@ -86,6 +87,8 @@ class _Parser(argparse.ArgumentParser):
     """Says what is wrong in one line."""
 
     def error(self, message: str) -> NoReturn:
+        if found := _CHOICE.fullmatch(message):
+            message = found[1] + (nearest(found["name"], re.findall("'([^']+)'", found["choices"])) or found["choices"])
         self.exit(2, f"fvdfs: {printable(message)}; see {self.prog} --help\n")
 
 
@@ -119,7 +122,9 @@ def _parsed(words: list[str]) -> argparse.Namespace:
     arguments, unknown = parser.parse_known_args(words)
     if unknown:
         parser.prog += f" {arguments.command_name}"
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+        names = [name for name in unknown if name.startswith("-")]
+        hint = nearest(names[0].partition("=")[0], arguments.known_options) if names else ""
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
     return arguments
 
 
@@ -395,6 +400,8 @@ def _parser() -> argparse.ArgumentParser:
     umount.add_argument(
         "-l", "--lazy", action="store_true", help="take it out of the tree now, though it is busy; images stay open"
     )
+    for command in commands.choices.values():
+        command.set_defaults(known_options=[name for action in command._actions for name in action.option_strings])
     return parser
 
 
