@@ -441,6 +441,18 @@ def _add_backup(commands: argparse._SubParsersAction[_Parser]) -> None:
     _add_secret(restore)
 
 
+def _add_keep_base(command: _Parser, names: str) -> None:
+    command.add_argument(
+        "--keep-base",
+        default="",
+        metavar="TEMPLATE",
+        help=f"stand on this there, as the disk does here: only the rest is copied; {names}",
+    )
+    command.add_argument(
+        "-F", "--base-format", default="", metavar="FMT", help="of the template; default: raw, for NAME.fvd fvd"
+    )
+
+
 def _add_moves(commands: argparse._SubParsersAction[_Parser]) -> None:
     """Commands that move a disk to another host."""
     serve = commands.add_parser(
@@ -472,16 +484,7 @@ def _add_moves(commands: argparse._SubParsersAction[_Parser]) -> None:
     receive.set_defaults(run=_receive)
     receive.add_argument("url", metavar="URL", help="as fvdfs serve prints it: nbd://HOST/NAME, nbds://HOST/NAME")
     receive.add_argument("image", metavar="IMAGE", help="the new image")
-    receive.add_argument(
-        "--keep-base",
-        default="",
-        metavar="TEMPLATE",
-        help="have it stand on this, which the disk stands on at its source, too: only the rest is copied; "
-        "a name from the folder of IMAGE on, or a URL",
-    )
-    receive.add_argument(
-        "-F", "--base-format", default="", metavar="FMT", help="of the template; default: raw, for NAME.fvd fvd"
-    )
+    _add_keep_base(receive, "a name from the folder of IMAGE on, or a URL")
     receive.add_argument(
         "--profile",
         choices=["auto", "none"],
@@ -520,6 +523,7 @@ def _add_moves(commands: argparse._SubParsersAction[_Parser]) -> None:
     migrate.add_argument(
         "--tls-creds", default="", metavar="DIR", help="serve by TLS alone; there the mount's -o tls_creds counts"
     )
+    _add_keep_base(migrate, "as it is named there, from the folder of the images on, or a URL")
     migrate.add_argument("--log-file", default="", metavar="FILE", help="of the server (default: the system's log)")
 
     migrate_target = commands.add_parser("migrate-target")  # started by migrate, at the other host
@@ -930,6 +934,8 @@ def _migrate(arguments: argparse.Namespace) -> int:
         start=arguments.start,
         uri=arguments.migrate_uri,
         log_file=arguments.log_file,
+        keep_base=arguments.keep_base,
+        base_format=arguments.base_format,
     )
     return run(arguments.disks, arguments.target, choices)
 

@@ -222,7 +222,9 @@ async def _follow(openings: Openings, entry: Entry, image: Image, into: Incoming
 async def finish(openings: Openings, entry: Entry) -> None:
     """A disk that is about to be closed may be local since a moment ago: its source is told, as `follow` would."""
     image, into = entry.image, entry.record.incoming
-    if image is not None and image.bitmap is None and into is not None and into.state is Target.ACTIVE:
+    if image is None or into is None or into.state is not Target.ACTIVE:
+        return
+    if image.bitmap is None or _has_all_own(image):
         await _complete(openings, entry, image, into)
 
 

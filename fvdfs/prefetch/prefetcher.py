@@ -226,6 +226,9 @@ class Prefetcher:
             return
         link = self._scheduler.link(image.base_server)
         fetcher.observer = link
+        if image.followed is not None:
+            self._reason = "it is not known yet what the source has beyond the template"
+            await image.map_known.wait()
         requests = plan(profile, image.base_range()[1], PROFILE_GAP, PROFILE_REQUEST)
         if requests:
             self._reason = f"starts {profile_delay:g} s after opening"
@@ -503,7 +506,7 @@ def status(image: Image, prefetcher: Prefetcher | None) -> dict[str, Any]:
     if image.bitmap is not None:
         local = min(image.bitmap.count_local() * block_size, base_size)
     rate = prefetcher.rate if prefetcher is not None else 0.0
-    missing = base_size - local
+    missing = image.left_to_copy()
     state = prefetcher.state if prefetcher is not None else Activity.OFF
     if image.bitmap is None:
         state = Activity.DONE
@@ -511,6 +514,7 @@ def status(image: Image, prefetcher: Prefetcher | None) -> dict[str, Any]:
         "virtual_size": image.size,
         "base_size": base_size,
         "local_bytes": local,
+        "to_copy": missing,
         "local_share": local / base_size if base_size else 1.0,
         "state": state.value,
         "reason": prefetcher.reason if prefetcher is not None else "",
