@@ -108,9 +108,11 @@ EQUIVALENT: dict[str, str] = {
     "table_moving: _copy_table: swapped async with storage.still(): … resize | "
     "for at in range(start, end, PART): … zero": "what a file gets longer by is zeros",
     "table_moving: _copy_table: swapped while at < stop: … pwrite | "
-    "while (pages := table.take_uncopied(PAGES_PER_TURN)): … pwrite_pages": "they are different pages",
-    "table_moving: _copy_table: swapped while (pages := table.take_uncopied(PAGES_PER_TURN)): … pwrite_pages | "
+    "for _ in range(ROUNDS): … pwrite_pages": "they are different pages",
+    "table_moving: _copy_table: swapped for _ in range(ROUNDS): … pwrite_pages | "
     "await core.committer.flush_metadata()": _SHORT,
+    "table_moving: _copy_table: swapped await core.committer.flush_metadata() | "
+    "await core.committer.checkpoint()": _SHORT,
     "passing: settle: swapped await make_whole(core) | await core.committer.commit()": (
         "what makes the file whole flushes it, too"
     ),
