@@ -9,6 +9,7 @@ import contextlib
 import errno
 import functools
 import os
+import time
 from collections.abc import Callable, Iterator
 
 from fvdfs.commands.attributes import explained, facts, flush, or_by_mount
@@ -20,6 +21,9 @@ from fvdfs.image.policy import Policy
 from fvdfs.layers.move import change_record, freeze
 from fvdfs.store.filelock import FileLock
 from fvdfs.xattrs import MOVE, STATUS
+
+LET_GO_PATIENCE = 5.0  # seconds; a machine may be there that holds locks, too
+_LET_GO_INTERVAL = 0.02  # seconds
 
 
 def run_freeze(disk: str) -> int:
@@ -40,7 +44,25 @@ def run_freeze(disk: str) -> int:
 def run_thaw(disk: str, *, lose_writes: bool) -> int:
     """Have a frozen disk be written here again. Raises as `run_freeze`."""
     step = "thaw lose-writes" if lose_writes else "thaw"
-    return _run(disk, step, functools.partial(migration.thaw, lose_writes=lose_writes), damaged=lose_writes)
+    code = _run(disk, step, functools.partial(migration.thaw, lose_writes=lose_writes), damaged=lose_writes)
+    if disk.endswith(".raw"):
+        with contextlib.suppress(OSError):  # it is thawed
+            _wait_until_let_go(disk)
+    return code
+
+
+def _wait_until_let_go(raw: str) -> None:
+    """`fvdfs serve` keeps machines from a disk until it has seen the thaw: they can start when this returns."""
+    descriptor = os.open(raw, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        deadline = time.monotonic() + LET_GO_PATIENCE
+        while time.monotonic() < deadline:
+            with contextlib.suppress(ImageBusy):
+                FileLock(descriptor, raw).take(exclusive=True)
+                return
+            time.sleep(_LET_GO_INTERVAL)
+    finally:
+        os.close(descriptor)
 
 
 def run_release(disk: str) -> int:

@@ -15,6 +15,7 @@ import pytest
 
 from fvdfs.format import mailbox
 from fvdfs.format.mailbox import Answer, Question, Wish
+from fvdfs.store import filelock
 from support.mounts import FVDFS, MIB, Mount, fvdfs, mounted, must, needs_passthrough, running, wait_for_end, wait_until
 from support.moves import serving
 
@@ -210,3 +211,28 @@ def test_it_ends_with_the_mount_that_it_serves_from(mount: Mount, tmp_path: Path
         assert "start fvdfs serve again" in server.stderr.read()
     with serving(mount):
         assert mount.status("vm")["move"] == "serving"
+
+
+def is_kept_from_machines(raw: Path) -> bool:
+    with raw.open("rb") as file:
+        return filelock.FileLock(file.fileno(), str(raw))._is_held(filelock._OWN)
+
+
+def test_a_thaw_is_over_when_a_machine_can_start(mount: Mount, tmp_path: Path) -> None:
+    raw = mount.raw("vm")
+    command = (*FVDFS, "serve", raw, "--unix", tmp_path / "nbd")
+    with running(*command, stdout=subprocess.PIPE, text=True) as server:
+        assert server.stdout is not None
+        assert server.stdout.readline()
+        must("freeze", raw)
+        words = ["qemu-io", "-f", "raw", "-c", "write 0 512", str(raw)]
+        wait_until(lambda: is_kept_from_machines(raw))
+        server.send_signal(signal.SIGSTOP)
+        with running(*FVDFS, "thaw", raw) as thawing:
+            wait_until(lambda: not mount.status("vm")["move"])
+            with pytest.raises(subprocess.TimeoutExpired):
+                thawing.wait(0.5)
+            server.send_signal(signal.SIGCONT)
+            assert thawing.wait(10) == 0
+            done = subprocess.run(words, capture_output=True, text=True, check=False)
+            assert "wrote 512/512" in done.stdout, done.stderr

@@ -28,7 +28,7 @@ from fvdfs.store.filelock import FileLock
 
 BLOCK = 4096  # bytes
 RING = 64  # records
-BLOCKS = 2048
+BLOCKS = 8192
 """Of the disk."""
 BAD, FAILED = 3, 4
 _HEAD = struct.Struct("<QI")
@@ -60,10 +60,10 @@ def still(block: int) -> bytes:
 def fill(disk: Path) -> None:
     """Make it the disk of a machine that was never started."""
     with disk.open("r+b") as file:
-        for block in range(RING, BLOCKS):
-            if _has_data(block):
-                file.seek(block * BLOCK)
-                file.write(still(block))
+        for first in range(RING, BLOCKS, RING):
+            if _has_data(first):
+                file.seek(first * BLOCK)
+                file.write(b"".join(map(still, range(first, first + RING))))
 
 
 def acknowledged(journal: Path) -> int:
@@ -87,15 +87,17 @@ def problems(disk: Path, journal: Path) -> list[str]:
     last = acknowledged(journal)
     descriptor = os.open(disk, os.O_RDONLY | os.O_DIRECT)
     try:
-        found = [problem(block, _read(descriptor, block), last) for block in range(BLOCKS)]
+        parts = (_read(descriptor, first, RING) for first in range(0, BLOCKS, RING))
+        blocks = (part[at : at + BLOCK] for part in parts for at in range(0, len(part), BLOCK))
+        found = [problem(number, content, last) for number, content in enumerate(blocks)]
     finally:
         os.close(descriptor)
     return [text for text in found if text]
 
 
-def _read(descriptor: int, block: int) -> bytes:
-    buffer = mmap.mmap(-1, BLOCK)
-    assert os.preadv(descriptor, [buffer], block * BLOCK) == BLOCK
+def _read(descriptor: int, first: int, count: int = 1) -> bytes:
+    buffer = mmap.mmap(-1, BLOCK * count)
+    assert os.preadv(descriptor, [buffer], first * BLOCK) == len(buffer)
     return bytes(buffer)
 
 

@@ -64,13 +64,6 @@ class Tick:
     """Errors since it runs."""
 
 
-class MachineEnded(AssertionError):
-    """It ended by itself. The text is the end of what it said.
-
-    Of ten emulated guests that move, one or two meet a panic of their kernel, whatever their disk is.
-    """
-
-
 class Console:
     """What a machine says, each line with the time at which it was whole."""
 
@@ -94,11 +87,10 @@ class Console:
 class Machine:
     """A QEMU on a host."""
 
-    def __init__(self, host: Host, folder: Path, arguments: Sequence[str | Path], socket: Path | None = None) -> None:
-        """`socket`: where its monitor listens to somebody else, so that it is left alone here."""
+    def __init__(self, host: Host, folder: Path, arguments: Sequence[str | Path]) -> None:
         self.host = host
         self.folder = Path(tempfile.mkdtemp(dir=folder, prefix="machine-"))
-        self.socket = socket or self.folder / "qmp"
+        self.socket = self.folder / "qmp"
         self._errors = self.folder / "errors"
         with self._errors.open("w") as errors:
             self.process = host.popen(
@@ -108,8 +100,7 @@ class Machine:
         self.console = Console(self.process)
         wait_until(lambda: self._listens() or self.process.poll() is not None)
         assert self.process.poll() is None, self.said()
-        if socket is None:
-            self.monitor("query-status")  # it answers when it listens for a move, too
+        self.monitor("query-status")  # it answers when it listens for a move, too
 
     def _listens(self) -> bool:
         with socket.socket(socket.AF_UNIX) as probe:
@@ -138,8 +129,7 @@ class Machine:
             return found >= ticks or self.process.poll() is not None
 
         wait_until(there, timeout, lambda: f"no {ticks} ticks: {self.said()}")
-        if self.process.poll() is not None:
-            raise MachineEnded(self.said())
+        assert self.process.poll() is None, self.said()
 
     def kill(self) -> None:
         self.process.kill()
@@ -246,19 +236,8 @@ class Witness:
         """See that it holds the data and a log without a gap. Raises CommandError; what was found."""
         return run(str(_program()), "check", file, *self._layout, timeout=600)
 
-    def boot(
-        self,
-        host: Host,
-        drive: Sequence[str],
-        *,
-        incoming: str = "",
-        memory: int = 192,
-        socket: Path | None = None,
-    ) -> Machine:
-        """A machine on this disk (`guest.drive`) with so many MiB of memory; `incoming`: where a move comes to.
-
-        `socket`: as of `Machine`.
-        """
+    def boot(self, host: Host, drive: Sequence[str], *, incoming: str = "", memory: int = 192) -> Machine:
+        """A machine on this disk (`guest.drive`) with so many MiB of memory; `incoming`: where a move comes to."""
         kernel, _ = find_kernel()
         append = "console=ttyS0 panic=-1 quiet no_timer_check"
         words: list[str | Path] = [
@@ -273,4 +252,4 @@ class Witness:
             append,
             *drive,
         ]
-        return Machine(host, self.folder, [*words, *(["-incoming", incoming] if incoming else [])], socket)
+        return Machine(host, self.folder, [*words, *(["-incoming", incoming] if incoming else [])])
