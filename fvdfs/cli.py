@@ -28,7 +28,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NoReturn
 
 from fvdfs import __version__, daemon, programs
-from fvdfs.errors import NotFvd, UsageError, printable
+from fvdfs.errors import NotFvd, UsageError, nearest, printable
 from fvdfs.logs import LogFormatter
 from fvdfs.mountoptions import MOUNT_OPTIONS, passphrase_file, tls_credentials
 from fvdfs.sizes import NewSize, parse_new_size, parse_size
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 MAX_DELAY = (1 << 31) - 1  # seconds; the header's field holds no more
 _URLS = "allow_url=PREFIX: URLs that bases and data files may have"
 _NAMES = "base_path=DIR, allow_url=PREFIX: where names in the image may lead, beside its folder"
+_CHOICE = re.compile(r"(argument .+?: invalid choice: '(?P<name>.+?)')(?P<choices> \(choose from .+\))")
 _EMPTY_VALUE = re.compile("--[a-z-]+=")
 
 
@@ -86,6 +87,8 @@ class _Parser(argparse.ArgumentParser):
     """Says what is wrong in one line."""
 
     def error(self, message: str) -> NoReturn:
+        if found := _CHOICE.fullmatch(message):
+            message = found[1] + (nearest(found["name"], re.findall("'([^']+)'", found["choices"])) or found["choices"])
         self.exit(2, f"fvdfs: {printable(message)}; see {self.prog} --help\n")
 
 
@@ -119,7 +122,9 @@ def _parsed(words: list[str]) -> argparse.Namespace:
     arguments, unknown = parser.parse_known_args(words)
     if unknown:
         parser.prog += f" {arguments.command_name}"
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+        names = [name for name in unknown if name.startswith("-")]
+        hint = nearest(names[0].partition("=")[0], arguments.known_options) if names else ""
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
     return arguments
 
 
@@ -395,6 +400,8 @@ def _parser() -> argparse.ArgumentParser:
     umount.add_argument(
         "-l", "--lazy", action="store_true", help="take it out of the tree now, though it is busy; images stay open"
     )
+    for command in commands.choices.values():
+        command.set_defaults(known_options=[name for action in command._actions for name in action.option_strings])
     return parser
 
 
@@ -434,6 +441,18 @@ def _add_backup(commands: argparse._SubParsersAction[_Parser]) -> None:
     _add_secret(restore)
 
 
+def _add_keep_base(command: _Parser, names: str) -> None:
+    command.add_argument(
+        "--keep-base",
+        default="",
+        metavar="TEMPLATE",
+        help=f"stand on this there, as the disk does here: only the rest is copied; {names}",
+    )
+    command.add_argument(
+        "-F", "--base-format", default="", metavar="FMT", help="of the template; default: raw, for NAME.fvd fvd"
+    )
+
+
 def _add_moves(commands: argparse._SubParsersAction[_Parser]) -> None:
     """Commands that move a disk to another host."""
     serve = commands.add_parser(
@@ -465,15 +484,12 @@ def _add_moves(commands: argparse._SubParsersAction[_Parser]) -> None:
     receive.set_defaults(run=_receive)
     receive.add_argument("url", metavar="URL", help="as fvdfs serve prints it: nbd://HOST/NAME, nbds://HOST/NAME")
     receive.add_argument("image", metavar="IMAGE", help="the new image")
+    _add_keep_base(receive, "a name from the folder of IMAGE on, or a URL")
     receive.add_argument(
-        "--keep-base",
-        default="",
-        metavar="TEMPLATE",
-        help="have it stand on this, which the disk stands on at its source, too: only the rest is copied; "
-        "a name from the folder of IMAGE on, or a URL",
-    )
-    receive.add_argument(
-        "-F", "--base-format", default="", metavar="FMT", help="of the template; default: raw, for NAME.fvd fvd"
+        "--profile",
+        choices=["auto", "none"],
+        default="auto",
+        help="auto: copy first what was used last at the source (default); none: copy by address",
     )
     _add_tls_creds(receive)
 
@@ -507,6 +523,7 @@ def _add_moves(commands: argparse._SubParsersAction[_Parser]) -> None:
     migrate.add_argument(
         "--tls-creds", default="", metavar="DIR", help="serve by TLS alone; there the mount's -o tls_creds counts"
     )
+    _add_keep_base(migrate, "as it is named there, from the folder of the images on, or a URL")
     migrate.add_argument("--log-file", default="", metavar="FILE", help="of the server (default: the system's log)")
 
     migrate_target = commands.add_parser("migrate-target")  # started by migrate, at the other host
@@ -895,7 +912,13 @@ def _serve(arguments: argparse.Namespace) -> int:
 def _receive(arguments: argparse.Namespace) -> int:
     from fvdfs.commands.receive import run_receive
 
-    return run_receive(arguments.url, arguments.image, keep_base=arguments.keep_base, base_format=arguments.base_format)
+    return run_receive(
+        arguments.url,
+        arguments.image,
+        keep_base=arguments.keep_base,
+        base_format=arguments.base_format,
+        hot_first=arguments.profile == "auto",
+    )
 
 
 def _migrate(arguments: argparse.Namespace) -> int:
@@ -911,6 +934,8 @@ def _migrate(arguments: argparse.Namespace) -> int:
         start=arguments.start,
         uri=arguments.migrate_uri,
         log_file=arguments.log_file,
+        keep_base=arguments.keep_base,
+        base_format=arguments.base_format,
     )
     return run(arguments.disks, arguments.target, choices)
 

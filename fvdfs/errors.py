@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 
 def printable(text: str) -> str:
@@ -17,6 +17,14 @@ def printable(text: str) -> str:
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode("ascii") for c in text)
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """What to ask who has written an unknown name: whether a known one was meant. Empty: none is like it."""
+    import difflib  # takes long, and is seldom needed
+
+    found = difflib.get_close_matches(name, known, 1)
+    return f"; did you mean {found[0]}?" if found else ""
 
 
 def leading(error: BaseException) -> BaseException:

@@ -25,7 +25,7 @@ import stat
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import NamedTuple
 
-from fvdfs.errors import UsageError
+from fvdfs.errors import UsageError, nearest
 from fvdfs.sizes import parse_size
 from fvdfs.store.paths import in_time, real_path
 from fvdfs.store.qemu_nodes import TLS_FILES
@@ -221,7 +221,8 @@ def _add(options: dict[str, str], text: str) -> None:
     name, equals, value = text.partition("=")
     option = MOUNT_OPTIONS.get(name)
     if option is None:
-        raise UsageError(f"-o {name}: unknown; there are: {', '.join(MOUNT_OPTIONS)}")
+        hint = nearest(name, MOUNT_OPTIONS) or f"; there are: {', '.join(MOUNT_OPTIONS)}"
+        raise UsageError(f"-o {name}: unknown{hint}")
     if "=" in option.form and not value:
         raise UsageError(f"-o {name}: needs a value: {option.form}")
     if "=" not in option.form and equals:

@@ -18,6 +18,7 @@ from typing import Any, Self
 from fvdfs.errors import FvdError, UsageError
 
 CONNECT = 3.0  # seconds
+_WAIT = 0.02  # seconds between tries to connect
 ANSWER = 10.0  # seconds in which a monitor answers, on a host that is busy
 _MOST = 16 << 20  # bytes of a message; QMP's longest, a schema, has a quarter of a megabyte
 _SENTINEL = b"\xff"  # in no JSON: begins an agent's answer to a sync, and ends what its parser is in the middle of
@@ -41,10 +42,21 @@ class Connection:
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._socket.settimeout(CONNECT)
         try:
-            self._socket.connect(path)
+            self._connect()
         except OSError as error:
             self._socket.close()
             raise UsageError(f"{path}: {error.strerror or error}; name the Unix socket of a QEMU that runs") from None
+
+    def _connect(self) -> None:
+        """One that has just started lets few wait until it accepts them. Raises OSError."""
+        deadline = time.monotonic() + CONNECT
+        while True:
+            try:
+                return self._socket.connect(self.path)
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise
+            time.sleep(_WAIT)
 
     def __enter__(self) -> Self:
         return self

@@ -2,23 +2,37 @@
 
 from __future__ import annotations
 
+import re
 from typing import NamedTuple
 
-UNITS = {"": 1, "B": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40, "P": 1 << 50}
+UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40, "P": 1 << 50}
 MAX_FILE = 1 << 63  # bytes; no file offset is larger
+_SIZE = re.compile(
+    r"(?P<whole>[0-9]+)(?:\.(?P<fraction>[0-9]+))? ?"
+    r"(?:(?P<unit>[KMGTP])(?:iB)?|bytes|B)?(?: \((?P<exact>[0-9]+) bytes\))?",
+    re.IGNORECASE | re.ASCII,
+)
 _DIGITS = 100  # of a number; int() refuses thousands of them
 
 
 def parse_size(text: str) -> int:
-    """Bytes: `512`, `64K`, `10M`, `20G`, `2T`. Raises ValueError, whose text says what is wrong."""
-    number, unit = text, ""
-    if text and not text[-1].isdigit():
-        number, unit = text[:-1], text[-1].upper()
-    if unit not in UNITS or not number.isdigit() or not number.isascii():
-        raise ValueError(f"{text!r} is no size; write 512, 64K, 10M, 20G or 2T")
-    size = int(number[:_DIGITS]) * UNITS[unit]
-    if len(number) > _DIGITS or size >= MAX_FILE:
+    """Bytes: `512`, `64K`, `10M`, `20GiB`, `1.5T`, and what `human_size` writes.
+
+    Raises ValueError, whose text says what is wrong.
+    """
+    found = _SIZE.fullmatch(text)
+    if found is None or (not found["exact"] and found["fraction"] and len(found["fraction"]) > _DIGITS):
+        raise ValueError(f"{text!r} is no size; write 512, 64K, 10M, 20GiB or 1.5T")
+    whole, fraction, unit = found["exact"] or found["whole"], found["fraction"] or "", found["unit"] or ""
+    if found["exact"]:
+        fraction = unit = ""
+    if len(whole) > _DIGITS:
         raise ValueError(f"{text[:_DIGITS]!r} is more than any file can hold")
+    size, rest = divmod(int(whole + fraction) * UNITS[unit.upper()], int("1" + "0" * len(fraction)))
+    if size >= MAX_FILE:
+        raise ValueError(f"{text[:_DIGITS]!r} is more than any file can hold")
+    if rest:
+        raise ValueError(f"{text!r} is no whole number of bytes")
     return size
 
 

@@ -24,6 +24,9 @@ MOVE = "user.fvdfs.move"
 OWN = "user.fvdfs.own."
 """Of a raw file whose disk has moved, and a number: that part of the map of what it has beyond its template
 (`ops/templates.py`). Not listed."""
+HOT = "user.fvdfs.hot"
+"""Of a raw file: what of the disk was used lately (`format/hot.py`), as it was when the disk was frozen, if it is. Not
+listed."""
 ROOM = "user.fvdfs.room"
 """Of a raw file: the size that it is going to get, in bytes, can be written to it before it is truncated to that. While
 the kernel waits for a truncation, it lets nobody write to the file; so what takes time is done before. To read it is to

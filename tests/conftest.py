@@ -7,8 +7,9 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -25,6 +26,18 @@ RAW_DISK_LAYOUTS = {
 
 ENDING = (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 """Signals that are ignored in what a shell starts in the background, or with nohup; tests send them."""
+
+
+SPREAD = ("tests/image/test_crash_mutants.py::",)
+"""Modules whose tests share no fixture and take long: with `--dist loadscope` any worker takes the next of them."""
+
+
+@pytest.hookimpl(wrapper=True, optionalhook=True)
+def pytest_xdist_make_scheduler() -> Generator[None, Any, Any]:
+    scheduler = yield
+    if (scope_of := getattr(scheduler, "_split_scope", None)) is not None:
+        scheduler._split_scope = lambda test: test if test.startswith(SPREAD) else scope_of(test)
+    return scheduler
 
 
 def pytest_configure() -> None:

@@ -54,13 +54,15 @@ def test_what_the_host_lacks_is_no_fault_of_an_image() -> None:
 
 @pytest.mark.parametrize(
     ("text", "size"),
-    [("0", 0), ("512", 512), ("1b", 1), ("64K", 65536), ("10m", 10 << 20), ("2T", 2 << 40), ("7P", 7 << 50)],
+    [("0", 0), ("512", 512), ("1b", 1), ("64K", 65536), ("10m", 10 << 20), ("2T", 2 << 40), ("7P", 7 << 50)]
+    + [("20GiB", 20 << 30), ("20 gib", 20 << 30), ("1.5T", 3 << 39), ("0.5K", 512), ("512 bytes", 512)]
+    + [(human_size(size), size) for size in (0, 511, 512, 1431655765, 20 << 30, 3 << 39)],
 )
 def test_sizes(text: str, size: int) -> None:
     assert parse_size(text) == size
 
 
-@pytest.mark.parametrize("text", ["", "K", "-1", "1.5G", "10Q", "1KB", "0x10", "²"])
+@pytest.mark.parametrize("text", ["", "K", "-1", "1.5Q", "10Q", "1KB", "0x10", "²"])
 def test_what_is_no_size(text: str) -> None:
     with pytest.raises(ValueError, match="is no size; write"):
         parse_size(text)

@@ -52,8 +52,21 @@ IMPURE = {
 """The rooms of the core, each with its modules that wait or do I/O. The others are pure: bytes in, decisions out."""
 
 PURE_LIBRARIES = {
-    *("__future__", "array", "base64", "binascii", "bitarray", "collections", "contextlib", "dataclasses", "enum"),
-    *("errno", "functools", "hashlib", "itertools", "json", "math", "random", "re", "statistics", "struct", "sys"),
+    *("__future__", "array", "base64", "binascii", "bitarray", "collections", "contextlib", "dataclasses", "difflib"),
+    *(
+        "enum",
+        "errno",
+        "functools",
+        "hashlib",
+        "itertools",
+        "json",
+        "math",
+        "random",
+        "re",
+        "statistics",
+        "struct",
+        "sys",
+    ),
     *("typing", "urllib.parse", "uuid", "zlib"),
 }
 """What a pure module may import beside others; none of it waits, nor asks the system for anything."""

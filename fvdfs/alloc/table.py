@@ -206,10 +206,13 @@ class Table:
         self._uncopied = bitarray(ceil_div(self.chunks, ENTRIES_PER_PAGE))
         self._uncopied.setall(1)
 
-    def take_uncopied(self, limit: int | None = None) -> list[tuple[int, bytes]]:
-        """So many pages that the copy does not have as they are, in order, as (page number, bytes); now it has them."""
+    def take_uncopied(self, first: int = 0, limit: int | None = None) -> list[tuple[int, bytes]]:
+        """So many pages from `first` on that the copy does not have as they are, in order, as (page number, bytes).
+
+        Now it has them.
+        """
         assert self._uncopied is not None
-        pages = list(islice(self._uncopied.search(1), limit))
+        pages = list(islice(self._uncopied.search(1, first), limit))
         for page in pages:
             self._uncopied[page] = 0
         return [(page, self._page(page, self._copy_less)) for page in pages]

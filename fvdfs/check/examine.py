@@ -35,9 +35,10 @@ from fvdfs.check.findings import Findings, Kind, Range, Severity, bit_runs, boun
 from fvdfs.check.header import HeaderCheck, check_header, check_state
 from fvdfs.check.layers import Absent, BaseZeros, CheckLayer, Filled, is_store, is_zero, read
 from fvdfs.cow.bitmap import Bitmap, bitmap_bytes
-from fvdfs.errors import ImageError
+from fvdfs.errors import FormatError, ImageError
 from fvdfs.format import journal
 from fvdfs.format.header import HEADER_SPACE, PAGE, SECTOR, Header, Region, ceil_div, round_up
+from fvdfs.format.migration import Record
 from fvdfs.image.chain import MAX_REGION
 from fvdfs.store.base import Store, next_data
 from fvdfs.store.references import PROBE_SIZE, detect
@@ -346,8 +347,17 @@ async def _check_base(layer: CheckLayer, found: Examined) -> None:
             found.base_size = await base.size()
         known = found.check is not None and "base_img_size" not in found.check.doubtful
         size = found.base_size
-        if known and size is not None and size < header.base_size - SECTOR + 1:
+        if known and size is not None and size < header.base_size - SECTOR + 1 and not _follows_source(found):
             _report_short_base(header, bitmap, size, found.findings)
+
+
+def _follows_source(found: Examined) -> bool:
+    """Whether a source gives what the base does not have."""
+    assert found.check is not None
+    try:
+        return Record.at(found.check.raw, found.findings.image).keeps_base
+    except FormatError:
+        return False  # it is told as what it is: no padding
 
 
 async def _size_of(base: CheckLayer) -> int | None:

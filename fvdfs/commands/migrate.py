@@ -77,6 +77,10 @@ class Choices:
     """Where QEMU sends the machine; empty: a free TCP port of the target."""
     log_file: str = ""
     """Of the server."""
+    keep_base: str = ""
+    """A template that the disks stand on here, and are to stand on there: its name from their folder there on."""
+    base_format: str = ""
+    """Of that."""
 
 
 @dataclass
@@ -343,7 +347,14 @@ class _Move:
 
     def _receive(self) -> None:
         for disk in self._disks:
-            image = self._far.call("receive", name=disk.name, url=disk.url, size=disk.size)
+            image = self._far.call(
+                "receive",
+                name=disk.name,
+                url=disk.url,
+                size=disk.size,
+                keep_base=self._choices.keep_base,
+                base_format=self._choices.base_format,
+            )
             self.say(f"received at {self._host} as {image}")
 
     def _take(self) -> None:
@@ -509,7 +520,7 @@ class _Move:
                         if disk["move"] == "active":
                             self._far.call("fetch", name=name)
                 done = sum(disk.get("local_bytes", 0) for disk in found.values())
-                total = sum(disk.get("base_size", 0) for disk in found.values())
+                total = done + sum(disk.get("to_copy", 0) for disk in found.values())
                 show(done, total)
                 if time.monotonic() - told > TOLD and not sys.stderr.isatty():
                     told = time.monotonic()

@@ -139,12 +139,12 @@ class _Target:
             raise UsageError(f"{image}: exists already; remove it, or choose another folder")
         return {"state": into.state.value, "epoch": into.epoch, "number": into.number}
 
-    def receive(self, name: str, url: str, size: int) -> str:
+    def receive(self, name: str, url: str, size: int, keep_base: str, base_format: str) -> str:
         """Make the disk; its image. Raises UsageError, ImageError, OSError."""
         image = self._image(name)
         if not os.path.lexists(image):
             given_tls_creds.set(self._tls_creds)
-            run_receive(url, image)
+            run_receive(url, image, keep_base=keep_base, base_format=base_format)
         self._made.append(name)
         self._await_disk(name, size)
         return image

@@ -27,10 +27,11 @@ from fvdfs.store.source import ASKED_PATIENCE, ask, epoch_of, tell_of_end
 FOLLOW_DELAY = 1  # seconds after which all that is missing is copied, once the disk is written here
 
 
-def run_receive(url: str, image: str, *, keep_base: str = "", base_format: str = "") -> int:
+def run_receive(url: str, image: str, *, keep_base: str = "", base_format: str = "", hot_first: bool = True) -> int:
     """Make an image that stands on a disk that another host gives. Raises UsageError, ImageError, OSError.
 
-    `keep_base`: the name of a template that it is to stand on, as the source does; empty: nothing.
+    `keep_base`: the name of a template that it is to stand on, as the source does; empty: nothing. `hot_first`: once
+    it is here, copy first what was used last there.
     """
     if base_format and not keep_base:
         raise UsageError("--base-format needs a template: give --keep-base")
@@ -41,14 +42,16 @@ def run_receive(url: str, image: str, *, keep_base: str = "", base_format: str =
         raise UsageError(f"{url}: to be written as nbd://HOST/NAME or nbds://HOST/NAME, as fvdfs serve prints it")
     with named(url):
         epoch = daemon.run_loop(functools.partial(epoch_of, location, given_tls_creds.get()))
+    profile_delay = 0 if hot_first else -1
     if keep_base:
-        return _on_template(location, epoch, url, image, keep_base, base_format)
+        return _on_template(location, epoch, url, image, keep_base, base_format, profile_delay)
     options = CreateOptions(
         base_img=url,
         base_img_fmt=RAW,
         block_size=PAGE,
         copy_on_read=True,
         prefetch_delay=FOLLOW_DELAY,
+        profile_delay=profile_delay,
     )
     record = Record(Incoming(Target.RECEIVING, epoch, new_number()))
     for remark in create_image(image, None, options, record=record):
@@ -56,7 +59,9 @@ def run_receive(url: str, image: str, *, keep_base: str = "", base_format: str =
     return 0
 
 
-def _on_template(location: Location, epoch: str, url: str, image: str, template: str, base_format: str) -> int:
+def _on_template(
+    location: Location, epoch: str, url: str, image: str, template: str, base_format: str, profile_delay: int
+) -> int:
     if not fits(url):
         raise UsageError(f"{url}: is too long for --keep-base; use a shorter name for the host or the disk")
     base = inspect_base(image, template, base_format)
@@ -66,7 +71,13 @@ def _on_template(location: Location, epoch: str, url: str, image: str, template:
     into = Incoming(Target.RECEIVING, epoch, new_number(), url, stamp)
     with named(url):
         daemon.run_loop(functools.partial(ask, location, given_tls_creds.get(), into, Wish.STAND, ASKED_PATIENCE))
-    options = CreateOptions(base_img=template, base_img_fmt=base.format, block_size=PAGE, base_to_end=True)
+    options = CreateOptions(
+        base_img=template,
+        base_img_fmt=base.format,
+        block_size=PAGE,
+        base_to_end=True,
+        profile_delay=profile_delay,
+    )
     for remark in create_image(image, size, options, record=Record(into)):
         daemon.complain(remark)
     return 0

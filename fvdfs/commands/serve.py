@@ -4,6 +4,7 @@ A qemu-storage-daemon reads the raw file in the mount, past every cache, and giv
 
 - `NAME`, read-only: what the disk is now, with its holes;
 - `NAME/move`, writable: a mailbox (`format/mailbox.py`), in which a target asks for the disk;
+- `NAME/hot`, read-only: once the disk has moved, what of it was used last (`format/hot.py`);
 - `NAME/EPOCH`, read-only, once the disk has moved: that it is there proves that nobody writes the disk here any more;
 - `NAME/EPOCH/own`, read-only, once the target has asked for it: what the disk has beyond its template (`cow/own.py`).
 
@@ -31,7 +32,7 @@ from fvdfs.commands.attributes import explained, facts, flush
 from fvdfs.commands.migration import ask_mount, kept_from_qemu
 from fvdfs.commands.watching import Watch
 from fvdfs.errors import FvdError, ImageBusy, ImageError, UsageError
-from fvdfs.format import mailbox
+from fvdfs.format import hot, mailbox
 from fvdfs.format.mailbox import Answer, Question, Wish
 from fvdfs.format.migration import Source
 from fvdfs.mountoptions import tls_credentials
@@ -40,7 +41,7 @@ from fvdfs.store.locations import Options
 from fvdfs.store.nbd_server import TLS_ID, Ended, NbdServer
 from fvdfs.store.qemu_nodes import server_tls
 from fvdfs.store.qemu_words import PROGRAM
-from fvdfs.xattrs import OWN, STATUS
+from fvdfs.xattrs import HOT, OWN, STATUS
 
 log = logging.getLogger(__name__)
 
@@ -59,8 +60,8 @@ class _Disk:
     def __init__(self, raw: str, number: int, folder: str) -> None:
         self.raw = os.path.abspath(raw)
         self.name = name_of(raw)
-        self.node, self.box_node = f"disk{number}", f"box{number}"
-        self.box = os.path.join(folder, self.box_node)
+        self.node, self.box_node, self.hot_node = f"disk{number}", f"box{number}", f"hot{number}"
+        self.box, self.hot = (os.path.join(folder, name) for name in (self.box_node, self.hot_node))
         self._locks = contextlib.ExitStack()
         self._is_locked = False
         self._epoch = ""
@@ -76,14 +77,16 @@ class _Disk:
         self._held = os.open(self.raw, os.O_PATH | os.O_CLOEXEC)
         self._only = -1
         """The descriptor whose lock keeps other servers away."""
-        with open(self.box, "xb") as file:
-            file.truncate(mailbox.SIZE)
+        for path, size in ((self.box, mailbox.SIZE), (self.hot, hot.SIZE)):
+            with open(path, "xb") as file:
+                file.truncate(size)
 
     def nodes(self) -> list[Options]:
         """For the storage daemon. The locks are ours."""
         return [
             _node(self.node, self.raw, writable=False, direct=True),
             _node(self.box_node, self.box, writable=True, direct=False),
+            _node(self.hot_node, self.hot, writable=False, direct=False),
         ]
 
     def begin(self) -> None:
@@ -106,6 +109,7 @@ class _Disk:
         self._epoch = self._map = ""
         server.add_export(self.node, self.node, self.name)
         server.add_export(self.box_node, self.box_node, self.name + mailbox.EXPORT, writable=True)
+        server.add_export(self.hot_node, self.hot_node, self.name + hot.EXPORT)
         self.look(server)
 
     def look(self, server: NbdServer) -> None:
@@ -187,6 +191,7 @@ class _Disk:
             server.remove_export(node)
             self._epoch = ""
         if epoch:
+            self._tell_hot()
             # A node of its own: the other may remember as data what was none but in a writer's cache.
             self._epochs += 1
             node = f"frozen{self._epochs}-{self.node}"
@@ -214,6 +219,14 @@ class _Disk:
         if self._map:
             server.remove_export(self._map)
             self._map = ""
+
+    def _tell_hot(self) -> None:
+        """Say what was used last. A move goes on without."""
+        try:
+            with open(self.hot, "r+b", buffering=0) as file:
+                file.write(os.getxattr(self.raw, HOT))
+        except OSError as error:
+            log.warning("%s: cannot tell what was used last: %s", self.raw, error.strerror)
 
     def _hold_locks(self, *, wanted: bool) -> None:
         if wanted == self._is_locked:

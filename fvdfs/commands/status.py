@@ -98,6 +98,8 @@ def _columns(image: dict[str, Any]) -> tuple[str, str, str, str, str, str]:
         )
     if why := image.get("move_reason"):
         image["reason"] = ", ".join(filter(None, [why, image.get("reason", "")]))
+    if image["state"] == "profile" and not image["reason"] and (image.get("first") or {}).get("from") == "source":
+        image["reason"] = "copies first what its source used last"
     if "rate" not in image:  # closed, or being closed
         return share, image["state"], "", "", image.get("failed", "") or image.get("reason", ""), ""
     rate = f"{image['rate'] / 1e6:.1f} MB/s" if image["rate"] else ""

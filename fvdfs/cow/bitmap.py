@@ -97,6 +97,11 @@ class Bitmap:
             yield start, end, bool(bit)
             start = end
 
+    def count_missing(self, among: Bitmap) -> int:
+        """How many of the blocks that are local in another bitmap, of blocks of the same size, are in the base."""
+        blocks = min(self.blocks, among.blocks)
+        return bitarray.count(among._local[:blocks] & ~self._local[:blocks], 1)
+
     def count_local(self) -> int:
         """How many blocks are in the image's own storage."""
         return self._local.count(1, 0, self.blocks)

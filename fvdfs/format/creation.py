@@ -54,6 +54,8 @@ class CreateOptions:
     update_base: str = ""
     base_to_end: bool = False
     """Whether the base's range reaches to the end of the disk, however long the base is."""
+    profile_delay: int = -1
+    """Seconds until a profile that the image gets is fetched; negative: it is not."""
     profile_room: int = 0
     """Room for a prefetch profile, where there is a base; the original leaves none."""
 
@@ -152,7 +154,7 @@ def _with_base(header: Header, base_length: int, options: CreateOptions) -> Head
         prefetch_throttle_time=30_000,
         need_zero_init=int(options.detect_holes > 0),
         unit_of_PrefetchProfileEntry_len=PAGE,
-        profile_directed_prefetch_start_delay=-1,
+        profile_directed_prefetch_start_delay=options.profile_delay,
         write_updates_base_img=options.update_base,
         metadata_size=header.metadata_size + bitmap_size,
     )

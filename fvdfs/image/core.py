@@ -156,6 +156,8 @@ class Core:
         """What is written while somebody copies the disk."""
         self.followed: Core | None = None
         """The base, where that is a source on top of a template, for the time of a move (`following`)."""
+        self.map_known = trio.Event()
+        """Set once it is known what that has beyond the template."""
         header = self.committer.header
         self.size = header.virtual_disk_size
         self.end = self.size
@@ -239,6 +241,21 @@ class Core:
             end = bitmap.next_local(first, min(first + most, until))
             return first * block_size, min(end * block_size, base_size)
         return base_size, base_size
+
+    def left_to_copy(self) -> int:
+        """Bytes that are missing, in whole blocks."""
+        bitmap, followed = self.bitmap, self.followed
+        block_size, base_size = self.base_range()
+        if bitmap is None:
+            return 0
+        if followed is None or followed.bitmap is None:
+            return max(0, base_size - bitmap.count_local() * block_size)
+        if followed.geometry.block_size == block_size:
+            return bitmap.count_missing(followed.bitmap) * block_size
+        at = left = 0
+        while (part := self.missing(at, base_size)) != (base_size, base_size):
+            at, left = part[1], left + part[1] - part[0]
+        return left
 
     def to_copy(self, start: int, stop: int) -> tuple[int, int]:
         """The first blocks in [start, stop) that are to be copied if they are missing: all but the template's.

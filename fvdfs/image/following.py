@@ -84,6 +84,7 @@ def take_map(image: Image, own: Bitmap, unit: int) -> None:
     assert layer is not None
     layer.geometry = Geometry(unit, layer.size)
     layer.bitmap = own
+    image.map_known.set()
 
 
 def take_all(image: Image) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 
 from fvdfs.cow.recorder import Recorder
 from fvdfs.format.header import PAGE, PROFILE_ENTRY
@@ -39,7 +40,12 @@ async def write_profile(image: Core) -> None:
     """Store what was recorded, if anything was. That it cannot be is only logged."""
     if image.recorder is None or not image.recorder.extents or image.committer.failed is not None:
         return
-    data, entries = encode(image.recorder.extents, PAGE, image.header.profile_room.size)
+    await keep_profile(image, image.recorder.extents)
+
+
+async def keep_profile(image: Core, extents: Sequence[Extent]) -> None:
+    """Store the first of these, as many as there is room for. That they cannot be is only logged."""
+    data, entries = encode(extents, PAGE, image.header.profile_room.size)
     try:
         await image.committer.write_profile(data, entries, PAGE)
     except OSError as error:

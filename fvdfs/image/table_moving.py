@@ -8,7 +8,7 @@
     2. Reads that are under way end: they may be of the former places. Checkpoint: nothing on the disk names these
        places any more.
     3. The table, with its new numbers, is written to what becomes metadata, while writers go on. Pages in which entries
-       change meanwhile are written again.
+       change meanwhile are written again, a few times: who writes to new chunks all the time changes them as fast.
     4. Writers wait. The rest of these pages; checkpoint; the record of the move; then the first sector of the header
        (`format/moving.py`). From now on the table is there. Writers go on; commits wait for the rest of the header.
 
@@ -161,9 +161,15 @@ async def _copy_table(
     while at < stop:
         await meta.pwrite(unallocated[: stop - at], at)
         at += len(unallocated)
-    while pages := table.take_uncopied(PAGES_PER_TURN):
-        await pwrite_pages(meta, header.table_offset, PAGE, pages)
+    for _ in range(ROUNDS):
+        first, copied = 0, 0
+        while pages := table.take_uncopied(first, PAGES_PER_TURN):
+            await pwrite_pages(meta, header.table_offset, PAGE, pages)
+            first, copied = pages[-1][0] + 1, copied + len(pages)
+        if copied <= PAGES_PER_TURN:
+            break
     await core.committer.flush_metadata()
+    await core.committer.checkpoint()  # else all that was allocated meanwhile would be left for the one in step 4
 
 
 async def _use_copy(core: Core, storage: ChunkedStorage, table: Table, gate: Gate, header: Header, filled: int) -> None:

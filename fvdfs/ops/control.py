@@ -42,8 +42,17 @@ def status(entry: Entry) -> dict[str, Any]:
     if entry.image is None:
         state = "closing" if entry.busy else "closed"
         return found | entry.last_status | {"virtual_size": entry.size, "state": state}
+    found["first"] = _fetched_first(entry)
     passthrough = entry.passthrough if isinstance(entry.passthrough, str) else ON
     return found | status_of_image(entry.image, entry.prefetcher) | {"passthrough": passthrough or "opening"}
+
+
+def _fetched_first(entry: Entry) -> dict[str, Any] | None:
+    """The profile by which an image is prefetched: how much it names, in bytes, and who has recorded it."""
+    if entry.prefetcher is None or not entry.prefetcher.profile:
+        return None
+    origin = "source" if entry.record.incoming is not None else "profile"
+    return {"from": origin, "bytes": sum(stop - start for start, stop in entry.prefetcher.profile)}
 
 
 def moves(entry: Entry) -> dict[str, Any]:

@@ -30,6 +30,7 @@ from fvdfs.ops import control, moves, snapshots, templates
 from fvdfs.ops.answers import error_number
 from fvdfs.ops.commits import RegularCommits
 from fvdfs.ops.complaints import Complaints
+from fvdfs.ops.hot import hot_blocks
 from fvdfs.ops.inodes import ROOT_INODE, Attributes, Entry
 from fvdfs.ops.kernel_limits import KernelLimits
 from fvdfs.ops.merging import Merges
@@ -307,6 +308,8 @@ class Filesystem(pyfuse3.Operations):
             return b""
         if wanted == xattrs.MAP:
             return await self._map(inode)
+        if wanted == xattrs.HOT:
+            return hot_blocks(self.folder.inodes[inode])
         if wanted == xattrs.STATUS:
             return json.dumps(control.status(self.folder.inodes[inode])).encode()
         if wanted.startswith(xattrs.OWN) and (number := wanted.removeprefix(xattrs.OWN)).isdecimal():
@@ -467,12 +470,14 @@ class Filesystem(pyfuse3.Operations):
 
     def begin_read(self, fh: int, offset: int, buffer: memoryview, /) -> int | Pending:
         """`Image.begin_read`."""
+        self._handles[fh].entry.heat.touched(offset, len(buffer))
         return self._images[fh].begin_read(offset, buffer)
 
     def begin_write(self, fh: int, offset: int, data: memoryview, /, *, durable: bool) -> Pending:
         """`Image.write`; with `sync=always`, or where the writer asks for it, durable when it has ended."""
         entry = self._handles[fh].entry
         entry.blank = entry.blank and data == bytes(len(data))
+        entry.heat.touched(offset, len(data))
         return self._change(fh, self._images[fh].begin_write(offset, data), offset + len(data), durable=durable)
 
     def _change(self, fh: int, pending: Pending, stop: int, *, durable: bool) -> Pending:

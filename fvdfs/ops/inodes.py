@@ -24,6 +24,7 @@ from typing import Any
 import trio
 
 from fvdfs.counters import Counters
+from fvdfs.cow.heat import Heat
 from fvdfs.format.migration import NO_RECORD, Record, Target
 from fvdfs.image.image import Image
 from fvdfs.ops.freshness import Snapshot, same_file
@@ -116,6 +117,10 @@ class Entry:
         self.usage = seen.usage
         self.record = seen.record
         """What the image says of moves, as it was seen last, or changed here."""
+        self.heat = Heat()
+        """What of the disk programs have used lately."""
+        self.hot: bytes | None = None
+        """What of it was when it was frozen (`format/hot.py`)."""
         self.activating = trio.Lock()
         """Held while it is taken over from its source, or its move is given up."""
         self.move_refused = ""

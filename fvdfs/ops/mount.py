@@ -33,6 +33,7 @@ from fvdfs.ops.complaints import LINES
 from fvdfs.ops.device import Device
 from fvdfs.ops.filesystem import Filesystem, Sync
 from fvdfs.ops.folder import Folder
+from fvdfs.ops.hot import let_cool
 from fvdfs.ops.inodes import Entry
 from fvdfs.ops.naming import Permitted
 from fvdfs.ops.openings import Openings
@@ -225,6 +226,7 @@ async def _serve(
             async with filesystem.openings.background.running() as nursery:
                 nursery.start_soon(_obey_signals, options.mountpoint, filesystem, device, mount, reopen_log)
                 nursery.start_soon(filesystem.commits.run)
+                nursery.start_soon(let_cool, filesystem.folder.inodes)
                 nursery.start_soon(filesystem.complaints.sum_up)
                 nursery.start_soon(answer_scrapes)
                 nursery.start_soon(_announce, options.mountpoint, filesystem, device, ready)

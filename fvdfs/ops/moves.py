@@ -13,7 +13,8 @@ Programs keep the disk open, and read it. Where anything fails before the record
 A disk that is being received is read from its source, and nothing of it is kept: what lies there may change at any
 moment. `activate`, or the first change that somebody makes, takes it over, and waits for it: the source is asked to
 freeze the disk and to say so; its export of this move, which is there only then, becomes the base; the record says that
-the disk is active, and is stable; the kernel's pages are dropped; the image becomes writable, and copies from now on.
+the disk is active, and is stable; the kernel's pages are dropped; the image becomes writable, and copies from now on,
+first what was used last at the source (`hot.py`).
 Where anything fails before the record is stable, it is received on, and the change fails with EIO. The source gives the
 disk to this target alone, however often it is asked. `abandon` ends that for good: once the record says so, and is
 stable, the source is told, and goes on by itself.
@@ -44,6 +45,7 @@ from fvdfs.image.locking import lock_for_writing, unlock_for_writing
 from fvdfs.image.migration import new_number, read_record, settle_record, write_record
 from fvdfs.image.policy import HostStore, Policy
 from fvdfs.ops import templates
+from fvdfs.ops.hot import fetch_hot_first, hot_blocks
 from fvdfs.ops.inodes import Entry
 from fvdfs.ops.keeping import begin_writing
 from fvdfs.ops.openings import Openings
@@ -209,6 +211,7 @@ async def _follow(openings: Openings, entry: Entry, image: Image, into: Incoming
     if image.followed is not None:
         await templates.learn_map(openings, entry, image, into, location)
         await _begin_copying(openings, entry, image)
+    await fetch_hot_first(openings, entry, image, location)
     while image.bitmap is not None and not _has_all_own(image):
         with trio.move_on_after(FOLLOW_INTERVAL):
             await entry.unloaded.wait()
@@ -219,7 +222,9 @@ async def _follow(openings: Openings, entry: Entry, image: Image, into: Incoming
 async def finish(openings: Openings, entry: Entry) -> None:
     """A disk that is about to be closed may be local since a moment ago: its source is told, as `follow` would."""
     image, into = entry.image, entry.record.incoming
-    if image is not None and image.bitmap is None and into is not None and into.state is Target.ACTIVE:
+    if image is None or into is None or into.state is not Target.ACTIVE:
+        return
+    if image.bitmap is None or _has_all_own(image):
         await _complete(openings, entry, image, into)
 
 
@@ -331,6 +336,8 @@ async def _change(openings: Openings, entry: Entry, image: Image, event: Event) 
         await lock_for_writing(image)
     try:
         await trio.to_thread.run_sync(write_record, image.meta, after)
+        if after.obstacle and not before.obstacle:
+            entry.hot = hot_blocks(entry)
         entry.record = after
         log.info("%s: move: %s", image.name, after.obstacle or after.state or "over")
     finally:

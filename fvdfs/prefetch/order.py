@@ -41,8 +41,10 @@ def next_piece(image: Image, fetcher: Fetcher, start: int, limit: float, size: i
 class ProfileOrder:
     """Pieces in the order of a profile."""
 
-    def __init__(self, image: Image, fetcher: Fetcher, requests: Sequence[Extent]) -> None:
+    def __init__(self, image: Image, fetcher: Fetcher, requests: Sequence[Extent], longest: int) -> None:
+        """`longest`: bytes that are fetched at once, whatever the profile says."""
         self._image = image
+        self._longest = longest
         self._fetcher = fetcher
         self._requests = deque(requests)
         self.under_way: list[Piece] = []
@@ -66,9 +68,8 @@ class ProfileOrder:
         while self._requests:
             start, stop = self._requests.popleft()
             block_size = self._image.base_range()[0]
-            found, end = next_piece(
-                self._image, self._fetcher, start // block_size * block_size, stop, round_up(stop - start, block_size)
-            )
+            size = round_up(min(stop - start, self._longest), block_size)
+            found, end = next_piece(self._image, self._fetcher, start // block_size * block_size, stop, size)
             if found < end:
                 if end < stop:
                     self._requests.appendleft((end, stop))

@@ -110,6 +110,8 @@ class Prefetcher:
         self.image = image
         self.copied = 0
         """Bytes that were copied; those of holes were not."""
+        self.profile: Sequence[Extent] = ()
+        """What it fetches first."""
         self._localized = 0  # the same with holes
         self._looking = trio.Lock()
         self.ended = trio.Event()
@@ -217,12 +219,16 @@ class Prefetcher:
 
     async def _run(self, profile: Sequence[Extent], profile_delay: float, start: float) -> None:
         image = self.image
+        self.profile = profile
         fetcher = image.start_fetching(copy_on_read=False)
         if fetcher is None or image.base is None:
             self._state = Activity.DONE
             return
         link = self._scheduler.link(image.base_server)
         fetcher.observer = link
+        if image.followed is not None:
+            self._reason = "it is not known yet what the source has beyond the template"
+            await image.map_known.wait()
         requests = plan(profile, image.base_range()[1], PROFILE_GAP, PROFILE_REQUEST)
         if requests:
             self._reason = f"starts {profile_delay:g} s after opening"
@@ -250,7 +256,7 @@ class Prefetcher:
     async def _fetch_profile(self, flow: Flow, fetcher: Fetcher, requests: Sequence[Extent]) -> None:
         """Copy what a profile names. It is advice: what fails twice is left to the guest's own reads."""
         retry, failed = FIRST_RETRY, True
-        orders = [ProfileOrder(self.image, fetcher, requests) for _ in range(PROFILE_TRIES)]
+        orders = [ProfileOrder(self.image, fetcher, requests, PROFILE_REQUEST) for _ in range(PROFILE_TRIES)]
         while orders and failed:
             order, failed = orders.pop(), False
             while order.has_more():
@@ -500,7 +506,7 @@ def status(image: Image, prefetcher: Prefetcher | None) -> dict[str, Any]:
     if image.bitmap is not None:
         local = min(image.bitmap.count_local() * block_size, base_size)
     rate = prefetcher.rate if prefetcher is not None else 0.0
-    missing = base_size - local
+    missing = image.left_to_copy()
     state = prefetcher.state if prefetcher is not None else Activity.OFF
     if image.bitmap is None:
         state = Activity.DONE
@@ -508,6 +514,7 @@ def status(image: Image, prefetcher: Prefetcher | None) -> dict[str, Any]:
         "virtual_size": image.size,
         "base_size": base_size,
         "local_bytes": local,
+        "to_copy": missing,
         "local_share": local / base_size if base_size else 1.0,
         "state": state.value,
         "reason": prefetcher.reason if prefetcher is not None else "",

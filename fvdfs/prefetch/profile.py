@@ -10,7 +10,8 @@ from fvdfs.format.profile import Extent
 def plan(extents: Sequence[Extent], size: int, gap: int, longest: int) -> list[Extent]:
     """The requests that fetch a profile from a base of `size` bytes.
 
-    An extent that follows another within `gap` bytes is fetched with it, up to `longest` bytes together.
+    An extent that follows another within `gap` bytes is fetched with it, up to `longest` bytes together. A longer
+    one stays whole: who fetches it takes it in parts.
     """
     requests: list[Extent] = []
     for start, stop in extents:

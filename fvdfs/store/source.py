@@ -10,9 +10,10 @@ import socket
 import trio
 
 from fvdfs.errors import FvdError, ImageError, Unreachable, UsageError
-from fvdfs.format import mailbox
+from fvdfs.format import hot, mailbox
 from fvdfs.format.mailbox import Answer, Question, Wish
 from fvdfs.format.migration import Incoming
+from fvdfs.format.profile import Extent
 from fvdfs.store.connecting import NoExport
 from fvdfs.store.locations import Location
 from fvdfs.store.nbd_client import NbdClient, nbd_client
@@ -37,6 +38,18 @@ async def epoch_of(location: Location, tls_creds: str) -> str:
     if not epoch:
         raise UsageError(f"{location.name}: is no disk that fvdfs serve gives there")
     return epoch
+
+
+async def hot_blocks(location: Location, tls_creds: str, size: int) -> list[Extent]:
+    """What was used last of a disk of `size` bytes that its source has handed over, the hottest first.
+
+    Raises OSError, also where the source says nothing, or nonsense; Unreachable, ImageError.
+    """
+    async with nbd_client(location, hot.EXPORT, tls_creds) as export:
+        extents = hot.decode(await export.pread(hot.SIZE, 0), size)
+    if extents is None:
+        raise OSError(errno.EBADMSG, "the source's word makes no sense")
+    return extents
 
 
 async def ask(

@@ -82,7 +82,7 @@ def test_create_writes_the_header_of_the_original(entry: dict[str, Any], folder:
     assert reference.check(image, "fvdfs") == []
 
 
-@pytest.mark.parametrize("text", ["", "K", "-1", "1.5G", "10Q", "1KB", "0x10", "²"])
+@pytest.mark.parametrize("text", ["", "K", "-1", "1.5Q", "10Q", "1KB", "0x10", "²"])
 def test_what_is_no_size(text: str, folder: Path) -> None:
     done = fvdfs("create", folder / "a.fvd", "--", text)
     assert done.code == 2

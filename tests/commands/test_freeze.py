@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NoReturn
 
@@ -18,7 +19,7 @@ import pytest
 from fvdfs.commands import freeze
 from fvdfs.commands.freeze import while_frozen
 from fvdfs.errors import FvdError, UsageError
-from fvdfs.qmp import CommandRefused, Connection, NoAnswer
+from fvdfs.qmp import CommandRefused, Connection, NoAnswer, somebody_listens
 from support.agent import FakeAgent, fake_agent
 from support.mounts import FVDFS, fvdfs, mounted, must, wait_until
 
@@ -160,6 +161,22 @@ def test_nobody_listens(tmp_path: Path, kind: str) -> None:
             listening.bind(str(path))
     with pytest.raises(UsageError, match="name the Unix socket of a QEMU that runs"):
         while_frozen(str(path), lambda: None)
+
+
+def test_who_does_not_accept_yet_is_waited_for(tmp_path: Path) -> None:
+    """Its queue is full of somebody who looked whether it listens."""
+    path = str(tmp_path / "qmp")
+    with socket.socket(socket.AF_UNIX) as listening, ThreadPoolExecutor(1) as threads:
+        listening.bind(path)
+        listening.listen(0)
+        assert somebody_listens(path)
+        connecting = threads.submit(Connection, path)
+        with pytest.raises(TimeoutError):
+            connecting.result(0.1)
+        for _ in range(2):
+            listening.accept()[0].close()
+        with connecting.result(10):
+            pass
 
 
 def test_an_agent_without_an_end_is_told(agent: FakeAgent) -> None:

@@ -136,6 +136,19 @@ def test_disks_without_a_machine(ground: Ground) -> None:
     assert not ground.is_served
 
 
+def test_a_template_stays_where_it_is(ground: Ground) -> None:
+    for folder in (ground.source.folder, ground.folder):
+        (folder / "template.raw").write_bytes(b"t" * 4 * MIB)
+    must("create", ground.source.folder / "clone.fvd", "8M", "--base", "template.raw")
+    with ground.source.raw("clone").open("r+b") as file:
+        file.write(b"y" * MIB)
+    done = ground.migrate("--keep-base", "template.raw", disks=("clone",))
+    assert (done.code, done.err) == (0, ""), done
+    assert ground.source.status("clone")["move"] == "released"
+    assert ground.target.status("clone")["local_bytes"] == MIB
+    assert ground.target.raw("clone").read_bytes() == (b"y" * MIB + b"t" * 3 * MIB).ljust(8 * MIB, b"\0")
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_while_the_machine_moves_leaves_all_as_before(
     ground: Ground, here: Machine, number: signal.Signals

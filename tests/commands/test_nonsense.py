@@ -126,6 +126,10 @@ def test_options_of_mount(folder: Path, option: str) -> None:
         (["prefetch", "start", ""], "is empty"),
         (["prefetch", "banana", "a.raw"], "invalid choice"),
         (["banana"], "invalid choice"),
+        (["creat", "a.fvd", "1M"], "invalid choice: 'creat'; did you mean create?; see fvdfs --help"),
+        (["mount", ".", "..", "--read-onyl"], "arguments: --read-onyl; did you mean --read-only?; see fvdfs mount"),
+        (["mount", ".", "../point", "-o", "alow_other"], "-o alow_other: unknown; did you mean allow_other?"),
+        (["create", "new.fvd", "1.3K"], "'1.3K' is no whole number of bytes"),
         ([], "required"),
     ],
 )

@@ -12,6 +12,7 @@ import pytest
 from fvdfs.errors import FormatError, UsageError
 from fvdfs.format import migration
 from fvdfs.format.migration import PLACE, SIZE, Incoming, Outgoing, Record, Source, Target
+from fvdfs.format.sealed import seal
 
 E, OTHER_E, T, OTHER_T, NEW = "0" * 15 + "e", "f" * 16, "1" * 16, "2" * 16, "9" * 16
 
@@ -174,3 +175,35 @@ def test_damaged_records_are_refused() -> None:
             Record.decode((head + text).ljust(SIZE, b"\0"), "a.fvd")
     assert not Record.decode(bytes(SIZE), "a.fvd")
     assert not Record.decode(b"FVDEXPRT".ljust(SIZE, b"x"), "a.fvd")
+
+
+def test_a_target_on_a_template() -> None:
+    """Its header names the template, its record the source, until all is local."""
+    url = "nbd://alpha/vm?x=1"
+    receiving = Record(Incoming(Target.RECEIVING, E, T, url, "ab" * 16), Outgoing(Source.MOVED, OTHER_E, T, "b" * 64))
+    active = migration.activate(receiving)
+    local = migration.complete(active)
+    for record, keeps, name in ((receiving, True, url), (active, True, f"nbd://alpha/vm/{E}?x=1"), (local, False, "")):
+        assert Record.decode(record.encode(), "") == record
+        assert (record.keeps_base, record.source_name) == (keeps, name)
+        assert record.base_name("template.raw") == "template.raw"
+    assert receiving.incoming is not None
+    assert receiving.incoming.url("template.raw") == url
+    assert Incoming(Target.ACTIVE, E, T).url(url) == url
+
+
+def test_the_longest_url_of_a_source_fits() -> None:
+    url = "n" * (migration.SOURCE_MAX - 2)
+    assert migration.fits(url)
+    assert not migration.fits(url + "n")
+    assert not migration.fits('"' * 150)
+    outgoing = Outgoing(Source.RELEASED, E, T, '"' * migration.NAME_MAX)
+    record = Record(Incoming(Target.RECEIVING, E, T, url, "ab" * 16), outgoing)
+    assert Record.decode(record.encode(), "") == record
+
+
+@pytest.mark.parametrize("more", [["", "ab" * 16], ["nbd://x/vm"], ["nbd://x/vm", "g" * 32], ["nbd://x/vm", "ab"]])
+def test_a_record_with_half_a_template_is_damaged(more: list[str]) -> None:
+    sector = seal(b"FVDmove1", {"in": ["active", E, T, *more]}, SIZE)
+    with pytest.raises(FormatError):
+        Record.decode(sector, "vm.fvd")

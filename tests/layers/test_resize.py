@@ -6,6 +6,7 @@ import errno
 import functools
 import os
 import threading
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +23,7 @@ from fvdfs.format.table_room import moved_table, smaller_journal
 from fvdfs.image.image import Image
 from fvdfs.image.loading import open_image
 from fvdfs.image.policy import Policy
-from fvdfs.store.base import Buffer
+from fvdfs.store.base import Buffer, Store, pwrite_pages
 from fvdfs.store.host import HostFile
 from fvdfs.xattrs import ROOM
 from support import reference
@@ -195,6 +196,32 @@ def test_writers_do_not_wait_for_what_is_copied(image: Path, monkeypatch: pytest
     assert written[0] > 2 * MIB
     assert written[1] < 32 * KIB
     assert content(image)[:SIZE] == before
+    check(image)
+
+
+def test_a_writer_to_new_chunks_does_not_keep_the_table_from_moving(
+    image: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The copy of the table is never as the table is where an entry changes each time that pages of it are written."""
+    make(image, LAYOUTS["compact small journal"])
+    images, written = list[Image](), [0]
+
+    async def overtaken(store: Store, base: int, size: int, pages: Sequence[tuple[int, bytes]]) -> None:
+        await pwrite_pages(store, base, size, pages)
+        if not images[0]._gate.is_closed and written[0] < SIZE:
+            await images[0].write(written[0], b"new!" * KIB)
+            written[0] += 4 * KIB
+
+    monkeypatch.setattr("fvdfs.image.table_moving.pwrite_pages", overtaken)
+
+    async def work() -> None:
+        images.append(await open_image(str(image), Policy(), write=True))
+        await images[0].resize(LARGE)
+        await images[0].close()
+
+    trio.run(work)
+    assert 0 < written[0] < SIZE // 4
+    assert content(image) == (b"new!" * (written[0] // 4)).ljust(LARGE, b"\0")
     check(image)
 
 

@@ -116,3 +116,63 @@ def test_only_what_is_beyond_the_template_travels(tmp_path: Path, folder: Path, 
             assert target.raw("vm").read_bytes() == disk
     checked = fvdfs("check", move.image)
     assert checked.code == 0, checked.out
+
+
+def test_a_template_that_is_another_is_refused(tmp_path: Path, folder: Path) -> None:
+    with moving(tmp_path, folder, "raw") as move, move.served():
+        for content in (TEMPLATE[:-1] + b"x", TEMPLATE[:-512], b"x" + TEMPLATE[1:]):
+            make_template(move.folder, "raw", content)
+            done = fvdfs("receive", move.url, move.image, "--keep-base", "template.raw")
+            assert (done.code, "stands on no template" in done.err, done.err.count("\n")) == (2, True, 1), done
+        assert fvdfs("receive", move.url, move.image, "--keep-base", "nothing.raw").code == 2
+        assert fvdfs("receive", move.url, move.image, "-F", "raw").code == 2
+        assert not move.image.exists()
+
+
+def test_a_template_that_has_changed_since_is_not_used(tmp_path: Path, folder: Path) -> None:
+    """All of the disk is copied then."""
+    with moving(tmp_path, folder, "raw") as move, move.served():
+        make_template(move.folder, "raw")
+        must("receive", move.url, move.image, "--keep-base", "template.raw")
+        make_template(move.folder, "raw", bytes(len(TEMPLATE)))
+        with move.target() as target:
+            must("activate", target.raw("vm"))
+            with target.raw("vm").open("rb") as file:
+                wait_until(lambda: move.source.status("vm")["move"] == "released", complaint=lambda: target.log)
+                assert file.read() == expected()
+        assert "is not the template of its source any more" in target.log
+        assert fvdfs("check", move.image).code == 0
+
+
+@pytest.mark.parametrize("block_size", ["4096", "1M"])
+def test_it_goes_on_after_a_crash(tmp_path: Path, folder: Path, block_size: str) -> None:
+    """The target is killed, and its source away for a while; nothing is known of the map then."""
+    with moving(tmp_path, folder, "qcow2", block_size) as move:
+        make_template(move.folder, "qcow2")
+        disk = expected()
+        with move.served():
+            must("receive", move.url, move.image, "--keep-base", "template.qcow2", "-F", "qcow2")
+            with move.target() as target:
+                descriptor = os.open(target.raw("vm"), os.O_RDWR)
+                os.pwrite(descriptor, b"x" * 512, 12 * MIB)
+                os.fsync(descriptor)
+                disk[12 * MIB : 12 * MIB + 512] = b"x" * 512
+                target.kill()
+                with contextlib.suppress(OSError):
+                    os.close(descriptor)
+                assert record(move.image).state == "active"
+        checked = fvdfs("check", move.image)
+        assert "base-short" not in checked.out, checked.out
+        with move.target() as target:
+            with contextlib.suppress(OSError):
+                target.raw("vm").read_bytes()
+            assert record(move.image).keeps_base
+            with move.served(), target.raw("vm").open("r+b") as file:
+                assert file.read() == disk
+                refused = fvdfs("snapshot", target.raw("vm"))
+                wait_until(lambda: move.source.status("vm")["move"] == "released", complaint=lambda: target.log)
+                assert refused.code == 2 or "follows" not in refused.err
+                must("snapshot", target.raw("vm"))
+                file.seek(0)
+                assert file.read() == disk
+        assert fvdfs("check", move.image).code == 0

@@ -104,9 +104,10 @@ class Host:
         `Link.join` has it back, with nothing running.
         """
         self.link.cut(self)
-        self._kill_all()
+        self.kill()
 
-    def _kill_all(self) -> None:
+    def kill(self, but: Sequence[int] = ()) -> None:
+        """End all that runs there, unasked, but these processes and their children."""
         mine = self.namespace.stat().st_ino
 
         def inside() -> list[int]:
@@ -114,7 +115,8 @@ class Host:
             for entry in Path("/proc").iterdir():
                 if entry.name.isdecimal():
                     with contextlib.suppress(OSError):  # it has just ended
-                        if (entry / "ns/net").stat().st_ino == mine:
+                        parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+                        if (entry / "ns/net").stat().st_ino == mine and not {int(entry.name), parent} & {*but}:
                             found.append(int(entry.name))
             return found
 
@@ -127,13 +129,9 @@ class Host:
 
         wait_until(none_left, complaint=lambda: f"processes {inside()} do not end")
 
-    def kill(self) -> None:
-        """End what `popen` has started."""
-        self._processes.close()
-
     def _end(self) -> None:
-        self._kill_all()
         self.kill()
+        self._processes.close()
 
 
 @functools.cache
