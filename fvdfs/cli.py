@@ -300,7 +300,7 @@ def _parser() -> argparse.ArgumentParser:
         "status", help="show how far the images of a mount are local, and what prefetching does"
     )
     status.set_defaults(run=_status)
-    status.add_argument("mountpoint", metavar="MOUNTPOINT")
+    status.add_argument("mountpoint", metavar="MOUNTPOINT|RAW", help="a mount, or one disk in it")
     how = status.add_mutually_exclusive_group()
     how.add_argument("--json", action="store_true")
     how.add_argument("--log", action="store_true", help="the last lines of the mount's log")

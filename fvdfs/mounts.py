@@ -14,6 +14,7 @@ import ctypes
 import errno
 import fcntl
 import os
+import pwd
 import select
 import shlex
 import signal
@@ -89,6 +90,14 @@ def explained(error: OSError) -> str:
         except UsageError as explanation:
             return str(explanation)
     return printable(told(error))
+
+
+def user_name(number: int) -> str:
+    """The name of a user; of one without, the number."""
+    try:
+        return pwd.getpwuid(number).pw_name
+    except KeyError:
+        return f"user {number}"
 
 
 def is_dead(mount: MountPoint) -> bool:

@@ -35,7 +35,14 @@ def run(mountpoint: str, *, as_json: bool, watch: bool, log: bool = False) -> in
     """
     mountpoint = os.path.abspath(mountpoint)
     mounts.refuse_dead(mountpoint)
-    if log:
+    if not log and not watch and _is_disk(mountpoint):
+        found = status(os.path.dirname(mountpoint))
+        found["images"] = [image for image in found["images"] if image["name"] == os.path.basename(mountpoint)]
+        if as_json:
+            print(json.dumps(found, indent=2))
+        else:
+            print_status(found)
+    elif log:
         _process(mountpoint)
         sys.stdout.write(os.getxattr(mountpoint, LOG).decode(errors="replace"))
     elif watch:
@@ -43,7 +50,7 @@ def run(mountpoint: str, *, as_json: bool, watch: bool, log: bool = False) -> in
     elif as_json:
         print(json.dumps(status(mountpoint), indent=2))
     else:
-        print_status(mountpoint)
+        print_status(status(mountpoint))
     return 0
 
 
@@ -53,9 +60,11 @@ def status(mountpoint: str) -> dict[str, Any]:
     Raises UsageError where it is no mount or another user's, OSError.
     """
     pid = _process(mountpoint)
-    caches = {os.path.realpath(image["image"]): image for image in facts(mountpoint, STATUS).get("caches", [])}
     images = []
-    for name in sorted(os.listdir(mountpoint)):
+    names = sorted(os.listdir(mountpoint))  # which has the mount look at the folder
+    of_mount = facts(mountpoint, STATUS)
+    caches = {os.path.realpath(image["image"]): image for image in of_mount.get("caches", [])}
+    for name in names:
         try:
             path = os.path.join(mountpoint, name)
             image = facts(path, STATUS)
@@ -65,7 +74,13 @@ def status(mountpoint: str) -> dict[str, Any]:
                 raise
             if error.errno not in (errno.ENOENT, errno.ESTALE):  # gone meanwhile
                 images.append({"name": name, "open": False, "state": "unreadable", "failed": error.strerror})
-    return {"mountpoint": mountpoint, "pid": pid, "images": images + list(caches.values())}
+    images += list(caches.values())
+    for refused in of_mount.get("refused", []):
+        image = {"name": refused["name"], "image": os.path.join(of_mount["folder"], refused["name"])}
+        images.append(image | {"open": False, "state": "refused", "failed": refused["reason"]})
+    if (more := of_mount.get("refused_count", 0) - len(of_mount.get("refused", []))) > 0:
+        images.append({"name": f"{more} more images", "open": False, "state": "refused", "failed": "see the log"})
+    return {"mountpoint": mountpoint, "pid": pid, "images": images}
 
 
 def _process(mountpoint: str) -> int:
@@ -73,18 +88,27 @@ def _process(mountpoint: str) -> int:
     try:
         return int(os.getxattr(mountpoint, PID))
     except PermissionError:
-        raise UsageError(f"{mountpoint}: permission denied; ask as the user who mounted it") from None
+        mount = mounts.mount_at(mountpoint)
+        who = mounts.user_name(mount.owner("user_id")) if mount is not None and mount.is_ours else ""
+        whom = f"{who} has mounted it: ask as {who}" if who else "ask as the user who mounted it"
+        raise UsageError(f"{mountpoint}: permission denied; {whom}, or have it mounted with --allow-other") from None
     except (OSError, ValueError):
         what = "is not the mount point: name that" if os.path.isfile(mountpoint) else "fvdfs is not mounted there"
         raise UsageError(f"{mountpoint}: {what}") from None
 
 
-def print_status(mountpoint: str) -> None:
+def _is_disk(path: str) -> bool:
+    """Whether this is a raw file in a mount of fvdfs."""
+    mount = mounts.mount_at(os.path.dirname(path))
+    return mount is not None and mount.is_ours and os.path.isfile(path)
+
+
+def print_status(found: dict[str, Any]) -> None:
     """The state of every image as a table on the terminal."""
     table = Table(box=None, pad_edge=False)
     for title in ("disk", "size", "local", "state", "rate", "left", "why", "passed through"):
         table.add_column(title, overflow="fold")
-    for image in status(mountpoint)["images"]:
+    for image in found["images"]:
         size = human_size(image["virtual_size"]).partition(" (")[0] if "virtual_size" in image else ""
         table.add_row(printable(image["name"]), size, *_columns(image))
     plain_console(width=None if sys.stdout.isatty() else WIDE).print(table)

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import errno
 import functools
+import json
 import logging
 import os
+from collections.abc import Mapping
 from typing import Any
 
 import trio
@@ -26,6 +28,8 @@ from fvdfs.store.host import identity_of
 
 log = logging.getLogger(__name__)
 
+_REFUSED_SHOWN = 16384  # bytes of JSON; an attribute holds 64 KiB
+_REASON_SHOWN = 300  # characters
 _COMMAND_SHOWN = 20  # characters of what somebody wrote to an attribute
 
 
@@ -53,6 +57,19 @@ def _fetched_first(entry: Entry) -> dict[str, Any] | None:
         return None
     origin = "source" if entry.record.incoming is not None else "profile"
     return {"from": origin, "bytes": sum(stop - start for start, stop in entry.prefetcher.profile)}
+
+
+def refused(reasons: Mapping[bytes, str]) -> dict[str, Any]:
+    """Images that do not appear, as part of the mount's status: some of them, and how many there are."""
+    shown: list[dict[str, str]] = []
+    room = _REFUSED_SHOWN
+    for path, reason in reasons.items():
+        shown.append({"name": os.fsdecode(os.path.basename(path)), "reason": reason[:_REASON_SHOWN]})
+        room -= len(json.dumps(shown[-1]))
+        if room < 0:
+            shown.pop()
+            break
+    return {"refused": shown, "refused_count": len(reasons)}
 
 
 def moves(entry: Entry) -> dict[str, Any]:

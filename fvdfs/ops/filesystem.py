@@ -297,6 +297,7 @@ class Filesystem(pyfuse3.Operations):
             if wanted == xattrs.STATUS:
                 policy, folder = self.folder.policy, os.fsdecode(self.folder.path)
                 found = {"folder": folder, "allow_url": policy.allowed_urls, "tls_creds": policy.tls_creds}
+                found |= control.refused(self.folder.refused)
                 return json.dumps(found | {"caches": self.openings.caches.status()}).encode()
             if wanted == xattrs.LOG:
                 return recent.text()

@@ -88,9 +88,9 @@ class Folder:
         return [entry for entry in found if entry is not None]
 
     @property
-    def refused(self) -> int:
-        """How many images do not appear, or appear as they were, since they cannot be looked at."""
-        return len(self._complaints)
+    def refused(self) -> dict[bytes, str]:
+        """The images that do not appear, or appear as they were, since they cannot be looked at: the path, and why."""
+        return self._complaints
 
     async def find(self, inode: int) -> Entry:
         """The image that a file handle with this number is of, as it is now. Raises OSError: ESTALE if it is gone."""

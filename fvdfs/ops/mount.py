@@ -277,7 +277,7 @@ async def _announce(mountpoint: str, filesystem: Filesystem, device: Device, rea
     with trio.move_on_after(PATIENCE):
         try:
             await filesystem.folder.scan()
-            if (missing := filesystem.folder.refused) > LINES:
+            if (missing := len(filesystem.folder.refused)) > LINES:
                 log.error("%s: %d images do not appear; the first are named above", path, missing)
         except OSError as error:
             log.error("%s: %s", path, error.strerror)

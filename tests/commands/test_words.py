@@ -61,7 +61,7 @@ def test_status_shows_the_others_where_one_disk_cannot_be_read(
     first, second = status.status(str(tmp_path))["images"]
     assert first == {"name": "a.raw", "open": False, "state": "unreadable", "failed": "Permission denied"}
     assert second["name"] == "b.raw"
-    status.print_status(str(tmp_path))
+    status.print_status(status.status(str(tmp_path)))
     lines = capsys.readouterr().out.splitlines()
     assert lines[1].split() == ["a.raw", "unreadable", "Permission", "denied"]
     assert lines[2].split()[0] == "b.raw"
@@ -84,6 +84,32 @@ def test_a_base_behind_a_url(folder: Path) -> None:
                 assert json.loads(done.out)["problems"] == []
 
 
+def test_status_of_one_disk_and_of_images_that_do_not_appear(folder: Path) -> None:
+    for name in ("a", "b"):
+        must("create", folder / f"{name}.fvd", "1M")
+    damaged = bytearray((folder / "b.fvd").read_bytes())
+    damaged[8:16] = b"\xff" * 8
+    (folder / "bad.fvd").write_bytes(damaged)
+    for number in range(200):
+        (folder / f"{'x' * 100}{number}.fvd").write_bytes(damaged)
+    with mounted(folder) as mount:
+        [_header, line] = must("status", mount.raw("a")).splitlines()
+        assert line.split()[:3] == ["a.raw", "1", "MiB"]
+        [image] = json.loads(must("status", "--json", mount.raw("a")))["images"]
+        assert image["name"] == "a.raw"
+        images = json.loads(must("status", "--json", mount.point))["images"]
+        refused = [image for image in images if image["state"] == "refused"]
+        assert [image["name"] for image in images[:2]] == ["a.raw", "b.raw"]
+        assert refused[-1]["name"] == f"{202 - len(refused)} more images"
+        for number in range(200):
+            (folder / f"{'x' * 100}{number}.fvd").unlink()
+        [_first, _second, line] = must("status", mount.point).splitlines()[1:]
+        assert line.split()[:2] == ["bad.fvd", "refused"]
+        assert str(folder / "bad.fvd") in line
+        (folder / "bad.fvd").unlink()
+        assert len(json.loads(must("status", "--json", mount.point))["images"]) == 2
+
+
 def test_what_takes_images_says_which_a_raw_file_is(folder: Path) -> None:
     must("create", folder / "a.fvd", "1M")
     with mounted(folder) as mount:
@@ -94,8 +120,7 @@ def test_what_takes_images_says_which_a_raw_file_is(folder: Path) -> None:
                 2,
                 f"fvdfs: {raw}: is a raw file in a mount; name its image: {folder}/a.fvd\n",
             )
-        done = fvdfs("status", raw)
-        assert (done.code, done.err) == (2, f"fvdfs: {raw}: is not the mount point: name that\n")
+        assert fvdfs("status", "--watch", raw).err == f"fvdfs: {raw}: is not the mount point: name that\n"
         assert must("snapshots", mount.point) == must("snapshots", folder)
 
 

@@ -137,7 +137,10 @@ def test_other_users_and_root_are_kept_out_unless_allowed(users: Path) -> None:
             done = python_as(uid, READ, point / "a.raw")
             assert done.code
             assert "PermissionError" in done.err
-        refusal = f"fvdfs: {point}: permission denied; ask as the user who mounted it\n"
+        refusal = (
+            f"fvdfs: {point}: permission denied; nobody has mounted it: ask as nobody, "
+            "or have it mounted with --allow-other\n"
+        )
         assert fvdfs("status", point) == Finished(2, "", refusal)
         assert python_as(NOBODY, READ, point / "a.raw").code == 0
 
