@@ -310,6 +310,10 @@ def _parser() -> argparse.ArgumentParser:
     top.set_defaults(run=_top)
     top.add_argument("mountpoint", metavar="MOUNTPOINT")
 
+    doctor = commands.add_parser("doctor", help="say what works on this host, what does not, and what to do about it")
+    doctor.set_defaults(run=_doctor)
+    doctor.add_argument("--json", action="store_true")
+
     prefetch = commands.add_parser("prefetch", help="copy all that is missing of a mounted disk from its base")
     prefetch.set_defaults(run=_prefetch)
     prefetch.add_argument("command", choices=["start", "pause", "stop"])
@@ -818,6 +822,12 @@ def _top(arguments: argparse.Namespace) -> int:
         raise UsageError(f"top: {error.name} is not installed: pip install 'fvdfs[top]'") from None
     run(arguments.mountpoint)
     return 0
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from fvdfs.commands.doctor import run
+
+    return run(as_json=arguments.json)
 
 
 def _prefetch(arguments: argparse.Namespace) -> int:
