@@ -519,7 +519,7 @@ class Hosts:
     def what_is_exported_as_frozen_is_written_by_no_machine(self) -> None:
         for image in self.images:
             names = image.exports.names if image.exports is not None and not image.lost_mount else ()
-            is_frozen = any("/" in name and "move" not in name for name in names)
+            is_frozen = any(migration.is_number(name.rpartition("/")[2]) for name in names)
             assert not (is_frozen and image.has_machine and image.may_write), image.raw
 
     def get_out(self) -> None:
