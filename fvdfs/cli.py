@@ -140,11 +140,13 @@ def _run(arguments: argparse.Namespace) -> int:
         _log_to_terminal()
     try:
         return run(arguments)
-    except (NotFvd, OSError):
+    except (NotFvd, OSError) as error:
         if run in _OF_IMAGES:
-            from fvdfs.commands.attributes import refuse_raw
+            from fvdfs.commands.attributes import refuse_other, refuse_raw
 
             refuse_raw(arguments.image)
+            if isinstance(error, NotFvd):
+                refuse_other(arguments.image)
         raise
 
 

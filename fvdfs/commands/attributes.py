@@ -9,8 +9,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from fvdfs.errors import ImageBusy, UsageError, named
+from fvdfs.errors import ImageBusy, NotFvd, UsageError, named
 from fvdfs.mounts import DEAD, refuse_dead
+from fvdfs.store.references import PROBE_SIZE, detect
 from fvdfs.xattrs import STATUS
 
 _NOT_OURS = (errno.ENODATA, errno.EOPNOTSUPP, errno.ENOTSUP)
@@ -43,6 +44,14 @@ def refuse_raw(path: str) -> None:
     except (OSError, UsageError):
         return
     raise UsageError(f"{path}: is a raw file in a mount; name its image: {image}")
+
+
+def refuse_other(path: str) -> None:
+    """Raise NotFvd for a file of another format, in which a command has found no image."""
+    with open(path, "rb") as file:
+        kind = detect(file.read(PROBE_SIZE))
+    if kind not in (None, "fvd"):
+        raise NotFvd(path, f"is a {kind} file, not an FVD image; qemu-img info shows it")
 
 
 @contextmanager

@@ -110,6 +110,13 @@ def test_status_of_one_disk_and_of_images_that_do_not_appear(folder: Path) -> No
         assert len(json.loads(must("status", "--json", mount.point))["images"]) == 2
 
 
+def test_an_image_of_qemus_is_called_that(folder: Path) -> None:
+    (folder / "a.qcow2").write_bytes(b"QFI\xfb\0\0\0\3" + bytes(65536))
+    done = fvdfs("info", folder / "a.qcow2")
+    assert (done.code, done.err.count("\n")) == (1, 1)
+    assert "a.qcow2: is a qcow2 file, not an FVD image; qemu-img info shows it" in done.err
+
+
 def test_what_takes_images_says_which_a_raw_file_is(folder: Path) -> None:
     must("create", folder / "a.fvd", "1M")
     with mounted(folder) as mount:
