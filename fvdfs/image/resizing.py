@@ -92,19 +92,15 @@ class Resizer:
         """
         core, size = self._core, round_up(size, SECTOR)
         async with self.lock:
-            if core.bitmap is None or core.header.base_size <= size:
+            if core.bitmap is not None and size < core.header.base_size:
+                async with self._gate.closed():
+                    with trio.CancelScope(shield=True):
+                        await self._clear_records()  # none names a block behind the new end then
+                        await self._shrink_base_range(size)
+                        core.geometry = Geometry(core.header.block_size, core.header.base_size)
+                        core.bitmap.shrink(core.header.blocks)
+            else:
                 await core.committer.checkpoint()
-                return
-            async with self._gate.closed():
-                with trio.CancelScope(shield=True):
-                    if core.header.clean:
-                        await core.committer.change_header(clean_shutdown=0)
-                    await core.committer.checkpoint(clear_journal=True)  # no record names a block behind the new end
-                    self._journal_cleared = True
-                    await self._shrink_base_range(size)
-                    core.geometry = Geometry(core.header.block_size, core.header.base_size)
-                    core.bitmap.shrink(core.header.blocks)
-                    await core.committer.checkpoint()
 
     async def stop(self) -> None:
         """The image is being closed: make no room any more."""
@@ -189,11 +185,7 @@ class Resizer:
 
     async def _shrink_to(self, size: int) -> None:
         core = self._core
-        if core.header.clean and core.header.has_metadata:
-            await core.committer.change_header(clean_shutdown=0)
-        # From here on bits and entries go backwards: old records must not come back.
-        await core.committer.checkpoint(clear_journal=True)
-        self._journal_cleared = True
+        await self._clear_records()
         await self._shrink_header(size)
         core.size = size
         core.geometry = Geometry(core.header.block_size, core.header.base_size)
@@ -204,6 +196,14 @@ class Resizer:
         await self._reads.wait()  # past the new end, perhaps, of places that may soon be another's
         await core.storage.give_back()
         core.committer.data_written()
+
+    async def _clear_records(self) -> None:
+        """From here on bits and entries go backwards: old records must not come back. Raises OSError."""
+        core = self._core
+        if core.header.clean and core.header.has_metadata:
+            await core.committer.change_header(clean_shutdown=0)
+        await core.committer.checkpoint(clear_journal=True)
+        self._journal_cleared = True
 
     async def _shrink_header(self, size: int) -> None:
         """Shrink the base's range, then the disk: the fields are in different sectors, and no later growth must find

@@ -47,7 +47,7 @@ EQUIVALENT: dict[str, str] = {
     f"image: fsync: swapped {_HELD}: … flush | {_DIRTY}: … commit": (
         "base and image do not name each other's data; the answer waits for both"
     ),
-    f"resizing: _shrink_to: swapped {_UNCLEAN} | await core.committer.checkpoint(clear_journal=True)": (
+    f"resizing: _clear_records: swapped {_UNCLEAN} | await core.committer.checkpoint(clear_journal=True)": (
         "a checkpoint that writes anything has clean_shutdown=0 stable before"
     ),
     "resizing: _shrink_to: without core.committer.data_written()": (

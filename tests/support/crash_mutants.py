@@ -65,7 +65,7 @@ REPORTS = {"mark_committed", "pages_written", "data_written", "blocks_stored", "
 DURABLE = FLUSHES | {
     *("pwrite", "pwrite_pages", "zero", "resize", "append_stable", "append_by_steps"),
     *("_append", "_write_pages", "_write_header", "_commit", "commit", "checkpoint", "recover"),
-    *("_clear_journal", "change_header", "restore_header", "_shrink_header"),
+    *("_clear_journal", "_clear_records", "change_header", "restore_header", "_shrink_header"),
     *("release_base", "write_profile", "close"),
     *("grow", "shrink", "_grow", "_grow_to", "_shrink", "_make_room", "_make_room_on_device", "prepare", "_prepare"),
     *("_store", "_store_data", "_store_zeros", "wrote", "begin_base_writing"),
