@@ -1,6 +1,6 @@
 """A running guest moves to another host and its disk follows, next to what QEMU does: mirroring, or shared storage.
 
-    python tests/bench/migrate.py [--only fvdfs,mirror,shared,alone] [--size SIZE] [--percent N] [--memory MIB]
+    python tests/bench/migrate.py [--only NAME,...] [--size SIZE] [--percent N] [--memory MIB]
         [--bits N] [--delay-us N] [--rounds N] [--work DIR] [--json FILE]
     python tests/bench/migrate.py --guests 10 [--size SIZE] ...
 
@@ -12,7 +12,8 @@ it reads; 128 MiB of its memory change. The candidates take turns, and each has 
 - `mirror`: QEMU's own storage migration: `blockdev-mirror` of qcow2 over NBD, then the memory.
 - `fvdfs`: `fvdfs migrate`. The disk follows. Before that, `nbdcopy` copies the disk over the
   same link, from the same server, while the guest runs.
-- `alone`: as `fvdfs`, but nothing is fetched ahead in the first seconds: what the guest reads by copy-on-read alone.
+- `unprofiled`: the same by `serve` and `receive`, without what the source tells of hot blocks.
+- `alone`: the same again, and nothing is fetched ahead in the first minute: the guest reads by copy-on-read alone.
 
 Times to the target are from the first command to the guest's first line there, the start of QEMU there included. Bytes
 over the link are frames from the source to the target, less QEMU's own count of the memory. With `--guests`, so many
@@ -53,7 +54,7 @@ from support.mounts import FVDFS, Mount, must, wait_until
 from support.witness import Console, Course, Machine, MachineEnded, Tick, Witness, follow, move
 
 BEFORE = 30  # ticks of the guest at the source
-FIRST = 20.0  # seconds at the target that are compared
+FIRST, MINUTE = 20.0, 60.0  # seconds at the target that are compared
 RAM_PORT, NBD_PORT = 4444, "10810"
 TRIES = 5  # of a move, until a guest survives it
 MOST = 600.0  # seconds for a disk to follow
@@ -257,11 +258,11 @@ def serving(host: Host, *disks: Path) -> Iterator[list[str]]:
 
 
 def moved(
-    bench: Bench, source: Machine, there: Host, target: Mount, url: str, began: float, number: int = 0
+    bench: Bench, source: Machine, there: Host, target: Mount, url: str, *options: str, number: int = 0
 ) -> Arrived:
     """Receive the disk, and move the machine."""
-    name = url.rpartition("/")[2]
-    there.must("receive", url, target.folder / f"{name}.fvd")
+    began, name = time.monotonic(), url.rpartition("/")[2]
+    there.must("receive", url, target.folder / f"{name}.fvd", *options)
     machine = bench.boot(there, drive(target.raw(name), cache="none"), incoming=address(there, number))
     done = move(source, address(there, number))
     return Arrived(source, machine, began, first_tick(machine), done)
@@ -347,31 +348,46 @@ def by_fvdfs(bench: Bench) -> None:
         report.add("all is local, of what nbdcopy takes", "", "fvdfs", (local - arrived.first) / nbdcopy, "<= 1.1")
         add_reads(bench, "reads at the source", "fvdfs", reads(course.ticks, 0, began))
         add_reads(bench, "reads while the disk is copied", "fvdfs", reads(course.ticks, arrived.first, local))
-        early = reads(course.ticks, arrived.first, min(arrived.first + FIRST, local))
-        add_reads(bench, f"reads in the first {FIRST:g} s", "fvdfs", early)
+        add_early(bench, "fvdfs", course, arrived.first)
         add_reads(bench, "reads afterwards", "fvdfs", reads(course.ticks, local + 0.5, local + 100))
 
 
+def add_early(bench: Bench, who: str, course: Course, first: float) -> None:
+    for seconds in (FIRST, MINUTE):
+        early = [tick for tick in course.ticks if first <= tick.when < first + seconds]
+        add_reads(bench, f"reads in the first {seconds:g} s", who, [read for tick in early for read in tick.reads])
+        hot = [read for tick in early for read in tick.reads[: len(tick.reads) // 2]]
+        add_reads(bench, f"of hot blocks in the first {seconds:g} s", who, hot)
+
+
 def alone(bench: Bench) -> None:
+    by_hand(bench, "copy-on-read alone", is_fetched=False)
+
+
+def unprofiled(bench: Bench) -> None:
+    by_hand(bench, "without the profile", is_fetched=True)
+
+
+def by_hand(bench: Bench, who: str, *, is_fetched: bool) -> None:
     with bench.hosts() as (here, there, _), mounts(bench, here, there) as (source, target):
         machine = bench.boot(here, drive(source.raw("vm"), cache="none"))
         machine.wait_for(BEFORE)
         drop_caches()
-        arrived = migrated(bench, machine, source.raw("vm"), there, target)
-        must("prefetch", "pause", target.raw("vm"))
-        time.sleep(FIRST)
-        course = follow(machine, arrived.target)
+        with serving(here, source.raw("vm")) as (url,):
+            arrived = moved(bench, machine, there, target, url, "--profile", "none")
+            if not is_fetched:
+                must("prefetch", "pause", target.raw("vm"))
+            time.sleep(MINUTE)
+            course = follow(machine, arrived.target)
+            arrived.kill()
         if not course.is_right:
             raise RuntimeError(f"the guest has seen: {course.lost} {course.complaints}")
-        early = reads(course.ticks, arrived.first, arrived.first + FIRST)
-        add_reads(bench, f"reads in the first {FIRST:g} s", "copy-on-read alone", early)
+        add_early(bench, who, course, arrived.first)
 
 
 def many(bench: Bench, count: int) -> None:
     """So many guests at once."""
-    folder, target_folder = bench.work / "source", bench.work / "target"
-    folder.mkdir()
-    target_folder.mkdir()
+    folder, target_folder = (Path(tempfile.mkdtemp(dir=bench.work, prefix=name)) for name in ("source-", "target-"))
     names = [f"vm{number}" for number in range(count)]
     for name in names:
         must("create", folder / f"{name}.fvd", str(bench.mib * MIB))
@@ -392,7 +408,7 @@ def many(bench: Bench, count: int) -> None:
         with serving(here, *(source.raw(name) for name in names)) as urls:
             found = list(
                 threads.map(
-                    lambda number: moved(bench, machines[number], there, target, urls[number], began, number),
+                    lambda number: moved(bench, machines[number], there, target, urls[number], number=number),
                     range(count),
                 )
             )
@@ -442,11 +458,11 @@ def persist(candidate: Callable[[Bench], None], bench: Bench) -> None:
         try:
             return candidate(bench)
         except MachineEnded as ended:
-            print(f"{candidate.__name__}: the guest has died, again: {str(ended)[-200:]}", file=sys.stderr)
+            print(f"the guest has died, again: {str(ended)[-200:]}", file=sys.stderr)
     candidate(bench)
 
 
-CANDIDATES = {"shared": shared, "mirror": mirror, "fvdfs": by_fvdfs, "alone": alone}
+CANDIDATES = {"shared": shared, "mirror": mirror, "fvdfs": by_fvdfs, "unprofiled": unprofiled, "alone": alone}
 
 
 def main(words: Sequence[str] | None = None) -> None:
@@ -478,7 +494,7 @@ def main(words: Sequence[str] | None = None) -> None:
                     for candidate in arguments.only.split(","):
                         persist(CANDIDATES[candidate], bench)
                 else:
-                    many(bench, arguments.guests)
+                    persist(functools.partial(many, count=arguments.guests), bench)
     ratios(report)
     print(report.table())
 
