@@ -38,7 +38,7 @@ from fvdfs.cow.bitmap import Bitmap, bitmap_bytes
 from fvdfs.errors import FormatError, ImageError
 from fvdfs.format import journal
 from fvdfs.format.header import HEADER_SPACE, PAGE, SECTOR, Header, Region, ceil_div, round_up
-from fvdfs.format.migration import Record
+from fvdfs.format.migration import NO_RECORD, Record
 from fvdfs.image.chain import MAX_REGION
 from fvdfs.store.base import Store, next_data
 from fvdfs.store.references import PROBE_SIZE, detect
@@ -153,6 +153,7 @@ async def _examine_contents(layer: CheckLayer, found: Examined) -> None:
             found.errors.append(f"{layer.path}: {why}")
     del table  # up to MAX_REGION bytes
     await _check_journal(layer, found)
+    await _check_early_bits(layer, found)
     await _check_unneeded_bitmap(layer, found)
     if found.scan is not None:
         report_table(found.scan, header, found.bitmap, found.findings)
@@ -301,6 +302,26 @@ def _take_entries(found: Examined, scan: TableScan, pages: list[tuple[int, bytes
 
 
 # --- bitmap and base ---
+
+
+async def _check_early_bits(layer: CheckLayer, found: Examined) -> None:
+    """Nothing may be kept of a disk that is being received (docs/migration.md, "Receiving")."""
+    if found.bitmap is None or not (kept := found.bitmap.count_local()):
+        return
+    record = NO_RECORD
+    with found.attempt(layer.path):
+        try:
+            record = Record.at(await read(layer.meta, 0, HEADER_SPACE), layer.path)
+        except FormatError:
+            return  # it says so itself wherever the image is used
+    if record.receiving:
+        found.findings.add(
+            Kind.BITMAP_EARLY,
+            Severity.CORRUPTION,
+            "bitmap",
+            f"{kept} blocks were kept while the disk could be written at its source, and may be old",
+            hint="remove this image, and receive the disk again",
+        )
 
 
 async def _check_unneeded_bitmap(layer: CheckLayer, found: Examined) -> None:

@@ -59,6 +59,7 @@ class Kind(enum.StrEnum):
     JOURNAL_UNAPPLIED = "journal-unapplied"  # records that change a closed image
     JOURNAL_SMALL = "journal-small"  # less than all entries need (harmless)
     BITMAP_TAIL = "bitmap-tail"  # bits behind the last block (harmless)
+    BITMAP_EARLY = "bitmap-early"  # bits that are set, although the disk may still be written at its source
     BITMAP_INCOMPLETE = "bitmap-incomplete"  # bits that are clear, although the base is not needed
     BIT_WITHOUT_CHUNK = "bit-without-chunk"  # local blocks that have no chunk (harmless where nobody can tell)
     TABLE_BIT_31 = "table-bit-31"  # a state of memory, on disk (harmless)

@@ -54,6 +54,12 @@ def refuse_other(path: str) -> None:
         raise NotFvd(path, f"is a {kind} file, not an FVD image; qemu-img info shows it")
 
 
+def unwritable(raw: str) -> UsageError:
+    """Why the mount lets nobody write this raw file, as far as it says so. Raises OSError."""
+    why = facts(raw, STATUS).get("move_reason")
+    return UsageError(f"{raw}: {why}" if why else f"{raw}: cannot be written: see the log of the mount")
+
+
 @contextmanager
 def or_by_mount() -> Iterator[None]:
     """An image that is busy may be one that a mount has open: say that its raw file can be named."""

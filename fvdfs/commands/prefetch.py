@@ -8,7 +8,7 @@ from __future__ import annotations
 import errno
 import os
 
-from fvdfs.commands.attributes import explained, facts
+from fvdfs.commands.attributes import explained, facts, unwritable
 from fvdfs.errors import UsageError
 from fvdfs.xattrs import PREFETCH, STATUS
 
@@ -24,7 +24,7 @@ def run(command: str, raw: str) -> int:
             if error.errno == errno.EINVAL:
                 raise UsageError(f"{raw}: nothing is being prefetched; see fvdfs status") from None
             if error.errno == errno.EROFS:
-                raise UsageError(f"{raw}: cannot be written: see the log of the mount") from None
+                raise unwritable(raw) from None
             raise
         if command == "start" and facts(raw, STATUS).get("base_size") == 0:
             raise UsageError(f"{raw}: has no base, and so nothing to prefetch")

@@ -11,7 +11,7 @@ import functools
 import os
 from collections.abc import Sequence
 
-from fvdfs.commands.attributes import explained, facts, or_by_mount
+from fvdfs.commands.attributes import explained, facts, or_by_mount, unwritable
 from fvdfs.daemon import run_loop
 from fvdfs.errors import ImageError, UsageError, named
 from fvdfs.format.header import SECTOR, round_up
@@ -65,7 +65,7 @@ def _refusal(raw: str, image: str, size: int, error: OSError) -> Exception | Non
         case errno.EPERM:
             return UsageError(f"{raw}: its mount lets no disk be cut: mount with -o shrink, or unmount and cut {image}")
         case errno.EROFS:
-            return UsageError(f"{raw}: cannot be written: see the log of the mount")
+            return unwritable(raw)
         case errno.EFBIG:
             return UsageError(f"{raw}: cannot have {human_size(size)}: see the log of the mount")
         case errno.EBUSY:

@@ -10,7 +10,7 @@ import errno
 import functools
 import os
 
-from fvdfs.commands.attributes import explained, facts, flush, or_by_mount
+from fvdfs.commands.attributes import explained, facts, flush, or_by_mount, unwritable
 from fvdfs.commands.freeze import while_frozen
 from fvdfs.daemon import run_loop
 from fvdfs.errors import ImageError, UsageError, named
@@ -53,7 +53,7 @@ def _by_mount(raw: str, name: str) -> None:
             os.setxattr(raw, SNAPSHOT, name.encode())
         except OSError as error:
             if error.errno == errno.EROFS:
-                raise UsageError(f"{raw}: cannot be written: see the log of the mount") from None
+                raise unwritable(raw) from None
             if error.errno == errno.EPERM:
                 raise UsageError(f"{raw}: only its owner, or root, may make a snapshot") from None
             refused = facts(raw, STATUS).get("snapshot_refused")

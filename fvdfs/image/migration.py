@@ -8,9 +8,9 @@ from __future__ import annotations
 import os
 import secrets
 
-from fvdfs.errors import MovedAway
+from fvdfs.errors import MovedAway, UsageError
 from fvdfs.format.header import HEADER_SPACE, MAGIC
-from fvdfs.format.migration import PLACE, SIZE, Record
+from fvdfs.format.migration import PLACE, SIZE, Record, Target
 from fvdfs.store.host import HostFile
 
 _NUMBER_BYTES = 8
@@ -51,6 +51,19 @@ def refuse_moved(file: HostFile) -> None:
     """Raise MovedAway where nobody may write to this image, FormatError where its record is damaged, OSError."""
     if obstacle := read_record(file).obstacle:
         raise MovedAway(file.name, obstacle)
+
+
+def refuse_following(file: HostFile) -> None:
+    """Raise UsageError where an image gets what is missing from its source, which alone may be its base.
+
+    Raises as `read_record`.
+    """
+    into = read_record(file).incoming
+    if into is not None and into.state is Target.ACTIVE:
+        raise UsageError(
+            f"{file.name}: follows its source, and can stand on nothing else until all is local: "
+            f"fvdfs flatten {file.name}"
+        )
 
 
 def refuse_needed(file: HostFile) -> None:

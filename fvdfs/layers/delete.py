@@ -26,8 +26,10 @@ import trio
 from fvdfs.daemon import undisturbed
 from fvdfs.errors import ImageBusy, UsageError
 from fvdfs.format.header import SECTOR, Header, string_places
+from fvdfs.format.migration import Record
 from fvdfs.image.chain import open_alone
 from fvdfs.image.image import Image
+from fvdfs.image.migration import read_record, write_record
 from fvdfs.image.policy import Policy
 from fvdfs.image.tree import Node, Tree, identity_at
 from fvdfs.layers.merging import (
@@ -166,8 +168,12 @@ def _unlink(path: str) -> None:
 
 
 def take_over(new: HostFile, old: HostFile, mtime_ns: int) -> None:
-    """Give the snapshot's file owner, permissions and time of the image whose place it takes, stable. Blocks."""
+    """Give the snapshot's file owner, permissions and time of the image whose place it takes, stable. Blocks.
+
+    Of moves: where the snapshot comes from is so still; where the disk goes to, the image says.
+    """
     take_permissions(new.fileno(), old.fileno())
+    write_record(new, Record(read_record(new).incoming, read_record(old).outgoing))
     os.utime(new.fileno(), ns=(mtime_ns, mtime_ns))
     os.fsync(new.fileno())
 

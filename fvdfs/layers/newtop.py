@@ -12,6 +12,7 @@ It is laid out as the old one is: flat or compact, chunks, blocks and journal of
 
 from __future__ import annotations
 
+import dataclasses
 import os
 
 from fvdfs.cow.writethrough import MODES
@@ -19,7 +20,9 @@ from fvdfs.daemon import undisturbed
 from fvdfs.errors import UsageError
 from fvdfs.format.creation import CreateOptions, default_block_size
 from fvdfs.format.header import DEFAULT_PROFILE_ROOM, PAGE, Header
+from fvdfs.format.migration import Record
 from fvdfs.image.making import NewImage, new_image
+from fvdfs.image.migration import read_record
 from fvdfs.image.policy import FVD_FORMAT
 from fvdfs.image.tree import identity_at
 from fvdfs.store.host import HostFile, Identity
@@ -58,9 +61,10 @@ def new_top(old: Header, base: str) -> NewImage:
 def write_top(image: str, new: NewImage, old: HostFile, mtime_ns: int) -> tuple[HostFile, str]:
     """Write the new top, stable, beside the image: the file, open for writing, and where it lies. Blocks.
 
-    It gets owner and permissions of the old file, and the time at which the disk was written last. Raises UsageError
-    where that must not be, OSError.
+    It gets owner and permissions of the old file, the time at which the disk was written last, and the old one's part
+    in a move to another host, which is the disk's. Raises UsageError where that must not be, FormatError, OSError.
     """
+    new = dataclasses.replace(new, record=Record(None, read_record(old).outgoing))
     descriptor, place = make_unnamed(image)
     try:
         fill(descriptor, new.file_size, new.parts())

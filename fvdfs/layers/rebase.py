@@ -23,6 +23,7 @@ from fvdfs.errors import UsageError
 from fvdfs.format.header import SECTOR, Header, round_up, with_fields
 from fvdfs.image.chain import top_layer
 from fvdfs.image.image import Image
+from fvdfs.image.migration import refuse_following
 from fvdfs.image.policy import Policy
 from fvdfs.image.reading import Readable
 from fvdfs.image.tree import Tree, identity_at
@@ -69,6 +70,7 @@ async def rebase(path: str, name: str, new: Disk, policy: Policy, progress: Prog
     `check_base` has found that it can. Raises ImageBusy, ImageError, OSError.
     """
     async with opened_to_merge(path, policy) as (image, file):
+        refuse_following(file)
         mtime_ns = file.status().st_mtime_ns
         length = min(image.header.base_img_size, round_up(new.size, SECTOR))
         await _copy_differences(image, new, progress)
@@ -98,6 +100,7 @@ async def rename_base(path: str, name: str, length: int, policy: Policy) -> None
                 f"{path}: {user.path} stands on it, and might change with it; leave out --unsafe: both bases are there"
             )
     async with opened_alone(path, policy) as (image, file):
+        refuse_following(file)
         if round_up(length, SECTOR) < image.header.base_size:
             raise UsageError(f"{path}: takes {image.header.base_size} bytes from its base, and {name} has {length}")
         mtime_ns = file.status().st_mtime_ns

@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
+from collections.abc import Callable
 from typing import Any
 
 import trio
@@ -43,6 +44,10 @@ class Cache:
         self.checkpoints = trio.CancelScope()
         self.ended = trio.Event()
         """When no checkpoint is under way, and none will be."""
+        self.lock = trio.Lock()
+        """Held while its record is written."""
+        self.move = ""
+        """What it is of a disk that follows (`migration.Target`)."""
 
 
 class Caches:
@@ -54,6 +59,8 @@ class Caches:
         self._caches: dict[Core, Cache] = {}
         self.left_alone: set[Core] = set()
         """Base images that are written for another reason (`merging.py`)."""
+        self.begun: Callable[[Cache], None] = lambda _cache: None
+        """Is told of each that begins."""
         bases.before_closing = self._end
 
     async def begin(self, image: Image) -> None:
@@ -68,6 +75,7 @@ class Caches:
                     await self._background.begin(cache, layer)
                 except (ImageError, OSError) as error:
                     log.error("%s: it is not prefetched: %s", layer.name, error)
+                self.begun(cache)
             layer = layer.base
 
     def of(self, file: Identity) -> Cache | None:
@@ -83,6 +91,7 @@ class Caches:
                 "open": True,
                 "disks": sum(user.base is image for user in self._bases.above(image)),
                 "passthrough": "others stand on it",
+                "move": cache.move,
             }
             | status_of_image(cache.image, cache.prefetcher)
             for image, cache in self._caches.items()
@@ -94,6 +103,8 @@ class Caches:
             await stop_prefetching(cache)
             cache.checkpoints.cancel()
             await cache.ended.wait()
+            async with cache.lock:
+                pass
 
 
 def is_file(image: Core, file: Identity) -> bool:

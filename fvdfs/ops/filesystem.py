@@ -120,6 +120,7 @@ class Filesystem(pyfuse3.Operations):
         self.enable_writeback_cache = writeback and sync is not Sync.ALWAYS
         self._sync = sync
         openings.opened = functools.partial(moves.follow, openings)
+        openings.caches.begun = functools.partial(moves.follow_snapshot, openings)
         self._shrink = shrink
         self._images: dict[int, Image] = {}
         self._handles: dict[int, Handle] = {}

@@ -45,6 +45,7 @@ from fvdfs.image.locking import lock_for_writing, unlock_for_writing
 from fvdfs.image.migration import new_number, read_record, settle_record, write_record
 from fvdfs.image.policy import HostStore, Policy
 from fvdfs.ops import templates
+from fvdfs.ops.caches import Cache
 from fvdfs.ops.hot import fetch_hot_first, hot_blocks
 from fvdfs.ops.inodes import Entry
 from fvdfs.ops.keeping import begin_writing
@@ -239,6 +240,32 @@ async def _complete(openings: Openings, entry: Entry, image: Image, into: Incomi
         entry.record = migration.complete(entry.record)
         await trio.to_thread.run_sync(write_record, image.meta, entry.record)
         await stand_on_template(image)
+    await _tell_source(openings, image.name, location, into, "all is local")
+
+
+def follow_snapshot(openings: Openings, cache: Cache) -> None:
+    """As `follow`, of a base image: a disk that follows has become a snapshot, and goes on to copy."""
+    if openings.background.spawn is not None:
+        openings.background.spawn(functools.partial(_follow_snapshot, openings, cache))
+
+
+async def _follow_snapshot(openings: Openings, cache: Cache) -> None:
+    image = cache.image
+    assert isinstance(image.meta, HostFile)
+    record = await trio.to_thread.run_sync(read_record, image.meta)
+    into = record.incoming
+    if into is None or into.state is not Target.ACTIVE:
+        return
+    cache.move, location = into.state.value, _source(image, into)
+    while image.bitmap is not None:
+        with trio.move_on_after(FOLLOW_INTERVAL):
+            await cache.ended.wait()
+            return
+    async with cache.lock:
+        if cache.ended.is_set():
+            return
+        await trio.to_thread.run_sync(write_record, image.meta, migration.complete(record))
+    cache.move = Target.LOCAL.value
     await _tell_source(openings, image.name, location, into, "all is local")
 
 

@@ -132,6 +132,7 @@ async def other_file(openings: Openings, entry: Entry, image: Image, parts: Imag
             entry.cached = None
             data_elsewhere = parts.data is not parts.meta or parts.meta.fixed_size
             await entry.mtime.move(parts.meta, openings.background.spawn if data_elsewhere else None)
+            openings.opened(entry, image)
         await begin_copies(openings, entry, image)
 
 
