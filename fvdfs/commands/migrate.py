@@ -472,6 +472,8 @@ class _Move:
 
     def _come_home(self) -> None:
         """The machine there has ended before it had the disks: it goes on here, unless one was taken just now."""
+        with contextlib.suppress(FvdError):  # one that was taken over refuses
+            self._far.call("abandon")
         taken = []
         for disk in self._disks:
             try:

@@ -84,6 +84,7 @@ def _answer(target: _Target, request: dict[str, Any]) -> dict[str, Any]:
         "take": target.take,
         "fetch": target.fetch,
         "disks": target.disks,
+        "abandon": target.abandon,
         "remove": target.remove,
         "end": target.end,
     }
@@ -227,6 +228,15 @@ class _Target:
         """Their states. Raises OSError."""
         return {name: facts(self._raw(name), STATUS) for name in names}
 
+    def abandon(self) -> None:
+        """Take none of them over any more; a source that has handed one over goes on. Raises UsageError, OSError."""
+        self.is_watching = False
+        for name in self._made:
+            raw = self._raw(name)
+            if os.path.lexists(raw):
+                with explained(raw):
+                    ask_mount(raw, "abandon")
+
     def remove(self) -> list[str]:
         """End a machine that waits here, and remove what was made; what could not be, and why."""
         self.is_watching = False
@@ -239,7 +249,8 @@ class _Target:
         for name in self._made:
             image = self._image(name)
             try:
-                if _record_of(image).receiving:
+                into = _record_of(image).incoming
+                if into is not None and into.state in (Target.RECEIVING, Target.ABANDONED):
                     os.unlink(image)
                 else:
                     failed.append(f"{image}: is no longer being received")

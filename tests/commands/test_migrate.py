@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 
+from fvdfs.format.migration import PLACE, Record
+from fvdfs.format.migration import SIZE as SIZE_OF_RECORD
 from support.machines import Machine, is_there, machine, started_by
 from support.mounts import FVDFS, MIB, Finished, Mount, fvdfs, mounted, must, running, wait_until
 
@@ -99,6 +101,12 @@ def under_way(ground: Ground, step: str, *more: str) -> Iterator[subprocess.Pope
         while step not in (line := process.stdout.readline()):
             assert line, process.stderr and process.stderr.read()
         yield process
+
+
+def record(image: Path) -> Record:
+    with image.open("rb") as file:
+        file.seek(PLACE)
+        return Record.decode(file.read(SIZE_OF_RECORD), str(image))
 
 
 def ended(process: subprocess.Popen[Any]) -> tuple[int, str]:
@@ -194,6 +202,36 @@ def test_the_target_ends_while_the_machine_moves(ground: Ground, here: Machine) 
     assert (code, "not moved; all is as before" in err) == (1, True), err
     ground.expect_as_before()
     assert here.state == "running"
+
+
+def far_side_of(process: subprocess.Popen[Any]) -> int:
+    """The process at the target."""
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    return next(int(pid) for pid in children if b"migrate-target" in Path(f"/proc/{pid}/cmdline").read_bytes())
+
+
+@pytest.mark.parametrize("handed_over", [False, True])
+def test_the_target_ends_at_the_switch_over(ground: Ground, here: Machine, *, handed_over: bool) -> None:
+    """It ran there, and had not got its disk: perhaps was it on its way."""
+    slow_down(here)
+    with under_way(ground, "QEMU sends") as process:
+        far_side = far_side_of(process)
+        os.kill(far_side, signal.SIGSTOP)
+        here("migrate-set-parameters", max_bandwidth=1 << 30)
+        wait_until(lambda: here.state == "postmigrate")
+        wait_until(lambda: there(ground).state == "running")
+        there(ground).kill()
+        if handed_over:
+            into = record(ground.folder / "vm.fvd").incoming
+            assert into is not None
+            step = f"handover {into.epoch} {into.number} target"
+            os.setxattr(ground.source.raw("vm"), "user.fvdfs.move", step.encode())
+        os.kill(far_side, signal.SIGCONT)
+        code, err = ended(process)
+    assert (code, "not moved; all is as before" in err) == (1, True), err
+    ground.expect_as_before()
+    assert here.state == "running"
+    assert "wrote" in here.qemu_io("write -P 1 0 4k")
 
 
 def test_qemu_cancels(ground: Ground, here: Machine) -> None:
