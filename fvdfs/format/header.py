@@ -321,8 +321,11 @@ class Header:
 
     @property
     def profile_room(self) -> Region:
-        """Where a profile may be put: behind all other regions, before the data."""
-        end = max((region.end for region in self.regions()), default=HEADER_SPACE)
+        """Where a profile may be put: behind all other regions, before the data.
+
+        Where the base is no longer needed its bitmap keeps its place: `check` looks at it.
+        """
+        end = max((region.end for region in with_fields(self, all_data_in_fvd_img=0).regions()), default=HEADER_SPACE)
         offset = round_up(max(end, HEADER_SPACE), PAGE)
         return Region("profile", offset, min(max(0, self.metadata_end - offset), MAX_PROFILE_SIZE) // PAGE * PAGE)
 

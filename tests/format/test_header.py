@@ -719,3 +719,10 @@ def test_new_header_refuses_what_its_check_would(options: CreateOptions) -> None
         header = new_header(MIB, MIB if options.base_img else None, options)
         header.encode()
         header.check("new", header.metadata_size)
+
+
+def test_a_profile_leaves_the_bitmap_of_a_complete_image_alone() -> None:
+    options = CreateOptions(base_img="base", base_img_fmt="raw", block_size=4096, profile_room=65536)
+    header = new_header(8 << 20, 8 << 20, options)
+    assert with_fields(header, all_data_in_fvd_img=1).profile_room == header.profile_room
+    assert header.profile_room.size == 65536
