@@ -134,7 +134,14 @@ def _prefetch(openings: Openings, owner: Prefetched, image: Image) -> Prefetcher
 
 
 async def _close_when_ended(openings: Openings, entry: Entry, prefetcher: Prefetcher) -> None:
-    await prefetcher.ended.wait()
+    while True:
+        await prefetcher.ended.wait()
+        async with entry.lock:  # who replaces it holds that meanwhile (`hot.py`)
+            next_one = entry.prefetcher
+        if next_one is None or next_one.ended.is_set():
+            break
+        prefetcher = next_one
+        prefetcher.held = True
     try:
         try:
             await finish(openings, entry)
