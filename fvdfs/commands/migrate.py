@@ -48,6 +48,7 @@ TOLD = 10.0  # seconds between lines about that, where there is no terminal
 CANCEL = 20.0  # seconds for QEMU to end a migration
 SETTLE = 10.0  # seconds after an interrupt for what cannot be undone any more to be finished
 TOLD_SOURCE = 5.0  # seconds for the target to say that it has all
+NOTICED = 3.0  # seconds for QEMU to notice that the one at the target has ended
 MACHINE = 600.0  # seconds to wait for the machine at the target
 _HANDED_OVER = ("moved", "released")
 _MOVED_OVER = "completed"
@@ -412,7 +413,7 @@ class _Move:
             while (status := self._migration(monitor))["status"] not in _OVER:
                 if status["status"] == "pre-switchover":
                     monitor.call("migrate-continue", ANSWER, state="pre-switchover")
-                if self._far.call("state")["gone"] and self._migration(monitor)["status"] not in _OVER:
+                if self._far.call("state")["gone"] and not self._is_settled(monitor):
                     raise MoveFailed(f"{self._host}: the machine there has ended")
                 ram = status.get("ram", {})
                 show(ram.get("total", 0) - ram.get("remaining", 0), ram.get("total", 0))
@@ -422,6 +423,15 @@ class _Move:
             raise MoveFailed(f"QEMU: the migration was {status['status']}" + (f": {why}" if why else ""))
         ram = human_size(status["ram"]["transferred"]).partition(" (")[0]
         self.say(f"the machine was sent ({ram}); it stood still for {status.get('downtime', '?')} ms")
+
+    def _is_settled(self, monitor: Monitor) -> bool:
+        """Whether QEMU here ends the migration by itself: it notices that the other one is gone, or was told to."""
+        deadline = time.monotonic() + NOTICED
+        while self._migration(monitor)["status"] not in _OVER:
+            if time.monotonic() > deadline:
+                return False
+            self._pause(LOOK)
+        return True
 
     @staticmethod
     def _migration(monitor: Monitor) -> dict[str, Any]:
@@ -505,22 +515,19 @@ class _Move:
     def _follow(self) -> None:
         """Until all is local there."""
         told = time.monotonic()
-        machine_told = fetched = False
+        machine_told = False
         with progress_bar() as show:
             while True:
                 found = self._far.call("disks", names=self._names)
                 left = [disk for disk in found.values() if disk["move"] in ("receiving", "active")]
                 if not left:
                     break
-                has_machine = bool(self._choices.qmp) and not self._far.call("state")["gone"]
-                if self._choices.qmp and not has_machine and not machine_told:
+                if self._choices.qmp and not machine_told and self._far.call("state")["gone"]:
                     machine_told = True
                     daemon.complain(f"{self._host}: the machine there has ended; its disk is still copied")
-                if not has_machine and not fetched:
-                    fetched = True
-                    for name, disk in found.items():
-                        if disk["move"] == "active":
-                            self._far.call("fetch", name=name)
+                for name, disk in found.items():
+                    if disk["move"] == "active" and not disk["open"]:  # nothing copies what nobody uses
+                        self._far.call("fetch", name=name)
                 done = sum(disk.get("local_bytes", 0) for disk in found.values())
                 total = done + sum(disk.get("to_copy", 0) for disk in found.values())
                 show(done, total)
