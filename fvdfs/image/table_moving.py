@@ -169,7 +169,6 @@ async def _copy_table(
         if copied <= PAGES_PER_TURN:
             break
     await core.committer.flush_metadata()
-    await core.committer.checkpoint()  # else all that was allocated meanwhile would be left for the one in step 4
 
 
 async def _use_copy(core: Core, storage: ChunkedStorage, table: Table, gate: Gate, header: Header, filled: int) -> None:

@@ -111,8 +111,6 @@ EQUIVALENT: dict[str, str] = {
     "for _ in range(ROUNDS): … pwrite_pages": "they are different pages",
     "table_moving: _copy_table: swapped for _ in range(ROUNDS): … pwrite_pages | "
     "await core.committer.flush_metadata()": _SHORT,
-    "table_moving: _copy_table: swapped await core.committer.flush_metadata() | "
-    "await core.committer.checkpoint()": _SHORT,
     "passing: settle: swapped await make_whole(core) | await core.committer.commit()": (
         "what makes the file whole flushes it, too"
     ),
