@@ -25,7 +25,8 @@ from fvdfs.sizes import human_size
 from fvdfs.xattrs import LOG, PID, STATUS
 
 INTERVAL = 1.0  # seconds between two looks
-WIDE = 200  # columns of a table that is not shown on a terminal, so that nothing is folded
+WATCHED = 200  # columns of what --watch shows where there is no terminal
+WIDE = 5000  # columns of a table that is not shown on a terminal: no row of it is folded
 
 
 def run(mountpoint: str, *, as_json: bool, watch: bool, log: bool = False) -> int:
@@ -145,7 +146,7 @@ def _outage(outage: dict[str, str | None] | None, reason: str) -> str:
 
 def watch_status(mountpoint: str) -> None:
     """Show the disks that are open, again and again, until interrupted or unmounted."""
-    console, before = plain_console(width=None if sys.stdout.isatty() else WIDE), None
+    console, before = plain_console(width=None if sys.stdout.isatty() else WATCHED), None
     with Live(console=console, auto_refresh=False, vertical_overflow="visible") as live:
         while True:
             now = time.monotonic()

@@ -580,5 +580,8 @@ def test_any_order_of_events(tmp_path: Path) -> None:
             except Exception as error:
                 error.add_note("\n".join([f"run {run}", *filter(None, happened)]))
                 raise
+            finally:
+                for image in hosts.images:
+                    image.end_server()
     print(f"{RUNS} runs: {dict(counts)}")
     assert len(counts) == COUNTED, "something was never tried"

@@ -18,7 +18,17 @@ from pathlib import Path
 import pytest
 
 from support.guest import CommandError, boot, build_initrd, run
-from support.mounts import MIB, NO_PASSTHROUGH, PASSED_THROUGH, RELEASE, Mount, mounted, must, wait_until
+from support.mounts import (
+    MIB,
+    NO_PASSTHROUGH,
+    PASSED_THROUGH,
+    RELEASE,
+    Mount,
+    fuse_connection,
+    mounted,
+    must,
+    wait_until,
+)
 
 SIZES = {"odd": 4097 * 512, "one": 512, "seven": 7 * 512, "even": 2 * MIB}
 LAYOUTS = {
@@ -89,8 +99,12 @@ def test_pages_written_through_a_direct_descriptor_reach_the_disk(folder: Path, 
 @pytest.mark.skipif(RELEASE < (6, 18), reason="the kernel may keep wrong pages")
 def test_direct_writes_are_under_way_side_by_side(folder: Path, cached_opening: bool) -> None:
     """As many as there are threads; one where somebody else uses the page cache."""
-    with odd_disk(folder, "writeback=off", size=SIZES["even"]) as mount, direct(mount.raw("a")) as disk:
-        waiting = Path(f"/sys/fs/fuse/connections/{os.minor(mount.raw('a').stat().st_dev)}/waiting")
+    with (
+        odd_disk(folder, "writeback=off", size=SIZES["even"]) as mount,
+        direct(mount.raw("a")) as disk,
+        fuse_connection(mount.raw("a").stat().st_dev) as connection,
+    ):
+        waiting = connection / "waiting"
         data = mmap.mmap(-1, 4096)
         data[:] = b"side" * 1024
         threads = [threading.Thread(target=os.pwritev, args=(disk, [data], number * 65536)) for number in range(8)]

@@ -127,7 +127,7 @@ def test_not_permitted_is_one_line_in_the_log(folder: Path) -> None:
         assert error_of(os.unlink, mount.raw("a")) == errno.EPERM
         assert error_of(os.rename, mount.raw("a"), mount.raw("c")) == errno.EPERM
         assert error_of(os.truncate, mount.raw("a"), 512) == errno.EPERM
-        lines = [line.partition("ERROR ")[2] for line in mount.log.splitlines()]
+        lines = [line.partition("ERROR ")[2] for line in mount.log.splitlines() if "ERROR " in line]
         assert lines == [
             "a disk cannot be made here: mount with -o create",
             "a disk cannot be removed here: mount with -o remove",

@@ -10,7 +10,6 @@ import contextlib
 import os
 import signal
 import subprocess
-import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,18 +21,15 @@ from fvdfs.store import paths
 from fvdfs.store.mountinfo import mount_points
 from fvdfs.store.paths import Walker
 from support.devices import loop_device
-from support.mounts import MIB, Mount, fvdfs, must, wait_for_end, wait_for_log
+from support.mounts import MIB, Mount, fuse_connection, fvdfs, must, wait_for_end, wait_for_log
 
 
 def abort(point: Path) -> None:
     """End a mount, whoever waits for it, and clear it away."""
     for mount in mount_points():
         if mount.path == str(point):
-            with tempfile.TemporaryDirectory() as control:
-                subprocess.run(["mount", "-t", "fusectl", "none", control], check=True)
-                with contextlib.suppress(OSError):
-                    (Path(control) / str(os.minor(mount.device)) / "abort").write_text("1")
-                subprocess.run(["umount", control], check=True)
+            with fuse_connection(mount.device) as connection, contextlib.suppress(OSError):
+                (connection / "abort").write_text("1")
             subprocess.run(["umount", "-l", point], check=False, capture_output=True)
 
 

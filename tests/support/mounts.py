@@ -8,6 +8,7 @@ import os
 import select
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -117,6 +118,17 @@ class Mount:
         """What the mount says of an image."""
         found: dict[str, Any] = json.loads(os.getxattr(self.raw(name), "user.fvdfs.status"))
         return found
+
+
+@contextlib.contextmanager
+def fuse_connection(device: int) -> Iterator[Path]:
+    """What the kernel tells of the connection behind a mounted file system."""
+    with tempfile.TemporaryDirectory() as control:
+        subprocess.run(["mount", "-t", "fusectl", "none", control], check=True)
+        try:
+            yield Path(control) / str(os.minor(device))
+        finally:
+            subprocess.run(["umount", control], check=True)
 
 
 @contextlib.contextmanager
