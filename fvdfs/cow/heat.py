@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter, deque
+from collections.abc import Callable
 
 from fvdfs.format.header import PAGE
 from fvdfs.format.profile import Extent
@@ -30,9 +31,11 @@ _HEAVY = 1e200  # of one request, when all weights are made small again
 class Heat:
     """Of one disk. Offsets and lengths in bytes."""
 
-    __slots__ = ("_notes", "_weight", "_weights")
+    __slots__ = ("_begins", "_notes", "_weight", "_weights")
 
-    def __init__(self) -> None:
+    def __init__(self, begins: Callable[[], object] = lambda: None) -> None:
+        """`begins` is called when there is something to add up, once until that is done."""
+        self._begins = begins
         self._notes = deque[int]((), NOTES)
         """Bytes that were used, one in each extent."""
         self._weights: dict[int, float] = {}
@@ -41,6 +44,8 @@ class Heat:
 
     def touched(self, start: int, length: int) -> None:
         """Bytes were read or written."""
+        if not self._notes:
+            self._begins()
         if length <= PAGE:
             self._notes.append(start)
         else:

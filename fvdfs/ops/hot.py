@@ -27,11 +27,15 @@ INTERVAL = 1.0  # seconds
 
 
 async def let_cool(inodes: Inodes) -> None:
-    """Have time pass for the heat of all open disks. Runs for ever."""
+    """Have time pass for the heat of all open disks, once a second while any is used. Runs for ever."""
+    last = trio.current_time()
     while True:
-        await trio.sleep(INTERVAL)
+        await inodes.used.wait()
+        inodes.used, now = trio.Event(), trio.current_time()
         for entry in inodes.busy:
-            entry.heat.pass_time(INTERVAL)
+            entry.heat.pass_time(now - last)
+        last = now
+        await trio.sleep(INTERVAL)
 
 
 def hot_blocks(entry: Entry) -> bytes:

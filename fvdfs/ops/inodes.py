@@ -217,6 +217,8 @@ class Inodes:
         self._by_number: dict[int, Entry] = {}
         self.busy: set[Entry] = set()
         """Those that are (`Entry.busy`)."""
+        self.used = trio.Event()
+        """Set when a program uses a disk (`Entry.heat`)."""
 
     # --- by path ----------------------------------------------------------------------------------
 
@@ -237,6 +239,7 @@ class Inodes:
         name = raw_name(os.path.basename(path))
         numbers = (inode_number(name, seen.status, seen.born, attempt) for attempt in itertools.count())
         entry = Entry(next(number for number in numbers if number not in self._by_number), path, seen)
+        entry.heat = Heat(lambda: self.used.set())
         self._shown[path] = self._by_number[entry.inode] = entry
         return entry
 
