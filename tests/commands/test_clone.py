@@ -76,12 +76,19 @@ def test_a_template_in_the_folder_is_named_relative_to_it(folder: Path) -> None:
         assert mount.raw("c").read_bytes() == CONTENT
 
 
+def start_of(path: Path, size: int) -> bytes:
+    """Its first bytes; of 20 GiB, which are sparse, no more are read."""
+    with open(path, "rb") as file:
+        return file.read(size)
+
+
 def test_a_thousand_take_little_room(folder: Path, template: Path) -> None:
     os.truncate(template, 20 << 30)
     must("clone", template, "vm", "-n", "1000", "--into", folder)
     assert names(folder) == [f"vm-{number:04}.fvd" for number in range(1, 1001)]
     assert sum(path.stat().st_blocks * 512 for path in folder.iterdir()) < 20 * MIB
-    assert len({path.read_bytes()[:8192] for path in (folder / "vm-0001.fvd", folder / "vm-1000.fvd")}) == 1
+    first, last = (start_of(folder / name, 8192) for name in ("vm-0001.fvd", "vm-1000.fvd"))
+    assert first == last
     must("check", folder / "vm-1000.fvd")
 
 
