@@ -606,7 +606,7 @@ class _Move:
         self._end_server()
         try:
             for failed in self._far.call("remove"):
-                daemon.complain(f"{self._host}: {failed}; remove it there")
+                daemon.complain(f"{self._host}: {failed}")
         except FvdError as error:
             daemon.complain(f"{error}; what was made there is removed as soon as fvdfs there notices")
         daemon.complain(f"{self._all}: not moved; all is as before")

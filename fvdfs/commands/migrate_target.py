@@ -106,6 +106,8 @@ class _Target:
         self._tls_creds = ""
         self._made: list[str] = []
         """Names of disks that may be removed, while they are being received."""
+        self._qmp = ""
+        """Where its monitor is, or is to come."""
         self._monitor: Monitor | None = None
         self.is_watching = False
         self.gone = False
@@ -161,6 +163,7 @@ class _Target:
 
     def connect(self, path: str, names: list[str]) -> str | None:
         """To the machine here, which has these disks; its state, or None. Raises UsageError, NoAnswer."""
+        self._qmp = path
         if self._starting is not None and self._starting.poll():
             raise UsageError(f"--start: the command has ended with exit code {self._starting.returncode}")
         if self._monitor is None:
@@ -238,9 +241,11 @@ class _Target:
                     ask_mount(raw, "abandon")
 
     def remove(self) -> list[str]:
-        """End a machine that waits here, and remove what was made; what could not be, and why."""
+        """End a machine that waits here, or is still to come, and remove what was made; what could not be, and why."""
         self.is_watching = False
         failed = []
+        if self._starting is not None and self._monitor is None:
+            failed += self._end_start(self._starting)
         if self._monitor is not None:
             with contextlib.suppress(FvdError):  # then it has ended
                 if self._monitor.call("query-status", ANSWER)["status"] == WAITS:
@@ -253,13 +258,41 @@ class _Target:
                 if into is not None and into.state in (Target.RECEIVING, Target.ABANDONED):
                     os.unlink(image)
                 else:
-                    failed.append(f"{image}: is no longer being received")
+                    failed.append(f"{image}: is no longer being received; remove it there")
             except FileNotFoundError:
                 continue
             except (FvdError, OSError) as error:
-                failed.append(f"{image}: {error}")
+                failed.append(f"{image}: {error}; remove it there")
         self._made.clear()
         return failed
+
+    def _end_start(self, starting: subprocess.Popen[bytes]) -> list[str]:
+        """Connect to the machine that was started, or end it before it is there; what could not be, and why."""
+        deadline = time.monotonic() + APPEAR
+        while starting.poll() == 0 and not somebody_listens(self._qmp):  # a machine in the background: it comes
+            if time.monotonic() > deadline:
+                return [f"{self._qmp}: the machine that --start has started does not come; end it there"]
+            time.sleep(LOOK)
+        failed = []
+        if somebody_listens(self._qmp):
+            try:
+                self._monitor = Monitor(self._qmp)
+            except FvdError as error:
+                failed.append(f"{error}; end it there")
+            else:
+                return []
+        if starting.poll() is not None:
+            return failed
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            try:
+                os.killpg(starting.pid, number)
+                starting.wait(QUIT)
+            except OSError as error:  # it is another user's
+                return [f"--start: process {starting.pid}: {error.strerror}; end it there"]
+            except subprocess.TimeoutExpired:
+                continue
+            return []
+        return [f"--start: process {starting.pid} does not end; end it there"]
 
     def clear(self) -> None:
         """Nobody says what is to become of this: remove what no machine can need."""

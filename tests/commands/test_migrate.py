@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shlex
 import signal
 import socket
 import subprocess
@@ -17,7 +18,7 @@ import pytest
 from fvdfs.format.migration import PLACE, Record
 from fvdfs.format.migration import SIZE as SIZE_OF_RECORD
 from support.machines import Machine, is_there, machine, started_by
-from support.mounts import FVDFS, MIB, Finished, Mount, fvdfs, mounted, must, running, wait_until
+from support.mounts import FVDFS, MIB, Finished, Mount, fvdfs, mounted, must, running, wait_for_end, wait_until
 
 SIZE = 32 * MIB
 
@@ -180,6 +181,30 @@ def test_ctrl_c_before_the_machine_moves(ground: Ground, here: Machine, step: st
     ground.expect_as_before()
     assert here.state == "running"
     assert "wrote" in here.qemu_io("write -P 1 0 4k")
+
+
+@pytest.mark.parametrize("how", ["it waits", "in the background", pytest.param("deaf", marks=pytest.mark.slow)])
+def test_ctrl_c_before_the_machine_has_come(ground: Ground, here: Machine, how: str) -> None:
+    """It was started, and has no monitor yet: it must not come, or stay, later."""
+    begun, gate, disk = ground.tmp_path / "begun", ground.tmp_path / "gate", ground.tmp_path / "disk"
+    os.mkfifo(gate)
+    disk.write_bytes(bytes(MIB))  # that stays, so that it is not for want of one that the machine ends
+    starting = f"echo $$ >{begun}.new; mv {begun}.new {begun}; : <{gate}; {started_by(ground.there, disk)}"
+    if how == "in the background":
+        starting = f"sh -c {shlex.quote(starting)} &"
+    elif how == "deaf":
+        starting = f"trap '' TERM; {starting}"
+    words = ["--qmp", str(ground.here), "--qmp-target", str(ground.there), "--start", starting]
+    with under_way(ground, "received", *words) as process:
+        wait_until(begun.exists)
+        process.send_signal(signal.SIGINT)
+        if how == "in the background":
+            gate.write_bytes(b"")
+        code, err = ended(process)
+    assert (code, err.count("\n"), "not moved; all is as before" in err) == (130, 1, True), err
+    wait_for_end(int(begun.read_text()))
+    ground.expect_as_before()
+    assert here.state == "running"
 
 
 def test_ctrl_c_after_the_machine_has_moved(ground: Ground, here: Machine) -> None:
