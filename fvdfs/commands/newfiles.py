@@ -316,8 +316,8 @@ class NewFiles:
             file.close()
         self.files.clear()
         if self._sync >= 0:
-            os.close(self._sync)
-            self._sync = -1
+            sync, self._sync = self._sync, -1
+            os.close(sync)
 
 
 def permissions(files: Iterable[HostFile]) -> int:

@@ -439,10 +439,11 @@ class HostFile:
         """`aclose` for callers that are in a thread already."""
         for worker in (self._writer, self._reader, self._waiter):
             worker.close()
-        for fd in (self._fd, self._claim):
+        closed = self._fd, self._claim
+        self._fd = self._claim = -1  # before: an interrupt may come in between, and nothing is to be closed twice
+        for fd in closed:
             if fd >= 0:
                 os.close(fd)
-        self._fd = self._claim = -1
 
 
 def _may_hang(fd: int, device: int) -> bool:

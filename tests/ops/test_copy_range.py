@@ -240,6 +240,8 @@ class Copier:
 
     def agreed(self, *, writeback: bool) -> None: ...
 
+    def answered(self, *_: object) -> None: ...
+
     def error_number(self, error: OSError, *_: object) -> int:
         return error.errno or errno.EIO
 

@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 import time
@@ -386,7 +387,8 @@ def test_watch(folder: Path, base: Path) -> None:
             "/dev/null",
         ]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert "disk.raw" in done.stdout
+        assert "1 of 1 disks open" in done.stdout
+        assert re.search(r"disk +0\.0%", done.stdout)
 
 
 def test_fields_that_make_no_sense(folder: Path, base: Path) -> None:
