@@ -436,6 +436,9 @@ class _Move:
     @staticmethod
     def _migration(monitor: Monitor) -> dict[str, Any]:
         found: dict[str, Any] = monitor.call("query-migrate", ANSWER)
+        if found.get("status") == _MOVED_OVER and found.get("total-time") == 0:  # its times come a moment later
+            time.sleep(LOOK)
+            found = monitor.call("query-migrate", ANSWER)
         return {"status": "none", **found}
 
     def _incoming_uri(self) -> str:
