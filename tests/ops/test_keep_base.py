@@ -13,8 +13,8 @@ import pytest
 from fvdfs.format.migration import PLACE, SIZE, Record
 from fvdfs.store.host import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE
 from support.fsx import fallocate
-from support.mounts import MIB, Mount, fvdfs, mounted, must, wait_until
-from support.moves import serving
+from support.mounts import MIB, fvdfs, mounted, must, wait_until
+from support.moves import Move
 
 TEMPLATE = random.Random(5).randbytes(24 * MIB)
 DISK = 32 * MIB
@@ -45,28 +45,6 @@ def record(image: Path) -> Record:
     with image.open("rb") as file:
         file.seek(PLACE)
         return Record.decode(file.read(SIZE), str(image))
-
-
-class Move:
-    """A source that stands on a template and a snapshot of it, and the folder of a target."""
-
-    def __init__(self, tmp_path: Path, source: Mount) -> None:
-        self.source = source
-        self.folder = tmp_path / "target"
-        self.folder.mkdir()
-        self.image = self.folder / "vm.fvd"
-        self.url = ""
-
-    @contextlib.contextmanager
-    def target(self, *options: str) -> Iterator[Mount]:
-        with mounted(self.folder, "-o", ",".join(["allow_url=nbd+unix:///", *options])) as mount:
-            yield mount
-
-    @contextlib.contextmanager
-    def served(self) -> Iterator[None]:
-        with serving(self.source) as socket:
-            self.url = f"nbd+unix:///vm?socket={socket}"
-            yield
 
 
 @contextlib.contextmanager

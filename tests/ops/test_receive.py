@@ -24,36 +24,11 @@ from fvdfs.format.migration import PLACE, SIZE, Record
 from fvdfs.image.tree import Tree
 from fvdfs.store.locations import parse_location
 from fvdfs.store.source import ask
-from support.mounts import MIB, Mount, fvdfs, mounted, must, running, wait_until
-from support.moves import serving
+from support.mounts import MIB, fvdfs, mounted, must, running, wait_until
+from support.moves import Move
 
 SIZE_OF_DISK = 16 * MIB
 CONTENT = random.Random(3).randbytes(4 * MIB)
-
-
-class Move:
-    """A source that is mounted, and the folder of a target."""
-
-    def __init__(self, tmp_path: Path, source: Mount) -> None:
-        self.source = source
-        self.folder = tmp_path / "target"
-        self.folder.mkdir()
-        self.image = self.folder / "vm.fvd"
-        self.url = ""
-
-    @contextlib.contextmanager
-    def target(self, *options: str) -> Iterator[Mount]:
-        with mounted(self.folder, "-o", ",".join(["allow_url=nbd+unix:///", *options])) as mount:
-            yield mount
-
-    def receive(self, name: str = "vm") -> None:
-        must("receive", self.url, self.folder / f"{name}.fvd")
-
-    @contextlib.contextmanager
-    def served(self) -> Iterator[None]:
-        with serving(self.source) as socket:
-            self.url = f"nbd+unix:///vm?socket={socket}"
-            yield
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""A disk that moves: its source, served."""
+"""A disk that moves: its source, served, and the folder of a target."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
-from support.mounts import FVDFS, Mount, running
+from support.mounts import FVDFS, Mount, mounted, must, running
 
 
 @contextlib.contextmanager
@@ -22,3 +22,28 @@ def serving(mount: Mount) -> Iterator[Path]:
         yield socket
         server.send_signal(signal.SIGTERM)
         assert server.wait(10) == 0
+
+
+class Move:
+    """A source that is mounted, and the folder of a target."""
+
+    def __init__(self, tmp_path: Path, source: Mount) -> None:
+        self.source = source
+        self.folder = tmp_path / "target"
+        self.folder.mkdir()
+        self.image = self.folder / "vm.fvd"
+        self.url = ""
+
+    @contextlib.contextmanager
+    def target(self, *options: str) -> Iterator[Mount]:
+        with mounted(self.folder, "-o", ",".join(["allow_url=nbd+unix:///", *options])) as mount:
+            yield mount
+
+    def receive(self, name: str = "vm") -> None:
+        must("receive", self.url, self.folder / f"{name}.fvd")
+
+    @contextlib.contextmanager
+    def served(self) -> Iterator[None]:
+        with serving(self.source) as socket:
+            self.url = f"nbd+unix:///vm?socket={socket}"
+            yield
