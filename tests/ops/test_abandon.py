@@ -13,11 +13,10 @@ import trio
 
 from fvdfs.commands import receive
 from fvdfs.format.mailbox import Wish
-from fvdfs.format.migration import Record
 from fvdfs.store.locations import parse_location
 from fvdfs.store.source import ask
 from support.mounts import Mount, fvdfs, mounted, must, wait_until
-from support.moves import serving
+from support.moves import record, serving
 
 CONTENT = bytes(range(251)) * 4096
 
@@ -42,11 +41,6 @@ def image(tmp_path: Path, source: Mount) -> Path:
 
 
 ALLOWED = ("-o", "allow_url=nbd+unix:///")
-
-
-def record(image: Path) -> Record:
-    with image.open("rb") as file:
-        return Record.at(file.read(16384), str(image))
 
 
 def have_it_moved(source: Mount, image: Path) -> None:

@@ -10,11 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from fvdfs.format.migration import PLACE, SIZE, Record
 from fvdfs.store.host import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE
 from support.fsx import fallocate
 from support.mounts import MIB, fvdfs, mounted, must, wait_until
-from support.moves import Move
+from support.moves import Move, record
 
 TEMPLATE = random.Random(5).randbytes(24 * MIB)
 DISK = 32 * MIB
@@ -39,12 +38,6 @@ def expected() -> bytearray:
         disk[at : at + MIB] = OWN
     disk[ZEROED[0] : ZEROED[1]] = bytes(ZEROED[1] - ZEROED[0])
     return disk
-
-
-def record(image: Path) -> Record:
-    with image.open("rb") as file:
-        file.seek(PLACE)
-        return Record.decode(file.read(SIZE), str(image))
 
 
 @contextlib.contextmanager

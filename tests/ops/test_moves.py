@@ -16,12 +16,13 @@ import pytest
 import trio
 
 from fvdfs.format.header import HEADER_SPACE, Header
-from fvdfs.format.migration import PLACE, SIZE, Outgoing, Record, Source
+from fvdfs.format.migration import PLACE, Outgoing, Source
 from fvdfs.ops import moves
 from fvdfs.store.filelock import FileLock
 from support import reference
 from support.kernel import Kernel
 from support.mounts import MIB, PASSED_THROUGH, Mount, fvdfs, mounted, must, needs_passthrough, running, wait_for_log
+from support.moves import record
 from support.served import SIZE as SIZE_OF_DISK
 from support.served import Served
 
@@ -35,12 +36,6 @@ def mount(folder: Path) -> Iterator[Mount]:
     must("create", folder / "vm.fvd", "--base", "base.raw", "-F", "raw", "--copy-on-read")
     with mounted(folder) as found:
         yield found
-
-
-def record(image: Path) -> Record:
-    with image.open("rb") as file:
-        file.seek(PLACE)
-        return Record.decode(file.read(SIZE), str(image))
 
 
 def step(mount: Mount, text: str) -> None:

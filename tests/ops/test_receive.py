@@ -20,12 +20,11 @@ import pytest
 import trio
 
 from fvdfs.format.mailbox import Wish
-from fvdfs.format.migration import PLACE, SIZE, Record
 from fvdfs.image.tree import Tree
 from fvdfs.store.locations import parse_location
 from fvdfs.store.source import ask
 from support.mounts import MIB, fvdfs, mounted, must, running, wait_until
-from support.moves import Move
+from support.moves import Move, record
 
 SIZE_OF_DISK = 16 * MIB
 CONTENT = random.Random(3).randbytes(4 * MIB)
@@ -38,12 +37,6 @@ def move(tmp_path: Path, folder: Path) -> Iterator[Move]:
         with source.raw("vm").open("r+b") as file:
             file.write(CONTENT)
         yield Move(tmp_path, source)
-
-
-def record(image: Path) -> Record:
-    with image.open("rb") as file:
-        file.seek(PLACE)
-        return Record.decode(file.read(SIZE), str(image))
 
 
 def write_direct(raw: Path, at: int, byte: int) -> None:

@@ -8,6 +8,7 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
+from fvdfs.format.migration import PLACE, SIZE, Record
 from support.mounts import FVDFS, Mount, mounted, must, running
 
 
@@ -47,3 +48,10 @@ class Move:
         with serving(self.source) as socket:
             self.url = f"nbd+unix:///vm?socket={socket}"
             yield
+
+
+def record(image: Path) -> Record:
+    """What an image says of its moves."""
+    with image.open("rb") as file:
+        file.seek(PLACE)
+        return Record.decode(file.read(SIZE), str(image))
