@@ -2,117 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shlex
 import signal
-import socket
-import subprocess
 import sys
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
 
 import pytest
 
-from fvdfs.format.migration import PLACE, Record
-from fvdfs.format.migration import SIZE as SIZE_OF_RECORD
-from support.machines import Machine, is_there, machine, started_by
-from support.mounts import FVDFS, MIB, Finished, Mount, fvdfs, mounted, must, running, wait_for_end, wait_until
-
-SIZE = 32 * MIB
-
-
-class Ground:
-    """Two mounts, and a machine on the disk of the first."""
-
-    def __init__(self, tmp_path: Path, source: Mount, port: int) -> None:
-        self.tmp_path = tmp_path
-        self.source = source
-        self.listen = f"127.0.0.1:{port}"
-        self.folder = tmp_path / "target"
-        self.folder.mkdir()
-        self.target: Mount
-        self.here, self.there = tmp_path / "here.qmp", tmp_path / "there.qmp"
-
-    def words(self, *more: str | Path, disks: tuple[str, ...] = ("vm",)) -> list[str]:
-        raws = [self.source.raw(name) for name in disks]
-        how = ["--ssh", "env", "--program", f"{sys.executable} -m fvdfs", "--listen", self.listen]
-        return ["migrate", *map(str, raws), f"127.0.0.1:{self.target.point}", *how, *map(str, more)]
-
-    def with_machine(self) -> list[str]:
-        start = started_by(self.there, self.target.raw("vm"))
-        return ["--qmp", str(self.here), "--qmp-target", str(self.there), "--start", start]
-
-    def migrate(self, *more: str | Path, disks: tuple[str, ...] = ("vm",)) -> Finished:
-        return fvdfs(*self.words(*more, disks=disks))
-
-    @property
-    def is_served(self) -> bool:
-        host, port = self.listen.split(":")
-        with socket.socket() as probe:
-            return probe.connect_ex((host, int(port))) == 0
-
-    def expect_as_before(self, name: str = "vm") -> None:
-        assert self.source.status(name)["move"] == ""
-        assert list(self.folder.iterdir()) == []
-        wait_until(lambda: not self.is_served)
-        wait_until(lambda: not is_there(self.there))
-
-
-@pytest.fixture
-def ground(tmp_path: Path, folder: Path) -> Iterator[Ground]:
-    must("create", folder / "vm.fvd", str(SIZE))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    with mounted(folder) as source:
-        with source.raw("vm").open("r+b") as file:
-            file.write(b"x" * 4 * MIB)
-        found = Ground(tmp_path, source, port)
-        with mounted(found.folder, "-o", f"allow_url=nbd://127.0.0.1:{port}/") as found.target:
-            try:
-                yield found
-            finally:
-                if is_there(found.there):
-                    Machine(found.there).kill()
-
-
-@pytest.fixture
-def here(ground: Ground) -> Iterator[Machine]:
-    with machine(ground.here, ground.source.raw("vm")) as found:
-        yield found
-
-
-def there(ground: Ground) -> Machine:
-    return Machine(ground.there)
-
-
-def slow_down(here: Machine) -> None:
-    """So that the migration does not end by itself."""
-    here("migrate-set-parameters", max_bandwidth=2000)
-
-
-@contextlib.contextmanager
-def under_way(ground: Ground, step: str, *more: str) -> Iterator[subprocess.Popen[Any]]:
-    """The command, which has just told this step."""
-    words = ground.words(*(more or ground.with_machine()))
-    with running(*FVDFS, *words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        while step not in (line := process.stdout.readline()):
-            assert line, process.stderr and process.stderr.read()
-        yield process
-
-
-def record(image: Path) -> Record:
-    with image.open("rb") as file:
-        file.seek(PLACE)
-        return Record.decode(file.read(SIZE_OF_RECORD), str(image))
-
-
-def ended(process: subprocess.Popen[Any]) -> tuple[int, str]:
-    _, err = process.communicate(timeout=60)
-    return process.returncode, err
+from support.machines import Machine, is_there, started_by
+from support.migrations import Ground, ended, far_side_of, slow_down, there, under_way
+from support.mounts import MIB, fvdfs, must, wait_for_end, wait_until
+from support.moves import record
 
 
 def test_a_machine_moves_with_its_disk(ground: Ground, here: Machine) -> None:
@@ -227,12 +127,6 @@ def test_the_target_ends_while_the_machine_moves(ground: Ground, here: Machine) 
     assert (code, "not moved; all is as before" in err) == (1, True), err
     ground.expect_as_before()
     assert here.state == "running"
-
-
-def far_side_of(process: subprocess.Popen[Any]) -> int:
-    """The process at the target."""
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    return next(int(pid) for pid in children if b"migrate-target" in Path(f"/proc/{pid}/cmdline").read_bytes())
 
 
 @pytest.mark.parametrize("handed_over", [False, True])
