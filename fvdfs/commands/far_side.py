@@ -16,6 +16,7 @@ from typing import Any, Self
 from fvdfs.errors import FvdError, UsageError
 from fvdfs.qmp import NoAnswer
 
+LOGIN = 120.0  # seconds for somebody to type a password
 PATIENCE = 30.0  # seconds in which what is asked is done
 END = 5.0  # seconds
 _CHECK = 0.2  # seconds
@@ -41,6 +42,10 @@ class FarSide:
         self._asked = 0
         self._name = name
         self._received = b""
+        self._is_there = False
+        """Whether it has ever answered."""
+        self._greeting = ""
+        """What else was said last: by a shell, as a login begins."""
         words = [*prefix, *program, "migrate-target"]
         try:
             with _signals_ignored():
@@ -56,29 +61,46 @@ class FarSide:
         assert self._process.stdout is not None
         with contextlib.suppress(OSError):
             self._process.stdin.close()
-        try:
-            self._process.wait(END)
-        except subprocess.TimeoutExpired:
-            self._process.terminate()  # of ssh: the other end goes on by itself
-            self._process.wait()
+        self._end()
         self._process.stdout.close()
 
-    def call(self, what: str, timeout: float = PATIENCE, **arguments: Any) -> Any:
+    def _end(self) -> None:
+        """Where it does not end by itself, it is ssh: the other end, if there is one, goes on."""
+        patience = END if self._is_there else 0  # ssh may wait for a password
+        for end in (self._process.terminate, self._process.kill):
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(patience)
+                return
+            end()
+            patience = END
+        self._process.wait()
+
+    def call(self, what: str, **arguments: Any) -> Any:
         """Have something done there; what it returns. Raises UsageError, FvdError as it failed there, NoAnswer."""
         assert self._process.stdin is not None
         self._asked += 1
         request = json.dumps({"do": what, "number": self._asked, **arguments}).encode() + b"\n"
-        try:
+        with contextlib.suppress(BrokenPipeError):  # then what it has said ends, too
             os.write(self._process.stdin.fileno(), request)
-        except OSError:
-            raise self._lost() from None
-        deadline = time.monotonic() + timeout
-        while (answer := json.loads(self._line(deadline)))["number"] != self._asked:
+        deadline = time.monotonic() + (PATIENCE if self._is_there else LOGIN)
+        while (answer := self._answer(self._line(deadline))).get("number") != self._asked:
             pass  # to what nobody waits for any more
+        self._is_there = True
         if "failed" in answer:
             kind = UsageError if answer["code"] == UsageError.exit_code else _Failed
             raise kind(f"{self._name}: {answer['failed']}")
         return answer["is"]
+
+    def _answer(self, line: bytes) -> dict[str, Any]:
+        """Empty: it is none."""
+        try:
+            found = json.loads(line)
+        except ValueError:
+            found = None
+        if isinstance(found, dict):
+            return found
+        self._greeting = line.decode(errors="replace").strip() or self._greeting
+        return {}
 
     def _line(self, deadline: float) -> bytes:
         assert self._process.stdout is not None
@@ -88,7 +110,7 @@ class FarSide:
             if not select.select([self._process.stdout], [], [], min(left, _CHECK))[0]:
                 if left:
                     continue
-                raise NoAnswer(f"{self._name}: does not answer")
+                raise NoAnswer(f"{self._name}: does not answer: {self._words}")
             data = os.read(self._process.stdout.fileno(), 1 << 16)
             if not data:
                 raise self._lost()
@@ -97,8 +119,14 @@ class FarSide:
         return line
 
     def _lost(self) -> _Lost:
+        self._answer(self._received)
+        return _Lost(f"{self._name}: the connection has ended: {self._words}")
+
+    @property
+    def _words(self) -> str:
+        """What was started, and what it said where it never answered."""
         words = shlex.join(map(str, self._process.args)) if isinstance(self._process.args, list) else ""
-        return _Lost(f"{self._name}: the connection has ended: {words}")
+        return words if self._is_there or not self._greeting else f"{words}: it says {self._greeting!r}"
 
 
 @contextlib.contextmanager

@@ -413,14 +413,18 @@ class _Move:
             while (status := self._migration(monitor))["status"] not in _OVER:
                 if status["status"] == "pre-switchover":
                     monitor.call("migrate-continue", ANSWER, state="pre-switchover")
-                if self._far.call("state")["gone"] and not self._is_settled(monitor):
-                    raise MoveFailed(f"{self._host}: the machine there has ended")
+                there = self._far.call("state")
+                if there["gone"] and not self._is_settled(monitor):
+                    raise MoveFailed(f"{self._host}: the machine there has ended{there['said']}")
                 ram = status.get("ram", {})
                 show(ram.get("total", 0) - ram.get("remaining", 0), ram.get("total", 0))
                 self._pause(LOOK)
         if status["status"] != _MOVED_OVER:
             why = status.get("error-desc", "")
-            raise MoveFailed(f"QEMU: the migration was {status['status']}" + (f": {why}" if why else ""))
+            why = f": {why}" if why else ""
+            if said := self._far.call("state")["said"]:
+                why += f"; the machine at {self._host} has ended{said}"
+            raise MoveFailed(f"QEMU: the migration was {status['status']}{why}")
         ram = human_size(status["ram"]["transferred"]).partition(" (")[0]
         self.say(f"the machine was sent ({ram}); it stood still for {status.get('downtime', '?')} ms")
 
@@ -473,7 +477,7 @@ class _Move:
             if not state["due"]:
                 break
             if state["gone"]:
-                self._come_home()
+                self._come_home(state["said"])
             if state["refused"] and state["refused"] != said:
                 said = state["refused"]
                 daemon.complain(f"{self._host}: {said}; trying again")
@@ -483,8 +487,11 @@ class _Move:
         self._switched = True
         self.say(f"the machine runs at {self._host}; {self._all}: written there, and nowhere else")
 
-    def _come_home(self) -> None:
-        """The machine there has ended before it had the disks: it goes on here, unless one was taken just now."""
+    def _come_home(self, said: str) -> None:
+        """The machine there has ended before it had the disks: it goes on here, unless one was taken just now.
+
+        `said`: why, after a colon; empty: nobody knows.
+        """
         with contextlib.suppress(FvdError):  # one that was taken over refuses
             self._far.call("abandon")
         taken = []
@@ -496,8 +503,8 @@ class _Move:
         if taken:
             self._switched = True
             names = ", ".join(f"{disk.name}.raw" for disk in taken)
-            raise MoveFailed(f"{self._host}: the machine there has ended, after {names} was taken over")
-        raise MoveFailed(f"{self._host}: the machine there has ended at the switch-over")
+            raise MoveFailed(f"{self._host}: the machine there has ended, after {names} was taken over{said}")
+        raise MoveFailed(f"{self._host}: the machine there has ended at the switch-over{said}")
 
     def _end_machine(self) -> None:
         """That here has no disk any more: it must not go on."""

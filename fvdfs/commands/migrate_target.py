@@ -36,6 +36,7 @@ from fvdfs.xattrs import PREFETCH, STATUS
 APPEAR = 10.0  # seconds until a new image is seen in its mount
 LOOK = 0.02  # seconds between looks whether the machine runs
 QUIT = 5.0  # seconds for QEMU to end
+_MOST_SAID = 4096  # bytes
 WAITS = "inmigrate"
 """What QEMU says of a machine that is to come."""
 
@@ -47,9 +48,10 @@ def run() -> int:
     signal.signal(signal.SIGPIPE, signal.SIG_IGN)
     target = _Target()
     received = b""
+    os.write(1, b"\n")  # a shell may have greeted, without an end
     while True:
-        _wait(target, [0])
-        if not select.select([0], [], [], 0)[0]:
+        target.look()
+        if not select.select([0], [], [], LOOK if target.is_awaiting else None)[0]:
             continue
         data = os.read(0, 1 << 16)
         if not data:
@@ -59,17 +61,11 @@ def run() -> int:
             answer = json.dumps(_answer(target, json.loads(line))).encode() + b"\n"
             with contextlib.suppress(BrokenPipeError):  # then stdin ends, too
                 os.write(1, answer)
-    while target.is_watching and not target.gone and target.due:
-        _wait(target, [])
+    while target.is_awaiting:
+        time.sleep(LOOK)
+        target.look()
     target.clear()
     return 0
-
-
-def _wait(target: _Target, files: list[int]) -> None:
-    """Until there is something to read, or for a moment where the machine is watched."""
-    target.look()
-    is_due = target.is_watching and bool(target.due) and not target.gone
-    select.select(files, [], [], LOOK if is_due else None)
 
 
 def _answer(target: _Target, request: dict[str, Any]) -> dict[str, Any]:
@@ -117,6 +113,8 @@ class _Target:
         """Disks to be taken over as soon as it runs."""
         self._refused = ""
         self._starting: subprocess.Popen[bytes] | None = None
+        self._said = -1
+        """What that writes to stderr: our own may be ssh's, which ends no sooner than who has it."""
 
     def find(self, place: str, urls: dict[str, str]) -> dict[str, Any]:
         """The mount, and what there is of these disks. Raises UsageError where they cannot be received, OSError."""
@@ -165,7 +163,8 @@ class _Target:
         """To the machine here, which has these disks; its state, or None. Raises UsageError, NoAnswer."""
         self._qmp = path
         if self._starting is not None and self._starting.poll():
-            raise UsageError(f"--start: the command has ended with exit code {self._starting.returncode}")
+            code = self._starting.returncode
+            raise UsageError(f"--start: the command has ended with exit code {code}{self._last_words}")
         if self._monitor is None:
             if not somebody_listens(path):
                 return None
@@ -178,10 +177,20 @@ class _Target:
 
     def start(self, words: str) -> None:
         """Start the machine by a shell command. Raises UsageError, OSError."""
+        self._said = os.memfd_create("said")
         with open(os.devnull, "r+b") as null:
             self._starting = subprocess.Popen(
-                ["sh", "-c", words], stdin=null, stdout=null, stderr=2, start_new_session=True
+                ["sh", "-c", words], stdin=null, stdout=null, stderr=self._said, start_new_session=True
             )
+
+    @property
+    def _last_words(self) -> str:
+        """What the machine that was started complained of last, after a colon; empty: nothing."""
+        if self._said < 0:
+            return ""
+        said = os.pread(self._said, _MOST_SAID, max(0, os.fstat(self._said).st_size - _MOST_SAID))
+        lines = said.decode(errors="replace").split("\n")
+        return next((f": {line.strip()}" for line in reversed(lines) if line.strip()), "")
 
     def command(self, name: str, **arguments: Any) -> Any:
         """One of QEMU's. Raises CommandRefused, NoAnswer."""
@@ -192,6 +201,11 @@ class _Target:
         """Take these over as soon as the machine runs."""
         self.due = list(names)
         self.is_watching = True
+
+    @property
+    def is_awaiting(self) -> bool:
+        """Whether a machine may come to run that has not all of its disks."""
+        return self.is_watching and bool(self.due) and not self.gone
 
     def look(self) -> None:
         """Whether it runs, and what is due then."""
@@ -219,9 +233,10 @@ class _Target:
             self.due.remove(name)
 
     def state(self) -> dict[str, Any]:
-        """Of the machine, and of what is due; `refused`: why the last attempt was."""
+        """Of the machine, and of what is due; `refused`: why the last attempt was; `said`: by one that has ended."""
         self.look()
-        return {"runs": self.runs, "gone": self.gone, "due": self.due, "refused": self._refused if self.due else ""}
+        refused, said = self._refused if self.due else "", self._last_words if self.gone else ""
+        return {"runs": self.runs, "gone": self.gone, "due": self.due, "refused": refused, "said": said}
 
     def fetch(self, name: str) -> None:
         """Have what is missing be copied, though no machine runs. Raises OSError."""

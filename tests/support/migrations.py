@@ -80,5 +80,10 @@ def ended(process: subprocess.Popen[Any]) -> tuple[int, str]:
 
 def far_side_of(process: subprocess.Popen[Any]) -> int:
     """The process at the target."""
+    return child_of(process, b"migrate-target")
+
+
+def child_of(process: subprocess.Popen[Any], word: bytes) -> int:
+    """A process of the command, with this in its command line."""
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    return next(int(pid) for pid in children if b"migrate-target" in Path(f"/proc/{pid}/cmdline").read_bytes())
+    return next(int(pid) for pid in children if word in Path(f"/proc/{pid}/cmdline").read_bytes())
