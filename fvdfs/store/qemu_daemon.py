@@ -50,6 +50,7 @@ from fvdfs.store.qemu_words import PROGRAM, of_tls
 log = logging.getLogger(__name__)
 
 START_TIMEOUT = 10.0  # seconds until the export answers; a server may be far away
+KEY_TIMEOUT = 60.0  # the same of an encrypted image: QEMU makes its key cost two seconds of an idle processor
 STOP_TIMEOUT = 10.0  # seconds to write out what is left, then it is killed
 _POLL_INTERVAL = 0.002  # seconds between looks whether it is ready
 _PACKAGES = {
@@ -204,8 +205,9 @@ class StorageDaemon:
         for program, path in paths.items():
             if path is None:
                 raise _missing(program)
+        patience = KEY_TIMEOUT if any("key-secret" in node for node in options) else START_TIMEOUT
         try:
-            with trio.fail_after(START_TIMEOUT):
+            with trio.fail_after(patience):
                 await trio.to_thread.run_sync(self._make_folder)
                 self._launch(options, writable, str(paths[_WITH_PARENT[0]]))
                 await self._wait_until_ready()
@@ -214,7 +216,7 @@ class StorageDaemon:
             with trio.CancelScope(shield=True):
                 await trio.to_thread.run_sync(self.stop)
             if isinstance(error, trio.TooSlowError):
-                text = f"no answer within {START_TIMEOUT:.0f} seconds"
+                text = f"no answer within {patience:.0f} seconds"
                 raise Unreachable(self.name, f"QEMU cannot open it: {text}") from None
             raise
         self._quiet = False
