@@ -11,6 +11,9 @@ LOG = "user.fvdfs.log"
 STATUS = "user.fvdfs.status"
 """Of a raw file: all that is known of it, as JSON. Of the mount point: `folder`, what `-o` says
 of servers (`allow_url`, `tls_creds`), and the `caches` (`ops/caches.py`)."""
+IMAGES = "user.fvdfs.images."
+"""Of the mount point, and a number: the status of all its raw files from that one on, by name, as JSON, and the number
+of the next page (`control.page`). Not listed."""
 PREFETCH = "user.fvdfs.prefetch"
 """Of a raw file: what prefetching does; `start`, `pause` or `stop` can be written to it."""
 MAP = "user.fvdfs.map"

@@ -97,3 +97,9 @@ def raw_disk(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     passed = request.param == "passed through"
     with mounted(folder, *(["-o", PASSED_THROUGH] if passed else []), passes="disk" if passed else "") as mount:
         yield mount.raw("disk")
+
+
+@pytest.fixture
+def nobody() -> list[str]:
+    """What runs a command as a user who may do nothing."""
+    return ["setpriv", "--reuid", "65534", "--regid", "65534", "--clear-groups"]

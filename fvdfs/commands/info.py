@@ -10,23 +10,28 @@ from collections.abc import Sequence
 from typing import Any
 
 from fvdfs import mountoptions
+from fvdfs.commands.attributes import facts
+from fvdfs.commands.mounted import raw_file
+from fvdfs.commands.rows import local
 from fvdfs.daemon import run_loop
-from fvdfs.errors import FormatError, FvdError, ImageBusy, printable
-from fvdfs.format.header import Header
+from fvdfs.errors import FormatError, FvdError, ImageBusy, UsageError, printable
+from fvdfs.format.header import Header, ceil_div
 from fvdfs.format.note import NOTE_OFFSET, Note
 from fvdfs.image.chain import Chain, Layer, open_chain
 from fvdfs.image.image import Image
 from fvdfs.image.loading import load_chain
+from fvdfs.image.map import shares
 from fvdfs.image.policy import Policy, resolve
 from fvdfs.sizes import human_size
 from fvdfs.store.locations import is_local
+from fvdfs.xattrs import STATUS
 
 
 def run(image: str, *, as_json: bool, options: Sequence[str], secret: str) -> int:
     """Print what is known of an image. Raises UsageError, and as `describe`."""
     urls = mountoptions.allowed_urls(options)
-    facts = describe(image, secret_file=secret, allowed_urls=urls)
-    print(json.dumps(facts, indent=2) if as_json else render(facts))
+    found = describe(image, secret_file=secret, allowed_urls=urls)
+    print(json.dumps(found, indent=2) if as_json else render(found))
     return 0
 
 
@@ -37,6 +42,7 @@ def describe(path: str, *, secret_file: str = "", allowed_urls: tuple[str, ...] 
     use, is reported under "problems".
     """
     problems: list[str] = []
+    by_mount: dict[str, Any] = {}
     image: Image | None = None
     policy = Policy(writable=False, secret_file=secret_file, allowed_urls=allowed_urls)
     try:
@@ -53,36 +59,62 @@ def describe(path: str, *, secret_file: str = "", allowed_urls: tuple[str, ...] 
         try:
             image = run_loop(functools.partial(load_chain, chain))
         except ImageBusy as error:
-            problems.append(f"{error.reason}; until then only the header can be shown")
+            by_mount = _ask_mount(path, error, problems)
         except (FvdError, OSError) as error:
             problems.append(str(error))
     else:
         chain.close()
-    if image is not None and image.damage:
-        problems.append(f"{image.damage}; fvdfs check says what is lost")
+    if damage := image.damage if image is not None else by_mount.get("failed"):
+        problems.append(f"{damage}; fvdfs check says what is lost")
     result: dict[str, Any] = {
         "image": path,
         "virtual_size": header.virtual_disk_size,
         "allocated": usage,
         "layout": _layout(header.compact, bool(header.data_file), header.has_base),
         "clean": header.clean,
-        "writable_without_repair": not (image and image.damage)
+        "writable_without_repair": not damage
         and (header.clean or not header.has_metadata or header.journal_region is not None),
         "base_chain": base_chain,
         "export": note,
         "move": move,
         "problems": problems,
+        "open_in": by_mount.get("open_in"),
     }
     if image is not None:
+        result |= shares(image)
         if image.bitmap is not None:
             result["local_blocks"] = image.bitmap.count_local()
             result["base_blocks"] = header.blocks
-            result["local_share"] = image.bitmap.count_local() / header.blocks if header.blocks else 1.0
         if image.table is not None:
             result["allocated_chunks"] = image.table.allocated()
             result["chunks"] = header.chunks
         run_loop(image.close)
-    return result | fields(header)
+    result |= fields(header)
+    if by_mount:
+        result |= {key: by_mount[key] for key in _BY_MOUNT} | {"virtual_disk_size": by_mount["virtual_size"]}
+        if header.has_base:
+            result["local_blocks"] = ceil_div(by_mount["local_bytes"], header.block_size)
+            result["base_blocks"] = header.blocks
+    return result
+
+
+_BY_MOUNT = ("virtual_size", "base_size", "local_bytes", "local_share", "disk_local_share")
+"""What the mount that has an image open knows better than its header: entries of the status."""
+
+
+def _ask_mount(path: str, error: ImageBusy, problems: list[str]) -> dict[str, Any]:
+    """The status of an image that a mount has open, and as `open_in` its raw file there; empty where none answers."""
+    try:
+        if raw := raw_file(path, error):
+            found = facts(raw, STATUS)
+            if found.get("local_share") is not None:
+                return found | {"open_in": raw}
+    except ImageBusy as still:
+        error = still
+    except (OSError, UsageError):
+        pass  # it has just been closed there
+    problems.append(f"{error.reason}; until then only the header can be shown")
+    return {}
 
 
 def _move(layer: Layer, problems: list[str]) -> dict[str, str] | None:
@@ -136,29 +168,30 @@ def _layout(compact: bool, data_file: bool, base: bool) -> str:
     return text
 
 
-def render(facts: dict[str, Any]) -> str:
+def render(found: dict[str, Any]) -> str:
     """The facts as text for a terminal."""
     rows = [
-        ("image", facts["image"]),
-        ("virtual size", human_size(facts["virtual_size"])),
-        ("allocated", human_size(facts["allocated"])),
-        ("layout", facts["layout"]),
-        ("state", _state(facts)),
+        ("image", found["image"]),
+        ("virtual size", human_size(found["virtual_size"])),
+        ("allocated", human_size(found["allocated"])),
+        ("layout", found["layout"]),
+        ("state", _state(found)),
     ]
-    if "local_share" in facts:
-        share = f"{facts['local_share']:.1%} ({facts['local_blocks']} of {facts['base_blocks']} blocks)"
-        rows.append(("local share", share))
-    if "chunks" in facts:
-        rows.append(("chunks", f"{facts['allocated_chunks']} of {facts['chunks']} allocated"))
-    rows += [("base", f"{base['path']} ({base['format']})") for base in facts["base_chain"]]
-    if facts["export"]:
-        rows.append(("export", _of_export(facts["export"])))
-    if facts["move"]:
-        rows.append(("move", facts["move"]["reason"] or facts["move"]["state"]))
-    rows += [("problem", problem) for problem in facts["problems"]]
+    if found.get("open_in"):
+        rows.append(("open in", found["open_in"]))
+    if "local_blocks" in found:
+        rows.append(("local", f"{local(found)} ({found['local_blocks']} of {found['base_blocks']} blocks)"))
+    if "chunks" in found:
+        rows.append(("chunks", f"{found['allocated_chunks']} of {found['chunks']} allocated"))
+    rows += [("base", f"{base['path']} ({base['format']})") for base in found["base_chain"]]
+    if found["export"]:
+        rows.append(("export", _of_export(found["export"])))
+    if found["move"]:
+        rows.append(("move", found["move"]["reason"] or found["move"]["state"]))
+    rows += [("problem", problem) for problem in found["problems"]]
     rows.append(("", ""))
     for field in dataclasses.fields(Header):
-        value = facts[field.name]
+        value = found[field.name]
         rows.append((field.name, f"0x{value:X}" if field.name == "magic" else str(value)))
     width = max(len(name) for name, _ in rows)
     return "\n".join(printable(f"{name:<{width}}  {value}".rstrip()) for name, value in rows)
@@ -169,9 +202,11 @@ def _of_export(note: dict[str, Any]) -> str:
     return f"what of {note['disk']} has changed since {note['since']}, written {written}"
 
 
-def _state(facts: dict[str, Any]) -> str:
-    if facts["clean"]:
+def _state(found: dict[str, Any]) -> str:
+    if found.get("open_in"):
+        return "open in a mount; this is what the mount says"
+    if found["clean"]:
         return "clean"
-    if facts["writable_without_repair"]:
+    if found["writable_without_repair"]:
         return "not closed: in use, or crashed; the journal is replayed at the next opening"
     return "not closed, and no journal: in use, or crashed; can be read, its metadata may be incomplete"

@@ -16,6 +16,7 @@ from typing import Any
 from fvdfs import mountoptions
 from fvdfs.commands import prefetch
 from fvdfs.commands.attributes import explained, facts, or_by_mount
+from fvdfs.commands.mounted import mount_of
 from fvdfs.commands.states import without_mark
 from fvdfs.commands.terminal import progress_bar
 from fvdfs.daemon import run_loop
@@ -26,7 +27,6 @@ from fvdfs.layers.delete import delete
 from fvdfs.layers.flatten import flatten
 from fvdfs.layers.merging import Progress
 from fvdfs.layers.revert import revert
-from fvdfs.store.mountinfo import mount_points
 from fvdfs.xattrs import LAYERS, STATUS
 
 INTERVAL = 0.2  # seconds between looks at what prefetching, or a merge, has done
@@ -57,27 +57,11 @@ def _run(what: str, change: Change, image: str, options: Sequence[str], secret: 
             folder, name = facts(mountpoint, STATUS)["folder"], name.removesuffix(".raw") + ".fvd"
             image = os.path.join(folder, name)
     else:
-        mountpoint = _mount_of(folder)
+        mountpoint = mount_of(folder)
     with named(image), progress_bar() as progress:
         if not mountpoint or not _by_mount(what, mountpoint, name, progress):
             run_loop(functools.partial(change, image, _policy(options, secret), progress))
     return 0
-
-
-def _mount_of(folder: str) -> str:
-    """The mount point of the mount that shows a folder, and answers us; empty: there is none."""
-    real = os.path.realpath(folder or ".")
-    try:
-        found = [point.path for point in mount_points() if point.is_ours and point.source == real]
-    except OSError:
-        return ""
-    for path in found:
-        try:
-            if facts(path, STATUS).get("folder") == real:
-                return path
-        except (OSError, FvdError):  # dead, or of another user
-            continue
-    return ""
 
 
 def _by_mount(what: str, mountpoint: str, name: str, progress: Progress) -> bool:

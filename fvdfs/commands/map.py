@@ -15,10 +15,12 @@ from rich.text import Text
 
 from fvdfs import mountoptions
 from fvdfs.commands.attributes import explained, facts, or_by_mount
+from fvdfs.commands.mounted import raw_file
 from fvdfs.commands.newfiles import NewFiles
+from fvdfs.commands.rows import local, percent
 from fvdfs.commands.terminal import plain_console
 from fvdfs.daemon import run_loop
-from fvdfs.errors import UsageError, named
+from fvdfs.errors import ImageBusy, UsageError, named
 from fvdfs.image.loading import open_image
 from fvdfs.image.map import BAR_CELLS, image_map, merged, totals
 from fvdfs.image.policy import Policy
@@ -57,8 +59,13 @@ def read_map(path: str, *, secret_file: str = "", allowed_urls: tuple[str, ...] 
         finally:
             await image.close()
 
-    with or_by_mount():
+    try:
         return run_loop(read)
+    except ImageBusy as error:
+        if raw := raw_file(path, error):
+            return facts(raw, MAP)
+        with or_by_mount():
+            raise
 
 
 def print_map(found: dict[str, Any]) -> None:
@@ -67,7 +74,8 @@ def print_map(found: dict[str, Any]) -> None:
     console.print(bar_of(found, BAR_CELLS))
     signs, whole = _signs(), found["virtual_size"] or 1
     for state, size in totals(found).items():
-        console.print(f"{signs[state]} {state:<6}{size / whole:6.1%}  {human_size(size)}")
+        console.print(f"{signs[state]} {state:<6} {percent(size / whole):>6}  {human_size(size)}")
+    console.print(f"local: {local(found)}")
 
 
 def bar_of(found: dict[str, Any], cells: int) -> Text:

@@ -10,6 +10,7 @@ from typing import Any
 
 from fvdfs.counters import BOUNDS, quantile
 from fvdfs.errors import printable
+from fvdfs.sizes import human_size
 
 NAME_LEAST = 12  # characters that a name gets before there is another column
 WHY_LEAST = 16
@@ -164,6 +165,22 @@ def duration(seconds: int | None) -> str:
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
+def local(found: dict[str, Any]) -> str:
+    """How much of a disk is local, in words: of what it can have from its base, and of the whole disk."""
+    if not found["base_size"]:
+        return "all, it has no base"
+    whole, part = (human_size(found[what]).partition(" (")[0] for what in ("base_size", "local_bytes"))
+    of_base = f"{percent(found['local_share'])} of the base, {part} of {whole}"
+    return f"{of_base}; {percent(found['disk_local_share'])} of the disk"
+
+
+def percent(share: float) -> str:
+    """A share, in at most six characters; 100% only where it is all, 0% only where it is nothing."""
+    if 0 < share < 0.001:
+        return "<0.1%"
+    return ">99.9%" if 0.999 < share < 1 else f"{share:.1%}"
+
+
 # --- columns ----------------------------------------------------------------------------------------
 
 
@@ -183,7 +200,7 @@ NAME = Column("disk", NAME_LEAST, lambda row: row.name, lambda row: natural(row.
 WHY = Column("why", WHY_LEAST, lambda row: row.why, lambda row: row.why, at_right=False)
 # In the order in which they stand.
 SIZE = Column("size", 5, lambda row: short_size(row.size), lambda row: row.size)
-LOCAL = Column("local", 6, lambda row: f"{math.floor(row.share * 1000) / 10:.1f}%", lambda row: row.share)
+LOCAL = Column("local", 6, lambda row: percent(row.share), lambda row: row.share)
 SHARE = Column("", BAR, lambda row: bar(row.share, BAR), lambda row: row.share, at_right=False)
 STATE = Column("state", 8, lambda row: row.state, lambda row: row.state, at_right=False)
 COPIED = Column("copied/s", 8, lambda row: short_number(row.copied) if row.copied else "", lambda row: row.copied)

@@ -5,11 +5,11 @@ The process that serves the mount is asked, through extended attributes.
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import sys
 import time
+from collections.abc import Iterator
 from typing import Any, Literal
 
 from rich.console import ConsoleDimensions, Group
@@ -22,7 +22,7 @@ from fvdfs.commands.attributes import facts
 from fvdfs.commands.terminal import plain_console
 from fvdfs.errors import UsageError, printable
 from fvdfs.sizes import human_size
-from fvdfs.xattrs import LOG, PID, STATUS
+from fvdfs.xattrs import IMAGES, LOG, PID, STATUS
 
 INTERVAL = 1.0  # seconds between two looks
 WATCHED = 200  # columns of what --watch shows where there is no terminal
@@ -56,25 +56,18 @@ def run(mountpoint: str, *, as_json: bool, watch: bool, log: bool = False) -> in
 
 
 def status(mountpoint: str) -> dict[str, Any]:
-    """The state of every image of a mount, ready for JSON; of one that cannot be asked, the state is "unreadable".
+    """The state of every image of a mount, ready for JSON.
 
     Raises UsageError where it is no mount or another user's, OSError.
     """
     pid = _process(mountpoint)
-    images = []
-    names = sorted(os.listdir(mountpoint))  # which has the mount look at the folder
+    os.listdir(mountpoint)  # which has the mount look at the folder
     of_mount = facts(mountpoint, STATUS)
     caches = {os.path.realpath(image["image"]): image for image in of_mount.get("caches", [])}
-    for name in names:
-        try:
-            path = os.path.join(mountpoint, name)
-            image = facts(path, STATUS)
-            images.append(image | caches.pop(os.path.realpath(image["image"]), {}) | {"name": image["name"]})
-        except OSError as error:
-            if error.errno in mounts.DEAD:
-                raise
-            if error.errno not in (errno.ENOENT, errno.ESTALE):  # gone meanwhile
-                images.append({"name": name, "open": False, "state": "unreadable", "failed": error.strerror})
+    images = [
+        image | (caches.pop(os.path.realpath(image["image"]), {}) if caches else {}) | {"name": image["name"]}
+        for image in _images(mountpoint)
+    ]
     images += list(caches.values())
     for refused in of_mount.get("refused", []):
         image = {"name": refused["name"], "image": os.path.join(of_mount["folder"], refused["name"])}
@@ -82,6 +75,19 @@ def status(mountpoint: str) -> dict[str, Any]:
     if (more := of_mount.get("refused_count", 0) - len(of_mount.get("refused", []))) > 0:
         images.append({"name": f"{more} more images", "open": False, "state": "refused", "failed": "see the log"})
     return {"mountpoint": mountpoint, "pid": pid, "images": images}
+
+
+def _images(mountpoint: str) -> Iterator[dict[str, Any]]:
+    """The status of each image that appears, page by page. Raises UsageError, OSError."""
+    seen: set[str] = set()
+    first: int | None = 0
+    while first is not None:
+        page = facts(mountpoint, f"{IMAGES}{first}")
+        for image in page["images"]:
+            if image["name"] not in seen:  # one that has appeared meanwhile moves those behind it
+                seen.add(image["name"])
+                yield image
+        first = page["next"]
 
 
 def _process(mountpoint: str) -> int:
@@ -116,7 +122,7 @@ def print_status(found: dict[str, Any]) -> None:
 
 
 def _columns(image: dict[str, Any]) -> tuple[str, str, str, str, str, str]:
-    share = f"{image['local_share']:.1%}" if "local_share" in image else ""
+    share = rows.percent(image["local_share"]) if "local_share" in image else ""
     if image.get("disks"):
         image["reason"] = ", ".join(
             filter(None, [f"base of {image['disks']} open disk{'s' * (image['disks'] > 1)}", image["reason"]])
@@ -125,6 +131,9 @@ def _columns(image: dict[str, Any]) -> tuple[str, str, str, str, str, str]:
         image["reason"] = ", ".join(filter(None, [why, image.get("reason", "")]))
     if image["state"] == "profile" and not image["reason"] and (image.get("first") or {}).get("from") == "source":
         image["reason"] = "copies first what its source used last"
+    if failed := image.get("open_failed"):
+        at = failed["at"].replace("T", " ")[:19]
+        image["failed"] = f"could not be opened at {at}: {failed['reason']}"
     if "rate" not in image:  # closed, or being closed
         return share, image["state"], "", "", image.get("failed", "") or image.get("reason", ""), ""
     rate = f"{image['rate'] / 1e6:.1f} MB/s" if image["rate"] else ""

@@ -220,6 +220,15 @@ class Core:
         """The block size and the size of the base's range, bytes."""
         return self.geometry.block_size, self.geometry.base_size
 
+    def local_of_base(self) -> int:
+        """Bytes of the base's range that are local."""
+        bitmap = self.bitmap
+        block_size, base_size = self.base_range()
+        if bitmap is None or not bitmap.blocks:
+            return base_size
+        beyond = bitmap.blocks * block_size - base_size  # of the last block
+        return bitmap.count_local() * block_size - (beyond if bitmap.is_local(bitmap.blocks - 1) else 0)
+
     def missing(self, start: int, length: int) -> tuple[int, int]:
         """The first bytes [start, stop), whole blocks and at most about `length`, that are only in the base.
 

@@ -11,7 +11,7 @@ import errno
 from typing import Any
 
 from fvdfs.format.header import SECTOR, ceil_div, round_up
-from fvdfs.image.core import LastExtents
+from fvdfs.image.core import Core, LastExtents
 from fvdfs.image.image import Image
 
 CELLS = 1000  # of a map, at most: an extended attribute has to hold it (64 KiB)
@@ -29,7 +29,24 @@ async def image_map(image: Image, cells: int = CELLS) -> dict[str, Any]:
         for run_start, run_stop, state in await image.extents(start, min(start + size, image.size), known):
             counts[state] += run_stop - run_start
         found.append([counts["stored"], counts["base"], counts["hole"]])
-    return {"virtual_size": image.size, "cell_size": size, "states": ["stored", "base", "hole"], "cells": found}
+    return {"cell_size": size, "states": ["stored", "base", "hole"], "cells": found} | shares(image)
+
+
+def shares(image: Core) -> dict[str, Any]:
+    """How much of an open image is local, as every command shows it, ready for JSON; sizes in bytes.
+
+    `local_share` is of what the disk can have from its base, `disk_local_share` of the whole disk: what lies past the
+    base's end is local, too. Both are 1 where there is no base, or it is not needed any more.
+    """
+    base_size = min(image.header.base_img_size, image.size)
+    missing = 0 if image.bitmap is None else image.base_range()[1] - image.local_of_base()
+    return {
+        "virtual_size": image.size,
+        "base_size": base_size,
+        "local_bytes": base_size - missing,
+        "local_share": (base_size - missing) / base_size if base_size else 1.0,
+        "disk_local_share": (image.size - missing) / image.size if image.size else 1.0,
+    }
 
 
 def totals(image_map: dict[str, Any]) -> dict[str, int]:

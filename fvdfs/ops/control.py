@@ -10,7 +10,7 @@ import functools
 import json
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import trio
@@ -28,6 +28,7 @@ from fvdfs.store.host import identity_of
 
 log = logging.getLogger(__name__)
 
+_PAGE = 60_000  # bytes of JSON; an attribute holds 64 KiB
 _REFUSED_SHOWN = 16384  # bytes of JSON; an attribute holds 64 KiB
 _REASON_SHOWN = 300  # characters
 _COMMAND_SHOWN = 20  # characters of what somebody wrote to an attribute
@@ -42,7 +43,7 @@ def status(entry: Entry) -> dict[str, Any]:
         "open": entry.busy,
     }
     found |= {"snapshot": entry.snapshot, "snapshot_wait": entry.snapshot_wait, "snapshot_refused": entry.refused}
-    found |= {"requests": entry.counters.status()} | moves(entry)
+    found |= {"requests": entry.counters.status(), "open_failed": entry.open_failed} | moves(entry)
     if entry.image is None:
         state = "closing" if entry.busy else "closed"
         return found | entry.last_status | {"virtual_size": entry.size, "state": state}
@@ -57,6 +58,23 @@ def _fetched_first(entry: Entry) -> dict[str, Any] | None:
         return None
     origin = "source" if entry.record.incoming is not None else "profile"
     return {"from": origin, "bytes": sum(stop - start for start, stop in entry.prefetcher.profile)}
+
+
+def page(entries: Sequence[Entry], first: int) -> bytes:
+    """The status of these images, from the one of this number on, as many as an attribute holds, as JSON.
+
+    `next` is the number of the first one that it has no room for; None: there are no more.
+    """
+    found: list[str] = []
+    room = _PAGE
+    for entry in entries[first:]:
+        text = json.dumps(status(entry))
+        room -= len(text) + 2
+        if room < 0 and found:
+            break
+        found.append(text)
+    more = first + len(found)
+    return f'{{"images": [{", ".join(found)}], "next": {more if more < len(entries) else "null"}}}'.encode()
 
 
 def refused(reasons: Mapping[bytes, str]) -> dict[str, Any]:

@@ -300,6 +300,8 @@ class Filesystem(pyfuse3.Operations):
                 found = {"folder": folder, "allow_url": policy.allowed_urls, "tls_creds": policy.tls_creds}
                 found |= control.refused(self.folder.refused)
                 return json.dumps(found | {"caches": self.openings.caches.status()}).encode()
+            if wanted.startswith(xattrs.IMAGES) and (number := wanted.removeprefix(xattrs.IMAGES)).isdecimal():
+                return control.page(self.folder.inodes.shown(), int(number[:9]))
             if wanted == xattrs.LOG:
                 return recent.text()
             if wanted == xattrs.LAYERS:

@@ -131,6 +131,8 @@ class Entry:
         """Of a closed disk: when it was written last, where the image file does not tell."""
         self.last_status: dict[str, Any] = {}
         """What of the status is still true now that the image is closed."""
+        self.open_failed: dict[str, str] | None = None
+        """Why the last attempt to open it failed, and when, ready for JSON; None: it succeeded."""
         self.status = seen.status
         self.former: list[os.stat_result] = []
         """Of an open image, since it was opened: files that were under its path, before a snapshot, or will be."""

@@ -49,6 +49,7 @@ _GAUGES = {
     "base_size": ("fvdfs_base_size_bytes", "what of the disk can come from its base"),
     "local_bytes": ("fvdfs_local_bytes", "what of the base need not be read from it any more"),
     "local_share": ("fvdfs_local_ratio", "local bytes of base bytes"),
+    "disk_local_share": ("fvdfs_disk_local_ratio", "of the disk, what need not be read from the base"),
     "rate": ("fvdfs_prefetch_rate_bytes", "bytes a second that prefetching copies"),
     "eta": ("fvdfs_prefetch_left_seconds", "until all is local, at this rate"),
     "journal_used": ("fvdfs_journal_used_bytes", "of the journal, since the last checkpoint"),

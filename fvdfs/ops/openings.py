@@ -13,14 +13,15 @@ kernel must forget its pages.
 from __future__ import annotations
 
 import contextlib
+import datetime
 import errno
 import logging
 import os
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 
 import trio
 
-from fvdfs.errors import ImageBusy
+from fvdfs.errors import ImageBusy, ImageError, ReadOnlyImage, printable, told
 from fvdfs.image.bases import Bases
 from fvdfs.image.chain import Chain, image_key, open_chain, wants_copies
 from fvdfs.image.core import Core, damaged_layers, stores_of
@@ -30,6 +31,7 @@ from fvdfs.image.locking import let_fill, lock_for_writing
 from fvdfs.image.policy import HostStore
 from fvdfs.ops.background import Background, stop_prefetching
 from fvdfs.ops.caches import Caches
+from fvdfs.ops.complaints import LONGEST
 from fvdfs.ops.folder import Folder
 from fvdfs.ops.freshness import Snapshot, signature, snapshot_of
 from fvdfs.ops.inodes import Entry
@@ -44,6 +46,8 @@ log = logging.getLogger(__name__)
 
 BUSY_PATIENCE = 1.0  # seconds
 BUSY_RETRY = 0.05
+_STILL_TRUE = ("base_size", "local_bytes", "local_share", "disk_local_share", "failed")
+"""Entries of the status of an image that are true after it was closed."""
 
 
 class Openings:
@@ -74,14 +78,15 @@ class Openings:
         Raises ImageError, OSError.
         """
         deadline = None
-        while True:
-            try:
-                return await self._open(inode, write=write, keep_copies=keep_copies)
-            except ImageBusy:
-                deadline = deadline or trio.current_time() + BUSY_PATIENCE  # the attempt may have waited for a closing
-                if trio.current_time() > deadline:
-                    raise
-            await trio.sleep(BUSY_RETRY)
+        with _noting_failure(self._inodes[inode]):
+            while True:
+                try:
+                    return await self._open(inode, write=write, keep_copies=keep_copies)
+                except ImageBusy:
+                    deadline = deadline or trio.current_time() + BUSY_PATIENCE  # it may have waited for a closing
+                    if trio.current_time() > deadline:
+                        raise
+                await trio.sleep(BUSY_RETRY)
 
     async def _open(self, inode: int, *, write: bool, keep_copies: bool) -> tuple[Entry, bool]:
         entry = self._inodes[inode]
@@ -221,7 +226,7 @@ class Openings:
         await stop_prefetching(entry)
         await self.end_passthrough(entry)
         now = status(entry.image, None)
-        entry.last_status = {key: now[key] for key in ("base_size", "local_bytes", "local_share", "failed")}
+        entry.last_status = {key: now[key] for key in _STILL_TRUE}
         entry.misjudged = entry.is_misjudged
         image, entry.image = entry.image, None
         entry.closing = image
@@ -288,3 +293,17 @@ class Openings:
                     log.error(
                         "%s: closing failed, it will be replayed when next opened: %s", os.fsdecode(entry.path), error
                     )
+
+
+@contextlib.contextmanager
+def _noting_failure(entry: Entry) -> Iterator[None]:
+    """Remember why an image could not be opened, for who asks for its status: a program is told an error number."""
+    try:
+        yield
+    except (ImageError, OSError) as error:
+        if not isinstance(error, ReadOnlyImage) and getattr(error, "errno", 0) not in (errno.EROFS, errno.ESTALE):
+            at = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
+            reason = printable(told(error) if isinstance(error, OSError) else str(error))
+            entry.open_failed = {"at": at, "reason": reason[:LONGEST]}
+        raise
+    entry.open_failed = None

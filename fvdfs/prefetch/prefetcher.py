@@ -31,6 +31,7 @@ from fvdfs.format.creation import DEFAULT_PREFETCH
 from fvdfs.format.header import Header
 from fvdfs.format.profile import Extent
 from fvdfs.image.image import Image
+from fvdfs.image.map import shares
 from fvdfs.prefetch.linkwatch import GOOD_REQUEST
 from fvdfs.prefetch.order import Piece, ProfileOrder, next_piece
 from fvdfs.prefetch.pacing import FloorRule, Pacer
@@ -500,22 +501,14 @@ def told_of(outage: Outage | None) -> dict[str, Any] | None:
 
 def status(image: Image, prefetcher: Prefetcher | None) -> dict[str, Any]:
     """What `fvdfs status` shows of an open image, ready for JSON; sizes in bytes, rates in bytes a second."""
-    block_size, _ = image.base_range()
-    journal, base_size = image.header.journal_region, min(image.header.base_img_size, image.size)
-    local = base_size
-    if image.bitmap is not None:
-        local = min(image.bitmap.count_local() * block_size, base_size)
+    journal = image.header.journal_region
     rate = prefetcher.rate if prefetcher is not None else 0.0
     missing = image.left_to_copy()
     state = prefetcher.state if prefetcher is not None else Activity.OFF
     if image.bitmap is None:
         state = Activity.DONE
-    return {
-        "virtual_size": image.size,
-        "base_size": base_size,
-        "local_bytes": local,
+    return shares(image) | {
         "to_copy": missing,
-        "local_share": local / base_size if base_size else 1.0,
         "state": state.value,
         "reason": prefetcher.reason if prefetcher is not None else "",
         "rate": round(rate),

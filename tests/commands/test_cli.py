@@ -197,7 +197,7 @@ def test_info_shows_the_chain_and_what_is_local(folder: Path) -> None:
     assert [base["name"] for base in facts["base_chain"]] == ["mid.fvd", "base.raw"]
     assert facts["allocated"] == (folder / "top.fvd").stat().st_blocks * 512
     text = must("info", folder / "top.fvd")
-    assert "18.8% (3 of 16 blocks)" in text
+    assert "18.8% of the base, 192 KiB of 1 MiB; 18.8% of the disk (3 of 16 blocks)" in text
     for name in reference.NAMES:
         assert name in facts
         assert f"\n{name}" in text
@@ -217,8 +217,9 @@ def test_info_of_a_broken_image(folder: Path) -> None:
 
 def test_info_of_an_image_in_use(folder: Path) -> None:
     must("create", folder / "a.fvd", "1M", "--compact", "--chunk-size", "64K")
+    os.link(folder / "a.fvd", folder.parent / "b.fvd")  # of which no mount says that it has it open
     with mounted(folder) as mount, open(mount.raw("a"), "r+b"):
-        facts = json.loads(must("info", folder / "a.fvd", "--json"))
+        facts = json.loads(must("info", folder.parent / "b.fvd", "--json"))
         assert "open for writing" in facts["problems"][0]
         assert facts["virtual_size"] == MIB
 

@@ -303,12 +303,6 @@ def test_things_that_are_no_images(folder: Path, kind: str) -> None:
             (folder / "new.raw").unlink(missing_ok=True)
 
 
-@pytest.fixture
-def nobody() -> list[str]:
-    """What runs a command as a user who may do nothing."""
-    return ["setpriv", "--reuid", "65534", "--regid", "65534", "--clear-groups"]
-
-
 def test_what_may_not_be_read(images: Path, nobody: list[str]) -> None:
     for path in (images, *images.iterdir()):
         path.chmod(0o600 if path.is_file() else 0o700)
