@@ -262,6 +262,8 @@ class _Move:
         self._switched = all(disk.is_there for disk in self._disks)
         self._signals.at_once = False
         self._changed = True
+        if not self._switched:
+            self._keep()
         self._serve()
         if not self._switched:
             self._receive()
@@ -313,6 +315,13 @@ class _Move:
         return monitor
 
     # --- the disks --------------------------------------------------------------------------------
+
+    def _keep(self) -> None:
+        """Have the disks be given to nobody but this target, before anybody can ask."""
+        for disk in self._disks:
+            disk.epoch = str(ask_mount(disk.raw, "serve")["move_epoch"])
+            number = self._far.call("draw", name=disk.name, epoch=disk.epoch)
+            ask_mount(disk.raw, f"keep {disk.epoch} {number}")
 
     def _serve(self) -> None:
         """Have a server that outlives this command."""

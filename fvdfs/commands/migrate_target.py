@@ -24,8 +24,8 @@ from fvdfs.commands.attributes import explained, facts
 from fvdfs.commands.migration import ask_mount
 from fvdfs.commands.receive import run_receive
 from fvdfs.errors import FvdError, UsageError
-from fvdfs.format.migration import Record, Target
-from fvdfs.image.migration import read_record
+from fvdfs.format.migration import Incoming, Record, Target
+from fvdfs.image.migration import new_secret, read_record
 from fvdfs.image.policy import given_tls_creds
 from fvdfs.qmp import ANSWER, Monitor, somebody_listens
 from fvdfs.store.host import open_path
@@ -71,6 +71,7 @@ def run() -> int:
 def _answer(target: _Target, request: dict[str, Any]) -> dict[str, Any]:
     calls: dict[str, Callable[..., Any]] = {
         "find": target.find,
+        "draw": target.draw,
         "receive": target.receive,
         "connect": target.connect,
         "start": target.start,
@@ -102,6 +103,8 @@ class _Target:
         self._tls_creds = ""
         self._made: list[str] = []
         """Names of disks that may be removed, while they are being received."""
+        self._drawn: dict[str, Incoming] = {}
+        """What images that are to be made will say of their moves."""
         self._qmp = ""
         """Where its monitor is, or is to come."""
         self._monitor: Monitor | None = None
@@ -140,12 +143,22 @@ class _Target:
             raise UsageError(f"{image}: exists already; remove it, or choose another folder")
         return {"state": into.state.value, "epoch": into.epoch, "number": into.number}
 
+    def draw(self, name: str, epoch: str) -> str:
+        """The number by which this disk will be asked for from here in this move. Raises FormatError, OSError."""
+        image = self._image(name)
+        if os.path.lexists(image):
+            into = _record_of(image).incoming
+            assert into is not None
+        else:
+            into = self._drawn[name] = Incoming(Target.RECEIVING, epoch, new_secret())
+        return into.number
+
     def receive(self, name: str, url: str, size: int, keep_base: str, base_format: str) -> str:
         """Make the disk; its image. Raises UsageError, ImageError, OSError."""
         image = self._image(name)
         if not os.path.lexists(image):
             given_tls_creds.set(self._tls_creds)
-            run_receive(url, image, keep_base=keep_base, base_format=base_format)
+            run_receive(url, image, keep_base=keep_base, base_format=base_format, into=self._drawn.get(name))
         self._made.append(name)
         self._await_disk(name, size)
         return image

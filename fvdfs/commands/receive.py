@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 
 from fvdfs import daemon
 from fvdfs.commands.attributes import explained, or_by_mount
@@ -17,7 +18,7 @@ from fvdfs.format.mailbox import Wish
 from fvdfs.format.migration import Incoming, Record, Target, fits
 from fvdfs.image.chain import open_chain
 from fvdfs.image.following import stamp_of
-from fvdfs.image.migration import new_number
+from fvdfs.image.migration import new_secret
 from fvdfs.image.policy import Policy, given_tls_creds
 from fvdfs.layers.move import change_record
 from fvdfs.store.locations import Location, is_local, parse_location
@@ -27,11 +28,19 @@ from fvdfs.store.source import ASKED_PATIENCE, ask, epoch_of, tell_of_end
 FOLLOW_DELAY = 1  # seconds after which all that is missing is copied, once the disk is written here
 
 
-def run_receive(url: str, image: str, *, keep_base: str = "", base_format: str = "", hot_first: bool = True) -> int:
+def run_receive(
+    url: str,
+    image: str,
+    *,
+    keep_base: str = "",
+    base_format: str = "",
+    hot_first: bool = True,
+    into: Incoming | None = None,
+) -> int:
     """Make an image that stands on a disk that another host gives. Raises UsageError, ImageError, OSError.
 
     `keep_base`: the name of a template that it is to stand on, as the source does; empty: nothing. `hot_first`: once
-    it is here, copy first what was used last there.
+    it is here, copy first what was used last there. `into`: a move whose epoch and secret are known already.
     """
     if base_format and not keep_base:
         raise UsageError("--base-format needs a template: give --keep-base")
@@ -42,9 +51,12 @@ def run_receive(url: str, image: str, *, keep_base: str = "", base_format: str =
         raise UsageError(f"{url}: to be written as nbd://HOST/NAME or nbds://HOST/NAME, as fvdfs serve prints it")
     with named(url):
         epoch = daemon.run_loop(functools.partial(epoch_of, location, given_tls_creds.get()))
+    into = into or Incoming(Target.RECEIVING, epoch, new_secret())
+    if into.epoch != epoch:
+        raise UsageError(f"{url}: is given there for another move (epoch {epoch}, not {into.epoch})")
     profile_delay = 0 if hot_first else -1
     if keep_base:
-        return _on_template(location, epoch, url, image, keep_base, base_format, profile_delay)
+        return _on_template(location, into, url, image, keep_base, base_format, profile_delay)
     options = CreateOptions(
         base_img=url,
         base_img_fmt=RAW,
@@ -53,14 +65,13 @@ def run_receive(url: str, image: str, *, keep_base: str = "", base_format: str =
         prefetch_delay=FOLLOW_DELAY,
         profile_delay=profile_delay,
     )
-    record = Record(Incoming(Target.RECEIVING, epoch, new_number()))
-    for remark in create_image(image, None, options, record=record):
+    for remark in create_image(image, None, options, record=Record(into)):
         daemon.complain(remark)
     return 0
 
 
 def _on_template(
-    location: Location, epoch: str, url: str, image: str, template: str, base_format: str, profile_delay: int
+    location: Location, into: Incoming, url: str, image: str, template: str, base_format: str, profile_delay: int
 ) -> int:
     if not fits(url):
         raise UsageError(f"{url}: is too long for --keep-base; use a shorter name for the host or the disk")
@@ -68,7 +79,7 @@ def _on_template(
     refuse_changing(base)
     size = inspect_base(image, url, RAW).length
     stamp = daemon.run_loop(functools.partial(_stamp, image, template, base.format))
-    into = Incoming(Target.RECEIVING, epoch, new_number(), url, stamp)
+    into = replace(into, source=url, stamp=stamp)
     with named(url):
         daemon.run_loop(functools.partial(ask, location, given_tls_creds.get(), into, Wish.STAND, ASKED_PATIENCE))
     options = CreateOptions(

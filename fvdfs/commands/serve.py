@@ -3,7 +3,9 @@
 A qemu-storage-daemon reads the raw file in the mount, past every cache, and gives for each disk NAME
 
 - `NAME`, read-only: what the disk is now, with its holes;
-- `NAME/move`, writable: a mailbox (`format/mailbox.py`), in which a target asks for the disk;
+- `NAME/move`, writable: a mailbox (`format/mailbox.py`), in which a target asks for the disk. Whoever reaches the
+  address can write to it: what does not fit the disk's state, or is not proven, is refused before the mount does
+  anything, and whoever goes on is slowed down;
 - `NAME/hot`, read-only: once the disk has moved, what of it was used last (`format/hot.py`);
 - `NAME/EPOCH`, read-only, once the disk has moved: that it is there proves that nobody writes the disk here any more;
 - `NAME/EPOCH/own`, read-only, once the target has asked for it: what the disk has beyond its template (`cow/own.py`).
@@ -18,6 +20,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import logging
+import math
 import os
 import signal
 import socket
@@ -32,9 +35,9 @@ from fvdfs.commands.attributes import explained, facts, flush
 from fvdfs.commands.migration import ask_mount, kept_from_qemu
 from fvdfs.commands.watching import Watch
 from fvdfs.errors import FvdError, ImageBusy, ImageError, UsageError
-from fvdfs.format import hot, mailbox
+from fvdfs.format import hot, mailbox, migration
 from fvdfs.format.mailbox import Answer, Question, Wish
-from fvdfs.format.migration import Source
+from fvdfs.format.migration import Outgoing, Record, Source
 from fvdfs.mountoptions import tls_credentials
 from fvdfs.mounts import DEAD
 from fvdfs.store.locations import Options
@@ -49,6 +52,8 @@ DEFAULT_PORT = "10809"
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 10.0  # seconds before a daemon is started again, twice as long each time
 LOOK = 2.0  # seconds between looks that nothing has called for
 LAST_ANSWER = 0.5  # seconds in which a target reads what it was answered last
+REFUSED_PAUSE = 0.05  # seconds, after somebody was refused for good: he may ask at once again, and others wait for that
+LINES, PERIOD = 10, 60.0  # of the log about what is asked, in so many seconds
 _FROZEN = {state.value for state in Source} - {Source.SERVING.value}
 _FIRST_SOCKET = 3  # the descriptor, by sd_listen_fds(3)
 _TAKEN = _FROZEN - {Source.FROZEN.value}
@@ -57,8 +62,10 @@ _TAKEN = _FROZEN - {Source.FROZEN.value}
 class _Disk:
     """A disk that is given."""
 
-    def __init__(self, raw: str, number: int, folder: str) -> None:
+    def __init__(self, raw: str, number: int, folder: str, *, once: bool = False) -> None:
+        """`once`: not for another move, once this is given up."""
         self.raw = os.path.abspath(raw)
+        self._once = once
         self.name = name_of(raw)
         self.node, self.box_node, self.hot_node = f"disk{number}", f"box{number}", f"hot{number}"
         self.box, self.hot = (os.path.join(folder, name) for name in (self.box_node, self.hot_node))
@@ -71,8 +78,8 @@ class _Disk:
         self._map = ""
         """The export of the map of what the disk has beyond its template."""
         self._maps = 0
-        self._announced = ""
         self._said = ""
+        self._lines, self._lines_since = 0, -math.inf
         # The file in this mount: one that took the place of it is not what is exported.
         self._held = os.open(self.raw, os.O_PATH | os.O_CLOEXEC)
         self._only = -1
@@ -112,16 +119,22 @@ class _Disk:
         server.add_export(self.hot_node, self.hot_node, self.name + hot.EXPORT)
         self.look(server)
 
-    def look(self, server: NbdServer) -> None:
-        """Bring all in line with the disk's state, and answer who has asked. Raises UsageError, ImageError, OSError."""
+    def look(self, server: NbdServer) -> bool:
+        """Bring all in line with the disk's state, and answer who has asked; whether somebody was refused for good.
+
+        Raises UsageError, ImageError, OSError.
+        """
         self._follow(server, self._status())
+        refused = False
         with open(self.box, "r+b", buffering=0) as box:
             for question in mailbox.questions(box.read()):
                 answer = self._answer(server, question)
+                refused = refused or not (answer.done or answer.later)
                 who, result = question.name or question.target, answer.text or "done"
                 self._say(f"{self.raw}: {who} asks to {question.wish.value}: {result}")
                 box.seek(mailbox.question_at(question.target) + mailbox.SECTOR)
                 box.write(answer.encode())
+        return refused
 
     def is_over(self) -> bool:
         """Whether its move has ended. Raises as `_status`."""
@@ -141,6 +154,7 @@ class _Disk:
 
     def _answer(self, server: NbdServer, question: Question) -> Answer:
         try:
+            _refuse_unfit(_record(self._status()), question)
             with daemon.undisturbed():
                 self._do(server, question)
         except (FvdError, OSError) as error:
@@ -156,10 +170,10 @@ class _Disk:
             case Wish.MAP:
                 self._follow(server, ask_mount(self.raw, f"own {words} {question.stamp}"))
                 self._export_map(server, question.epoch)
-            case Wish.RELEASE:
-                self._follow(server, ask_mount(self.raw, f"release {words}"))
-            case Wish.GO_ON:
-                self._follow(server, ask_mount(self.raw, f"go-on {words}"))
+            case Wish.RELEASE | Wish.GO_ON as wish:
+                assert question.proof is not None
+                step = f"{mailbox.WORDS[wish].value} {words} {question.proof.key} {question.proof.other}"
+                self._follow(server, ask_mount(self.raw, step))
             case Wish.HAND_OVER:
                 with kept_from_qemu(self.raw):
                     flush(self.raw)
@@ -168,7 +182,7 @@ class _Disk:
 
     def _follow(self, server: NbdServer, status: dict[str, Any]) -> None:
         """Have locks and exports as this state wants them."""
-        if not status["move"]:
+        if not status["move"] and not self._once:
             status = ask_mount(self.raw, "serve")
         state, epoch = status["move"], str(status.get("move_epoch", ""))
         if state in _FROZEN:
@@ -176,10 +190,10 @@ class _Disk:
         self._export_epoch(server, epoch if state in _TAKEN else "")
         if state not in _FROZEN:  # no machine goes on here before the last reader of the frozen disk is cut off
             self._hold_locks(wanted=False)
-        if epoch != self._announced:
-            with open(self.box, "r+b", buffering=0) as box:
-                box.write(mailbox.announcement(epoch))
-            self._announced = epoch
+        with open(self.box, "r+b", buffering=0) as box:
+            if box.read(mailbox.SECTOR) != (announcement := mailbox.announcement(epoch)):  # clients can write there
+                box.seek(0)
+                box.write(announcement)
 
     def _export_epoch(self, server: NbdServer, epoch: str) -> None:
         """Give the frozen disk under the name of this epoch alone; empty: under none."""
@@ -242,10 +256,18 @@ class _Disk:
             self._say(str(error))
 
     def _say(self, text: str) -> None:
-        """Once: who is refused asks again at once."""
-        if text != self._said:
+        """Once: who is refused asks again at once. A few lines a minute: he may ask in ever new words."""
+        if text == self._said:
+            return
+        self._said = text
+        now = time.monotonic()
+        if now - self._lines_since > PERIOD:
+            if self._lines > LINES:
+                log.warning("%s: asked for %d times more", self.raw, self._lines - LINES)
+            self._lines, self._lines_since = 0, now
+        self._lines += 1
+        if self._lines <= LINES:
             log.warning("%s", text)
-            self._said = text
 
     def close(self) -> None:
         """End."""
@@ -254,6 +276,25 @@ class _Disk:
         if self._only >= 0:
             with contextlib.suppress(OSError):  # of a mount that has ended; nothing was written
                 os.close(self._only)
+
+
+def _record(status: dict[str, Any]) -> Record:
+    """What an image says of its move to another host, by its status."""
+    try:
+        state = Source(status["move"])
+    except ValueError:
+        return Record()
+    return Record(None, Outgoing(state, status["move_epoch"], status["move_target"], status["moved_to"]))
+
+
+def _refuse_unfit(record: Record, question: Question) -> None:
+    """Raise UsageError for what the mount would refuse, too, after it had begun to do it."""
+    epoch, target = question.epoch, question.target
+    if question.wish is Wish.HAND_OVER:
+        migration.hand_over(record, epoch, target, "")
+    elif question.proof is not None:
+        told = migration.told_of_all if question.wish is Wish.RELEASE else migration.told_of_end
+        told(record, epoch, target, question.proof)
 
 
 class _Ended(Exception):
@@ -310,7 +351,7 @@ def serve(
         stack.callback(watch.close)
         served = []
         for place, raw in enumerate(disks):
-            disk = _Disk(raw, place, folder)
+            disk = _Disk(raw, place, folder, once=once)
             stack.callback(disk.close)
             disk.begin()
             served.append(disk)
@@ -371,8 +412,9 @@ class _Keeper:
                 raise Ended(PROGRAM, self._server.last_words)
             self._watch.wait(LOOK if over_since is None else LAST_ANSWER, self._server.fileno())
             going_on = [disk for disk in self._served if not (self._once and disk.is_over())]
-            for disk in going_on:
-                disk.look(self._server)
+            refused = [disk for disk in going_on if disk.look(self._server)]
+            if refused:
+                time.sleep(REFUSED_PAUSE)
             over_since = None if going_on else over_since or time.monotonic()
 
     def _bury(self, reason: str) -> None:

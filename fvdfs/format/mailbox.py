@@ -3,7 +3,10 @@
 The source exports it as NAME/move, writable; so it takes no connection, no port and no certificate of its own. It
 begins with what the source says to all, the epoch. Then there is a slot for each of a few targets, by the target's
 number: a sector for what it asks, and one for the answer, which bears the number of the question. Whoever asks
-again, or finds another in its slot, writes its question again. Pure.
+again, or finds another in its slot, writes its question again.
+
+Whoever reaches the server can read and write all of it. So what frees the source is proven (`proof.py`), and a target
+knows by the export of the epoch alone that the disk is handed over. Who forges more delays a move. Pure.
 """
 
 from __future__ import annotations
@@ -11,7 +14,8 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass
 
-from fvdfs.format.migration import host_name, is_number
+from fvdfs.format.migration import Incoming, host_name, is_number
+from fvdfs.format.proof import Proof, Word, is_digest
 from fvdfs.format.sealed import seal, unseal
 from fvdfs.format.stamp import is_stamp
 
@@ -24,6 +28,7 @@ _SLOT = 2 * SECTOR
 _SLOTS = 63
 SIZE = (1 + _SLOTS) * _SLOT  # bytes
 _MAGIC = b"FVDmail1"
+_NONSENSE = (ValueError, TypeError, KeyError, RecursionError)
 _TEXT_MAX = 300  # characters of an answer
 
 
@@ -42,6 +47,10 @@ class Wish(enum.Enum):
     """The map of what the disk, which has moved to this target, has beyond that template (`cow/own.py`)."""
 
 
+WORDS = {Wish.RELEASE: Word.RELEASE, Wish.GO_ON: Word.GO_ON}
+"""Wishes that go with a proof."""
+
+
 @dataclass(frozen=True, slots=True)
 class Question:
     """Of a target."""
@@ -55,11 +64,20 @@ class Question:
     """Of the target's host."""
     stamp: str = ""
     """Of a template (`stamp.py`)."""
+    proof: Proof | None = None
+    """That it is this target that asks; with some of the wishes, and never with another."""
+
+    @classmethod
+    def of(cls, into: Incoming, wish: Wish, number: str, name: str) -> Question:
+        """What this target, on a host of this name, asks."""
+        proof = into.proof(WORDS[wish]) if wish in WORDS else None
+        return cls(number, wish, into.epoch, into.number, name, into.stamp, proof)
 
     def encode(self) -> bytes:
         """The sector."""
         fields = {"n": self.number, "wish": self.wish.value, "epoch": self.epoch, "target": self.target}
         fields |= {"stamp": self.stamp} if self.stamp else {}
+        fields |= {"key": self.proof.key, "other": self.proof.other} if self.proof is not None else {}
         return seal(_MAGIC, fields | {"name": host_name(self.name)}, SECTOR)
 
     @classmethod
@@ -67,13 +85,18 @@ class Question:
         """What is asked; None: nothing, or nothing that makes sense."""
         try:
             fields = unseal(_MAGIC, sector)
-            if fields is None or not all(is_number(fields[key]) for key in ("n", "epoch", "target")):
+            if fields is None or not all(is_number(fields[key]) for key in ("n", "epoch")):
                 return None
-            name, stamp = host_name(fields["name"]), fields.get("stamp", "")
-            if stamp and not is_stamp(stamp):
+            wish, target, stamp = Wish(fields["wish"]), fields["target"], fields.get("stamp", "")
+            if not is_digest(target) or (stamp != "" and not is_stamp(stamp)) or not isinstance(fields["name"], str):
                 return None
-            return cls(fields["n"], Wish(fields["wish"]), fields["epoch"], fields["target"], name, stamp)
-        except (ValueError, TypeError, KeyError):
+            proof = None
+            if wish in WORDS:
+                proof = Proof(fields["key"], fields["other"])
+                if not (is_digest(proof.key) and is_digest(proof.other)):
+                    return None
+            return cls(fields["n"], wish, fields["epoch"], target, host_name(fields["name"]), stamp, proof)
+        except _NONSENSE:
             return None
 
 
@@ -102,7 +125,7 @@ class Answer:
             if fields is None:
                 return None
             return cls(str(fields["n"]), fields["done"] is True, fields["later"] is True, str(fields["text"]))
-        except (ValueError, TypeError, KeyError):
+        except _NONSENSE:
             return None
 
 
@@ -122,7 +145,7 @@ def epoch_in(sector: bytes) -> str:
         fields = unseal(_MAGIC, sector) or {}
         epoch = fields.get("epoch")
         return epoch if isinstance(epoch, str) and is_number(epoch) else ""
-    except ValueError:
+    except _NONSENSE:
         return ""
 
 

@@ -7,8 +7,9 @@ written. Each says in a record of its own in which state it is (docs/migration.m
                                                                    ↘ abandoned
 
 `serving` draws an epoch, a random number that names this one move. `moved` names the target that has taken the disk
-over, by another random number, so that no second target can. The record is a sector of the header's padding, which is
-written whole or not at all; the image is in the new state once that is stable. An image in a chain of moves has both
+over, by its number, so that no second target can; and that number commits the target, so that nobody else can say in
+its place that it has all, or has given the move up (`proof.py`). The record is a sector of the header's padding, which
+is written whole or not at all; the image is in the new state once that is stable. An image in a chain of moves has both
 parts: it is the target of one move, and the source of the next.
 
 How the record is stored, `sealed.py` says. Pure.
@@ -19,9 +20,10 @@ from __future__ import annotations
 import enum
 import json
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from fvdfs.errors import FormatError, UsageError
+from fvdfs.format.proof import Proof, Word, is_digest, number_of, proof_of, proves
 from fvdfs.format.sealed import seal, unseal
 from fvdfs.format.stamp import is_stamp
 
@@ -31,6 +33,8 @@ SIZE = 512  # bytes
 NAME_MAX = 64  # characters of a host's name that are kept
 SOURCE_MAX = 200  # bytes of a source's URL, as JSON
 _MAGIC = b"FVDmove1"
+_ESCAPED = '"\\'
+"""What JSON takes two bytes for."""
 _NUMBER = re.compile("[0-9a-f]{16}")
 
 
@@ -67,7 +71,7 @@ class Outgoing:
     state: Source
     epoch: str
     target: str = ""
-    """The number of the target that the disk has moved to."""
+    """The number of the target that the disk has moved to; while it has not moved, of the only one that may have it."""
     name: str = ""
     """What that is called, for messages."""
 
@@ -79,12 +83,21 @@ class Incoming:
     state: Target
     epoch: str
     """That of the source."""
-    number: str
-    """The number of this target."""
+    secret: str = field(repr=False)
+    """What proves to the source that it is this target that speaks. It stays here."""
     source: str = ""
     """The URL of the source, where the header names a template that the target is to stand on; empty: it names that."""
     stamp: str = ""
     """That of the template (`stamp.py`)."""
+
+    @property
+    def number(self) -> str:
+        """What this target is called."""
+        return number_of(self.secret, self.epoch)
+
+    def proof(self, word: Word) -> Proof:
+        """What to show with this word, which has to be stable in the record before."""
+        return proof_of(self.secret, self.epoch, word)
 
     def url(self, base: str) -> str:
         """That of the source, where the header names this base."""
@@ -173,7 +186,7 @@ class Record:
         """The sector."""
         fields: dict[str, list[str]] = {}
         if (into := self.incoming) is not None:
-            fields["in"] = [into.state.value, into.epoch, into.number]
+            fields["in"] = [into.state.value, into.epoch, into.secret]
             fields["in"] += [into.source, into.stamp] if into.source else []
         if (out := self.outgoing) is not None:
             fields["out"] = [out.state.value, out.epoch, out.target, out.name]
@@ -189,7 +202,8 @@ class Record:
         except (ValueError, TypeError, KeyError, AttributeError):
             raise FormatError(
                 image,
-                "what it says of its move to or from another host is damaged; if it is the image to go on with: "
+                "what it says of its move to or from another host is damaged, or of another version of fvdfs; "
+                "if it is the image to go on with: "
                 "fvdfs thaw --lose-writes",
             ) from None
 
@@ -197,14 +211,14 @@ class Record:
     def _of(cls, fields: dict[str, list[str]]) -> Record:
         incoming = outgoing = None
         if "in" in fields:
-            state, epoch, number, *template = fields["in"]
+            state, epoch, secret, *template = fields["in"]
             source, stamp = template or ("", "")
             if template and not (source and is_stamp(stamp)):
                 raise ValueError
-            incoming = Incoming(Target(state), _number(epoch), _number(number), source, stamp)
+            incoming = Incoming(Target(state), _number(epoch), _digest(secret), source, stamp)
         if "out" in fields:
             state, epoch, target, name = fields["out"]
-            outgoing = Outgoing(Source(state), _number(epoch), _number(target) if target else "", host_name(name))
+            outgoing = Outgoing(Source(state), _number(epoch), _digest(target) if target else "", host_name(name))
         return cls(incoming, outgoing)
 
     @classmethod
@@ -225,13 +239,13 @@ def is_record(sector: bytes) -> bool:
 
 
 def is_number(text: str) -> bool:
-    """Whether this can be an epoch, or the number of a target."""
+    """Whether this can be an epoch, or the number of a question."""
     return bool(_NUMBER.fullmatch(text))
 
 
 def host_name(text: str) -> str:
     """What of a host's name is kept."""
-    return "".join(c if c.isascii() and c.isprintable() else "?" for c in text[:NAME_MAX])
+    return "".join(c if c.isascii() and c.isprintable() and c not in _ESCAPED else "?" for c in text[:NAME_MAX])
 
 
 def fits(source: str) -> bool:
@@ -241,6 +255,12 @@ def fits(source: str) -> bool:
 
 def _number(text: str) -> str:
     if not is_number(text):
+        raise ValueError
+    return text
+
+
+def _digest(text: str) -> str:
+    if not is_digest(text):
         raise ValueError
     return text
 
@@ -271,22 +291,40 @@ def hand_over(record: Record, epoch: str, target: str, name: str) -> Record:
     out = record.outgoing
     if out is None or out.epoch != epoch:
         raise UsageError(f"the move of epoch {epoch} is over here; receive the disk again")
-    if out.state in (Source.MOVED, Source.RELEASED):
-        if out.target != target:
-            raise UsageError(f"has moved to another target, {out.name or out.target} (epoch {epoch})")
+    _refuse_others(out, target)
+    if record.handed_over:
         return record
     return replace(record, outgoing=Outgoing(Source.MOVED, epoch, target, host_name(name)))
 
 
+def keep_for(record: Record, epoch: str, target: str) -> Record:
+    """Of all targets only this one may have the disk. Another one may be named as long as none has it."""
+    out = record.outgoing
+    if out is None or out.epoch != epoch:
+        raise UsageError(f"the move of epoch {epoch} is over")
+    if record.handed_over:
+        _refuse_others(out, target)
+        return record
+    return replace(record, outgoing=replace(out, target=target, name=""))
+
+
+def _refuse_others(out: Outgoing, target: str) -> None:
+    if out.target in ("", target):
+        return
+    if out.state in (Source.MOVED, Source.RELEASED):
+        raise UsageError(f"has moved to another target, {out.name or out.target} (epoch {out.epoch})")
+    raise UsageError(f"is kept for another target (epoch {out.epoch}), until its fvdfs migrate ends, or fvdfs thaw")
+
+
 def thaw(record: Record, *, lose_writes: bool) -> Record:
-    """The move was cancelled: the disk is written here again, and its epoch is over.
+    """The move was cancelled: the disk is written here again, is kept for no target, and its epoch is over.
 
     `lose_writes`: though a target may have written to its image, which is then another disk.
     """
     out = record.outgoing
-    if out is None or out.state is Source.SERVING:
+    if out is None or (out.state is Source.SERVING and not out.target):
         raise UsageError("is not frozen")
-    if out.state is not Source.FROZEN and not lose_writes:
+    if record.handed_over and not lose_writes:
         raise UsageError(
             f"has moved to {out.name or out.target}, which may have written to it: go on there; "
             "or, to go on here without what was written there: fvdfs thaw --lose-writes"
@@ -301,27 +339,42 @@ def end(record: Record) -> Record:
     return replace(record, outgoing=None)
 
 
-def told_of_end(record: Record, epoch: str, target: str) -> Record:
+def told_of_end(record: Record, epoch: str, target: str, proof: Proof) -> Record:
     """This target says that it has given the move up: it has never written to the disk, and never will.
 
     Where it was told to have the disk, that is written here again, and the epoch is over.
     """
     out = record.outgoing
-    if out is None or (out.epoch, out.target) != (epoch, target):
+    if out is None or not record.handed_over or (out.epoch, out.target) != (epoch, target):
         return record
+    _refuse_unproven(out, Word.GO_ON, proof)
     if out.state is Source.RELEASED:
         raise UsageError(f"has moved to {out.name or out.target}, which has said that it has all of it")
     return replace(record, outgoing=None)
 
 
-def release(record: Record, epoch: str = "", target: str = "") -> Record:
-    """The target has all of the disk. It says so with its numbers, a user without."""
+def release(record: Record) -> Record:
+    """The user says that the target has all of the disk."""
     out = record.outgoing
-    if out is None or out.state in (Source.SERVING, Source.FROZEN):
+    if out is None or not record.handed_over:
         raise UsageError("has not moved: no target has taken it over")
-    if (epoch or target) and (epoch, target) != (out.epoch, out.target):
-        raise UsageError(f"has moved to another target, {out.name or out.target} (epoch {out.epoch})")
     return replace(record, outgoing=replace(out, state=Source.RELEASED))
+
+
+def told_of_all(record: Record, epoch: str, target: str, proof: Proof) -> Record:
+    """This target says that it has all of the disk."""
+    after = release(record)
+    out = after.outgoing
+    assert out is not None
+    if (epoch, target) != (out.epoch, out.target):
+        raise UsageError(f"has moved to another target, {out.name or out.target} (epoch {out.epoch})")
+    _refuse_unproven(out, Word.RELEASE, proof)
+    return after
+
+
+def _refuse_unproven(out: Outgoing, word: Word, proof: Proof) -> None:
+    if not proves(proof, out.epoch, out.target, word):
+        raise UsageError(f"does not show that it is {out.name or out.target}, which has the disk (epoch {out.epoch})")
 
 
 def activate(record: Record) -> Record:

@@ -11,15 +11,22 @@ import secrets
 from fvdfs.errors import MovedAway, UsageError
 from fvdfs.format.header import HEADER_SPACE, MAGIC
 from fvdfs.format.migration import PLACE, SIZE, Record, Target
+from fvdfs.format.proof import LENGTH
 from fvdfs.store.host import HostFile
 
 _NUMBER_BYTES = 8
+_SECRET_BYTES = LENGTH // 2
 _MAGIC = MAGIC.to_bytes(4, "little")
 
 
 def new_number() -> str:
-    """A random epoch, or number of a target."""
+    """A random epoch."""
     return secrets.token_hex(_NUMBER_BYTES)
+
+
+def new_secret() -> str:
+    """What a target is to prove itself with."""
+    return secrets.token_hex(_SECRET_BYTES)
 
 
 def read_record(file: HostFile) -> Record:

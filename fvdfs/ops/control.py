@@ -95,7 +95,8 @@ def moves(entry: Entry) -> dict[str, Any]:
     record, refused = entry.record, entry.move_refused
     found = {"move": record.state, "move_reason": record.obstacle, "move_refused": refused}
     if (out := record.outgoing) is not None:
-        found |= {"move_epoch": out.epoch, "moved_to": out.name or out.target, "move_target": out.target}
+        to = (out.name or out.target) if record.handed_over else ""
+        found |= {"move_epoch": out.epoch, "moved_to": to, "move_target": out.target}
     return found
 
 

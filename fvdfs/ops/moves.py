@@ -3,8 +3,9 @@
 What may follow on what, `format/migration.py` says; docs/migration.md has the whole table. A step is asked for through
 an extended attribute (`xattrs.MOVE`):
 
-    serve | end | freeze | handover EPOCH TARGET NAME | thaw | thaw lose-writes | release [EPOCH TARGET]
-    go-on EPOCH TARGET | activate | abandon | stand STAMP | own EPOCH TARGET STAMP
+    serve | keep EPOCH TARGET | end | freeze | handover EPOCH TARGET NAME | thaw | thaw lose-writes
+    release [EPOCH TARGET KEY OTHER] | go-on EPOCH TARGET KEY OTHER
+    activate | abandon | stand STAMP | own EPOCH TARGET STAMP
 
 A freeze: what copies from the base ends; writers are kept out, and what was written is made stable; the image is
 closed, clean; its record says so, and is stable; then whoever waited to write gets EROFS, and so do all who come later.
@@ -37,6 +38,7 @@ from fvdfs.format import migration
 from fvdfs.format.header import SECTOR
 from fvdfs.format.mailbox import Wish
 from fvdfs.format.migration import Incoming, Record, Source, Target
+from fvdfs.format.proof import Proof, Word, is_digest
 from fvdfs.format.stamp import is_stamp
 from fvdfs.image.chain import open_named, open_source
 from fvdfs.image.following import change_source, check_source, stand_on_template
@@ -61,6 +63,7 @@ from fvdfs.store.source import ASKED_PATIENCE, ask, tell_of_end
 log = logging.getLogger(__name__)
 
 Event = Callable[[Record], Record]
+_DIGESTS = 3  # after a word that a target proves
 WRITE_PATIENCE = 30.0  # seconds that a first write waits for the source
 FOLLOW_INTERVAL = 1.0  # seconds between looks whether all is local
 
@@ -313,18 +316,22 @@ def _event(text: str) -> Event:
             return migration.end
         case ["freeze"]:
             return functools.partial(migration.freeze, new_epoch=new_number())
-        case ["handover", epoch, target, name] if migration.is_number(epoch) and migration.is_number(target):
+        case ["keep", epoch, target] if migration.is_number(epoch) and is_digest(target):
+            return functools.partial(migration.keep_for, epoch=epoch, target=target)
+        case ["handover", epoch, target, name] if migration.is_number(epoch) and is_digest(target):
             return functools.partial(migration.hand_over, epoch=epoch, target=target, name=name)
         case ["thaw"]:
             return functools.partial(migration.thaw, lose_writes=False)
         case ["thaw", "lose-writes"]:
             return functools.partial(migration.thaw, lose_writes=True)
-        case ["go-on", epoch, target] if migration.is_number(epoch) and migration.is_number(target):
-            return functools.partial(migration.told_of_end, epoch=epoch, target=target)
         case ["release"]:
             return migration.release
-        case ["release", epoch, target] if migration.is_number(epoch) and migration.is_number(target):
-            return functools.partial(migration.release, epoch=epoch, target=target)
+    match text.split(" "):
+        case [Word.RELEASE.value | Word.GO_ON.value as word, epoch, *digests] if migration.is_number(epoch):
+            if len(digests) == _DIGESTS and all(map(is_digest, digests)):
+                target, key, other = digests
+                told = migration.told_of_all if word == Word.RELEASE.value else migration.told_of_end
+                return functools.partial(told, epoch=epoch, target=target, proof=Proof(key, other))
     raise UsageError("is no step of a move")
 
 

@@ -97,8 +97,8 @@ async def tell_of_end(location: Location, tls_creds: str, into: Incoming, patien
 async def _ask_once(location: Location, tls_creds: str, into: Incoming, wish: Wish) -> Answer:
     """Raises Unreachable, OSError."""
     number = secrets.token_hex(_NUMBER_BYTES)
-    question = Question(number, wish, into.epoch, into.number, socket.gethostname(), into.stamp)
-    at = mailbox.question_at(into.number)
+    question = Question.of(into, wish, number, socket.gethostname())
+    at = mailbox.question_at(question.target)
     async with nbd_client(location, mailbox.EXPORT, tls_creds) as box:
         await box.pwrite(question.encode(), at)
         deadline = trio.current_time() + ANSWER_TIMEOUT

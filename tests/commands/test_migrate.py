@@ -6,13 +6,16 @@ import os
 import shlex
 import signal
 import sys
+from dataclasses import replace
 
 import pytest
 
+from fvdfs.format.mailbox import Question, Wish
+from fvdfs.format.migration import Incoming, Target
 from support.machines import Machine, is_there, started_by
 from support.migrations import Ground, ended, far_side_of, slow_down, there, under_way
 from support.mounts import MIB, fvdfs, must, wait_for_end, wait_until
-from support.moves import record
+from support.moves import Client, number, record
 
 
 def test_a_machine_moves_with_its_disk(ground: Ground, here: Machine) -> None:
@@ -186,3 +189,22 @@ def test_what_does_not_fit_is_said_before_anything_is_done(ground: Ground, here:
     assert (done.code, done.err.count("\n"), "exists already" in done.err) == (2, 1, True), done
     assert (ground.folder / "vm.fvd").read_bytes() == b"somebody's"
     assert os.listdir(ground.folder) == ["vm.fvd"]
+
+
+def test_nobody_else_is_given_the_disk(ground: Ground) -> None:
+    """Whoever asks first, from when it is served on."""
+    stranger = Incoming(Target.RECEIVING, "", "7" * 32)
+    with under_way(ground, "served at", "--listen", ground.listen) as process:
+        process.send_signal(signal.SIGSTOP)
+        epoch = ground.source.status("vm")["move_epoch"]
+        question = Question.of(replace(stranger, epoch=epoch), Wish.HAND_OVER, number(), "stranger")
+        answer = Client(f"nbd://{ground.listen}/vm").ask(question)
+        assert (answer.done, answer.later) == (False, False)
+        assert "another target" in answer.text
+        process.send_signal(signal.SIGCONT)
+        code, err = ended(process)
+    assert code == 0, err
+    gone, come = record(ground.source.folder / "vm.fvd").outgoing, record(ground.folder / "vm.fvd").incoming
+    assert gone is not None
+    assert come is not None
+    assert gone.target == come.number

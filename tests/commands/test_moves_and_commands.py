@@ -20,7 +20,7 @@ from support.moves import serving
 
 CONTENT = bytes(range(251)) * 4096
 ALLOW = ("-o", "allow_url=nbd+unix:///")
-E, T = "a" * 16, "b" * 16
+E, T = "a" * 16, "b" * 32
 OUTGOING = {
     state.value: Outgoing(state, E, *((T, "gamma") if state in (Source.MOVED, Source.RELEASED) else ()))
     for state in Source
@@ -83,9 +83,9 @@ class Disks:
         into = record(self.kept / "receiving.fvd").incoming
         assert into is not None
         trio.run(functools.partial(ask, parse_location(url), "", into, Wish.HAND_OVER, 3.0))
-        self.into = Incoming(Target.ACTIVE, into.epoch, into.number)
+        self.into = Incoming(Target.ACTIVE, into.epoch, into.secret)
         self._keep("active", Record(self.into))
-        self._keep("abandoned", Record(Incoming(Target.ABANDONED, into.epoch, into.number)))
+        self._keep("abandoned", Record(Incoming(Target.ABANDONED, into.epoch, into.secret)))
         for name, outgoing in OUTGOING.items():
             self._keep(name, Record(self.into, outgoing))
         (self.kept / "other.raw").write_bytes(bytes(4 << 20))

@@ -3,7 +3,8 @@
 What decides is real: `fvdfs serve` for each disk, the mailbox, and what may follow on what. The mounts, which keep a
 record and the blocks of each image, and the servers, which have exports, are simulated. At every moment
 
-- at most one image of the disk may be written, and by no machine while an export of the frozen disk stands;
+- at most one image of the disk may be written, and by no machine while an export of the frozen disk stands,
+  whatever strangers write into the mailboxes who have seen all that ever was in them;
 - what is read is what was written last in that line of the disk, or an error;
 - what was released is needed by nobody;
 
@@ -20,6 +21,7 @@ import os
 import random
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,7 @@ from fvdfs.errors import ImageBusy, ImageError, UsageError
 from fvdfs.format import mailbox, migration
 from fvdfs.format.mailbox import SECTOR, Answer, Question, Wish
 from fvdfs.format.migration import Incoming, Record, Source, Target
+from fvdfs.format.proof import Proof, number_of
 from fvdfs.ops import moves
 from support.crash import quiet
 
@@ -38,10 +41,9 @@ RUNS = max(STEPS // 2, 100)
 SEED = os.environ.get("FVDFS_STATEFUL_SEED", "")
 BLOCKS = range(2)
 HOSTS = range(3)
-SAME_SLOT = 63  # numbers of targets that differ by so much meet in one slot of the mailbox
 MOST = 7  # images
 EVENTS_MAX = 150  # of a run
-COUNTED = 7  # kinds of what a run is to reach
+COUNTED = 8  # kinds of what a run is to reach
 
 
 class Killed(BaseException):
@@ -196,6 +198,9 @@ class Hosts:
         self._add(0, None, Record())
         self.versions = 0
         self.numbers = 0
+        self.secrets = 0
+        self.seen: list[Question] = []
+        """All that was ever asked."""
         for name, fake in (("facts", self._facts), ("ask_mount", self._ask_mount), ("flush", lambda _raw: None)):
             patch.setattr(serve, name, fake)
         patch.setattr(serve, "kept_from_qemu", self._kept_from_qemu)
@@ -212,7 +217,8 @@ class Hosts:
         if not image.mounted or image.removed or image.lost_mount:
             raise OSError(errno.ENOTCONN, os.strerror(errno.ENOTCONN))
         out = image.record.outgoing
-        return {"move": image.record.state, **({"move_epoch": out.epoch} if out is not None else {})}
+        found = {} if out is None else {"move_epoch": out.epoch, "move_target": out.target, "moved_to": out.name}
+        return {"move": image.record.state, **found}
 
     def _ask_mount(self, raw: str, step: str) -> dict[str, Any]:
         image = self.by_raw[raw]
@@ -309,8 +315,15 @@ class Hosts:
             return
         with open(source.disk.box, "rb") as box:
             epoch = mailbox.epoch_in(box.read(SECTOR))
-        target = len(self.images) * (SAME_SLOT if meets else 1)
-        self._add(host, source, Record(Incoming(Target.RECEIVING, epoch, f"{target:016x}")))
+        self._add(host, source, Record(Incoming(Target.RECEIVING, epoch, self._draw(epoch, meets=meets))))
+
+    def _draw(self, epoch: str, *, meets: int) -> str:
+        """A secret; `meets`: of a target that has the first slot of the mailbox."""
+        while True:
+            self.secrets += 1
+            secret = f"{self.secrets:032x}"
+            if not meets or mailbox.question_at(number_of(secret, epoch)) == mailbox.question_at("0"):
+                return secret
 
     def _put(self, image: Image, wish: Wish) -> None:
         into, source = image.record.incoming, image.source
@@ -320,10 +333,15 @@ class Hosts:
             return
         image.told = False
         self.numbers += 1
-        image.question = Question(f"{self.numbers:016x}", wish, into.epoch, into.number, "host")
-        with open(source.disk.box, "r+b") as box:
-            box.seek(mailbox.question_at(into.number))
-            box.write(image.question.encode())
+        image.question = Question.of(into, wish, f"{self.numbers:016x}", "host")
+        self.seen.append(image.question)
+        self._write_question(source.disk.box, image.question)
+
+    @staticmethod
+    def _write_question(path: str, question: Question) -> None:
+        with open(path, "r+b") as box:
+            box.seek(mailbox.question_at(question.target))
+            box.write(question.encode())
 
     def _ask(self, image: Image) -> None:
         if image.record.receiving and not image.record.abandoned and image.mounted:
@@ -452,6 +470,42 @@ class Hosts:
     def _command(self, image: Image, step: str) -> None:
         with contextlib.suppress(UsageError):
             image.record = moves._event(step)(image.record)
+
+    @event
+    def keep(self, number: int, *, other: int, **_: int) -> None:
+        """Of all targets one alone is to get the disk."""
+        image = self._pick(number, lambda image: image.mounted and image.record.outgoing)
+        another = self._pick(other, lambda another: another.source is image and another.record.incoming)
+        if image is None or another is None:
+            return
+        into = another.record.incoming
+        assert into is not None
+        self._command(image, f"keep {into.epoch} {into.number}")
+
+    @event
+    def forge(self, number: int, *, other: int, left: int, meets: int, **_: int) -> None:
+        """A stranger asks what others have asked, or puts what he saw together to another wish."""
+        image = self._pick(number, lambda image: image.disk is not None and image.record.outgoing)
+        if image is None or image.disk is None:
+            return
+        out = image.record.outgoing
+        assert out is not None
+        self.numbers += 1
+        shown = [question for question in self.seen if question.proof is not None and question.epoch == out.epoch]
+        proof = shown[other % len(shown)].proof if shown else Proof("0" * 32, out.target or "0" * 32)
+        assert proof is not None
+        forged = [
+            Question(f"{self.numbers:016x}", wish, out.epoch, out.target or "0" * 32, "stranger", "", each)
+            for wish in mailbox.WORDS
+            for each in (proof, Proof(proof.other, proof.key), Proof(proof.other, proof.other))
+        ]
+        again = [replace(question, number=f"{self.numbers:016x}") for question in self.seen]
+        question = (again if meets and again else forged)[other % len(again if meets and again else forged)]
+        self._write_question(image.disk.box, question)
+        before = image.record
+        self._serve(image, left)
+        if before.handed_over and question in forged:
+            self.counts["forged, and refused"] += image.record == before
 
     @event
     def freeze(self, number: int, **_: int) -> None:

@@ -7,19 +7,18 @@ import mmap
 import os
 import signal
 import subprocess
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from fvdfs.format import mailbox
-from fvdfs.format.mailbox import Answer, Question, Wish
+from fvdfs.format.mailbox import Question, Wish
+from fvdfs.format.migration import Incoming, Target
 from fvdfs.store import filelock
 from support.mounts import FVDFS, MIB, Mount, fvdfs, mounted, must, needs_passthrough, running, wait_for_end, wait_until
-from support.moves import serving
+from support.moves import Client, number, serving
 
-T, OTHER_T = "1" * 16, "2" * 16
+SECRET, OTHER_SECRET = "1" * 32, "2" * 32
 
 
 @pytest.fixture
@@ -48,22 +47,9 @@ def has_export(socket: Path, export: str) -> bool:
     return "read 512/512" in qemu_io(socket, export, "read 0 512")
 
 
-def ask(socket: Path, question: Question, tmp_path: Path) -> Answer:
-    """As a target does."""
-    url, at = f"nbd+unix:///vm/move?socket={socket}", mailbox.question_at(question.target)
-    (tmp_path / "question").write_bytes(question.encode())
-    qemu_io(socket, "vm/move", f"write -s {tmp_path / 'question'} {at} 512", write=True)
-    deadline = time.monotonic() + 10
-    while time.monotonic() < deadline:
-        subprocess.run(["qemu-img", "convert", "-f", "raw", "-O", "raw", url, tmp_path / "box"], check=True)
-        answer = Answer.decode((tmp_path / "box").read_bytes()[at + 512 : at + 1024])
-        if answer is not None and answer.number == question.number:
-            return answer
-    raise AssertionError("no answer")
-
-
-def number() -> str:
-    return os.urandom(8).hex()
+def question(wish: Wish, epoch: str, name: str = "beta", secret: str = SECRET) -> Question:
+    """That of a target."""
+    return Question.of(Incoming(Target.RECEIVING, epoch, secret), wish, number(), name)
 
 
 def test_it_gives_what_the_disk_is_now_with_its_holes(mount: Mount) -> None:
@@ -89,27 +75,27 @@ def test_it_gives_what_the_disk_is_now_with_its_holes(mount: Mount) -> None:
     assert fvdfs("serve", raw, "--listen", "127.0.0.1:1x").code == 2
 
 
-def test_it_is_handed_over_once_and_only_without_a_machine(mount: Mount, tmp_path: Path) -> None:
+def test_it_is_handed_over_once_and_only_without_a_machine(mount: Mount) -> None:
     raw = mount.raw("vm")
     with serving(mount) as socket:
         epoch = mount.status("vm")["move_epoch"]
-        wish = Question(number(), Wish.HAND_OVER, epoch, T, "beta")
+        wish = question(Wish.HAND_OVER, epoch)
         with running("qemu-io", "-f", "raw", "-n", raw, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as machine:
             assert machine.stdin is not None
             assert machine.stdout is not None
             machine.stdin.write(b"write -P 7 0 4k\n")
             machine.stdin.flush()
             machine.stdout.readline()
-            answer = ask(socket, wish, tmp_path)
+            answer = Client.at(socket).ask(wish)
             assert (answer.done, answer.later) == (False, True)
             assert "a machine runs on it" in answer.text
             assert not has_export(socket, f"vm/{epoch}")
-        answer = ask(socket, Question(number(), Wish.HAND_OVER, "0" * 16, T, "beta"), tmp_path)
+        answer = Client.at(socket).ask(question(Wish.HAND_OVER, "0" * 16))
         assert (answer.done, answer.later) == (False, False)
-        assert ask(socket, Question(number(), Wish.HAND_OVER, epoch, T, "beta"), tmp_path).done
+        assert Client.at(socket).ask(question(Wish.HAND_OVER, epoch)).done
         assert "read 512/512" in qemu_io(socket, f"vm/{epoch}", "read -P 7 0 512")
-        assert ask(socket, Question(number(), Wish.HAND_OVER, epoch, T, "beta"), tmp_path).done
-        answer = ask(socket, Question(number(), Wish.HAND_OVER, epoch, OTHER_T, "gamma"), tmp_path)
+        assert Client.at(socket).ask(question(Wish.HAND_OVER, epoch)).done
+        answer = Client.at(socket).ask(question(Wish.HAND_OVER, epoch, "gamma", OTHER_SECRET))
         assert "has moved to another target, beta" in answer.text
         words = ["qemu-io", "-f", "raw", "-r", "-c", "reopen -w", str(raw)]
         again = subprocess.run(words, capture_output=True, text=True, check=False)
@@ -117,13 +103,13 @@ def test_it_is_handed_over_once_and_only_without_a_machine(mount: Mount, tmp_pat
     mount.remount()
     with serving(mount) as socket:
         assert has_export(socket, f"vm/{epoch}")
-        assert ask(socket, Question(number(), Wish.RELEASE, epoch, T, "beta"), tmp_path).done
+        assert Client.at(socket).ask(question(Wish.RELEASE, epoch)).done
         assert mount.status("vm")["move"] == "released"
         must("thaw", raw, "--lose-writes")
         wait_until(lambda: mount.status("vm")["move"] == "serving")
         wait_until(lambda: not has_export(socket, f"vm/{epoch}"))
         assert mount.status("vm")["move_epoch"] != epoch
-        assert "is over" in ask(socket, Question(number(), Wish.HAND_OVER, epoch, T, "beta"), tmp_path).text
+        assert "is over" in Client.at(socket).ask(question(Wish.HAND_OVER, epoch)).text
         with raw.open("r+b") as file:
             file.write(b"again")
 
@@ -140,14 +126,14 @@ def test_another_daemon_takes_the_place_of_one_that_has_died(mount: Mount, tmp_p
         assert server.stderr is not None
         assert server.stdout.readline()
         epoch = mount.status("vm")["move_epoch"]
-        for wish in (None, Question(number(), Wish.HAND_OVER, epoch, T, "beta")):
+        for wish in (None, question(Wish.HAND_OVER, epoch)):
             os.kill(children(server.pid)[0], signal.SIGKILL)
             assert "has ended, and is started again: killed by signal 9" in server.stderr.readline()
             assert "runs again" in server.stderr.readline()
             assert has_export(path, "vm")
             assert has_export(path, f"vm/{epoch}") == (mount.status("vm")["move"] == "moved")
             if wish is not None:
-                assert ask(path, wish, tmp_path).done
+                assert Client.at(path).ask(wish).done
                 assert "beta asks to hand over: done" in server.stderr.readline()
         os.kill(children(server.pid)[0], signal.SIGKILL)
         wait_until(lambda: has_export(path, f"vm/{epoch}"))

@@ -6,6 +6,7 @@ import random
 from collections.abc import Callable
 
 from fuzz.exports import fuzz_export
+from fuzz.moves import fuzz_moves
 from fuzz.names import fuzz_formats
 from fuzz.opening import fuzz_opening
 from fuzz.parsers import fuzz_bitmap, fuzz_header, fuzz_journal, fuzz_table
@@ -17,10 +18,20 @@ TARGETS: dict[str, Callable[[bytes], bool]] = {
     "journal": fuzz_journal,
     "formats": fuzz_formats,
     "export": fuzz_export,
+    "moves": fuzz_moves,
     "open": fuzz_opening,
 }
-PARSERS = ("header", "bitmap", "table", "journal", "formats", "export")
-MAX_LENGTH = {"header": 128, "bitmap": 128, "table": 256, "journal": 512, "formats": 192, "export": 96, "open": 400}
+PARSERS = ("header", "bitmap", "table", "journal", "formats", "export", "moves")
+MAX_LENGTH = {
+    "header": 128,
+    "bitmap": 128,
+    "table": 256,
+    "journal": 512,
+    "formats": 192,
+    "export": 96,
+    "moves": 256,
+    "open": 400,
+}
 """The longest input that makes sense for a target: behind it, hardly a byte is read."""
 
 NAMES = (

@@ -437,8 +437,8 @@ def test_every_cut(scratch: Path, name: str, layout: str) -> None:
     print(f"{name}, {layout}: {explore(name, layout, scratch, EFFORT)} states")
 
 
-NUMBERS = "e" * 16, "1" * 16
-"""Epoch and target of a move."""
+NUMBERS = "e" * 16, "1" * 32
+"""Epoch and target of a move, or the secret of that."""
 
 
 def explore_hand_over(scratch: Path, monkeypatch: pytest.MonkeyPatch, layout: str, effort: float) -> int:

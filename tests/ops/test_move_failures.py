@@ -27,7 +27,7 @@ from typing import Any
 
 import pytest
 
-from fvdfs.format.migration import PLACE, SIZE, Incoming, Record, Target
+from fvdfs.format.migration import PLACE, SIZE, Record, Target
 from support import logwriter
 from support.guest import drive
 from support.hosts import Host, joined_hosts, needs_hosts
@@ -606,7 +606,10 @@ def test_it_goes_on_to_a_third_host_while_it_still_follows(world: World, turn: i
     c.must("receive", b.url(), c.folder / "vm.fvd")
     c.begin("on_base_error=wait", sources=(b,))
     machine.stop()
-    was_local = b.record().incoming == Incoming(Target.LOCAL, a.status()["move_epoch"], a.status()["move_target"])
+    into = b.record().incoming
+    assert into is not None
+    assert (into.epoch, into.number) == (a.status()["move_epoch"], a.status()["move_target"])
+    was_local = into.state is Target.LOCAL
     machine.run(c)
     for site in (a, b):
         world.cannot_write(site)

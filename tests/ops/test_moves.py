@@ -17,6 +17,7 @@ import trio
 
 from fvdfs.format.header import HEADER_SPACE, Header
 from fvdfs.format.migration import PLACE, Outgoing, Source
+from fvdfs.format.proof import Word, number_of, proof_of
 from fvdfs.ops import moves
 from fvdfs.store.filelock import FileLock
 from support import reference
@@ -26,7 +27,7 @@ from support.moves import record
 from support.served import SIZE as SIZE_OF_DISK
 from support.served import Served
 
-E, T, OTHER_T = "e" * 16, "1" * 16, "2" * 16
+E, T, OTHER_T, SECRET = "e" * 16, "1" * 32, "2" * 32, "3" * 32
 DATA = bytes(range(256)) * 16
 
 
@@ -172,12 +173,17 @@ def test_only_what_is_released_can_be_removed(folder: Path) -> None:
         (mount.point / "other.raw").write_bytes(DATA)
         must("freeze", mount.raw("vm"))
         epoch = mount.status("vm")["move_epoch"]
-        step(mount, f"handover {epoch} {T} beta")
+        target = number_of(SECRET, epoch)
+        step(mount, f"handover {epoch} {target} beta")
         with pytest.raises(OSError, match="Read-only"):
             mount.raw("vm").unlink()
         with pytest.raises(OSError, match="Read-only"):
             os.rename(mount.raw("other"), mount.raw("vm"))
-        step(mount, f"release {epoch} {T}")
+        proof, other = (proof_of(SECRET, epoch, word) for word in Word)
+        for words in (f"{target}", f"{target} {other.key} {other.other}", f"{target} {proof.other} {proof.key}"):
+            with pytest.raises(OSError, match="Invalid"):
+                step(mount, f"release {epoch} {words}")
+        step(mount, f"release {epoch} {target} {proof.key} {proof.other}")
         mount.raw("vm").unlink()
 
 

@@ -91,7 +91,7 @@ def test_caps_are_kept() -> None:
 
 def test_a_disk_follows_once_it_is_taken_over_until_all_is_local() -> None:
     status = os.stat(__file__)
-    records = {state: Record(incoming=Incoming(state, "0" * 16, "1" * 16)) for state in Target}
+    records = {state: Record(incoming=Incoming(state, "0" * 16, "1" * 32)) for state in Target}
     assert [
         state for state, record in records.items() if Entry(2, b"/x/vm.fvd", Seen(status, record=record)).follows
     ] == [Target.ACTIVE]
