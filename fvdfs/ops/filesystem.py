@@ -261,7 +261,7 @@ class Filesystem(pyfuse3.Operations):
 
     async def _resize(self, entry: Entry, image: Image, size: int) -> None:
         """Raises NotPermittedHere, OSError: EBUSY where others stand on a disk that is to be cut; as `Image.resize`."""
-        if entry.record.receiving:
+        if entry.is_held_up:
             await moves.activate(self.openings, entry)
         if size < image.size:
             if not self._shrink:
@@ -487,7 +487,7 @@ class Filesystem(pyfuse3.Operations):
     def _change(self, fh: int, pending: Pending, stop: int, *, durable: bool) -> Pending:
         """A change of a disk's bytes up to `stop`; `durable` as for `begin_write`."""
         entry = self._handles[fh].entry
-        if entry.record.receiving:
+        if entry.is_held_up:
             pending = InTask(functools.partial(self._when_active, entry, pending))
         durable = self._sync is Sync.ALWAYS or (durable and self._sync is Sync.FLUSH)
         write = DurableWrite if durable else Write

@@ -121,6 +121,8 @@ class Entry:
         """What of the disk programs have used lately."""
         self.hot: bytes | None = None
         """What of it was when it was frozen (`format/hot.py`)."""
+        self.to_begin = False
+        """Whether it may be written, and could not be made writable for who has it open: the next change tries that."""
         self.activating = trio.Lock()
         """Held while it is taken over from its source, or its move is given up."""
         self.move_refused = ""
@@ -159,6 +161,11 @@ class Entry:
         """Whether it ever was open, so that the kernel may have pages of it."""
         self.cached: Snapshot | None = None
         """How the files were when the image was loaded last; None: nobody can tell."""
+
+    @property
+    def is_held_up(self) -> bool:
+        """Whether a change has to wait for `moves.activate`."""
+        return self.record.receiving or self.to_begin
 
     @property
     def follows(self) -> bool:

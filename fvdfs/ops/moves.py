@@ -17,8 +17,9 @@ freeze the disk and to say so; its export of this move, which is there only then
 the disk is active, and is stable; the kernel's pages are dropped; the image becomes writable, and copies from now on,
 first what was used last at the source (`hot.py`).
 Where anything fails before the record is stable, it is received on, and the change fails with EIO. The source gives the
-disk to this target alone, however often it is asked. `abandon` ends that for good: once the record says so, and is
-stable, the source is told, and goes on by itself.
+disk to this target alone, however often it is asked. What fails afterwards has the change fail, too, and is done by the
+next one; so is what fails when a disk may be written again after a freeze. `abandon` ends that for good: once the
+record says so, and is stable, the source is told, and goes on by itself.
 """
 
 from __future__ import annotations
@@ -124,6 +125,7 @@ async def activate(openings: Openings, entry: Entry, patience: float = WRITE_PAT
     async with entry.activating:
         image, into = entry.image, entry.record.incoming
         if not entry.record.receiving:
+            await _begin_late(openings, entry)
             return
         assert image is not None
         assert into is not None
@@ -142,6 +144,7 @@ async def activate(openings: Openings, entry: Entry, patience: float = WRITE_PAT
             entry.move_refused = str(error) if isinstance(error, FvdError) else error.strerror or str(error)
             log.error("%s: cannot be taken over from its source: %s", image.name, entry.move_refused)
             raise OSError(errno.EIO, entry.move_refused) from error
+        entry.move_refused = ""
         log.info("%s: taken over from its source in %.3f s", image.name, trio.current_time() - began)
 
 
@@ -193,10 +196,40 @@ async def _take_over(openings: Openings, entry: Entry, image: Image) -> None:
         await change_source(image, base)
     else:
         await image.change_base(base, (file_format, str(base.identity), ""))
+    entry.to_begin = True
+    await _begin(openings, entry, image)
+    follow(openings, entry, image)
+
+
+async def _begin(openings: Openings, entry: Entry, image: Image) -> None:
+    """Have programs that have it open for writing write it. Raises ImageError, OSError; then it can be done again."""
     if openings.forget_pages is not None:
         await openings.forget_pages(entry.inode)
-    await begin_writing(entry, image, policy, openings.background)
-    follow(openings, entry, image)
+    if not image.writable:
+        await begin_writing(entry, image, openings.folder.policy, openings.background)
+    elif entry.prefetcher is None:
+        await openings.background.begin(entry, image)
+    entry.to_begin = False
+
+
+async def _begin_late(openings: Openings, entry: Entry) -> None:
+    """As `_begin`, where that has failed before. Raises OSError."""
+    if not entry.to_begin:
+        return
+    with trio.CancelScope(shield=True):
+        async with entry.lock:
+            image = entry.image
+            if image is None or not entry.to_begin or entry.record.obstacle:
+                return
+            try:
+                await _begin(openings, entry, image)
+            except (FvdError, OSError) as error:
+                entry.move_refused = str(error) if isinstance(error, FvdError) else error.strerror or str(error)
+                log.error("%s: cannot be written yet: %s", image.name, entry.move_refused)
+                raise OSError(errno.EIO, entry.move_refused) from error
+            entry.move_refused = ""
+            log.info("%s: can be written", image.name)
+            follow(openings, entry, image)
 
 
 def follow(openings: Openings, entry: Entry, image: Image) -> None:
@@ -408,11 +441,12 @@ async def _freeze(openings: Openings, entry: Entry, image: Image) -> None:
 
 
 async def _go_on(openings: Openings, policy: Policy, entry: Entry, image: Image) -> None:
-    """Programs that have it open for writing may write again. Failures go to the log: the disk can be closed."""
+    """Programs that have it open for writing may write again. After a failure the next change tries again."""
     try:
         if image.writable:
             await begin_copies(openings, entry, image)
             return
         await begin_writing(entry, image, policy, openings.background)
     except (FvdError, OSError) as error:
-        log.error("%s: cannot be written until it is opened again: %s", image.name, error)
+        entry.to_begin = True
+        log.error("%s: cannot be written yet: %s", image.name, error)

@@ -11,15 +11,19 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import trio
 
 from fvdfs.format.header import HEADER_SPACE, Header
-from fvdfs.format.migration import PLACE, Outgoing, Source
+from fvdfs.format.migration import PLACE, Incoming, Outgoing, Record, Source, Target
 from fvdfs.format.proof import Word, number_of, proof_of
 from fvdfs.ops import moves
+from fvdfs.ops.background import Background
+from fvdfs.ops.openings import Openings
 from fvdfs.store.filelock import FileLock
+from fvdfs.store.host import HostFile, open_path
 from support import reference
 from support.kernel import Kernel
 from support.mounts import MIB, PASSED_THROUGH, Mount, fvdfs, mounted, must, needs_passthrough, running, wait_for_log
@@ -275,6 +279,77 @@ def test_a_write_that_waits_for_a_freeze_fails(tmp_path: Path, monkeypatch: pyte
     served = Served(tmp_path, monkeypatch)
     served.run(work)
     assert not b"".join(reference.read_disk(tmp_path / "a.fvd")).startswith(DATA)
+
+
+@pytest.mark.parametrize(("where", "name"), [(moves, "begin_writing"), (Background, "begin"), (Openings, "forget")])
+def test_a_take_over_that_fails_once_it_is_stable_is_finished_by_the_next_write(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: Any, name: str
+) -> None:
+    """There is no way back then: nobody else can write the disk."""
+    served = Served(tmp_path, monkeypatch)
+    (tmp_path / "frozen.raw").write_bytes((tmp_path / "base.raw").read_bytes())
+    with (tmp_path / "a.fvd").open("r+b") as file:
+        file.seek(PLACE)
+        file.write(Record(Incoming(Target.RECEIVING, E, SECRET)).encode())
+
+    async def fail(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "no space")
+
+    async def say_yes(*_: object) -> None:
+        pass
+
+    def open_source(image: str, *_: object, **__: object) -> HostFile:
+        return open_path(str(tmp_path / "frozen.raw"), writable=False)
+
+    monkeypatch.setattr(moves, "ask", say_yes)
+    monkeypatch.setattr(moves, "open_named", open_source)
+
+    async def work(kernel: Kernel, fh: int) -> None:
+        openings = served.filesystem.openings
+        expected = await kernel.read(fh, 0, 8192)
+        with monkeypatch.context() as patched:
+            if where is Openings:
+                patched.setattr(openings, "forget_pages", fail)
+            else:
+                patched.setattr(where, name, fail)
+            for _ in range(2):
+                with pytest.raises(OSError, match="Input/output"):
+                    await kernel.write(fh, 0, DATA)
+                assert record(tmp_path / "a.fvd").state == "active"
+                assert served.entry.move_refused == "no space"
+                assert await kernel.read(fh, 0, 8192) == expected
+        assert await kernel.write(fh, 0, DATA) == len(DATA)
+        assert not served.entry.move_refused
+        assert await kernel.read(fh, 0, 8192) == DATA + expected[len(DATA) :]
+        assert served.entry.image is not None
+        assert served.entry.image.writable
+
+    served.run(work)
+    assert b"".join(reference.read_disk(tmp_path / "a.fvd")).startswith(DATA)
+
+
+def test_a_thaw_that_cannot_have_the_disk_be_written_is_finished_by_the_next_write(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def fail(*_: object) -> None:
+        raise OSError(errno.EIO, "no")
+
+    async def work(kernel: Kernel, fh: int) -> None:
+        step = functools.partial(moves.take_step, served.filesystem.openings, served.entry)
+        await step("freeze")
+        with monkeypatch.context() as patched:
+            patched.setattr(moves, "begin_writing", fail)
+            await step("thaw")
+            with pytest.raises(OSError, match="Input/output"):
+                await kernel.write(fh, 0, DATA)
+        await step("freeze")
+        with pytest.raises(OSError, match="Read-only"):
+            await kernel.write(fh, 0, DATA)
+        await step("thaw")
+        assert await kernel.write(fh, 0, DATA) == len(DATA)
+
+    served = Served(tmp_path, monkeypatch)
+    served.run(work)
 
 
 def test_a_frozen_base_gets_no_copies(folder: Path) -> None:
