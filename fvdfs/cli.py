@@ -561,6 +561,7 @@ def _add_moves(commands: argparse._SubParsersAction[_Parser]) -> None:
     release = commands.add_parser("release", help="say that the target has all of a disk: its image may be removed")
     release.set_defaults(run=_release)
     release.add_argument("disk", metavar="DISK", help="a raw file in a mount, or an image that is not open")
+    _add_tls_creds(release)
 
 
 def _add_names(command: argparse.ArgumentParser, text: str) -> None:

@@ -14,12 +14,15 @@ from collections.abc import Callable, Iterator
 
 from fvdfs.commands.attributes import explained, facts, flush, or_by_mount
 from fvdfs.daemon import run_loop
-from fvdfs.errors import ImageBusy, ImageError, UsageError
+from fvdfs.errors import FvdError, ImageBusy, ImageError, UsageError
 from fvdfs.format import migration
-from fvdfs.format.migration import Record
-from fvdfs.image.policy import Policy
-from fvdfs.layers.move import change_record, freeze
+from fvdfs.format.mailbox import Wish
+from fvdfs.format.migration import Record, Target
+from fvdfs.image.policy import Policy, given_tls_creds
+from fvdfs.layers.move import change_record, freeze, record_of
 from fvdfs.store.filelock import FileLock
+from fvdfs.store.locations import parse_location
+from fvdfs.store.source import ASKED_PATIENCE, ask
 from fvdfs.xattrs import MOVE, STATUS
 
 LET_GO_PATIENCE = 5.0  # seconds; a machine may be there that holds locks, too
@@ -66,8 +69,31 @@ def _wait_until_let_go(raw: str) -> None:
 
 
 def run_release(disk: str) -> int:
-    """Say that the target has all of a disk, so that its image may be removed. Raises as `run_freeze`."""
-    return _run(disk, "release", migration.release)
+    """Say that the target has all of a disk, so that its image may be removed. Raises as `run_freeze`.
+
+    Where the disk had come from another host itself, and still followed, that is told, too: by the mount, or from here.
+    """
+    code = _run(disk, "release", migration.release)
+    if not disk.endswith(".raw"):
+        _pass_release_on(disk)
+    return code
+
+
+def _pass_release_on(image: str) -> None:
+    """Raises ImageError where the source of an image that was released cannot be told, OSError."""
+    record, base = record_of(image)
+    into = record.incoming
+    if into is None or into.state is not Target.ACTIVE:
+        return
+    source = parse_location(into.url(base))
+    try:
+        run_loop(functools.partial(ask, source, given_tls_creds.get(), into, Wish.RELEASE, ASKED_PATIENCE))
+    except (FvdError, OSError) as error:
+        raise ImageError(
+            source.name,
+            f"the image here is released, but its own source, which nobody needs any more, could not be told: {error}; "
+            "do this once more later, or there: fvdfs release",
+        ) from error
 
 
 def _run(disk: str, step: str, event: Callable[[Record], Record], *, damaged: bool = False) -> int:

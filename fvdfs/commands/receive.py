@@ -16,11 +16,10 @@ from fvdfs.format.creation import CreateOptions
 from fvdfs.format.header import PAGE
 from fvdfs.format.mailbox import Wish
 from fvdfs.format.migration import Incoming, Record, Target, fits
-from fvdfs.image.chain import open_chain
 from fvdfs.image.following import stamp_of
 from fvdfs.image.migration import new_secret
-from fvdfs.image.policy import Policy, given_tls_creds
-from fvdfs.layers.move import change_record
+from fvdfs.image.policy import given_tls_creds
+from fvdfs.layers.move import change_record, record_of
 from fvdfs.store.locations import Location, is_local, parse_location
 from fvdfs.store.references import RAW
 from fvdfs.store.source import ASKED_PATIENCE, ask, epoch_of, tell_of_end
@@ -119,12 +118,9 @@ def run_abandon(disk: str) -> int:
         return 0
     with or_by_mount():
         change_record(disk, migration.abandon)
-    layer = open_chain(disk, Policy(), top_only=True).layers[0]
-    try:
-        into = layer.record().incoming
-    finally:
-        layer.meta.close()
+    record, base = record_of(disk)
+    into = record.incoming
     assert into is not None
-    source = parse_location(into.url(layer.header.base_img))
+    source = parse_location(into.url(base))
     daemon.run_loop(functools.partial(tell_of_end, source, given_tls_creds.get(), into, ASKED_PATIENCE))
     return 0

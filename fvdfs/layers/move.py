@@ -25,6 +25,15 @@ async def freeze(path: str, policy: Policy) -> None:
         change_record(path, lambda record: migration.freeze(record, new_number()))
 
 
+def record_of(path: str) -> tuple[Record, str]:
+    """What an image says of its moves, and the base that its header names. Blocks. Raises ImageError, OSError."""
+    layer = open_chain(path, Policy(), top_only=True).layers[0]
+    try:
+        return layer.record(), layer.header.base_img
+    finally:
+        layer.meta.close()
+
+
 def change_record(path: str, event: Callable[[Record], Record], *, damaged: bool = False) -> None:
     """Have the image say what follows from this event. Blocks. `damaged`: also where its record is, which goes then.
 

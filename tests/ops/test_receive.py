@@ -308,3 +308,24 @@ def test_nothing_stands_on_what_is_being_received(move: Move) -> None:
         assert fvdfs("receive", "image.raw", move.folder / "x.fvd").code == 2
         assert sorted(path.name for path in move.folder.iterdir()) == ["vm.fvd"]
         assert Tree(str(move.folder)).at(str(move.image)) is not None
+
+
+def test_a_host_between_two_that_is_not_mounted_any_more_releases_the_first(move: Move) -> None:
+    with move.served():
+        move.receive()
+        with move.target("prefetch_max=16k") as target:
+            write_direct(target.raw("vm"), 0, 7)
+            must("freeze", target.raw("vm"))
+            step = f"handover {target.status('vm')['move_epoch']} {'7' * 32} gamma"
+            os.setxattr(target.raw("vm"), "user.fvdfs.move", step.encode())
+    done = fvdfs("release", move.image)
+    assert (done.code, done.err.count("\n")) == (1, 1)
+    assert "could not be told: " in done.err
+    assert "fvdfs release" in done.err
+    assert (record(move.image).state, move.source.status("vm")["move"]) == ("released", "moved")
+    with move.served():
+        must("release", move.image)
+        assert move.source.status("vm")["move"] == "released"
+        must("release", move.image)
+    must("thaw", "--lose-writes", move.image)
+    assert fvdfs("release", move.image).code == 2
