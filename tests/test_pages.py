@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from fvdfs.mountoptions import MOUNT_OPTIONS
+from support.options import options_page
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
@@ -139,6 +140,11 @@ def test_files_in_pages_exist(page: Path) -> None:
 def test_pages_tell_of_every_mount_option() -> None:
     rows = "".join(re.findall(r"^\| (.+?) \|", (ROOT / "docs/commands.md").read_text(), re.MULTILINE))
     assert [name for name in MOUNT_OPTIONS if not re.search(rf"`{name}\b", rows)] == []
+
+
+def test_the_page_of_options_is_that_of_the_parser() -> None:
+    """Where it fails, have it made anew: see tests/support/options.py."""
+    assert (ROOT / "docs/options.md").read_text() == options_page()
 
 
 def test_pre_commit_checks_what_the_tests_check() -> None:
