@@ -28,6 +28,7 @@ NOT_RUN = {
     'sh tests/coverage.sh -m "not programs"': "runs tests",
     "cd tests && pytest image/test_kill.py::test_nothing_that_was_flushed_is_lost": "runs tests",
     "cp examples/systemd/fvdfs@.service /etc/systemd/system/": "needs systemd: commands/test_systemd.py",
+    "python3 -m venv /srv/fvdfs-new": "installs packages",
     "docker run --rm -v /srv/disks:/disks:rslave debian:12 ls -l /disks": "needs Docker, and an image of a registry",
     "qemu-system-x86_64 … -device virtio-serial \\": "needs a guest with an agent: commands/test_freeze.py has one",
 }
@@ -39,8 +40,11 @@ OTHERS = {
 }
 """Pages whose blocks are not run, and why."""
 
-MOUNTED = """
+IMAGE = """
 fvdfs create images/vm.fvd 1G --base template.raw --base-format raw
+"""
+MOUNTED = f"""
+{IMAGE}
 fvdfs mount images disks
 """
 SNAPSHOTS = """
@@ -52,8 +56,20 @@ for day in mon tue wed; do
     fvdfs snapshot images/vm.fvd "$day"
 done
 """
+CRASHED = """
+fvdfs create images/vm.fvd 64M --base template.raw --base-format raw
+fvdfs mount images disks
+exec 7<>disks/vm.raw
+echo something >&7
+sync -d disks/vm.raw
+kill -9 "$(getfattr --only-values -n user.fvdfs.pid disks)"
+exec 7<&-
+"""
 PREPARED = {
-    ("README.md", "Use it"): "RUNS=once",
+    ("docs/operations.md", "After a crash"): CRASHED,
+    ("docs/operations.md", "Dead mount"): CRASHED,
+    ("docs/operations.md", "Lost base"): IMAGE,
+    ("docs/operations.md", "Lost or damaged header"): IMAGE,
     ("docs/guide.md", "From slow storage"): "RUNS=once",
     ("docs/guide.md", "A cache in front of a volume"): "volume slow 64M",
     ("docs/guide.md", "On a device"): "volume disk 1G",
