@@ -8,6 +8,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -68,6 +69,8 @@ exec 7<&-
 PREPARED = {
     ("docs/operations.md", "After a crash"): CRASHED,
     ("docs/operations.md", "Dead mount"): CRASHED,
+    ("docs/python.md", ""): IMAGE,
+    ("docs/python.md", "With trio"): IMAGE,
     ("docs/operations.md", "Lost base"): IMAGE,
     ("docs/operations.md", "Lost or damaged header"): IMAGE,
     ("docs/guide.md", "From slow storage"): "RUNS=once",
@@ -85,7 +88,7 @@ PREPARED = {
 SHOWN = [block for page in PAGES if str(page.relative_to(ROOT)) not in OTHERS for block in blocks(page)]
 SECTIONS: dict[tuple[str, str], list[Block]] = {}
 for block in SHOWN:
-    if block.language == "sh" and block.first not in NOT_RUN:
+    if block.language in ("sh", "python") and block.first not in NOT_RUN:
         SECTIONS.setdefault((block.page, block.section), []).append(block)
 
 needs_all = pytest.mark.skipif(
@@ -118,12 +121,19 @@ def test_data_can_be_read(shown: Block) -> None:
 @pytest.mark.parametrize("section", SECTIONS, ids=lambda section: ", ".join(section))
 def test_what_a_section_shows_can_be_run(section: tuple[str, str], tmp_path: Path) -> None:
     script = machine(tmp_path, PREPARED.get(section, ""))
-    script += "".join(block.text + "\n" for block in SECTIONS[section]) + END
+    script += "".join(command(block) for block in SECTIONS[section]) + END
     (tmp_path / "script").write_text(script)
     code, said = run(tmp_path)
     if "accurate CPU usage" in said:  # qemu-img times its key derivation, and gives up on a busy machine
         pytest.skip("the machine is too busy for qemu-img to make a LUKS file")
     assert code == 0, said
+
+
+def command(shown: Block) -> str:
+    """What bash runs."""
+    if shown.language == "python":
+        return f"{sys.executable} -P - <<'END OF PROGRAM'\n{shown.text}\nEND OF PROGRAM\n"
+    return f"{shown.text}\n"
 
 
 def run(folder: Path) -> tuple[int, str]:
@@ -136,6 +146,7 @@ def run(folder: Path) -> tuple[int, str]:
             stdout=said,
             stderr=subprocess.STDOUT,
             cwd=ROOT,
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
             timeout=200,
             check=False,
         )
