@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import random
-import runpy
 import signal
 import subprocess
 import sys
@@ -340,22 +339,3 @@ def test_the_example_does_what_it_says(image: Path) -> None:
         check=False,
     )
     assert (refused.returncode, refused.stderr) == (1, "patch: nothing.fvd: there is no such file\n")
-
-
-def test_the_page_runs(image: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """The programs of docs/python.md."""
-    (tmp_path / "images").symlink_to(image.parent)
-    monkeypatch.chdir(tmp_path)
-    must("resize", image, "4M")
-    text = (ROOT / "docs/python.md").read_text()
-    blocks = [
-        "".join(line[4:] + "\n" for line in block.splitlines())
-        for block in text.split("\n\n")
-        if block.startswith("    ")
-    ]
-    programs = "".join(blocks).split("import fvdfs\n")[1:]
-    assert len(programs) == 2
-    for number, program in enumerate(programs):
-        (tmp_path / f"{number}.py").write_text("import fvdfs\n" + program)
-        runpy.run_path(str(tmp_path / f"{number}.py"))
-    assert content_of(image, (1 << 20) + 5)[-5:] == b"hello"
