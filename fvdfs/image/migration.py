@@ -12,7 +12,7 @@ from fvdfs.errors import MovedAway, UsageError
 from fvdfs.format.header import HEADER_SPACE, MAGIC
 from fvdfs.format.migration import PLACE, SIZE, Record, Target
 from fvdfs.format.proof import LENGTH
-from fvdfs.store.host import HostFile
+from fvdfs.store.host import HostFile, open_path
 
 _NUMBER_BYTES = 8
 _SECRET_BYTES = LENGTH // 2
@@ -71,6 +71,19 @@ def refuse_following(file: HostFile) -> None:
             f"{file.name}: follows its source, and can stand on nothing else until all is local: "
             f"fvdfs flatten {file.name}"
         )
+
+
+def refuse_on_template(path: str) -> None:
+    """Raise UsageError where an image follows its source on top of a template, for which it has to stay what it is.
+
+    Raises as `read_record`.
+    """
+    file = open_path(path, writable=False)
+    try:
+        if read_record(file).keeps_base:
+            raise UsageError(f"{path}: still follows its source, on top of a template: wait until all is local")
+    finally:
+        file.close()
 
 
 def refuse_needed(file: HostFile) -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 
 from fvdfs.errors import UsageError
+from fvdfs.image.migration import refuse_on_template
 from fvdfs.image.policy import Policy
 from fvdfs.image.tree import Node, Tree
 from fvdfs.layers.merging import (
@@ -57,6 +58,7 @@ def begin(path: str) -> tuple[Tree, Node, str]:
     chain = tree.chain(path)
     if len(chain) <= 1:
         raise UsageError(f"{path}: stands on no FVD image that it could be committed to; fvdfs convert makes a copy")
+    refuse_on_template(path)
     node, base = chain[0], chain[0].base
     for other in (*users_of(Tree(os.path.dirname(base)), base), *users_of(tree, base)):
         if other.identity != node.identity:

@@ -29,7 +29,7 @@ from fvdfs.format.header import SECTOR, Header, string_places
 from fvdfs.format.migration import Record
 from fvdfs.image.chain import open_alone
 from fvdfs.image.image import Image
-from fvdfs.image.migration import read_record, write_record
+from fvdfs.image.migration import read_record, refuse_on_template, write_record
 from fvdfs.image.policy import Policy
 from fvdfs.image.tree import Node, Tree, identity_at
 from fvdfs.layers.merging import (
@@ -84,6 +84,7 @@ def begin(tree: Tree, path: str, going: str, policy: Policy) -> Node | None:
     if not users:
         _remove(path, going, policy)
         return None
+    refuse_on_template(users[0].path)
     return users[0]
 
 

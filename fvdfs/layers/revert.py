@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 
 from fvdfs.errors import UsageError
+from fvdfs.image.migration import refuse_on_template
 from fvdfs.image.policy import Policy
 from fvdfs.image.tree import SUFFIX, Tree
 from fvdfs.layers.alone import loaded_alone
@@ -51,6 +52,7 @@ def _begin(image: str) -> Tree:
     tree = Tree(os.path.dirname(image))
     for user in users_of(tree, image):
         raise UsageError(f"{image}: {user.path} stands on it, and would change with it")
+    refuse_on_template(image)
     return tree
 
 

@@ -150,3 +150,31 @@ def test_it_goes_on_after_a_crash(tmp_path: Path, folder: Path, block_size: str)
             must("snapshot", target.raw("vm"))
             assert target.raw("vm").read_bytes() == disk
         assert fvdfs("check", move.image).code == 0
+
+
+def test_what_it_stands_on_stays_until_all_is_local(tmp_path: Path, folder: Path) -> None:
+    """What is missing could be neither in the one nor in the other."""
+    with moving(tmp_path, folder, "raw") as move:
+        make_template(move.folder, "fvd")
+        template = (move.folder / "template.fvd").rename(move.folder / "template@1.fvd")
+        with move.served():
+            must("receive", move.url, move.image, "--keep-base", template.name, "-F", "fvd")
+            with move.target("prefetch_max=16k") as target:
+                must("activate", target.raw("vm"))
+                expect_to_stay(template, move.image)
+                with target.raw("vm").open("r+b"):
+                    expect_to_stay(template, move.image)
+                assert target.raw("vm").read_bytes() == expected()
+            expect_to_stay(template, move.image)
+            with move.target() as target, target.raw("vm").open("r+b"):
+                wait_until(lambda: record(move.image).state == "local", complaint=lambda: target.log)
+        must("delete", template)
+        with move.target() as target:
+            assert target.raw("vm").read_bytes() == expected()
+        assert sorted(path.name for path in move.folder.iterdir()) == ["vm.fvd"]
+
+
+def expect_to_stay(template: Path, image: Path) -> None:
+    for words in (("delete", template), ("commit", image), ("revert", image)):
+        done = fvdfs(*words)
+        assert (done.code, "still follows its source, on top of a template" in done.err) == (2, True), (words, done)
