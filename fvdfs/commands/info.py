@@ -125,7 +125,7 @@ def _move(layer: Layer, problems: list[str]) -> dict[str, str] | None:
         if str(error) not in problems:
             problems.append(str(error))
         return None
-    return {"state": record.state, "reason": record.obstacle} if record else None
+    return {"state": record.state, "reason": record.obstacle or record.remark} if record else None
 
 
 def _note(layer: Layer) -> dict[str, str | int] | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from dataclasses import replace
 
 from fvdfs import daemon
@@ -23,6 +24,7 @@ from fvdfs.layers.move import change_record, record_of
 from fvdfs.store.locations import Location, is_local, parse_location
 from fvdfs.store.references import RAW
 from fvdfs.store.source import ASKED_PATIENCE, ask, epoch_of, tell_of_end
+from fvdfs.xattrs import PREFETCH
 
 FOLLOW_DELAY = 1  # seconds after which all that is missing is copied, once the disk is written here
 
@@ -106,7 +108,9 @@ def run_activate(raw: str) -> int:
     if not raw.endswith(".raw"):
         raise UsageError(f"{raw}: name the raw file in its mount")
     with explained(raw):
-        ask_mount(raw, "activate")
+        found = ask_mount(raw, "activate")
+        if found["move"] == Target.ACTIVE.value and not found["open"]:
+            os.setxattr(raw, PREFETCH, b"start")  # nothing copies what nobody uses
     return 0
 
 

@@ -69,7 +69,7 @@ def _row(before: dict[str, Any] | None, now: dict[str, Any], seconds: float) -> 
         writes=rates["write"].requests,
         moved=rates["read"].bytes + rates["write"].bytes,
         slowest=quantile(times, 0.99),
-        why=now.get("failed") or lost or now.get("move_reason") or now.get("reason", ""),
+        why=now.get("failed") or lost or now.get("move_reason") or now.get("reason") or now.get("move_remark", ""),
     )
 
 

@@ -127,7 +127,7 @@ def _columns(image: dict[str, Any]) -> tuple[str, str, str, str, str, str]:
         image["reason"] = ", ".join(
             filter(None, [f"base of {image['disks']} open disk{'s' * (image['disks'] > 1)}", image["reason"]])
         )
-    if why := image.get("move_reason"):
+    if why := image.get("move_reason") or image.get("move_remark"):
         image["reason"] = ", ".join(filter(None, [why, image.get("reason", "")]))
     if image["state"] == "profile" and not image["reason"] and (image.get("first") or {}).get("from") == "source":
         image["reason"] = "copies first what its source used last"

@@ -155,7 +155,20 @@ class Record:
             return ""
         if out.state is Source.FROZEN:
             return f"frozen for a move (epoch {out.epoch}); fvdfs thaw, if that was cancelled"
-        return f"frozen: moved to {out.name or out.target} (epoch {out.epoch})"
+        if out.state is Source.RELEASED:
+            return f"moved to {out.name or out.target}, which has all of it: this image may be removed"
+        return f"frozen: moved to {out.name or out.target} (epoch {out.epoch}), which does not have all of it yet"
+
+    @property
+    def remark(self) -> str:
+        """What is under way, though the image may be written; empty where nothing is, or it may not."""
+        if self.obstacle:
+            return ""
+        if self.outgoing is not None:
+            return "offered to other hosts by fvdfs serve"
+        if self.incoming is not None and self.incoming.state is Target.ACTIVE:
+            return "its source is needed until all is local"
+        return ""
 
     @property
     def keeps_base(self) -> bool:

@@ -16,6 +16,7 @@ from typing import Any
 import trio
 
 from fvdfs.errors import MovedAway
+from fvdfs.format.migration import Target
 from fvdfs.image.image import Image
 from fvdfs.ops.background import Prefetched
 from fvdfs.ops.inodes import Entry, Outcome
@@ -93,7 +94,10 @@ def refused(reasons: Mapping[bytes, str]) -> dict[str, Any]:
 def moves(entry: Entry) -> dict[str, Any]:
     """The part of the status about moves to and from other hosts."""
     record, refused = entry.record, entry.move_refused
-    found = {"move": record.state, "move_reason": record.obstacle, "move_refused": refused}
+    remark = record.remark
+    if record.state == Target.ACTIVE.value and not entry.busy:
+        remark += "; it is copied while it is open, or by fvdfs prefetch start"
+    found = {"move": record.state, "move_reason": record.obstacle, "move_remark": remark, "move_refused": refused}
     if (out := record.outgoing) is not None:
         to = (out.name or out.target) if record.handed_over else ""
         found |= {"move_epoch": out.epoch, "moved_to": to, "move_target": out.target}

@@ -23,7 +23,7 @@ from fvdfs.format.mailbox import Wish
 from fvdfs.image.tree import Tree
 from fvdfs.store.locations import parse_location
 from fvdfs.store.source import ask
-from support.mounts import MIB, fvdfs, mounted, must, running, wait_until
+from support.mounts import MIB, Mount, fvdfs, mounted, must, running, wait_until
 from support.moves import Move, record
 
 SIZE_OF_DISK = 16 * MIB
@@ -100,6 +100,28 @@ def test_nothing_is_kept_before_and_all_is_right_afterwards(move: Move, options:
         expected = b"t" * 4096 + CONTENT[4096:8192] + b"\4" * 4096 + CONTENT[12288:]
         assert target.raw("vm").read_bytes() == expected.ljust(SIZE_OF_DISK, b"\0")
     assert fvdfs("check", move.image).code == 0
+
+
+def test_both_ends_tell_how_far_it_is_and_what_nobody_uses_is_copied_once_it_is_activated(move: Move) -> None:
+    def told(mount: Mount) -> str:
+        return " ".join(must("status", mount.point).split())
+
+    with move.served():
+        move.receive()
+        assert "offered to other hosts by fvdfs serve" in told(move.source)
+        assert "offered to other hosts" in must("info", move.source.folder / "vm.fvd")
+        with move.target() as target:
+            assert "it is being received" in told(target)
+            write_direct(target.raw("vm"), 0, 1)
+            wait_until(lambda: not target.status("vm")["open"])
+            assert "its source is needed until all is local; it is copied while it is open" in told(target)
+            assert "which does not have all of it yet" in told(move.source)
+            must("activate", target.raw("vm"))
+            wait_until(lambda: target.status("vm")["move"] == "local")
+            wait_until(lambda: move.source.status("vm")["move"] == "released")
+            assert "its source" not in told(target)
+            for text in (told(move.source), must("info", move.source.folder / "vm.fvd")):
+                assert "which has all of it: this image may be removed" in text
 
 
 def test_it_is_taken_over_by_one_target_only(move: Move) -> None:
