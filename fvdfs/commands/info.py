@@ -16,8 +16,9 @@ from fvdfs.commands.rows import local
 from fvdfs.daemon import run_loop
 from fvdfs.errors import FormatError, FvdError, ImageBusy, UsageError, printable
 from fvdfs.format.header import Header, ceil_div
+from fvdfs.format.migration import Target
 from fvdfs.format.note import NOTE_OFFSET, Note
-from fvdfs.image.chain import Chain, Layer, open_chain
+from fvdfs.image.chain import Chain, Layer, open_alone, open_chain, top_layer
 from fvdfs.image.image import Image
 from fvdfs.image.loading import load_chain
 from fvdfs.image.map import shares
@@ -46,7 +47,8 @@ def describe(path: str, *, secret_file: str = "", allowed_urls: tuple[str, ...] 
     image: Image | None = None
     policy = Policy(writable=False, secret_file=secret_file, allowed_urls=allowed_urls)
     try:
-        chain = open_chain(path, policy)
+        # What one of a move stands on is another host's: nothing here depends on whether that can be reached.
+        chain = open_alone(path, policy) if _comes_from_elsewhere(path, policy) else open_chain(path, policy)
     except FvdError as error:
         problems.append(str(error))
         chain = open_chain(path, policy, top_only=True)
@@ -117,6 +119,15 @@ def _ask_mount(path: str, error: ImageBusy, problems: list[str]) -> dict[str, An
     return {}
 
 
+def _comes_from_elsewhere(path: str, policy: Policy) -> bool:
+    """Whether it is the target of a move that is under way, or was given up. Raises ImageError, OSError."""
+    try:
+        into = top_layer(path, policy).record().incoming
+    except FormatError:
+        return False
+    return into is not None and into.state is not Target.LOCAL
+
+
 def _move(layer: Layer, problems: list[str]) -> dict[str, str] | None:
     """What it says of its move to or from another host; None: nothing. A damaged record is a problem."""
     try:
@@ -125,7 +136,11 @@ def _move(layer: Layer, problems: list[str]) -> dict[str, str] | None:
         if str(error) not in problems:
             problems.append(str(error))
         return None
-    return {"state": record.state, "reason": record.obstacle or record.remark} if record else None
+    if not record:
+        return None
+    into = record.incoming
+    source = into.url(layer.header.base_img) if into is not None and into.state is not Target.LOCAL else ""
+    return {"state": record.state, "reason": record.obstacle or record.remark, "source": source}
 
 
 def _note(layer: Layer) -> dict[str, str | int] | None:
@@ -188,6 +203,7 @@ def render(found: dict[str, Any]) -> str:
         rows.append(("export", _of_export(found["export"])))
     if found["move"]:
         rows.append(("move", found["move"]["reason"] or found["move"]["state"]))
+        rows += [("source", found["move"]["source"])] * bool(found["move"]["source"])
     rows += [("problem", problem) for problem in found["problems"]]
     rows.append(("", ""))
     for field in dataclasses.fields(Header):

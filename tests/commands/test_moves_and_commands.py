@@ -43,7 +43,7 @@ IN_MOUNT = {
 }
 UNDER = {"clone": "clone IMAGE clone --into FOLDER", "create": "create NEW --base IMAGE -F fvd"}
 LOOKS = {
-    "info": "info IMAGE -o allow_url=nbd+unix:///",
+    "info": "info IMAGE",
     "map": "map IMAGE -o allow_url=nbd+unix:///",
     "check": "check IMAGE",
     "snapshots": "snapshots IMAGE",

@@ -351,3 +351,28 @@ def test_a_host_between_two_that_is_not_mounted_any_more_releases_the_first(move
         must("release", move.image)
     must("thaw", "--lose-writes", move.image)
     assert fvdfs("release", move.image).code == 2
+
+
+@pytest.mark.parametrize("keep_base", [False, True])
+def test_info_needs_no_source(move: Move, keep_base: bool) -> None:
+    template = move.folder / "template.raw"
+    more = ("--keep-base", template.name, "-F", "raw") if keep_base else ()
+    if keep_base:
+        (move.source.folder / template.name).write_bytes(CONTENT)
+        template.write_bytes(CONTENT)
+        must(
+            "create", move.source.folder / "vm.fvd", str(SIZE_OF_DISK), "--base", template.name, "-F", "raw", "--force"
+        )
+        wait_until(lambda: move.source.raw("vm").read_bytes()[: len(CONTENT)] == CONTENT)
+    with move.served():
+        must("receive", move.url, move.image, *more)
+        before = json.loads(must("info", "--json", move.image))
+        with move.target("prefetch_max=16k") as target:
+            write_direct(target.raw("vm"), 0, 7)
+    after = json.loads(must("info", "--json", move.image))
+    for found, state in ((before, "receiving"), (after, "active")):
+        assert (found["problems"], found["move"]["state"], found["move"]["source"]) == ([], state, move.url)
+        assert found["base_chain"][0]["name"] == (template.name if keep_base else move.url)
+    assert before["local_blocks"] == 0
+    assert 0 < after["local_blocks"] < after["base_blocks"]
+    assert move.url in must("info", move.image)
