@@ -38,7 +38,8 @@ class FarSide:
 
         Raises UsageError.
         """
-        self._check = check
+        self.check = check
+        """Called while an answer is waited for; it may raise."""
         self._asked = 0
         self._name = name
         self._received = b""
@@ -106,7 +107,7 @@ class FarSide:
         assert self._process.stdout is not None
         while b"\n" not in self._received:
             left = max(0.0, deadline - time.monotonic())
-            self._check()
+            self.check()
             if not select.select([self._process.stdout], [], [], min(left, _CHECK))[0]:
                 if left:
                     continue

@@ -14,7 +14,7 @@ tells it. The same command again finds what there is, and goes on with that.
 from __future__ import annotations
 
 import contextlib
-import functools
+import fcntl
 import ipaddress
 import os
 import shlex
@@ -27,7 +27,7 @@ from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any
 
-from fvdfs import daemon
+from fvdfs import daemon, mounts
 from fvdfs.commands import serve
 from fvdfs.commands.attributes import explained, facts
 from fvdfs.commands.far_side import FarSide
@@ -36,10 +36,9 @@ from fvdfs.commands.migration import ask_mount, kept_from_qemu
 from fvdfs.commands.terminal import progress_bar
 from fvdfs.errors import FvdError, UsageError
 from fvdfs.logs import LogPlaces
-from fvdfs.qmp import ANSWER, CommandRefused, Monitor, NoAnswer
+from fvdfs.qmp import ANSWER, CommandRefused, Monitor, NoAnswer, somebody_listens
 from fvdfs.sizes import human_size
-from fvdfs.store.locations import parse_location
-from fvdfs.store.source import epoch_of
+from fvdfs.store.host import open_path
 from fvdfs.xattrs import STATUS
 
 LOOK = 0.05  # seconds between looks at a machine that moves
@@ -52,7 +51,10 @@ NOTICED = 3.0  # seconds for QEMU to notice that the one at the target has ended
 MACHINE = 600.0  # seconds to wait for the machine at the target
 _HANDED_OVER = ("moved", "released")
 _MOVED_OVER = "completed"
+_RETURN_PATH = "return-path"
 _OVER = (_MOVED_OVER, "failed", "cancelled")
+_SENT = ("finish-migrate", "postmigrate")
+"""What QEMU says of a machine that it has sent."""
 
 
 class MoveFailed(FvdError):
@@ -120,7 +122,10 @@ def run(disks: Sequence[str], target: str, choices: Choices) -> int:
         for disk, url in zip(found, urls, strict=True):
             disk.url = url
         prefix = choices.ssh or ("ssh", user_host)
-        with FarSide(prefix, choices.program, host, signals.check) as far, contextlib.ExitStack() as stack:
+        with contextlib.ExitStack() as stack:
+            for disk in found:
+                _keep_others_away(disk, stack)
+            far = stack.enter_context(FarSide(prefix, choices.program, host, signals.check))
             move = _Move(found, host, place, far, choices, listen, stack, signals)
             try:
                 move.run()
@@ -167,6 +172,14 @@ def _look_at(raw: str) -> _Disk:
         raise UsageError(f"{raw}: {status['move_reason']}")
     epoch, target = status.get("move_epoch", ""), status.get("move_target", "")
     return _Disk(raw, serve.name_of(raw), size, status["image"], state, epoch, target)
+
+
+def _keep_others_away(disk: _Disk, stack: contextlib.ExitStack) -> None:
+    """No other command moves this disk meanwhile, and takes back what this one does. Raises UsageError, OSError."""
+    file = open_path(disk.image, writable=False)
+    stack.callback(file.close)
+    if mounts.lock(file.fileno(), fcntl.LOCK_EX) is False:
+        raise UsageError(f"{disk.raw}: another fvdfs migrate moves it; wait for that, or end it by Ctrl-C there")
 
 
 def _own_address(host: str) -> str:
@@ -228,6 +241,7 @@ class _Move:
         self._host, self._place, self._far, self._choices, self._listen = host, place, far, choices, listen
         self._stack = stack
         self._signals = signals
+        far.check = self._check
         self._began = time.monotonic()
         self._point = ""
         self._folder = ""
@@ -238,6 +252,9 @@ class _Move:
         """Whether the machine here ran, and was not paused."""
         self._changed = False
         self._migrating = False
+        """Whether the machine may be on its way."""
+        self._set_return_path = False
+        """Whether that is ours, and to be taken back."""
         self._switched = False
         """Whether the target has the disks."""
 
@@ -247,9 +264,18 @@ class _Move:
         print(f"{time.monotonic() - self._began:8.2f} s  {text}", flush=True)
 
     def _pause(self, seconds: float) -> None:
-        """Raises KeyboardInterrupt."""
+        """Raises as `_check`."""
         time.sleep(seconds)
+        self._check()
+
+    def _check(self) -> None:
+        """Called often. Raises KeyboardInterrupt, MoveFailed, OSError."""
         self._signals.check()
+        if self._server and not self._signals.deaf and os.waitpid(self._server, os.WNOHANG)[0]:
+            self._server = 0
+            if any(facts(disk.raw, STATUS)["move"] not in ("", "released") for disk in self._disks):
+                daemon.complain(f"the server of {self._all} has ended; another one is started")
+                self._start_server()
 
     # --- the order of all -------------------------------------------------------------------------
 
@@ -294,7 +320,9 @@ class _Move:
                 raise UsageError(f"{disk.raw}: has moved, and {self._host}:{self._folder} has no {disk.name}.fvd")
         if self._choices.qmp and not all(disk.is_there for disk in self._disks):
             self._monitor = self._look_at_machine(self._choices.qmp)
-        elif not self._choices.qmp:
+        elif self._choices.qmp:
+            self._monitor = self._left_behind(self._choices.qmp)
+        else:
             for disk in self._disks:
                 if disk.state not in _HANDED_OVER:
                     with explained(disk.raw), kept_from_qemu(disk.raw):
@@ -310,9 +338,19 @@ class _Move:
                 raise UsageError(f"{path}: the machine there has not {disk.raw} as its disk")
         if monitor.call("query-migrate", ANSWER).get("status") in ("setup", "active", "device", "cancelling"):
             raise UsageError(f"{path}: the machine there migrates already; cancel that first: migrate_cancel")
-        self._ran = bool(monitor.call("query-status", ANSWER)["running"])
+        self._migrating = self._was_sent(monitor)
+        self._ran = self._migrating or bool(monitor.call("query-status", ANSWER)["running"])
         self._far.call("connect", path=self._choices.qmp_target, names=[])
         return monitor
+
+    def _left_behind(self, path: str) -> Monitor | None:
+        """The machine here that was sent, if it has not ended."""
+        if not somebody_listens(path):
+            return None
+        monitor = Monitor(path)
+        self._stack.callback(monitor.close)
+        has_them = all(monitor.opens(disk.raw) for disk in self._disks)
+        return monitor if has_them and self._was_sent(monitor) else None
 
     # --- the disks --------------------------------------------------------------------------------
 
@@ -327,7 +365,11 @@ class _Move:
         """Have a server that outlives this command."""
         if all(disk.state for disk in self._disks) and self._is_served():
             self.say(f"is served already at {self._urls}")
-            return
+        else:
+            self._start_server()
+
+    def _start_server(self) -> None:
+        """Raises MoveFailed."""
         raws = [disk.raw for disk in self._disks]
         creds = os.path.abspath(self._choices.tls_creds) if self._choices.tls_creds else ""
 
@@ -337,7 +379,9 @@ class _Move:
         try:
             self._server = daemon.spawn(give, LogPlaces(self._choices.log_file))
         except daemon.NotReady:
-            raise MoveFailed(f"{self._all}: cannot be served at {self._listen}") from None
+            raise MoveFailed(
+                f"{self._all}: cannot be served at {self._listen}; if that is in use: --listen ADDR:PORT"
+            ) from None
         self.say(f"served at {self._urls} (process {self._server})")
 
     @property
@@ -345,15 +389,10 @@ class _Move:
         return ", ".join(disk.url for disk in self._disks)
 
     def _is_served(self) -> bool:
-        if self._choices.tls_creds:
-            return False  # only the target has what it takes to ask
-        try:
-            for disk in self._disks:
-                if daemon.run_loop(functools.partial(epoch_of, parse_location(disk.url), "")) != disk.epoch:
-                    return False
-        except (FvdError, OSError):
-            return False
-        return True
+        """Whether the target finds the disks there: only it has what TLS takes to ask."""
+        epochs = self._far.call("epochs", urls=[disk.url for disk in self._disks])
+        ours = [facts(disk.raw, STATUS).get("move_epoch") for disk in self._disks]
+        return None not in epochs and bool(epochs == ours)
 
     def _receive(self) -> None:
         for disk in self._disks:
@@ -381,9 +420,9 @@ class _Move:
         state = self._machine_there()
         if state == WAITS:
             self._far.call("watch", names=self._names)
-            if monitor.call("query-migrate", ANSWER).get("status") != _MOVED_OVER:
+            if not self._was_sent(monitor):
                 self._migrate(monitor)
-        elif monitor.call("query-migrate", ANSWER).get("status") != _MOVED_OVER:
+        elif not self._was_sent(monitor):
             raise UsageError(
                 f"{self._choices.qmp_target}: the machine at {self._host} waits for none (it is {state}); "
                 "start it with -incoming defer"
@@ -412,9 +451,7 @@ class _Move:
     def _migrate(self, monitor: Monitor) -> None:
         uri = self._incoming_uri()
         if uri.startswith(("tcp:", "unix:")):  # so that the source learns of a target that could not go on
-            capability = {"capability": "return-path", "state": True}
-            with contextlib.suppress(CommandRefused):
-                monitor.call("migrate-set-capabilities", ANSWER, capabilities=[capability])
+            self._have_return_path(monitor)
         self._migrating = True
         monitor.call("migrate", ANSWER, uri=uri)
         self.say(f"QEMU sends the machine to {uri}")
@@ -437,6 +474,13 @@ class _Move:
         ram = human_size(status["ram"]["transferred"]).partition(" (")[0]
         self.say(f"the machine was sent ({ram}); it stood still for {status.get('downtime', '?')} ms")
 
+    def _have_return_path(self, monitor: Monitor) -> None:
+        with contextlib.suppress(CommandRefused):
+            found = {each["capability"]: each["state"] for each in monitor.call("query-migrate-capabilities", ANSWER)}
+            if not found.get(_RETURN_PATH, True):
+                _set_capability(monitor, _RETURN_PATH, True)
+                self._set_return_path = True
+
     def _is_settled(self, monitor: Monitor) -> bool:
         """Whether QEMU here ends the migration by itself: it notices that the other one is gone, or was told to."""
         deadline = time.monotonic() + NOTICED
@@ -453,6 +497,12 @@ class _Move:
             time.sleep(LOOK)
             found = monitor.call("query-migrate", ANSWER)
         return {"status": "none", **found}
+
+    def _was_sent(self, monitor: Monitor) -> bool:
+        """Whether the machine here has gone; one that runs tells the same of the migration by which it came."""
+        if self._migration(monitor)["status"] != _MOVED_OVER:
+            return False
+        return monitor.call("query-status", ANSWER)["status"] in _SENT
 
     def _incoming_uri(self) -> str:
         """Where the machine there waits; it is told to."""
@@ -535,12 +585,14 @@ class _Move:
         """Until all is local there."""
         told = time.monotonic()
         machine_told = False
+        obstacles: dict[str, str] = {}
         with progress_bar() as show:
             while True:
                 found = self._far.call("disks", names=self._names)
                 left = [disk for disk in found.values() if disk["move"] in ("receiving", "active")]
                 if not left:
                     break
+                self._tell_obstacles(found, obstacles)
                 if self._choices.qmp and not machine_told and self._far.call("state")["gone"]:
                     machine_told = True
                     daemon.complain(f"{self._host}: the machine there has ended; its disk is still copied")
@@ -556,6 +608,20 @@ class _Move:
                 self._pause(FOLLOW_LOOK)
         self.say(f"all of {self._all} is local at {self._host}")
 
+    def _tell_obstacles(self, found: dict[str, dict[str, Any]], told: dict[str, str]) -> None:
+        """Why disks are not copied, where they are not; each once. `told`: what was told last."""
+        for name, disk in found.items():
+            outage = disk.get("base_outage") or {"until": ""}
+            away = outage["until"] is None
+            why = f"cannot read it from here: {outage['reason']}" if away else disk.get("failed", "")
+            if not why and disk["state"] == "failed":
+                why = f"does not copy: {disk['reason'].partition('; again in')[0]}"
+            if why and told.get(name) != why:
+                daemon.complain(f"{self._host}: {name}.raw: {why}; trying again")
+                if away and not self._server and not self._is_served():
+                    self._start_server()
+            told[name] = why
+
     def _release(self) -> None:
         deadline = time.monotonic() + TOLD_SOURCE
         for disk in self._disks:
@@ -570,16 +636,16 @@ class _Move:
 
     def _end_server(self) -> None:
         """It ends by itself, once nothing is left to serve."""
-        if not self._server:
+        server, self._server = self._server, 0
+        if not server:
             return
         deadline = time.monotonic() + 2 * serve.LOOK
-        while not os.waitpid(self._server, os.WNOHANG)[0]:
+        while not os.waitpid(server, os.WNOHANG)[0]:
             if time.monotonic() > deadline:
-                os.kill(self._server, signal.SIGTERM)
-                os.waitpid(self._server, 0)
-                break
-            self._pause(LOOK)
-        self._server = 0
+                os.kill(server, signal.SIGTERM)
+                os.waitpid(server, 0)
+                return
+            time.sleep(LOOK)
 
     # --- giving up --------------------------------------------------------------------------------
 
@@ -595,13 +661,14 @@ class _Move:
 
     def _settle(self, monitor: Monitor) -> None:
         """End QEMU's migration; if that is too late, finish what has begun. Raises FvdError, OSError."""
-        if self._migration(monitor)["status"] not in _OVER:
-            with contextlib.suppress(CommandRefused):  # it may have ended just now
-                monitor.call("migrate_cancel", ANSWER)
-        deadline = time.monotonic() + CANCEL
-        while (status := self._migration(monitor)["status"]) not in _OVER and time.monotonic() < deadline:
-            time.sleep(LOOK)
-        if status == _MOVED_OVER:
+        with contextlib.suppress(NoAnswer):  # it has ended, perhaps when it had sent all
+            if self._migration(monitor)["status"] not in _OVER:
+                with contextlib.suppress(CommandRefused):  # it may have ended just now
+                    monitor.call("migrate_cancel", ANSWER)
+            deadline = time.monotonic() + CANCEL
+            while self._migration(monitor)["status"] not in _OVER and time.monotonic() < deadline:
+                time.sleep(LOOK)
+        if self._has_gone(monitor):
             self._switch(SETTLE)
             if self._switched:
                 self._end_machine()
@@ -616,6 +683,9 @@ class _Move:
             except (FvdError, OSError) as error:
                 daemon.complain(str(error) if isinstance(error, FvdError) else f"{disk.raw}: {error.strerror}")
                 return False
+        if self._monitor is not None and self._set_return_path:
+            with contextlib.suppress(FvdError):  # it has ended
+                _set_capability(self._monitor, _RETURN_PATH, False)
         if self._monitor is not None and self._ran:
             try:
                 if not self._monitor.call("query-status", ANSWER)["running"]:
@@ -633,15 +703,21 @@ class _Move:
 
     def _may_run_there(self) -> bool:
         """Whether the machine may have come to run there, as far as can be known here."""
-        if not self._migrating or self._monitor is None:
+        if not self._migrating or self._monitor is None or not self._has_gone(self._monitor):
             return False
         try:
-            if self._migration(self._monitor)["status"] != _MOVED_OVER:
-                return False
-        except FvdError:
-            return False  # it has ended
-        try:
             return not self._far.call("state")["gone"]
+        except FvdError:
+            return True
+
+    def _has_gone(self, monitor: Monitor) -> bool:
+        """Whether the machine was sent; where QEMU here has ended, whether it may have been."""
+        try:
+            return self._was_sent(monitor)
+        except FvdError:
+            pass
+        try:
+            return bool(self._far.call("state")["runs"])
         except FvdError:
             return True
 
@@ -649,11 +725,26 @@ class _Move:
         """What is where, and how to go on."""
         by = f"process {self._server}" if self._server else "fvdfs serve"
         have = "has" if self._switched else "may have"
+        stayed = [f"{disk.name}.raw" for disk in self._disks if self._switched and self._is_here(disk)]
+        gone = ", ".join(name for name in (f"{disk.name}.raw" for disk in self._disks) if name not in stayed)
         daemon.complain(
-            f"{self._host} {have} {self._all}: {self._point} there is to be used from now on, and nothing here; "
+            f"{self._host} {have} {gone}: {self._point} there is to be used from now on, and nothing here; "
             f"what is missing is copied in the background. Until all is there, {by} has to run on this host: it ends "
             "by itself then. The same command again shows how far it is, and goes on."
+            + (f" Not moved, and to be used here: {', '.join(stayed)}." if stayed else "")
         )
+
+    @staticmethod
+    def _is_here(disk: _Disk) -> bool:
+        """Whether it has not moved, as far as can be seen."""
+        try:
+            return facts(disk.raw, STATUS)["move"] not in _HANDED_OVER
+        except (FvdError, OSError):
+            return False
+
+
+def _set_capability(monitor: Monitor, name: str, state: bool) -> None:
+    monitor.call("migrate-set-capabilities", ANSWER, capabilities=[{"capability": name, "state": state}])
 
 
 def _pace(left: list[dict[str, Any]]) -> str:

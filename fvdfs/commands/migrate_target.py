@@ -10,6 +10,7 @@ is right. A machine that comes to run here gets its disks; where none can come a
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import select
@@ -19,7 +20,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from fvdfs import mounts
+from fvdfs import daemon, mounts
 from fvdfs.commands.attributes import explained, facts
 from fvdfs.commands.migration import ask_mount
 from fvdfs.commands.receive import run_receive
@@ -31,6 +32,7 @@ from fvdfs.qmp import ANSWER, Monitor, somebody_listens
 from fvdfs.store.host import open_path
 from fvdfs.store.locations import parse_location, within
 from fvdfs.store.mountinfo import mount_points
+from fvdfs.store.source import epoch_of
 from fvdfs.xattrs import PREFETCH, STATUS
 
 APPEAR = 10.0  # seconds until a new image is seen in its mount
@@ -72,6 +74,7 @@ def _answer(target: _Target, request: dict[str, Any]) -> dict[str, Any]:
     calls: dict[str, Callable[..., Any]] = {
         "find": target.find,
         "draw": target.draw,
+        "epochs": target.epochs,
         "receive": target.receive,
         "connect": target.connect,
         "start": target.start,
@@ -152,6 +155,16 @@ class _Target:
         else:
             into = self._drawn[name] = Incoming(Target.RECEIVING, epoch, new_secret())
         return into.number
+
+    def epochs(self, urls: list[str]) -> list[str | None]:
+        """Of the moves for which these are served; None: that one is not, as far as can be seen from here."""
+        return [self._epoch(url) for url in urls]
+
+    def _epoch(self, url: str) -> str | None:
+        try:
+            return daemon.run_loop(functools.partial(epoch_of, parse_location(url), self._tls_creds))
+        except (FvdError, OSError):
+            return None
 
     def receive(self, name: str, url: str, size: int, keep_base: str, base_format: str) -> str:
         """Make the disk; its image. Raises UsageError, ImageError, OSError."""

@@ -63,9 +63,11 @@ def slow_down(here: Machine) -> None:
 
 
 @contextlib.contextmanager
-def under_way(ground: Ground, step: str, *more: str) -> Iterator[subprocess.Popen[Any]]:
-    """The command, which has just told this step."""
-    words = ground.words(*(more or ground.with_machine()))
+def under_way(
+    ground: Ground, step: str, *more: str, disks: tuple[str, ...] = ("vm",)
+) -> Iterator[subprocess.Popen[Any]]:
+    """The command, which has just told this step: with a machine, but for other words or disks."""
+    words = ground.words(*(more or ground.with_machine() if disks == ("vm",) else more), disks=disks)
     with running(*FVDFS, *words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         while step not in (line := process.stdout.readline()):
