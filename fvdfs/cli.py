@@ -1,15 +1,7 @@
 """The command line: arguments in, an exit code out. What a command does is in `commands/`, a file for each.
 
-Exit codes:
-
-    0    done
-    1    an image cannot be used as it is, the system refused, or memory is short
-    2    the user's mistake: arguments that make no sense, names of nothing, files that must not be overwritten
-    130  interrupted (Ctrl-C); `mount`, where a signal stops it before it is ready: 128 + the signal's number
-
-`check` also says what it found: 1 it could not look at everything, 2 the image is corrupt, 3 nothing but leaked
-space. `compare` says 1 where the disks differ, and 2 wherever it could not compare them. `umount` ends with 3 where the
-mount point is free but the images stay open.
+Exit codes are those of `_EXIT_CODES`, whatever the command: one kind of error has one code. `check` and `compare` end
+with what they have found; where they could not look, with the code that means that (`failed`), whatever the reason.
 
 Every failure is one line on stderr, `fvdfs: ` and what is wrong and, where that is known, what to do about it; what is
 not printable in it is escaped. An interrupt says nothing
@@ -40,6 +32,17 @@ MAX_DELAY = (1 << 31) - 1  # seconds; the header's field holds no more
 _URLS = "allow_url=PREFIX: URLs that bases and data files may have"
 _NAMES = "base_path=DIR, allow_url=PREFIX: where names in the image may lead, beside its folder"
 _CHOICE = re.compile(r"(argument .+?: invalid choice: '(?P<name>.+?)')(?P<choices> \(choose from .+\))")
+_EXIT_CODES = """\
+exit codes:
+  0    done
+  1    an image is damaged, in use, or cannot be used as it is; no permission, space or memory; a server is away
+  2    a mistake in what was asked: words that make no sense, names of nothing, files that must not be overwritten
+  130  interrupted by Ctrl-C; mount, stopped by a signal before it is ready: 128 and the signal's number
+
+  check    0 clean, 1 it could not look at everything, 2 corrupt, 3 nothing but leaked space
+  compare  0 the same, 1 different, 2 they could not be compared
+  doctor   1 what every mount needs is missing
+  umount   3 the mount point is free, but the images stay open"""
 _EMPTY_VALUE = re.compile("--[a-z-]+=")
 
 
@@ -89,7 +92,7 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         if found := _CHOICE.fullmatch(message):
             message = found[1] + (nearest(found["name"], re.findall("'([^']+)'", found["choices"])) or found["choices"])
-        self.exit(2, f"fvdfs: {printable(message)}; see {self.prog} --help\n")
+        self.exit(self.get_default("failed") or 2, f"fvdfs: {printable(message)}; see {self.prog} --help\n")
 
 
 # --- running a command --------------------------------------------------------------------------
@@ -97,10 +100,10 @@ class _Parser(argparse.ArgumentParser):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; its exit code."""
-    failed = 1
     words = sys.argv[1:] if argv is None else list(argv)
     if words and words[0].startswith("/"):  # no command, but what mount.fuse has of `mount -t fuse.fvdfs`
         return programs.mount(words)
+    failed = 0
     try:
         arguments = _parsed(words)
         failed = arguments.failed
@@ -110,21 +113,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as end:  # the parser's
         return _flushed(int(end.code or 0))
     except (Exception, KeyboardInterrupt) as error:
-        return max(failed, daemon.ended_by(error))
+        code = daemon.ended_by(error)
+        return failed if failed and code != daemon.INTERRUPTED else code
 
 
 def _parsed(words: list[str]) -> argparse.Namespace:
-    parser = _parser()
+    parser, commands = _parser()
     for before, word in itertools.pairwise(["", *words]):
         if (not word and before != "-o") or _EMPTY_VALUE.fullmatch(word):
             option = word.rstrip("=") or (before if before.startswith("-") else "")
-            parser.error(f"{option or 'a name'}: what is given is empty")
+            commands.get(words[0], parser).error(f"{option or 'a name'}: what is given is empty")
     arguments, unknown = parser.parse_known_args(words)
     if unknown:
-        parser.prog += f" {arguments.command_name}"
         names = [name for name in unknown if name.startswith("-")]
-        hint = nearest(names[0].partition("=")[0], arguments.known_options) if names else ""
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
+        command = commands[arguments.command_name]
+        known = [name for action in command._actions for name in action.option_strings]
+        hint = nearest(names[0].partition("=")[0], known) if names else ""
+        command.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
     return arguments
 
 
@@ -169,10 +174,18 @@ def _flushed(code: int) -> int:
 # --- the parser ---------------------------------------------------------------------------------
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="fvdfs", description="Mount Fast Virtual Disk images as flat raw files.")
+def _parser() -> tuple[_Parser, dict[str, _Parser]]:
+    """That of the program, and those of its commands."""
+    parser = _Parser(
+        prog="fvdfs",
+        description="Mount Fast Virtual Disk images as flat raw files.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=_EXIT_CODES,
+    )
     parser.add_argument("--version", action="version", version=f"fvdfs {__version__}")
-    parser.set_defaults(failed=1)  # the least exit code of a command that has failed
+    parser.set_defaults(
+        failed=0
+    )  # the exit code of a command that has failed, whatever the error; 0: that of the error
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND", dest="command_name")
 
     create = commands.add_parser("create", help="make a new image")
@@ -225,7 +238,7 @@ def _parser() -> argparse.ArgumentParser:
         help="find out what is wrong with an image, and repair it",
         description="Exit codes: 0 clean, 1 the check could not be completed, 2 corrupt, 3 nothing but leaked space.",
     )
-    check.set_defaults(run=_check)
+    check.set_defaults(run=_check, failed=1)
     check.add_argument("image", metavar="IMAGE")
     check.add_argument("--repair", action="store_true", help="repair what is repairable; without it nothing is written")
     check.add_argument("--json", action="store_true")
@@ -406,9 +419,7 @@ def _parser() -> argparse.ArgumentParser:
     umount.add_argument(
         "-l", "--lazy", action="store_true", help="take it out of the tree now, though it is busy; images stay open"
     )
-    for command in commands.choices.values():
-        command.set_defaults(known_options=[name for action in command._actions for name in action.option_strings])
-    return parser
+    return parser, dict(commands.choices)
 
 
 def _add_backup(commands: argparse._SubParsersAction[_Parser]) -> None:

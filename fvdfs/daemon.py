@@ -31,7 +31,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, TextIO, TypeVar
 
 from fvdfs import mounts
-from fvdfs.errors import FvdError, leading
+from fvdfs.errors import FvdError, exit_code, leading
 from fvdfs.logs import LogPlaces, ReopenLog, leveled, set_up_log, to_journal
 
 if TYPE_CHECKING:
@@ -49,6 +49,8 @@ _FIXED = frozenset({signal.SIGKILL, signal.SIGSTOP})
 INTERRUPTED = 130
 """The exit code of a command that Ctrl-C has ended: as a shell has it, 128 + SIGINT."""
 _AGAIN = 0.01  # seconds until an interrupt is tried again that came where nothing can be raised
+interrupting: list[Callable[[int, FrameType | None], object]] = []
+"""Handlers of Ctrl-C that raise KeyboardInterrupt wherever it comes; event loops do without them."""
 T = TypeVar("T")
 
 log = logging.getLogger(__name__)
@@ -196,9 +198,14 @@ def run_loop(call: Callable[[], Awaitable[T]]) -> T:
             signal.set_wakeup_fd(-1)
 
     before = signal.signal(signal.SIGPIPE, signal.SIG_IGN)
+    handler = signal.getsignal(signal.SIGINT)
+    if handler in interrupting:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # in whose place trio puts its own
     try:
         return trio.run(main, restrict_keyboard_interrupt_to_checkpoints=True)
     finally:
+        if handler in interrupting:
+            signal.signal(signal.SIGINT, handler)
         signal.signal(signal.SIGPIPE, before)
 
 
@@ -356,9 +363,10 @@ def _serve_in_child(serve: Serve, places: LogPlaces, write_end: int) -> None:
         code = 0
     except FvdError as error:
         complain(str(error))
-        code = error.exit_code
+        code = exit_code(error)
     except OSError as error:
         complain(mounts.explained(error))
+        code = exit_code(error)
     except BaseException:
         log.critical("ended by an error", exc_info=True)
     finally:
@@ -376,7 +384,7 @@ def ended_by(error: BaseException) -> int:
     error = leading(error)
     if isinstance(error, FvdError):
         complain(str(error))
-        return error.exit_code
+        return exit_code(error)
     if isinstance(error, KeyboardInterrupt) or isinstance(error.__cause__, KeyboardInterrupt):
         # The cause: where it came while a class was made, in an import, Python raises RuntimeError from it.
         return INTERRUPTED
@@ -386,4 +394,4 @@ def ended_by(error: BaseException) -> int:
         complain("there is not enough memory for this")
     else:
         raise error
-    return 1
+    return exit_code(error)

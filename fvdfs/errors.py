@@ -27,6 +27,15 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f"; did you mean {found[0]}?" if found else ""
 
 
+_NAMES = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP)
+"""What the system says of a name that is nothing, or not what it should be."""
+_REFUSALS = (
+    *(errno.EACCES, errno.EROFS, errno.EBUSY, errno.ETXTBSY, errno.EIO),
+    *(errno.ENOSPC, errno.EDQUOT, errno.ENOMEM, errno.EMFILE, errno.ENFILE),
+)
+"""What it says of names that are right."""
+
+
 def leading(error: BaseException) -> BaseException:
     """The one error that a group comes to: an interrupt before a defect, that before what is anybody's fault."""
     if not isinstance(error, BaseExceptionGroup):
@@ -52,12 +61,29 @@ def named(name: str) -> Iterator[None]:
         raise OSError(error.errno, f"{name}: {text}") from error
 
 
-def told(error: OSError) -> str:
-    """An error of the system in words: which file, where that is known, and what."""
+def told(error: FvdError | OSError) -> str:
+    """An error in words; one of the system: which file, where that is known, and what."""
+    if isinstance(error, FvdError):
+        return str(error)
     name = error.filename
     if isinstance(name, bytes):
         name = name.decode("utf-8", "surrogateescape")
     return (f"{name}: " if isinstance(name, str) and name else "") + (error.strerror or str(error))
+
+
+def exit_code(error: BaseException) -> int:
+    """The exit code of a command that the error has ended; `cli` tells what they mean.
+
+    Where something that was named cannot be used as it is, it matters not that the user has named it: the code is 1.
+    """
+    cause = error.__cause__
+    while isinstance(error, UsageError) and isinstance(cause, UsageError):
+        cause = cause.__cause__
+    if isinstance(cause, _UNUSABLE) or (isinstance(cause, OSError) and cause.errno in _REFUSALS):
+        return FvdError.exit_code
+    if isinstance(error, FvdError):
+        return error.exit_code
+    return UsageError.exit_code if isinstance(error, OSError) and error.errno in _NAMES else FvdError.exit_code
 
 
 def shortage(error: BaseException) -> int:
@@ -148,3 +174,6 @@ class NotPermitted(ImageError):
 
 class NotPermittedHere(FvdError):
     """The mount was not made to do this; the text names the option that would."""
+
+
+_UNUSABLE = (FormatError, Unreachable, Locked, ImageBusy, NotPermitted)

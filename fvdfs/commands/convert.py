@@ -121,6 +121,8 @@ async def open_source(name: str, file_format: str, permission: Permission) -> tu
 
     Raises UsageError, ImageError, OSError.
     """
+    if is_local(name):
+        await trio.to_thread.run_sync(os.stat, name)
     remarks: list[str] = []
     looks_like: str | None = None
     if not file_format and exists(name):

@@ -24,7 +24,7 @@ from fvdfs import daemon, mounts
 from fvdfs.commands.attributes import explained, facts
 from fvdfs.commands.migration import ask_mount
 from fvdfs.commands.receive import run_receive
-from fvdfs.errors import FvdError, UsageError
+from fvdfs.errors import FvdError, UsageError, exit_code
 from fvdfs.format.migration import Incoming, Record, Target
 from fvdfs.image.migration import new_secret, read_record
 from fvdfs.image.policy import given_tls_creds
@@ -92,9 +92,9 @@ def _answer(target: _Target, request: dict[str, Any]) -> dict[str, Any]:
     try:
         return number | {"is": calls[request.pop("do")](**request)}
     except FvdError as error:
-        return number | {"failed": str(error), "code": error.exit_code}
+        return number | {"failed": str(error), "code": exit_code(error)}
     except OSError as error:
-        return number | {"failed": mounts.explained(error), "code": 1}
+        return number | {"failed": mounts.explained(error), "code": exit_code(error)}
 
 
 class _Target:

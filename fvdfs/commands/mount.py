@@ -6,6 +6,7 @@ loop, is imported by the process that serves.
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -129,12 +130,14 @@ def run(
 
 
 def _check_places(folder: str, mountpoint: str) -> None:
-    """Raise UsageError unless one directory can be shown in the other."""
+    """Raise UsageError, or OSError, unless one directory can be shown in the other."""
     mounts.refuse_dead(folder)
     mounts.refuse_mounted(mountpoint)
     for path in (folder, mountpoint):
         if not os.path.isdir(path):
             raise UsageError(f"{path}: is not a directory; " + _instead_of(path))
+    if not os.access(folder, os.R_OK | os.X_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), folder)
     if folder == os.path.realpath(mountpoint):
         raise UsageError(f"{mountpoint}: the images would be hidden by their own mount; choose another MOUNTPOINT")
 

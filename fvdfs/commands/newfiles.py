@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import FrameType, TracebackType
 
 from fvdfs.commands.in_use import refuse_open, with_all_below
-from fvdfs.daemon import complain
+from fvdfs.daemon import complain, interrupting
 from fvdfs.errors import UsageError
 from fvdfs.image.migration import refuse_needed
 from fvdfs.image.tree import Tree, identity_at
@@ -118,12 +118,15 @@ class NewFiles:
                 if handler is signal.SIG_DFL or handler is signal.default_int_handler:
                     self._handlers[number] = handler
                     signal.signal(number, self._end)
+            interrupting.append(self._end)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.discard()
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
+        if self._end in interrupting:
+            interrupting.remove(self._end)
 
     def _end(self, number: int, _frame: FrameType | None) -> None:
         self._noted.append(number)

@@ -14,7 +14,7 @@ from typing import Any
 
 from fvdfs import mounts
 from fvdfs.commands.attributes import explained, facts
-from fvdfs.errors import UsageError, printable
+from fvdfs.errors import UsageError, printable, told
 from fvdfs.image.tree import Node, Tree, identity_at
 from fvdfs.sizes import human_size
 from fvdfs.store.host import Identity
@@ -63,8 +63,9 @@ def find(disk: str) -> tuple[Tree, list[Row]]:
     tree = Tree(os.path.dirname(path))
     top = tree.at(path)
     if top is None:
-        why = tree.unreadable.get(path, f"{disk}: is no FVD image; name one, or a folder of images")
-        raise UsageError(why)
+        if path in tree.unreadable:
+            raise tree.unreadable[path]
+        raise UsageError(f"{disk}: is no FVD image; name one, or a folder of images")
     chain = tree.chain(top.path)
     shown = {node.identity for node in chain}
     found = [top]
@@ -119,7 +120,7 @@ def _table(tree: Tree, rows: list[Row]) -> str:
         written = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(node.mtime_ns // 1_000_000_000))
         remark = f"the same file as {printable(', '.join(others))}" if others else ""
         cells.append((name, _short(node.usage), _short(node.header.virtual_disk_size), written, remark))
-    cells += [(printable(why), "", "", "", "") for why in tree.unreadable.values()]
+    cells += [(printable(told(why)), "", "", "", "") for why in tree.unreadable.values()]
     widths = [max(len(cell[column]) for cell in cells[: len(rows) + 1]) for column in range(4)]
     lines = []
     for name, takes, disk, written, remark in cells:

@@ -73,7 +73,7 @@ class Tree:
         self.folder = folder or "."
         self.nodes: dict[str, Node] = {}
         """The images, by path, in the order of their names."""
-        self.unreadable: dict[str, str] = {}
+        self.unreadable: dict[str, FvdError | OSError] = {}
         """The paths of what may be images, but cannot be read, so that nobody knows what they stand on; and why."""
         self._by_identity: dict[Identity, list[Node]] = {}
         self._above: dict[Identity, list[Node]] = {}
@@ -87,7 +87,7 @@ class Tree:
                 except (NotFvd, FileNotFoundError):
                     continue
                 except (FvdError, OSError) as error:
-                    self.unreadable[path] = str(error)
+                    self.unreadable[path] = error
         self._follow_chains()
 
     def _follow_chains(self) -> None:

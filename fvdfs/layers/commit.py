@@ -51,10 +51,13 @@ async def commit(path: str, policy: Policy, progress: Progress) -> str:
 def begin(path: str) -> tuple[Tree, Node, str]:
     """The images of the folder, this one, and the path of the one that it stands on alone. Blocks.
 
-    Raises UsageError where that cannot be changed, OSError.
+    Raises UsageError where that cannot be changed, ImageError, OSError.
     """
     refuse_links(path)
+    os.stat(path)
     tree = Tree(os.path.dirname(path))
+    if path in tree.unreadable:
+        raise tree.unreadable[path]
     chain = tree.chain(path)
     if len(chain) <= 1:
         raise UsageError(f"{path}: stands on no FVD image that it could be committed to; fvdfs convert makes a copy")

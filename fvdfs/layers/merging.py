@@ -16,7 +16,7 @@ from collections.abc import AsyncIterator, Callable
 import trio
 
 from fvdfs.cow.dirty import Dirty
-from fvdfs.errors import UsageError
+from fvdfs.errors import UsageError, told
 from fvdfs.image.core import LastExtents
 from fvdfs.image.image import Image
 from fvdfs.image.loading import open_image
@@ -132,7 +132,8 @@ async def opened_to_merge(path: str, policy: Policy) -> AsyncIterator[tuple[Imag
 def users_of(tree: Tree, path: str) -> list[Node]:
     """The images that stand on the one at `path`. Raises UsageError where nobody can know them all."""
     for unknown, why in tree.unreadable.items():
-        raise UsageError(f"{unknown}: nobody knows what it stands on; repair it, or move it elsewhere, first: {why}")
+        todo = "repair it, or move it elsewhere, first"
+        raise UsageError(f"{unknown}: nobody knows what it stands on; {todo}: {told(why)}") from why
     return tree.children(path)
 
 

@@ -11,7 +11,7 @@ import socket
 import subprocess
 from collections.abc import Iterable
 
-from fvdfs.errors import UsageError
+from fvdfs.errors import FvdError, UsageError
 
 _PROGRAM = "fusermount3"
 _FIRST = "/usr/bin:/bin"
@@ -19,14 +19,14 @@ _FIRST = "/usr/bin:/bin"
 
 
 def attach(mountpoint: str, fsname: str, options: Iterable[str]) -> int:
-    """Mount a FUSE file system; the descriptor of /dev/fuse. Raises UsageError where that cannot be done."""
+    """Mount a FUSE file system; the descriptor of /dev/fuse. Raises FvdError where that cannot be done."""
     words = [f"fsname={_escape(fsname)}", "subtype=fvdfs", "default_permissions", *options]
     ours, theirs = socket.socketpair()
     with ours, theirs:
         done = _run("-o", ",".join(words), "--", mountpoint, descriptor=theirs.fileno())
         if done.returncode:
             lines = done.stderr.replace(f"{done.args[0]}: ", "").splitlines()
-            raise UsageError(f"{mountpoint}: cannot mount: {'; '.join(lines) or f'{_PROGRAM} has failed'}")
+            raise FvdError(f"{mountpoint}: cannot mount: {'; '.join(lines) or f'{_PROGRAM} has failed'}")
         _, (descriptor,), _, _ = socket.recv_fds(ours, 1, 1)
     os.set_inheritable(descriptor, False)
     return descriptor

@@ -100,7 +100,7 @@ def test_what_takes_images_says_which_a_raw_file_is(folder: Path) -> None:
         for command, *more in (["info"], ["check"], ["revert"], ["amend", "-F", "raw"]):
             done = fvdfs(command, raw, *more)
             assert (done.code, done.err) == (
-                2,
+                1 if command == "check" else 2,
                 f"fvdfs: {raw}: is a raw file in a mount; name its image: {folder}/a.fvd\n",
             )
         assert fvdfs("status", "--watch", raw).err == f"fvdfs: {raw}: is not the mount point: name that\n"
