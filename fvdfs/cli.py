@@ -17,10 +17,11 @@ import re
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from fvdfs import __version__, daemon, programs
 from fvdfs.errors import NotFvd, UsageError, nearest, printable
+from fvdfs.examples import EXAMPLES
 from fvdfs.logs import LogFormatter
 from fvdfs.mountoptions import MOUNT_OPTIONS, passphrase_file, tls_credentials
 from fvdfs.sizes import NewSize, parse_new_size, parse_size
@@ -86,8 +87,21 @@ def _count(text: str) -> int:
     return int(text)
 
 
+class _Help(argparse.HelpFormatter):
+    """Leaves the lines at the end of a help as they are, and fills all others."""
+
+    def add_text(self, text: str | None) -> None:
+        if text and "\n" in text:
+            self._add_item(lambda lines: lines + "\n", [text])
+        else:
+            super().add_text(text)
+
+
 class _Parser(argparse.ArgumentParser):
     """Says what is wrong in one line."""
+
+    def __init__(self, **how: Any) -> None:
+        super().__init__(formatter_class=_Help, **how)
 
     def error(self, message: str) -> NoReturn:
         if found := _CHOICE.fullmatch(message):
@@ -118,7 +132,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parsed(words: list[str]) -> argparse.Namespace:
-    parser, commands = _parser()
+    parser = _parser()
+    commands = _commands(parser)
     for before, word in itertools.pairwise(["", *words]):
         if (not word and before != "-o") or _EMPTY_VALUE.fullmatch(word):
             option = word.rstrip("=") or (before if before.startswith("-") else "")
@@ -174,12 +189,16 @@ def _flushed(code: int) -> int:
 # --- the parser ---------------------------------------------------------------------------------
 
 
-def _parser() -> tuple[_Parser, dict[str, _Parser]]:
-    """That of the program, and those of its commands."""
+def _commands(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
+    """The parsers of the commands, by name."""
+    [commands] = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
+    return dict(commands.choices)
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="fvdfs",
         description="Mount Fast Virtual Disk images as flat raw files.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog=_EXIT_CODES,
     )
     parser.add_argument("--version", action="version", version=f"fvdfs {__version__}")
@@ -293,9 +312,11 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
     mount = commands.add_parser(
         "mount",
         help="show a folder of images as a folder of raw files",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="options for -o, separated by commas:\n  "
-        + "\n  ".join(f"{option.form}  {option.help}" for option in MOUNT_OPTIONS.values()),
+    )
+    _end_with(
+        mount,
+        "options for -o, separated by commas",
+        "\n".join(f"{option.form}  {option.help}" for option in MOUNT_OPTIONS.values()),
     )
     mount.set_defaults(run=_mount)
     mount.add_argument("folder", metavar="DIR", help="the folder of images NAME.fvd")
@@ -419,7 +440,15 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
     umount.add_argument(
         "-l", "--lazy", action="store_true", help="take it out of the tree now, though it is busy; images stay open"
     )
-    return parser, dict(commands.choices)
+    for name, text in EXAMPLES.items():
+        _end_with(commands.choices[name], "examples", text)
+    return parser
+
+
+def _end_with(command: _Parser, title: str, text: str) -> None:
+    """Have its help end with this as well, line by line."""
+    paragraph = f"{title}:\n" + "\n".join(f"  {line}" for line in text.splitlines())
+    command.epilog = f"{command.epilog}\n\n{paragraph}" if command.epilog else paragraph
 
 
 def _add_backup(commands: argparse._SubParsersAction[_Parser]) -> None:
