@@ -368,6 +368,7 @@ def _parser() -> argparse.ArgumentParser:
     map_.add_argument("--json", action="store_true")
     _add_names(map_, _URLS)
     map_.add_argument("--png", default="", metavar="FILE", help="draw a picture")
+    map_.add_argument("--html", default="", metavar="FILE", help="make a page for a browser")
     _add_secret(map_)
 
     resize = commands.add_parser("resize", help="change the size of a disk")
@@ -889,7 +890,12 @@ def _map(arguments: argparse.Namespace) -> int:
     from fvdfs.commands.map import run
 
     return run(
-        arguments.image, as_json=arguments.json, png=arguments.png, options=arguments.options, secret=arguments.secret
+        arguments.image,
+        as_json=arguments.json,
+        png=arguments.png,
+        page=arguments.html,
+        options=arguments.options,
+        secret=arguments.secret,
     )
 
 

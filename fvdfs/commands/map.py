@@ -5,42 +5,50 @@ The process that serves a mount is asked, through an extended attribute; an imag
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import sys
+import time
 from collections.abc import Sequence
 from typing import Any
 
 from rich.text import Text
 
 from fvdfs import mountoptions
+from fvdfs.commands import mappage
 from fvdfs.commands.attributes import explained, facts, or_by_mount
+from fvdfs.commands.mappage import PER_ROW, short, visible
 from fvdfs.commands.mounted import raw_file
 from fvdfs.commands.newfiles import NewFiles
-from fvdfs.commands.rows import local, percent
+from fvdfs.commands.rows import local, percent, shortened
 from fvdfs.commands.terminal import plain_console
 from fvdfs.daemon import run_loop
-from fvdfs.errors import ImageBusy, UsageError, named
+from fvdfs.errors import ImageBusy, UsageError, named, printable
 from fvdfs.image.loading import open_image
-from fvdfs.image.map import BAR_CELLS, image_map, merged, totals
+from fvdfs.image.map import BAR_CELLS, MEANINGS, image_map, merged, totals
 from fvdfs.image.policy import Policy
 from fvdfs.sizes import human_size
 from fvdfs.xattrs import MAP
 
 COLOURS = {"stored": (46, 139, 87), "base": (70, 110, 180), "hole": (225, 225, 225)}
-SQUARE, PER_ROW = 12, 50  # pixels of a cell's side in a picture, and cells in a row of it
+SQUARE = 14  # pixels of a cell's side in a picture, with the gap beside it
+LEFT, TOP, MARGIN, LINE = 90, 70, 16, 22  # pixels: left of the squares, above them, at the edges, and of a line of text
+_INK, _SOFT = (29, 33, 37), (93, 102, 111)
 _PNG = b"\x89PNG\r\n\x1a\n"
 
 
-def run(image: str, *, as_json: bool, png: str, options: Sequence[str], secret: str) -> int:
-    """Show the map as a bar, as JSON, as a picture. Raises as `read_map` and `draw_map`."""
+def run(image: str, *, as_json: bool, png: str, page: str, options: Sequence[str], secret: str) -> int:
+    """Show the map as a bar, as JSON, as a picture, as a page. Raises as `read_map`, `draw_map` and `make_page`."""
     urls = mountoptions.allowed_urls(options)
     found = read_map(image, secret_file=secret, allowed_urls=urls)
     if png:
         draw_map(found, png, image)
+    if page:
+        make_page(found, page, image)
     if as_json:
         print(json.dumps(found))
-    elif not png:
+    elif not png and not page:
         print_map(found)
     return 0
 
@@ -104,39 +112,80 @@ def _signs() -> dict[str, str]:
 
 
 def draw_map(found: dict[str, Any], path: str, image: str) -> None:
-    """The map of an image as a picture (PNG), a square for each cell, in rows.
+    """The map of an image as a picture (PNG): a square for each cell, in rows that say where they begin, and a legend.
 
     Nothing is overwritten but an older picture. Raises UsageError, also where Pillow is missing, ImageBusy, OSError.
     """
     try:
-        from PIL import Image, ImageDraw
+        from PIL import Image, ImageDraw, ImageFont
     except ImportError:
         raise UsageError("--png needs the package Pillow: pip install 'fvdfs[png]'") from None
-    cells = found["cells"]
-    picture = Image.new("RGB", (PER_ROW * SQUARE, -(-len(cells) // PER_ROW) * SQUARE), "white")
+    font, small, large = (ImageFont.load_default(size) for size in (13, 11, 19))
+    cells, rows = found["cells"], max(1, -(-len(found["cells"]) // PER_ROW))
+    below = TOP + rows * SQUARE + 16
+    picture = Image.new("RGB", (LEFT + PER_ROW * SQUARE + MARGIN, below + 5 * LINE), "white")
     draw = ImageDraw.Draw(picture)
+    draw.text((MARGIN, 12), _fitting(os.path.basename(image), large, picture.width - 2 * MARGIN), _INK, large)
+    scale = f"a disk of {short(found['virtual_size'])}; each square is {short(found['cell_size'])} of it"
+    draw.text((MARGIN, 40), scale + ", of several kinds where colours are mixed", _SOFT, font)
+    colours = [COLOURS[state] for state in found["states"]]
     for number, counts in enumerate(cells):
-        x, y = number % PER_ROW * SQUARE, number // PER_ROW * SQUARE
-        whole = sum(counts) or 1
-        colours = [COLOURS[state] for state in found["states"]]
-        mix = [sum(c * colour[i] for c, colour in zip(counts, colours, strict=True)) // whole for i in range(3)]
+        row, column = divmod(number, PER_ROW)
+        x, y = LEFT + column * SQUARE, TOP + row * SQUARE
+        if not column:
+            draw.text((LEFT - 8, y + 5), short(number * found["cell_size"]), _SOFT, small, anchor="rm")
+        shares = visible(counts)
+        mix = [round(sum(s * colour[i] for s, colour in zip(shares, colours, strict=True))) for i in range(3)]
         draw.rectangle((x, y, x + SQUARE - 2, y + SQUARE - 2), fill=(mix[0], mix[1], mix[2]))
-    again = _is_picture(path)
+    for number, (state, size) in enumerate(totals(found).items()):
+        y = below + number * LINE
+        draw.rectangle((LEFT, y + 3, LEFT + SQUARE - 2, y + SQUARE + 1), fill=COLOURS[state])
+        draw.text((LEFT + 22, y), state, _INK, font)
+        draw.text((LEFT + 130, y), percent(size / (found["virtual_size"] or 1)), _INK, font, anchor="ra")
+        draw.text((LEFT + 220, y), short(size), _INK, font, anchor="ra")
+        draw.text((LEFT + 240, y), MEANINGS[state], _SOFT, font)
+    draw.text((LEFT, below + 3 * LINE + 4), f"local: {local(found)}", _INK, font)
+    data = io.BytesIO()
+    picture.save(data, "PNG")
+    _write(path, data.getvalue(), image, "picture", ".png", _PNG)
+
+
+def _fitting(text: str, font: Any, width: int) -> str:
+    """A name that is no wider than so many pixels."""
+    text = printable(text)
+    length = len(text)
+    while length > 1 and font.getlength(shortened(text, length)) > width:
+        length -= 1
+    return shortened(text, length)
+
+
+def make_page(found: dict[str, Any], path: str, image: str) -> None:
+    """The map of an image as a page for a browser. Nothing is overwritten but an older page.
+
+    Raises UsageError, ImageBusy, OSError.
+    """
+    text = mappage.page(found, printable(os.path.basename(image)), time.strftime("%Y-%m-%d %H:%M:%S"))
+    _write(path, text.encode(), image, "page", ".html", mappage.FIRST.encode())
+
+
+def _write(path: str, data: bytes, image: str, what: str, ending: str, first: bytes) -> None:
+    """Write a file that ends and begins like this; of one that is there only such a one is overwritten."""
+    again = _is_like(path, ending, first)
     if os.path.exists(path) and not again:
-        raise UsageError(f"{path} exists already, and is no picture (NAME.png); choose another name")
+        raise UsageError(f"{path} exists already, and is no {what} of a map (NAME{ending}); choose another name")
     with NewFiles(force=again) as files:
         files.protect_file(image)
         with named(path), open(files.add(path).place, "wb") as file:
-            picture.save(file, "PNG")
+            file.write(data)
         files.publish()
 
 
-def _is_picture(path: str) -> bool:
-    """Whether a file is there that a picture may replace. Its first bytes alone may be a guest's."""
+def _is_like(path: str, ending: str, first: bytes) -> bool:
+    """Whether a file is there that may be replaced. Its first bytes alone may be a guest's."""
     try:
-        if not path.lower().endswith(".png") or not os.path.isfile(path):
+        if not path.lower().endswith(ending) or not os.path.isfile(path):
             return False
         with open(path, "rb") as file:
-            return file.read(len(_PNG)) == _PNG
+            return file.read(len(first)) == first
     except OSError:
         return False

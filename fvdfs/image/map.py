@@ -17,6 +17,13 @@ from fvdfs.image.image import Image
 CELLS = 1000  # of a map, at most: an extended attribute has to hold it (64 KiB)
 BAR_CELLS = 64  # of a map shown as a bar, at most: a line of a terminal
 
+MEANINGS = {
+    "stored": "in the image's own storage",
+    "base": "only in the base, and read from there",
+    "hole": "stored nowhere: zeros, and as local as what is stored",
+}
+"""What the kinds of a map are, for a person."""
+
 
 async def image_map(image: Image, cells: int = CELLS) -> dict[str, Any]:
     """The map of an open image, ready for JSON; sizes in bytes. Raises OSError, EIO where the image is damaged."""

@@ -72,6 +72,7 @@ COMMANDS: dict[str, list[str]] = {
     "map": ["map", "a.fvd"],
     "map json": ["map", "a.fvd", "--json"],
     "map png": ["map", "a.fvd", "--png", "map.png"],
+    "map html": ["map", "a.fvd", "--html", "map.html"],
     "check": ["check", "a.fvd"],
     "check repair": ["check", "broken.fvd", "--repair"],
     "amend": ["amend", "a.fvd", "-F", "fvd"],

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import html
+import html.parser
 import json
 import os
+import re
 import subprocess
 import tempfile
 from pathlib import Path
@@ -12,6 +15,8 @@ from typing import Any
 
 import pytest
 
+from fvdfs.commands import map as fvdfs_map
+from fvdfs.commands import rows
 from support.mounts import FVDFS, MIB, fvdfs, mounted, must, wait_for_end
 
 BLOCK = 64 << 10
@@ -130,3 +135,102 @@ def test_how_much_is_local_is_the_same_everywhere(disk: Path, tmp_path: Path) ->
         assert f"{local / BASE:.1%} of the base, 64.5 KiB of 5 MiB; {1 - (BASE - local) / SIZE:.1%} of the disk" in text
     cells = found[2]["cells"]
     assert sum(cell[1] for cell in cells) == BASE - local  # what map has in the base
+
+
+# --- the map as a page and as a picture -------------------------------------------------------------
+
+
+class _Page(html.parser.HTMLParser):
+    """Which elements a page has, each closed; the text of its tooltips; the squares' parts."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tips: list[str] = []
+        self.parts: list[dict[str, float]] = []
+        self.names: list[str] = []
+        self.feed(text)
+        self.close()
+        assert not self.open
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.names += [name for name, _ in attrs]
+        if tag == "g":
+            self.parts.append({})
+        if tag != "meta":
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        given = dict(attrs)
+        self.parts[-1][str(given["class"])] = float(given["width"] or "")
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self.open[-2:] == ["g", "title"]:
+            self.tips.append(data)
+
+
+@pytest.mark.parametrize("size", [20 * MIB, 2 << 40])
+def test_a_map_as_a_page(folder: Path, tmp_path: Path, size: int) -> None:
+    (folder / "base.raw").write_bytes(os.urandom(BASE))
+    image = folder / "<b>vm&amp;.fvd"
+    must("create", image, str(size), "-b", "base.raw", "-F", "raw", "--block-size", "64K")
+    with mounted(folder) as mount, open(mount.raw("<b>vm&amp;"), "r+b", buffering=0) as file:
+        file.write(b"x" * BLOCK)
+        file.seek(MIB)
+        file.write(b"x" * MIB)
+        assert must("map", image, "--html", tmp_path / "map.html") == ""
+        found = json.loads(must("map", image, "--json"))
+    text = (tmp_path / "map.html").read_text()
+    page = _Page(text)
+    assert not {"src", "href", "srcset", "data"} & {*page.names}  # nothing is fetched
+    assert not re.search(r"https?:|url\(|@import|<link|//", text)
+    assert "<h1>&lt;b&gt;vm&amp;amp;.fvd</h1>" in text
+    assert "prefers-color-scheme: dark" in text
+    whole = sum(sum(cell) for cell in found["cells"])
+    for total in map(sum, zip(*found["cells"], strict=True)):
+        assert html.escape(rows.percent(total / whole)) in text
+    assert len(page.tips) == len(page.parts) == len(found["cells"])
+    for counts, parts, tip in zip(found["cells"], page.parts, page.tips, strict=True):
+        there = [state for state, count in zip(found["states"], counts, strict=True) if count]
+        assert list(parts) == there  # however little it is
+        assert all(width > 1 for width in parts.values())
+        assert sum(parts.values()) == pytest.approx(12, abs=0.05)
+        assert all(f"\n{state} " in tip for state in there)
+
+
+def test_a_map_as_a_picture_says_what_it_shows(disk: Path, tmp_path: Path) -> None:
+    from PIL import Image
+
+    sizes = []
+    for name in ("vm.fvd", f"{'a-long-name' * 20}.fvd"):
+        os.rename(disk, disk.parent / name)
+        disk = disk.parent / name
+        must("map", disk, "--png", tmp_path / "map.png")
+        with Image.open(tmp_path / "map.png") as opened:
+            picture = opened.convert("RGB")
+        sizes.append(picture.size)
+        below = fvdfs_map.TOP + 20 * fvdfs_map.SQUARE
+        for colour in fvdfs_map.COLOURS.values():  # the legend; nothing is stored, which only the legend can show
+            found = [y for y in range(below, picture.height) if picture.getpixel((fvdfs_map.LEFT, y)) == colour]
+            assert found, colour
+        for box in ((0, 0, picture.width, fvdfs_map.TOP), (0, fvdfs_map.TOP, fvdfs_map.LEFT - 4, below)):
+            assert picture.crop(box).getextrema() != ((255, 255),) * 3  # its title and scale; where rows begin
+        right = picture.crop((picture.width - fvdfs_map.MARGIN + 2, 0, picture.width, picture.height))
+        assert right.getextrema() == ((255, 255),) * 3  # nothing is cut off
+    assert sizes[0] == sizes[1]
+
+
+@pytest.mark.parametrize("ending", ["html", "png"])
+def test_only_an_older_map_is_overwritten(disk: Path, tmp_path: Path, ending: str) -> None:
+    path = tmp_path / f"map.{ending}"
+    for _ in range(2):
+        must("map", disk, f"--{ending}", path)
+    path.write_bytes(b"something else")
+    done = fvdfs("map", disk, f"--{ending}", path)
+    assert (done.code, path.read_bytes()) == (2, b"something else")
+    assert f"{path} exists already, and is no p" in done.err
+    assert fvdfs("map", disk, f"--{ending}", disk).code == 2
+    assert "fvd" in must("info", disk)
