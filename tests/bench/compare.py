@@ -146,6 +146,26 @@ def passthrough_table(results: Results) -> str:
     return "\n".join(lines)
 
 
+LABELS = {
+    "seqread": "sequential\nreads, cold",
+    "reread": "the same,\nwarm",
+    "randread4k": "random\nreads, 4 KiB",
+    "randread4k16": "the same,\n16 at a time",
+    "randwrite4k": "random\nwrites, 4 KiB",
+    "randwrite4ks": "the same,\neach flushed",
+    "randwrite4k16": "the same,\ndirect, 16",
+    "seqwrite": "sequential\nwrites",
+    "boot": "a guest\nboots",
+    "unpack": "it unpacks\na tree",
+    "postmark": "it runs\nPostMark",
+    RAW: "raw file",
+    MAIN: "fvdfs",
+    "qcow2 cow": "qcow2, qemu-storage-daemon",
+    "nbdkit cow": "nbdkit's cow, nbdfuse",
+}
+"""What workloads and targets are called in docs/measured.md."""
+
+
 def draw(results: Results, workloads: Sequence[str], file: Path) -> None:
     """Bars: each workload on fvdfs and its peers, as a ratio to the best peer."""
     import matplotlib as mpl
@@ -161,11 +181,12 @@ def draw(results: Results, workloads: Sequence[str], file: Path) -> None:
     for number, (name, color) in enumerate(zip(names, ("#c8c8c8", "#c0392b", "#4a7fb5", "#9dbfdf"), strict=True)):
         ratios = [results.ratio(name, w, peers) or 0 for w in shown]
         places = [at + number * width for at in range(len(shown))]
-        axes.bar(places, ratios, width, label=name, color=color)
+        axes.bar(places, ratios, width, label=LABELS.get(name, name), color=color)
     axes.axhline(1, color="black", linewidth=0.6)
     axes.set_yscale("log", base=2)
     axes.yaxis.set_major_formatter("{x:g}x")
-    axes.set_xticks([at + 0.4 - width / 2 for at in range(len(shown))], shown, rotation=20, ha="right")
+    labels = [LABELS.get(workload, workload) for workload in shown]
+    axes.set_xticks([at + 0.4 - width / 2 for at in range(len(shown))], labels, fontsize=8)
     axes.set_ylabel("of the best peer; higher is better")
     figure.legend(ncols=len(names), loc="outside upper center", frameon=False)
     figure.savefig(file)

@@ -31,6 +31,10 @@ QUIET_GUEST = (5.0, 12.0)
 BUSY_GUEST = (19.0, 24.0)
 RIVAL = (15.0, 23.0)
 BURSTS = (29.0, 35.0)
+MEANINGS = {
+    State.CHECK: "prefetching got slower: it sends single requests, to see whether others use the link",
+    State.YIELD: "they do: it goes on with one request at a time, an eighth of the time, then looks again",
+}
 COLORS = {State.RUN: "white", State.CHECK: "#f5c542", State.YIELD: "#e8a0a0"}
 
 
@@ -71,13 +75,14 @@ def main(file: Path) -> None:
     pyplot: Any = importlib.import_module("matplotlib.pyplot")
     pyplot.switch_backend("svg")
     matplotlib.rcParams.update({"svg.hashsalt": "fvdfs", "font.size": 9})
-    figure, (offered, latency, fetched) = pyplot.subplots(3, 1, sharex=True, figsize=(9, 6.5), layout="constrained")
-    offered.plot(times, rates("rival"), label="rival", color="#b03030")
-    offered.plot(times, rates("guest"), label="guest", color="#3060b0")
+    figure, (offered, latency, fetched) = pyplot.subplots(3, 1, sharex=True, figsize=(9, 7), layout="constrained")
+    offered.plot(times, rates("rival"), label="another client", color="#b03030")
+    offered.plot(times, rates("guest"), label="the guest", color="#3060b0")
     offered.set_ylabel("others get, MB/s")
-    latency.plot(times, [wait(at, 0.5) for at in times], label="median", color="#3060b0")
-    latency.plot(times, [wait(at, 0.95) for at in times], label="95 %", color="#90b0e0")
+    latency.plot(times, [wait(at, 0.5) for at in times], label="half of its reads take up to", color="#3060b0")
+    latency.plot(times, [wait(at, 0.95) for at in times], label="95 % of them", color="#90b0e0")
     latency.set_yscale("log")
+    latency.yaxis.set_major_formatter("{x:g}")
     latency.set_ylabel("guest's read, ms")
     fetched.plot(times, rates("prefetch"), label="prefetching", color="#207040")
     fetched.set_ylabel("prefetched, MB/s")
@@ -88,10 +93,11 @@ def main(file: Path) -> None:
                 axes.axvspan(begin, end, color=COLORS[state], linewidth=0)
         axes.set_xlim(0, END)
         axes.grid(alpha=0.3)
-    for state in (State.CHECK, State.YIELD):
-        fetched.axvspan(-2, -1, color=COLORS[state], label=state.name)
     for axes in (offered, latency, fetched):
-        axes.legend(loc="upper right", ncols=3)
+        axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, frameon=False, borderaxespad=0.1)
+    patch = importlib.import_module("matplotlib.patches").Patch
+    spans = [patch(color=COLORS[state], label=f"{state.name}: {MEANINGS[state]}") for state in MEANINGS]
+    figure.legend(handles=spans, loc="outside lower center", ncols=1, frameon=False, alignment="left")
     file.parent.mkdir(exist_ok=True)
     figure.savefig(file, metadata={"Date": None})
     print(f"{file}: {file.stat().st_size / 1024:.0f} KiB, {len(states.changes)} changes of state")
