@@ -77,6 +77,7 @@ PREPARED = {
     ("docs/guide.md", "A cache in front of a volume"): "volume slow 64M",
     ("docs/guide.md", "On a device"): "volume disk 1G",
     ("docs/guide.md", "QEMU and libvirt"): MOUNTED,
+    ("docs/monitoring.md", "By eye"): MOUNTED,
     ("docs/guide.md", "Disks that programs make"): "truncate -s 1M other.raw",
     ("docs/guide.md", "Giving space back"): MOUNTED,
     ("docs/guide.md", "Larger disks"): MOUNTED,

@@ -15,6 +15,8 @@ from fvdfs.sizes import human_size
 NAME_LEAST = 12  # characters that a name gets before there is another column
 WHY_LEAST = 16
 BAR = 10
+COPYING = ("profile", "running")
+"""States of a disk that is being copied."""
 _EIGHTHS = " ▏▎▍▌▋▊▉█"
 _GAP = "…"
 
@@ -35,7 +37,7 @@ class Row:
     copied: float = 0.0
     """Bytes a second that prefetching copies."""
     left: int | None = None
-    """Seconds until all is local."""
+    """Seconds until all is local; None where nothing is being copied."""
     reads: float = 0.0
     writes: float = 0.0
     """Requests a second."""
@@ -57,14 +59,15 @@ def _row(before: dict[str, Any] | None, now: dict[str, Any], seconds: float) -> 
     times = [sum(column) for column in zip(*(rate.times for rate in rates.values()), strict=True)]
     outage = now.get("base_outage")
     lost = f"base lost: {outage['reason']}" if outage is not None and outage["until"] is None else ""
+    copying = now["state"] in COPYING  # the rate of one that was stopped falls slowly
     return Row(
         file=now["name"],
         name=printable(now["name"].removesuffix(".raw")),
         size=now.get("virtual_size", 0),
         share=now.get("local_share", 1.0),
         state=now["state"],
-        copied=now.get("rate", 0),
-        left=now.get("eta"),
+        copied=now.get("rate", 0) if copying else 0,
+        left=now.get("eta") if copying else None,
         reads=rates["read"].requests,
         writes=rates["write"].requests,
         moved=rates["read"].bytes + rates["write"].bytes,
@@ -210,7 +213,7 @@ WRITES = Column("writes/s", 8, lambda row: short_number(row.writes), lambda row:
 MOVED = Column("bytes/s", 7, lambda row: short_number(row.moved), lambda row: row.moved)
 SLOWEST = Column("p99", 5, lambda row: short_time(row.slowest), lambda row: row.slowest or 0.0)
 _IN_PLACE = (SIZE, LOCAL, SHARE, STATE, COPIED, LEFT, READS, WRITES, MOVED, SLOWEST)
-_BY_WORTH = (LOCAL, STATE, READS, WRITES, SLOWEST, LEFT, SHARE, MOVED, SIZE, COPIED)
+_BY_WORTH = (LOCAL, STATE, READS, WRITES, SLOWEST, LEFT, SHARE, WHY, MOVED, SIZE, COPIED)
 
 
 def fitting(width: int, names: Sequence[str], padding: int) -> list[tuple[Column, int]]:
@@ -226,10 +229,9 @@ def fitting(width: int, names: Sequence[str], padding: int) -> list[tuple[Column
             break
         room -= column.width + padding
         chosen.append(column)
-    why = room >= WHY_LEAST + padding
-    more = min(longest - name, room - (WHY_LEAST + padding if why else 0))
+    more = min(longest - name, room)
     found = [(NAME, name + more), *((column, column.width) for column in _IN_PLACE if column in chosen)]
-    return [*found, (WHY, room - more - padding)] if why else found
+    return [*found, (WHY, WHY_LEAST + room - more)] if WHY in chosen else found
 
 
 def total(found: Sequence[Row], images: int) -> str:

@@ -21,6 +21,7 @@ from fvdfs.commands import rows
 from fvdfs.commands.attributes import facts
 from fvdfs.commands.terminal import plain_console
 from fvdfs.errors import UsageError, printable
+from fvdfs.format.header import ceil_div
 from fvdfs.sizes import human_size
 from fvdfs.xattrs import IMAGES, LOG, PID, STATUS
 
@@ -136,8 +137,9 @@ def _columns(image: dict[str, Any]) -> tuple[str, str, str, str, str, str]:
         image["failed"] = f"could not be opened at {at}: {failed['reason']}"
     if "rate" not in image:  # closed, or being closed
         return share, image["state"], "", "", image.get("failed", "") or image.get("reason", ""), ""
-    rate = f"{image['rate'] / 1e6:.1f} MB/s" if image["rate"] else ""
-    left = rows.duration(image["eta"])
+    copying = image["state"] in rows.COPYING
+    rate = f"{image['rate'] / 1e6:.1f} MB/s" if image["rate"] and copying else ""
+    left = rows.duration(image["eta"] if copying else None)
     passthrough = "on" if image["passthrough"] == "on" else f"no: {image['passthrough']}"
     why = image["failed"] or _outage(image["base_outage"], image["reason"])
     return share, image["state"], rate, left, why, passthrough
@@ -166,7 +168,7 @@ def watch_status(mountpoint: str) -> None:
                     raise
                 return
             since, former = before or (now, None)
-            shown = _watched(rows.rows(former, found, now - since), len(found["images"]), console.size)
+            shown = watched(rows.rows(former, found, now - since), len(found["images"]), console.size)
             if console.is_terminal:
                 live.update(shown, refresh=True)
             else:
@@ -175,10 +177,10 @@ def watch_status(mountpoint: str) -> None:
             time.sleep(INTERVAL)
 
 
-def _watched(found: list[rows.Row], images: int, size: ConsoleDimensions) -> Group:
+def watched(found: list[rows.Row], images: int, size: ConsoleDimensions) -> Group:
     """A table of as many disks as there are lines for, and how many more there are."""
-    found = sorted(found, key=rows.NAME.key)
-    room = size.height - 3 if sys.stdout.isatty() else len(found)
+    found, total = sorted(found, key=rows.NAME.key), rows.total(found, images)
+    room = size.height - 2 - ceil_div(len(total), size.width) if sys.stdout.isatty() else len(found)
     table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False)
     columns = rows.fitting(size.width, [row.name for row in found[:room]], padding=1)
     for column, width in columns:
@@ -189,4 +191,4 @@ def _watched(found: list[rows.Row], images: int, size: ConsoleDimensions) -> Gro
             *(rows.shortened(row.name, width) if column is rows.NAME else column.cell(row) for column, width in columns)
         )
     more = [f"and {len(found) - room} more; fvdfs top shows them all"] if len(found) > room else []
-    return Group(rows.total(found, images), *([table] if found else []), *more)
+    return Group(total, *([table] if found else []), *more)

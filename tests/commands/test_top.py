@@ -44,6 +44,7 @@ def test_what_is_worth_most_is_shown_first() -> None:
     assert titles[40] == ["disk", "local", "state"]
     assert titles[80] == ["disk", "local", "state", "left", "reads/s", "writes/s", "p99"]
     assert titles[200][-1] == "why"
+    assert rows.fitting(120, [LONG], 1)[-1][0] is rows.WHY
     assert rows.fitting(200, [LONG], 2)[0][1] == len(LONG)
 
 
@@ -100,6 +101,13 @@ def test_rates_are_those_between_two_looks() -> None:
     assert (first.reads, first.slowest) == (0, None)
     (restarted,) = rows.rows(_status(counters.status()), before, 2.0)
     assert restarted.reads == 0
+
+
+def test_what_is_not_being_copied_has_no_time_left() -> None:
+    image = {"name": "vm.raw", "open": True, "rate": 5, "eta": 60}
+    states = ("running", "paused", "waiting")
+    shown = [rows.rows(None, {"images": [image | {"state": state}]}, 0)[0] for state in states]
+    assert [(row.copied, row.left) for row in shown] == [(5, 60), (0, None), (0, None)]
 
 
 # --- on a terminal ----------------------------------------------------------------------------------
