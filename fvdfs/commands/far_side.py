@@ -22,6 +22,13 @@ END = 5.0  # seconds
 _CHECK = 0.2  # seconds
 
 
+_NOT_THERE = {
+    127: "fvdfs is not found there; install it, or name it by --program",
+    UsageError.exit_code: "fvdfs there does not know what it is asked for; have the same version at both hosts",
+}
+"""What the exit code of something that never answered says."""
+
+
 class _Failed(FvdError):
     """What was asked for has failed there; the text is from there."""
 
@@ -121,7 +128,11 @@ class FarSide:
 
     def _lost(self) -> _Lost:
         self._answer(self._received)
-        return _Lost(f"{self._name}: the connection has ended: {self._words}")
+        why = "the connection has ended"
+        if not self._is_there:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                why = _NOT_THERE.get(self._process.wait(END), why)
+        return _Lost(f"{self._name}: {why}: {self._words}")
 
     @property
     def _words(self) -> str:

@@ -34,7 +34,7 @@ from fvdfs.commands.far_side import FarSide
 from fvdfs.commands.migrate_target import ACTIVE, WAITS
 from fvdfs.commands.migration import ask_mount, kept_from_qemu
 from fvdfs.commands.terminal import progress_bar
-from fvdfs.errors import FvdError, UsageError
+from fvdfs.errors import FvdError, ImageBusy, UsageError
 from fvdfs.logs import LogPlaces
 from fvdfs.qmp import ANSWER, CommandRefused, Monitor, NoAnswer, somebody_listens
 from fvdfs.sizes import human_size
@@ -48,6 +48,7 @@ CANCEL = 20.0  # seconds for QEMU to end a migration
 SETTLE = 10.0  # seconds after an interrupt for what cannot be undone any more to be finished
 TOLD_SOURCE = 5.0  # seconds for the target to say that it has all
 NOTICED = 3.0  # seconds for QEMU to notice that the one at the target has ended
+BLOCK = 512  # bytes, in which stat counts
 MACHINE = 600.0  # seconds to wait for the machine at the target
 _HANDED_OVER = ("moved", "released")
 _MOVED_OVER = "completed"
@@ -308,7 +309,8 @@ class _Move:
     def _prepare(self) -> None:
         """Look that all fits; nothing is changed."""
         urls = {disk.name: disk.url for disk in self._disks}
-        found = self._far.call("find", place=self._place, urls=urls)
+        takes = {disk.name: os.stat(disk.raw).st_blocks * BLOCK for disk in self._disks}
+        found = self._far.call("find", place=self._place, urls=urls, takes=takes)
         self._point, self._folder = found["point"], found["folder"]
         for disk in self._disks:
             disk.there = there = found["disks"][disk.name]
@@ -325,8 +327,13 @@ class _Move:
         else:
             for disk in self._disks:
                 if disk.state not in _HANDED_OVER:
-                    with explained(disk.raw), kept_from_qemu(disk.raw):
-                        pass  # else a machine runs on it
+                    try:
+                        with explained(disk.raw), kept_from_qemu(disk.raw):
+                            pass
+                    except ImageBusy:
+                        raise UsageError(
+                            f"{disk.raw}: a machine runs on it; move it, too (--qmp, --qmp-target), or stop it"
+                        ) from None
         sizes = ", ".join(f"{disk.name}.raw ({human_size(disk.size).partition(' (')[0]})" for disk in self._disks)
         self.say(f"{sizes}: to {self._host}:{self._point}")
 
@@ -440,10 +447,14 @@ class _Move:
                 self._far.call("start", words=self._choices.start)
             else:
                 self.say(f"waiting for the machine at {self._host}: start it with -incoming defer, its QMP at {path}")
-            deadline = time.monotonic() + MACHINE
+            began, told = time.monotonic(), not self._choices.start
             while state is None:
-                if time.monotonic() > deadline:
-                    raise MoveFailed(f"{self._host}: no machine has come to {path}")
+                waited = time.monotonic() - began
+                if waited > MACHINE:
+                    raise MoveFailed(f"{self._host}: no machine has come to {path} within {MACHINE / 60:g} minutes")
+                if waited > TOLD and not told:
+                    told = True
+                    self.say(f"waiting for the machine at {self._host}: nothing listens at {path} yet")
                 self._pause(LOOK)
                 state = self._far.call("connect", path=path, names=names)
         return state

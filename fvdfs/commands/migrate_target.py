@@ -29,6 +29,7 @@ from fvdfs.format.migration import Incoming, Record, Target
 from fvdfs.image.migration import new_secret, read_record
 from fvdfs.image.policy import given_tls_creds
 from fvdfs.qmp import ANSWER, Monitor, somebody_listens
+from fvdfs.sizes import human_size
 from fvdfs.store.host import open_path
 from fvdfs.store.locations import parse_location, within
 from fvdfs.store.mountinfo import mount_points
@@ -122,8 +123,11 @@ class _Target:
         self._said = -1
         """What that writes to stderr: our own may be ssh's, which ends no sooner than who has it."""
 
-    def find(self, place: str, urls: dict[str, str]) -> dict[str, Any]:
-        """The mount, and what there is of these disks. Raises UsageError where they cannot be received, OSError."""
+    def find(self, place: str, urls: dict[str, str], takes: dict[str, int]) -> dict[str, Any]:
+        """The mount, and what there is of these disks. Raises UsageError where they cannot be received, OSError.
+
+        `takes`: bytes that each of them takes at the source, at least.
+        """
         self.point, self._folder, allowed, self._tls_creds = _mount_of(place)
         found: dict[str, Any] = {}
         for name, url in urls.items():
@@ -132,6 +136,11 @@ class _Target:
                 prefix = location.url.removesuffix(f"/{name}") + "/"
                 raise UsageError(f"{self.point}: does not allow {url}; mount it with -o allow_url={prefix}")
             found[name] = self._there(name)
+        space = os.statvfs(self._folder)
+        needed = sum(takes[name] for name in urls if found[name] is None)
+        if needed > (free := space.f_bavail * space.f_frsize):
+            short, room = human_size(needed).partition(" (")[0], human_size(free).partition(" (")[0]
+            raise UsageError(f"{self._folder}: has room for {room}, and {short} are to come; make room there")
         return {"point": self.point, "folder": self._folder, "disks": found}
 
     def _there(self, name: str) -> dict[str, str] | None:

@@ -12,9 +12,10 @@ import pytest
 
 from fvdfs.format.mailbox import Question, Wish
 from fvdfs.format.migration import Incoming, Target
+from support.devices import small_disk
 from support.machines import Machine, is_there, started_by
 from support.migrations import Ground, ended, far_side_of, slow_down, there, under_way
-from support.mounts import MIB, fvdfs, must, wait_for_end, wait_until
+from support.mounts import MIB, fvdfs, mounted, must, wait_for_end, wait_until
 from support.moves import Client, number, record
 
 
@@ -175,7 +176,7 @@ def test_what_does_not_fit_is_said_before_anything_is_done(ground: Ground, here:
         ([raw, f"127.0.0.1:{ground.tmp_path}", *how, *qmp, "--listen", ground.listen], "is not mounted there"),
         ([raw, "127.0.0.1:target", *how], "HOST:DIR"),
         ([raw, place, *how, "--qmp", str(ground.here)], "--qmp-target"),
-        ([raw, place, *how, "--listen", ground.listen], "a machine runs on it"),
+        ([raw, place, *how, "--listen", ground.listen], "a machine runs on it; move it, too (--qmp"),
         ([raw, place, *how, *qmp, "--ssh", "/nowhere", "--listen", ground.listen], "/nowhere"),
         ([raw, place, *how, *qmp, "--ssh", "false", "--listen", ground.listen], "the connection has ended"),
         ([raw, place, *how, "--qmp", raw, "--qmp-target", raw, "--listen", ground.listen], "Unix socket"),
@@ -189,6 +190,27 @@ def test_what_does_not_fit_is_said_before_anything_is_done(ground: Ground, here:
     assert (done.code, done.err.count("\n"), "exists already" in done.err) == (2, 1, True), done
     assert (ground.folder / "vm.fvd").read_bytes() == b"somebody's"
     assert os.listdir(ground.folder) == ["vm.fvd"]
+
+
+@pytest.mark.parametrize(
+    ("program", "said"), [("no-such-program", "--program"), ("sh -c 'exit 2'", "the same version at both hosts")]
+)
+def test_fvdfs_is_not_there_or_is_another(ground: Ground, program: str, said: str) -> None:
+    done = ground.migrate("--program", program)
+    assert (done.code, said in done.err.splitlines()[-1]) == (1, True), done
+    ground.expect_as_before()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to mount a small file system")
+def test_there_is_no_room(ground: Ground, here: Machine) -> None:
+    """What the machine would notice as a full disk, after it has moved."""
+    small = ground.tmp_path / "small"
+    with small_disk(small, "2M"), mounted(small, "-o", f"allow_url=nbd://{ground.listen}/") as ground.target:
+        done = ground.migrate(*ground.with_machine())
+        assert (done.code, done.out) == (2, ""), done
+        assert f"{small}: has room for" in done.err
+        ground.expect_as_before()
+    assert here.state == "running"
 
 
 def test_nobody_else_is_given_the_disk(ground: Ground) -> None:
