@@ -63,6 +63,12 @@ def _cap(value: str) -> None:
         raise ValueError("leave it out for no cap; fvdfs prefetch pauses and stops a disk's")
 
 
+def _on_base_error(value: str) -> None:
+    from fvdfs.store.outage import OnLoss
+
+    OnLoss.of(value)
+
+
 def _jobs(value: str) -> None:
     if not (re.fullmatch("[0-9]{1,4}", value) and 1 <= int(value) <= MAX_JOBS):
         raise ValueError(f"must be a number from 1 to {MAX_JOBS}")
@@ -110,9 +116,10 @@ _ROWS = (
     Option("secret=FILE", "the passphrase of encrypted bases and data files"),
     Option("tls_creds=DIR", "certificates (ca-cert.pem, …) or pre-shared keys (keys.psk) for servers of nbds://"),
     Option(
-        "on_base_error=wait|eio",
-        "requests that need a base whose server is away: wait for it, or fail after 10 s (default: eio)",
-        _one_of("wait", "eio"),
+        "on_base_error=wait[=TIME]|eio",
+        "requests that need a base whose server is away: wait for it, or for so long at most, such as 60s, 5m or 1h; "
+        "or fail after 10 s (default: eio)",
+        _on_base_error,
     ),
     Option("accept_unclean", "write to an image that crashed without a journal"),
     Option("grow_command=none|stored|PROGRAM", "what makes a full device larger (default: none)"),

@@ -95,7 +95,7 @@ def run(
             writable=not (read_only or "ro" in chosen),
             allowed_urls=listed(chosen, "allow_url"),
             secret_file=secret,
-            on_loss=OnLoss(chosen.get("on_base_error", "eio")),
+            on_loss=OnLoss.of(chosen.get("on_base_error", "eio")),
             accept_unclean="accept_unclean" in chosen,
             grow_command=grow_command,
             base_formats=listed(chosen, "base_format"),

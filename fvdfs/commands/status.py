@@ -151,7 +151,9 @@ def _outage(outage: dict[str, str | None] | None, reason: str) -> str:
         return reason
     since, until = (str(at).replace("T", " ")[:19] for at in (outage["since"], outage["until"]))
     if outage["until"] is None:
-        return f"base lost since {since}: {outage['reason']}"
+        fails_at = str(outage.get("fails_at") or "").replace("T", " ")[:19]
+        then = f"what needs it waits, until {fails_at} at most" if fails_at else "what needs it waits"
+        return f"base lost since {since}: {outage['reason']}; {then}"
     return ", ".join(filter(None, [reason, f"base back since {until}, lost at {since}"]))
 
 

@@ -57,7 +57,6 @@ from fvdfs.ops.passthrough import Passthrough
 from fvdfs.ops.snapshots import begin_copies, stop_copies
 from fvdfs.store.host import HostFile
 from fvdfs.store.locations import Location, parse_location
-from fvdfs.store.outage import OnLoss
 from fvdfs.store.qemu_store import QemuStore
 from fvdfs.store.source import ASKED_PATIENCE, ask, tell_of_end
 
@@ -133,7 +132,7 @@ async def activate(openings: Openings, entry: Entry, patience: float = WRITE_PAT
             raise OSError(errno.EROFS, entry.record.obstacle)
         began, source = trio.current_time(), _source(image, into)
         try:
-            if openings.folder.policy.on_loss is OnLoss.WAIT and patience > ASKED_PATIENCE:
+            if openings.folder.policy.on_loss.waits and patience > ASKED_PATIENCE:
                 await _ask_or_wait(image, openings.folder.policy.tls_creds, into, patience)
             else:
                 await ask(source, openings.folder.policy.tls_creds, into, Wish.HAND_OVER, patience)

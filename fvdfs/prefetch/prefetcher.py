@@ -492,11 +492,12 @@ def told_of(outage: Outage | None) -> dict[str, Any] | None:
     """What a user wants to know of the last time that a server was away, ready for JSON. Times: ISO 8601, local."""
     if outage is None:
         return None
-    since, until = (
+    fails = None if outage.patience == math.inf else outage.since + outage.patience
+    since, until, fails_at = (
         at and datetime.datetime.fromtimestamp(at).astimezone().isoformat(timespec="seconds")
-        for at in (outage.since, outage.until)
+        for at in (outage.since, outage.until, fails)
     )
-    return {"since": since, "until": until, "reason": outage.reason}
+    return {"since": since, "until": until, "reason": outage.reason, "fails_at": fails_at}
 
 
 def status(image: Image, prefetcher: Prefetcher | None) -> dict[str, Any]:

@@ -6,12 +6,14 @@ when who asked for it is killed (`Interrupt`), and when the mount ends.
 
 from __future__ import annotations
 
-import enum
 import errno
 import math
+import re
 import signal
 import time
 from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import ClassVar
 
 import trio
 
@@ -21,15 +23,42 @@ _EXITING = 4  # PF_EXITING of linux/sched.h
 _KILL = 1 << signal.SIGKILL - 1
 
 
-class OnLoss(enum.Enum):
+@dataclass(frozen=True, slots=True)
+class OnLoss:
     """What becomes of requests that need a server which is away."""
 
-    REFUSE = "refuse"
+    REFUSE: ClassVar[OnLoss]
     """As `EIO`, and nothing is opened without it: for commands."""
-    EIO = "eio"
+    EIO: ClassVar[OnLoss]
     """They fail, from ten seconds after the loss on."""
-    WAIT = "wait"
+    WAIT: ClassVar[OnLoss]
     """They wait until it is back."""
+    opens: bool = True
+    """Whether what stands on the server is opened without it."""
+    patience: float | None = None
+    """Seconds from the loss on for which they wait, then they fail; None: as `EIO`."""
+
+    @property
+    def waits(self) -> bool:
+        """Whether the user wants them to wait."""
+        return self.patience is not None
+
+    @classmethod
+    def of(cls, text: str) -> OnLoss:
+        """What the user has written: eio, wait, or wait=TIME. Raises ValueError."""
+        if text == "eio":
+            return cls.EIO
+        if text == "wait":
+            return cls.WAIT
+        found = _WAIT.fullmatch(text)
+        if found is None:
+            raise ValueError("must be wait, wait=TIME (such as 60s, 5m or 1h) or eio")
+        return cls(patience=int(found["count"]) * _UNITS[found["unit"]])
+
+
+OnLoss.REFUSE, OnLoss.EIO, OnLoss.WAIT = OnLoss(opens=False), OnLoss(), OnLoss(patience=math.inf)
+_WAIT = re.compile("wait=(?P<count>[1-9][0-9]{0,5})(?P<unit>[smh]?)")
+_UNITS = {"": 1, "s": 1, "m": 60, "h": 3600}  # seconds
 
 
 class Lost(OSError):
@@ -80,9 +109,11 @@ asked_by: ContextVar[Interrupt | None] = ContextVar("asked_by", default=None)
 class Outage:
     """One loss of a server."""
 
-    def __init__(self, reason: str, *, hangs: bool = False) -> None:
-        """`hangs`: the connection stands, and nothing is answered."""
+    def __init__(self, reason: str, *, hangs: bool = False, patience: float = math.inf) -> None:
+        """`hangs`: the connection stands, and nothing is answered. `patience`: seconds after the loss."""
         self._hangs = hangs
+        self.patience = patience
+        """For how long who needs the server waits, before he gets an error."""
         self.reason = reason
         """Why the server is away, or why the last attempt to reach it failed."""
         self.since = time.time()
@@ -118,10 +149,10 @@ class Outage:
         for scope in self._waiting:
             scope.cancel()
 
-    async def wait(self, name: str, patience: float = math.inf) -> None:
-        """Wait for its end, until `patience` seconds after the loss. Raises Lost; OSError, EINTR, where interrupted."""
+    async def wait(self, name: str) -> None:
+        """Wait for its end, no longer than `patience`. Raises Lost; OSError, EINTR, where interrupted."""
         interrupt = asked_by.get()
-        scope = trio.CancelScope(deadline=self._began + patience)
+        scope = trio.CancelScope(deadline=self._began + self.patience)
         lists = [self._waiting] + ([interrupt.waits] if interrupt is not None else [])
         for waiting in lists:
             waiting.add(scope)

@@ -93,6 +93,10 @@ class Supervisor:
         return self._daemon.pid if self._daemon is not None else 0
 
     @property
+    def _patience(self) -> float:
+        return SERVER_TIMEOUT if self._on_loss.patience is None else self._on_loss.patience
+
+    @property
     def is_away(self) -> bool:
         """Whether the server is away, or the daemon being replaced."""
         return self.outage is not None and self.outage.is_away
@@ -105,7 +109,7 @@ class Supervisor:
         try:
             self._daemon = await self._start()
         except Unreachable as error:
-            if self._on_loss is OnLoss.REFUSE:
+            if not self._on_loss.opens:
                 raise
             self._lose_server(error.reason)
 
@@ -146,7 +150,7 @@ class Supervisor:
             except OSError as error:
                 if not is_dead(daemon, error) and not self._has_lost_server(daemon, error):
                     raise
-                if has_failed and (self._on_loss is not OnLoss.WAIT or not self._files.has_server):
+                if has_failed and not (self._on_loss.waits and self._files.has_server):
                     raise OSError(errno.EIO, f"{self._name}: {PROGRAM} died again: {daemon.last_words}") from error
                 await self._lose(daemon, error)
             has_failed = True
@@ -171,12 +175,11 @@ class Supervisor:
 
     async def _running(self, last: Outage | None) -> StorageDaemon:
         """The daemon, once there is one. `last`: the outage before the operation. Raises OSError."""
-        patience = math.inf if self._on_loss is OnLoss.WAIT else SERVER_TIMEOUT
         while True:
             if self._is_closed:
                 raise OSError(errno.EBADF, f"{self._name}: is not open")
             if self.outage is not None and (self.is_away or (self.outage.failure and self.outage is not last)):
-                await self.outage.wait(self._name, patience)
+                await self.outage.wait(self._name)
             elif self._daemon is not None and not self._daemon.gone:
                 return self._daemon
             else:
@@ -259,13 +262,13 @@ class Supervisor:
                 self._begin_outage(reason)
 
     def _lose_server(self, reason: str) -> None:
-        then = "what needs it waits" if self._on_loss is OnLoss.WAIT else f"for {SERVER_TIMEOUT:.0f} s it is waited for"
+        then = "what needs it waits" if self._patience == math.inf else f"for {self._patience:.0f} s it is waited for"
         log.error("%s: its server is lost: %s; %s", self._name, reason, then)
         self._begin_outage(reason)
 
     def _begin_outage(self, reason: str) -> None:
         last = self.outage
-        self.outage = outage = Outage(reason)
+        self.outage = outage = Outage(reason, patience=self._patience)
         if self._is_hopeless:
             outage.let_go()
         too_soon = last is not None and last.until is not None and outage.since - last.until < _LATER_INTERVAL

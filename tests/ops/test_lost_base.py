@@ -10,6 +10,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Iterator
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +125,30 @@ def test_requests_wait_until_the_server_is_back(folder: Path, server: Server) ->
             expected[at : at + length] = b"x" * length
         assert b"".join(read(disk, block) for block in range(4)) == expected
     assert "clean" in must("check", folder / "other.fvd")
+
+
+@pytest.mark.parametrize(("waits", "seconds"), [("1s", 1), ("1h", 3600)])
+def test_requests_wait_for_as_long_as_the_user_says(folder: Path, server: Server, waits: str, seconds: int) -> None:
+    make_disk(folder, server)
+    option = f"allow_url=nbd+unix:///,on_base_error=wait={waits}"
+    with mounted(folder, "-o", option) as mount, open(mount.raw("disk"), "r+b"):
+        disk = mount.raw("disk")
+        server.kill()
+        with running(*dd(disk, 1), stdout=subprocess.PIPE, stderr=subprocess.PIPE) as reading:
+            wait_until(lambda: outage(mount) is not None)
+            lost = outage(mount)
+            since, fails_at = (datetime.fromisoformat(lost[key]) for key in ("since", "fails_at"))
+            assert abs((fails_at - since).total_seconds() - seconds) <= 1  # both are rounded
+            assert f"what needs it waits, until {fails_at.isoformat(' ')[:19]} at most" in must("status", mount.point)
+            wait_until(lambda: f"for {seconds} s it is waited for" in mount.log)
+            if seconds == 1:
+                assert b"Input/output error" in reading.communicate(timeout=LIMIT)[1]
+                assert outage(mount)["until"] is None
+            server.start()
+            if seconds > 1:
+                assert reading.communicate(timeout=LIMIT)[0] == DATA[BLOCK : 2 * BLOCK]
+        wait_until(lambda: outage(mount)["until"] is not None)
+        assert read(disk, 2) == DATA[2 * BLOCK : 3 * BLOCK]
 
 
 @pytest.mark.parametrize("kind", ["read", "write"])

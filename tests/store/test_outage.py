@@ -86,7 +86,7 @@ async def test_a_read_waits_and_others_see_why(folder: Path, server: Server) -> 
         assert store.outage.until is not None
 
 
-@pytest.mark.parametrize("on_loss", [OnLoss.EIO, OnLoss.REFUSE])
+@pytest.mark.parametrize("on_loss", [OnLoss.EIO, OnLoss.REFUSE, OnLoss(patience=0.5)])
 async def test_the_limit(
     folder: Path, server: Server, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, on_loss: OnLoss
 ) -> None:
@@ -105,6 +105,14 @@ async def test_the_limit(
         await until(lambda: not store.is_away)
         assert await read(store) == DATA[:512]
     assert [record.message.partition("its server ")[2][:7] for record in caplog.records] == ["is lost", "is back"]
+
+
+def test_what_the_user_may_write() -> None:
+    written = {text: OnLoss.of(text).patience for text in ("eio", "wait", "wait=60", "wait=60s", "wait=5m", "wait=2h")}
+    assert [*written.values()] == [None, math.inf, 60, 60, 300, 7200]
+    for text in ("", "wait=", "wait=0", "wait=-1s", "wait=1d", "wait=1.5s", "eio=5s", "wait=9999999", "WAIT"):
+        with pytest.raises(ValueError, match="must be wait"):
+            OnLoss.of(text)
 
 
 async def test_one_that_does_not_answer(folder: Path, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -196,7 +204,7 @@ async def test_who_waits_is_let_go() -> None:
     async def wait(interrupt: Interrupt | None) -> None:
         asked_by.set(interrupt)
         try:
-            await waited.wait("base", math.inf)
+            await waited.wait("base")
         except OSError as error:
             ends.append(error.errno)
 
@@ -221,10 +229,10 @@ async def test_a_thread_that_has_ended_waits_for_nothing(monkeypatch: pytest.Mon
         asked_by.set(Interrupt(process.pid))
         waited = Outage("the cable is cut")
         with trio.move_on_after(0.1) as scope:
-            await waited.wait("base", math.inf)
+            await waited.wait("base")
         assert scope.cancelled_caught
         process.kill()
         process.wait()
         with pytest.raises(InterruptedError):
-            await waited.wait("base", math.inf)
+            await waited.wait("base")
     asked_by.set(None)
