@@ -11,6 +11,7 @@ from mkdocs.structure.files import File, Files
 ROOT = Path(__file__).parent.parent
 PAGES = {"README.md": "index.md", "SECURITY.md": "SECURITY.md", "CONTRIBUTING.md": "CONTRIBUTING.md"}
 PAGES["CHANGELOG.md"] = "CHANGELOG.md"
+CODE = re.compile("`[^`]+`")
 SHOWN = ("examples/**/*", "LICENSE")
 """Files that pages link to, beside pages and pictures."""
 
@@ -25,7 +26,10 @@ def on_files(files: Files, *, config: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
-    """Have links lead to where the site has what they name."""
+    """Have links lead to where the site has what they name, and code in tables be what it is on GitHub."""
+    markdown = re.sub(
+        r"^\|.*", lambda row: CODE.sub(lambda code: code[0].replace("\\|", "|"), row[0]), markdown, flags=re.M
+    )
     if page.file.src_uri in PAGES.values():  # which lies a folder higher
         return re.sub(r"\]\(docs/", "](", markdown)
     markdown = re.sub(r"\]\(\.\./README\.md", "](index.md", markdown)

@@ -49,3 +49,8 @@ def test_each_link_leads_somewhere(site: Path) -> None:
 def test_nothing_is_loaded_from_elsewhere(site: Path) -> None:
     loading = r'<(?:script|img|link rel="(?:stylesheet|preconnect)")[^>]*(?:src|href)="(https?://[^"]+)'
     assert [found for page in site.glob("*.html") for found in re.findall(loading, page.read_text())] == []
+
+
+def test_code_in_tables_is_as_it_is_typed(site: Path) -> None:
+    """A bar has a backslash there, which GitHub takes away."""
+    assert "<code>--journal-size N|none</code>" in (site / "options.html").read_text()
