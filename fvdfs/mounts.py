@@ -15,12 +15,13 @@ import errno
 import fcntl
 import os
 import pwd
+import re
 import select
 import shlex
 import signal
 import struct
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from fvdfs import xattrs
@@ -253,9 +254,7 @@ def users(mount: MountPoint) -> list[str]:
     own = _namespace("self")
     namespaces = {own}
     for process in processes():
-        file = next((file.path for file in _open_files(process) if file.device == mount.device), None)
-        if file is not None:
-            found.append(f"process {process} ({command(process)}) has {file} open")
+        found += _has_open(process, (file.path for file in _open_files(process) if file.device == mount.device))
         namespace = _namespace(process)
         if namespace in namespaces:
             continue
@@ -272,15 +271,19 @@ def busy_with(mount: MountPoint) -> list[str]:
     below = [f"{other.path} (mounted)" for other in _mounts_or_none("self") if other.parent == mount.number]
     found = [*below, *_loop_devices(mount.path)]
     for process in processes():
-        for file in _open_files(process):
-            if file.device == mount.device and file.mount in (mount.number, None):
-                found.append(f"process {process} ({command(process)}) has {file.path} open")
-                break
+        files = (file for file in _open_files(process) if file.device == mount.device)
+        found += _has_open(process, (file.path for file in files if file.mount in (mount.number, None)))
     return found
 
 
+def _has_open(process: str, paths: Iterable[str]) -> list[str]:
+    """What a process has open, in words; nothing where that is nothing."""
+    found = sorted(set(paths))
+    return [f"process {process} ({command(process)}) has {listed(found)} open"] if found else []
+
+
 def listed(found: list[str]) -> str:
-    """Some users, in a line."""
+    """Some users, or files, in a line."""
     more = len(found) - SHOWN
     return ", ".join(found[:SHOWN]) + (f" and {more} more" if more > 0 else "")
 
@@ -354,6 +357,10 @@ def _device_and_mount(path: str) -> tuple[int, int | None]:
 
 def _loop_devices(*points: str) -> list[str]:
     """Loop devices over files below mount points: no process has these open."""
-    return [
-        f"{device} is over {file}" for device, file in loop_devices() if any(within(file, point) for point in points)
-    ]
+    found = []
+    for device, file in loop_devices():
+        if any(within(file, point) for point in points):
+            parts = re.compile(re.escape(device) + r"(p\d+)?")
+            at = [mount.path for mount in _mounts_or_none("self") if parts.fullmatch(mount.source)]
+            found.append(f"{device} is over {file}" + f", and mounted at {listed(at)}" * bool(at))
+    return found

@@ -82,8 +82,19 @@ def _unmount_now(mount: MountPoint, *, lazy: bool) -> str:
             if mount.owner("user_id") != os.geteuid():
                 return f"another user has mounted it; unmount as that one ({why})"
             return why
+    return _busy(mount)
+
+
+def _busy(mount: MountPoint) -> str:
+    """Who uses it, as far as that can be seen, and what to do about it."""
     found = mounts.busy_with(mount)
-    return "is busy" + (f": {mounts.listed(found)}" if found else "")
+    if found:
+        who = f"is busy: {mounts.listed(found)}; close that first"
+    elif os.geteuid():
+        who = "is busy, by processes that only root can see: ask as root"
+    else:
+        who = "is busy, but not by a process that can be seen from here: look outside of this container"
+    return f"{who}, or take it away from here with --lazy: its images stay open until nobody uses them"
 
 
 class _Daemon:

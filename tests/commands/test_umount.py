@@ -136,6 +136,37 @@ def test_who_keeps_it_busy_is_named(folder: Path, tmp_path: Path) -> None:
         mount.pid = 0
 
 
+def test_each_disk_that_is_in_use_is_named(folder: Path, tmp_path: Path) -> None:
+    for name in ("a", "b", "c"):
+        must("create", folder / f"{name}.fvd", "16M")
+    (tmp_path / "inside").mkdir()
+    with mounted(folder) as mount:
+        subprocess.run(["mkfs.ext4", "-q", mount.raw("c")], check=True)
+        machine = ["qemu-system-x86_64", "-S", "-nodefaults", "-display", "none", "-accel", "tcg", "-monitor", "stdio"]
+        for name in ("a", "b"):
+            machine += ["-drive", f"file={mount.raw(name)},format=raw,if=virtio"]
+        with running(*machine, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as qemu:
+            assert qemu.stdout is not None
+            assert "QEMU" in qemu.stdout.readline()
+            subprocess.run(["mount", "-o", "loop", mount.raw("c"), tmp_path / "inside"], check=True)
+            try:
+                done = fvdfs("umount", mount.point)
+            finally:
+                subprocess.run(["umount", tmp_path / "inside"], check=True)
+        assert (done.code, done.err.count("\n")) == (1, 1)
+        assert f"process {qemu.pid} (qemu-system-x86) has {mount.raw('a')}, {mount.raw('b')} open" in done.err
+        assert f" is over {mount.raw('c')}, and mounted at {tmp_path}/inside" in done.err
+        assert "close that first, or take it away from here with --lazy" in done.err
+        wait_until(lambda: fvdfs("umount", mount.point).code == 0)
+        mount.pid = 0
+
+
+def test_a_user_is_told_that_only_root_sees_who_uses_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mounts, "busy_with", lambda _mount: [])
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    assert "ask as root" in umount._busy(mount_at("/") or mount_points()[0])
+
+
 def test_only_those_who_use_the_mount_are_named(folder: Path, tmp_path: Path) -> None:
     """The kernel gives the number of a mount that is gone to another one."""
     must("create", folder / "a.fvd", "4M")
