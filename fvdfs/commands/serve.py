@@ -24,7 +24,6 @@ import math
 import os
 import signal
 import socket
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from types import FrameType
@@ -55,6 +54,7 @@ LAST_ANSWER = 0.5  # seconds in which a target reads what it was answered last
 REFUSED_PAUSE = 0.05  # seconds, after somebody was refused for good: he may ask at once again, and others wait for that
 LINES, PERIOD = 10, 60.0  # of the log about what is asked, in so many seconds
 _FROZEN = {state.value for state in Source} - {Source.SERVING.value}
+_ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP)
 _FIRST_SOCKET = 3  # the descriptor, by sd_listen_fds(3)
 _TAKEN = _FROZEN - {Source.FROZEN.value}
 
@@ -62,13 +62,15 @@ _TAKEN = _FROZEN - {Source.FROZEN.value}
 class _Disk:
     """A disk that is given."""
 
-    def __init__(self, raw: str, number: int, folder: str, *, once: bool = False) -> None:
-        """`once`: not for another move, once this is given up."""
+    def __init__(self, raw: str, number: int, *, once: bool = False) -> None:
+        """`once`: not for another move, once this is given up. Raises OSError."""
         self.raw = os.path.abspath(raw)
         self._once = once
         self.name = name_of(raw)
         self.node, self.box_node, self.hot_node = f"disk{number}", f"box{number}", f"hot{number}"
-        self.box, self.hot = (os.path.join(folder, name) for name in (self.box_node, self.hot_node))
+        self._files = contextlib.ExitStack()
+        self.box = _in_memory(self._files, mailbox.SIZE)
+        self.hot = _in_memory(self._files, hot.SIZE)
         self._locks = contextlib.ExitStack()
         self._is_locked = False
         self._epoch = ""
@@ -84,9 +86,6 @@ class _Disk:
         self._held = os.open(self.raw, os.O_PATH | os.O_CLOEXEC)
         self._only = -1
         """The descriptor whose lock keeps other servers away."""
-        for path, size in ((self.box, mailbox.SIZE), (self.hot, hot.SIZE)):
-            with open(path, "xb") as file:
-                file.truncate(size)
 
     def nodes(self) -> list[Options]:
         """For the storage daemon. The locks are ours."""
@@ -217,15 +216,14 @@ class _Disk:
         """Give the map that the mount has made, under the name of this epoch."""
         self._end_map(server)
         self._maps += 1
-        node, path = f"map{self._maps}-{self.node}", f"{self.box}.map"
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(path)  # a node that is there already keeps its own
-        with open(path, "xb") as file:
-            number = 0
-            while part := os.getxattr(self.raw, f"{OWN}{number}"):
-                file.write(part)
-                number += 1
-        server.add_node(_node(node, path, writable=False, direct=False))
+        node = f"map{self._maps}-{self.node}"
+        with contextlib.ExitStack() as stack:  # the node keeps it
+            path, number = _in_memory(stack), 0
+            with open(path, "r+b") as file:
+                while part := os.getxattr(self.raw, f"{OWN}{number}"):
+                    file.write(part)
+                    number += 1
+            server.add_node(_node(node, path, writable=False, direct=False))
         server.add_export(node, node, f"{self.name}/{epoch}{mailbox.MAP_EXPORT}")
         self._map = node
 
@@ -272,10 +270,19 @@ class _Disk:
     def close(self) -> None:
         """End."""
         self._locks.close()
+        self._files.close()
         os.close(self._held)
         if self._only >= 0:
             with contextlib.suppress(OSError):  # of a mount that has ended; nothing was written
                 os.close(self._only)
+
+
+def _in_memory(stack: contextlib.ExitStack, size: int = 0) -> str:
+    """A file that others of this user can open by this path, and that ends with us. Raises OSError."""
+    descriptor = os.memfd_create("fvdfs-serve")
+    stack.callback(os.close, descriptor)
+    os.ftruncate(descriptor, size)
+    return f"/proc/{os.getpid()}/fd/{descriptor}"
 
 
 def _record(status: dict[str, Any]) -> Record:
@@ -343,15 +350,15 @@ def serve(
     _check(disks)
     credentials = tls_credentials("--tls-creds ", tls_creds) if tls_creds else ""
     address, inherited = _address(listen, unix, systemd=systemd)
-    with contextlib.ExitStack() as stack:
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT):
-            stack.callback(signal.signal, number, signal.signal(number, _end))
-        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="fvdfs-serve-"))
+    with contextlib.suppress(_Ended), contextlib.ExitStack() as stack:
+        for number in _ENDING:
+            if number != signal.SIGHUP or signal.getsignal(number) is signal.SIG_DFL:
+                stack.callback(signal.signal, number, signal.signal(number, _end))
         watch = Watch()
         stack.callback(watch.close)
         served = []
         for place, raw in enumerate(disks):
-            disk = _Disk(raw, place, folder, once=once)
+            disk = _Disk(raw, place, once=once)
             stack.callback(disk.close)
             disk.begin()
             served.append(disk)
@@ -363,9 +370,8 @@ def serve(
         keeper = _Keeper(served, lambda: NbdServer(how, nodes, objects, inherited), watch, once=once)
         stack.callback(keeper.stop)
         keeper.start()
-        with contextlib.suppress(_Ended):
-            ready([_url(address, disk.name, inherited, tls=bool(credentials)) for disk in served])
-            keeper.run()
+        ready([_url(address, disk.name, inherited, tls=bool(credentials)) for disk in served])
+        keeper.run()
 
 
 class _Keeper:
@@ -429,6 +435,9 @@ class _Keeper:
 
 
 def _end(_number: int, _frame: FrameType | None) -> None:
+    for number in _ENDING:  # nothing interrupts what follows
+        if signal.getsignal(number) is _end:
+            signal.signal(number, signal.SIG_IGN)
     raise _Ended
 
 

@@ -27,6 +27,7 @@ import stat
 import subprocess
 import tempfile
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO
@@ -52,6 +53,8 @@ log = logging.getLogger(__name__)
 START_TIMEOUT = 10.0  # seconds until the export answers; a server may be far away
 KEY_TIMEOUT = 60.0  # the same of an encrypted image: QEMU makes its key cost two seconds of an idle processor
 STOP_TIMEOUT = 10.0  # seconds to write out what is left, then it is killed
+_ABANDONED = 600.0  # seconds; a folder is there while its daemon starts
+_PREFIX = "fvdfs-"
 _POLL_INTERVAL = 0.002  # seconds between looks whether it is ready
 _PACKAGES = {
     PROGRAM: "qemu-system-common",
@@ -80,6 +83,31 @@ def _failure(name: str, line: str) -> FvdError:
     if reason := of_tls(line):
         return ImageError(name, reason)
     return ImageError(name, f"QEMU cannot open it: {line}")
+
+
+def _clear_abandoned() -> None:
+    """Remove folders of processes that were killed while their daemons started."""
+    with contextlib.suppress(OSError), os.scandir(tempfile.gettempdir()) as entries:
+        for entry in entries:
+            if entry.name.startswith(_PREFIX):
+                with contextlib.suppress(OSError):
+                    _clear(entry)
+
+
+def _clear(entry: os.DirEntry[str]) -> None:
+    """Remove a folder if it is abandoned, and has nothing of anybody else's. Raises OSError."""
+    found = entry.stat(follow_symlinks=False)
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or time.time() - found.st_mtime < _ABANDONED:
+        return
+    names = {*os.listdir(entry.path)}
+    if "disk" not in names or not names <= {"disk", "pid"}:
+        return
+    _unmount(os.path.join(entry.path, "disk"))
+    shutil.rmtree(entry.path)
+
+
+def _unmount(path: str) -> None:
+    subprocess.run(["fusermount3", "-u", "-z", "-q", path], capture_output=True, check=False)
 
 
 class _Export(HostFile):
@@ -222,7 +250,8 @@ class StorageDaemon:
         self._quiet = False
 
     def _make_folder(self) -> None:
-        self._folder = tempfile.mkdtemp(prefix="fvdfs-")
+        _clear_abandoned()
+        self._folder = tempfile.mkdtemp(prefix=_PREFIX)
         Path(self._folder, "disk").touch(0o600)
 
     def _launch(self, options: Sequence[Options], writable: bool, setpriv: str) -> None:
@@ -316,8 +345,7 @@ class StorageDaemon:
         """Remove mount and folder, if they are there; the export stays as long as it is open."""
         if not self._folder or not os.path.isdir(self._folder):
             return
-        disk = os.path.join(self._folder, "disk")
-        subprocess.run(["fusermount3", "-u", "-z", "-q", disk], capture_output=True, check=False)
+        _unmount(os.path.join(self._folder, "disk"))
         shutil.rmtree(self._folder, ignore_errors=True)
         if os.path.isdir(self._folder):
             log.warning("%s: %s cannot be removed", self.name, self._folder)

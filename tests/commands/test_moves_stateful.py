@@ -248,7 +248,7 @@ class Hosts:
         try:
             if image.disk is None:
                 self.numbers += 1
-                image.disk, image.exports = serve._Disk(image.raw, self.numbers, str(self.folder)), Exports(self.steps)
+                image.disk, image.exports = serve._Disk(image.raw, self.numbers), Exports(self.steps)
                 image.disk.begin()
                 server: Any = image.exports
                 image.disk.export(server)

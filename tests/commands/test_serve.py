@@ -222,3 +222,36 @@ def test_a_thaw_is_over_when_a_machine_can_start(mount: Mount, tmp_path: Path) -
             assert thawing.wait(10) == 0
             done = subprocess.run(words, capture_output=True, text=True, check=False)
             assert "wrote 512/512" in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [(signal.SIGTERM, 0), (signal.SIGINT, 0), (signal.SIGHUP, 0), (signal.SIGKILL, -signal.SIGKILL)],
+)
+def test_nothing_is_left_of_it(mount: Mount, number: signal.Signals, code: int) -> None:
+    """However it ends; a closed terminal ends it, too."""
+    temporary, socket = mount.folder.parent / "temporary", mount.folder.parent / "nbd"
+    temporary.mkdir()
+    environment = {**os.environ, "TMPDIR": str(temporary)}
+    words = [*FVDFS, "serve", str(mount.raw("vm")), "--unix", str(socket)]
+    with running(*words, stdout=subprocess.PIPE, env=environment) as server:
+        assert server.stdout is not None
+        assert server.stdout.readline()
+        server.send_signal(number)
+        assert server.wait(10) == code
+    assert list(temporary.iterdir()) == []
+
+
+def test_a_signal_while_it_starts_ends_it_without_a_word(mount: Mount) -> None:
+    """The mount does not answer meanwhile."""
+    words = [*FVDFS, "serve", str(mount.raw("vm")), "--unix", str(mount.folder.parent / "nbd")]
+    os.kill(mount.pid, signal.SIGSTOP)
+    try:
+        with running(*words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as server:
+            waits = Path(f"/proc/{server.pid}/wchan")
+            wait_until(lambda: "request_wait_answer" in waits.read_text())
+            server.send_signal(signal.SIGTERM)
+            os.kill(mount.pid, signal.SIGCONT)
+            assert (*server.communicate(timeout=20), server.returncode) == ("", "", 0)
+    finally:
+        os.kill(mount.pid, signal.SIGCONT)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import functools
 import os
@@ -109,29 +110,33 @@ def test_a_frozen_disk_is_written_by_nobody(mount: Mount) -> None:
 
 def test_writers_that_have_it_open_are_stopped_and_go_on_after_a_thaw(mount: Mount) -> None:
     raw, image = mount.raw("vm"), mount.folder / "vm.fvd"
-    written, failed = 0, threading.Event()
+    written, failed, ended = 0, threading.Event(), threading.Event()
     with open(raw, "r+b", buffering=0) as file:
 
         def write() -> None:
             nonlocal written
             descriptor = os.open(raw, os.O_RDWR | os.O_DSYNC)
             try:
-                while written < 1000:
+                while not ended.is_set():
                     os.pwrite(descriptor, (written + 1).to_bytes(4, "little"), MIB)
                     written += 1
             except OSError as error:
                 assert error.errno == errno.EROFS
                 failed.set()
             finally:
-                os.close(descriptor)
+                with contextlib.suppress(OSError):  # EIO: the kernel tells once more of what it could not write
+                    os.close(descriptor)
 
         writer = threading.Thread(target=write)
         writer.start()
         while not written:
             time.sleep(0.01)
-        must("freeze", raw)
-        assert failed.wait(10)
-        writer.join()
+        try:
+            must("freeze", raw)
+            assert failed.wait(10)
+        finally:
+            ended.set()
+            writer.join()
         # At the freeze all is in the image that was answered, and nothing later.
         content = b"".join(reference.read_disk(image))
         assert int.from_bytes(content[MIB : MIB + 4], "little") == written

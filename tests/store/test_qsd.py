@@ -9,11 +9,13 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from pathlib import Path
 
@@ -827,3 +829,21 @@ async def test_locks(folder: Path, data: bytes) -> None:
         async with opened(folder, "data.raw", "raw"):
             pass
         await refused(named(folder, "data.raw", "raw", writable=True), ImageBusy, "in use by another mount")
+
+
+async def test_what_a_killed_process_left_is_removed_later(folder: Path, data: bytes) -> None:
+    """Only the folders that it had made, and no new ones: a daemon may be starting there."""
+    temporary = folder.parent / "tmp"
+    old = time.time() - 3600
+    for name, files in (("abandoned", "disk pid"), ("begun", "disk"), ("new", "disk"), ("ours", "disk x")):
+        (temporary / f"fvdfs-{name}").mkdir()
+        for file in files.split():
+            (temporary / f"fvdfs-{name}" / file).touch()
+        if name != "new":
+            os.utime(temporary / f"fvdfs-{name}", (old, old))
+    (temporary / "fvdfs-link").symlink_to(folder)
+    qemu_img("convert", "-O", "qcow2", folder / "data.raw", folder / "image")
+    async with opened(folder, "image", "qcow2"):
+        assert sorted(os.listdir(temporary)) == ["fvdfs-link", "fvdfs-new", "fvdfs-ours"]
+    shutil.rmtree(temporary)
+    temporary.mkdir()
