@@ -66,8 +66,12 @@ class NbdClient:
 
 
 @asynccontextmanager
-async def nbd_client(location: Location, suffix: str, tls_creds: str) -> AsyncIterator[NbdClient]:
+async def nbd_client(
+    location: Location, suffix: str, tls_creds: str, *, writable: bool = False
+) -> AsyncIterator[NbdClient]:
     """Connect to the export whose name is that of this location, and this suffix. `tls_creds`: as `Policy.tls_creds`.
+
+    `writable`: it is to be; with TLS, one that the server gives read-only is refused then.
 
     Raises NoExport, other OSError; Unreachable; ImageError where TLS fails for good; UnsupportedFeature where the
     location is not one of NBD.
@@ -75,7 +79,9 @@ async def nbd_client(location: Location, suffix: str, tls_creds: str) -> AsyncIt
     if location.protocol.get("driver") != "nbd":
         raise UnsupportedFeature(location.name, "is not of the form nbd://HOST/NAME")
     name = str(location.protocol["export"]) + suffix
-    connection = _plain(location) if location.tls_user is None else without_tls(location, name, tls_creds)
+    connection = (
+        _plain(location) if location.tls_user is None else without_tls(location, name, tls_creds, writable=writable)
+    )
     async with connection as stream:
         with _answered_within(CONNECT_TIMEOUT):
             await _negotiate(stream, name)

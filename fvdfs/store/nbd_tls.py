@@ -31,8 +31,10 @@ _NO_EXPORT = "Requested export not available"
 
 
 @asynccontextmanager
-async def without_tls(location: Location, export: str, credentials: str) -> AsyncIterator[trio.SocketStream]:
-    """A connection to a server that gives this export alone, writable; its greeting is still to be read.
+async def without_tls(
+    location: Location, export: str, credentials: str, *, writable: bool
+) -> AsyncIterator[trio.SocketStream]:
+    """A connection to a server that gives this export alone; its greeting is still to be read.
 
     `credentials`: as `tls_object`. Errors of the body become those of TLS where that is why. Raises Unreachable, Locked
     where no credentials are named, NoExport, OSError.
@@ -47,7 +49,8 @@ async def without_tls(location: Location, export: str, credentials: str) -> Asyn
         ours, listener = await trio.to_thread.run_sync(_private_socket)
         stream = trio.SocketStream(trio.socket.from_stdlib_socket(ours))
         with listener:
-            node = {"server": {"type": "fd", "str": str(made.fileno())}, "export": export, "node-name": _NODE}
+            server = {"type": "fd", "str": str(made.fileno())}
+            node = {"server": server, "export": export, "node-name": _NODE, "read-only": not writable}
             process = _launch(tls_object(credentials, user), location.protocol | node, made, listener, said)
         try:
             made.close()
@@ -76,7 +79,7 @@ def _launch(
     credentials: Options, node: Options, made: socket.socket, listener: socket.socket, said: int
 ) -> subprocess.Popen[bytes]:
     """Raises UsageError, OSError."""
-    export = {"type": "nbd", "id": _NODE, "node-name": _NODE, "name": node["export"], "writable": True}
+    export = {"type": "nbd", "id": _NODE, "node-name": _NODE, "name": node["export"], "writable": not node["read-only"]}
     words = ["--object", json.dumps(credentials), "--blockdev", json.dumps(node)]
     words += ["--nbd-server", f"addr.type=fd,addr.str={listener.fileno()}", "--export", json.dumps(export)]
     return subprocess.Popen(

@@ -31,7 +31,7 @@ async def epoch_of(location: Location, tls_creds: str) -> str:
     Raises UsageError where it is no disk that `fvdfs serve` gives, ImageError, OSError.
     """
     try:
-        async with nbd_client(location, mailbox.EXPORT, tls_creds) as box:
+        async with nbd_client(location, mailbox.EXPORT, tls_creds, writable=True) as box:
             epoch = mailbox.epoch_in(await box.pread(mailbox.SECTOR, 0))
     except NoExport:
         epoch = ""
@@ -99,7 +99,7 @@ async def _ask_once(location: Location, tls_creds: str, into: Incoming, wish: Wi
     number = secrets.token_hex(_NUMBER_BYTES)
     question = Question.of(into, wish, number, socket.gethostname())
     at = mailbox.question_at(question.target)
-    async with nbd_client(location, mailbox.EXPORT, tls_creds) as box:
+    async with nbd_client(location, mailbox.EXPORT, tls_creds, writable=True) as box:
         await box.pwrite(question.encode(), at)
         deadline = trio.current_time() + ANSWER_TIMEOUT
         while trio.current_time() < deadline:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from support.mounts import FVDFS, Mount, fvdfs, mounted, must, running, wait_until
+from support.mounts import FVDFS, Mount, fvdfs, mounted, must, running, wait_for_log, wait_until
 from support.tls import make_authority, make_certificate, make_keys
 
 CONTENT = bytes(range(251)) * 4096
@@ -56,7 +56,28 @@ def test_a_disk_moves(source: Mount, tmp_path: Path, keys: Path, free_port: int,
                 assert source.status("vm")["move"] in ("moved", "released")
                 wait_until(lambda: source.status("vm")["move"] == "released")
             assert target.status("vm")["move"] == "local"
+            wait_for_log(target, "copies first what its source used last")
             assert target.raw("vm").read_bytes()[13 : len(CONTENT)] == CONTENT[13:]
+
+
+def test_a_template_stays_where_it_is(source: Mount, tmp_path: Path, keys: Path, free_port: int) -> None:
+    there = tmp_path / "there"
+    there.mkdir()
+    for folder in (source.folder, there):
+        (folder / "template.raw").write_bytes(CONTENT)
+    source.umount()
+    must("create", source.folder / "vm.fvd", "--force", "--base", "template.raw")
+    source.mount()
+    with source.raw("vm").open("r+b") as disk:
+        disk.write(b"own")
+    with serving(source, free_port, "--tls-creds", keys / "x509") as url:
+        how = ("--tls-creds", keys / "x509", "--keep-base", "template.raw")
+        must("receive", url, there / "vm.fvd", *how)
+        with mounted(there, "-o", f"allow_url={url.removesuffix('vm')},tls_creds={keys / 'x509'}") as target:
+            must("activate", target.raw("vm"))
+            wait_until(lambda: source.status("vm")["move"] == "released")
+            assert target.status("vm")["local_bytes"] == 4096
+            assert target.raw("vm").read_bytes() == (b"own" + CONTENT[3:]).ljust(target.raw("vm").stat().st_size, b"\0")
 
 
 def test_what_keeps_hosts_from_each_other(source: Mount, tmp_path: Path, keys: Path, free_port: int) -> None:
