@@ -36,6 +36,7 @@ NOT_RUN = {
 """Blocks that are shown and not run, by their first line, and why."""
 OTHERS = {
     "docs/migration.md": "two hosts: examples/migrate.sh, which test_examples.py runs, and commands/test_migrate.py",
+    "docs/install.md": "installs packages: tests/run.sh does from source; packaging/deb.sh does Debian's",
     "docs/architecture.md": "shows no commands",
     "docs/format.md": "shows no commands",
 }
