@@ -28,7 +28,7 @@ ENDING = (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 """Signals that are ignored in what a shell starts in the background, or with nohup; tests send them."""
 
 
-SPREAD = ("tests/image/test_crash_mutants.py::",)
+SPREAD = ("tests/image/test_crash_mutants.py::", "tests/test_blocks.py::")
 """Modules whose tests share no fixture and take long: with `--dist loadscope` any worker takes the next of them."""
 
 
