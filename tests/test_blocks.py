@@ -15,6 +15,7 @@ import pytest
 import yaml
 
 from fvdfs import cli
+from fvdfs.mountoptions import MOUNT_OPTIONS
 from support.blocks import END, ROOT, Block, blocks, machine
 from support.namespaces import in_mount_namespace
 
@@ -191,3 +192,15 @@ def test_commands_that_pages_name_exist() -> None:
             wrong.append(f"{page}: {line}")
     assert wrong == []
     assert len(commands()) > 100
+
+
+def test_options_of_mounts_that_pages_name_exist() -> None:
+    """Those in `-o NAME=VALUE,NAME`; placeholders are in capitals."""
+    named = {
+        option.partition("=")[0]
+        for page in PAGES
+        for options in re.findall(r"`-o ([a-z][^`]*)`", page.read_text())
+        for option in options.split(",")
+    }
+    assert named - MOUNT_OPTIONS.keys() == set()
+    assert len(named) > 15
