@@ -253,6 +253,11 @@ def in_foreground(serve: Serve, places: LogPlaces) -> int:
     return 0
 
 
+def is_notified() -> bool:
+    """Whether a service manager started this process."""
+    return bool(os.environ.get("NOTIFY_SOCKET"))
+
+
 def notify(text: str) -> None:
     """Tell the service manager that started this process, if one did: sd_notify(3)."""
     address = os.environ.get("NOTIFY_SOCKET", "")

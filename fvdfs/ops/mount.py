@@ -39,6 +39,7 @@ from fvdfs.ops.naming import Permitted
 from fvdfs.ops.openings import Openings
 from fvdfs.ops.passthrough import Passthroughs
 from fvdfs.ops.writeback import Writeback, obstacle
+from fvdfs.prefetch.prefetcher import Activity
 from fvdfs.prefetch.pressure import DiskPressure
 from fvdfs.prefetch.scheduler import DEFAULT_JOBS, Scheduler
 from fvdfs.store.mountinfo import MountPoint, mount_points
@@ -56,6 +57,9 @@ END_PATIENCE = 10.0
 waited for: what was written is safe."""
 SAVE_PATIENCE = 120.0
 """The same while there is data to be saved, or a disk to be waited for."""
+_COPYING = (Activity.PROFILE, Activity.RUNNING)
+STATUS_INTERVAL, STATUS_PAUSE = 5.0, 1.0
+"""Seconds between two lines for the service manager while something is copied, and at least."""
 GC_THRESHOLDS = (20_000, 50, 100)  # a request leaves little to collect; the default collects every 700 objects
 
 
@@ -271,7 +275,7 @@ def _end_at_once(left: list[Image], give_up: Callable[[], None]) -> NoReturn:
 
 
 async def _announce(mountpoint: str, filesystem: Filesystem, device: Device, ready: Callable[[], None]) -> None:
-    """Say that the mount is ready, once requests are answered and the folder was looked at."""
+    """Say that the mount is ready, once requests are answered and the folder was looked at; then what it does."""
     await device.connected.wait()
     path = os.fsdecode(filesystem.folder.path)
     with trio.move_on_after(PATIENCE):
@@ -283,8 +287,30 @@ async def _announce(mountpoint: str, filesystem: Filesystem, device: Device, rea
             log.error("%s: %s", path, error.strerror)
     filesystem.limits.raise_all(filesystem.folder.policy.walker.own_device)
     log.info("%s: ready; shows the images of %s", mountpoint, path)
-    daemon.notify("STATUS=" + printable(f"{mountpoint} shows the images of {path}"))
+    daemon.notify("STATUS=" + (said := _summary(mountpoint, filesystem)))
     ready()
+    while daemon.is_notified():
+        openings = filesystem.openings
+        with trio.move_on_after(STATUS_INTERVAL) if _prefetches(filesystem) else contextlib.nullcontext():
+            await openings.changed.wait()
+        openings.changed = trio.Event()
+        if said != (said := _summary(mountpoint, filesystem)):
+            daemon.notify("STATUS=" + said)
+        await trio.sleep(STATUS_PAUSE)
+
+
+def _summary(mountpoint: str, filesystem: Filesystem) -> str:
+    """What the mount does, in a line for the service manager."""
+    inodes, path = filesystem.folder.inodes, os.fsdecode(filesystem.folder.path)
+    disks = inodes.open()
+    text = f"{mountpoint} shows the images of {path}: {len(disks)} of {len(inodes.shown())} disks open"
+    copied = sum(bool(disk.prefetcher and disk.prefetcher.state in _COPYING) for disk in disks)
+    return printable(text + f", {copied} being copied" * bool(copied))
+
+
+def _prefetches(filesystem: Filesystem) -> bool:
+    """Whether prefetching may begin or end without an image being opened or closed."""
+    return any(disk.prefetcher and not disk.prefetcher.ended.is_set() for disk in filesystem.folder.inodes.open())
 
 
 async def _obey_signals(

@@ -64,6 +64,8 @@ class Openings:
         self.caches = Caches(self._bases, background)
         self.opened: Callable[[Entry, Image], None] = lambda _entry, _image: None
         """Is told of each image that was opened."""
+        self.changed = trio.Event()
+        """Set when an image was opened or given up; who waits for it puts another one in its place."""
         self.forget_pages: Callable[[int], Awaitable[None]] | None = None
         """Has the kernel drop its pages of an inode that nobody has open."""
 
@@ -116,6 +118,7 @@ class Openings:
                 if fresh:
                     entry.passthrough = await self.passthroughs.begin(entry.image, entry.mtime)
                     self.opened(entry, entry.image)
+                    self.changed.set()
                 if isinstance(entry.passthrough, Passthrough):
                     keep = False  # there is nothing to keep
                     if entry.image.writable:
@@ -229,6 +232,7 @@ class Openings:
         entry.last_status = {key: now[key] for key in _STILL_TRUE}
         entry.misjudged = entry.is_misjudged
         image, entry.image = entry.image, None
+        self.changed.set()
         entry.closing = image
         entry.size = image.size
         entry.usage = image.usage()

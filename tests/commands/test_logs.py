@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from fvdfs import logs
-from support.mounts import FVDFS, fvdfs, mounted, must, running, wait_for_end, wait_until
+from support.mounts import FVDFS, MIB, fvdfs, mounted, must, running, wait_for_end, wait_until
 from support.namespaces import in_mount_namespace, overlaid
 
 LISTENER = """
@@ -81,6 +81,31 @@ def test_a_service_manager_is_told(folder: Path, point: Path) -> None:
             while "closing images" not in told:
                 told += manager.recv(9999).decode() + "\n"
             assert "STOPPING=1" in told
+            assert process.wait(30) == 0
+
+
+def test_a_service_manager_is_told_how_many_disks_are_open(folder: Path, point: Path) -> None:
+    (folder / "base.raw").write_bytes(os.urandom(16 * MIB))
+    cow = ["-b", "base.raw", "-F", "raw", "--copy-on-read", "--prefetch-delay", "1"]
+    must("create", folder / "b.fvd", *cow)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.settimeout(30)
+        manager.bind(f"\0fvdfs-test-{os.getpid()}")
+        environment = {**os.environ, "NOTIFY_SOCKET": f"@fvdfs-test-{os.getpid()}"}
+
+        def wait_for(text: str) -> None:
+            while text not in manager.recv(9999).decode().splitlines()[-1]:
+                pass
+
+        words = (*FVDFS, "mount", "-f", str(folder), str(point), "-o", "prefetch_max=100K")
+        with running(*words, env=environment, stderr=subprocess.DEVNULL) as process:
+            wait_for(f"{folder}: 0 of 2 disks open")
+            with open(point / "b.raw", "r+b"):
+                wait_for(f"{folder}: 1 of 2 disks open, 1 being copied")
+                with open(point / "a.raw", "rb"):
+                    wait_for(f"{folder}: 2 of 2 disks open, 1 being copied")
+            wait_for(f"{folder}: 0 of 2 disks open")
+            process.terminate()
             assert process.wait(30) == 0
 
 

@@ -135,7 +135,7 @@ OPTIONS=-o noexec,record_profile" >/etc/fvdfs/disks.conf
     *names, status, first, second, content, result, unmounted, refused = (said := by_systemd(tmp_path, script))[:9]
     journal = said[9:]
     assert (names, first, second, content) == (["a.raw", "b.raw"], "a.raw", "b.raw", "xxxx")
-    assert status == f"{point} shows the images of {folder}"
+    assert status == f"{point} shows the images of {folder}: 0 of 2 disks open"
     assert (result, unmounted, refused) == ("success", "nothing is mounted", "not started")
     assert b"".join(reference.read_disk(folder / "a.fvd"))[:7] == b"written"
     assert reference.check(folder / "a.fvd", "fvdfs") == []
@@ -173,7 +173,8 @@ def test_a_service_of_a_user(folder: Path, point: Path, tmp_path: Path) -> None:
         findmnt {point} || echo "nothing is mounted"
     """
     said = by_systemd(tmp_path, script, {"manager.service": USERS_MANAGER.format(home=home)})
-    assert said == ["a.raw", f"{point} shows the images of {folder}", "success", "nothing is mounted"]
+    status = f"{point} shows the images of {folder}: 0 of 1 disks open"
+    assert said == ["a.raw", status, "success", "nothing is mounted"]
     assert b"".join(reference.read_disk(folder / "a.fvd"))[:7] == b"written"
 
 
