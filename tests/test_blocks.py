@@ -31,6 +31,7 @@ NOT_RUN = {
     "cd tests && pytest image/test_kill.py::test_nothing_that_was_flushed_is_lost": "runs tests",
     "cp examples/systemd/fvdfs@.service /etc/systemd/system/": "needs systemd: commands/test_systemd.py",
     "python3 -m venv /srv/fvdfs-new": "installs packages",
+    ". VENV/share/bash-completion/completions/fvdfs                 # in ~/.bashrc": "a line for each of three shells",
     "docker run --rm -v /srv/disks:/disks:rslave debian:12 ls -l /disks": "needs Docker, and an image of a registry",
     "qemu-system-x86_64 … -device virtio-serial \\": "needs a guest with an agent: commands/test_freeze.py has one",
 }
