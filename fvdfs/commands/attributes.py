@@ -27,12 +27,22 @@ def explained(path: str) -> Iterator[None]:
         if error.errno in _NOT_OURS:
             raise UsageError(f"{path}: is not a raw file of an fvdfs mount") from None
         if error.errno == errno.ENOENT:
-            raise UsageError(f"{path}: there is no such file") from None
+            raise UsageError(f"{path}: {why_missing(path) or 'there is no such file'}") from None
         if error.errno in DEAD:
             refuse_dead(path)
         if error.errno == errno.EBUSY:
             raise ImageBusy(path, "its image is open in another mount or process; close it there first") from error
         raise
+
+
+def why_missing(raw: str) -> str:
+    """Why the mount does not show an image as this raw file; empty: it does not say, or there is no such image."""
+    try:
+        refused = facts(os.path.dirname(os.path.abspath(raw)), STATUS).get("refused", [])
+    except (OSError, UsageError):
+        return ""
+    image = f"{os.path.basename(raw).removesuffix('.raw')}.fvd"
+    return next((f"does not appear: {each['reason']}" for each in refused if each["name"] == image), "")
 
 
 def refuse_raw(path: str) -> None:

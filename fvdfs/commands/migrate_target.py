@@ -21,7 +21,7 @@ from collections.abc import Callable
 from typing import Any
 
 from fvdfs import daemon, mounts
-from fvdfs.commands.attributes import explained, facts
+from fvdfs.commands.attributes import explained, facts, why_missing
 from fvdfs.commands.migration import ask_mount
 from fvdfs.commands.receive import run_receive
 from fvdfs.errors import FvdError, UsageError, exit_code
@@ -188,8 +188,8 @@ class _Target:
     def _await_disk(self, name: str, size: int) -> None:
         raw, deadline = self._raw(name), time.monotonic() + APPEAR
         while not os.path.lexists(raw):
-            if time.monotonic() > deadline:
-                raise UsageError(f"{raw}: does not appear; the log of its mount says why")
+            if (why := why_missing(raw)) or time.monotonic() > deadline:
+                raise UsageError(f"{raw}: {why or 'does not appear; the log of its mount says why'}")
             time.sleep(LOOK)
         if (there := os.stat(raw).st_size) != size:
             raise UsageError(f"{raw}: has {there} bytes, and its source {size}")

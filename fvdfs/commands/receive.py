@@ -47,6 +47,8 @@ def run_receive(
         raise UsageError("--base-format needs a template: give --keep-base")
     if remark := never_appears(image):
         raise UsageError(remark)
+    if os.path.isfile(image):
+        raise UsageError(f"{image}: exists already; choose another name, or remove it")
     location = parse_location(url)
     if is_local(url) or location.protocol.get("driver") != "nbd" or url.startswith("json:"):
         raise UsageError(f"{url}: to be written as nbd://HOST/NAME or nbds://HOST/NAME, as fvdfs serve prints it")

@@ -62,6 +62,17 @@ def test_a_template_stays_where_it_is(ground: Ground) -> None:
     assert ground.target.raw("clone").read_bytes() == (b"y" * MIB + b"t" * 3 * MIB).ljust(8 * MIB, b"\0")
 
 
+def test_a_template_that_the_target_does_not_allow(ground: Ground) -> None:
+    elsewhere = ground.tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    for folder in (ground.source.folder, elsewhere):
+        (folder / "template.raw").write_bytes(b"t" * 4 * MIB)
+    must("create", ground.source.folder / "clone.fvd", "8M", "--base", "template.raw")
+    done = ground.migrate("--keep-base", elsewhere / "template.raw", disks=("clone",))
+    assert (done.code, "does not appear: " in done.err, "base_path" in done.err) == (2, True, True), done
+    ground.expect_as_before("clone")
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_while_the_machine_moves_leaves_all_as_before(
     ground: Ground, here: Machine, number: signal.Signals

@@ -141,6 +141,16 @@ def test_it_is_taken_over_by_one_target_only(move: Move) -> None:
             write_direct(target.raw("vm"), 0, 1)
 
 
+def test_a_mount_that_does_not_allow_the_source_says_so(move: Move) -> None:
+    with move.served():
+        move.receive()
+        with mounted(move.folder) as target:
+            done = fvdfs("activate", target.raw("vm"))
+            assert (done.code, "does not appear: " in done.err, "allow_url=" in done.err) == (2, True, True), done
+            assert "there is no such file" in fvdfs("activate", target.raw("nothing")).err
+        assert "exists already; choose another name, or remove it" in fvdfs("receive", move.url, move.image).err
+
+
 def test_an_epoch_that_is_over_is_refused(move: Move) -> None:
     with move.served():
         move.receive()
