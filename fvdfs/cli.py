@@ -361,6 +361,7 @@ def _parser() -> argparse.ArgumentParser:
         "command", choices=["record", "show"], help="record: at the next opening; show: as create --profile takes it"
     )
     profile.add_argument("image", metavar="IMAGE")
+    profile.add_argument("--json", action="store_true")
 
     map_ = commands.add_parser("map", help="show what of a disk is stored in the image, in the base, or nowhere")
     map_.set_defaults(run=_map)
@@ -883,7 +884,7 @@ def _prefetch(arguments: argparse.Namespace) -> int:
 def _profile(arguments: argparse.Namespace) -> int:
     from fvdfs.commands.profile import run
 
-    return run(arguments.command, arguments.image)
+    return run(arguments.command, arguments.image, as_json=arguments.json)
 
 
 def _map(arguments: argparse.Namespace) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 
 from fvdfs.commands.amend import change_header, opened_to_amend
@@ -14,10 +15,14 @@ from fvdfs.image.policy import Policy
 MAX_TEXT = 64 << 20  # bytes of a profile as text, which is read as a whole
 
 
-def run(command: str, image: str) -> int:
-    """`record` a profile, or `show` the one that there is. Raises as `record_profile`, `read_profile`."""
+def run(command: str, image: str, *, as_json: bool) -> int:
+    """`record` a profile, or `show` the one that there is. Raises as `record_profile`, `read_profile`, UsageError."""
     if command == "record":
+        if as_json:
+            raise UsageError("--json is for show")
         record_profile(image)
+    elif as_json:
+        print(json.dumps([{"start": start, "length": stop - start} for start, stop in read_profile(image)]))
     else:
         print(to_text(read_profile(image)), end="")
     return 0
