@@ -83,6 +83,8 @@ class _Disk:
         self._said = ""
         self._lines, self._lines_since = 0, -math.inf
         # The file in this mount: one that took the place of it is not what is exported.
+        self._size = 0
+        """In bytes, as the daemon knows it."""
         self._held = os.open(self.raw, os.O_PATH | os.O_CLOEXEC)
         self._only = -1
         """The descriptor whose lock keeps other servers away."""
@@ -113,6 +115,7 @@ class _Disk:
     def export(self, server: NbdServer) -> None:
         """Give it by a server that has just begun. Raises as `look`."""
         self._epoch = self._map = ""
+        self._size = os.stat(self.raw).st_size
         server.add_export(self.node, self.node, self.name)
         server.add_export(self.box_node, self.box_node, self.name + mailbox.EXPORT, writable=True)
         server.add_export(self.hot_node, self.hot_node, self.name + hot.EXPORT)
@@ -174,6 +177,8 @@ class _Disk:
                 step = f"{mailbox.WORDS[wish].value} {words} {question.proof.key} {question.proof.other}"
                 self._follow(server, ask_mount(self.raw, step))
             case Wish.HAND_OVER:
+                if os.stat(self.raw).st_size != self._size:  # what is read of it until then would be too short
+                    raise UsageError("its size has changed: start fvdfs serve anew, then receive the disk anew")
                 with kept_from_qemu(self.raw):
                     flush(self.raw)
                     step = f"handover {words} {question.name or 'another host'}"

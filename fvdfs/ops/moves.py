@@ -36,13 +36,13 @@ import trio
 
 from fvdfs.errors import FvdError, MovedAway, Unreachable, UsageError
 from fvdfs.format import migration
-from fvdfs.format.header import SECTOR
+from fvdfs.format.header import SECTOR, round_up
 from fvdfs.format.mailbox import Wish
 from fvdfs.format.migration import Incoming, Record, Source, Target
 from fvdfs.format.proof import Proof, Word, is_digest
 from fvdfs.format.stamp import is_stamp
 from fvdfs.image.chain import open_named, open_source
-from fvdfs.image.following import change_source, check_source, stand_on_template
+from fvdfs.image.following import change_source, stand_on_template
 from fvdfs.image.image import Image
 from fvdfs.image.locking import lock_for_writing, unlock_for_writing
 from fvdfs.image.migration import new_number, read_record, settle_record, write_record
@@ -183,8 +183,11 @@ async def _take_over(openings: Openings, entry: Entry, image: Image) -> None:
             await base.start()
             if base.is_away:  # that it is there is the proof
                 raise Unreachable(base.name, "its server is away")
-            if after.keeps_base:
-                await check_source(base, header.base_size)
+            if (found := round_up(await base.size(), SECTOR)) != image.size:
+                raise UsageError(
+                    f"its source has {found} bytes by now, and not {image.size}: fvdfs abandon this one, then receive "
+                    "the disk anew"
+                )
         await trio.to_thread.run_sync(write_record, image.meta, after)
     except BaseException:
         await base.aclose()

@@ -386,3 +386,38 @@ def test_info_needs_no_source(move: Move, keep_base: bool) -> None:
     assert before["local_blocks"] == 0
     assert 0 < after["local_blocks"] < after["base_blocks"]
     assert move.url in must("info", move.image)
+
+
+@pytest.mark.parametrize("served_anew", [False, True])
+@pytest.mark.parametrize("change", [MIB, -MIB])
+def test_a_source_that_has_another_size_by_now(move: Move, change: int, *, served_anew: bool) -> None:
+    """It is not taken over: what it has more would be nowhere, once its image is removed."""
+
+    def resize() -> None:
+        move.source.umount()
+        must("resize", move.source.folder / "vm.fvd", str(SIZE_OF_DISK + change), *(["--shrink"] if change < 0 else []))
+        move.source.mount()
+
+    def activate() -> None:
+        with move.target() as target:
+            done = fvdfs("activate", target.raw("vm"))
+            assert done.code in (1, 2), done
+            assert ("fvdfs abandon this one" if served_anew else "size has changed") in done.err
+            assert done.err.count("\n") == 1
+            assert target.status("vm")["move"] == "receiving"
+            must("abandon", target.raw("vm"))
+            assert move.source.status("vm")["move"] == "serving"
+
+    if served_anew:
+        with move.served():
+            move.receive()
+        resize()
+        with move.served():
+            activate()
+    else:
+        with move.served():
+            move.receive()
+            with move.source.raw("vm").open("r+b") as file:
+                file.truncate(SIZE_OF_DISK + abs(change))
+            activate()
+    write_direct(move.source.raw("vm"), 0, 1)
