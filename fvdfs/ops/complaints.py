@@ -25,10 +25,11 @@ _OTHERS = "messages of other kinds"
 
 
 class _Kind:
-    """Of lines: how many there were, and what to call them."""
+    """Of lines: how many there were, what to call them, and how bad they are."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, level: int) -> None:
         self.name = name
+        self.level = level
         self.count = 0
 
 
@@ -43,7 +44,7 @@ class Complaints:
 
     def say(self, line: str, kind: str, *, trace: BaseException | None = None) -> None:
         """Log the line, unless there were so many of its kind."""
-        if self._admit(kind, kind):
+        if self._admit(kind, kind, logging.ERROR):
             log.error("%s", line[:LONGEST], exc_info=trace, extra={"admitted": True})
 
     @contextlib.contextmanager
@@ -64,16 +65,19 @@ class Complaints:
         admitted: bool | None = record.__dict__.get("admitted")
         if admitted is None:
             whom = str(record.args[0]) if isinstance(record.args, tuple) and record.args else ""
-            admitted = record.__dict__["admitted"] = self._admit((record.msg, whom), record.getMessage())
+            admitted = record.__dict__["admitted"] = self._admit(
+                (record.msg, whom), record.getMessage(), record.levelno
+            )
         return admitted
 
-    def _admit(self, key: Hashable, name: str) -> bool:
+    def _admit(self, key: Hashable, name: str, level: int) -> bool:
         with self._lock:
             kind = self._kinds.get(key)
             if kind is None:
                 if len(self._kinds) >= MOST_KINDS:
                     key = name = _OTHERS
-                kind = self._kinds.setdefault(key, _Kind(name[:LONGEST]))
+                kind = self._kinds.setdefault(key, _Kind(name[:LONGEST], level))
+            kind.level = max(kind.level, level)
             kind.count += 1
             admitted = kind.count <= LINES
         if self._loop is None or self._loop[0] == threading.get_ident():
@@ -101,4 +105,4 @@ class Complaints:
             kinds, self._kinds = self._kinds, {}
         for kind in kinds.values():
             if kind.count > LINES:
-                log.error("%s: %d times more", kind.name, kind.count - LINES, extra={"admitted": True})
+                log.log(kind.level, "%s: %d times more", kind.name, kind.count - LINES, extra={"admitted": True})

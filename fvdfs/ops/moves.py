@@ -93,7 +93,7 @@ async def take_step(openings: Openings, entry: Entry, text: str) -> None:
     except (FvdError, OSError) as error:
         entry.move_refused = str(error) if isinstance(error, FvdError) else error.strerror or str(error)
         if isinstance(error, UsageError):
-            raise OSError(errno.EINVAL, str(error)) from error
+            raise OSError(errno.EINVAL, f"{os.fsdecode(entry.name)}: {error}") from error
         raise
 
 

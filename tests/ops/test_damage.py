@@ -421,6 +421,7 @@ def test_lines_that_anybody_writes_are_counted_by_what_they_say_and_of_whom(capl
                 nursery.cancel_scope.cancel()
 
     trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0.05))
+    assert {record.levelno for record in caplog.records} == {logging.WARNING}
     said = Counter(record.getMessage() for record in caplog.records)
     for name in ("a", "b"):
         assert said[f"{name}: 0 bytes are missing: 5 times more"] == 1

@@ -167,6 +167,7 @@ def test_it_goes_to_one_target_and_comes_back_only_by_force(mount: Mount) -> Non
             step(mount, text)
         assert mount.status("vm")["move_refused"]
     assert "go on there" in fvdfs("thaw", raw).err
+    wait_for_log(mount, "setxattr: vm.raw: has moved to beta")
     mount.remount()
     assert mount.status("vm")["move"] == "moved"
     assert mount.status("vm")["moved_to"] == "beta"
