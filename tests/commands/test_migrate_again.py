@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 import signal
 import socket
@@ -17,6 +19,10 @@ from support.machines import Machine, is_there, machine, started_by
 from support.migrations import Ground, ended, far_side_of, slow_down, there, under_way
 from support.mounts import MIB, fvdfs, mounted, must, wait_for_end, wait_until
 from support.tls import make_keys
+
+NO_MACHINE = ["--ssh", "env"]
+"""Words that change nothing."""
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root may mount a tmpfs")
 
 
 def test_a_machine_that_came_by_a_move_moves_on(ground: Ground, here: Machine, free_port: int) -> None:
@@ -215,3 +221,47 @@ def test_the_port_is_taken(ground: Ground) -> None:
         assert (done.code, "--listen ADDR:PORT" in done.err, "all is as before" in done.err) == (1, True, True), done
     ground.expect_as_before()
     assert ground.migrate().code == 0
+
+
+@contextlib.contextmanager
+def small_target(ground: Ground) -> Iterator[Path]:
+    """The target's folder is on a file system of its own, and disks follow for some seconds."""
+    folder = ground.tmp_path / "small"
+    folder.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64M", "none", folder], check=True)
+    try:
+        with mounted(folder, "-o", f"allow_url=nbd://{ground.listen}/,prefetch_max=1M") as ground.target:
+            ground.folder = folder
+            yield folder
+    finally:
+        subprocess.run(["umount", "-l", folder], check=True)
+
+
+@needs_root
+def test_the_target_is_full_while_it_follows(ground: Ground) -> None:
+    """That is told, once; with more room it goes on."""
+    with small_target(ground) as folder:
+        with under_way(ground, "has taken", *NO_MACHINE) as process:
+            assert process.stderr is not None
+            with (folder / "other").open("wb", buffering=0) as other, pytest.raises(OSError, match="No space left"):
+                while other.write(bytes(MIB)):
+                    pass
+            assert "vm.raw: does not copy: " in (line := process.stderr.readline())
+            assert os.strerror(errno.ENOSPC) in line
+            (folder / "other").unlink()
+            assert ended(process) == (0, "")
+        assert ground.source.status("vm")["move"] == "released"
+        assert ground.target.raw("vm").read_bytes()[: 4 * MIB] == b"x" * 4 * MIB
+
+
+@needs_root
+def test_the_target_takes_no_image(ground: Ground, here: Machine) -> None:
+    with small_target(ground) as folder:
+        subprocess.run(["mount", "-o", "remount,ro", folder], check=True)
+        done = ground.migrate(*ground.with_machine())
+        assert (done.code, "Read-only" in done.err, "all is as before" in done.err) == (1, True, True), done
+        assert done.err.count("\n") == 2, done
+        assert list(folder.iterdir()) == []
+    assert ground.source.status("vm")["move"] == ""
+    assert here.state == "running"
+    wait_until(lambda: not ground.is_served)
