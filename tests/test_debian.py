@@ -51,7 +51,7 @@ def test_programs_are_those_of_the_wheel() -> None:
     links = {line.rpartition("/")[2]: line.partition(" ")[0] for line in _lines("fvdfs.links")}
     for name, place in wheel.items():
         module, _, entry = place.partition(":")
-        program = links.get(name, name).rpartition("/")[2]
+        program = links.get(name, str(name)).rpartition("/")[2]
         script = (DEBIAN / "bin" / program).read_text()
         assert f"from {module} import {entry}" in script
         assert f"\n{entry}()\n" in script

@@ -26,8 +26,9 @@ def log_lines() -> Iterator[LogLine]:
     for path in sorted(ROOT.glob("fvdfs/**/*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
             match node:
-                case ast.Call(func=ast.Attribute(value=ast.Name(id="log" | "logger"), attr=level), args=[text, *_]):
-                    if level in LEVELS:
+                case ast.Call(func=ast.Attribute(value=ast.Name(id="log" | "logger"), attr=level), args=[first, *more]):
+                    if level in LEVELS or level == "log":
                         place = f"{path.relative_to(ROOT)}:{node.lineno}"
+                        text = more[0] if level == "log" else first
                         assert isinstance(text, ast.Constant), f"{place}: the text of a log line is written out"
                         yield LogLine(place, level, re.sub("…+", "…", re.sub(r"%[\d.]*[sdfr]", "…", str(text.value))))
