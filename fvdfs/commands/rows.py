@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Sequence
+import textwrap
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from rich.cells import cell_len
 
 from fvdfs.counters import BOUNDS, quantile
 from fvdfs.errors import printable
@@ -232,6 +235,45 @@ def fitting(width: int, names: Sequence[str], padding: int) -> list[tuple[Column
     more = min(longest - name, room)
     found = [(NAME, name + more), *((column, column.width) for column in _IN_PLACE if column in chosen)]
     return [*found, (WHY, WHY_LEAST + room - more)] if WHY in chosen else found
+
+
+STATUS = ("disk", "size", "local", "state", "rate", "left", "why", "passed through")
+"""The columns of `status`."""
+_SHORT = 6  # of these columns, whose texts are short
+_LESS = ("rate", "size", "left")
+"""Those that are left out first where there is no room."""
+
+
+def laid_out(cells: Sequence[Sequence[str]], width: int | None) -> Iterator[str]:
+    """The table of `status` as lines, the first with the titles, for so many columns; None: any number.
+
+    Where a disk does not fit into one line, why it waits stands below it.
+    """
+    wide = [max(cell_len(row[at]) for row in (STATUS, *cells)) for at in range(len(STATUS))]
+    if width is None or sum(wide) + 2 * (len(wide) - 1) <= width:
+        for row in (STATUS, *cells):
+            yield "  ".join(_padded(text, size) for text, size in zip(row, wide, strict=True)).rstrip()
+        return
+    chosen = [at for at in range(_SHORT) if any(row[at] for row in cells) or not at]
+    for title in ("", *_LESS):
+        chosen = [at for at in chosen if STATUS[at] != title]
+        name = width - sum(wide[at] + 2 for at in chosen[1:])
+        if name >= min(wide[0], NAME_LEAST):
+            break
+    wide[0] = max(min(name, wide[0]), 1)
+    for row in (STATUS, *cells):
+        short = [shortened(row[0], wide[0]), *(row[at] for at in chosen[1:])]
+        yield "  ".join(_padded(text, wide[at]) for text, at in zip(short, chosen, strict=True)).rstrip()
+        if row is not STATUS:
+            for title, text in zip(STATUS[_SHORT:], row[_SHORT:], strict=True):
+                lead = "" if title == "why" else f"{title}: "
+                yield from textwrap.wrap(lead + text, max(width, 20), initial_indent="  ", subsequent_indent="  ") * (
+                    text != ""
+                )
+
+
+def _padded(text: str, width: int) -> str:
+    return text + " " * (width - cell_len(text))
 
 
 def total(found: Sequence[Row], images: int) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import sys
 import time
 from collections.abc import Iterator
@@ -27,7 +28,6 @@ from fvdfs.xattrs import IMAGES, LOG, PID, STATUS
 
 INTERVAL = 1.0  # seconds between two looks
 WATCHED = 200  # columns of what --watch shows where there is no terminal
-WIDE = 5000  # columns of a table that is not shown on a terminal: no row of it is folded
 
 
 def run(mountpoint: str, *, as_json: bool, watch: bool, log: bool = False) -> int:
@@ -113,13 +113,14 @@ def _is_disk(path: str) -> bool:
 
 def print_status(found: dict[str, Any]) -> None:
     """The state of every image as a table on the terminal."""
-    table = Table(box=None, pad_edge=False)
-    for title in ("disk", "size", "local", "state", "rate", "left", "why", "passed through"):
-        table.add_column(title, overflow="fold")
+    cells = []
     for image in found["images"]:
         size = human_size(image["virtual_size"]).partition(" (")[0] if "virtual_size" in image else ""
-        table.add_row(printable(image["name"]), size, *_columns(image))
-    plain_console(width=None if sys.stdout.isatty() else WIDE).print(table)
+        cells.append((printable(image["name"]), size, *_columns(image)))
+    console = plain_console()
+    head, *lines = rows.laid_out(cells, console.width if sys.stdout.isatty() else None)
+    console.print(head, style="bold", soft_wrap=True)
+    sys.stdout.write("".join(f"{line}\n" for line in lines))
 
 
 def _columns(image: dict[str, Any]) -> tuple[str, str, str, str, str, str]:
@@ -141,6 +142,8 @@ def _columns(image: dict[str, Any]) -> tuple[str, str, str, str, str, str]:
     rate = f"{image['rate'] / 1e6:.1f} MB/s" if image["rate"] and copying else ""
     left = rows.duration(image["eta"] if copying else None)
     passthrough = "on" if image["passthrough"] == "on" else f"no: {image['passthrough']}"
+    if image["failed"] and not image.get("open_failed"):
+        image["failed"] += f"; fvdfs check {shlex.quote(image['image'])} says what is lost"
     why = image["failed"] or _outage(image["base_outage"], image["reason"])
     return share, image["state"], rate, left, why, passthrough
 

@@ -57,6 +57,14 @@ def test_status_says_why_a_disk_could_not_be_opened(disk: Path) -> None:
             assert shown(mount.point, "vm.raw")["open_failed"] is None
 
 
+def test_status_says_what_to_do_about_a_damaged_disk(folder: Path) -> None:
+    must("create", folder / "vm.fvd", "64M")
+    os.truncate(folder / "vm.fvd", 20_000)
+    with mounted(folder) as mount, open(mount.raw("vm"), "rb"):
+        (line,) = must("status", mount.raw("vm")).splitlines()[1:]
+        assert f"was cut at byte 11808 of {64 * MIB}; fvdfs check {folder}/vm.fvd says what is lost" in line
+
+
 def test_status_of_many_disks(folder: Path) -> None:
     (folder / "base.raw").write_bytes(bytes(MIB))
     must("clone", folder / "base.raw", "a-machine-with-a-long-name", "-n", "400", "--into", folder, "-F", "raw")

@@ -103,6 +103,45 @@ def test_rates_are_those_between_two_looks() -> None:
     assert restarted.reads == 0
 
 
+@given(
+    st.lists(st.tuples(*[st.text("ab1 -", max_size=30)] * 8), max_size=5),
+    st.sampled_from([20, 40, 80, 200, None]),
+)
+def test_the_table_of_status_fits(cells: list[tuple[str, ...]], width: int | None) -> None:
+    cells = [(f"disk-{number}-{row[0]}", row[1][:8], "12.3%", row[3][:9], *row[4:]) for number, row in enumerate(cells)]
+    cells = [(*row[:4], row[4][:10], row[5][:8], *row[6:]) for row in cells]
+    lines = list(rows.laid_out(cells, width))
+    if width is None:
+        assert len(lines) == 1 + len(cells)
+    elif width >= 40:
+        assert all(len(line) <= width for line in lines)
+    text = " ".join(" ".join(lines).split())
+    for row in cells:
+        assert not row[6].split() or all(word in text for word in row[6].split())
+
+
+@pytest.mark.parametrize("width", [40, 80, 200])
+def test_status_on_a_terminal(tmp_path: Path, folder: Path, width: int) -> None:
+    (folder / "base.raw").write_bytes(bytes(MIB))
+    must("create", folder / f"{LONG}.fvd", "4M", "-b", "base.raw", "-F", "raw")
+    with mounted(folder) as mount:
+        (folder / "base.raw").unlink()
+        with contextlib.suppress(OSError):
+            mount.raw(LONG).read_bytes()
+        command = f"unset COLUMNS; stty cols {width}; {' '.join(FVDFS)} status {mount.point}"
+        done = subprocess.run(
+            ["script", "-qec", command, "/dev/null"],
+            capture_output=True,
+            text=True,
+            check=True,
+            stdin=subprocess.DEVNULL,
+        )
+        lines = re.sub(r"\x1b\[[0-9;]*m", "", done.stdout).splitlines()
+        assert [line for line in lines if len(line) > width] == []
+        assert "could not be opened at" in " ".join(done.stdout.split())
+        assert lines[0].split()[:2] == ["disk", "size"]
+
+
 def test_what_is_not_being_copied_has_no_time_left() -> None:
     image = {"name": "vm.raw", "open": True, "rate": 5, "eta": 60}
     states = ("running", "paused", "waiting")
