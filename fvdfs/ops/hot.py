@@ -32,8 +32,9 @@ async def let_cool(inodes: Inodes) -> None:
     while True:
         await inodes.used.wait()
         inodes.used, now = trio.Event(), trio.current_time()
-        for entry in inodes.busy:
+        for entry in [*inodes.busy]:
             entry.heat.pass_time(now - last)
+            await trio.lowlevel.checkpoint()  # each may take some milliseconds
         last = now
         await trio.sleep(INTERVAL)
 

@@ -62,7 +62,7 @@ TABLE: dict[str, tuple[dict[str, bool], bool, str]] = {
     ),
     "frozen": (ALL_REFUSED, True, FROZEN),
     "moved": (ALL_REFUSED, True, FROZEN),
-    "released": (ALL_REFUSED, True, FROZEN),
+    "released": (ALL_REFUSED, True, "which has all of it: this image may be removed"),
 }
 
 

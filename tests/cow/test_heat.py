@@ -5,10 +5,11 @@ from __future__ import annotations
 import random
 import tracemalloc
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fvdfs.cow.heat import EXTENT, HALF_LIFE, LIMIT, NOTES, Heat
+from fvdfs.cow.heat import EXTENT, HALF_LIFE, LIMIT, LONG_PASS, NOTES, Heat
 from fvdfs.format.header import PAGE
 
 MOST = 5000
@@ -63,6 +64,55 @@ def test_what_is_used_again_outlives_one_pass_over_the_disk() -> None:
             heat.touched(number * EXTENT, PAGE)
         heat.pass_time(1)
     assert extents(heat)[0] == (hot.start, hot.stop)
+
+
+@pytest.mark.parametrize(("step", "speed"), [(PAGE, 80), (EXTENT, 2000), (8 * EXTENT, 400)])
+def test_a_pass_over_the_disk_says_nothing_about_what_is_used(step: int, speed: int) -> None:
+    """`speed`: extents a second."""
+    rng, heat, size = random.Random(3), Heat(), 8000
+    hot = {32 * place + number for place in rng.sample(range(size // 32), 30) for number in range(32)}
+
+    places = sorted(hot)
+
+    def use() -> None:
+        heat.touched(rng.choice(places) * EXTENT + rng.randrange(32) * PAGE, PAGE)
+
+    for _ in range(60):
+        for _ in range(100):
+            use()
+        heat.pass_time(1)
+    for begin in range(0, size, speed):
+        backup = range(begin * EXTENT, min(begin + speed, size) * EXTENT, step)
+        for number, at in enumerate(backup):
+            heat.touched(at, step)
+            if number % max(1, len(backup) // 100) == 0:
+                use()
+        heat.pass_time(1)
+    first = [number for start, stop in extents(heat) for number in range(start, stop)][: len(hot)]
+    assert len(hot.intersection(first)) > 0.9 * len(hot)
+
+
+def test_requests_of_a_pass_that_overtake_each_other_are_one() -> None:
+    rng, heat = random.Random(4), Heat()
+    for number in range(0, 4096, 8):
+        for at in rng.sample(range(8), 8):
+            heat.touched((number + at) * EXTENT, EXTENT)
+        heat.pass_time(0)
+    heat.touched(3000 * EXTENT, PAGE)
+    assert extents(heat)[0][1] in range(LONG_PASS, LONG_PASS + 10)
+    assert (3000, 3001) in extents(heat)[:5]
+
+
+def test_what_is_used_again_and_again_is_no_pass() -> None:
+    """Also next to each other, and by large requests."""
+    rng, heat = random.Random(5), Heat()
+    for _ in range(200):
+        for number in rng.sample(range(256), 256):
+            heat.touched(number * EXTENT, EXTENT)
+        heat.touched(9000 * EXTENT, PAGE)
+    assert sum(stop - start for start, stop in extents(heat)[:20] if stop <= 256) > 200
+    least, most = (f(heat._weights[number] for number in range(256)) for f in (min, max))
+    assert least > 0.8 * most
 
 
 def test_it_takes_one_megabyte() -> None:

@@ -6,12 +6,13 @@ import json
 import mmap
 import os
 import random
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from fvdfs.cow.heat import EXTENT
+from fvdfs.cow.heat import EXTENT, LONG_PASS
 from fvdfs.format import hot
 from fvdfs.format.header import HEADER_SPACE, Header, with_fields
 from fvdfs.format.profile import Extent
@@ -104,6 +105,23 @@ def test_what_was_used_last_is_fetched_and_the_order_kept(source: Mount, target:
     shown = must("profile", "show", image).splitlines()[1:]
     assert shown == [f"{start} {stop - start}" for start, stop in expected]
     assert fvdfs("check", image).code == 0
+
+
+@pytest.mark.parametrize("how", ["cp", "direct"])
+def test_a_backup_of_the_disk_does_not_hide_what_was_used(source: Mount, how: str) -> None:
+    """What was used but once comes before all that the backup has passed since it is known to be one."""
+    raw = source.raw("vm")
+    use(raw, (HOT, 2 * EXTENT, 4), (COLD, 4096, 1))
+    assert hot_blocks(raw)  # so that it is added up: of a second's requests the last ones count
+    if how == "cp":
+        subprocess.run(["cp", raw, source.folder.parent / "copy"], check=True)
+    else:
+        use(raw, (0, DISK, 1))
+    found = [number for start, stop in hot_blocks(raw) for number in range(start // EXTENT, stop // EXTENT)]
+    assert found[:2] == [HOT // EXTENT, HOT // EXTENT + 1]
+    passed = range(LONG_PASS + 2, DISK // EXTENT)
+    assert COLD // EXTENT in passed
+    assert [number for number in found if number in passed][2] == COLD // EXTENT
 
 
 def test_another_opening_goes_on_in_this_order(source: Mount, target: Mount) -> None:
