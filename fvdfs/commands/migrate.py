@@ -555,7 +555,8 @@ class _Move:
                 return
             self._pause(LOOK / 5)
         self._switched = True
-        self.say(f"the machine runs at {self._host}; {self._all}: written there, and nowhere else")
+        machine = f"the machine {'runs' if self._ran else 'is, paused as it was here,'} at {self._host}"
+        self.say(f"{machine}; {self._all}: written there, and nowhere else")
 
     def _come_home(self, said: str) -> None:
         """The machine there has ended before it had the disks: it goes on here, unless one was taken just now.
@@ -688,6 +689,7 @@ class _Move:
         """Have the source as it was, and nothing at the target; False where it is too late for that."""
         if self._may_run_there():
             return False
+        removed = not self._migrating and self._remove_there()  # who opens the disk there is still answered
         for disk in self._disks:
             try:
                 ask_mount(disk.raw, "end")
@@ -704,12 +706,18 @@ class _Move:
             except FvdError as error:
                 daemon.complain(str(error))
         self._end_server()
+        if not removed:
+            self._remove_there()
+        daemon.complain(f"{self._all}: not moved; all is as before")
+        return True
+
+    def _remove_there(self) -> bool:
+        """What was made at the target, and the machine that waits there. True: it was tried, whatever came of it."""
         try:
             for failed in self._far.call("remove"):
                 daemon.complain(f"{self._host}: {failed}")
         except FvdError as error:
             daemon.complain(f"{error}; what was made there is removed as soon as fvdfs there notices")
-        daemon.complain(f"{self._all}: not moved; all is as before")
         return True
 
     def _may_run_there(self) -> bool:

@@ -292,13 +292,14 @@ class _Target:
 
     def remove(self) -> list[str]:
         """End a machine that waits here, or is still to come, and remove what was made; what could not be, and why."""
-        self.is_watching = False
+        was_watching, self.is_watching = self.is_watching, False
         failed = []
         if self._starting is not None and self._monitor is None:
             failed += self._end_start(self._starting)
         if self._monitor is not None:
             with contextlib.suppress(FvdError):  # then it has ended
-                if self._monitor.call("query-status", ANSWER)["status"] == WAITS:
+                is_ours = self._starting is not None and not was_watching  # it was to wait, and does not
+                if is_ours or self._monitor.call("query-status", ANSWER)["status"] == WAITS:
                     self._monitor.call("quit", QUIT)
                     select.select([self._monitor], [], [], QUIT)
         for name in self._made:

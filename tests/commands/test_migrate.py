@@ -224,6 +224,21 @@ def test_there_is_no_room(ground: Ground, here: Machine) -> None:
     assert here.state == "running"
 
 
+def test_a_machine_that_was_started_and_does_not_wait_is_ended(ground: Ground, here: Machine) -> None:
+    start = started_by(ground.there, ground.target.raw("vm")).replace("-incoming defer", "")
+    done = ground.migrate("--qmp", ground.here, "--qmp-target", ground.there, "--start", start)
+    assert (done.code, "start it with -incoming defer" in done.err) == (2, True), done
+    ground.expect_as_before()
+    assert here.state == "running"
+
+
+def test_a_paused_machine_stays_paused(ground: Ground, here: Machine) -> None:
+    here("stop")
+    done = ground.migrate(*ground.with_machine())
+    assert (done.code, done.err, "paused as it was" in done.out) == (0, "", True), done
+    assert there(ground).state == "paused"
+
+
 def test_nobody_else_is_given_the_disk(ground: Ground) -> None:
     """Whoever asks first, from when it is served on."""
     stranger = Incoming(Target.RECEIVING, "", "7" * 32)
