@@ -27,6 +27,7 @@ NOT_RUN = {
     "sh tests/run.sh": "installs packages, and runs this test",
     "python3 -m venv .venv": "installs packages, as tests/run.sh does",
     'python -m pytest -n auto -m "not programs and not slow"': "runs tests",
+    "sh packaging/pythons.sh": "runs tests",
     'sh tests/coverage.sh -m "not programs"': "runs tests",
     "cd tests && pytest image/test_kill.py::test_nothing_that_was_flushed_is_lost": "runs tests",
     "cp examples/systemd/fvdfs@.service /etc/systemd/system/": "needs systemd: commands/test_systemd.py",
