@@ -122,6 +122,8 @@ def run(disks: Sequence[str], target: str, choices: Choices) -> int:
         urls = serve.locations(disks, listen, tls=bool(choices.tls_creds))
         for disk, url in zip(found, urls, strict=True):
             disk.url = url
+        if choices.qmp and not choices.uri:
+            _address_of(host)
         prefix = choices.ssh or ("ssh", user_host)
         with contextlib.ExitStack() as stack:
             for disk in found:
@@ -193,6 +195,15 @@ def _own_address(host: str) -> str:
     except OSError as error:
         raise UsageError(f"{host}: {error.strerror}; name a host that is reached, and give --listen ADDR") from None
     return f"[{own}]" if ":" in own else own
+
+
+def _address_of(host: str) -> str:
+    """That to which QEMU sends a machine. Raises UsageError."""
+    try:
+        address = str(socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0][4][0])
+    except OSError as error:
+        raise UsageError(f"{host}: {error.strerror}; give --migrate-uri tcp:ADDR:PORT") from None
+    return f"[{address}]" if ipaddress.ip_address(address).version == 6 else address
 
 
 class _Signals:
@@ -521,8 +532,7 @@ class _Move:
             with contextlib.suppress(UsageError, FvdError):  # it may wait there already
                 self._far.call("command", name="migrate-incoming", uri=self._choices.uri)
             return self._choices.uri
-        address = socket.getaddrinfo(self._host, None, type=socket.SOCK_STREAM)[0][4][0]
-        shown = f"[{address}]" if ipaddress.ip_address(address).version == 6 else str(address)
+        shown = _address_of(self._host)
         refused = ""
         try:
             self._far.call("command", name="migrate-incoming", uri=f"tcp:{shown}:0")

@@ -265,3 +265,52 @@ def test_the_target_takes_no_image(ground: Ground, here: Machine) -> None:
     assert ground.source.status("vm")["move"] == ""
     assert here.state == "running"
     wait_until(lambda: not ground.is_served)
+
+
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_a_machine_that_is_paused(ground: Ground, here: Machine, *, interrupted: bool) -> None:
+    """It stays so, wherever it is then."""
+    here("stop")
+    if interrupted:
+        slow_down(here)
+        with under_way(ground, "QEMU sends") as process:
+            process.send_signal(signal.SIGINT)
+            assert ended(process)[0] == 130
+        ground.expect_as_before()
+        assert here.state == "paused"
+        return
+    done = ground.migrate(*ground.with_machine())
+    assert (done.code, done.err) == (0, ""), done
+    assert there(ground).state == "paused"
+    assert not is_there(ground.here)
+    there(ground)("cont")
+    assert "wrote" in there(ground).qemu_io("write -P 2 0 4k")
+
+
+@needs_root
+@pytest.mark.parametrize("side", ["source", "target"])
+def test_a_mount_is_killed_while_the_disk_follows(ground: Ground, side: str) -> None:
+    """It is told in a few lines; once it is mounted again, the same command goes on."""
+    with small_target(ground):
+        mount = getattr(ground, side)
+        with under_way(ground, "has taken", *NO_MACHINE) as process:
+            mount.kill()
+            code, err = ended(process)
+        assert (code in (1, 2), "127.0.0.1 has vm.raw" in err, "Traceback" in err) == (True, True, False), err
+        assert err.count("\n") <= 4, err
+        mount.mount()
+        again = ground.migrate()
+        assert again.code == 0, again
+        assert ground.source.status("vm")["move"] == "released"
+        assert ground.target.raw("vm").read_bytes()[: 4 * MIB] == b"x" * 4 * MIB
+        wait_until(lambda: not ground.is_served)
+
+
+def test_a_host_that_only_ssh_knows(ground: Ground, here: Machine) -> None:
+    """By an alias: QEMU cannot go there by it."""
+    words = ground.words(*ground.with_machine())
+    words[2] = words[2].replace("127.0.0.1", "known-to-ssh.invalid")
+    done = fvdfs(*words)
+    assert (done.code, done.out, done.err.count("\n")) == (2, "", 1), done
+    assert "--migrate-uri" in done.err
+    ground.expect_as_before()
