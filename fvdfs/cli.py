@@ -31,6 +31,10 @@ if TYPE_CHECKING:
 
 MAX_DELAY = (1 << 31) - 1  # seconds; the header's field holds no more
 _URLS = "allow_url=PREFIX: URLs that bases and data files may have"
+_LOCAL = (
+    "Local is what of a disk need not be read from its base: as a share of the base (what it can have from there), "
+    "or, where that is said, of the whole disk."
+)
 _NAMES = "base_path=DIR, allow_url=PREFIX: where names in the image may lead, beside its folder"
 _CHOICE = re.compile(r"(argument .+?: invalid choice: '(?P<name>.+?)')(?P<choices> \(choose from .+\))")
 _EXIT_CODES = """\
@@ -333,7 +337,7 @@ def _parser() -> argparse.ArgumentParser:
     mount.add_argument("--debug", action="store_true", help="log every request (with -f)")
 
     status = commands.add_parser(
-        "status", help="show how far the images of a mount are local, and what prefetching does"
+        "status", help="show how far the images of a mount are local, and what prefetching does", description=_LOCAL
     )
     status.set_defaults(run=_status)
     status.add_argument("mountpoint", metavar="MOUNTPOINT|RAW", help="a mount, or one disk in it")
@@ -342,7 +346,11 @@ def _parser() -> argparse.ArgumentParser:
     how.add_argument("--log", action="store_true", help="the last lines of the mount's log")
     how.add_argument("--watch", action="store_true", help="again and again; top shows more")
 
-    top = commands.add_parser("top", help="a live table of the disks of a mount that are open, with keys to steer them")
+    top = commands.add_parser(
+        "top",
+        help="a live table of the disks of a mount that are open, with keys to steer them",
+        description=_LOCAL,
+    )
     top.set_defaults(run=_top)
     top.add_argument("mountpoint", metavar="MOUNTPOINT")
 
@@ -363,7 +371,9 @@ def _parser() -> argparse.ArgumentParser:
     profile.add_argument("image", metavar="IMAGE")
     profile.add_argument("--json", action="store_true")
 
-    map_ = commands.add_parser("map", help="show what of a disk is stored in the image, in the base, or nowhere")
+    map_ = commands.add_parser(
+        "map", help="show what of a disk is stored in the image, in the base, or nowhere", description=_LOCAL
+    )
     map_.set_defaults(run=_map)
     map_.add_argument("image", metavar="IMAGE|RAW", help="an image, or a raw file in a mount")
     map_.add_argument("--json", action="store_true")

@@ -61,6 +61,7 @@ fvdfs profile show images/vm.fvd > template.profile                # for fvdfs c
     "map": """\
 fvdfs map images/vm.fvd
 fvdfs map disks/vm.raw --png vm.png
+fvdfs map disks/vm.raw --html vm.html
 fvdfs map --json disks/vm.raw""",
     "resize": """\
 fvdfs resize disks/vm.raw +10G                                     # also while a machine runs
