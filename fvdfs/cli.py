@@ -278,8 +278,10 @@ def _parser() -> argparse.ArgumentParser:
 
     convert = commands.add_parser("convert", help="make an image with the content of another one, in any format")
     convert.set_defaults(run=_convert)
-    convert.add_argument("source", metavar="SRC")
-    convert.add_argument("target", metavar="DST")
+    convert.add_argument("source", metavar="SRC", help="a file, a URL, or -: raw, from standard input")
+    convert.add_argument(
+        "target", metavar="DST", help="a new file, nbd://… with --force, or -: raw, to standard output"
+    )
     convert.add_argument("-f", "--source-format", default="", metavar="FMT", help="default: raw, for NAME.fvd fvd")
     convert.add_argument("-O", "--target-format", default="", metavar="FMT", help="default: by its name, else raw")
     _add_names(convert, "base_path=DIR, allow_url=PREFIX: where names in the source may lead, beside its folder")

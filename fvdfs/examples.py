@@ -24,7 +24,9 @@ fvdfs amend images/vm.fvd -F raw                                   # its base is
     "convert": """\
 fvdfs convert template.qcow2 -f qcow2 images/new.fvd
 fvdfs convert images/vm.fvd vm.qcow2
-fvdfs convert images/vm.fvd images/small.fvd --compact""",
+fvdfs convert images/vm.fvd images/small.fvd --compact
+fvdfs convert images/vm.fvd - | gzip > vm.raw.gz                   # and back:
+gunzip < vm.raw.gz | fvdfs convert - images/back.fvd""",
     "measure": """\
 fvdfs measure images/vm.fvd --compact
 fvdfs measure template.qcow2 -f qcow2 -O raw --json""",

@@ -20,6 +20,7 @@ from fvdfs.commands.create import make_image, never_appears
 from fvdfs.commands.newfiles import NewFile, NewFiles, permissions
 from fvdfs.commands.otherfiles import qemu_create
 from fvdfs.commands.sides import NamedSide, Side, StoreSide, stores_of
+from fvdfs.commands.streams import INPUT, OUTPUT, STREAM, receive, send
 from fvdfs.commands.terminal import progress_bar
 from fvdfs.cow.extents import Extents
 from fvdfs.cow.planner import Zeroes
@@ -40,9 +41,9 @@ PIECE = 1 << 20  # bytes that are read at a time
 UNIT = 64 << 10  # bytes that are compared, and written or not
 WORKERS = 4  # pieces under way; a slow source is kept busy while others are compared and written
 _ZEROS = bytes(PIECE)
-QEMU_TARGETS = ("qcow2", "vdi", "vmdk", "vhdx", "vpc", "qed")
 Progress = Callable[[int, int], None]
 """Is told the bytes done, and those in all."""
+QEMU_TARGETS = ("qcow2", "vdi", "vmdk", "vhdx", "vpc", "qed")
 
 
 def run(
@@ -153,8 +154,6 @@ async def open_target(
     files: NewFiles, path: str, file_format: str, size: int, options: CreateOptions, permission: Permission
 ) -> tuple[Side, list[str]]:
     """Make a new image of `size` bytes and open it; also remarks. Raises UsageError, ImageError, OSError."""
-    if not is_local(path):
-        raise UsageError(f"{path}: a new image must be a file or a device of this host")
     if file_format == FVD_FORMAT:
         return await _open_fvd_target(files, path, size, options, permission)
     if options != CreateOptions():
@@ -295,11 +294,55 @@ async def convert(
     """
     if source_format and source_format not in BASE_FORMATS:
         raise UsageError(f"--source-format {source_format}: is not known; known are {', '.join(BASE_FORMATS)}")
-    with named(source_name):
-        source, remarks = await open_source(source_name, source_format, permission)
-    if not source.size:
-        remarks.append(f"{source_name}: is empty")
+    if source_name == STREAM and source_format not in ("", "raw"):
+        raise UsageError(f"--source-format {source_format}: {INPUT} is raw; name a file")
+    if target_name == STREAM and target_format not in ("", "raw"):
+        raise UsageError(f"--target-format {target_format}: {OUTPUT} gets a raw disk; name a file")
+    with contextlib.ExitStack() as stack:
+        if source_name == STREAM:
+            folder = os.path.dirname(target_name) if is_local(target_name) and target_name != STREAM else ""
+            descriptor = await receive(folder)
+            stack.callback(os.close, descriptor)
+            source, remarks = await open_source(f"/proc/self/fd/{descriptor}", "raw", permission)
+            source_name = INPUT
+        else:
+            with named(source_name):
+                source, remarks = await open_source(source_name, source_format, permission)
+        return remarks + await _convert(
+            source,
+            source_name,
+            target_name,
+            target_format,
+            options=options,
+            force=force,
+            permission=permission,
+            progress=progress,
+        )
+
+
+async def _convert(
+    source: Side,
+    source_name: str,
+    target_name: str,
+    target_format: str,
+    *,
+    options: CreateOptions,
+    force: bool,
+    permission: Permission,
+    progress: Progress,
+) -> list[str]:
+    """As `convert`, with an open source, which is closed."""
+    remarks = [] if source.size else [f"{source_name}: is empty"]
     try:
+        if target_name == STREAM:
+            if options != CreateOptions():
+                raise UsageError(f"{OUTPUT}: options of FVD images do not go with the format raw")
+            await send(NamedSide(source, source_name), progress)
+            return remarks
+        if not is_local(target_name):
+            return remarks + await _to_server(
+                NamedSide(source, source_name), target_name, target_format, options, force, permission, progress
+            )
         stores = stores_of(source)
         held = [file for store in stores for file in host_files(store)]
         with NewFiles(force=force, mode=permissions(held)) as files:
@@ -315,6 +358,40 @@ async def convert(
         with trio.CancelScope(shield=True):
             await source.close()
     return remarks + more
+
+
+async def _to_server(
+    source: Side,
+    url: str,
+    file_format: str,
+    options: CreateOptions,
+    force: bool,
+    permission: Permission,
+    progress: Progress,
+) -> list[str]:
+    """Make what a server gives at a URL the disk, where it is not so already; remarks.
+
+    Raises UsageError, ImageError, OSError.
+    """
+    if not parse_location(url).is_device:
+        raise UsageError(
+            f"{url}: a new image must be a file or a device of this host, or what an NBD server gives: nbd://…"
+        )
+    if file_format not in ("", "raw") or options != CreateOptions():
+        raise UsageError(f"{url}: what a server gives is raw, and has no options of FVD images")
+    if not force:
+        raise UsageError(f"{url}: exists already; --force to overwrite it")
+    store = await open_other(url, "raw", permission.policy(url), writable=True)
+    target = StoreSide(store, await store.size())
+    try:
+        if target.size < source.size:
+            raise UsageError(f"{url}: has {target.size} bytes, {source.size} are needed")
+        await copy(source, NamedSide(target, url), progress, over_base=True)
+    finally:
+        with trio.CancelScope(shield=True):
+            await target.close()
+    more = target.size - source.size
+    return [f"{url}: has {more} bytes more than the disk, which are left alone"] if more else []
 
 
 async def _fill(source: Side, target: Side, name: str, progress: Progress, *, on_device: bool) -> None:

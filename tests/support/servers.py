@@ -10,8 +10,8 @@ from pathlib import Path
 
 
 @contextmanager
-def nbd_server(file: Path, socket: Path) -> Iterator[str]:
-    server = subprocess.Popen(["nbdkit", "-f", "-r", "-U", socket, "file", file])
+def nbd_server(file: Path, socket: Path, *, read_only: bool = True) -> Iterator[str]:
+    server = subprocess.Popen(["nbdkit", "-f", *["-r"] * read_only, "-U", socket, "file", file])
     try:
         deadline = time.monotonic() + 10
         while not socket.exists():
