@@ -53,7 +53,7 @@ cat >guest/init <<EOF
 /bin/busybox --install -s /bin
 mount -t devtmpfs dev /dev
 mount -t proc proc /proc
-for module in /modules/*; do insmod \$module; done
+for module in /modules/*; do insmod \$module 2>/dev/null; done
 while [ ! -b /dev/vda ]; do sleep 0.1; done
 tick=0
 while :; do
@@ -104,11 +104,9 @@ tail -q -n +1 -f dst.console 3>&- | sed -u 's/^/                            gues
 tails="$tails $!"
 
 say "One command"
-set -- disks/vm.raw "$(address 2):$work/dst/disks" --qmp src.qmp --qmp-target "$work/dst.qmp" \
-    --ssh "$to_dst" --program "$venv/bin/fvdfs"
+set -- src/disks/vm.raw "$(address 2):$work/dst/disks" --qmp src.qmp --qmp-target "$work/dst.qmp"
 echo "$ fvdfs migrate $* --start 'qemu-system-x86_64 ... -incoming defer'"
-shift
-src "$venv/bin/fvdfs" migrate src/disks/vm.raw "$@" --start "$(machine dst) -incoming defer"
+src "$venv/bin/fvdfs" migrate "$@" --ssh "$to_dst" --program "$venv/bin/fvdfs" --start "$(machine dst) -incoming defer"
 
 say "All of it is at the target; the source is switched off"
 fvdfs umount src/disks

@@ -129,10 +129,12 @@ def _columns(image: dict[str, Any]) -> tuple[str, str, str, str, str, str]:
         image["reason"] = ", ".join(
             filter(None, [f"base of {image['disks']} open disk{'s' * (image['disks'] > 1)}", image["reason"]])
         )
-    if why := image.get("move_reason") or image.get("move_remark"):
+    if why := image.get("move_reason"):
         image["reason"] = ", ".join(filter(None, [why, image.get("reason", "")]))
     if image["state"] == "profile" and not image["reason"] and (image.get("first") or {}).get("from") == "source":
         image["reason"] = "copies first what its source used last"
+    if remark := image.get("move_remark"):
+        image["reason"] = ", ".join(filter(None, [image.get("reason", ""), remark]))
     if failed := image.get("open_failed"):
         at = failed["at"].replace("T", " ")[:19]
         image["failed"] = f"could not be opened at {at}: {failed['reason']}"

@@ -110,14 +110,16 @@ def test_both_ends_tell_how_far_it_is_and_what_nobody_uses_is_copied_once_it_is_
         move.receive()
         assert "offered to other hosts by fvdfs serve" in told(move.source)
         assert "offered to other hosts" in must("info", move.source.folder / "vm.fvd")
-        with move.target() as target:
+        with move.target("prefetch_max=512K") as target:
             assert "it is being received" in told(target)
             write_direct(target.raw("vm"), 0, 1)
             wait_until(lambda: not target.status("vm")["open"])
             assert "its source is needed until all is local; it is copied while it is open" in told(target)
             assert "which does not have all of it yet" in told(move.source)
             must("activate", target.raw("vm"))
-            wait_until(lambda: target.status("vm")["move"] == "local")
+            first = "copies first what its source used last, its source is needed until all is local"
+            wait_until(lambda: first in told(target))
+            wait_until(lambda: target.status("vm")["move"] == "local", timeout=60)
             wait_until(lambda: move.source.status("vm")["move"] == "released")
             assert "its source" not in told(target)
             for text in (told(move.source), must("info", move.source.folder / "vm.fvd")):
