@@ -189,11 +189,16 @@ def _own_address(host: str) -> str:
     """That from which this host reaches the other one. Raises UsageError."""
     try:
         family, kind, _, _, address = socket.getaddrinfo(host, serve.DEFAULT_PORT, type=socket.SOCK_DGRAM)[0]
+    except OSError as error:
+        raise UsageError(
+            f"{host}: {error.strerror}; write its address, and, where only ssh knows that name: --ssh 'ssh {host}'"
+        ) from None
+    try:
         with socket.socket(family, kind) as probe:
             probe.connect(address)  # sends nothing
             own: str = probe.getsockname()[0]
     except OSError as error:
-        raise UsageError(f"{host}: {error.strerror}; name a host that is reached, and give --listen ADDR") from None
+        raise UsageError(f"{host}: {error.strerror}; name a host that is reached, or give --listen ADDR") from None
     return f"[{own}]" if ":" in own else own
 
 

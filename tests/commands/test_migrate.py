@@ -186,6 +186,7 @@ def test_what_does_not_fit_is_said_before_anything_is_done(ground: Ground, here:
         ([raw, place, *how, *qmp], "allow_url=nbd://127.0.0.1/"),
         ([raw, f"127.0.0.1:{ground.tmp_path}", *how, *qmp, "--listen", ground.listen], "is not mounted there"),
         ([raw, "127.0.0.1:target", *how], "HOST:DIR"),
+        ([raw, "nowhere.invalid:/target", *how], "--ssh 'ssh nowhere.invalid'"),
         ([raw, place, *how, "--qmp", str(ground.here)], "--qmp-target"),
         ([raw, place, *how, "--listen", ground.listen], "a machine runs on it; move it, too (--qmp"),
         ([raw, place, *how, *qmp, "--ssh", "/nowhere", "--listen", ground.listen], "/nowhere"),
