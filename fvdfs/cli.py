@@ -584,6 +584,11 @@ def _add_moves(commands: argparse._SubParsersAction[_Parser]) -> None:
         "--tls-creds", default="", metavar="DIR", help="serve by TLS alone; there the mount's -o tls_creds counts"
     )
     _add_keep_base(migrate, "as it is named there, from the folder of the images on, or a URL")
+    migrate.add_argument(
+        "--trust-base",
+        action="store_true",
+        help="compare a sample of that template with the one here, and not all of both before anything is done",
+    )
     migrate.add_argument("--log-file", default="", metavar="FILE", help="of the server (default: the system's log)")
 
     migrate_target = commands.add_parser("migrate-target")  # started by migrate, at the other host
@@ -1008,6 +1013,7 @@ def _migrate(arguments: argparse.Namespace) -> int:
         log_file=arguments.log_file,
         keep_base=arguments.keep_base,
         base_format=arguments.base_format,
+        trust_base=arguments.trust_base,
     )
     return run(arguments.disks, arguments.target, choices)
 

@@ -30,6 +30,7 @@ from typing import Any
 from fvdfs import daemon, mounts
 from fvdfs.commands import serve
 from fvdfs.commands.attributes import explained, facts
+from fvdfs.commands.digest import FileDigest
 from fvdfs.commands.far_side import FarSide
 from fvdfs.commands.migrate_target import ACTIVE, WAITS
 from fvdfs.commands.migration import ask_mount, kept_from_qemu
@@ -39,6 +40,7 @@ from fvdfs.logs import LogPlaces
 from fvdfs.qmp import ANSWER, CommandRefused, Monitor, NoAnswer, somebody_listens
 from fvdfs.sizes import human_size
 from fvdfs.store.host import open_path
+from fvdfs.store.locations import is_local
 from fvdfs.xattrs import STATUS
 
 LOOK = 0.05  # seconds between looks at a machine that moves
@@ -85,6 +87,8 @@ class Choices:
     """A template that the disks stand on here, and are to stand on there: its name from their folder there on."""
     base_format: str = ""
     """Of that."""
+    trust_base: bool = False
+    """Compare no more of the two templates than a sample."""
 
 
 @dataclass
@@ -350,8 +354,27 @@ class _Move:
                         raise UsageError(
                             f"{disk.raw}: a machine runs on it; move it, too (--qmp, --qmp-target), or stop it"
                         ) from None
+        if self._choices.keep_base and not self._choices.trust_base:
+            for folder in {os.path.dirname(disk.image) for disk in self._disks if disk.there is None}:
+                self._compare_template(folder)
         sizes = ", ".join(f"{disk.name}.raw ({human_size(disk.size).partition(' (')[0]})" for disk in self._disks)
         self.say(f"{sizes}: to {self._host}:{self._point}")
+
+    def _compare_template(self, folder: str) -> None:
+        """That here and that there are the same, in all that they have. Raises UsageError, FvdError, OSError."""
+        name = self._choices.keep_base
+        here = os.path.join(folder, name)
+        if not is_local(name) or not os.path.isfile(here):
+            daemon.complain(f"{here}: is not here under this name: of the templates a sample is compared alone")
+            return
+        ours = FileDigest(here)
+        while not ((theirs := self._far.call("digest", template=name)) and ours.found()):
+            self._pause(LOOK)
+        if theirs != ours.found():
+            raise UsageError(
+                f"{here}: is another file than that at {self._host}; make them the same, leave out --keep-base, or, "
+                "where only their formats differ, give --trust-base"
+            )
 
     def _look_at_machine(self, path: str) -> Monitor:
         monitor = Monitor(path)

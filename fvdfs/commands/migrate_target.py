@@ -22,6 +22,7 @@ from typing import Any
 
 from fvdfs import daemon, mounts
 from fvdfs.commands.attributes import explained, facts, why_missing
+from fvdfs.commands.digest import FileDigest
 from fvdfs.commands.migration import ask_mount
 from fvdfs.commands.receive import run_receive
 from fvdfs.errors import FvdError, UsageError, exit_code
@@ -74,6 +75,7 @@ def run() -> int:
 def _answer(target: _Target, request: dict[str, Any]) -> dict[str, Any]:
     calls: dict[str, Callable[..., Any]] = {
         "find": target.find,
+        "digest": target.digest,
         "draw": target.draw,
         "epochs": target.epochs,
         "receive": target.receive,
@@ -120,6 +122,7 @@ class _Target:
         """Disks to be taken over as soon as it runs."""
         self._refused = ""
         self._starting: subprocess.Popen[bytes] | None = None
+        self._digests: dict[str, FileDigest] = {}
         self._said = -1
         """What that writes to stderr: our own may be ssh's, which ends no sooner than who has it."""
 
@@ -154,6 +157,12 @@ class _Target:
         if into is None:
             raise UsageError(f"{image}: exists already; remove it, or choose another folder")
         return {"state": into.state.value, "epoch": into.epoch, "number": into.number}
+
+    def digest(self, template: str) -> str:
+        """Of all of a template's file; empty: not known yet. Raises OSError."""
+        if template not in self._digests:
+            self._digests[template] = FileDigest(os.path.join(self._folder, template))
+        return self._digests[template].found()
 
     def draw(self, name: str, epoch: str) -> str:
         """The number by which this disk will be asked for from here in this move. Raises FormatError, OSError."""

@@ -62,6 +62,30 @@ def test_a_template_stays_where_it_is(ground: Ground) -> None:
     assert ground.target.raw("clone").read_bytes() == (b"y" * MIB + b"t" * 3 * MIB).ljust(8 * MIB, b"\0")
 
 
+def test_a_template_that_differs_in_a_byte_is_refused(ground: Ground) -> None:
+    """One that no sample shows."""
+    for folder, byte in ((ground.source.folder, b"t"), (ground.folder, b"u")):
+        with (folder / "template.raw").open("wb") as file:
+            file.truncate(64 * MIB)
+            file.seek(41 * MIB + 70000)
+            file.write(byte)
+    must("create", ground.source.folder / "clone.fvd", "64M", "--base", "template.raw")
+    done = ground.migrate("--keep-base", "template.raw", disks=("clone",))
+    assert (done.code, done.err.count("\n"), "is another file" in done.err) == (2, 1, True), done
+    assert [ground.source.status("clone")["move"], os.listdir(ground.folder)] == ["", ["template.raw"]]
+    done = ground.migrate("--keep-base", "template.raw", "--trust-base", disks=("clone",))
+    assert (done.code, done.err) == (0, ""), done
+
+
+def test_a_template_that_has_another_name_here(ground: Ground) -> None:
+    """Of it a sample is compared, which is told."""
+    for path in (ground.source.folder / "ours.raw", ground.folder / "template.raw"):
+        path.write_bytes(b"t" * 4 * MIB)
+    must("create", ground.source.folder / "clone.fvd", "8M", "--base", "ours.raw")
+    done = ground.migrate("--keep-base", "template.raw", disks=("clone",))
+    assert (done.code, done.err.count("\n"), "a sample is compared" in done.err) == (0, 1, True), done
+
+
 def test_a_template_that_the_target_does_not_allow(ground: Ground) -> None:
     elsewhere = ground.tmp_path / "elsewhere"
     elsewhere.mkdir()
