@@ -217,12 +217,7 @@ def _parser() -> argparse.ArgumentParser:
     create.add_argument("size", metavar="SIZE", nargs="?", type=_size, help="of the disk: 512, 64K, 10M, 20G, 2T")
     _add_layout(create)
 
-    create.add_argument(
-        "--profile",
-        default="",
-        metavar="FILE|IMAGE",
-        help="fetch first what this profile, or this image's, says",
-    )
+    _add_profile(create)
     _add_secret(create)
 
     clone = commands.add_parser(
@@ -285,8 +280,10 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("-f", "--source-format", default="", metavar="FMT", help="default: raw, for NAME.fvd fvd")
     convert.add_argument("-O", "--target-format", default="", metavar="FMT", help="default: by its name, else raw")
     _add_names(convert, "base_path=DIR, allow_url=PREFIX: where names in the source may lead, beside its folder")
+    convert.add_argument("-c", "--compress", action="store_true", help="compress a new qcow2 image")
     _add_secret(convert)
     _add_layout(convert)
+    _add_profile(convert)
 
     measure = commands.add_parser("measure", help="say what a conversion would take")
     measure.set_defaults(run=_measure)
@@ -642,6 +639,15 @@ def _add_tls_creds(command: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_profile(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--profile",
+        default="",
+        metavar="FILE|IMAGE",
+        help="fetch first what this profile, or this image's, says",
+    )
+
+
 def _add_layout(command: argparse.ArgumentParser) -> None:
     """The options that say how a new image is laid out."""
     command.add_argument("-b", "--base", default="", metavar="FILE", help="base image, relative to the new image")
@@ -782,6 +788,8 @@ def _convert(arguments: argparse.Namespace) -> int:
         options=arguments.options,
         force=arguments.force,
         secret=arguments.secret,
+        profile=arguments.profile,
+        compress=arguments.compress,
     )
 
 

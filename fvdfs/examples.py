@@ -24,6 +24,7 @@ fvdfs amend images/vm.fvd -F raw                                   # its base is
     "convert": """\
 fvdfs convert template.qcow2 -f qcow2 images/new.fvd
 fvdfs convert images/vm.fvd vm.qcow2
+fvdfs convert images/vm.fvd small.qcow2 --compress
 fvdfs convert images/vm.fvd images/small.fvd --compact
 fvdfs convert images/vm.fvd - | gzip > vm.raw.gz                   # and back:
 gunzip < vm.raw.gz | fvdfs convert - images/back.fvd""",

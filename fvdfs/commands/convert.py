@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import tempfile
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -18,7 +19,8 @@ import trio
 from fvdfs import daemon
 from fvdfs.commands.create import make_image, never_appears
 from fvdfs.commands.newfiles import NewFile, NewFiles, permissions
-from fvdfs.commands.otherfiles import qemu_create
+from fvdfs.commands.otherfiles import qemu_compress, qemu_create
+from fvdfs.commands.profile import read_profile
 from fvdfs.commands.sides import NamedSide, Side, StoreSide, stores_of
 from fvdfs.commands.streams import INPUT, OUTPUT, STREAM, receive, send
 from fvdfs.commands.terminal import progress_bar
@@ -27,6 +29,7 @@ from fvdfs.cow.planner import Zeroes
 from fvdfs.errors import ImageError, UsageError, leading, named
 from fvdfs.format.creation import CreateOptions
 from fvdfs.format.header import SECTOR, round_up
+from fvdfs.format.profile import Extent
 from fvdfs.image.image import Image
 from fvdfs.image.loading import open_image, open_other
 from fvdfs.image.policy import FVD_FORMAT, HostStore, Policy, format_by_name
@@ -56,9 +59,13 @@ def run(
     options: Sequence[str],
     force: bool,
     secret: str,
+    profile: str = "",
+    compress: bool = False,
 ) -> int:
     """Convert, with a progress bar, and tell the user what to know about it. Raises as `convert`."""
     permission = permitted(options, secret)
+    if profile and not layout.base_img:
+        raise UsageError("--profile needs a base image: give --base")
     with progress_bar() as progress:
         work = functools.partial(
             convert,
@@ -70,6 +77,8 @@ def run(
             force=force,
             permission=permission,
             progress=progress,
+            profile=profile,
+            compress=compress,
         )
         remarks = daemon.run_loop(work)
     if target_format == FVD_FORMAT and (remark := never_appears(target)):
@@ -151,11 +160,17 @@ async def open_source(name: str, file_format: str, permission: Permission) -> tu
 
 
 async def open_target(
-    files: NewFiles, path: str, file_format: str, size: int, options: CreateOptions, permission: Permission
+    files: NewFiles,
+    path: str,
+    file_format: str,
+    size: int,
+    options: CreateOptions,
+    permission: Permission,
+    profile: Sequence[Extent] = (),
 ) -> tuple[Side, list[str]]:
     """Make a new image of `size` bytes and open it; also remarks. Raises UsageError, ImageError, OSError."""
     if file_format == FVD_FORMAT:
-        return await _open_fvd_target(files, path, size, options, permission)
+        return await _open_fvd_target(files, path, size, options, permission, profile)
     if options != CreateOptions():
         raise UsageError(f"{path}: options of FVD images do not go with the format {file_format}")
     if file_format not in ("raw", *QEMU_TARGETS):
@@ -176,9 +191,11 @@ async def open_target(
 
 
 async def _open_fvd_target(
-    files: NewFiles, path: str, size: int, options: CreateOptions, permission: Permission
+    files: NewFiles, path: str, size: int, options: CreateOptions, permission: Permission, profile: Sequence[Extent]
 ) -> tuple[Image, list[str]]:
-    make = functools.partial(make_image, files, path, size, options, secret_file=permission.secret_file)
+    make = functools.partial(
+        make_image, files, path, size, options, secret_file=permission.secret_file, profile=profile
+    )
     remarks = await trio.to_thread.run_sync(make)
     base = options.base_img
     if base and is_local(base):
@@ -286,6 +303,8 @@ async def convert(
     force: bool,
     permission: Permission,
     progress: Progress,
+    profile: str = "",
+    compress: bool = False,
 ) -> list[str]:
     """Make `target_name` an image with the content of `source_name`; remarks for the user.
 
@@ -298,6 +317,8 @@ async def convert(
         raise UsageError(f"--source-format {source_format}: {INPUT} is raw; name a file")
     if target_name == STREAM and target_format not in ("", "raw"):
         raise UsageError(f"--target-format {target_format}: {OUTPUT} gets a raw disk; name a file")
+    if compress and (target_name == STREAM or not is_local(target_name)):
+        raise UsageError("--compress: is for new images of the format qcow2")
     with contextlib.ExitStack() as stack:
         if source_name == STREAM:
             folder = os.path.dirname(target_name) if is_local(target_name) and target_name != STREAM else ""
@@ -317,6 +338,8 @@ async def convert(
             force=force,
             permission=permission,
             progress=progress,
+            profile=profile,
+            compress=compress,
         )
 
 
@@ -330,6 +353,8 @@ async def _convert(
     force: bool,
     permission: Permission,
     progress: Progress,
+    profile: str,
+    compress: bool,
 ) -> list[str]:
     """As `convert`, with an open source, which is closed."""
     remarks = [] if source.size else [f"{source_name}: is empty"]
@@ -350,7 +375,16 @@ async def _convert(
             if permission.secret_file:
                 files.protect_file(permission.secret_file)
             target_format = target_format or format_of_name(target_name)
-            target, more = await open_target(files, target_name, target_format, source.size, options, permission)
+            if compress:
+                await _compressed(source, files, target_name, target_format, options, progress)
+                await trio.to_thread.run_sync(files.publish)
+                return remarks
+            if profile:
+                files.protect_file(profile)
+            extents = await trio.to_thread.run_sync(read_profile, profile) if profile else ()
+            target, more = await open_target(
+                files, target_name, target_format, source.size, options, permission, extents
+            )
             on_device = files.files[-1].is_device
             await _fill(NamedSide(source, source_name), target, target_name, progress, on_device=on_device)
             await trio.to_thread.run_sync(files.publish)
@@ -358,6 +392,30 @@ async def _convert(
         with trio.CancelScope(shield=True):
             await source.close()
     return remarks + more
+
+
+async def _compressed(
+    source: Side, files: NewFiles, path: str, file_format: str, options: CreateOptions, progress: Progress
+) -> None:
+    """Make a new file a compressed qcow2 image: qemu-img does it, of one without a name. Raises UsageError, OSError."""
+    if file_format != "qcow2" or options != CreateOptions():
+        raise UsageError(f"--compress: is for new images of the format qcow2, and {path} is none; name it NAME.qcow2")
+    if exists(path) and not files.force:
+        raise UsageError(f"{path} exists already; choose another name, or --force to overwrite it")
+    file = await trio.to_thread.run_sync(files.add, path)
+    await trio.to_thread.run_sync(files.look_at_images)
+    if file.is_device:
+        raise UsageError(f"{path}: is a device; a compressed image needs a file")
+    with tempfile.TemporaryFile(dir=os.path.dirname(path) or ".", buffering=0) as spool:
+        place = f"/proc/{os.getpid()}/fd/{spool.fileno()}"
+        size = source.size
+        await trio.to_thread.run_sync(os.truncate, place, size)
+        store = open_path(place, writable=True)
+        try:
+            await copy(source, NamedSide(StoreSide(store, size), path), progress, over_base=False)
+        finally:
+            store.close()
+        await qemu_compress(file, place)
 
 
 async def _to_server(

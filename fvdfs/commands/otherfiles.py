@@ -7,6 +7,8 @@ import os
 import subprocess
 from collections.abc import Sequence
 
+import trio
+
 from fvdfs.commands.newfiles import NewFile, NewFiles
 from fvdfs.daemon import run_loop
 from fvdfs.errors import UsageError
@@ -52,6 +54,18 @@ async def _write_zeros(file: NewFile, file_format: str, zeros: Sequence[tuple[in
         await store.flush()
     finally:
         await store.aclose()
+
+
+async def qemu_compress(file: NewFile, raw: str) -> None:
+    """Make a new file a compressed qcow2 image with the content of a raw file. Raises UsageError."""
+    command = ["qemu-img", "convert", "-q", "-c", "-W", "-m", "4", "-f", "raw", "-O", "qcow2", "--", raw, file.place]
+    try:
+        done = await trio.run_process(command, capture_stderr=True, check=False)
+    except FileNotFoundError:
+        raise UsageError("qemu-img is missing: install the package qemu-utils") from None
+    if done.returncode:
+        said = os.fsdecode(done.stderr).strip().replace(file.place, file.path).replace(raw, file.path)
+        raise UsageError(said or f"qemu-img ended with exit code {done.returncode}")
 
 
 def qemu_create(file: NewFile, file_format: str, size: int, secret: str = "") -> None:

@@ -110,6 +110,7 @@ def test_nobody_who_reads_is_one_line(disk: Path) -> None:
         (["-", "x.fvd", "-f", "qcow2"], "standard input is raw"),
         (["vm.fvd", "-", "-O", "qcow2"], "standard output gets a raw disk"),
         (["vm.fvd", "-", "--compact"], "options of FVD images do not go with the format raw"),
+        (["vm.fvd", "-", "-c"], "--compress: is for new images"),
         (["vm.fvd", "nbd://127.0.0.1/x"], "--force"),
         (["vm.fvd", "nbd://127.0.0.1/x", "-O", "qcow2", "--force"], "is raw"),
         (["vm.fvd", "https://127.0.0.1/x", "--force"], "must be a file or a device of this host"),
@@ -146,3 +147,40 @@ def test_to_a_server(disk: Path) -> None:
     with nbd_server(export, disk.parent / "another", read_only=False) as url:
         done = fvdfs("convert", "--force", disk, url)
         assert (done.code, done.err) == (2, f"fvdfs: {url}: has {MIB} bytes, {len(CONTENT)} are needed\n")
+
+
+# --- what else it takes -------------------------------------------------------------------------
+
+
+def test_compressed(folder: Path) -> None:
+    content = b"to be compressed. " * (MIB // 18) + bytes(MIB) + random.Random(8).randbytes(MIB)
+    (folder / "vm.raw").write_bytes(content + bytes(-len(content) % 512))
+    must("convert", folder / "vm.raw", folder / "vm.fvd")
+    must("convert", "-c", folder / "vm.fvd", folder / "vm.qcow2")
+    must("compare", folder / "vm.fvd", folder / "vm.qcow2", "-F", "qcow2")
+    subprocess.run(["qemu-img", "check", folder / "vm.qcow2"], check=True, capture_output=True)
+    assert allocated(folder / "vm.qcow2") < 1.6 * MIB
+    assert sorted(os.listdir(folder)) == ["vm.fvd", "vm.qcow2", "vm.raw"]
+    done = fvdfs("convert", "-c", folder / "vm.fvd", folder / "vm.qcow2")
+    assert (done.code, "--force" in done.err) == (2, True)
+    done = fvdfs("convert", "-c", folder / "vm.fvd", folder / "new.fvd")
+    assert (done.code, "--compress" in done.err) == (2, True)
+
+
+def test_with_a_profile(folder: Path) -> None:
+    (folder / "base.raw").write_bytes(CONTENT)
+    (folder / "profile").write_text("0 65536\n")
+    must(
+        "convert",
+        folder / "base.raw",
+        folder / "vm.fvd",
+        "-b",
+        "base.raw",
+        "-F",
+        "raw",
+        "--profile",
+        folder / "profile",
+    )
+    assert must("profile", "show", folder / "vm.fvd").splitlines()[-1] == "0 65536"
+    done = fvdfs("convert", folder / "base.raw", folder / "b.fvd", "--profile", folder / "profile")
+    assert (done.code, done.err) == (2, "fvdfs: --profile needs a base image: give --base\n")
