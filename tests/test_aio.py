@@ -148,6 +148,22 @@ async def test_a_map_tells_where_bytes_are(tmp_path: Path) -> None:
     assert shown["virtual_size"] == SIZE
 
 
+async def test_neighbours_in_a_map_are_joined(tmp_path: Path) -> None:
+    """Chunks that lie apart in the file; a disk that is longer than what is looked at in one turn."""
+    image, _ = make(tmp_path, "compact")
+    async with await fvdfs.aio.open(image, write=True) as disk:
+        for chunk in (2, 1, 3):
+            await disk.write(chunk * 64 * KIB, b"x" * 64 * KIB)
+        assert [tuple(extent) for extent in await disk.map()] == [
+            (0, 64 * KIB, "hole"),
+            (64 * KIB, 256 * KIB, "stored"),
+            (256 * KIB, SIZE, "hole"),
+        ]
+    create(tmp_path / "large.fvd", 3 << 30, LAYOUTS["flat"])
+    async with await fvdfs.aio.open(tmp_path / "large.fvd") as disk:
+        assert await disk.map(5) == [fvdfs.Extent(5, 3 << 30, "hole")]
+
+
 async def test_what_was_flushed_is_there_after_a_kill(tmp_path: Path) -> None:
     image, model = make(tmp_path, "compact cow")
     script = (

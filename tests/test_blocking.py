@@ -195,6 +195,7 @@ def test_a_forked_process_is_told(image: Path) -> None:
     with fvdfs.open(image) as disk:
         child = os.fork()
         if not child:
+            signal.alarm(60)  # ends it, should it wait for a thread that it does not have
             try:
                 disk.read(0, 1)
             except RuntimeError as error:
