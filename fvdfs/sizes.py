@@ -5,18 +5,22 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
-UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40, "P": 1 << 50}
+UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40, "P": 1 << 50, "E": 1 << 60}
 MAX_FILE = 1 << 63  # bytes; no file offset is larger
 _SIZE = re.compile(
     r"(?P<whole>[0-9]+)(?:\.(?P<fraction>[0-9]+))? ?"
-    r"(?:(?P<unit>[KMGTP])(?:iB)?|bytes|B)?(?: \((?P<exact>[0-9]+) bytes\))?",
+    r"(?:(?P<unit>[KMGTPE])(?:iB)?|bytes|B)?(?: \((?P<exact>[0-9]+) bytes\))?",
     re.IGNORECASE | re.ASCII,
 )
+_SECTOR = 512  # bytes; what a rounded size is a multiple of
 _DIGITS = 100  # of a number; int() refuses thousands of them
 
 
 def parse_size(text: str) -> int:
     """Bytes: `512`, `64K`, `10M`, `20GiB`, `1.5T`, and what `human_size` writes.
+
+    From M on a part of a unit may be rounded, as where only the first half of that is shown: `20.49 GiB` is the nearest
+    whole number of sectors.
 
     Raises ValueError, whose text says what is wrong.
     """
@@ -28,7 +32,10 @@ def parse_size(text: str) -> int:
         fraction = unit = ""
     if len(whole) > _DIGITS:
         raise ValueError(f"{text[:_DIGITS]!r} is more than any file can hold")
-    size, rest = divmod(int(whole + fraction) * UNITS[unit.upper()], int("1" + "0" * len(fraction)))
+    factor, parts = UNITS[unit.upper()], int("1" + "0" * len(fraction))
+    size, rest = divmod(int(whole + fraction) * factor, parts)
+    if rest and factor >= UNITS["M"]:
+        size, rest = (2 * int(whole + fraction) * factor // (parts * _SECTOR) + 1) // 2 * _SECTOR, 0
     if size >= MAX_FILE:
         raise ValueError(f"{text[:_DIGITS]!r} is more than any file can hold")
     if rest:

@@ -56,10 +56,19 @@ def test_what_the_host_lacks_is_no_fault_of_an_image() -> None:
     ("text", "size"),
     [("0", 0), ("512", 512), ("1b", 1), ("64K", 65536), ("10m", 10 << 20), ("2T", 2 << 40), ("7P", 7 << 50)]
     + [("20GiB", 20 << 30), ("20 gib", 20 << 30), ("1.5T", 3 << 39), ("0.5K", 512), ("512 bytes", 512)]
-    + [(human_size(size), size) for size in (0, 511, 512, 1431655765, 20 << 30, 3 << 39)],
+    + [(human_size(size), size) for size in (0, 511, 512, 1431655765, 20 << 30, 3 << 39, (1 << 62) + 512)]
+    + [("20.49 GiB", 22000969728), ("0.0001M", 0), ("1.0003M", 1048576 + 512)],
 )
 def test_sizes(text: str, size: int) -> None:
     assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("size", [512, 488 * 512, (1 << 20) - 512, 3 * 512 << 20, 12345678 * 512, (7 << 40) + 512])
+def test_a_size_that_is_shown_in_short_is_one(size: int) -> None:
+    """As `status` shows it: near what it was, in whole sectors."""
+    found = parse_size(human_size(size).partition(" (")[0])
+    assert abs(found - size) <= size * 0.0005
+    assert found % 512 == 0
 
 
 @pytest.mark.parametrize("text", ["", "K", "-1", "1.5Q", "10Q", "1KB", "0x10", "²"])
