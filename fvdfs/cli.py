@@ -36,7 +36,8 @@ _LOCAL = (
     "or, where that is said, of the whole disk."
 )
 _NAMES = "base_path=DIR, allow_url=PREFIX: where names in the image may lead, beside its folder"
-_CHOICE = re.compile(r"(argument .+?: invalid choice: '(?P<name>.+?)')(?P<choices> \(choose from .+\))")
+_CHOICE = re.compile(r"(?P<what>argument .+?: invalid choice: '(?P<name>.+?)') \(choose from (?P<choices>.+)\)")
+_INTERNAL = "migrate-target"  # a command that is for another fvdfs alone
 _EXIT_CODES = """\
 exit codes:
   0    done
@@ -109,7 +110,8 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         if found := _CHOICE.fullmatch(message):
-            message = found[1] + (nearest(found["name"], re.findall("'([^']+)'", found["choices"])) or found["choices"])
+            known = [name.strip("'") for name in found["choices"].split(", ") if name.strip("'") != _INTERNAL]
+            message = found["what"] + (nearest(found["name"], known) or f" (choose from {', '.join(known)})")
         self.exit(self.get_default("failed") or 2, f"fvdfs: {printable(message)}; see {self.prog} --help\n")
 
 
@@ -588,7 +590,7 @@ def _add_moves(commands: argparse._SubParsersAction[_Parser]) -> None:
     )
     migrate.add_argument("--log-file", default="", metavar="FILE", help="of the server (default: the system's log)")
 
-    migrate_target = commands.add_parser("migrate-target")  # started by migrate, at the other host
+    migrate_target = commands.add_parser(_INTERNAL)  # started by migrate, at the other host
     migrate_target.set_defaults(run=_migrate_target)
 
     activate = commands.add_parser("activate", help="take a disk over from its source: it is written here from now on")
