@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shlex
 import signal
@@ -281,3 +282,30 @@ def test_nobody_else_is_given_the_disk(ground: Ground) -> None:
     assert gone is not None
     assert come is not None
     assert gone.target == come.number
+
+
+def test_disks_of_any_layout(ground: Ground) -> None:
+    """While a backup reads them: compact ones, with a snapshot, with a file of data."""
+    folder = ground.source.folder
+    must("create", folder / "compact.fvd", "8M", "--compact", "--chunk-size", "1M")
+    must("create", folder / "snap.fvd", "8M")
+    must("create", folder / "split.fvd", "8M", "--data-file", "auto")
+    names = ("compact", "snap", "split")
+    for name in names:
+        with ground.source.raw(name).open("r+b") as file:
+            file.write(b"1" * MIB)
+            if name == "snap":
+                must("snapshot", ground.source.raw(name))
+            file.seek(5 * MIB)
+            file.write(b"2" * MIB)
+    expected = b"1" * MIB + bytes(4 * MIB) + b"2" * MIB + bytes(2 * MIB)
+    with contextlib.ExitStack() as stack:
+        readers = [stack.enter_context(ground.source.raw(name).open("rb")) for name in names]
+        assert [reader.read(4096) for reader in readers] == [expected[:4096]] * 3
+        done = ground.migrate(disks=names)
+        assert (done.code, done.err) == (0, ""), done
+        assert [reader.read() for reader in readers] == [expected[4096:]] * 3
+    for name in names:
+        assert ground.target.raw(name).read_bytes() == expected
+        assert ground.source.status(name)["move"] == "released"
+        assert fvdfs("check", ground.folder / f"{name}.fvd").code == 0
