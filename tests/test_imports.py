@@ -45,7 +45,7 @@ IMPURE = {
     "prefetch": {"order", "prefetcher", "pressure", "scheduler"},
     "store": {
         *("base", "devices", "filelock", "flushing", "host", "mountinfo", "paths", "placing", "uring", "worker"),
-        *("connecting", "nbd_client", "nbd_server", "nbd_tls", "outage", "source"),
+        *("connecting", "nbd_client", "nbd_reader", "nbd_server", "nbd_tls", "outage", "source"),
         *("qemu_daemon", "qemu_files", "qemu_store", "qemu_supervisor"),
     },
 }

@@ -53,6 +53,11 @@ class Node:
     backing: Node | None = None
     data_file: Node | None = None
 
+    @property
+    def is_plain_nbd(self) -> bool:
+        """Whether it is a raw disk on an NBD server that is spoken to without TLS."""
+        return self.format == "raw" and self.location.protocol.get("driver") == "nbd" and self.location.tls_user is None
+
 
 def blockdevs(node: Node, *, writable: bool, node_name: str) -> list[Options]:
     """The `BlockdevOptions` of an image, after those of its backing files, which are read only in any case.

@@ -1,6 +1,7 @@
 """A store in any format and over any protocol that QEMU knows, served by a qemu-storage-daemon of its own.
 
 What QEMU opens is judged and locked before (`qemu_files`). A daemon that dies is started again (`qemu_supervisor`).
+A raw disk on an NBD server that is only read needs no daemon (`nbd_reader`).
 
 Not done here: reads without waiting. The export's attributes are good for a second, and any read after
 that may wait for the daemon, whatever RWF_NOWAIT says; and not every kernel knows it for FUSE.
@@ -19,11 +20,12 @@ from fvdfs.store.base import Buffer, Stepwise, Store
 from fvdfs.store.connecting import connected
 from fvdfs.store.host import HostFile
 from fvdfs.store.locations import Options
+from fvdfs.store.nbd_reader import NbdReader, open_export
 from fvdfs.store.outage import OnLoss, Outage
 from fvdfs.store.qemu_daemon import StorageDaemon
 from fvdfs.store.qemu_files import Access, QemuFiles
 from fvdfs.store.qemu_nodes import Node, blockdevs
-from fvdfs.store.qemu_supervisor import Supervisor, is_dead
+from fvdfs.store.qemu_supervisor import Server, Supervisor, is_dead
 
 _SECTOR = 512  # bytes: QEMU's formats count in sectors
 
@@ -62,10 +64,10 @@ class QemuStore(Stepwise):
         case.
         """
         on_loss = OnLoss.REFUSE if self.writable else self._on_loss
-        self._supervisor = Supervisor(self.name, self._start_daemon, self._files, on_loss)
+        self._supervisor = Supervisor(self.name, self._start_server, self._files, on_loss)
         await self._supervisor.start()
 
-    async def _start_daemon(self) -> StorageDaemon:
+    async def _start_server(self) -> Server:
         """Raises as `start`."""
         try:
             return await self._judge_and_run()
@@ -75,11 +77,15 @@ class QemuStore(Stepwise):
             await self._files.look_for_servers()
             raise
 
-    async def _judge_and_run(self) -> StorageDaemon:
+    async def _judge_and_run(self) -> Server:
         files = self._files
         if self._node is None:
             self._node = await files.judge(writable=self.writable)
             self.fixed_size = files.is_raw_device
+        if self._node.is_plain_nbd and not self.writable:
+            reader = await open_export(self.name, self._node.location)
+            if reader is not None:
+                return self._checked(reader)
         locked = [file.fileno() for file in files.host_files]
         async with connected(self._node) as (node, connections):
             daemon = StorageDaemon(
@@ -94,6 +100,14 @@ class QemuStore(Stepwise):
             await self._run(daemon, blockdevs(node, writable=self.writable, node_name="disk"))
         return daemon
 
+    def _checked(self, reader: NbdReader) -> NbdReader:
+        try:
+            self._check_size(reader)
+        except BaseException:
+            reader.stop()
+            raise
+        return reader
+
     async def _run(self, daemon: StorageDaemon, options: list[Options]) -> None:
         """Start it, and compare what it has opened with what is expected. Raises as `start`."""
         files = self._files
@@ -107,7 +121,7 @@ class QemuStore(Stepwise):
                 await trio.to_thread.run_sync(daemon.stop)
             raise
 
-    def _check_size(self, daemon: StorageDaemon) -> None:
+    def _check_size(self, daemon: Server) -> None:
         """Raise ImageError where what is back is not what was lost."""
         if self.writable:
             return
@@ -154,12 +168,13 @@ class QemuStore(Stepwise):
         return False
 
     async def pread(self, buffer: memoryview, offset: int) -> int:
-        return await self._running.call(lambda daemon: daemon.export.pread(buffer, offset))
+        return await self._running.call(lambda server: server.export.pread(buffer, offset))
 
     async def pwrite(self, data: Buffer, offset: int) -> None:
         end = offset + len(data)
 
-        async def write(daemon: StorageDaemon) -> None:
+        async def write(server: Server) -> None:
+            daemon = _daemon(server)
             if end > daemon.size:
                 async with self._growing:
                     if end > daemon.size:
@@ -199,7 +214,8 @@ class QemuStore(Stepwise):
         if not writes and not self._files.frees_space:
             raise OSError(errno.EOPNOTSUPP, f"{self.name}: QEMU gives no space of it back")
 
-        async def zero(daemon: StorageDaemon) -> None:
+        async def zero(server: Server) -> None:
+            daemon = _daemon(server)
             inside = min(length, daemon.size - offset)
             if inside > 0:
                 await daemon.export.zero(offset, inside, writes=writes)
@@ -210,14 +226,14 @@ class QemuStore(Stepwise):
         raise OSError(errno.EOPNOTSUPP, f"{self.name}: QEMU reserves no space")
 
     async def extent(self, start: int, stop: int) -> tuple[int, bool]:
-        return await self._running.call(lambda daemon: daemon.export.extent(start, stop))
+        return await self._running.call(lambda server: server.export.extent(start, stop))
 
     async def flush(self) -> None:
         await self._running.flush()
 
     async def size(self) -> int:
-        async def size(daemon: StorageDaemon) -> int:
-            return daemon.size
+        async def size(server: Server) -> int:
+            return server.size
 
         return await self._running.call(size)
 
@@ -225,9 +241,9 @@ class QemuStore(Stepwise):
         if self.fixed_size and size <= await self.size():
             return
 
-        async def resize(daemon: StorageDaemon) -> None:
+        async def resize(server: Server) -> None:
             async with self._growing:
-                await self._truncate(daemon, size)
+                await self._truncate(_daemon(server), size)
 
         await self._running.call(resize, changes=True)
 
@@ -284,6 +300,12 @@ class QemuStore(Stepwise):
         if self._supervisor is not None:
             self._supervisor.stop()
         self._files.close()
+
+
+def _daemon(server: Server) -> StorageDaemon:
+    """What is written is written by a daemon."""
+    assert isinstance(server, StorageDaemon)
+    return server
 
 
 def host_files(store: Store) -> list[HostFile]:

@@ -8,6 +8,8 @@ The same is done when a daemon seems to have lost its server, which is then away
 it is back, by a task of the event loop. QEMU's own way to connect again (`reconnect-delay`) does not work behind its
 FUSE export, at least in 7.2, and would hide that a server that was started again may have lost unflushed writes.
 
+Where a raw disk on an NBD server is only read, a connection of our own (`nbd_reader`) takes the place of the daemon.
+
 While operations are under way, the connection is watched (`connecting.silence`): a daemon whose server is not heard any
 more is killed. One that is heard and does not answer is waited for, as is any share that hangs.
 """
@@ -23,6 +25,7 @@ from typing import Protocol, TypeVar
 import trio
 
 from fvdfs.errors import FvdError, ImageError, Unreachable
+from fvdfs.store.nbd_reader import NbdReader
 from fvdfs.store.outage import OnLoss, Outage
 from fvdfs.store.qemu_daemon import STOP_TIMEOUT, StorageDaemon
 from fvdfs.store.qemu_words import PROGRAM
@@ -53,18 +56,22 @@ class Files(Protocol):
         """Whether the daemon writes to one."""
 
 
+Server = StorageDaemon | NbdReader
+"""What answers here: a daemon, or a connection to the server itself."""
+
+
 class Supervisor:
-    """The daemon of one image, whichever it is by now."""
+    """The daemon of one image, or the connection, whichever it is by now."""
 
     def __init__(
-        self, name: str, start: Callable[[], Awaitable[StorageDaemon]], files: Files, on_loss: OnLoss = OnLoss.REFUSE
+        self, name: str, start: Callable[[], Awaitable[Server]], files: Files, on_loss: OnLoss = OnLoss.REFUSE
     ) -> None:
         """`start` starts a daemon for the image `name`; `on_loss`: of a server."""
         self._name = name
         self._start = start
         self._files = files
         self._on_loss = on_loss
-        self._daemon: StorageDaemon | None = None
+        self._daemon: Server | None = None
         self.outage: Outage | None = None
         """The last one, while it lasts and after it."""
         self._is_hopeless = False
@@ -137,7 +144,7 @@ class Supervisor:
 
     # --- operations -------------------------------------------------------------------------------
 
-    async def call(self, operation: Callable[[StorageDaemon], Awaitable[T]], *, changes: bool = False) -> T:
+    async def call(self, operation: Callable[[Server], Awaitable[T]], *, changes: bool = False) -> T:
         """Do it; where the daemon is found dead, or without its server, do it once more with another one.
 
         Raises OSError; `outage.Lost` while the server is away.
@@ -151,14 +158,15 @@ class Supervisor:
                 if not is_dead(daemon, error) and not self._has_lost_server(daemon, error):
                     raise
                 if has_failed and not (self._on_loss.waits and self._files.has_server):
-                    raise OSError(errno.EIO, f"{self._name}: {PROGRAM} died again: {daemon.last_words}") from error
+                    again = "its server was lost" if isinstance(daemon, NbdReader) else f"{PROGRAM} died"
+                    raise OSError(errno.EIO, f"{self._name}: {again} again: {daemon.last_words}") from error
                 await self._lose(daemon, error)
             has_failed = True
 
     async def flush(self) -> None:
         """Make stable what was changed. Raises OSError, also where a daemon died and took changes with it."""
 
-        async def flush(daemon: StorageDaemon) -> None:
+        async def flush(daemon: Server) -> None:
             try:
                 await daemon.export.flush()
             except OSError:
@@ -173,7 +181,7 @@ class Supervisor:
             raise OSError(errno.EIO, f"{self._name}: {PROGRAM} died; what was written and not flushed may be lost")
         self._stable = max(self._stable, changes)
 
-    async def _running(self, last: Outage | None) -> StorageDaemon:
+    async def _running(self, last: Outage | None) -> Server:
         """The daemon, once there is one. `last`: the outage before the operation. Raises OSError."""
         while True:
             if self._is_closed:
@@ -187,9 +195,7 @@ class Supervisor:
                     if (self._daemon is None or self._daemon.gone) and not self.is_away:
                         self._begin_outage("no daemon runs")
 
-    async def _attempt(
-        self, daemon: StorageDaemon, operation: Callable[[StorageDaemon], Awaitable[T]], *, changes: bool
-    ) -> T:
+    async def _attempt(self, daemon: Server, operation: Callable[[Server], Awaitable[T]], *, changes: bool) -> T:
         if not self._under_way:
             self._answered = trio.current_time()
         self._under_way += 1
@@ -210,7 +216,7 @@ class Supervisor:
                 with trio.CancelScope(shield=True):
                     await trio.to_thread.run_sync(daemon.stop)
 
-    def _has_lost_server(self, daemon: StorageDaemon, error: OSError) -> bool:
+    def _has_lost_server(self, daemon: Server, error: OSError) -> bool:
         """Whether that is why an operation has failed. EIO may also be an error of the server's own disk."""
         if not self._files.has_server or error.errno not in _LOST_SERVER:
             return False
@@ -250,7 +256,7 @@ class Supervisor:
 
     # --- the next daemon --------------------------------------------------------------------------
 
-    async def _lose(self, dead: StorageDaemon, error: OSError) -> None:
+    async def _lose(self, dead: Server, error: OSError) -> None:
         """Bury a dead daemon, and have another one take its place, unless that was done meanwhile."""
         async with self._replacing:
             if self._daemon is not dead or dead.gone or self._is_closed:
@@ -275,7 +281,7 @@ class Supervisor:
         self._connecting = trio.CancelScope()
         trio.lowlevel.spawn_system_task(self._replace, outage, self._daemon, too_soon)
 
-    async def _replace(self, outage: Outage, dead: StorageDaemon | None, too_soon: bool) -> None:
+    async def _replace(self, outage: Outage, dead: Server | None, too_soon: bool) -> None:
         """End the outage, by a daemon that runs, or by a failure."""
         failure = "it was closed"
         try:
@@ -287,7 +293,7 @@ class Supervisor:
         finally:
             outage.end(failure)
 
-    async def _start_another(self, outage: Outage, dead: StorageDaemon | None, too_soon: bool) -> str:
+    async def _start_another(self, outage: Outage, dead: Server | None, too_soon: bool) -> str:
         """Start one, as often as it takes where there is a server; why there is none, or nothing."""
         if too_soon and self._files.has_server:
             await trio.sleep(_LATER_INTERVAL)
@@ -312,7 +318,7 @@ class Supervisor:
             log.warning("%s: %s runs again", self._name, PROGRAM)
         return ""
 
-    async def _bury(self, dead: StorageDaemon, error: OSError) -> str:
+    async def _bury(self, dead: Server, error: OSError) -> str:
         """Make sure that it is dead, and account for what was lost with it; why it is dead."""
         dead.gone = True
         lost, self._stable = self._changes > self._stable, self._changes
@@ -336,7 +342,7 @@ class Supervisor:
         return reason
 
     @staticmethod
-    async def _flush_last(daemon: StorageDaemon) -> bool:
+    async def _flush_last(daemon: Server) -> bool:
         """Whether a daemon that has had an error can still make stable what it wrote."""
         with trio.move_on_after(STOP_TIMEOUT):
             try:
@@ -347,6 +353,6 @@ class Supervisor:
         return False
 
 
-def is_dead(daemon: StorageDaemon, error: OSError) -> bool:
+def is_dead(daemon: Server, error: OSError) -> bool:
     """Whether an operation has failed because the daemon has ended."""
     return not daemon.alive or error.errno in _LOST_CONNECTION

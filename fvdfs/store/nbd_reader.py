@@ -1,0 +1,322 @@
+"""A raw disk on an NBD server, read by a connection of our own: no daemon stands between.
+
+Requests go out as they come, as many as there are, and are answered in any order: who waits for one does not have the
+link stand still, and answers are received straight into the buffers of those who asked. (QEMU's FUSE export has what
+came first wait for what came later, and every byte is copied twice more; see docs/measured.md.) With structured
+replies zeros are not sent, and the server is asked where its holes are.
+
+It takes the place of a storage daemon under a `qemu_supervisor.Supervisor`, which makes the next connection where one
+has ended. All but plain reading by plain NBD is left to the daemon: writing, TLS, formats, servers of before 2016.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import struct
+from contextlib import suppress
+
+import trio
+
+from fvdfs.errors import ImageError, Unreachable
+from fvdfs.format.header import round_up
+from fvdfs.store.connecting import SILENCE, connect, silence
+from fvdfs.store.locations import Location
+from fvdfs.store.nbd_client import REPLY, REQUEST, REQUEST_MAGIC, SIMPLE_MAGIC, Command, Export, negotiate
+
+OPEN_TIMEOUT = 10.0  # seconds until the server has opened the export
+_LONGEST_STATUS = 1 << 31  # bytes that a server is asked about at a time
+_LONGEST_TEXT = 1 << 16  # bytes of a chunk that is no data
+_ASIDE = 64 << 10  # bytes received at a time that nobody wants any more
+_ENOUGH = 128 << 10  # bytes that have to be there until the event loop is woken for the rest of an answer
+_STRUCTURED_MAGIC = 0x668E33EF
+_CHUNK = struct.Struct(">IHHQI")
+_ONE_EXTENT = 1 << 3  # flag of a request
+_DONE = 1  # flag of a chunk: the last one
+_NOTHING, _DATA, _HOLE, _STATUS = 0, 1, 2, 5
+_ERROR = 1 << 15
+_ZERO = 1 << 1  # of an extent: reads as zeros
+_ERRORS = (errno.EPERM, errno.EIO, errno.ENOMEM, errno.EINVAL, errno.ENOSPC, errno.EOVERFLOW, errno.ENOTSUP)
+
+
+class _Asked:
+    """A request that is under way."""
+
+    __slots__ = ("done", "error", "extent", "left", "offset", "size", "view")
+
+    def __init__(self, offset: int, view: memoryview | None) -> None:
+        """`view`: to be filled with what is there from `offset` on; None: nothing is read."""
+        self.offset = offset
+        self.view = view
+        self.size = self.left = len(view) if view is not None else 0
+        self.error: OSError | None = None
+        self.extent: tuple[int, int] | None = None  # its length, and flags
+        self.done = trio.Event()
+
+
+class NbdReader:
+    """One connection to one export. Offsets and sizes in bytes."""
+
+    pid = 0
+    flush_failed = False
+
+    def __init__(self, name: str, connection: socket.socket, export: Export) -> None:
+        """`connection`: with the export open. Call in the event loop, which receives until `stop`."""
+        self._name = name
+        self._socket = connection
+        self._export = export
+        self._asked: dict[int, _Asked] = {}
+        self._number = 0
+        self._sending = trio.Lock()
+        self._enough = 1
+        self._aside = memoryview(bytearray(_ASIDE))
+        self._failure: OSError | None = None
+        self._stopped = False
+        self.size = export.size
+        self.users = 0
+        self.gone = False
+        self.verdict = ""
+        trio.lowlevel.spawn_system_task(self._receive)
+
+    # --- as a daemon (`qemu_supervisor.Server`) -----------------------------------------------------
+
+    @property
+    def export(self) -> NbdReader:
+        """What it reads."""
+        return self
+
+    @property
+    def alive(self) -> bool:
+        """Whether it was not stopped."""
+        return not self._stopped
+
+    @property
+    def is_connected(self) -> bool:
+        """Whether the connection still stands, as far as is known."""
+        return self._failure is None and not self._stopped
+
+    @property
+    def last_words(self) -> str:
+        """How it has ended."""
+        return self.verdict or (self._failure.strerror if self._failure is not None else "") or "it was stopped"
+
+    def kill_if_silent(self) -> None:
+        """`stop`, where nothing is heard from the server."""
+        if self.is_connected and silence(self._socket) > SILENCE:
+            self.verdict = f"nothing was heard from its server for {SILENCE:.0f} s"
+            self.kill()
+
+    def kill(self) -> None:
+        """`stop`."""
+        self.stop()
+
+    def stop(self, *, gently: bool = False) -> None:
+        """End the connection; what is under way fails. From any thread."""
+        self._stopped = True
+        with suppress(OSError):  # it has ended already
+            if not self._sending.locked():
+                self._socket.send(REQUEST.pack(REQUEST_MAGIC, 0, Command.DISCONNECT, 0, 0, 0))
+            self._socket.shutdown(socket.SHUT_RDWR)
+
+    async def flush(self) -> None:
+        """Nothing: nothing is written."""
+
+    def flush_now(self) -> None:
+        """The same."""
+
+    # --- reading ------------------------------------------------------------------------------------
+
+    async def pread(self, buffer: memoryview, offset: int) -> int:
+        """As `Store.pread`."""
+        count = max(0, min(len(buffer), self.size - offset))
+        at = 0
+        while at < count:
+            part = min(count - at, self._export.largest - self._export.alignment)
+            await self._read(buffer[at : at + part], offset + at)
+            at += part
+        return count
+
+    async def _read(self, view: memoryview, offset: int) -> None:
+        start, stop = self._aligned(offset, offset + len(view))
+        if stop - start == len(view):
+            await self._ask(Command.READ, start, stop - start, _Asked(start, view))
+            return
+        around = memoryview(bytearray(stop - start))
+        await self._ask(Command.READ, start, stop - start, _Asked(start, around))
+        view[:] = around[offset - start : offset - start + len(view)]
+
+    async def extent(self, start: int, stop: int) -> tuple[int, bool]:
+        """As `Store.extent`. What reads as zeros is a hole, whether the server has stored that or not."""
+        if not self._export.has_extents or start >= self.size:
+            return stop, False
+        first, end = self._aligned(start, min(stop, start + _LONGEST_STATUS))
+        asked = _Asked(first, None)
+        await self._ask(Command.BLOCK_STATUS, first, end - first, asked, _ONE_EXTENT)
+        if asked.extent is None or first + asked.extent[0] <= start:
+            raise OSError(errno.EIO, f"{self._name}: the server does not say what is at {start}")
+        length, flags = asked.extent
+        return min(first + length, stop), bool(flags & _ZERO)
+
+    def _aligned(self, start: int, stop: int) -> tuple[int, int]:
+        unit = self._export.alignment
+        return start // unit * unit, min(round_up(stop, unit), self.size)
+
+    async def _ask(self, command: Command, offset: int, length: int, asked: _Asked, flags: int = 0) -> None:
+        """Send a request, and wait for its answer. Raises OSError."""
+        await trio.lowlevel.checkpoint_if_cancelled()
+        if self._failure is not None or self._stopped:
+            raise self._lost()
+        self._number = number = self._number + 1
+        self._asked[number] = asked
+        try:
+            await self._send(REQUEST.pack(REQUEST_MAGIC, flags, command, number, offset, length))
+            await asked.done.wait()
+        finally:
+            asked.view = None  # who was cancelled may use the buffer for something else
+        if asked.error is not None:
+            raise asked.error
+
+    async def _send(self, request: bytes) -> None:
+        """All of it, even if cancelled: what follows would make no sense."""
+        with trio.CancelScope(shield=True):
+            async with self._sending:
+                left = memoryview(request)
+                while left and self.is_connected:
+                    try:
+                        left = left[self._socket.send(left) :]
+                    except BlockingIOError:
+                        await trio.lowlevel.wait_writable(self._socket)
+                    except OSError:  # the receiver finds out why, and tells all
+                        return
+
+    # --- receiving ----------------------------------------------------------------------------------
+
+    async def _receive(self) -> None:
+        failure = OSError(errno.ECONNRESET, "the connection was ended")
+        try:
+            while True:
+                await (self._receive_chunk() if self._export.has_chunks else self._receive_answer())
+        except OSError as error:
+            failure = error
+        finally:
+            self._failure = failure
+            trio.lowlevel.notify_closing(self._socket)
+            self._socket.close()
+            for asked in self._asked.values():
+                asked.error = self._lost()
+                asked.done.set()
+            self._asked.clear()
+
+    def _lost(self) -> OSError:
+        """For who asks a connection that has ended."""
+        return OSError(errno.ECONNRESET, self.last_words)
+
+    async def _receive_answer(self) -> None:
+        """One simple reply."""
+        magic, error, number = REPLY.unpack(await self._exactly(REPLY.size))
+        asked = self._asked.get(number)
+        if magic != SIMPLE_MAGIC or asked is None:
+            raise _nonsense("no simple reply to what was asked")
+        if error:
+            asked.error = self._refusal(error, "")
+        else:
+            await self._fill(asked, asked.offset, asked.left)
+        self._finish(number)
+
+    async def _receive_chunk(self) -> None:
+        """One part of a structured reply."""
+        magic, flags, kind, number, length = _CHUNK.unpack(await self._exactly(_CHUNK.size))
+        asked = self._asked.get(number)
+        if magic != _STRUCTURED_MAGIC or asked is None:
+            raise _nonsense("no structured reply to what was asked")
+        if kind == _DATA and length > 8:
+            (offset,) = struct.unpack(">Q", await self._exactly(8))
+            await self._fill(asked, offset, length - 8)
+        elif kind == _HOLE and length == 12:
+            await self._fill(asked, *struct.unpack(">QI", await self._exactly(12)), zeros=True)
+        elif kind == _STATUS and 12 <= length <= _LONGEST_TEXT:
+            asked.extent = struct.unpack_from(">II", await self._exactly(length), 4)
+        elif kind & _ERROR and 6 <= length <= _LONGEST_TEXT:
+            code, size = struct.unpack_from(">IH", text := await self._exactly(length))
+            asked.error = self._refusal(code, text[6 : 6 + size].decode(errors="replace"))
+        elif kind != _NOTHING or length:
+            raise _nonsense(f"a chunk of kind {kind:#x} and {length} bytes")
+        if flags & _DONE:
+            if asked.left and asked.error is None:
+                raise _nonsense(f"{asked.left} bytes are missing")
+            self._finish(number)
+
+    def _finish(self, number: int) -> None:
+        self._asked.pop(number).done.set()
+
+    def _refusal(self, code: int, text: str) -> OSError:
+        code = code if code in (*_ERRORS, errno.ESHUTDOWN) else errno.EIO
+        return OSError(code, f"{self._name}: the server says: {text or os.strerror(code)}")
+
+    async def _fill(self, asked: _Asked, offset: int, length: int, *, zeros: bool = False) -> None:
+        """Receive so much of what is read, or take it for zeros."""
+        at = offset - asked.offset
+        if at < 0 or at + length > asked.size or length > asked.left:
+            raise _nonsense(f"{length} bytes at {offset}, which were not asked for")
+        asked.left -= length
+        if zeros and asked.view is not None:
+            asked.view[at : at + length] = bytes(length)
+        stop = at + (0 if zeros else length)
+        while at < stop:  # whoever asked may be cancelled while this waits
+            at += await self._some(asked.view[at:stop] if asked.view is not None else self._aside[: stop - at])
+
+    async def _exactly(self, size: int) -> bytes:
+        data = bytearray(size)
+        left = memoryview(data)
+        while left:
+            left = left[await self._some(left) :]
+        return bytes(data)
+
+    async def _some(self, view: memoryview) -> int:
+        """Receive something, if it is there, or else wait for that first; the number of bytes, perhaps 0."""
+        try:
+            count = self._socket.recv_into(view)
+        except BlockingIOError:
+            enough = min(len(view), _ENOUGH)
+            if enough != self._enough:
+                self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, enough)
+                self._enough = enough
+            await trio.lowlevel.wait_readable(self._socket)
+            return 0
+        if not count:
+            raise OSError(errno.ECONNRESET, "the server has closed the connection")
+        return count
+
+
+def _nonsense(what: str) -> OSError:
+    return OSError(errno.EPROTO, f"the server's answer makes no sense: {what}")
+
+
+async def open_export(name: str, location: Location) -> NbdReader | None:
+    """Connect to what is at this location; None where the server does not speak as is needed here.
+
+    `name`: for messages. Raises Unreachable; ImageError where the server refuses.
+    """
+    made = await connect(location)
+    assert made is not None
+    try:
+        with trio.fail_after(OPEN_TIMEOUT):
+            export = await negotiate(trio.SocketStream(trio.socket.from_stdlib_socket(made)), _export_of(location))
+        reader = NbdReader(name, made, export) if export is not None else None
+    except BaseException as error:
+        made.close()
+        if isinstance(error, trio.TooSlowError):
+            raise Unreachable(name, f"no answer within {OPEN_TIMEOUT:.0f} seconds") from None
+        if isinstance(error, OSError) and error.errno != errno.ECONNRESET:
+            raise ImageError(name, error.strerror or str(error)) from error
+        if isinstance(error, OSError):
+            raise Unreachable(name, error.strerror or str(error)) from error
+        raise
+    if reader is None:
+        made.close()
+    return reader
+
+
+def _export_of(location: Location) -> str:
+    return str(location.protocol["export"])

@@ -1,0 +1,379 @@
+"""A raw disk on an NBD server, read by a connection of our own: from real servers, and from one that says nonsense."""
+
+from __future__ import annotations
+
+import errno
+import random
+import socket
+import struct
+import subprocess
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from pathlib import Path
+
+import pytest
+import trio
+import trio.testing
+
+from fvdfs.store.nbd_client import ALIGNMENT, LARGEST, Export
+from fvdfs.store.nbd_reader import NbdReader
+from fvdfs.store.outage import OnLoss
+from fvdfs.store.qemu_store import QemuStore
+from support.mounts import MIB, running, wait_until
+from support.qsd import opened
+
+SIZE = 4 * MIB
+HOLE = range(MIB, 2 * MIB)
+REQUEST = struct.Struct(">IHHQQI")
+READ, BLOCK_STATUS = 0, 7
+NOTHING, DATA, ZEROS, STATUS, ERROR = 0, 1, 2, 5, 1 << 15 | 1
+DONE = 1
+
+
+def filled(file: Path) -> bytes:
+    """A sparse file; what it holds."""
+    data = bytearray(random.Random(5).randbytes(SIZE))
+    data[HOLE.start : HOLE.stop] = bytes(len(HOLE))
+    with file.open("wb") as out:
+        out.truncate(SIZE)
+        for start, stop in ((0, HOLE.start), (HOLE.stop, SIZE)):
+            out.seek(start)
+            out.write(data[start:stop])
+    return bytes(data)
+
+
+def qemu_nbd(file: Path, at: Path) -> list[str]:
+    return ["qemu-nbd", "-t", "-r", "-e", "0", "-f", "raw", "-x", "disk", "-k", str(at), str(file)]
+
+
+def storage_daemon(file: Path, at: Path) -> list[str]:
+    return [
+        *("qemu-storage-daemon", "--blockdev", f"driver=file,filename={file},node-name=disk,read-only=on"),
+        *("--nbd-server", f"addr.type=unix,addr.path={at}", "--export", "type=nbd,id=e,node-name=disk,name=disk"),
+    ]
+
+
+def nbdkit(*words: str) -> Callable[[Path, Path], list[str]]:
+    def command(file: Path, at: Path) -> list[str]:
+        return ["nbdkit", "-f", "-r", "-U", str(at), *words[:1], "file", str(file), *words[1:]]
+
+    return command
+
+
+@asynccontextmanager
+async def served(
+    folder: Path, command: Callable[[Path, Path], list[str]], name: str = "disk"
+) -> AsyncIterator[QemuStore]:
+    """What such a server gives of `folder`/file."""
+    at = folder / "socket"
+    with running(*command(folder / "file", at), stderr=subprocess.DEVNULL):
+        await trio.to_thread.run_sync(wait_until, at.exists)
+        async with opened(folder, f"nbd+unix:///{name}?socket={at}", "raw", "nbd+unix:///") as store:
+            yield store
+
+
+async def read(store: QemuStore | NbdReader, start: int, length: int) -> bytes:
+    data = bytearray(b"?" * length)
+    with memoryview(data) as view:
+        count = await store.pread(view, start)
+    return bytes(data[:count])
+
+
+async def holes(store: QemuStore) -> list[tuple[int, int]]:
+    found, at = [], 0
+    while at < SIZE:
+        end, hole = await store.extent(at, SIZE)
+        if hole:
+            found.append((at, end))
+        at = end
+    return found
+
+
+STRICT = (
+    "--filter=blocksize-policy",
+    "blocksize-minimum=4096",
+    "blocksize-error-policy=error",
+    "blocksize-maximum=64k",
+)
+
+
+@pytest.mark.parametrize("command", [qemu_nbd, storage_daemon, nbdkit("--threads=4"), nbdkit(*STRICT)])
+async def test_a_real_server(folder: Path, command: Callable[[Path, Path], list[str]]) -> None:
+    data = filled(folder / "file")
+    async with served(folder, command) as store:
+        assert store.pid == 0  # no daemon
+        assert await store.size() == SIZE
+        assert await read(store, 0, SIZE + 1) == data
+        assert await holes(store) == [(HOLE.start, HOLE.stop)]
+        assert await store.extent(HOLE.start + 7, SIZE - 7) == (HOLE.stop, True)
+        assert await store.extent(7, 9) == (9, False)
+
+        async def some(seed: int) -> None:
+            at = random.Random(seed)
+            for _ in range(20):
+                start, length = at.randrange(SIZE), at.choice((1, 512, 4096, 65536, 300_000))
+                assert await read(store, start, length) == data[start : start + length]
+
+        async with trio.open_nursery() as nursery:
+            for seed in range(16):
+                nursery.start_soon(some, seed)
+
+
+async def test_a_server_without_extents(folder: Path) -> None:
+    data = filled(folder / "file")
+    async with served(folder, nbdkit("--no-sr")) as store:
+        assert store.pid == 0
+        assert await read(store, 0, SIZE) == data
+        assert await holes(store) == []
+
+
+async def test_an_old_server_is_read_by_a_daemon(folder: Path) -> None:
+    data = filled(folder / "file")
+    async with served(folder, nbdkit("--oldstyle"), "") as store:
+        assert store.pid
+        assert await read(store, 0, SIZE) == data
+
+
+async def test_a_server_that_ends_with_many_under_way(folder: Path) -> None:
+    """All of them are answered by the next one."""
+    data = filled(folder / "file")
+    at = folder / "socket"
+    found: dict[int, bytes] = {}
+    hangs = nbdkit("--filter=delay", "delay-read=60")
+    async with AsyncExitStack() as stack, trio.open_nursery() as nursery:
+        with running(*hangs(folder / "file", at), stderr=subprocess.DEVNULL) as process:
+            await trio.to_thread.run_sync(wait_until, at.exists)
+            url = f"nbd+unix:///disk?socket={at}"
+            store = await stack.enter_async_context(opened(folder, url, "raw", "nbd+unix:///", on_loss=OnLoss.WAIT))
+
+            async def one(start: int) -> None:
+                found[start] = await read(store, start, 65536)
+
+            starts = range(0, SIZE, SIZE // 32)
+            for start in starts:
+                nursery.start_soon(one, start)
+            await trio.testing.wait_all_tasks_blocked(0.1)
+            at.unlink()
+            process.kill()
+        stack.enter_context(running(*nbdkit("--threads=4")(folder / "file", at), stderr=subprocess.DEVNULL))
+        with trio.fail_after(20):
+            while len(found) < len(starts):  # noqa: ASYNC110  nobody tells
+                await trio.sleep(0.02)
+    assert found == {start: data[start : start + 65536] for start in starts}
+
+
+# --- a server that is played here ---------------------------------------------------------------------
+
+
+class Played:
+    """The other end of a connection."""
+
+    def __init__(self, stream: trio.SocketStream) -> None:
+        self.stream = stream
+
+    async def request(self) -> tuple[int, int, int, int]:
+        """What is asked, under which number, from where on, and how much."""
+        data = b""
+        while len(data) < REQUEST.size:
+            part = await self.stream.receive_some(REQUEST.size - len(data))
+            assert part
+            data += part
+        _, _, kind, number, offset, length = REQUEST.unpack(data)
+        return kind, number, offset, length
+
+    async def chunk(self, number: int, kind: int, payload: bytes = b"", flags: int = DONE) -> None:
+        await self.stream.send_all(struct.pack(">IHHQI", 0x668E33EF, flags, kind, number, len(payload)) + payload)
+
+    async def data(self, number: int, offset: int, data: bytes, flags: int = DONE) -> None:
+        await self.chunk(number, DATA, struct.pack(">Q", offset) + data, flags)
+
+
+@asynccontextmanager
+async def played(*, has_chunks: bool = True) -> AsyncIterator[tuple[NbdReader, Played]]:
+    ours, theirs = socket.socketpair()
+    ours.setblocking(False)
+    reader = NbdReader("disk", ours, Export(SIZE, has_chunks, has_chunks, ALIGNMENT, LARGEST))
+    stream = trio.SocketStream(trio.socket.from_stdlib_socket(theirs))
+    try:
+        yield reader, Played(stream)
+    finally:
+        reader.stop()
+        await stream.aclose()
+        with trio.fail_after(10):
+            while ours.fileno() >= 0:  # noqa: ASYNC110  the receiver closes it
+                await trio.sleep(0.01)
+
+
+def pattern(offset: int, length: int) -> bytes:
+    return bytes((offset // ALIGNMENT + at // ALIGNMENT) % 251 for at in range(length))
+
+
+async def test_answers_come_in_any_order_and_in_parts() -> None:
+    starts = [0, 65536, 4096, 131072]
+    async with played() as (reader, server), trio.open_nursery() as nursery:
+
+        async def one(start: int) -> None:
+            assert await read(reader, start, 4096) == pattern(start, 2048) + bytes(1024) + pattern(start, 4096)[3072:]
+
+        for start in starts:
+            nursery.start_soon(one, start)
+        asked = [await server.request() for _ in starts]  # all of them, before one is answered
+        assert {offset for _, _, offset, _ in asked} == set(starts)
+        for _, number, start, _ in reversed(asked):
+            await server.data(number, start + 3072, pattern(start, 4096)[3072:], flags=0)
+        for _, number, start, _ in asked:
+            await server.chunk(number, ZEROS, struct.pack(">QI", start + 2048, 1024), flags=0)
+            await server.data(number, start, pattern(start, 2048), flags=0)
+            await server.chunk(number, NOTHING)
+
+
+async def test_errors_are_those_of_one_request() -> None:
+    async with played() as (reader, server), trio.open_nursery() as nursery:
+
+        async def fails(code: int, text: str) -> None:
+            with pytest.raises(OSError, match=text) as caught:
+                await read(reader, 0, 512)
+            assert caught.value.errno == code
+
+        for code, told, text in ((errno.EIO, b"bad sector", "bad sector"), (123456, b"", "Input/output error")):
+            nursery.start_soon(fails, errno.EIO, text)
+            _, number, _, _ = await server.request()
+            await server.data(number, 0, bytes(512), flags=0)
+            await server.chunk(number, ERROR, struct.pack(">IH", code, len(told)) + told)
+        nursery.start_soon(read, reader, 512, 512)
+        _, number, start, length = await server.request()
+        await server.data(number, start, bytes(length))
+    assert reader.last_words
+
+
+async def test_simple_replies() -> None:
+    async with played(has_chunks=False) as (reader, server), trio.open_nursery() as nursery:
+
+        async def one() -> None:
+            assert await read(reader, 512, 1024) == pattern(512, 1024)
+            with pytest.raises(OSError, match="Input/output error"):
+                await read(reader, 0, 512)
+
+        nursery.start_soon(one)
+        _, number, start, length = await server.request()
+        await server.stream.send_all(struct.pack(">IIQ", 0x67446698, 0, number) + pattern(start, length))
+        _, number, _, _ = await server.request()
+        await server.stream.send_all(struct.pack(">IIQ", 0x67446698, errno.EIO, number))
+
+
+async def test_who_is_cancelled_gets_nothing_any_more() -> None:
+    """Its buffer may be another's by then; what follows the unwanted answer is understood."""
+    data = bytearray(b"?" * 65536)
+    async with played() as (reader, server), trio.open_nursery() as nursery:
+        scope = trio.CancelScope()
+
+        async def one() -> None:
+            with scope:
+                await reader.pread(memoryview(data), 0)
+
+        nursery.start_soon(one)
+        _, number, _, _ = await server.request()
+        payload = struct.pack(">Q", 0) + b"x" * 65536
+        head = struct.pack(">IHHQI", 0x668E33EF, DONE, DATA, number, len(payload))
+        await server.stream.send_all(head + payload[:1000])
+        with trio.fail_after(10):
+            while not data.startswith(b"x"):  # noqa: ASYNC110  it is received meanwhile
+                await trio.sleep(0.01)
+        scope.cancel()
+        await trio.testing.wait_all_tasks_blocked()
+        before = bytes(data)
+        nursery.start_soon(server.stream.send_all, payload[1000:])
+
+        async def another() -> None:
+            assert await read(reader, 512, 512) == b"y" * 512
+
+        nursery.start_soon(another)
+        _, number, start, _ = await server.request()
+        await server.data(number, start, b"y" * 512)
+    assert bytes(data) == before
+
+
+async def wrong_magic(server: Played, number: int) -> None:
+    await server.stream.send_all(b"?" * 20)
+
+
+async def another_number(server: Played, number: int) -> None:
+    await server.data(number + 1, 0, bytes(512))
+
+
+async def too_much(server: Played, number: int) -> None:
+    await server.data(number, 0, bytes(1024))
+
+
+async def elsewhere(server: Played, number: int) -> None:
+    await server.data(number, 512, bytes(512))
+
+
+async def before(server: Played, number: int) -> None:
+    await server.chunk(number, ZEROS, struct.pack(">QI", 0, 1 << 31))
+
+
+async def twice(server: Played, number: int) -> None:
+    for _ in range(2):
+        await server.data(number, 0, bytes(512), flags=0)
+
+
+async def too_little(server: Played, number: int) -> None:
+    await server.data(number, 0, bytes(256))
+
+
+async def nothing(server: Played, number: int) -> None:
+    await server.chunk(number, NOTHING)
+
+
+async def unknown_kind(server: Played, number: int) -> None:
+    await server.chunk(number, 77, bytes(9))
+
+
+async def endless_error(server: Played, number: int) -> None:
+    await server.stream.send_all(struct.pack(">IHHQI", 0x668E33EF, DONE, ERROR, number, 1 << 31))
+
+
+async def end_in_the_middle(server: Played, number: int) -> None:
+    await server.stream.send_all(struct.pack(">IHHQI", 0x668E33EF, DONE, DATA, number, 520) + bytes(100))
+    await server.stream.send_eof()
+
+
+NONSENSE: Sequence[Callable[[Played, int], Awaitable[None]]] = [
+    *(wrong_magic, another_number, too_much, elsewhere, before, twice, too_little, nothing, unknown_kind),
+    *(endless_error, end_in_the_middle),
+]
+
+
+@pytest.mark.parametrize("answer", NONSENSE)
+async def test_nonsense_ends_the_connection(answer: Callable[[Played, int], Awaitable[None]]) -> None:
+    async with played() as (reader, server), trio.open_nursery() as nursery:
+
+        async def one() -> None:
+            with pytest.raises(OSError) as caught:
+                await read(reader, 0, 512)
+            assert caught.value.errno == errno.ECONNRESET
+            assert not reader.is_connected
+            with pytest.raises(OSError, match=r"makes no sense|closed"):
+                await read(reader, 0, 512)
+
+        nursery.start_soon(one)
+        _, number, _, _ = await server.request()
+        with suppress(trio.BrokenResourceError), trio.fail_after(10):
+            await answer(server, number)
+
+
+async def test_extents_that_do_not_reach_the_question() -> None:
+    async with played() as (reader, server), trio.open_nursery() as nursery:
+
+        async def one() -> None:
+            with pytest.raises(OSError, match="does not say what is at 600"):
+                await reader.extent(600, SIZE)
+            assert await reader.extent(600, SIZE) == (1024, True)
+            assert await reader.extent(600, SIZE) == (1024, False)  # not stored, and not said to be zeros
+
+        nursery.start_soon(one)
+        for length, flags in ((88, 2), (512, 2), (512, 1)):
+            kind, number, start, _ = await server.request()
+            assert (kind, start) == (BLOCK_STATUS, 512)
+            await server.chunk(number, STATUS, struct.pack(">III", 1, length, flags))
