@@ -130,7 +130,12 @@ _ROWS = (
     ),
     Option("allow_base_write", "let images that ask for it (create --update-base) write to their base"),
     Option("prefetch_max=BYTES", "a second that prefetching may read, for all images together (default: no cap)", _cap),
-    Option("prefetch_jobs=N", "reads that prefetching may have under way, for all images together (default: 4)", _jobs),
+    Option(
+        "prefetch_jobs=N",
+        "reads that prefetching may have under way, for all images together (default: 4), twice as many for those that "
+        "follow their machine",
+        _jobs,
+    ),
     Option("create", "let new files NAME.raw be made, as new images, and disks be renamed"),
     Option("remove", "let disks be removed, with their images"),
     Option("new_base=FILE|URL", "what new disks become clones of, unless their maker writes more than zeros"),

@@ -380,7 +380,7 @@ class Prefetcher:
                 fetch = fetcher.begin_ahead(piece.start, piece.stop)
                 try:
                     self._scheduler.spend(flow, piece.stop - piece.start)
-                    await self._read(flow.link, fetcher, fetch, urgent=urgent)
+                    await self._read(flow, fetcher, fetch, urgent=urgent)
                 except BaseException:
                     fetcher.give_up(fetch)
                     raise
@@ -438,11 +438,12 @@ class Prefetcher:
             async with self._scheduler.turn(flow, urgent=urgent):
                 self._scheduler.spend(flow, 0)
 
-    async def _read(self, link: Link, fetcher: Fetcher, fetch: Fetch, *, urgent: bool) -> None:
-        size = len(fetch.data)
+    async def _read(self, flow: Flow, fetcher: Fetcher, fetch: Fetch, *, urgent: bool) -> None:
+        link, size = flow.link, len(fetch.data)
         now = trio.current_time()
         request = link.watch.started(now, size, urgent=urgent or self._follows)
         sent = link.window.started(now, size)
+        self._scheduler.sent(flow)
         link.reading.start(now)
         failed, hole = True, False
         try:

@@ -6,7 +6,7 @@ that was served least goes first (start-time fair queueing): ten images on one s
 fifty together never have more requests under way than `jobs`.
 
 Disks that follow their machine from another host do not stand back for others (`window.py`). They share their link
-fairly, too, and have jobs and caps.
+fairly, too, and have caps, and jobs of their own.
 
 What a profile asks for the guest is about to need: it goes before all others, and waits only for jobs and
 caps.
@@ -29,6 +29,7 @@ from fvdfs.prefetch.pacing import Pacer, Stopwatch
 from fvdfs.prefetch.window import Window
 
 DEFAULT_JOBS = 4  # requests of one mount under way
+FOLLOWING_JOBS = 2  # times as many for disks that follow: with less, small pieces of data would not fill a link
 SLACK = 8 << 20  # bytes that a flow may have fallen behind the others and still catch up
 SAMPLE_INTERVAL = 0.1  # seconds between samples of the disk's pressure
 LAG_INTERVAL = 0.02  # seconds between looks at how long this program waits for a processor
@@ -99,7 +100,7 @@ class Scheduler:
     ) -> None:
         """`max_rate`: bytes a second of all images together, 0: no cap. `pressure`: see `pressure.py`."""
         self._jobs = jobs
-        self._running = 0
+        self._running = {False: 0, True: 0}  # True: of disks that follow
         self._sampling: trio.Event | None = None
         self._lag = 0.0
         self._pacer = Pacer(max_rate)
@@ -194,7 +195,7 @@ class Scheduler:
             raise
 
     def _end_turn(self, flow: Flow) -> None:
-        self._running -= 1
+        self._running[flow.follows] -= 1
         flow.link.turns -= 1
         self._dispatch()
 
@@ -206,7 +207,7 @@ class Scheduler:
                 return
             waiter = min(ready, key=lambda waiter: (not waiter.urgent, waiter.flow.served))
             self._waiting.remove(waiter)
-            self._running += 1
+            self._running[waiter.flow.follows] += 1
             waiter.granted = True
             waiter.flow.link.turns += 1
             waiter.changed.set()
@@ -216,14 +217,15 @@ class Scheduler:
 
     def _delay(self, waiter: _Waiter) -> float:
         """Seconds until the request may go; infinite: not before something ends."""
-        if self._running >= self._jobs:
+        follows = waiter.flow.follows
+        if self._running[follows] >= self._jobs * (FOLLOWING_JOBS if follows else 1):
             return math.inf
         now = trio.current_time()
         delay = max(self._pacer.delay(now), waiter.flow.pacer.delay(now))
         if waiter.urgent:
             return delay
-        if waiter.flow.follows:
-            return math.inf if waiter.flow.link.turns >= waiter.flow.link.window.limit else delay
+        if follows:
+            return math.inf if waiter.flow.link.window.is_full(waiter.flow.link.turns) else delay
         return max(delay, waiter.flow.link.watch.delay(now, waiter.flow.link.turns), self.disk.delay(now))
 
     def spend(self, flow: Flow, size: int) -> None:
@@ -233,6 +235,11 @@ class Scheduler:
         flow.served += size
         flow.pacer.spent(now, size)
         self._pacer.spent(now, size)
+
+    def sent(self, flow: Flow) -> None:
+        """The turn's request is under way, and may be a small one."""
+        if flow.follows:
+            self._dispatch()
 
     def yielding(self, flow: Flow) -> str:
         """Why prefetching stands back now; empty where it does not."""

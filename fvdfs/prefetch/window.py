@@ -70,6 +70,7 @@ class Window:
         self._rate = _Extreme[float](max, 0.0)
         self._shortest = _Extreme[tuple[float, int]](min, (math.inf, 0))  # what a request of so many bytes took
         self._under_way = 0
+        self._bytes = 0  # the same, in bytes
         self._answered = 0
         self._last = 0.0
 
@@ -87,20 +88,30 @@ class Window:
 
     @property
     def limit(self) -> int:
-        """Requests that may be under way at a time."""
+        """Requests of this size that may be under way at a time."""
         needed = max(FEWEST, 1 + math.ceil(self._on_the_way / self.size))
         return needed + (MORE if self.lag > SHORT_OF_TIME else 0)
+
+    def is_full(self, turns: int) -> bool:
+        """Whether enough is under way, where so many may read, some of whom have not sent their request yet.
+
+        What counts are bytes: requests for small pieces of data fill a link no more than one for all of them.
+        """
+        size = self.size
+        return self._bytes + (turns - self._under_way) * size >= self.limit * size
 
     def started(self, now: float, size: int) -> Sent:
         """A request is sent."""
         if not self._under_way:
             self._last = now
         self._under_way += 1
+        self._bytes += size
         return Sent(now, size, self._answered, self._last)
 
     def finished(self, now: float, sent: Sent, *, says_nothing: bool) -> None:
         """It was answered, which `says_nothing` where it failed, or the server found a hole."""
         self._under_way -= 1
+        self._bytes -= sent.size
         self._last = now
         if says_nothing:
             return

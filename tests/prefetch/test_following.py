@@ -12,8 +12,19 @@ import trio
 from fvdfs.format.migration import Incoming, Record, Target
 from fvdfs.ops.inodes import Entry, Seen
 from fvdfs.prefetch.linkwatch import GOOD_REQUEST, SHORT_OF_TIME, SMALLEST_REQUEST
+from fvdfs.prefetch.scheduler import FOLLOWING_JOBS
 from fvdfs.prefetch.window import FEWEST, LARGEST_REQUEST, MORE, Sent, Window
-from support.simulation import MIB, Guest, SimulatedDisk, SimulatedLink, machine, percentile, rival, simulate
+from support.simulation import (
+    MIB,
+    Guest,
+    SimulatedDisk,
+    SimulatedFile,
+    SimulatedLink,
+    machine,
+    percentile,
+    rival,
+    simulate,
+)
 
 GIB = 1024 * MIB
 
@@ -36,6 +47,24 @@ def test_it_fills_the_link_and_hardly_more(rate: float, latency: float) -> None:
         served += sent.size if now > 2 else 0
     assert served > 0.9 * rate * 3
     assert longest < max(0.01, 1.5 * FEWEST * SMALLEST_REQUEST / rate), "what a read of the machine's would wait for"
+
+
+@pytest.mark.parametrize("size", [16 << 10, 64 << 10, GOOD_REQUEST])
+def test_small_pieces_fill_it_as_well(size: int) -> None:
+    """Of a disk whose data lies here and there. What counts are bytes, not requests."""
+    window = Window()
+    for number in range(10):
+        sent = window.started(number, GOOD_REQUEST)
+        window.finished(number + GOOD_REQUEST / 112e6 + 0.005, sent, says_nothing=False)
+    room = window.limit * window.size
+    under_way: list[Sent] = []
+    while not window.is_full(len(under_way)):
+        assert not window.is_full(len(under_way) + (room - len(under_way) * size - 1) // window.size)
+        under_way.append(window.started(11.0, size))
+    assert room <= len(under_way) * size < room + size
+    assert window.is_full(len(under_way) + 1)
+    window.finished(12.0, under_way.pop(), says_nothing=True)
+    assert not window.is_full(len(under_way))
 
 
 def test_holes_and_failures_say_nothing_and_short_processors_ask_for_more() -> None:
@@ -76,6 +105,19 @@ def test_neither_rivals_nor_the_machine_hold_it_up(follows: bool) -> None:
     assert (alone > 0.75 * 112e6) == follows
     assert (beside > 0.2 * 112e6) == follows
     assert slowest < 0.01
+
+
+@pytest.mark.parametrize("jobs", [1, 4])
+def test_jobs_are_kept(jobs: int) -> None:
+    async def main() -> int:
+        async with machine(SimulatedLink(1e9, 0.02), jobs=jobs) as mount:
+            image = await mount.open(16 * GIB)
+            mount.prefetch(image, follows=True)
+            await trio.sleep(4)
+            assert isinstance(image.base, SimulatedFile)
+            return image.base.max_under_way
+
+    assert simulate(main) == FOLLOWING_JOBS * jobs
 
 
 def test_caps_are_kept() -> None:
