@@ -51,6 +51,8 @@ RATE_WINDOW = 5.0  # seconds over which the rate that users see is averaged
 IDLE_PASS = 0.5  # seconds before blocks that others had claimed are looked at again
 PROFILE_WORKERS = 3  # requests of a profile under way: a job of the mount is left for others
 PROFILE_REQUEST = 256 << 10  # bytes; extents are joined up to this size, so that the guest's reads find gaps
+AHEAD = 32 << 20  # bytes that the base is asked about before they are read, where a disk follows its machine
+AHEAD_PAUSE = 0.005  # seconds until that goes on, where it is so far ahead
 PROFILE_TRIES = 2  # at each part of a profile
 PROFILE_GAP = 64 << 10  # bytes between extents of a profile that are fetched along with them
 
@@ -350,6 +352,8 @@ class Prefetcher:
 
             nursery.start_soon(self._scheduler.watch)
             nursery.start_soon(end_when_lost)
+            if self._follows and order is None:
+                nursery.start_soon(self._ask_ahead, fetcher)
             async with trio.open_nursery() as workers:
                 for _ in range(slots):
                     workers.start_soon(work)
@@ -477,6 +481,18 @@ class Prefetcher:
                 if start < stop:
                     self._at = stop = min(stop, self._at)
                     return Piece(start, stop)
+
+    async def _ask_ahead(self, fetcher: Fetcher) -> None:
+        """Ask where the base has holes before that is needed: with many, the link would stand still for it."""
+        base_size, at = self.image.base_range()[1], 0
+        while at < base_size:
+            at = max(at, self._at)
+            at = max(at, self.image.missing(at, base_size)[0])
+            if at - self._at > AHEAD:
+                await trio.sleep(AHEAD_PAUSE)
+            elif at < base_size:
+                at, _ = await fetcher.extents.at(at, base_size)
+                await trio.lowlevel.checkpoint()
 
     def _forget_old(self) -> None:
         oldest = trio.current_time() - RATE_WINDOW

@@ -120,6 +120,25 @@ def test_jobs_are_kept(jobs: int) -> None:
     assert simulate(main) == FOLLOWING_JOBS * jobs
 
 
+def test_asking_for_holes_does_not_hold_it_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A base where a mebibyte of data and one of zeros take turns, and 3 ms go by until the server has said so."""
+
+    async def extent(_self: SimulatedFile, start: int, stop: int) -> tuple[int, bool]:
+        await trio.sleep(0.003)
+        return min(stop, (start // MIB + 1) * MIB), start // MIB % 2 == 1
+
+    monkeypatch.setattr(SimulatedFile, "extent", extent)
+
+    async def main() -> float:
+        link = SimulatedLink(112e6, 1e-3)
+        async with machine(link) as mount:
+            mount.prefetch(await mount.open(16 * GIB), follows=True)
+            await trio.sleep(6)
+            return link.log("prefetch").rate(2, 6)
+
+    assert simulate(main) > 0.9 * 112e6
+
+
 def test_caps_are_kept() -> None:
     async def main() -> float:
         link = SimulatedLink(112e6, 1e-3)
