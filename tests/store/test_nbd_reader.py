@@ -21,6 +21,7 @@ from fvdfs.store.outage import OnLoss
 from fvdfs.store.qemu_store import QemuStore
 from support.mounts import MIB, running, wait_until
 from support.qsd import opened
+from support.servers import listens
 
 SIZE = 4 * MIB
 HOLE = range(MIB, 2 * MIB)
@@ -67,7 +68,7 @@ async def served(
     """What such a server gives of `folder`/file."""
     at = folder / "socket"
     with running(*command(folder / "file", at), stderr=subprocess.DEVNULL):
-        await trio.to_thread.run_sync(wait_until, at.exists)
+        await trio.to_thread.run_sync(wait_until, lambda: listens(at))
         async with opened(folder, f"nbd+unix:///{name}?socket={at}", "raw", "nbd+unix:///") as store:
             yield store
 
@@ -142,7 +143,7 @@ async def test_a_server_that_ends_with_many_under_way(folder: Path) -> None:
     hangs = nbdkit("--filter=delay", "delay-read=60")
     async with AsyncExitStack() as stack, trio.open_nursery() as nursery:
         with running(*hangs(folder / "file", at), stderr=subprocess.DEVNULL) as process:
-            await trio.to_thread.run_sync(wait_until, at.exists)
+            await trio.to_thread.run_sync(wait_until, lambda: listens(at))
             url = f"nbd+unix:///disk?socket={at}"
             store = await stack.enter_async_context(opened(folder, url, "raw", "nbd+unix:///", on_loss=OnLoss.WAIT))
 

@@ -22,6 +22,7 @@ from fvdfs.store.outage import Interrupt, Lost, OnLoss, Outage, asked_by
 from fvdfs.store.qemu_store import QemuStore
 from support.mounts import MIB, running, wait_until
 from support.qsd import named, opened
+from support.servers import listens
 
 DATA = random.Random(1).randbytes(2 * MIB)
 
@@ -41,7 +42,7 @@ class Server:
         self._socket.unlink(missing_ok=True)
         command = ["nbdkit", "-f", "-r", "-U", str(self._socket), "file", str(self.file)]
         self.pid = self._stack.enter_context(running(*command, stderr=subprocess.DEVNULL)).pid
-        wait_until(self._socket.exists)
+        wait_until(lambda: listens(self._socket))
 
     def stop(self) -> None:
         self._stack.close()
@@ -179,7 +180,7 @@ async def test_an_error_of_the_server_itself_is_passed_on(folder: Path, server: 
     socket.unlink(missing_ok=True)
     command = ["nbdkit", "-f", "-r", "-U", str(socket), "--filter=error", "memory", "1M", "error-pread-rate=1"]
     with running(*command, stderr=subprocess.DEVNULL):
-        wait_until(socket.exists)
+        wait_until(lambda: listens(socket))
         async with opened(folder, server.url, "raw", "nbd+unix:///", on_loss=OnLoss.WAIT) as store:
             pid = store.pid
             with pytest.raises(OSError, match="Input/output error"):
