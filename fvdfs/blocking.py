@@ -65,7 +65,7 @@ class _Loop:
         """Have the loop do this. Raises as `work`; RuntimeError in an event loop of trio's."""
         if os.getpid() != self._process:
             raise RuntimeError("the image was opened by the process that this one was forked from; open it here again")
-        if trio.lowlevel.in_trio_run():
+        if _in_event_loop():
             raise RuntimeError("this would block the event loop; there: await fvdfs.aio.open(path)")
         scope = trio.CancelScope()
 
@@ -115,6 +115,14 @@ class _Loop:
         if not self._begun.exception():
             with contextlib.suppress(trio.RunFinishedError):
                 self._begun.result().run_sync_soon(self._end.set)
+
+
+def _in_event_loop() -> bool:
+    try:
+        trio.lowlevel.current_trio_token()
+    except RuntimeError:
+        return False
+    return True
 
 
 def open(
