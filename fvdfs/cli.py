@@ -403,6 +403,8 @@ def _parser() -> argparse.ArgumentParser:
         metavar="SOCKET",
         help="of the guest agent: its file systems are frozen for the moment of the snapshot",
     )
+    _add_names(snapshot, _URLS)
+    _add_secret(snapshot)
 
     delete = commands.add_parser("delete", help="delete a snapshot; what stands on it takes over what it needs")
     delete.set_defaults(run=_delete)
@@ -439,6 +441,8 @@ def _parser() -> argparse.ArgumentParser:
     revert.add_argument(
         "name", metavar="NAME|FILE", nargs="?", default="", help="its name, or its file; default: what it stands on"
     )
+    _add_names(revert, _URLS)
+    _add_secret(revert)
 
     snapshots = commands.add_parser("snapshots", help="show which images stand on which")
     snapshots.set_defaults(run=_snapshots)
@@ -610,6 +614,8 @@ def _add_moves(commands: argparse._SubParsersAction[_Parser]) -> None:
     freeze = commands.add_parser("freeze", help="have nobody write a disk on this host, since it moves to another")
     freeze.set_defaults(run=_freeze)
     freeze.add_argument("disk", metavar="DISK", help="a raw file in a mount, or an image that is not open")
+    _add_names(freeze, _URLS)
+    _add_secret(freeze)
 
     thaw = commands.add_parser("thaw", help="have a frozen disk be written here again: its move was cancelled")
     thaw.set_defaults(run=_thaw)
@@ -938,7 +944,13 @@ def _resize(arguments: argparse.Namespace) -> int:
 def _snapshot(arguments: argparse.Namespace) -> int:
     from fvdfs.commands.snapshot import run
 
-    return run(arguments.disk, arguments.name, freeze=arguments.freeze)
+    return run(
+        arguments.disk,
+        arguments.name,
+        freeze=arguments.freeze,
+        options=arguments.options,
+        secret=arguments.secret,
+    )
 
 
 def _delete(arguments: argparse.Namespace) -> int:
@@ -975,7 +987,7 @@ def _rebase(arguments: argparse.Namespace) -> int:
 def _revert(arguments: argparse.Namespace) -> int:
     from fvdfs.commands.layers import run_revert
 
-    return run_revert(arguments.image, arguments.name)
+    return run_revert(arguments.image, arguments.name, options=arguments.options, secret=arguments.secret)
 
 
 def _snapshots(arguments: argparse.Namespace) -> int:
@@ -1049,7 +1061,7 @@ def _abandon(arguments: argparse.Namespace) -> int:
 def _freeze(arguments: argparse.Namespace) -> int:
     from fvdfs.commands.migration import run_freeze
 
-    return run_freeze(arguments.disk)
+    return run_freeze(arguments.disk, options=arguments.options, secret=arguments.secret)
 
 
 def _thaw(arguments: argparse.Namespace) -> int:

@@ -50,8 +50,7 @@ def _run(what: str, change: Change, image: str, options: Sequence[str], secret: 
     image = without_mark(image)
     folder, name = os.path.split(image)
     if image.endswith(".raw"):
-        if options or secret:
-            raise UsageError(f"{image}: -o and --secret are for images; a mount has its own")
+        refuse_of_raw(image, options, secret)
         with explained(image):
             mountpoint = folder or "."
             folder, name = facts(mountpoint, STATUS)["folder"], name.removesuffix(".raw") + ".fvd"
@@ -60,7 +59,7 @@ def _run(what: str, change: Change, image: str, options: Sequence[str], secret: 
         mountpoint = mount_of(folder)
     with named(image), progress_bar() as progress:
         if not mountpoint or not _by_mount(what, mountpoint, name, progress):
-            run_loop(functools.partial(change, image, _policy(options, secret), progress))
+            run_loop(functools.partial(change, image, policy_of(options, secret), progress))
     return 0
 
 
@@ -105,7 +104,7 @@ def run_flatten(disk: str, *, options: Sequence[str], secret: str) -> int:
             _flatten_in_mount(disk, progress)
         else:
             with named(disk), or_by_mount():
-                run_loop(functools.partial(flatten, disk, _policy(options, secret), progress))
+                run_loop(functools.partial(flatten, disk, policy_of(options, secret), progress))
     return 0
 
 
@@ -124,12 +123,19 @@ def _flatten_in_mount(raw: str, progress: Progress) -> None:
             time.sleep(INTERVAL)
 
 
-def run_revert(image: str, name: str) -> int:
+def run_revert(image: str, name: str, *, options: Sequence[str] = (), secret: str = "") -> int:
     """Go back to a snapshot. Raises UsageError, ImageBusy, ImageError, OSError."""
     with named(image):
-        run_loop(functools.partial(revert, image, name, Policy()))
+        run_loop(functools.partial(revert, image, name, policy_of(options, secret)))
     return 0
 
 
-def _policy(options: Sequence[str], secret: str) -> Policy:
+def policy_of(options: Sequence[str], secret: str) -> Policy:
+    """What -o allow_url of a command, and its --secret, permit. Raises UsageError."""
     return Policy(allowed_urls=mountoptions.allowed_urls(options), secret_file=secret)
+
+
+def refuse_of_raw(raw: str, options: Sequence[str], secret: str) -> None:
+    """Raise UsageError where these are given for a raw file in a mount."""
+    if options or secret:
+        raise UsageError(f"{raw}: -o and --secret are for images; a mount has its own")

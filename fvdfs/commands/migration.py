@@ -10,15 +10,16 @@ import errno
 import functools
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from fvdfs.commands.attributes import explained, facts, flush, or_by_mount
+from fvdfs.commands.layers import policy_of, refuse_of_raw
 from fvdfs.daemon import run_loop
 from fvdfs.errors import FvdError, ImageBusy, ImageError, UsageError
 from fvdfs.format import migration
 from fvdfs.format.mailbox import Wish
 from fvdfs.format.migration import Record, Target
-from fvdfs.image.policy import Policy, given_tls_creds
+from fvdfs.image.policy import given_tls_creds
 from fvdfs.layers.move import change_record, freeze, record_of
 from fvdfs.store.filelock import FileLock
 from fvdfs.store.locations import parse_location
@@ -29,9 +30,10 @@ LET_GO_PATIENCE = 5.0  # seconds; a machine may be there that holds locks, too
 _LET_GO_INTERVAL = 0.02  # seconds
 
 
-def run_freeze(disk: str) -> int:
+def run_freeze(disk: str, *, options: Sequence[str] = (), secret: str = "") -> int:
     """Have nobody write a disk on this host from now on. Raises UsageError, ImageBusy, ImageError, OSError."""
     if disk.endswith(".raw"):
+        refuse_of_raw(disk, options, secret)
         with explained(disk), contextlib.ExitStack() as stack:
             stack.enter_context(kept_from_qemu(disk))
             flush(disk)
@@ -40,7 +42,7 @@ def run_freeze(disk: str) -> int:
             ask_mount(disk, "freeze")
         return 0
     with or_by_mount():
-        run_loop(functools.partial(freeze, disk, Policy()))
+        run_loop(functools.partial(freeze, disk, policy_of(options, secret)))
     return 0
 
 
@@ -102,7 +104,11 @@ def _run(disk: str, step: str, event: Callable[[Record], Record], *, damaged: bo
             ask_mount(disk, step)
         return 0
     with or_by_mount():
-        change_record(disk, event, damaged=damaged)
+        try:
+            change_record(disk, event, damaged=damaged)
+        except UsageError as error:
+            text = str(error)
+            raise UsageError(text if disk in text else f"{disk}: {text}") from error
     return 0
 
 

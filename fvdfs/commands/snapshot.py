@@ -9,22 +9,24 @@ from __future__ import annotations
 import errno
 import functools
 import os
+from collections.abc import Sequence
 
 from fvdfs.commands.attributes import explained, facts, flush, or_by_mount, unwritable
 from fvdfs.commands.freeze import while_frozen
+from fvdfs.commands.layers import policy_of, refuse_of_raw
 from fvdfs.daemon import run_loop
 from fvdfs.errors import ImageError, UsageError, named
-from fvdfs.image.policy import Policy
 from fvdfs.layers.snapshot import make_snapshot, path_of
 from fvdfs.xattrs import SNAPSHOT, STATUS
 
 
-def run(disk: str, name: str, *, freeze: str = "") -> int:
+def run(disk: str, name: str, *, freeze: str = "", options: Sequence[str] = (), secret: str = "") -> int:
     """Make a snapshot, and print its path; `freeze`: the socket of the agent in the guest that uses the disk.
 
     Raises FvdError, OSError.
     """
     if disk.endswith(".raw"):
+        refuse_of_raw(disk, options, secret)
         _refuse_what_cannot_be(disk, name)
         if freeze:
             while_frozen(freeze, functools.partial(_by_mount, disk, name))
@@ -36,7 +38,7 @@ def run(disk: str, name: str, *, freeze: str = "") -> int:
     if os.path.isdir(disk):
         raise UsageError(f"{disk}: is a folder; name a disk")
     with named(disk), or_by_mount():
-        print(run_loop(functools.partial(make_snapshot, disk, name, Policy())))
+        print(run_loop(functools.partial(make_snapshot, disk, name, policy_of(options, secret))))
     return 0
 
 

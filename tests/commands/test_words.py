@@ -154,3 +154,20 @@ def test_the_tree_of_one_disk_has_no_loose_ends(folder: Path) -> None:
     must("snapshot", folder / "a.fvd", "x.fvd")
     lines = must("snapshots", folder / "a.fvd").splitlines()
     assert [line.partition(".fvd")[0] for line in lines[2:]] == ["└─ a@x", "   └─ a"]
+
+
+def test_a_command_that_asks_for_the_secret_takes_it(folder: Path) -> None:
+    image, secret = folder / "vm.fvd", ["--secret", str(folder / "key")]
+    (folder / "key").write_text("secret")
+    must("create", image, "4M", "--data-file", "vm.luks", "--data-format", "luks", *secret)
+    for words in (["revert", str(image), "monday"], ["freeze", str(image)]):
+        done = fvdfs(*words)
+        assert (done.code, "--secret FILE" in done.err) == (1, True)
+    done = fvdfs("revert", image, "monday", *secret)
+    assert (done.code, "has no snapshot monday" in done.err) == (2, True)
+    must("freeze", image, *secret)
+    must("thaw", image)
+    assert fvdfs("thaw", image).err == f"fvdfs: {image}: is not frozen\n"
+    with mounted(folder, "-o", f"secret={folder / 'key'}") as mount:
+        done = fvdfs("freeze", mount.raw("vm"), *secret)
+        assert (done.code, "a mount has its own" in done.err) == (2, True)
