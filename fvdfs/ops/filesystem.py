@@ -306,7 +306,7 @@ class Filesystem(pyfuse3.Operations):
                 return recent.text()
             if wanted == xattrs.LAYERS:
                 return json.dumps({"merges": self._merges.status()}).encode()
-            raise FUSEError(pyfuse3.ENOATTR)
+            raise _no_attribute(wanted)
         if wanted == xattrs.ROOM:
             await control.wait_for_room(self.folder.inodes[inode])
             return b""
@@ -322,7 +322,7 @@ class Filesystem(pyfuse3.Operations):
         if wanted in xattrs.PARTS:
             part = control.status(self.folder.inodes[inode]).get(xattrs.PARTS[wanted], "")
             return str(part).encode(errors="surrogateescape")
-        raise FUSEError(pyfuse3.ENOATTR)
+        raise _no_attribute(wanted)
 
     async def _map(self, inode: int) -> bytes:
         entry, _ = await self.openings.open(inode, write=False, keep_copies=False)
@@ -599,6 +599,14 @@ class Filesystem(pyfuse3.Operations):
                 self.commits.forget(image)
             if entry.blank or entry.settling is not None:
                 await self._naming.settle(entry)
+
+
+def _no_attribute(name: str) -> FUSEError:
+    """Why this extended attribute cannot be read.
+
+    libvirt keeps in `trusted.` whose a file was, and does without where it hears that there is no such thing.
+    """
+    return FUSEError(pyfuse3.ENOATTR if name.startswith("user.") else errno.EOPNOTSUPP)
 
 
 def _refusal(code: int) -> Callable[..., Coroutine[Any, Any, None]]:

@@ -149,6 +149,7 @@ async def test_attributes_tell_what_is_known_of_an_image(filesystem: Filesystem)
     assert await filesystem.getxattr(ROOT, xattrs.PID.encode(), CTX) == str(os.getpid()).encode()
     for of in (ROOT, inode):
         assert await answer(filesystem.getxattr(of, b"user.other", CTX)) == pyfuse3.ENOATTR
+        assert await answer(filesystem.getxattr(of, b"trusted.other", CTX)) == errno.EOPNOTSUPP
         assert await answer(filesystem.setxattr(of, b"user.other", b"", CTX)) == errno.EOPNOTSUPP
         assert await answer(filesystem.removexattr(of, b"user.other", CTX)) == errno.EOPNOTSUPP
     assert await answer(filesystem.setxattr(inode, xattrs.PREFETCH.encode(), b"faster", CTX)) == errno.EINVAL
