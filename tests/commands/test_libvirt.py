@@ -53,7 +53,7 @@ def test_a_machine_of_libvirt_boots_from_a_disk_and_writes_it(folder: Path, tmp_
         fvdfs mount {folder} /srv/disks --allow-other
         libvirtd --daemon
         until virsh list >/dev/null 2>&1; do sleep 0.1; done
-        virsh create --paused {domain} >&2
+        virsh create --validate --paused {domain} >&2
         stat -c %U /srv/disks/vm.raw
         ps -o user:20= -p "$(cat /run/libvirt/qemu/vm.pid)"
         virsh resume vm >&2
