@@ -46,6 +46,8 @@ _INFO_BLOCK_SIZE = struct.Struct(">HIII")  # kind, the smallest, the preferred a
 _ANY_BLOCK_SIZE = _INFO_BLOCK_SIZE.pack(_BLOCK_SIZE, ALIGNMENT, ALIGNMENT, LARGEST)
 _EXTENTS = b"base:allocation"
 _LONGEST = 1 << 16  # bytes of a reply to an option
+_MOST = 64  # replies to an option
+_LARGEST_ALIGNMENT = 1 << 16  # bytes, by the protocol
 
 
 class Command(enum.IntEnum):
@@ -177,7 +179,8 @@ async def _negotiate(stream: trio.SocketStream, name: str) -> None:
 async def negotiate(stream: trio.SocketStream, name: str) -> Export | None:
     """Open the export, with structured replies and extents where the server has them.
 
-    None where it does not speak the fixed newstyle. Raises OSError, NoExport among them.
+    None where it does not speak the fixed newstyle, or wants requests of sizes that serve nobody. Raises OSError,
+    NoExport among them.
     """
     with _as_os_error():
         if not await _greet(stream):
@@ -196,7 +199,10 @@ async def negotiate(stream: trio.SocketStream, name: str) -> Export | None:
         _, least, _, most = _INFO_BLOCK_SIZE.unpack(found.get(b"\0\3", _ANY_BLOCK_SIZE))
     except (KeyError, struct.error):
         raise OSError(errno.EPROTO, "the server does not tell what it has opened") from None
-    return Export(size, has_chunks, bool(contexts), max(least, ALIGNMENT), min(most, LARGEST))
+    alignment, largest = max(least, ALIGNMENT), min(most, LARGEST)
+    if least.bit_count() != 1 or alignment > _LARGEST_ALIGNMENT or largest < 2 * alignment:
+        return None
+    return Export(size, has_chunks, bool(contexts), alignment, largest)
 
 
 async def _greet(stream: trio.SocketStream) -> bool:
@@ -233,7 +239,7 @@ async def _option(stream: trio.SocketStream, number: int, data: bytes) -> list[b
     told: list[bytes] = []
     while True:
         magic, _, kind, length = _OPTION_REPLY.unpack(await _exactly(stream, _OPTION_REPLY.size))
-        if magic != _REPLY_MAGIC or length > _LONGEST:
+        if magic != _REPLY_MAGIC or length > _LONGEST or len(told) > _MOST:
             raise OSError(errno.EPROTO, os.strerror(errno.EPROTO))
         text = await _exactly(stream, length)
         if kind == _ACK:

@@ -15,6 +15,7 @@ import errno
 import os
 import socket
 import struct
+import threading
 from contextlib import suppress
 
 import trio
@@ -30,6 +31,8 @@ _LONGEST_STATUS = 1 << 31  # bytes that a server is asked about at a time
 _LONGEST_TEXT = 1 << 16  # bytes of a chunk that is no data
 _ASIDE = 64 << 10  # bytes received at a time that nobody wants any more
 _ENOUGH = 128 << 10  # bytes that have to be there until the event loop is woken for the rest of an answer
+_IN_A_ROW = 32  # times that something is received before other tasks get their turn
+_MOST_GAPS = 1024  # of one answer, whose parts come in any order
 _STRUCTURED_MAGIC = 0x668E33EF
 _CHUNK = struct.Struct(">IHHQI")
 _ONE_EXTENT = 1 << 3  # flag of a request
@@ -43,16 +46,26 @@ _ERRORS = (errno.EPERM, errno.EIO, errno.ENOMEM, errno.EINVAL, errno.ENOSPC, err
 class _Asked:
     """A request that is under way."""
 
-    __slots__ = ("done", "error", "extent", "left", "offset", "size", "view")
+    __slots__ = ("done", "error", "extent", "gaps", "offset", "size", "view")
 
     def __init__(self, offset: int, view: memoryview | None) -> None:
         """`view`: to be filled with what is there from `offset` on; None: nothing is read."""
         self.offset = offset
         self.view = view
-        self.size = self.left = len(view) if view is not None else 0
+        self.size = len(view) if view is not None else 0
+        self.gaps = [(0, self.size)] if self.size else []
+        """What is not filled yet, from the beginning of `view` on."""
         self.error: OSError | None = None
         self.extent: tuple[int, int] | None = None  # its length, and flags
         self.done = trio.Event()
+
+    def take(self, start: int, stop: int) -> bool:
+        """Fill this part, which is wanted, and was not filled before; whether that is so."""
+        for number, (first, end) in enumerate(self.gaps):
+            if first <= start < stop <= end:
+                self.gaps[number : number + 1] = [gap for gap in ((first, start), (stop, end)) if gap[0] < gap[1]]
+                return len(self.gaps) <= _MOST_GAPS
+        return False
 
 
 class NbdReader:
@@ -69,7 +82,10 @@ class NbdReader:
         self._asked: dict[int, _Asked] = {}
         self._number = 0
         self._sending = trio.Lock()
+        self._ending = threading.Lock()
+        """Held while the socket is shut down or closed."""
         self._enough = 1
+        self._in_a_row = 0
         self._aside = memoryview(bytearray(_ASIDE))
         self._failure: OSError | None = None
         self._stopped = False
@@ -114,9 +130,15 @@ class NbdReader:
     def stop(self, *, gently: bool = False) -> None:
         """End the connection; what is under way fails. From any thread."""
         self._stopped = True
-        with suppress(OSError):  # it has ended already
+        with self._ending:
             if not self._sending.locked():
-                self._socket.send(REQUEST.pack(REQUEST_MAGIC, 0, Command.DISCONNECT, 0, 0, 0))
+                with suppress(OSError):  # it has ended already, or does not take it
+                    self._socket.send(REQUEST.pack(REQUEST_MAGIC, 0, Command.DISCONNECT, 0, 0, 0))
+            self._shut_down()
+
+    def _shut_down(self) -> None:
+        """Have the receiver end."""
+        with suppress(OSError):  # it has ended already
             self._socket.shutdown(socket.SHUT_RDWR)
 
     async def flush(self) -> None:
@@ -186,8 +208,10 @@ class NbdReader:
                     try:
                         left = left[self._socket.send(left) :]
                     except BlockingIOError:
-                        await trio.lowlevel.wait_writable(self._socket)
+                        with suppress(trio.ClosedResourceError):  # by the receiver
+                            await trio.lowlevel.wait_writable(self._socket)
                     except OSError:  # the receiver finds out why, and tells all
+                        self._shut_down()
                         return
 
     # --- receiving ----------------------------------------------------------------------------------
@@ -202,7 +226,8 @@ class NbdReader:
         finally:
             self._failure = failure
             trio.lowlevel.notify_closing(self._socket)
-            self._socket.close()
+            with self._ending:
+                self._socket.close()
             for asked in self._asked.values():
                 asked.error = self._lost()
                 asked.done.set()
@@ -221,7 +246,7 @@ class NbdReader:
         if error:
             asked.error = self._refusal(error, "")
         else:
-            await self._fill(asked, asked.offset, asked.left)
+            await self._fill(asked, asked.offset, asked.size)
         self._finish(number)
 
     async def _receive_chunk(self) -> None:
@@ -243,8 +268,8 @@ class NbdReader:
         elif kind != _NOTHING or length:
             raise _nonsense(f"a chunk of kind {kind:#x} and {length} bytes")
         if flags & _DONE:
-            if asked.left and asked.error is None:
-                raise _nonsense(f"{asked.left} bytes are missing")
+            if asked.gaps and asked.error is None:
+                raise _nonsense(f"{sum(stop - start for start, stop in asked.gaps)} bytes are missing")
             self._finish(number)
 
     def _finish(self, number: int) -> None:
@@ -257,9 +282,8 @@ class NbdReader:
     async def _fill(self, asked: _Asked, offset: int, length: int, *, zeros: bool = False) -> None:
         """Receive so much of what is read, or take it for zeros."""
         at = offset - asked.offset
-        if at < 0 or at + length > asked.size or length > asked.left:
-            raise _nonsense(f"{length} bytes at {offset}, which were not asked for")
-        asked.left -= length
+        if not asked.take(at, at + length):
+            raise _nonsense(f"{length} bytes at {offset}, which were not asked for, or are there already")
         if zeros and asked.view is not None:
             asked.view[at : at + length] = bytes(length)
         stop = at + (0 if zeros else length)
@@ -274,7 +298,15 @@ class NbdReader:
         return bytes(data)
 
     async def _some(self, view: memoryview) -> int:
-        """Receive something, if it is there, or else wait for that first; the number of bytes, perhaps 0."""
+        """Receive something, if it is there, or else wait for that first; the number of bytes, perhaps 0.
+
+        0 where others had their turn meanwhile: the view may be another's by then.
+        """
+        self._in_a_row += 1
+        if self._in_a_row > _IN_A_ROW:
+            self._in_a_row = 0
+            await trio.lowlevel.checkpoint()
+            return 0
         try:
             count = self._socket.recv_into(view)
         except BlockingIOError:
@@ -282,6 +314,7 @@ class NbdReader:
             if enough != self._enough:
                 self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, enough)
                 self._enough = enough
+            self._in_a_row = 0
             await trio.lowlevel.wait_readable(self._socket)
             return 0
         if not count:

@@ -128,11 +128,18 @@ async def test_a_server_without_extents(folder: Path) -> None:
         assert await holes(store) == []
 
 
-async def test_an_old_server_is_read_by_a_daemon(folder: Path) -> None:
+SAME = ("--filter=blocksize-policy", "blocksize-minimum=65536", "blocksize-preferred=65536", "blocksize-maximum=65536")
+
+
+@pytest.mark.parametrize(("command", "name"), [(nbdkit("--oldstyle"), ""), (nbdkit(*SAME), "disk")])
+async def test_an_odd_server_is_read_by_a_daemon(
+    folder: Path, command: Callable[[Path, Path], list[str]], name: str
+) -> None:
     data = filled(folder / "file")
-    async with served(folder, nbdkit("--oldstyle"), "") as store:
+    async with served(folder, command, name) as store:
         assert store.pid
-        assert await read(store, 0, SIZE) == data
+        with trio.fail_after(60):
+            assert await read(store, 0, SIZE) == data
 
 
 async def test_a_server_that_ends_with_many_under_way(folder: Path) -> None:
@@ -169,8 +176,10 @@ async def test_a_server_that_ends_with_many_under_way(folder: Path) -> None:
 class Played:
     """The other end of a connection."""
 
-    def __init__(self, stream: trio.SocketStream) -> None:
+    def __init__(self, stream: trio.SocketStream, other: socket.socket) -> None:
         self.stream = stream
+        self.other = other
+        """The reader's end."""
 
     async def request(self) -> tuple[int, int, int, int]:
         """What is asked, under which number, from where on, and how much."""
@@ -193,10 +202,11 @@ class Played:
 async def played(*, has_chunks: bool = True) -> AsyncIterator[tuple[NbdReader, Played]]:
     ours, theirs = socket.socketpair()
     ours.setblocking(False)
+    ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)  # the least that the kernel has
     reader = NbdReader("disk", ours, Export(SIZE, has_chunks, has_chunks, ALIGNMENT, LARGEST))
     stream = trio.SocketStream(trio.socket.from_stdlib_socket(theirs))
     try:
-        yield reader, Played(stream)
+        yield reader, Played(stream, ours)
     finally:
         reader.stop()
         await stream.aclose()
@@ -294,6 +304,61 @@ async def test_who_is_cancelled_gets_nothing_any_more() -> None:
     assert bytes(data) == before
 
 
+async def test_nonsense_while_requests_wait_to_be_sent() -> None:
+    """Whoever still waits to send his own is told as the others are."""
+    lost = []
+    async with played() as (reader, server), trio.open_nursery() as nursery:
+
+        async def one() -> None:
+            with pytest.raises(OSError) as caught:
+                await read(reader, 0, 512)
+            lost.append(caught.value.errno)
+
+        for _ in range(100):
+            nursery.start_soon(one)
+        await trio.testing.wait_all_tasks_blocked()
+        await server.stream.send_all(b"?" * 20)
+    assert lost == [errno.ECONNRESET] * 100
+
+
+async def test_a_connection_that_takes_nothing_can_be_ended() -> None:
+    async with played() as (reader, server), trio.open_nursery() as nursery:
+
+        async def one() -> None:
+            with pytest.raises(OSError) as caught:
+                await read(reader, 0, 512)
+            assert caught.value.errno == errno.ECONNRESET
+
+        nursery.start_soon(one)
+        await server.request()
+        with pytest.raises(BlockingIOError):
+            while True:
+                server.other.send(bytes(28))
+        reader.stop()
+        with trio.fail_after(10):
+            while server.other.fileno() >= 0:  # noqa: ASYNC110  the receiver closes it
+                await trio.sleep(0.01)
+
+
+async def test_a_server_that_sends_without_end_leaves_others_their_turn() -> None:
+    turns = 0
+    async with played() as (reader, server), trio.open_nursery() as nursery:
+        with trio.CancelScope() as scope:
+
+            async def one() -> None:
+                assert await read(reader, 0, 512) == bytes(512)
+                scope.cancel()
+
+            nursery.start_soon(one)
+            _, number, _, _ = await server.request()
+            parts = [struct.pack(">IHHQIQB", 0x668E33EF, 0, DATA, number, 9, at, 0) for at in range(512)]
+            await server.stream.send_all(b"".join(parts) + struct.pack(">IHHQI", 0x668E33EF, DONE, NOTHING, number, 0))
+            while True:
+                turns += 1
+                await trio.lowlevel.checkpoint()
+    assert turns > 40
+
+
 async def wrong_magic(server: Played, number: int) -> None:
     await server.stream.send_all(b"?" * 20)
 
@@ -319,6 +384,17 @@ async def twice(server: Played, number: int) -> None:
         await server.data(number, 0, bytes(512), flags=0)
 
 
+async def repeated(server: Played, number: int) -> None:
+    """As many bytes as were asked for; half of them are never told."""
+    await server.data(number, 0, bytes(256), flags=0)
+    await server.data(number, 0, bytes(256))
+
+
+async def overlapping(server: Played, number: int) -> None:
+    await server.data(number, 256, bytes(256), flags=0)
+    await server.chunk(number, ZEROS, struct.pack(">QI", 128, 256))
+
+
 async def too_little(server: Played, number: int) -> None:
     await server.data(number, 0, bytes(256))
 
@@ -342,6 +418,7 @@ async def end_in_the_middle(server: Played, number: int) -> None:
 
 NONSENSE: Sequence[Callable[[Played, int], Awaitable[None]]] = [
     *(wrong_magic, another_number, too_much, elsewhere, before, twice, too_little, nothing, unknown_kind),
+    *(repeated, overlapping),
     *(endless_error, end_in_the_middle),
 ]
 
