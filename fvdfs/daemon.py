@@ -203,6 +203,10 @@ def run_loop(call: Callable[[], Awaitable[T]]) -> T:
         signal.signal(signal.SIGINT, signal.default_int_handler)  # in whose place trio puts its own
     try:
         return trio.run(main, restrict_keyboard_interrupt_to_checkpoints=True)
+    except BaseExceptionGroup as group:  # it has ended a nursery of trio's own
+        if group.split(KeyboardInterrupt)[1] is None:
+            raise KeyboardInterrupt from None
+        raise
     finally:
         if handler in interrupting:
             signal.signal(signal.SIGINT, handler)
