@@ -486,6 +486,7 @@ class Prefetcher:
         """Ask where the base has holes before that is needed: with many, the link would stand still for it."""
         base_size, at = self.image.base_range()[1], 0
         while at < base_size:
+            await self._wait_until_wanted()
             at = max(at, self._at)
             at = max(at, self.image.missing(at, base_size)[0])
             if at - self._at > AHEAD:

@@ -120,14 +120,14 @@ def test_jobs_are_kept(jobs: int) -> None:
     assert simulate(main) == FOLLOWING_JOBS * jobs
 
 
+async def in_turns(_self: SimulatedFile, start: int, stop: int) -> tuple[int, bool]:
+    """A mebibyte of data and one of zeros take turns, and 3 ms go by until the server has said so."""
+    await trio.sleep(0.003)
+    return min(stop, (start // MIB + 1) * MIB), start // MIB % 2 == 1
+
+
 def test_asking_for_holes_does_not_hold_it_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A base where a mebibyte of data and one of zeros take turns, and 3 ms go by until the server has said so."""
-
-    async def extent(_self: SimulatedFile, start: int, stop: int) -> tuple[int, bool]:
-        await trio.sleep(0.003)
-        return min(stop, (start // MIB + 1) * MIB), start // MIB % 2 == 1
-
-    monkeypatch.setattr(SimulatedFile, "extent", extent)
+    monkeypatch.setattr(SimulatedFile, "extent", in_turns)
 
     async def main() -> float:
         link = SimulatedLink(112e6, 1e-3)
@@ -137,6 +137,34 @@ def test_asking_for_holes_does_not_hold_it_up(monkeypatch: pytest.MonkeyPatch) -
             return link.log("prefetch").rate(2, 6)
 
     assert simulate(main) > 0.9 * 112e6
+
+
+def test_a_pause_is_one_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody looks for what is to be copied next, either."""
+    looks = 0
+    monkeypatch.setattr(SimulatedFile, "extent", in_turns)
+
+    async def main() -> None:
+        nonlocal looks
+        async with machine(SimulatedLink(112e6, 1e-3)) as mount:
+            image = await mount.open(16 * GIB)
+            prefetcher, missing = mount.prefetch(image, follows=True), image.missing
+
+            def counted(start: int, length: int) -> tuple[int, int]:
+                nonlocal looks
+                looks += 1
+                return missing(start, length)
+
+            monkeypatch.setattr(image, "missing", counted)
+            await trio.sleep(2)
+            prefetcher.pause()
+            await trio.sleep(1)
+            assert looks
+            looks = 0
+            await trio.sleep(60)
+
+    simulate(main)
+    assert looks == 0
 
 
 def test_caps_are_kept() -> None:
