@@ -1,10 +1,14 @@
 #!/bin/sh
-# The fast tests by every Python that fvdfs supports and this machine has, but the one of tests/run.sh: one that is in PATH,
-# or one of pyenv's. Each gets an environment beside it, FVDFS_VENV-VERSION. Arguments go to pytest.
+# The fast tests by every Python that fvdfs supports and this machine has, but the one of tests/run.sh: one that is in
+# PATH, or one of pyenv's; before them, what was installed makes a disk, writes it and checks it. Each Python gets an
+# environment beside that one, FVDFS_VENV-VERSION. EXTRAS="[unit]" installs less than "[test]", which suffices for the
+# core and the stores. Arguments go to pytest.
 set -eu
 here=$(cd "$(dirname "$0")/.." && pwd)
 venv=${FVDFS_VENV:-$here/.venv}
 own=$(/usr/bin/python3 -c 'import sys; print("3.%d" % sys.version_info[1])')
+work=$(mktemp -d -t pytest-of-XXXXXX)
+trap 'rm -rf "$work"' EXIT
 for version in $(sed -n 's/^    Programming Language :: Python :: \(3\.[0-9]*\)$/\1/p' "$here/setup.cfg"); do
     [ "$version" = "$own" ] && continue
     python=
@@ -15,8 +19,14 @@ for version in $(sed -n 's/^    Programming Language :: Python :: \(3\.[0-9]*\)$
         echo "Python $version: not on this machine"
         continue
     fi
-    [ -x "$venv-$version/bin/python" ] || "$python" -m venv "$venv-$version"
-    "$venv-$version/bin/python" -m pip install --quiet --disable-pip-version-check "$here[test]"
+    programs=$venv-$version/bin
+    [ -x "$programs/python" ] || "$python" -m venv "$venv-$version"
+    "$programs/python" -m pip install --quiet --disable-pip-version-check "$here${EXTRAS:-[test]}"
     echo "Python $version:"
-    (cd "$here" && "$venv-$version/bin/python" -m pytest -q -p no:cacheprovider -n "$(nproc)" -m "not programs and not slow" "$@")
+    "$programs/fvdfs" create "$work/$version.fvd" 1M
+    "$programs/python" "$here/examples/python/patch.py" "$work/$version.fvd" 4096 "$here/LICENSE"
+    "$programs/fvdfs" check "$work/$version.fvd"
+    "$programs/python" -c 'import fvdfs.ops.mount'  # pyfuse3 was compiled for it
+    (cd "$here" && "$programs/python" -m pytest -q -p no:cacheprovider -n "$(nproc)" --basetemp "$work/$version" \
+        -m "not programs and not slow" "$@")
 done

@@ -114,13 +114,17 @@ def _signs() -> dict[str, str]:
 def draw_map(found: dict[str, Any], path: str, image: str) -> None:
     """The map of an image as a picture (PNG): a square for each cell, in rows that say where they begin, and a legend.
 
-    Nothing is overwritten but an older picture. Raises UsageError, also where Pillow is missing, ImageBusy, OSError.
+    Nothing is overwritten but an older picture. Raises UsageError, also where Pillow is missing or too old, ImageBusy,
+    OSError.
     """
     try:
         from PIL import Image, ImageDraw, ImageFont
-    except ImportError:
-        raise UsageError("--png needs the package Pillow: pip install 'fvdfs[png]'") from None
-    font, small, large = (ImageFont.load_default(size) for size in (13, 11, 19))
+
+        font, small, large = (ImageFont.load_default(size) for size in (13, 11, 19))
+    except (ImportError, TypeError):  # before 10.1, the font has one size, and few letters
+        raise UsageError(
+            "--png needs the package Pillow, 10.1 or newer: pip install 'fvdfs[png]'; --html needs none"
+        ) from None
     cells, rows = found["cells"], max(1, -(-len(found["cells"]) // PER_ROW))
     below = TOP + rows * SQUARE + 16
     picture = Image.new("RGB", (LEFT + PER_ROW * SQUARE + MARGIN, below + 5 * LINE), "white")

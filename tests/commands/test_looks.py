@@ -17,6 +17,7 @@ import pytest
 
 from fvdfs.commands import map as fvdfs_map
 from fvdfs.commands import rows
+from fvdfs.errors import UsageError
 from support.mounts import FVDFS, MIB, fvdfs, mounted, must, wait_for_end
 
 BLOCK = 64 << 10
@@ -229,6 +230,15 @@ def test_a_map_as_a_picture_says_what_it_shows(disk: Path, tmp_path: Path) -> No
         right = picture.crop((picture.width - fvdfs_map.MARGIN + 2, 0, picture.width, picture.height))
         assert right.getextrema() == ((255, 255),) * 3  # nothing is cut off
     assert sizes[0] == sizes[1]
+
+
+def test_a_picture_needs_a_font_of_any_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which Pillow has from 10.1 on; an older one takes no size."""
+    from PIL import ImageFont
+
+    monkeypatch.setattr(ImageFont, "load_default", lambda: None)
+    with pytest.raises(UsageError, match=r"needs the package Pillow, 10\.1 or newer"):
+        fvdfs_map.draw_map({}, str(tmp_path / "map.png"), "vm.fvd")
 
 
 @pytest.mark.parametrize("ending", ["html", "png"])
