@@ -23,7 +23,7 @@ from fvdfs.commands import prefetch
 from fvdfs.commands.map import bar_of, legend, read_map
 from fvdfs.commands.rows import NAME, Column, Row, fitting, rows, shortened, total
 from fvdfs.commands.status import status
-from fvdfs.errors import FvdError, printable
+from fvdfs.errors import FvdError, UsageError, printable
 
 INTERVAL = 1.0  # seconds between two looks
 IDLE_SHARE = 4  # the time between looks is at least so many times what a look takes
@@ -188,7 +188,9 @@ class Top(App[str]):
 
 
 def run(mountpoint: str) -> None:
-    """Show it until the user or the mount ends it. Raises UsageError where it is no mount, OSError."""
+    """Show it until the user or the mount ends it. Raises UsageError where it is no mount, or no terminal, OSError."""
     status(mountpoint)
+    if not all(os.isatty(descriptor) for descriptor in (0, 1, 2)):  # it would read keys, and draw, without end
+        raise UsageError("top needs a terminal; fvdfs status --watch MOUNTPOINT shows the disks without one")
     if why := Top(mountpoint).run():
         print(f"fvdfs: {why}")

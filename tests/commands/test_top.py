@@ -245,6 +245,23 @@ def test_it_ends_where_there_is_no_mount(tmp_path: Path) -> None:
     assert (done.code, done.err) == (2, f"fvdfs: {tmp_path}: fvdfs is not mounted there\n")
 
 
+def test_it_ends_where_there_is_no_terminal(folder: Path) -> None:
+    with mounted(folder) as mount:
+        done = fvdfs("top", mount.point)
+        assert (done.code, done.out) == (2, "")
+        assert done.err == "fvdfs: top needs a terminal; fvdfs status --watch MOUNTPOINT shows the disks without one\n"
+        for ends in ("</dev/null", "2>/dev/null", "| cat"):
+            command = f"timeout 60 {' '.join(FVDFS)} top {mount.point} {ends}"
+            done_there = subprocess.run(
+                ["script", "-qec", f"bash -o pipefail -c '{command}'", "/dev/null"],
+                capture_output=True,
+                text=True,
+                check=False,
+                stdin=subprocess.DEVNULL,
+            )
+            assert done_there.returncode == 2, (ends, done_there.stdout)
+
+
 def test_watch_tells_the_same_to_a_pipe(folder: Path) -> None:
     with disks(folder, ["vm-10", "vm-2", LONG]) as mount:
         watch = subprocess.Popen(
