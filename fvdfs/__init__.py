@@ -4,9 +4,7 @@ For programs in Python: `open` opens an image, `aio.open` does in an event loop 
 takes is imported where it is first named: the program fvdfs does without, and has to start at once.
 """
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING, Any
+TYPE_CHECKING = False  # as in `typing`, which is not imported here: Ctrl-C meanwhile would be a traceback
 
 if TYPE_CHECKING:
     from fvdfs import aio
@@ -59,7 +57,7 @@ _PLACES = {"Extent": "aio", "Image": "blocking", "Snapshot": "aio", "open": "blo
 
 if not TYPE_CHECKING:  # a type checker would take any name for one of ours
 
-    def __getattr__(name: str) -> Any:
+    def __getattr__(name: str) -> object:
         if name not in __all__:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         import importlib  # takes long

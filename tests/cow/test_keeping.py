@@ -155,6 +155,11 @@ def test_nobody_is_kept_out(folder: Path, content: bytes, layout: list[str]) -> 
             else:
                 with open(one.raw("top"), "r+b") as top:
                     assert top.read(SIZE) == b"x" + content[1:]
+    for _ in range(10):  # on a busy machine some reads are answered before they could be kept
+        if not header_of(image).has_base:
+            break
+        with mounted(folder) as mount, open(mount.raw("top"), "r+b") as top:
+            assert top.read(SIZE) == b"x" + content[1:]
     assert not header_of(image).has_base, "what was read through the image on it is not kept"
     assert fvdfs("check", image).code == 0
 
