@@ -462,7 +462,7 @@ class Filesystem(pyfuse3.Operations):
             await self.openings.close(entry)
             raise
         handle = self._new_handle()
-        uncached = entry.record.receiving
+        uncached = entry.record.receiving or entry.to_forget
         through_cache = write and not flags & os.O_DIRECT and not uncached
         entry.cached_writers += through_cache
         self._handles[handle] = Handle(entry, write, through_cache, bool(flags & os.O_DSYNC))

@@ -123,6 +123,8 @@ class Entry:
         """What of it was when it was frozen (`format/hot.py`)."""
         self.to_begin = False
         """Whether it may be written, and could not be made writable for who has it open: the next change tries that."""
+        self.to_forget = False
+        """Whether the kernel has to forget its pages first, which go round its cache as long as that is so."""
         self.activating = trio.Lock()
         """Held while it is taken over from its source, or its move is given up."""
         self.move_refused = ""

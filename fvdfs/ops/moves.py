@@ -198,15 +198,16 @@ async def _take_over(openings: Openings, entry: Entry, image: Image) -> None:
         await change_source(image, base)
     else:
         await image.change_base(base, (file_format, str(base.identity), ""))
-    entry.to_begin = True
+    entry.to_begin = entry.to_forget = True
     await _begin(openings, entry, image)
     follow(openings, entry, image)
 
 
 async def _begin(openings: Openings, entry: Entry, image: Image) -> None:
     """Have programs that have it open for writing write it. Raises ImageError, OSError; then it can be done again."""
-    if openings.forget_pages is not None:
+    if entry.to_forget and openings.forget_pages is not None:
         await openings.forget_pages(entry.inode)
+    entry.to_forget = False
     if not image.writable:
         await begin_writing(entry, image, openings.folder.policy, openings.background)
     elif entry.prefetcher is None:

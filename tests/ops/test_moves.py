@@ -29,8 +29,8 @@ from support import reference
 from support.kernel import Kernel
 from support.mounts import MIB, PASSED_THROUGH, Mount, fvdfs, mounted, must, needs_passthrough, running, wait_for_log
 from support.moves import record
+from support.served import CTX, Served
 from support.served import SIZE as SIZE_OF_DISK
-from support.served import Served
 
 E, T, OTHER_T, SECRET = "e" * 16, "1" * 32, "2" * 32, "3" * 32
 DATA = bytes(range(256)) * 16
@@ -324,6 +324,10 @@ def test_a_take_over_that_fails_once_it_is_stable_is_finished_by_the_next_write(
                 assert record(tmp_path / "a.fvd").state == "active"
                 assert served.entry.move_refused == "no space"
                 assert await kernel.read(fh, 0, 8192) == expected
+            # Nobody may hold pages that are still to be forgotten while his own change has to wait for that.
+            info = await served.filesystem.open(served.entry.inode, os.O_RDONLY, CTX)
+            assert info.direct_io == (where is Openings)
+            await served.filesystem.release(info.fh)
         assert await kernel.write(fh, 0, DATA) == len(DATA)
         assert not served.entry.move_refused
         assert await kernel.read(fh, 0, 8192) == DATA + expected[len(DATA) :]
@@ -340,9 +344,13 @@ def test_a_thaw_that_cannot_have_the_disk_be_written_is_finished_by_the_next_wri
     async def fail(*_: object) -> None:
         raise OSError(errno.EIO, "no")
 
+    async def never(_inode: int) -> None:
+        pytest.fail("the kernel would wait for pages that it holds for this very write")
+
     async def work(kernel: Kernel, fh: int) -> None:
         step = functools.partial(moves.take_step, served.filesystem.openings, served.entry)
         await step("freeze")
+        served.filesystem.openings.forget_pages = never
         with monkeypatch.context() as patched:
             patched.setattr(moves, "begin_writing", fail)
             await step("thaw")
