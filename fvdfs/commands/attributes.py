@@ -67,6 +67,8 @@ def refuse_other(path: str) -> None:
 def unwritable(raw: str) -> UsageError:
     """Why the mount lets nobody write this raw file, as far as it says so. Raises OSError."""
     why = facts(raw, STATUS).get("move_reason")
+    if not why and os.statvfs(raw).f_flag & os.ST_RDONLY:
+        why = "cannot be written: the mount is read-only"
     return UsageError(f"{raw}: {why}" if why else f"{raw}: cannot be written: see the log of the mount")
 
 

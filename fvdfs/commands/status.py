@@ -19,7 +19,7 @@ from rich.table import Table
 
 from fvdfs import mounts
 from fvdfs.commands import rows
-from fvdfs.commands.attributes import facts
+from fvdfs.commands.attributes import facts, why_missing
 from fvdfs.commands.terminal import plain_console
 from fvdfs.errors import UsageError, printable
 from fvdfs.format.header import ceil_div
@@ -101,7 +101,11 @@ def _process(mountpoint: str) -> int:
         whom = f"{who} has mounted it: ask as {who}" if who else "ask as the user who mounted it"
         raise UsageError(f"{mountpoint}: permission denied; {whom}, or have it mounted with --allow-other") from None
     except (OSError, ValueError):
-        what = "is not the mount point: name that" if os.path.isfile(mountpoint) else "fvdfs is not mounted there"
+        what = "fvdfs is not mounted there"
+        if os.path.isfile(mountpoint):
+            what = "is not the mount point: name that"
+        elif (mount := mounts.mount_at(os.path.dirname(mountpoint))) is not None and mount.is_ours:
+            what = why_missing(mountpoint) or "there is no such file"
         raise UsageError(f"{mountpoint}: {what}") from None
 
 

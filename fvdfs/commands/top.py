@@ -24,6 +24,7 @@ from fvdfs.commands.map import bar_of, legend, read_map
 from fvdfs.commands.rows import NAME, Column, Row, fitting, rows, shortened, total
 from fvdfs.commands.status import status
 from fvdfs.errors import FvdError, UsageError, printable
+from fvdfs.mounts import refuse_dead
 
 INTERVAL = 1.0  # seconds between two looks
 IDLE_SHARE = 4  # the time between looks is at least so many times what a look takes
@@ -189,6 +190,7 @@ class Top(App[str]):
 
 def run(mountpoint: str) -> None:
     """Show it until the user or the mount ends it. Raises UsageError where it is no mount, or no terminal, OSError."""
+    refuse_dead(mountpoint)
     status(mountpoint)
     if not all(os.isatty(descriptor) for descriptor in (0, 1, 2)):  # it would read keys, and draw, without end
         raise UsageError("top needs a terminal; fvdfs status --watch MOUNTPOINT shows the disks without one")

@@ -18,7 +18,7 @@ import stat
 
 import trio
 
-from fvdfs.errors import FvdError, ImageError, NotFvd, shortage
+from fvdfs.errors import FvdError, ImageError, NotFvd, shortage, told
 from fvdfs.image.chain import Judged, look_at_chain
 from fvdfs.image.policy import Policy
 from fvdfs.ops.freshness import same_file, signature
@@ -249,7 +249,7 @@ class Folder:
         What is wrong with one base is so for all images on it: that is one line. What is wrong with many images alike
         is a few lines: the log counts them by the reason (`complaints.py`), which stands first, and is not shown there.
         """
-        text = str(error)
+        text = told(error)
         if self._complaints.get(path) == text:
             return
         said = isinstance(error, ImageError) and text in self._complaints.values()

@@ -337,6 +337,7 @@ def test_a_dead_mount_is_called_dead_and_can_be_cleared_away(folder: Path) -> No
                 ["mount", mount.point, folder],
                 ["status", mount.point],
                 ["status", "--watch", mount.point],
+                ["top", mount.point],
                 ["prefetch", "start", mount.raw("a")],
                 ["map", mount.raw("a")],
                 ["info", mount.raw("a")],

@@ -107,6 +107,27 @@ def test_what_takes_images_says_which_a_raw_file_is(folder: Path) -> None:
         assert must("snapshots", mount.point) == must("snapshots", folder)
 
 
+def test_status_of_a_disk_that_is_not_there(folder: Path) -> None:
+    (folder / "out.fvd").symlink_to("out.fvd")
+    with mounted(folder) as mount:
+        for name, why in (
+            ("none", "there is no such file"),
+            ("out", "does not appear: Too many levels of symbolic links"),
+        ):
+            done = fvdfs("status", mount.raw(name))
+            assert (done.code, done.err) == (2, f"fvdfs: {mount.raw(name)}: {why}\n")
+
+
+def test_what_a_read_only_mount_does_not_do(folder: Path) -> None:
+    must("create", folder / "a.fvd", "1M")
+    with mounted(folder, "--read-only") as mount:
+        for command, *more in (["snapshot"], ["resize", "2M"], ["prefetch", "start"]):
+            words = [command, *more, mount.raw("a")] if command == "prefetch" else [command, mount.raw("a"), *more]
+            done = fvdfs(*words)
+            assert done.code in (1, 2)
+            assert done.err == f"fvdfs: {mount.raw('a')}: cannot be written: the mount is read-only\n"
+
+
 def test_a_disk_that_another_mount_has_open(folder: Path) -> None:
     must("create", folder / "a.fvd", "1M")
     (folder.parent / "others").mkdir()

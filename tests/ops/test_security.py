@@ -104,6 +104,13 @@ def test_a_user_without_privileges_mounts_and_uses_disks(users: Path) -> None:
     assert fvdfs_as(NOBODY, "info", users / "a.fvd").code == 0
 
 
+def test_status_says_which_images_a_user_may_not_read(users: Path) -> None:
+    (users / "a.fvd").chmod(0)
+    with mounted_as(NOBODY, users) as point:
+        assert f"{users}/a.fvd: Permission denied" in (told := fvdfs_as(NOBODY, "status", point).out)
+        assert "Errno" not in told
+
+
 def test_root_unmounts_what_a_user_has_mounted(users: Path) -> None:
     """It waits until every image is closed, though the kernel shows it nothing of the mount; also of a dead one."""
     point = users.parent / "disks"
