@@ -121,11 +121,11 @@ def test_status_of_a_disk_that_is_not_there(folder: Path) -> None:
 def test_what_a_read_only_mount_does_not_do(folder: Path) -> None:
     must("create", folder / "a.fvd", "1M")
     with mounted(folder, "--read-only") as mount:
-        for command, *more in (["snapshot"], ["resize", "2M"], ["prefetch", "start"]):
-            words = [command, *more, mount.raw("a")] if command == "prefetch" else [command, mount.raw("a"), *more]
+        raw = mount.raw("a")
+        for words in (["snapshot", f"{raw}"], ["resize", f"{raw}", "2M"], ["prefetch", "start", f"{raw}"]):
             done = fvdfs(*words)
             assert done.code in (1, 2)
-            assert done.err == f"fvdfs: {mount.raw('a')}: cannot be written: the mount is read-only\n"
+            assert done.err == f"fvdfs: {raw}: cannot be written: the mount is read-only\n"
 
 
 def test_a_disk_that_another_mount_has_open(folder: Path) -> None:
