@@ -134,11 +134,12 @@ def test_snapshots_through_a_mount(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "text"), [("nix.fvd", "there is no such file"), ("text.fvd", "is no FVD image"), ("broken.fvd", "ends")]
+    ("name", "code", "text"),
+    [("nix.fvd", 2, "there is no such file"), ("text.fvd", 2, "is no FVD image"), ("broken.fvd", 1, "ends")],
 )
-def test_snapshots_of_what_is_no_image(folder: Path, name: str, text: str) -> None:
+def test_snapshots_of_what_is_no_image(folder: Path, name: str, code: int, text: str) -> None:
     done = fvdfs("snapshots", folder / name)
-    assert (done.code, done.out) == (2, "")
+    assert (done.code, done.out) == (code, "")
     assert text in done.err
 
 
