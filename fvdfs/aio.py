@@ -72,8 +72,11 @@ async def open(
     are options of a mount. The thread of the event loop has to last as long as an image that needs QEMU.
 
     Raises UsageError where there is no such file, or a program is missing; ImageBusy where another process, or a mount,
-    has it open; ImageError, OSError.
+    has it open; TypeError where a list is one string; ImageError, OSError.
     """
+    for name, given in (("base_path", base_path), ("allow_url", allow_url), ("base_format", base_format)):
+        if isinstance(given, str | bytes):  # whose first character, "/" or "n", would allow nearly everything
+            raise TypeError(f"{name} is a list: {name}=[{given!r}]")
 
     def look() -> tuple[str, Policy]:
         found = os.path.abspath(image_of(os.fspath(path)))

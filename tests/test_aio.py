@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, cast
 
 import hypothesis.strategies as st
 import pytest
@@ -263,6 +264,9 @@ async def test_names_in_an_image_lead_where_it_is_allowed(tmp_path: Path) -> Non
     create(image, SIZE, CreateOptions(base_img="../outside/base.raw", base_img_fmt="raw"), base_length=len(BASE))
     with pytest.raises(fvdfs.Refused, match="base_path"):
         await fvdfs.aio.open(image)
+    for name in ("base_path", "allow_url", "base_format"):
+        with pytest.raises(TypeError, match=rf"{name} is a list: {name}=\['/srv'\]"):
+            await fvdfs.aio.open(image, **cast("dict[str, Any]", {name: "/srv"}))
     async with await fvdfs.aio.open(image, base_path=[outside]) as disk:
         assert await disk.read(0, 100) == BASE[:100]
 
