@@ -15,7 +15,7 @@ import pytest
 import trio
 import trio.testing
 
-from fvdfs.store.nbd_client import ALIGNMENT, LARGEST, Export
+from fvdfs.store.nbd_client import ALIGNMENT, LARGEST, Export, negotiate
 from fvdfs.store.nbd_reader import NbdReader
 from fvdfs.store.outage import OnLoss
 from fvdfs.store.qemu_store import QemuStore
@@ -213,6 +213,51 @@ async def played(*, has_chunks: bool = True) -> AsyncIterator[tuple[NbdReader, P
         with trio.fail_after(10):
             while ours.fileno() >= 0:  # noqa: ASYNC110  the receiver closes it
                 await trio.sleep(0.01)
+
+
+GREETING = struct.pack(">8s8sH", b"NBDMAGIC", b"IHAVEOPT", 3)
+
+
+def told(kind: int, text: bytes = b"") -> bytes:
+    """A reply to an option."""
+    return struct.pack(">QIII", 0x3E889045565A9, 0, kind, len(text)) + text
+
+
+@asynccontextmanager
+async def greeted(*, text: bytes, again: bytes = b"") -> AsyncIterator[trio.SocketStream]:
+    """A connection to a server that says this, and that again and again, whatever it hears."""
+    ours, theirs = (trio.SocketStream(trio.socket.from_stdlib_socket(end)) for end in socket.socketpair())
+
+    async def say() -> None:
+        with suppress(trio.BrokenResourceError):
+            await theirs.send_all(text)
+            while again:
+                await theirs.send_all(again)
+
+    async with trio.open_nursery() as nursery, theirs:
+        nursery.start_soon(say)
+        async with ours:
+            yield ours
+        nursery.cancel_scope.cancel()
+
+
+@pytest.mark.parametrize(
+    ("least", "most", "fits"),
+    [
+        *((1, LARGEST, True), (1, 2**32 - 1, True), (4096, 8192, True)),
+        *((1 << 31, 2**32 - 1, False), (3000, LARGEST, False), (4096, 4096, False), (1, 0, False), (0, 0, False)),
+    ],
+)
+async def test_only_sizes_of_requests_that_serve_are_taken(least: int, most: int, fits: bool) -> None:
+    sizes = told(3, struct.pack(">HQH", 0, SIZE, 3)) + told(3, struct.pack(">HIII", 3, least, 4096, most))
+    async with greeted(text=GREETING + told(0x8000_0001) + sizes + told(1)) as stream:
+        assert (await negotiate(stream, "disk") is not None) == fits
+
+
+async def test_a_server_that_tells_without_end_of_what_it_opens() -> None:
+    async with greeted(text=GREETING, again=told(3, bytes(1000))) as stream:
+        with pytest.raises(OSError, match="Protocol error"), trio.fail_after(20):
+            await negotiate(stream, "disk")
 
 
 def pattern(offset: int, length: int) -> bytes:
