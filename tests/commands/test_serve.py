@@ -171,7 +171,7 @@ def test_systemd_gives_it_a_socket(mount: Mount, tmp_path: Path, free_port: int)
             os.kill(children(server.pid)[0], signal.SIGKILL)
             wait_until(is_read)
             server.send_signal(signal.SIGTERM)
-            assert server.wait(10) == 0
+            assert server.wait(30) == 0
 
 
 @needs_passthrough
@@ -192,7 +192,7 @@ def test_it_ends_with_the_mount_that_it_serves_from(mount: Mount, tmp_path: Path
         mount.kill()
         mount.mount()
         server.send_signal(signal.SIGCONT)
-        assert server.wait(10)
+        assert server.wait(30)
         assert server.stderr is not None
         assert "start fvdfs serve again" in server.stderr.read()
     with serving(mount):
@@ -219,7 +219,7 @@ def test_a_thaw_is_over_when_a_machine_can_start(mount: Mount, tmp_path: Path) -
             with pytest.raises(subprocess.TimeoutExpired):
                 thawing.wait(0.5)
             server.send_signal(signal.SIGCONT)
-            assert thawing.wait(10) == 0
+            assert thawing.wait(30) == 0
             done = subprocess.run(words, capture_output=True, text=True, check=False)
             assert "wrote 512/512" in done.stdout, done.stderr
 
@@ -238,7 +238,7 @@ def test_nothing_is_left_of_it(mount: Mount, number: signal.Signals, code: int) 
         assert server.stdout is not None
         assert server.stdout.readline()
         server.send_signal(number)
-        assert server.wait(10) == code
+        assert server.wait(30) == code
     assert list(temporary.iterdir()) == []
 
 

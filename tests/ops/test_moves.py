@@ -133,7 +133,7 @@ def test_writers_that_have_it_open_are_stopped_and_go_on_after_a_thaw(mount: Mou
             time.sleep(0.01)
         try:
             must("freeze", raw)
-            assert failed.wait(10)
+            assert failed.wait(30)
         finally:
             ended.set()
             writer.join()

@@ -223,7 +223,7 @@ def test_the_first_write_waits_for_a_machine_that_is_about_to_end(move: Move) ->
                 writer.start()
                 assert not done.wait(0.5)
                 write_direct(move.source.raw("vm"), 0, 8)
-            assert done.wait(10)
+            assert done.wait(30)
             writer.join()
             assert target.raw("vm").read_bytes()[:8192] == b"\x08" * 4096 + b"\7" * 4096
 
@@ -238,7 +238,7 @@ def test_the_first_write_waits_for_a_source_that_is_away(move: Move) -> None:
         with running(*write, stderr=subprocess.DEVNULL) as killed:
             wait_until(lambda: target.status("vm").get("base_outage"))
             killed.kill()
-            assert killed.wait(15) == -signal.SIGKILL
+            assert killed.wait(30) == -signal.SIGKILL
         assert record(move.image).receiving
         with running(*write, stderr=subprocess.DEVNULL) as writer:
             wait_until(lambda: target.status("vm").get("base_outage"))

@@ -38,7 +38,7 @@ def serving(source: Mount, port: int, *words: str | Path) -> Iterator[str]:
         assert server.stdout is not None
         yield server.stdout.readline().strip()
         server.send_signal(signal.SIGTERM)
-        assert server.wait(10) == 0
+        assert server.wait(30) == 0
 
 
 @pytest.mark.parametrize(("kind", "user"), [("x509", ""), ("psk", "alice@")])

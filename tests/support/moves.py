@@ -36,7 +36,7 @@ def serving(mount: Mount, log_file: Path | None = None) -> Iterator[Path]:
         assert server.stdout.readline() == f"nbd+unix:///vm?socket={socket}\n"
         yield socket
         server.send_signal(signal.SIGTERM)
-        assert server.wait(10) == 0
+        assert server.wait(30) == 0
 
 
 class Client:
