@@ -47,11 +47,13 @@ async def without_tls(
     assert made is not None
     with made, _memory() as said:
         ours, listener = await trio.to_thread.run_sync(_private_socket)
-        stream = trio.SocketStream(trio.socket.from_stdlib_socket(ours))
-        with listener:
+        with contextlib.ExitStack() as unless_launched, listener:
+            unless_launched.enter_context(ours)
             server = {"type": "fd", "str": str(made.fileno())}
             node = {"server": server, "export": export, "node-name": _NODE, "read-only": not writable}
             process = _launch(tls_object(credentials, user), location.protocol | node, made, listener, said)
+            unless_launched.pop_all()
+        stream = trio.SocketStream(trio.socket.from_stdlib_socket(ours))
         try:
             made.close()
             yield stream

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import random
+import socket
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from fvdfs.errors import ImageError, UnsupportedFeature
-from fvdfs.store.locations import parse_location
+from fvdfs.store import nbd_tls
+from fvdfs.store.locations import Location, parse_location
 from fvdfs.store.qemu_nodes import tls_object
 from support.mounts import MIB, fvdfs, mounted, must, running, wait_until
 from support.tls import make_authority, make_keys
@@ -120,3 +123,18 @@ def test_urls_that_say_too_much(name: str, error: type[ImageError]) -> None:
     """An image cannot choose the credentials, nor a password."""
     with pytest.raises(error):
         parse_location(name)
+
+
+async def test_a_daemon_that_cannot_be_started_leaves_nothing_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of those that carry a few sectors of a move by TLS."""
+
+    async def connect(_: Location) -> socket.socket:
+        return socket.socket(socket.AF_UNIX)
+
+    monkeypatch.setattr(nbd_tls, "connect", connect)
+    monkeypatch.setattr(nbd_tls, "bound_to_us", lambda _: ["/nowhere/qemu-storage-daemon"])
+    before = len(os.listdir("/proc/self/fd"))
+    with pytest.raises(FileNotFoundError) as kept:
+        async with nbd_tls.without_tls(parse_location("nbds://host/vm"), "vm", "/keys", writable=False):
+            pass
+    assert len(os.listdir("/proc/self/fd")) == before, kept
