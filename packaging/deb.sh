@@ -8,6 +8,7 @@ mkdir -p "$1"
 out=$(cd "$1" && pwd)
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
+trap 'exit 130' INT TERM HUP
 mkdir "$work/fvdfs"
 (cd "$here" && tar -cf - --exclude=./.git --exclude='./.venv*' --exclude='./.*_cache' --exclude=./.hypothesis \
     --exclude=__pycache__ --exclude='*.egg-info' --exclude=./build .) | tar -xf - -C "$work/fvdfs"

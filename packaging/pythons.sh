@@ -9,6 +9,7 @@ venv=${FVDFS_VENV:-$here/.venv}
 own=$(/usr/bin/python3 -c 'import sys; print("3.%d" % sys.version_info[1])')
 work=$(mktemp -d -t pytest-of-XXXXXX)
 trap 'rm -rf "$work"' EXIT
+trap 'exit 130' INT TERM HUP
 for version in $(sed -n 's/^    Programming Language :: Python :: \(3\.[0-9]*\)$/\1/p' "$here/setup.cfg"); do
     [ "$version" = "$own" ] && continue
     python=

@@ -20,7 +20,7 @@ def listens(at: Path) -> bool:
 def nbd_server(file: Path, at: Path, *, read_only: bool = True) -> Iterator[str]:
     server = subprocess.Popen(["nbdkit", "-f", *["-r"] * read_only, "-U", at, "file", file])
     try:
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 30
         while not listens(at):
             assert time.monotonic() < deadline
             time.sleep(0.02)
