@@ -420,7 +420,7 @@ def test_an_image_that_cannot_be_read_may_stand_on_anything(image: Path) -> None
     image.with_name("broken.fvd").write_bytes(image.read_bytes()[:1000])
     commands: list[list[str | Path]] = [["delete", image.with_name("vm@1.fvd")], ["commit", image], ["revert", image]]
     for words in commands:
-        refused(words, "nobody knows what it stands on")
+        refused(words, "nobody knows what it stands on", code=1)
 
 
 def test_an_open_image_is_left_alone(image: Path) -> None:
@@ -559,7 +559,7 @@ def test_an_image_that_comes_before_a_snapshot_is_removed_keeps_it(
 def test_what_an_image_that_cannot_be_read_may_stand_on_is_not_cut(image: Path) -> None:
     states = chain(image, "flat", 0)
     image.with_name("cut.fvd").write_bytes(image.read_bytes()[:3000])
-    refused(["resize", image, "4K", "--shrink"], "cut.fvd: nobody knows what it stands on")
+    refused(["resize", image, "4K", "--shrink"], "cut.fvd: nobody knows what it stands on", code=1)
     assert content(image) == states[0]
 
 
