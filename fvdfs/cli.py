@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from fvdfs.format.creation import CreateOptions
 
 MAX_DELAY = (1 << 31) - 1  # seconds; the header's field holds no more
+_JSON = "what it reports, for programs"
 _URLS = "allow_url=PREFIX: URLs that bases and data files may have"
 _LOCAL = (
     "Local is what of a disk need not be read from its base: as a share of the base (what it can have from there), "
@@ -144,6 +145,9 @@ def _parsed(words: list[str]) -> argparse.Namespace:
         if (not word and before != "-o") or _EMPTY_VALUE.fullmatch(word):
             option = word.rstrip("=") or (before if before.startswith("-") else "")
             commands.get(words[0], parser).error(f"{option or 'a name'}: what is given is empty")
+    known = [name for action in parser._actions for name in action.option_strings]
+    if words and words[0].startswith("-") and not any(name.startswith(words[0]) for name in known):
+        parser.error(f"unrecognized arguments: {words[0]}{nearest(words[0], known)}")
     arguments, unknown = parser.parse_known_args(words)
     if unknown:
         names = [name for name in unknown if name.startswith("-")]
@@ -249,7 +253,7 @@ def _parser() -> argparse.ArgumentParser:
     info = commands.add_parser("info", help="show what an image is")
     info.set_defaults(run=_info)
     info.add_argument("image", metavar="IMAGE")
-    info.add_argument("--json", action="store_true")
+    info.add_argument("--json", action="store_true", help=_JSON)
     _add_names(info, _URLS)
     _add_secret(info)
 
@@ -261,7 +265,7 @@ def _parser() -> argparse.ArgumentParser:
     check.set_defaults(run=_check, failed=1)
     check.add_argument("image", metavar="IMAGE")
     check.add_argument("--repair", action="store_true", help="repair what is repairable; without it nothing is written")
-    check.add_argument("--json", action="store_true")
+    check.add_argument("--json", action="store_true", help=_JSON)
     _add_names(check, "base_path=DIR: where a data file may lie that --repair writes to, beside the image's folder")
     _add_secret(check)
 
@@ -292,7 +296,7 @@ def _parser() -> argparse.ArgumentParser:
     measure.add_argument("source", metavar="SRC")
     measure.add_argument("-f", "--source-format", default="", metavar="FMT", help="default: raw, for NAME.fvd fvd")
     measure.add_argument("-O", "--target-format", default="fvd", metavar="FMT", help="fvd (default) or raw")
-    measure.add_argument("--json", action="store_true")
+    measure.add_argument("--json", action="store_true", help=_JSON)
     _add_names(measure, "base_path=DIR, allow_url=PREFIX: where names in the source may lead, beside its folder")
     _add_secret(measure)
     _add_layout(measure)
@@ -308,7 +312,7 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument("-f", "--first-format", default="", metavar="FMT", help="of A; default: raw, for NAME.fvd fvd")
     compare.add_argument("-F", "--second-format", default="", metavar="FMT", help="of B; the same default")
     compare.add_argument("-s", "--strict", action="store_true", help="a size of their own makes disks differ")
-    compare.add_argument("--json", action="store_true")
+    compare.add_argument("--json", action="store_true", help=_JSON)
     _add_names(compare, "base_path=DIR, allow_url=PREFIX: where names in A and B may lead, beside their folders")
     _add_secret(compare)
 
@@ -343,7 +347,7 @@ def _parser() -> argparse.ArgumentParser:
     status.set_defaults(run=_status)
     status.add_argument("mountpoint", metavar="MOUNTPOINT|RAW", help="a mount, or one disk in it")
     how = status.add_mutually_exclusive_group()
-    how.add_argument("--json", action="store_true")
+    how.add_argument("--json", action="store_true", help=_JSON)
     how.add_argument("--log", action="store_true", help="the last lines of the mount's log")
     how.add_argument("--watch", action="store_true", help="again and again; top shows more")
 
@@ -357,7 +361,7 @@ def _parser() -> argparse.ArgumentParser:
 
     doctor = commands.add_parser("doctor", help="say what works on this host, what does not, and what to do about it")
     doctor.set_defaults(run=_doctor)
-    doctor.add_argument("--json", action="store_true")
+    doctor.add_argument("--json", action="store_true", help=_JSON)
 
     prefetch = commands.add_parser("prefetch", help="copy all that is missing of a mounted disk from its base")
     prefetch.set_defaults(run=_prefetch)
@@ -370,14 +374,14 @@ def _parser() -> argparse.ArgumentParser:
         "command", choices=["record", "show"], help="record: at the next opening; show: as create --profile takes it"
     )
     profile.add_argument("image", metavar="IMAGE")
-    profile.add_argument("--json", action="store_true")
+    profile.add_argument("--json", action="store_true", help=_JSON)
 
     map_ = commands.add_parser(
         "map", help="show what of a disk is stored in the image, in the base, or nowhere", description=_LOCAL
     )
     map_.set_defaults(run=_map)
     map_.add_argument("image", metavar="IMAGE|RAW", help="an image, or a raw file in a mount")
-    map_.add_argument("--json", action="store_true")
+    map_.add_argument("--json", action="store_true", help=_JSON)
     _add_names(map_, _URLS)
     map_.add_argument("--png", default="", metavar="FILE", help="draw a picture")
     map_.add_argument("--html", default="", metavar="FILE", help="make a page for a browser")
@@ -447,7 +451,7 @@ def _parser() -> argparse.ArgumentParser:
     snapshots = commands.add_parser("snapshots", help="show which images stand on which")
     snapshots.set_defaults(run=_snapshots)
     snapshots.add_argument("disk", metavar="DISK|DIR", help="an image, a raw file in a mount, or a folder of images")
-    snapshots.add_argument("--json", action="store_true")
+    snapshots.add_argument("--json", action="store_true", help=_JSON)
 
     _add_moves(commands)
 
@@ -476,7 +480,7 @@ def _add_backup(commands: argparse._SubParsersAction[_Parser]) -> None:
     diff.add_argument(
         "--since", default="", metavar="SNAPSHOT", help="its name, or its file; default: all that is stored"
     )
-    diff.add_argument("--json", action="store_true")
+    diff.add_argument("--json", action="store_true", help=_JSON)
     _add_names(diff, _NAMES)
     _add_secret(diff)
 

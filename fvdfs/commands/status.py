@@ -95,11 +95,11 @@ def _process(mountpoint: str) -> int:
     """The process that serves it. Raises UsageError where it is no mount or another user's."""
     try:
         return int(os.getxattr(mountpoint, PID))
-    except PermissionError:
+    except PermissionError as error:
         mount = mounts.mount_at(mountpoint)
         who = mounts.user_name(mount.owner("user_id")) if mount is not None and mount.is_ours else ""
         whom = f"{who} has mounted it: ask as {who}" if who else "ask as the user who mounted it"
-        raise UsageError(f"{mountpoint}: permission denied; {whom}, or have it mounted with --allow-other") from None
+        raise UsageError(f"{mountpoint}: permission denied; {whom}, or have it mounted with --allow-other") from error
     except (OSError, ValueError):
         what = "fvdfs is not mounted there"
         if os.path.isfile(mountpoint):

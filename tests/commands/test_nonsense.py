@@ -136,6 +136,7 @@ def test_options_of_mount(folder: Path, option: str) -> None:
         (["mount", ".", "..", "--read-onyl"], "arguments: --read-onyl; did you mean --read-only?; see fvdfs mount"),
         (["mount", ".", "../point", "-o", "alow_other"], "-o alow_other: unknown; did you mean allow_other?"),
         (["create", "new.fvd", "1.3K"], "'1.3K' is no whole number of bytes"),
+        (["--hlep"], "unrecognized arguments: --hlep; did you mean --help?; see fvdfs --help"),
         ([], "required"),
     ],
 )

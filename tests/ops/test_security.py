@@ -148,7 +148,7 @@ def test_other_users_and_root_are_kept_out_unless_allowed(users: Path) -> None:
             f"fvdfs: {point}: permission denied; nobody has mounted it: ask as nobody, "
             "or have it mounted with --allow-other\n"
         )
-        assert fvdfs("status", point) == Finished(2, "", refusal)
+        assert fvdfs("status", point) == Finished(1, "", refusal)
         assert python_as(NOBODY, READ, point / "a.raw").code == 0
 
 

@@ -18,9 +18,6 @@ options of a mount mean in full, is in [commands.md](commands.md). This page is 
 them.
 """
 
-_MEANINGS = {"--json": "what it reports, for programs"}
-"""Of options that need no word in a command's help."""
-
 
 def options_page() -> str:
     """The page."""
@@ -37,8 +34,7 @@ def _command(name: str, parser: argparse.ArgumentParser, text: str) -> str:
     lines = [f"## fvdfs {name}", "", f"`{' '.join([*words, *options])}`", "", _sentence(text)]
     if parser.description:
         lines += ["", _sentence(parser.description)]
-    meanings = [(form, meaning or _MEANINGS.get(form, "")) for form, meaning in rows]
-    lines += _table([(form, meaning) for form, meaning in meanings if meaning])
+    lines += _table([(form, meaning) for form, meaning in rows if meaning])
     if name == "mount":
         lines += ["", "Options of `-o`, separated by commas ([in full](commands.md#options-of-a-mount)):"]
         lines += _table([(option.form, option.help) for option in MOUNT_OPTIONS.values()])
