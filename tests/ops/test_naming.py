@@ -258,7 +258,7 @@ def test_what_makes_no_sense(folder: Path, template: Path, tmp_path: Path, optio
     qcow2 = template.parent / "template.qcow2"
     subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", qcow2, "1M"], check=True)
     done = fvdfs("mount", folder, tmp_path / "point", "-o", options.format(template, qcow2))
-    assert done.code == 2, done.err
+    assert done.code == (1 if "socket" in options else 2), done.err  # a server that is away is no mistake of the user's
     assert len([line for line in done.err.splitlines() if "qemu-storage-daemon:" not in line]) == 1, done.err
     assert words in done.err
 
