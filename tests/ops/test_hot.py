@@ -16,8 +16,11 @@ from fvdfs.cow.heat import EXTENT, LONG_PASS
 from fvdfs.format import hot
 from fvdfs.format.header import HEADER_SPACE, Header, with_fields
 from fvdfs.format.profile import Extent
+from fvdfs.store.locations import parse_location
+from fvdfs.store.source import hot_blocks as hot_blocks_of_source
 from support.mounts import MIB, Mount, fvdfs, mounted, must, wait_until
 from support.moves import serving
+from support.servers import nbd_server
 
 DISK = 16 * MIB
 CONTENT = random.Random(5).randbytes(DISK)
@@ -129,7 +132,8 @@ def test_another_opening_goes_on_in_this_order(source: Mount, target: Mount) -> 
     use(source.raw("vm"), (HOT, 2 * EXTENT, 2))
     with serving(source) as socket:
         receive(socket, target)
-        must("activate", raw)  # and is closed at once
+        with raw.open("r+b"):
+            must("activate", raw)  # and it is closed at once
         with raw.open("r+b"):
             wait_until(lambda: target.status("vm")["local_bytes"] == 3 * EXTENT)
         assert local(raw) == [(0, EXTENT), (HOT, HOT + 2 * EXTENT)]
@@ -158,3 +162,10 @@ def test_a_move_goes_on_without(source: Mount, target: Mount) -> None:
             must("prefetch", "start", raw)
             wait_until(lambda: source.status("vm")["move"] == "released")
     assert raw.read_bytes() == CONTENT
+
+
+@pytest.mark.parametrize("said", [bytes(hot.SIZE), bytes(512)], ids=["nonsense", "too little"])
+async def test_what_makes_no_sense_is_an_error(tmp_path: Path, said: bytes) -> None:
+    (tmp_path / "said").write_bytes(said)
+    with nbd_server(tmp_path / "said", tmp_path / "nbd"), pytest.raises(OSError):
+        await hot_blocks_of_source(parse_location(f"nbd+unix:///vm?socket={tmp_path}/nbd"), "", DISK)
