@@ -116,7 +116,7 @@ until [ "$(ticks dst.console)" -ge $((last + 3)) ]; do sleep 0.2; done
 # shellcheck disable=SC2086
 kill $tails 2>/dev/null || true
 kill "$(cat dst.pid)"
-rm dst.pid
+rm -f dst.pid  # QEMU may have removed it by now
 
 say "What was seen"
 cat src.console dst.console | tr -d '\r' >console
