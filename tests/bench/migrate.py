@@ -50,7 +50,7 @@ from fvdfs.qmp import Connection
 from fvdfs.sizes import parse_size
 from support.guest import drive
 from support.hosts import Host, two_hosts
-from support.mounts import FVDFS, Mount, must, wait_until
+from support.mounts import FVDFS, Mount, fvdfs, must, wait_until
 from support.witness import Console, Course, Machine, MachineEnded, Tick, Witness, follow, move
 
 BEFORE = 30  # ticks of the guest at the source
@@ -388,7 +388,7 @@ def by_hand(bench: Bench, who: str, *, is_fetched: bool) -> None:
         with serving(here, source.raw("vm")) as (url,):
             arrived = moved(bench, machine, there, target, url, "--profile", "none")
             if not is_fetched:
-                must("prefetch", "pause", target.raw("vm"))
+                wait_until(lambda: fvdfs("prefetch", "pause", target.raw("vm")).code == 0)  # once it is to begin
             time.sleep(MINUTE)
             course = follow(machine, arrived.target)
             arrived.kill()
