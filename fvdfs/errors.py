@@ -61,14 +61,19 @@ def named(name: str) -> Iterator[None]:
         raise OSError(error.errno, f"{name}: {text}") from error
 
 
-def told(error: FvdError | OSError) -> str:
-    """An error in words; one of the system: which file, where that is known, and what."""
+def reason_of(error: FvdError | OSError) -> str:
+    """An error in words; one of the system: what, and not of which file."""
     if isinstance(error, FvdError):
         return str(error)
-    name = error.filename
+    return error.strerror or str(error)
+
+
+def told(error: FvdError | OSError) -> str:
+    """An error in words; one of the system: which file, where that is known, and what."""
+    name = None if isinstance(error, FvdError) else error.filename
     if isinstance(name, bytes):
         name = name.decode("utf-8", "surrogateescape")
-    return (f"{name}: " if isinstance(name, str) and name else "") + (error.strerror or str(error))
+    return (f"{name}: " if isinstance(name, str) and name else "") + reason_of(error)
 
 
 def exit_code(error: BaseException) -> int:

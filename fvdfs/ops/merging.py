@@ -23,7 +23,7 @@ from typing import Any
 import trio
 
 from fvdfs.cow.dirty import Dirty
-from fvdfs.errors import FvdError, ImageBusy, ImageError, UsageError
+from fvdfs.errors import FvdError, ImageBusy, ImageError, UsageError, reason_of
 from fvdfs.format.header import ceil_div
 from fvdfs.image.chain import image_key
 from fvdfs.image.core import Core
@@ -148,7 +148,7 @@ class Merges:
         except _Closed:
             merge.state = "closed"
         except (FvdError, OSError) as error:
-            merge.error = str(error) if isinstance(error, FvdError) else error.strerror or str(error)
+            merge.error = reason_of(error)
             merge.is_mistake = isinstance(error, UsageError)
             merge.state = "failed"
             log.error("%s: %s: %s", merge.path, merge.what, merge.error)

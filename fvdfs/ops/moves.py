@@ -34,7 +34,7 @@ from contextlib import asynccontextmanager
 
 import trio
 
-from fvdfs.errors import FvdError, MovedAway, Unreachable, UsageError
+from fvdfs.errors import FvdError, MovedAway, Unreachable, UsageError, reason_of
 from fvdfs.format import migration
 from fvdfs.format.header import SECTOR, round_up
 from fvdfs.format.mailbox import Wish
@@ -91,7 +91,7 @@ async def take_step(openings: Openings, entry: Entry, text: str) -> None:
                 await _change(openings, entry, image, event)
                 _pass_release_on(openings, entry, image)
     except (FvdError, OSError) as error:
-        entry.move_refused = str(error) if isinstance(error, FvdError) else error.strerror or str(error)
+        entry.move_refused = reason_of(error)
         if isinstance(error, UsageError):
             raise OSError(errno.EINVAL, f"{os.fsdecode(entry.name)}: {error}") from error
         raise
@@ -140,7 +140,7 @@ async def activate(openings: Openings, entry: Entry, patience: float = WRITE_PAT
                 async with entry.lock:
                     await _take_over(openings, entry, image)
         except (FvdError, OSError) as error:
-            entry.move_refused = str(error) if isinstance(error, FvdError) else error.strerror or str(error)
+            entry.move_refused = reason_of(error)
             log.error("%s: cannot be taken over from its source: %s", image.name, entry.move_refused)
             raise OSError(errno.EIO, entry.move_refused) from error
         entry.move_refused = ""
@@ -227,7 +227,7 @@ async def _begin_late(openings: Openings, entry: Entry) -> None:
             try:
                 await _begin(openings, entry, image)
             except (FvdError, OSError) as error:
-                entry.move_refused = str(error) if isinstance(error, FvdError) else error.strerror or str(error)
+                entry.move_refused = reason_of(error)
                 log.error("%s: cannot be written yet: %s", image.name, entry.move_refused)
                 raise OSError(errno.EIO, entry.move_refused) from error
             entry.move_refused = ""

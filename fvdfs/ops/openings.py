@@ -307,7 +307,7 @@ def _noting_failure(entry: Entry) -> Iterator[None]:
     except (ImageError, OSError) as error:
         if not isinstance(error, ReadOnlyImage) and getattr(error, "errno", 0) not in (errno.EROFS, errno.ESTALE):
             at = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
-            reason = printable(told(error) if isinstance(error, OSError) else str(error))
+            reason = printable(told(error))
             entry.open_failed = {"at": at, "reason": reason[:LONGEST]}
         raise
     entry.open_failed = None

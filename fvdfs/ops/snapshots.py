@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import trio
 
-from fvdfs.errors import FvdError, MovedAway, UsageError
+from fvdfs.errors import FvdError, MovedAway, UsageError, reason_of
 from fvdfs.format.header import HEADER_SPACE, Header
 from fvdfs.image.image import Image
 from fvdfs.image.loading import load_image
@@ -53,7 +53,7 @@ async def make_snapshot(openings: Openings, entry: Entry, name: str) -> None:
         finally:
             await openings.close(entry)
     except (FvdError, OSError) as error:
-        entry.refused = str(error) if isinstance(error, FvdError) else error.strerror or str(error)
+        entry.refused = reason_of(error)
         if isinstance(error, UsageError):
             raise OSError(errno.EINVAL, str(error)) from error
         raise
