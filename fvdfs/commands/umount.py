@@ -23,7 +23,9 @@ STILL_OPEN = 3
 """The exit code where the mount point is free, but somebody else keeps the mount."""
 PATIENCE = 1.0  # seconds, until somebody who has the mount elsewhere is taken to keep it
 PATIENCE_CLOSING = 3.0  # seconds, until it is said that images are still being closed
+PATIENCE_BUSY = 0.2  # seconds, until who has something open there is taken to use it
 LOOK = 0.02  # seconds between two looks
+_BUSY = os.strerror(errno.EBUSY)
 
 
 def run(mountpoint: str, *, lazy: bool = False) -> int:
@@ -60,36 +62,46 @@ def clear_dead(mountpoint: str) -> None:
 
 
 def _unmount_now(mount: MountPoint, *, lazy: bool) -> str:
-    """Unmount; the reason where it is refused."""
+    """Unmount; the reason where it is refused. Waits for who only looks at it, as df(1) and another mount's copy do."""
+    begun = time.monotonic()
+    while reason := _unmount_once(mount, lazy=lazy):
+        if reason != _BUSY:
+            return reason
+        waited = time.monotonic() - begun
+        users = mounts.busy_with(mount)
+        if waited > (PATIENCE_BUSY if users else PATIENCE):
+            return _busy(users)
+        time.sleep(LOOK)
+    return ""
+
+
+def _unmount_once(mount: MountPoint, *, lazy: bool) -> str:
+    """Unmount; the reason where it is refused: `_BUSY` where somebody uses it."""
     if os.geteuid() == 0:
         try:
             mounts.umount(mount, lazy=lazy)
         except OSError as error:
-            if error.errno != errno.EBUSY:
-                return error.strerror or str(error)
-        else:
-            return ""
-    else:
-        command = ["fusermount3", "-u", *["-z"] * lazy, mount.path]
-        try:
-            result = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
-        except FileNotFoundError:
-            raise UsageError(f"{command[0]} is missing: install the package fuse3") from None
-        if not result.returncode:
-            return ""
-        if "busy" not in result.stderr:
-            why = " ".join(result.stderr.split())
-            if mount.owner("user_id") != os.geteuid():
-                return f"another user has mounted it; unmount as that one ({why})"
-            return why
-    return _busy(mount)
+            return error.strerror or str(error)
+        return ""
+    command = ["fusermount3", "-u", *["-z"] * lazy, mount.path]
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+    except FileNotFoundError:
+        raise UsageError(f"{command[0]} is missing: install the package fuse3") from None
+    if not result.returncode:
+        return ""
+    if "busy" in result.stderr:
+        return _BUSY
+    why = " ".join(result.stderr.split())
+    if mount.owner("user_id") != os.geteuid():
+        return f"another user has mounted it; unmount as that one ({why})"
+    return why
 
 
-def _busy(mount: MountPoint) -> str:
+def _busy(users: list[str]) -> str:
     """Who uses it, as far as that can be seen, and what to do about it."""
-    found = mounts.busy_with(mount)
-    if found:
-        who = f"is busy: {mounts.listed(found)}; close that first"
+    if users:
+        who = f"is busy: {mounts.listed(users)}; close that first"
     elif os.geteuid():
         who = "is busy, by processes that only root can see: ask as root"
     else:

@@ -17,11 +17,12 @@ from fvdfs import mounts
 from fvdfs.commands import umount
 from fvdfs.commands.umount import STILL_OPEN
 from fvdfs.mounts import mount_at
-from fvdfs.store.mountinfo import mount_points
+from fvdfs.store.mountinfo import MountPoint, mount_points
 from support import reference
 from support.mounts import FVDFS, MIB, Finished, fvdfs, mounted, must, running, wait_for_end, wait_until
 from support.namespaces import in_mount_namespace
 
+BUSY_WITH = mounts.busy_with
 PID = "user.fvdfs.pid"
 
 
@@ -136,6 +137,26 @@ def test_who_keeps_it_busy_is_named(folder: Path, tmp_path: Path) -> None:
         mount.pid = 0
 
 
+@pytest.mark.parametrize("seen", [True, False])
+def test_who_uses_it_for_a_moment_is_waited_for(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *, seen: bool
+) -> None:
+    """As df(1), or the making of a container, which has a copy of each mount for a moment and no process to be seen."""
+    with mounted(folder) as mount, contextlib.ExitStack() as use:
+        use.callback(os.close, os.open(mount.point, os.O_RDONLY))
+        looks: list[list[str]] = []
+
+        def busy_with(point: MountPoint) -> list[str]:
+            looks.append(BUSY_WITH(point))
+            use.close()
+            return looks[-1] if seen else []
+
+        monkeypatch.setattr(mounts, "busy_with", busy_with)
+        assert umount.run(str(mount.point)) == 0
+        assert (len(looks[0]), capsys.readouterr().err) == (1, "")
+        mount.pid = 0
+
+
 def test_each_disk_that_is_in_use_is_named(folder: Path, tmp_path: Path) -> None:
     for name in ("a", "b", "c"):
         must("create", folder / f"{name}.fvd", "16M")
@@ -162,9 +183,8 @@ def test_each_disk_that_is_in_use_is_named(folder: Path, tmp_path: Path) -> None
 
 
 def test_a_user_is_told_that_only_root_sees_who_uses_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mounts, "busy_with", lambda _mount: [])
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
-    assert "ask as root" in umount._busy(mount_at("/") or mount_points()[0])
+    assert "ask as root" in umount._busy([])
 
 
 def test_only_those_who_use_the_mount_are_named(folder: Path, tmp_path: Path) -> None:
