@@ -13,11 +13,14 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Self
 
+from fvdfs.daemon import complain
 from fvdfs.errors import FvdError, UsageError
 from fvdfs.qmp import NoAnswer
 
 LOGIN = 120.0  # seconds for somebody to type a password
 PATIENCE = 30.0  # seconds in which what is asked is done
+SHORT = 5.0  # seconds: the same, of one that has not answered before
+TOLD = 3.0  # seconds after which it is told that there is no answer
 END = 5.0  # seconds
 _CHECK = 0.2  # seconds
 
@@ -47,7 +50,11 @@ class FarSide:
         """
         self.check = check
         """Called while an answer is waited for; it may raise."""
+        self.patience = PATIENCE
+        """Seconds for an answer."""
         self._asked = 0
+        self._silent_since: float | None = None
+        """When what was told not to be answered was asked, by the clock that does not jump."""
         self._name = name
         self._received = b""
         self._is_there = False
@@ -90,10 +97,13 @@ class FarSide:
         request = json.dumps({"do": what, "number": self._asked, **arguments}).encode() + b"\n"
         with contextlib.suppress(BrokenPipeError):  # then what it has said ends, too
             os.write(self._process.stdin.fileno(), request)
-        deadline = time.monotonic() + (PATIENCE if self._is_there else LOGIN)
-        while (answer := self._answer(self._line(deadline))).get("number") != self._asked:
+        began = time.monotonic()
+        patience = SHORT if self._silent_since is not None else self.patience
+        deadline = began + (patience if self._is_there else LOGIN)
+        while (answer := self._answer(self._line(began, deadline))).get("number") != self._asked:
             pass  # to what nobody waits for any more
         self._is_there = True
+        self._tell_that_it_answers()
         if "failed" in answer:
             kind = UsageError if answer["code"] == UsageError.exit_code else _Failed
             raise kind(f"{self._name}: {answer['failed']}")
@@ -110,11 +120,24 @@ class FarSide:
         self._greeting = line.decode(errors="replace").strip() or self._greeting
         return {}
 
-    def _line(self, deadline: float) -> bytes:
+    def _tell_silence(self, began: float) -> None:
+        """Once, until it answers again."""
+        if self._is_there and self._silent_since is None and time.monotonic() - began > TOLD:
+            self._silent_since = began
+            since = time.strftime("%T", time.localtime(time.time() - (time.monotonic() - began)))
+            complain(f"{self._name}: has not answered since {since}; waiting for it")
+
+    def _tell_that_it_answers(self) -> None:
+        silent, self._silent_since = self._silent_since, None
+        if silent is not None:
+            complain(f"{self._name}: answers again, after {time.monotonic() - silent:.0f} s")
+
+    def _line(self, began: float, deadline: float) -> bytes:
         assert self._process.stdout is not None
         while b"\n" not in self._received:
             left = max(0.0, deadline - time.monotonic())
             self.check()
+            self._tell_silence(began)
             if not select.select([self._process.stdout], [], [], min(left, _CHECK))[0]:
                 if left:
                     continue

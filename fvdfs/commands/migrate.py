@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import ipaddress
+import math
 import os
 import shlex
 import signal
@@ -55,6 +56,7 @@ MACHINE = 600.0  # seconds to wait for the machine at the target
 _HANDED_OVER = ("moved", "released")
 _MOVED_OVER = "completed"
 _RETURN_PATH = "return-path"
+_SOURCE = "its source"
 _OVER = (_MOVED_OVER, "failed", "cancelled")
 _SENT = ("finish-migrate", "postmigrate")
 """What QEMU says of a machine that it has sent."""
@@ -632,7 +634,8 @@ class _Move:
     # --- afterwards -------------------------------------------------------------------------------
 
     def _follow(self) -> None:
-        """Until all is local there."""
+        """Until all is local there. A connection that is cut is waited for, for as long as ssh does."""
+        self._far.patience = math.inf
         told = time.monotonic()
         machine_told = False
         obstacles: dict[str, str] = {}
@@ -659,18 +662,18 @@ class _Move:
         self.say(f"all of {self._all} is local at {self._host}")
 
     def _tell_obstacles(self, found: dict[str, dict[str, Any]], told: dict[str, str]) -> None:
-        """Why disks are not copied, where they are not; each once. `told`: what was told last."""
+        """Why disks are not copied, where they are not, and that they are again; once. `told`: what they lacked."""
         for name, disk in found.items():
-            outage = disk.get("base_outage") or {"until": ""}
-            away = outage["until"] is None
-            why = f"cannot read it from here: {outage['reason']}" if away else disk.get("failed", "")
-            if not why and disk["state"] == "failed":
-                why = f"does not copy: {disk['reason'].partition('; again in')[0]}"
-            if why and told.get(name) != why:
+            lacks, why = _obstacle(disk)
+            if lacks == told.get(name, ""):
+                continue
+            told[name] = lacks
+            if why:
                 daemon.complain(f"{self._host}: {name}.raw: {why}; trying again")
-                if away and not self._server and not self._is_served():
-                    self._start_server()
-            told[name] = why
+            else:
+                self.say(f"{name}.raw: goes on")
+            if lacks == _SOURCE and not self._server and not all(serve.is_served(each.raw) for each in self._disks):
+                self._start_server()
 
     def _release(self) -> None:
         deadline = time.monotonic() + TOLD_SOURCE
@@ -802,6 +805,20 @@ class _Move:
 
 def _set_capability(monitor: Monitor, name: str, state: bool) -> None:
     monitor.call("migrate-set-capabilities", ANSWER, capabilities=[{"capability": name, "state": state}])
+
+
+def _obstacle(disk: dict[str, Any]) -> tuple[str, str]:
+    """What a disk at the target lacks to be copied, and that in words; empty: nothing."""
+    outage = disk.get("base_outage")
+    if outage is not None and outage["until"] is None:
+        since = outage["since"].partition("T")[2][: len("hh:mm:ss")]
+        return _SOURCE, f"cannot be read from here since {since}: {outage['reason']}"
+    if failed := disk.get("failed"):
+        return failed, failed
+    if disk["state"] == "failed":
+        reason = disk["reason"].partition("; again in")[0]
+        return reason, f"does not copy: {reason}"
+    return "", ""
 
 
 def _pace(left: list[dict[str, Any]]) -> str:

@@ -101,10 +101,8 @@ class _Disk:
         """Have it be given to others, here alone. Raises UsageError, ImageBusy, ImageError, OSError."""
         with explained(self.raw):
             self._only = os.open(self.raw, os.O_RDONLY | os.O_CLOEXEC)
-            try:
-                fcntl.flock(self._only, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise ImageBusy(self.raw, "is served already; end that fvdfs serve first") from None
+            if not _take(self._only):
+                raise ImageBusy(self.raw, "is served already; end that fvdfs serve first")
             ask_mount(self.raw, "serve")
         if facts(self.raw, STATUS).get("passthrough") == "on":
             raise UsageError(
@@ -329,6 +327,24 @@ def run(disks: Sequence[str], *, listen: str, unix: str, systemd: bool, tls_cred
 def name_of(raw: str) -> str:
     """That of a disk, by its raw file."""
     return os.path.basename(raw).removesuffix(".raw")
+
+
+def _take(descriptor: int) -> bool:
+    """Keep other servers from this raw file, until it is closed; False: one has it. Raises OSError."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def is_served(raw: str) -> bool:
+    """Whether an `fvdfs serve` of this host gives the disk. Raises OSError."""
+    descriptor = os.open(raw, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        return not _take(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def locations(disks: Sequence[str], listen: str, *, tls: bool) -> list[str]:

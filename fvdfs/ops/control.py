@@ -94,7 +94,7 @@ def refused(reasons: Mapping[bytes, str]) -> dict[str, Any]:
 def moves(entry: Entry) -> dict[str, Any]:
     """The part of the status about moves to and from other hosts."""
     record, refused = entry.record, entry.move_refused
-    remark = record.remark
+    remark = entry.asked.remark if entry.asked is not None else record.remark
     if record.state == Target.ACTIVE.value and not entry.busy:
         remark += "; it is copied while it is open, or by fvdfs prefetch start"
     found = {"move": record.state, "move_reason": record.obstacle, "move_remark": remark, "move_refused": refused}

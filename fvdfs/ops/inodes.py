@@ -18,6 +18,7 @@ import errno
 import hashlib
 import itertools
 import os
+import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +26,7 @@ import trio
 
 from fvdfs.counters import Counters
 from fvdfs.cow.heat import Heat
+from fvdfs.errors import FvdError, reason_of
 from fvdfs.format.migration import NO_RECORD, Record, Target
 from fvdfs.image.image import Image
 from fvdfs.ops.freshness import Snapshot, same_file
@@ -83,6 +85,26 @@ class Outcome:
         self.error: OSError | None = None
 
 
+class Asked:
+    """What a disk waits for that asks its source to hand it over."""
+
+    def __init__(self, since: float) -> None:
+        """`since`: seconds since the epoch."""
+        self.since = since
+        self.why = ""
+        """Why the last attempt has failed."""
+
+    def note(self, error: FvdError | OSError) -> None:
+        """An attempt has failed."""
+        self.why = reason_of(error)
+
+    @property
+    def remark(self) -> str:
+        """In words."""
+        since = time.strftime("%T", time.localtime(self.since))
+        return f"has asked its source for the disk since {since}" + (f": {self.why}" if self.why else "")
+
+
 class Entry:
     """An image that appears in the mount, or did while the kernel still knows it."""
 
@@ -129,6 +151,8 @@ class Entry:
         """Held while it is taken over from its source, or its move is given up."""
         self.move_refused = ""
         """Why the last step of a move that somebody asked for was refused."""
+        self.asked: Asked | None = None
+        """While it is asked for at its source."""
         self.own = b""
         """The map that the target of its move has asked for (`templates.py`)."""
         self.data_mtime_ns = seen.data_mtime_ns

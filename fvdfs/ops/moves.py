@@ -50,7 +50,7 @@ from fvdfs.image.policy import HostStore, Policy
 from fvdfs.ops import templates
 from fvdfs.ops.caches import Cache
 from fvdfs.ops.hot import fetch_hot_first, hot_blocks
-from fvdfs.ops.inodes import Entry
+from fvdfs.ops.inodes import Asked, Entry
 from fvdfs.ops.keeping import begin_writing
 from fvdfs.ops.openings import Openings
 from fvdfs.ops.passthrough import Passthrough
@@ -131,11 +131,13 @@ async def activate(openings: Openings, entry: Entry, patience: float = WRITE_PAT
         if entry.record.abandoned:
             raise OSError(errno.EROFS, entry.record.obstacle)
         began, source = trio.current_time(), _source(image, into)
+        entry.asked = Asked(time.time())
         try:
             if openings.folder.policy.on_loss.waits and patience > ASKED_PATIENCE:
-                await _ask_or_wait(image, openings.folder.policy.tls_creds, into, patience)
+                await _ask_or_wait(image, openings.folder.policy.tls_creds, into, patience, entry.asked.note)
             else:
-                await ask(source, openings.folder.policy.tls_creds, into, Wish.HAND_OVER, patience)
+                creds = openings.folder.policy.tls_creds
+                await ask(source, creds, into, Wish.HAND_OVER, patience, failed=entry.asked.note)
             with trio.CancelScope(shield=True):
                 async with entry.lock:
                     await _take_over(openings, entry, image)
@@ -143,11 +145,15 @@ async def activate(openings: Openings, entry: Entry, patience: float = WRITE_PAT
             entry.move_refused = reason_of(error)
             log.error("%s: cannot be taken over from its source: %s", image.name, entry.move_refused)
             raise OSError(errno.EIO, entry.move_refused) from error
+        finally:
+            entry.asked = None
         entry.move_refused = ""
         log.info("%s: taken over from its source in %.3f s", image.name, trio.current_time() - began)
 
 
-async def _ask_or_wait(image: Image, tls_creds: str, into: Incoming, patience: float) -> None:
+async def _ask_or_wait(
+    image: Image, tls_creds: str, into: Incoming, patience: float, failed: Callable[[FvdError | OSError], None]
+) -> None:
     """Ask for the disk. While the source is away, wait as a read does: the status tells, and who waits can be killed.
 
     Raises as `ask`, OSError.
@@ -155,7 +161,7 @@ async def _ask_or_wait(image: Image, tls_creds: str, into: Incoming, patience: f
     source = parse_location(image.header.base_img)
     while True:
         try:
-            await ask(source, tls_creds, into, Wish.HAND_OVER, patience, ASKED_PATIENCE)
+            await ask(source, tls_creds, into, Wish.HAND_OVER, patience, ASKED_PATIENCE, failed)
             return
         except (Unreachable, OSError):
             asked = time.time()

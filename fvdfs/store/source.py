@@ -6,6 +6,7 @@ import errno
 import math
 import secrets
 import socket
+from collections.abc import Callable
 
 import trio
 
@@ -53,9 +54,17 @@ async def hot_blocks(location: Location, tls_creds: str, size: int) -> list[Exte
 
 
 async def ask(
-    location: Location, tls_creds: str, into: Incoming, wish: Wish, patience: float, away_patience: float = math.inf
+    location: Location,
+    tls_creds: str,
+    into: Incoming,
+    wish: Wish,
+    patience: float,
+    away_patience: float = math.inf,
+    failed: Callable[[FvdError | OSError], None] = lambda _error: None,
 ) -> None:
     """Have the source do it, trying for so many seconds; `away_patience`: where it cannot be reached, if that is less.
+
+    `failed` is told of each attempt that has failed, and is followed by another one.
 
     Raises UsageError where it refuses for good, ImageError where it cannot do it yet, Unreachable or OSError where it
     cannot be reached.
@@ -69,13 +78,14 @@ async def ask(
                 return
             if not answer.later:
                 raise UsageError(f"the source refuses: {answer.text}")
-            error: Exception = ImageError("the source", f"cannot hand it over: {answer.text}")
+            error: FvdError | OSError = ImageError("the source", f"cannot hand it over: {answer.text}")
         except (OSError, Unreachable) as failure:
             if trio.current_time() > began + away_patience:
                 raise
             error = failure
         if trio.current_time() > deadline:
             raise error
+        failed(error)
         await trio.sleep(_RETRY)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import shlex
 import signal
 import socket
 import subprocess
@@ -15,9 +16,10 @@ from typing import Any
 
 import pytest
 
+from support.hosts import joined_hosts, needs_hosts
 from support.machines import Machine, is_there, machine, started_by
-from support.migrations import Ground, ended, far_side_of, slow_down, there, under_way
-from support.mounts import MIB, fvdfs, mounted, must, wait_for_end, wait_until
+from support.migrations import Ground, ended, far_side_of, slow_down, there, under_way, wait_for_step
+from support.mounts import FVDFS, MIB, fvdfs, mounted, must, wait_for_end, wait_until
 from support.tls import make_keys
 
 NO_MACHINE = ["--ssh", "env"]
@@ -304,6 +306,35 @@ def test_a_mount_is_killed_while_the_disk_follows(ground: Ground, side: str) -> 
         assert ground.source.status("vm")["move"] == "released"
         assert ground.target.raw("vm").read_bytes()[: 4 * MIB] == b"x" * 4 * MIB
         wait_until(lambda: not ground.is_served)
+
+
+@needs_hosts
+def test_what_it_waits_for_is_told_once_and_that_it_is_back(tmp_path: Path, folder: Path) -> None:
+    """The link from which the disk is read is cut, then the far end does not answer."""
+    must("create", folder / "vm.fvd", "4M")
+    (there := tmp_path / "there").mkdir()
+    with joined_hosts(2) as ((a, b), link), contextlib.ExitStack() as stack:
+        source = stack.enter_context(a.mounted(folder))
+        options = ("-o", f"allow_url=nbd://{a.address}/,prefetch_max=1M,on_base_error=wait")
+        target = stack.enter_context(b.mounted(there, *options))
+        with source.raw("vm").open("r+b") as file:
+            file.write(b"x" * 4 * MIB)
+        how = ("--ssh", shlex.join(b.on()), "--program", shlex.join(map(str, FVDFS)), "--listen", a.address)
+        words = (*FVDFS, "migrate", source.raw("vm"), f"{b.address}:{target.point}", *how)
+        process = a.popen(*words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        assert process.stderr is not None
+        wait_for_step(process, "has taken")
+        link.cut(b)
+        assert f"{b.address}: vm.raw: cannot be read from here since " in process.stderr.readline()
+        assert "base lost since" in must("status", target.point)
+        os.kill(far_side_of(process), signal.SIGSTOP)
+        assert f"{b.address}: has not answered since " in process.stderr.readline()
+        link.join(b)
+        os.kill(far_side_of(process), signal.SIGCONT)
+        assert f"{b.address}: answers again, after " in process.stderr.readline()
+        wait_for_step(process, "vm.raw: goes on")
+        assert ended(process) == (0, "")
+        assert source.status("vm")["move"] == "released"
 
 
 def test_a_host_that_only_ssh_knows(ground: Ground, here: Machine) -> None:

@@ -221,7 +221,9 @@ def test_the_first_write_waits_for_a_machine_that_is_about_to_end(move: Move) ->
             with machine(move.source.raw("vm")):
                 writer = threading.Thread(target=write)
                 writer.start()
-                assert not done.wait(0.5)
+                said = "has asked its source for the disk since "
+                wait_until(lambda: said in (remark := target.status("vm")["move_remark"]) and "machine runs" in remark)
+                assert not done.is_set()
                 write_direct(move.source.raw("vm"), 0, 8)
             assert done.wait(30)
             writer.join()

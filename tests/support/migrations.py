@@ -69,10 +69,15 @@ def under_way(
     """The command, which has just told this step: with a machine, but for other words or disks."""
     words = ground.words(*(more or ground.with_machine() if disks == ("vm",) else more), disks=disks)
     with running(*FVDFS, *words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        while step not in (line := process.stdout.readline()):
-            assert line, process.stderr and process.stderr.read()
+        wait_for_step(process, step)
         yield process
+
+
+def wait_for_step(process: subprocess.Popen[Any], step: str) -> None:
+    """Until the command tells this one."""
+    assert process.stdout is not None
+    while step not in (line := process.stdout.readline()):
+        assert line, process.stderr and process.stderr.read()
 
 
 def ended(process: subprocess.Popen[Any]) -> tuple[int, str]:
