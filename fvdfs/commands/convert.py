@@ -415,7 +415,11 @@ async def _compressed(
             await copy(source, NamedSide(StoreSide(store, size), path), progress, over_base=False)
         finally:
             store.close()
-        await qemu_compress(file, place)
+        await qemu_compress(file, place, functools.partial(_of_share, progress, size))
+
+
+def _of_share(progress: Progress, size: int, share: float) -> None:
+    progress(int(size * share), size)
 
 
 async def _to_server(

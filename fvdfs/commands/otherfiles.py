@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from subprocess import PIPE
 
 import trio
 
@@ -16,6 +18,10 @@ from fvdfs.format.header import Header
 from fvdfs.image.policy import Policy
 from fvdfs.store.qemu_store import QemuStore
 from fvdfs.store.references import LUKS
+
+_SHARE = re.compile(rb"\(([0-9.]+)/100%\)")
+"""How qemu-img says how far it is, in percent."""
+_TOLD = 100  # bytes of its output; more than one of these takes
 
 
 def make_data_file(
@@ -56,16 +62,39 @@ async def _write_zeros(file: NewFile, file_format: str, zeros: Sequence[tuple[in
         await store.aclose()
 
 
-async def qemu_compress(file: NewFile, raw: str) -> None:
-    """Make a new file a compressed qcow2 image with the content of a raw file. Raises UsageError."""
-    command = ["qemu-img", "convert", "-q", "-c", "-W", "-m", "4", "-f", "raw", "-O", "qcow2", "--", raw, file.place]
+async def qemu_compress(file: NewFile, raw: str, progress: Callable[[float], None]) -> None:
+    """Make a new file a compressed qcow2 image with the content of a raw file. Raises UsageError.
+
+    `progress` is told the share that is done.
+    """
+    command = ["qemu-img", "convert", "-p", "-c", "-W", "-m", "4", "-f", "raw", "-O", "qcow2", "--", raw, file.place]
+    said = b""
+
+    async def follow(output: trio.abc.ReceiveStream) -> None:
+        told = b""
+        async for data in output:
+            told = (told + data)[-_TOLD:]
+            if found := _SHARE.findall(told):
+                progress(float(found[-1]) / 100)
+
+    async def keep(output: trio.abc.ReceiveStream) -> None:
+        nonlocal said
+        async for data in output:
+            said += data
+
     try:
-        done = await trio.run_process(command, capture_stderr=True, check=False)
-    except FileNotFoundError:
+        async with trio.open_nursery() as nursery:
+            start = functools.partial(trio.run_process, command, stdout=PIPE, stderr=PIPE, check=False)
+            process: trio.Process = await nursery.start(start)
+            assert process.stdout is not None
+            assert process.stderr is not None
+            nursery.start_soon(follow, process.stdout)
+            nursery.start_soon(keep, process.stderr)
+    except* FileNotFoundError:
         raise UsageError("qemu-img is missing: install the package qemu-utils") from None
-    if done.returncode:
-        said = os.fsdecode(done.stderr).strip().replace(file.place, file.path).replace(raw, file.path)
-        raise UsageError(said or f"qemu-img ended with exit code {done.returncode}")
+    if process.returncode:
+        why = os.fsdecode(said).strip().replace(file.place, file.path).replace(raw, file.path)
+        raise UsageError(why or f"qemu-img ended with exit code {process.returncode}")
 
 
 def qemu_create(file: NewFile, file_format: str, size: int, secret: str = "") -> None:

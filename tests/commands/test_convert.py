@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import random
 import signal
@@ -13,7 +14,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import trio
 
+from fvdfs.commands.convert import Permission, convert
+from fvdfs.format.creation import CreateOptions
 from support import reference
 from support.devices import loop_device, small_disk
 from support.mounts import MIB, fvdfs, mounted, must, wait_until
@@ -501,3 +505,28 @@ def test_both_ways(folder: Path, source: str, target: str) -> None:
     words = ["-f", "qcow2"] if target == "a.qcow2" else []
     must("convert", *words, other / target, folder / "back.raw")
     assert (folder / "back.raw").read_bytes() == content
+
+
+def test_compression_tells_how_far_it_is(folder: Path) -> None:
+    """First all is copied, then all is compressed."""
+    (folder / "a.raw").write_bytes(CONTENT)
+    told: list[tuple[int, int]] = []
+    work = functools.partial(
+        convert,
+        str(folder / "a.raw"),
+        str(folder / "a.qcow2"),
+        source_format="",
+        target_format="",
+        options=CreateOptions(),
+        force=False,
+        permission=Permission(),
+        progress=lambda done, total: told.append((done, total)),
+        compress=True,
+    )
+    assert trio.run(work) == []
+    first = told.index((len(CONTENT), len(CONTENT)))
+    second = [done for done, _ in told[first + 1 :]]
+    assert min(second) < len(CONTENT)
+    assert second[-1] == len(CONTENT)
+    assert {total for _, total in told} == {len(CONTENT)}
+    qemu_img("compare", folder / "a.raw", folder / "a.qcow2")
