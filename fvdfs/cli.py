@@ -365,13 +365,16 @@ def _parser() -> argparse.ArgumentParser:
 
     prefetch = commands.add_parser("prefetch", help="copy all that is missing of a mounted disk from its base")
     prefetch.set_defaults(run=_prefetch)
-    prefetch.add_argument("command", choices=["start", "pause", "stop"])
+    prefetch.add_argument("command", choices=["start", "pause", "stop"], metavar="start|pause|stop")
     prefetch.add_argument("raw", metavar="MOUNTPOINT/NAME.raw")
 
     profile = commands.add_parser("profile", help="record, and show, what a machine reads first")
     profile.set_defaults(run=_profile)
     profile.add_argument(
-        "command", choices=["record", "show"], help="record: at the next opening; show: as create --profile takes it"
+        "command",
+        choices=["record", "show"],
+        metavar="record|show",
+        help="record: at the next opening; show: as create --profile takes it",
     )
     profile.add_argument("image", metavar="IMAGE")
     profile.add_argument("--json", action="store_true", help=_JSON)
@@ -383,8 +386,8 @@ def _parser() -> argparse.ArgumentParser:
     map_.add_argument("image", metavar="IMAGE|RAW", help="an image, or a raw file in a mount")
     map_.add_argument("--json", action="store_true", help=_JSON)
     _add_names(map_, _URLS)
-    map_.add_argument("--png", default="", metavar="FILE", help="draw a picture")
-    map_.add_argument("--html", default="", metavar="FILE", help="make a page for a browser")
+    map_.add_argument("--png", default="", metavar="FILE", help="draw a picture; -: to standard output")
+    map_.add_argument("--html", default="", metavar="FILE", help="make a page for a browser; -: to standard output")
     _add_secret(map_)
 
     resize = commands.add_parser("resize", help="change the size of a disk")

@@ -17,8 +17,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
-from rich.table import Table
-
+from fvdfs.commands.rows import in_columns
 from fvdfs.commands.terminal import plain_console
 from fvdfs.daemon import run_loop
 from fvdfs.store.qemu_words import PROGRAM
@@ -51,12 +50,14 @@ def run(*, as_json: bool) -> int:
     if as_json:
         print(json.dumps({"works": works, "findings": [asdict(finding) for finding in findings]}, indent=2))
     else:
-        table = Table(box=None, pad_edge=False, show_header=False)
-        for finding in findings:
-            verdict = "works" if finding.works else "MISSING" if finding.needed else "no"
-            table.add_row(finding.name, verdict, finding.found + (f"; {finding.advice}" if finding.advice else ""))
-        plain_console(width=None if sys.stdout.isatty() else WIDE).print(table)
+        cells = [(each.name, _verdict(each), "; ".join(filter(None, (each.found, each.advice)))) for each in findings]
+        width = plain_console().width if sys.stdout.isatty() else WIDE
+        sys.stdout.write("".join(f"{line}\n" for line in in_columns(cells, width)))
     return 0 if works else 1
+
+
+def _verdict(finding: Finding) -> str:
+    return "works" if finding.works else "MISSING" if finding.needed else "no"
 
 
 def _kernel() -> Finding:

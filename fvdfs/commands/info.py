@@ -5,14 +5,16 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from fvdfs import mountoptions
 from fvdfs.commands.attributes import facts
 from fvdfs.commands.mounted import raw_file
-from fvdfs.commands.rows import local
+from fvdfs.commands.rows import in_columns, local
+from fvdfs.commands.terminal import plain_console
 from fvdfs.daemon import run_loop
 from fvdfs.errors import FormatError, FvdError, ImageBusy, UsageError, printable
 from fvdfs.format.header import Header, ceil_div
@@ -32,7 +34,11 @@ def run(image: str, *, as_json: bool, options: Sequence[str], secret: str) -> in
     """Print what is known of an image. Raises UsageError, and as `describe`."""
     urls = mountoptions.allowed_urls(options)
     found = describe(image, secret_file=secret, allowed_urls=urls)
-    print(json.dumps(found, indent=2) if as_json else render(found))
+    if as_json:
+        print(json.dumps(found, indent=2))
+    else:
+        width = plain_console().width if sys.stdout.isatty() else None
+        print("\n".join(render(found, width)))
     return 0
 
 
@@ -183,8 +189,8 @@ def _layout(compact: bool, data_file: bool, base: bool) -> str:
     return text
 
 
-def render(found: dict[str, Any]) -> str:
-    """The facts as text for a terminal."""
+def render(found: dict[str, Any], width: int | None) -> Iterator[str]:
+    """The facts as lines for a terminal of so many columns; None: any number."""
     rows = [
         ("image", found["image"]),
         ("virtual size", human_size(found["virtual_size"])),
@@ -205,12 +211,11 @@ def render(found: dict[str, Any]) -> str:
         rows.append(("move", found["move"]["reason"] or found["move"]["state"]))
         rows += [("source", found["move"]["source"])] * bool(found["move"]["source"])
     rows += [("problem", problem) for problem in found["problems"]]
-    rows.append(("", ""))
-    for field in dataclasses.fields(Header):
-        value = found[field.name]
-        rows.append((field.name, f"0x{value:X}" if field.name == "magic" else str(value)))
-    width = max(len(name) for name, _ in rows)
-    return "\n".join(printable(f"{name:<{width}}  {value}".rstrip()) for name, value in rows)
+    of_header = [(field.name, str(found[field.name])) for field in dataclasses.fields(Header)]
+    of_header = [(name, f"0x{int(value):X}" if name == "magic" else value) for name, value in of_header]
+    yield from in_columns([(name, printable(value)) for name, value in rows], width)
+    yield ""
+    yield from in_columns([(name, printable(value)) for name, value in of_header], width)
 
 
 def _of_export(note: dict[str, Any]) -> str:

@@ -22,6 +22,7 @@ from fvdfs.commands.mappage import PER_ROW, short, visible
 from fvdfs.commands.mounted import raw_file
 from fvdfs.commands.newfiles import NewFiles
 from fvdfs.commands.rows import local, percent, shortened
+from fvdfs.commands.streams import OUTPUT, STREAM
 from fvdfs.commands.terminal import plain_console
 from fvdfs.daemon import run_loop
 from fvdfs.errors import ImageBusy, UsageError, named, printable
@@ -41,6 +42,7 @@ _PNG = b"\x89PNG\r\n\x1a\n"
 def run(image: str, *, as_json: bool, png: str, page: str, options: Sequence[str], secret: str) -> int:
     """Show the map as a bar, as JSON, as a picture, as a page. Raises as `read_map`, `draw_map` and `make_page`."""
     urls = mountoptions.allowed_urls(options)
+    _refuse_output(as_json=as_json, png=png, page=page)
     found = read_map(image, secret_file=secret, allowed_urls=urls)
     if png:
         draw_map(found, png, image)
@@ -51,6 +53,13 @@ def run(image: str, *, as_json: bool, png: str, page: str, options: Sequence[str
     elif not png and not page:
         print_map(found)
     return 0
+
+
+def _refuse_output(*, as_json: bool, png: str, page: str) -> None:
+    if (png, page).count(STREAM) + as_json * (STREAM in (png, page)) > 1:
+        raise UsageError(f"{OUTPUT}: takes one of --json, --png {STREAM} and --html {STREAM}; give the others a file")
+    if png == STREAM and os.isatty(1):
+        raise UsageError(f"--png {STREAM}: {OUTPUT} is a terminal; send it to a file or to a program")
 
 
 def read_map(path: str, *, secret_file: str = "", allowed_urls: tuple[str, ...] = ()) -> dict[str, Any]:
@@ -173,7 +182,10 @@ def make_page(found: dict[str, Any], path: str, image: str) -> None:
 
 
 def _write(path: str, data: bytes, image: str, what: str, ending: str, first: bytes) -> None:
-    """Write a file that ends and begins like this; of one that is there only such a one is overwritten."""
+    """Write a file that ends and begins like this; of one that is there only such a one is overwritten. `-`: stdout."""
+    if path == STREAM:
+        sys.stdout.buffer.write(data)
+        return
     again = _is_like(path, ending, first)
     if os.path.exists(path) and not again:
         raise UsageError(f"{path} exists already, and is no {what} of a map (NAME{ending}); choose another name")

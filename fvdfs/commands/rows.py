@@ -272,6 +272,34 @@ def laid_out(cells: Sequence[Sequence[str]], width: int | None) -> Iterator[str]
                 )
 
 
+def in_columns(cells: Sequence[Sequence[str]], width: int | None) -> Iterator[str]:
+    """Rows as lines of at most so many columns, where words permit it (None: any number).
+
+    What does not fit goes on below the last column, or, where that has too little room, below its row.
+    """
+    wide = [max(cell_len(row[at]) for row in cells) for at in range(len(cells[0]) - 1)]
+    lead = sum(wide) + 2 * len(wide)
+    room = math.inf if width is None else width
+    for *row, text in cells:
+        first = "  ".join(_padded(cell, size) for cell, size in zip(row, wide, strict=True))
+        if lead + cell_len(text) <= room:
+            yield f"{first}  {text}".rstrip()
+        elif room - lead >= WHY_LEAST:
+            lines = _wrapped(text, int(room) - lead)
+            yield f"{first}  {lines[0]}"
+            yield from (" " * lead + line for line in lines[1:])
+        elif sum(map(cell_len, (*row, text))) + 2 * len(row) <= room:
+            yield "  ".join((*row, text)).rstrip()
+        else:
+            yield first.rstrip()
+            yield from (f"  {line}" for line in _wrapped(text, max(int(room) - 2, 1)))
+
+
+def _wrapped(text: str, width: int) -> list[str]:
+    """Broken between words alone: a path or a command is to be copied."""
+    return textwrap.wrap(text, width, break_on_hyphens=False, break_long_words=False)
+
+
 def _padded(text: str, width: int) -> str:
     return text + " " * (width - cell_len(text))
 

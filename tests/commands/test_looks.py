@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import html
 import html.parser
 import json
 import os
+import pty
 import re
+import struct
 import subprocess
 import tempfile
+import termios
 from pathlib import Path
 from typing import Any
 
@@ -252,3 +256,44 @@ def test_only_an_older_map_is_overwritten(disk: Path, tmp_path: Path, ending: st
     assert f"{path} exists already, and is no p" in done.err
     assert fvdfs("map", disk, f"--{ending}", disk).code == 2
     assert "fvd" in must("info", disk)
+
+
+def test_a_map_to_standard_output(disk: Path, tmp_path: Path) -> None:
+    for ending, first in (("png", b"\x89PNG"), ("html", b"<!DOCTYPE html>")):
+        command = [*FVDFS, "map", disk.name, f"--{ending}", "-"]
+        done = subprocess.run(command, capture_output=True, cwd=disk.parent, timeout=60, check=True)
+        assert done.stdout.startswith(first)
+        assert b"stored" not in done.stderr
+    assert not (disk.parent / "-").exists()
+    for words in (["--png", "-", "--html", "-"], ["--png", "-", "--json"], ["--json", "--html", "-"]):
+        assert "takes one of" in fvdfs("map", disk, *words).err
+    must("map", disk, "--png", tmp_path / "map.png", "--html", "-")
+    assert (tmp_path / "map.png").exists()
+    ours, theirs = pty.openpty()
+    done = subprocess.run([*FVDFS, "map", disk, "--png", "-"], stdout=theirs, stderr=subprocess.PIPE, check=False)
+    os.close(ours)
+    os.close(theirs)
+    assert (done.returncode, b"is a terminal" in done.stderr) == (2, True)
+
+
+@pytest.mark.parametrize(("words", "width"), [("info vm.fvd", 40), ("info vm.fvd", 80), ("doctor", 40)])
+def test_what_is_in_columns_fits(disk: Path, words: str, width: int) -> None:
+    """But for single words, which stay whole."""
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, width, 0, 0))
+    environment = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES")}
+    with subprocess.Popen([*FVDFS, *words.split()], stdout=theirs, cwd=disk.parent, env=environment) as process:
+        os.close(theirs)
+        text = b""
+        with contextlib.suppress(OSError), os.fdopen(ours, "rb", buffering=0) as terminal:
+            while data := terminal.read(1 << 16):
+                text += data
+    assert process.returncode == 0
+    lines = text.decode().splitlines()
+    assert len(lines) > 10
+    for line in lines:
+        assert len(line) <= width or len(line.split()[-1]) >= 16
+        assert line == line.rstrip()
+    piped = subprocess.run([*FVDFS, *words.split()], capture_output=True, text=True, cwd=disk.parent, check=True).stdout
+    assert piped.split() == text.decode().split()
+    assert all(line == line.rstrip() for line in piped.splitlines())
