@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -25,7 +26,7 @@ def explained(path: str) -> Iterator[None]:
             yield
     except OSError as error:
         if error.errno in _NOT_OURS:
-            raise UsageError(f"{path}: is not a raw file of an fvdfs mount") from None
+            raise _not_ours(path) from None
         if error.errno == errno.ENOENT:
             raise UsageError(f"{path}: {why_missing(path) or 'there is no such file'}") from None
         if error.errno in DEAD:
@@ -57,9 +58,11 @@ def refuse_raw(path: str) -> None:
 
 
 def refuse_other(path: str) -> None:
-    """Raise NotFvd for a file of another format, in which a command has found no image."""
+    """Raise NotFvd for a file of another format, or a raw one, in which a command has found no image."""
     with open(path, "rb") as file:
         kind = detect(file.read(PROBE_SIZE))
+    if kind is None and path.endswith(".raw"):
+        raise NotFvd(path, f"is not an FVD image; if it is a raw disk, {_made_of(path)}")
     if kind not in (None, "fvd"):
         raise NotFvd(path, f"is a {kind} file, not an FVD image; qemu-img info shows it")
 
@@ -98,5 +101,22 @@ def facts(path: str, attribute: str) -> dict[str, Any]:
     except ValueError:
         found = None
     if not isinstance(found, dict):
-        raise UsageError(f"{path}: is not a raw file of an fvdfs mount")
+        raise _not_ours(path)
     return found
+
+
+def _not_ours(path: str) -> UsageError:
+    """Of what is no disk of a mount: what it may be instead."""
+    if not os.path.isfile(path):
+        return UsageError(f"{path}: is not a raw file in a mount of fvdfs; name one, or an image NAME.fvd")
+    image = _image_name(path)
+    there = f"its image may be {image}" if os.path.exists(image) else _made_of(path)
+    return UsageError(f"{path}: is not a raw file in a mount of fvdfs; {there}")
+
+
+def _image_name(raw: str) -> str:
+    return raw.removesuffix(".raw") + ".fvd"
+
+
+def _made_of(raw: str) -> str:
+    return f"fvdfs convert {shlex.quote(raw)} {shlex.quote(_image_name(raw))} makes an image of it"

@@ -12,7 +12,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 
-from fvdfs.commands.attributes import explained, facts, flush, or_by_mount
+from fvdfs.commands.attributes import explained, facts, flush, or_by_mount, unwritable
 from fvdfs.commands.layers import policy_of, refuse_of_raw
 from fvdfs.daemon import run_loop
 from fvdfs.errors import FvdError, ImageBusy, ImageError, UsageError
@@ -139,6 +139,8 @@ def ask_mount(raw: str, step: str) -> dict[str, object]:
             raise UsageError(f"{raw}: only its owner, or root, may move it") from None
         refused = str(facts(raw, STATUS).get("move_refused", ""))
         if not refused:
+            if error.errno == errno.EROFS:
+                raise unwritable(raw) from error
             raise
         if error.errno == errno.EINVAL:
             raise UsageError(f"{raw}: {refused}") from error

@@ -24,7 +24,7 @@ def run(command: str, raw: str) -> int:
             if error.errno == errno.EINVAL:
                 raise UsageError(f"{raw}: nothing is being prefetched; see fvdfs status") from None
             if error.errno == errno.EROFS:
-                raise unwritable(raw) from None
+                raise unwritable(raw) from error
             raise
         if command == "start" and facts(raw, STATUS).get("base_size") == 0:
             raise UsageError(f"{raw}: has no base, and so nothing to prefetch")

@@ -55,7 +55,7 @@ def _by_mount(raw: str, name: str) -> None:
             os.setxattr(raw, SNAPSHOT, name.encode())
         except OSError as error:
             if error.errno == errno.EROFS:
-                raise unwritable(raw) from None
+                raise unwritable(raw) from error
             if error.errno == errno.EPERM:
                 raise UsageError(f"{raw}: only its owner, or root, may make a snapshot") from None
             refused = facts(raw, STATUS).get("snapshot_refused")

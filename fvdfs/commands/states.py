@@ -33,7 +33,8 @@ def image_of(disk: str) -> str:
 def without_mark(disk: str) -> str:
     """The path of the image if DISK@SNAPSHOT is named, else what is named. Raises UsageError, OSError."""
     name, at, snapshot = disk.rpartition(MARK)
-    if name and at and "/" not in snapshot and not os.path.lexists(disk):
+    is_raw = snapshot.endswith(".raw") and not os.path.lexists(name)  # that of a snapshot, in a mount
+    if name and at and "/" not in snapshot and not is_raw and not os.path.lexists(disk):
         return snapshot_file(image_file(name), snapshot)
     return disk
 

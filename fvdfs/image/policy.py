@@ -83,6 +83,8 @@ class Policy:
             remedy = ""
             if error.errno == errno.ENOENT and field == "base_img":
                 remedy = "; if it was moved: fvdfs rebase IMAGE -b FILE --unsafe"
+            elif error.errno == errno.ENOENT and field == "data_file":
+                remedy = "; it holds the disk's data: bring it back"
             raise ImageError(image, f"{where}{error.strerror}{remedy}") from error
         try:
             self._check_file(image, field, name, os.readlink(f"/proc/self/fd/{handle}"))

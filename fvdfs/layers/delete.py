@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shlex
 from collections.abc import Iterator
 
 import trio
@@ -65,7 +66,8 @@ def begin(tree: Tree, path: str, going: str, policy: Policy) -> Node | None:
         raise UsageError(f"{path}: is no snapshot, whose name would be DISK{MARK}NAME.fvd; to remove a disk: rm {path}")
     snapshot, rest = identity_at(path), identity_at(going)
     if snapshot is None and rest is None:
-        raise UsageError(f"{path}: there is no such file")
+        folder = shlex.quote(os.path.dirname(path) or ".")
+        raise UsageError(f"{path}: there is no such file; fvdfs snapshots {folder} shows which there are")
     if snapshot is not None and rest not in (None, snapshot):
         raise UsageError(f"{going}: is left of another one of that name; rename {path}, then delete it again")
     users = users_of(tree, path if snapshot is not None else going)

@@ -14,13 +14,15 @@ import errno
 import functools
 import logging
 import os
+import shlex
 import stat
 
 import trio
 
-from fvdfs.errors import FvdError, ImageError, NotFvd, shortage, told
+from fvdfs.errors import FormatError, FvdError, ImageError, NotFvd, shortage, told
 from fvdfs.image.chain import Judged, look_at_chain
 from fvdfs.image.policy import Policy
+from fvdfs.mounts import user_name
 from fvdfs.ops.freshness import same_file, signature
 from fvdfs.ops.host_attributes import HostAttributes
 from fvdfs.ops.inodes import IMAGE_SUFFIX, ROOT_INODE, Entry, Inodes, Seen, image_name
@@ -249,7 +251,7 @@ class Folder:
         What is wrong with one base is so for all images on it: that is one line. What is wrong with many images alike
         is a few lines: the log counts them by the reason (`complaints.py`), which stands first, and is not shown there.
         """
-        text = told(error)
+        text = told(error) + (advice := _advice(error))
         if self._complaints.get(path) == text:
             return
         said = isinstance(error, ImageError) and text in self._complaints.values()
@@ -261,7 +263,18 @@ class Folder:
             log.log(level, "%.0s%s", error.reason, text)
             return
         reason = (error.strerror or text) if isinstance(error, OSError) else text
-        log.log(level, "%.0s%s: %s", reason, os.fsdecode(path), reason)
+        log.log(level, "%.0s%s: %s", reason, os.fsdecode(path), reason + advice)
+
+
+def _advice(error: OSError | FvdError) -> str:
+    """What to do about an image that does not appear, where the reason does not say so."""
+    if isinstance(error, NotFvd):
+        return "; fvdfs convert makes one of a disk in another format"
+    if isinstance(error, FormatError):
+        return f"; fvdfs check {shlex.quote(error.image)} says what is wrong"
+    if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM):
+        return f"; let {user_name(os.geteuid())} read it, who has mounted"
+    return ""
 
 
 def _is_unchanged(known: Entry, status: os.stat_result, *, busy: bool) -> bool:

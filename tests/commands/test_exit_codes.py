@@ -111,6 +111,13 @@ def test_1_in_use(images: Path) -> None:
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="becomes another user")
+def test_1_a_read_only_mount(images: Path) -> None:
+    must("create", "b.fvd", "-b", "a.fvd", "-F", "fvd")
+    with mounted(images, "--read-only") as mount:
+        text = "resize X 2M; snapshot X; prefetch start X; flatten X; freeze X"
+        assert wrong(1, commands(text, str(mount.raw("b"))), "the mount is read-only") == []
+
+
 def test_1_no_permission() -> None:
     folder = Path(tempfile.mkdtemp(prefix="fvdfs-test-"))
     try:

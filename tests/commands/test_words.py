@@ -192,3 +192,53 @@ def test_a_command_that_asks_for_the_secret_takes_it(folder: Path) -> None:
     with mounted(folder, "-o", f"secret={folder / 'key'}") as mount:
         done = fvdfs("freeze", mount.raw("vm"), *secret)
         assert (done.code, "a mount has its own" in done.err) == (2, True)
+
+
+def test_a_raw_file_that_no_mount_shows(folder: Path) -> None:
+    """It is no disk: what to do with it is said, and where it lies beside an image of its name."""
+    raw = folder / "a b.raw"
+    raw.write_bytes(bytes(MIB))
+    makes = f"fvdfs convert '{raw}' '{folder}/a b.fvd' makes an image of it\n"
+    for words in (["map"], ["snapshots"], ["info"], ["check"], ["prefetch", "start"], ["snapshot"]):
+        done = fvdfs(*words, raw)
+        assert done.code != 0
+        assert done.err.endswith(makes), words
+        assert done.err.count("\n") == 1
+    must("create", folder / "a b.fvd", "1M")
+    assert fvdfs("map", raw).err.endswith(f"; its image may be {folder}/a b.fvd\n")
+    assert fvdfs("map", "/dev/null.raw").err == "fvdfs: /dev/null.raw: there is no such file\n"
+
+
+def test_what_to_do_about_images_that_do_not_appear(folder: Path) -> None:
+    for name in ("bad", "lost"):
+        must("create", folder / f"{name}.fvd", "1M", "--data-file", "auto")
+    with open(folder / "bad.fvd", "r+b") as file:
+        file.seek(8)
+        file.write(b"\xff" * 8)
+    (folder / "lost.fvd.data").unlink()
+    (folder / "none.fvd").write_bytes(bytes(MIB))
+    with mounted(folder) as mount:
+        refused = {
+            image["name"]: image["failed"] for image in json.loads(must("status", "--json", mount.point))["images"]
+        }
+        log = mount.log
+    advice = {
+        "bad.fvd": f"; fvdfs check {folder}/bad.fvd says what is wrong",
+        "lost.fvd": "; it holds the disk's data: bring it back",
+        "none.fvd": "; fvdfs convert makes one of a disk in another format",
+    }
+    assert refused.keys() == advice.keys()
+    for name, what in advice.items():
+        assert refused[name].endswith(what)
+        assert f"{refused[name]}\n" in log
+
+
+def test_a_snapshot_that_is_not_there(folder: Path) -> None:
+    must("create", folder / "a.fvd", "1M")
+    with mounted(folder) as mount:
+        for name in (folder / "a@no.fvd", mount.point / "a@no.raw"):
+            done = fvdfs("delete", name)
+            said = f"fvdfs: {folder}/a@no.fvd: there is no such file; fvdfs snapshots {folder} shows which there are\n"
+            assert (done.code, done.err) == (2, said)
+    assert "record|show, IMAGE" in fvdfs("profile").err
+    assert "start|pause|stop" in fvdfs("prefetch").err
