@@ -23,7 +23,7 @@ from fvdfs import __version__, daemon, programs
 from fvdfs.errors import NotFvd, UsageError, nearest, printable
 from fvdfs.examples import EXAMPLES
 from fvdfs.logs import LogFormatter
-from fvdfs.mountoptions import MOUNT_OPTIONS, passphrase_file, tls_credentials
+from fvdfs.mountoptions import MOUNT_OPTIONS, credentials_file, passphrase_file, tls_credentials
 from fvdfs.sizes import NewSize, parse_new_size, parse_size
 
 if TYPE_CHECKING:
@@ -166,6 +166,10 @@ def _run(arguments: argparse.Namespace) -> int:
         from fvdfs.image.policy import given_tls_creds
 
         given_tls_creds.set(tls_credentials("--tls-creds ", arguments.servers_creds))
+    if getattr(arguments, "credentials", ""):
+        from fvdfs.image.policy import given_credentials
+
+        given_credentials.set(credentials_file("--credentials ", arguments.credentials))
     if run is not _mount:  # which has a log
         _log_to_terminal()
     try:
@@ -641,6 +645,9 @@ def _add_names(command: argparse.ArgumentParser, text: str) -> None:
 
 def _add_secret(command: argparse.ArgumentParser, help_text: str = "the passphrase of encrypted images") -> None:
     command.add_argument("--secret", default="", metavar="FILE", help=help_text)
+    command.add_argument(
+        "--credentials", default="", metavar="FILE", help="who we are for servers, and passphrases, as in the guide"
+    )
     _add_tls_creds(command)
 
 

@@ -9,7 +9,18 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import re
 from collections.abc import Iterable, Iterator
+
+_PASSWORDS = re.compile(
+    r"""(://[^/@\s:'"]*:)[^/@\s'"]+(?=@)|(\w*(?:pass(?:word|wd)|cookie)"?\s*[:=]\s*"?|:key=)[^",:\s]+"""
+)
+"""As in https://user:password@host/, "password": "…" of json:{...}, and rbd:pool/image:key=…"""
+
+
+def without_passwords(text: str) -> str:
+    """Text, with what a user may have written into a URL, though none is taken from there, left out."""
+    return _PASSWORDS.sub(lambda found: (found[1] or found[2]) + "…", text)
 
 
 def printable(text: str) -> str:
@@ -107,7 +118,7 @@ class FvdError(Exception):
     exit_code = 1
 
     def __init__(self, text: str) -> None:
-        super().__init__(printable(text))
+        super().__init__(without_passwords(printable(text)))
 
 
 class UsageError(FvdError):

@@ -27,6 +27,7 @@ from typing import NamedTuple
 
 from fvdfs.errors import UsageError, nearest
 from fvdfs.sizes import parse_size
+from fvdfs.store.lending import read_credentials
 from fvdfs.store.paths import in_time, real_path
 from fvdfs.store.qemu_nodes import TLS_FILES
 
@@ -114,6 +115,7 @@ _ROWS = (
         separator=":",
     ),
     Option("secret=FILE", "the passphrase of encrypted bases and data files"),
+    Option("credentials=FILE", "who we are for servers, and passphrases, by prefixes of URLs and paths"),
     Option("tls_creds=DIR", "certificates (ca-cert.pem, …) or pre-shared keys (keys.psk) for servers of nbds://"),
     Option(
         "on_base_error=wait[=TIME]|eio",
@@ -335,6 +337,16 @@ def tls_credentials(option: str, folder: str) -> str:
         if in_time(functools.partial(os.access, path, os.R_OK), True):
             return path
     raise UsageError(f"{option}{folder}: has neither {TLS_FILES[0]} nor {TLS_FILES[1]} that can be read")
+
+
+def credentials_file(option: str, path: str) -> str:
+    """The absolute path of a file with credentials. Raises UsageError where it, or what it names, cannot be used."""
+    path = os.path.abspath(path)
+    try:
+        read_credentials(path)
+    except UsageError as error:
+        raise UsageError(f"{option}{error}") from error
+    return path
 
 
 def program(choice: str) -> str:

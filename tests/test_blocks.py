@@ -70,7 +70,15 @@ sync -d disks/vm.raw
 kill -9 "$(getfattr --only-values -n user.fvdfs.pid disks)"
 exec 7<&-
 """
+SSHD = """
+mkdir -p /run/sshd
+echo 'images:x:1234:1234::/tmp:/bin/sh' >>/etc/passwd
+ssh-keygen -q -t ed25519 -N "" -f /run/host
+/usr/sbin/sshd -f /dev/null -h /run/host -o ListenAddress=10.0.0.1 -o StrictModes=no -o UsePAM=no \\
+    -o AuthorizedKeysFile=/etc/fvdfs/id_ed25519.pub -o 'Subsystem=sftp internal-sftp'
+"""
 PREPARED = {
+    ("docs/storage-on-servers.md", "SSH"): SSHD,
     ("docs/operations.md", "After a crash"): CRASHED,
     ("docs/operations.md", "Dead mount"): CRASHED,
     ("docs/python.md", ""): IMAGE,

@@ -45,28 +45,16 @@ IMPURE = {
     "prefetch": {"order", "prefetcher", "pressure", "scheduler"},
     "store": {
         *("base", "devices", "filelock", "flushing", "host", "mountinfo", "paths", "placing", "uring", "worker"),
-        *("connecting", "nbd_client", "nbd_reader", "nbd_server", "nbd_tls", "outage", "source"),
+        *("connecting", "lending", "nbd_client", "nbd_reader", "nbd_server", "nbd_tls", "outage", "source"),
         *("qemu_daemon", "qemu_files", "qemu_store", "qemu_supervisor"),
     },
 }
 """The rooms of the core, each with its modules that wait or do I/O. The others are pure: bytes in, decisions out."""
 
 PURE_LIBRARIES = {
-    *("__future__", "array", "base64", "binascii", "bitarray", "collections", "contextlib", "dataclasses", "difflib"),
-    *(
-        "enum",
-        "errno",
-        "functools",
-        "hashlib",
-        "itertools",
-        "json",
-        "math",
-        "random",
-        "re",
-        "statistics",
-        "struct",
-        "sys",
-    ),
+    *("__future__", "array", "base64", "binascii", "bitarray", "collections", "configparser", "contextlib"),
+    *("dataclasses", "difflib", "enum", "errno", "functools", "hashlib", "itertools", "json", "math", "random", "re"),
+    *("statistics", "struct", "sys"),
     *("typing", "urllib.parse", "uuid", "zlib"),
 }
 """What a pure module may import beside others; none of it waits, nor asks the system for anything."""

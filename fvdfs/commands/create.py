@@ -16,7 +16,7 @@ from dataclasses import replace
 from fvdfs import daemon
 from fvdfs.commands.base import BaseImage, inspect_base, open_base, refuse_changing
 from fvdfs.commands.newfiles import NewFile, NewFiles
-from fvdfs.commands.otherfiles import make_data_file
+from fvdfs.commands.otherfiles import make_data_file, take_disk_of_server
 from fvdfs.commands.profile import read_profile
 from fvdfs.commands.sides import Side
 from fvdfs.cow.bitmap import Bitmap
@@ -140,13 +140,15 @@ def make_image(
     data_file = None
     if not options.data_file:
         zeros += [(header.metadata_size + at, size) for at, size in data_zeros]
-    elif _is_raw(options):
-        assert data_path is not None
-        data_file = files.add(data_path)
-    else:
+    elif options.data_file_fmt not in RAW_FORMATS:
         make_data_file(files, data_path, options.data_file_fmt, header, data_zeros, secret_file)
+    elif data_path is not None:
+        data_file = files.add(data_path)
     image = files.add(path)
     files.look_at_images()
+    if options.data_file and not is_local(options.data_file):
+        url, force = options.data_file, files.force
+        take_disk_of_server(path, url, new.data_size, data_zeros, secret_file, force=force)
     if data_file is not None:
         _fill(data_file, new.data_size, data_zeros, [], files.force)
     _fill(image, new.file_size, zeros, new.parts(), files.force)
@@ -201,11 +203,6 @@ def _completed(options: CreateOptions, base: BaseImage | None) -> CreateOptions:
 
 def _data_path(path: str, data_file: str) -> str:
     return os.path.join(os.path.dirname(path), data_file)
-
-
-def _is_raw(options: CreateOptions) -> bool:
-    """Whether the data file is made here, and not by QEMU."""
-    return options.data_file_fmt in RAW_FORMATS and is_local(options.data_file)
 
 
 def _check_names(path: str, data_path: str | None, base: BaseImage | None, options: CreateOptions) -> None:

@@ -16,6 +16,7 @@ from fvdfs.commands.umount import clear_dead
 from fvdfs.errors import UsageError
 from fvdfs.logs import LogPlaces, ReopenLog
 from fvdfs.mountoptions import (
+    credentials_file,
     folders,
     listed,
     parse_mount_options,
@@ -64,6 +65,7 @@ def run(
     roots = (folder, *folders(chosen))
     secret = passphrase_file("-o secret=", chosen["secret"]) if "secret" in chosen else ""
     tls_creds = tls_credentials("-o tls_creds=", chosen["tls_creds"]) if "tls_creds" in chosen else ""
+    credentials = credentials_file("-o credentials=", chosen["credentials"]) if "credentials" in chosen else ""
     grow_command = program(chosen.get("grow_command", "none"))
     for name in ("new_base", "new_layout"):
         if name in chosen and "create" not in chosen:
@@ -81,7 +83,7 @@ def run(
     def serve_folder(ready: Callable[[], None], reopen_log: ReopenLog) -> None:
         from fvdfs.commands.newdisks import new_disks
         from fvdfs.cow.planner import Zeroes
-        from fvdfs.image.policy import Policy, given_tls_creds
+        from fvdfs.image.policy import Policy, given_credentials, given_tls_creds
         from fvdfs.ops.filesystem import Sync
         from fvdfs.ops.mount import MountOptions, serve
         from fvdfs.ops.naming import Permitted, Template
@@ -90,6 +92,7 @@ def run(
         from fvdfs.store.outage import OnLoss
 
         given_tls_creds.set(tls_creds)
+        given_credentials.set(credentials)
         policy = Policy(
             roots=roots,
             writable=not (read_only or "ro" in chosen),

@@ -14,10 +14,10 @@ import trio
 from fvdfs.commands.newfiles import NewFile, NewFiles
 from fvdfs.daemon import run_loop
 from fvdfs.errors import UsageError
-from fvdfs.format.header import Header
+from fvdfs.format.header import HEADER_SPACE, Header
 from fvdfs.image.policy import Policy
 from fvdfs.store.qemu_store import QemuStore
-from fvdfs.store.references import LUKS
+from fvdfs.store.references import LUKS, RAW
 
 _SHARE = re.compile(rb"\(([0-9.]+)/100%\)")
 """How qemu-img says how far it is, in percent."""
@@ -33,7 +33,9 @@ def make_data_file(
     are written: nothing in it is zeros by itself. Raises UsageError, ImageError, OSError.
     """
     if path is None:
-        raise UsageError("--data-file: what is made together with the image must be a file or a device of this host")
+        raise UsageError(
+            "--data-file: what is made of another format together with the image must be a file of this host"
+        )
     file = files.add(path)
     if file.is_device:
         raise UsageError(f"--data-file {path}: is a device; make the {file_format} image in a file, or leave it raw")
@@ -57,6 +59,41 @@ async def _write_zeros(file: NewFile, file_format: str, zeros: Sequence[tuple[in
         await store.start()
         for start, size in zeros:
             await store.zero(start, size)
+        await store.flush()
+    finally:
+        await store.aclose()
+
+
+def take_disk_of_server(
+    image: str, url: str, size: int, zeros: Sequence[tuple[int, int]], secret: str, *, force: bool
+) -> None:
+    """Make a raw disk that is there, at a server, the data file of a new image: at least `size` bytes.
+
+    `zeros`: as of `make_data_file`. Raises UsageError where it is too small and cannot grow, or does not look empty and
+    `force` is not given; ImageError, OSError.
+    """
+    run_loop(functools.partial(_take_disk_of_server, image, url, size, zeros, secret, force))
+
+
+async def _take_disk_of_server(
+    image: str, url: str, size: int, zeros: Sequence[tuple[int, int]], secret: str, force: bool
+) -> None:
+    policy = Policy(allowed_urls=("",), secret_file=secret)
+    store = await trio.to_thread.run_sync(
+        functools.partial(QemuStore, image, "data_file", url, RAW, policy, writable=True)
+    )
+    try:
+        await store.start()
+        first = bytearray(HEADER_SPACE)
+        await store.pread(memoryview(first), 0)
+        if not force and any(first):
+            raise UsageError(f"--data-file {url}: does not look empty; --force to overwrite it")
+        if (found := await store.size()) < size:
+            if store.fixed_size:
+                raise UsageError(f"--data-file {url}: has {found} bytes, {size} are needed")
+            await store.resize(size)
+        for start, length in zeros:
+            await store.zero(start, length)
         await store.flush()
     finally:
         await store.aclose()

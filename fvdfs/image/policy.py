@@ -30,6 +30,8 @@ HostStore = HostFile | QemuStore
 """A store that a name leads to."""
 
 
+given_credentials: ContextVar[str] = ContextVar("given_credentials", default="")
+"""`Policy.credentials` of a command."""
 given_tls_creds: ContextVar[str] = ContextVar("given_tls_creds", default="")
 """`Policy.tls_creds` of a command, which has them for every server that it may meet."""
 
@@ -55,6 +57,8 @@ class Policy:
     """The file with the passphrase of encrypted bases and data files."""
     tls_creds: str = field(default_factory=given_tls_creds.get)
     """The file of `TLS_FILES` in the folder with the credentials for servers of nbds://."""
+    credentials: str = field(default_factory=given_credentials.get)
+    """The file that says who we are for servers (`credentials`)."""
     on_loss: OnLoss = OnLoss.REFUSE
     """What becomes of requests while the server of a base is away."""
     walker: Walker = field(default_factory=Walker, compare=False)

@@ -180,6 +180,7 @@ def _look_before_mounting(options: MountOptions, point: str) -> None:
     for name, path in (
         ("secret", policy.secret_file),
         ("tls_creds", policy.tls_creds),
+        ("credentials", policy.credentials),
         ("grow_command", policy.grow_command),
         ("metrics", options.metrics.removeprefix("unix:")),
     ):
@@ -195,7 +196,7 @@ def _forbid_ways_back(options: MountOptions, mount: MountPoint | None) -> None:
     policy = options.policy
     if mount is not None:
         policy.walker.own_device = mount.device
-    for path in (options.folder, policy.secret_file, policy.tls_creds, policy.grow_command):
+    for path in (options.folder, policy.secret_file, policy.tls_creds, policy.credentials, policy.grow_command):
         if os.path.isabs(path) and (reason := in_time(functools.partial(_way_back, policy, path), "")):
             raise UsageError(f"{path}: {reason}")
 

@@ -28,8 +28,9 @@ import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import IO
 
 import trio
@@ -46,7 +47,7 @@ from fvdfs.store.host import (
     identity_of,
 )
 from fvdfs.store.locations import Options
-from fvdfs.store.qemu_words import PROGRAM, of_tls
+from fvdfs.store.qemu_words import PROGRAM, of_servers, of_tls
 
 log = logging.getLogger(__name__)
 
@@ -77,6 +78,8 @@ def _failure(name: str, line: str) -> FvdError:
         return UsageError(f"{name}: QEMU lacks the driver for this: apt install {_BLOCK_PACKAGE} ({line})")
     if "'fuse'" in line:
         return UsageError(f"{name}: {PROGRAM} is built without FUSE exports ({line})")
+    if reason := of_servers(line):
+        return Locked(name, reason)
     if "Invalid password" in line:
         right = "name the file with the right one: --secret FILE, or -o secret=FILE for a mount"
         return Locked(name, f"the passphrase is wrong: {right} ({line})")
@@ -159,17 +162,22 @@ class StorageDaemon:
         locked: Sequence[int] = (),
         *,
         connections: Sequence[socket.socket] = (),
+        lent: Sequence[int] = (),
+        environment: Mapping[str, str] = MappingProxyType({}),
         holes_are_zeros: bool = True,
         quiet: bool = False,
     ) -> None:
         """`name`: of the image, for messages. `descriptors`: what it opens files by, and their names.
 
         `objects`: passphrases and keys (`QemuFiles.objects`). `locked`: descriptors whose locks last as long as it.
-        `connections`: to servers; `stop` closes them. `holes_are_zeros`: whether holes in the image read as zeros, as
+        `connections`: to servers; `stop` closes them. `lent`: more descriptors, and `environment`: more variables, that
+        it inherits as it starts. `holes_are_zeros`: whether holes in the image read as zeros, as
         those of a device need not. `quiet`: what it says is not for the log until it has started.
         """
         self._quiet = quiet
         self._connections = connections
+        self._lent = lent
+        self._environment = environment
         self._holes_are_zeros = holes_are_zeros
         self._locked = locked
         self._objects = objects
@@ -279,7 +287,13 @@ class StorageDaemon:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
-            pass_fds=[*(fd for fd, _ in self._descriptors), *self._locked, *(c.fileno() for c in self._connections)],
+            pass_fds=[
+                *(fd for fd, _ in self._descriptors),
+                *self._locked,
+                *self._lent,
+                *(c.fileno() for c in self._connections),
+            ],
+            env=os.environ | self._environment,
             cwd="/",
             start_new_session=True,  # the terminal's signals are not for it
         )

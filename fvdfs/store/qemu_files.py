@@ -10,8 +10,10 @@ nothing is unlocked while it lives, whatever becomes of us. What it may write is
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Protocol
 from urllib.parse import parse_qs, urlsplit
@@ -21,6 +23,7 @@ import trio
 from fvdfs.errors import FormatError, ImageError, Locked, UnsupportedFeature
 from fvdfs.store.connecting import connect, connected
 from fvdfs.store.host import HostFile, open_as_permitted
+from fvdfs.store.lending import Lent, lend
 from fvdfs.store.locations import Location, Options, join, parse_location
 from fvdfs.store.outage import OnLoss
 from fvdfs.store.qemu_daemon import StorageDaemon
@@ -55,6 +58,10 @@ class Access(Protocol):
     @property
     def tls_creds(self) -> str:
         """Absolute path of the file of `qemu_nodes.TLS_FILES` with the credentials for nbds://; empty: none."""
+
+    @property
+    def credentials(self) -> str:
+        """Absolute path of the file with the credentials for servers (`credentials`); empty: there is none."""
 
     @property
     def on_loss(self) -> OnLoss:
@@ -177,6 +184,7 @@ class QemuFiles:
             opened.is_device,
             found.get("backing"),
             found.get("data-file"),
+            opened.path if opened.file is not None else "",
         )
 
     async def _references(self, opened: _Opened) -> list[Reference]:
@@ -184,8 +192,16 @@ class QemuFiles:
             return await trio.to_thread.run_sync(self._read_references, opened, opened.file)
         if opened.format == RAW and opened.stated:
             return []
-        async with connected(Node(RAW, opened.location)) as (node, connections):
-            daemon = StorageDaemon(opened.path, [], self.objects(), connections=connections, quiet=True)
+        async with connected(Node(RAW, opened.location)) as (node, connections), self.lent(node) as (node, lent):
+            daemon = StorageDaemon(
+                opened.path,
+                [],
+                [*self.objects(), *lent.objects],
+                connections=connections,
+                lent=lent.descriptors,
+                environment=lent.environment,
+                quiet=True,
+            )
             await daemon.start(blockdevs(node, writable=False, node_name="disk"), writable=False)
         try:
             return await trio.to_thread.run_sync(self._read_references, opened, daemon.export)
@@ -235,12 +251,31 @@ class QemuFiles:
             if user is not None:
                 credentials = tls_object(self._access.tls_creds, user)
                 found[str(credentials["id"])] = credentials
-            if opened.format == LUKS and not self._access.secret_file:
-                how = "--secret FILE, or -o secret=FILE for a mount"
-                raise Locked(opened.path, f"is encrypted: name the file with its passphrase: {how}")
-            if opened.format == LUKS:
+            if opened.format == LUKS and self._access.secret_file:
                 found[SECRET_ID] = {"qom-type": "secret", "id": SECRET_ID, "file": self._access.secret_file}
         return list(found.values())
+
+    @contextlib.asynccontextmanager
+    async def lent(self, node: Node) -> AsyncIterator[tuple[Node, Lent]]:
+        """The node and all that a daemon needs to be let in by servers, and to open what is encrypted.
+
+        Raises ImageError, Locked among them where a passphrase is missing, UsageError.
+        """
+        node, lent = await trio.to_thread.run_sync(lend, node, self._access.credentials)
+        try:
+            self._check_passphrases(node)
+            yield node, lent
+        finally:
+            with trio.CancelScope(shield=True):
+                await trio.to_thread.run_sync(lent.close)
+
+    def _check_passphrases(self, node: Node) -> None:
+        if node.format == LUKS and node.secret == SECRET_ID and not self._access.secret_file:
+            how = "--secret FILE, or -o secret=FILE for a mount"
+            raise Locked(node.path or node.location.name, f"is encrypted: name the file with its passphrase: {how}")
+        for each in (node.backing, node.data_file):
+            if each is not None:
+                self._check_passphrases(each)
 
     async def look_for_servers(self) -> None:
         """Connect to those that QEMU connects to by itself, and close that again. Raises Unreachable."""

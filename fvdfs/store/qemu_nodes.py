@@ -52,6 +52,10 @@ class Node:
     """Whether the local file is a block device."""
     backing: Node | None = None
     data_file: Node | None = None
+    path: str = ""
+    """Of a local file."""
+    secret: str = SECRET_ID
+    """What its passphrase is called, for the daemon."""
 
     @property
     def is_plain_nbd(self) -> bool:
@@ -96,7 +100,7 @@ def _blockdev(node: Node, writable: bool, found: list[Options]) -> Options:
             result["backing"] = backing["node-name"] = f"backing{len(found)}"
             found.append(backing)
     if node.format == "luks":
-        result["key-secret"] = SECRET_ID
+        result["key-secret"] = node.secret
     if node.data_file is not None:
         result["data-file"] = _blockdev(node.data_file, writable, found)
     return result

@@ -87,13 +87,15 @@ class QemuStore(Stepwise):
             if reader is not None:
                 return self._checked(reader)
         locked = [file.fileno() for file in files.host_files]
-        async with connected(self._node) as (node, connections):
+        async with connected(self._node) as (node, connections), files.lent(node) as (node, lent):
             daemon = StorageDaemon(
                 self.name,
                 files.descriptors,
-                files.objects(),
+                [*files.objects(), *lent.objects],
                 locked,
                 connections=connections,
+                lent=lent.descriptors,
+                environment=lent.environment,
                 holes_are_zeros=not (self.writable and files.has_device),
                 quiet=self.is_away,
             )

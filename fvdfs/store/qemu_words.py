@@ -6,6 +6,7 @@ import re
 
 PROGRAM = "qemu-storage-daemon"
 WANTS_TLS = "the server speaks TLS only: write nbds:// for nbd://, and name certificates or keys"
+_HOST_KEY = "the server shows another key than known_hosts has: is it another server?"
 _ARGUMENT = re.compile(rf"{PROGRAM}: (--\S+ (\{{.*\}}|\S+): )?")
 _OF_TLS = (
     (r"Our own certificate (\S+) failed validation against (\S+): .*", r"{1} is of another authority than {2}"),
@@ -30,6 +31,26 @@ _OF_TLS = (
     (r"(?i)option \S+ not permitted before TLS|server requires TLS", WANTS_TLS),
     (r"Unable to access credentials (\S+): (.*)", "{1}: {2}"),
 )
+
+
+_OF_SERVERS = (
+    (r"remote host \S+ key fingerprint .* does not match|host key mismatch|host key does not match", _HOST_KEY),
+    (r"no host key was found in known_hosts", "its host is in no known_hosts: name one in the credentials"),
+    (r"failed to authenticate using publickey", "the server takes none of our keys for this user"),
+    (r"(?i)CHAP|Authorization failure|login.*failed.*auth", "the server does not take our user and password"),
+    (r"The requested URL returned error: 401|HTTP.* 401", "the server does not take our user and password (401)"),
+    (r"The requested URL returned error: 403|HTTP.* 403", "the server refuses it to us (403)"),
+    (r"error connecting: (?:Operation not permitted|Permission denied)", "the server does not take our user and key"),
+)
+"""What servers say of who we are."""
+
+
+def of_servers(line: str) -> str:
+    """Why a server does not let us in; empty where that is not what a line says."""
+    for pattern, words in _OF_SERVERS:
+        if re.search(pattern, line):
+            return f"{words}: see the credentials ({line})"
+    return ""
 
 
 def complaint(said: str) -> str:

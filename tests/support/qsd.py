@@ -22,6 +22,7 @@ class Inside:
 
     secret_file = ""
     tls_creds = ""
+    credentials = ""
     qemu_locks = True
     base_formats: tuple[str, ...] = ()
 
