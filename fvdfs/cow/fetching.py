@@ -18,6 +18,7 @@ Where the base fails in bytes that only rounding out has added, the read does no
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import logging
 import mmap
@@ -83,8 +84,15 @@ class Owner(Protocol):
 
 
 def _new_buffer(size: int) -> memoryview:
-    """Zeros; a large buffer begins on a page, so that reads past the page cache need not be split."""
-    return memoryview(mmap.mmap(-1, size) if size >= ALIGNED_SIZE else bytearray(size))
+    """Zeros; a large buffer begins on a page, so that reads past the page cache need not be split.
+
+    The memory of the last one serves for the next: pages that are mapped anew take longer than to copy into them.
+    """
+    if size < ALIGNED_SIZE:
+        return memoryview(bytearray(size))
+    memory = bytearray(size + mmap.PAGESIZE)
+    first = -ctypes.addressof(ctypes.c_char.from_buffer(memory)) % mmap.PAGESIZE
+    return memoryview(memory)[first : first + size]
 
 
 class Fetch:

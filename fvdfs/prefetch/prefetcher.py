@@ -52,7 +52,8 @@ IDLE_PASS = 0.5  # seconds before blocks that others had claimed are looked at a
 PROFILE_WORKERS = 3  # requests of a profile under way: a job of the mount is left for others
 PROFILE_REQUEST = 256 << 10  # bytes; extents are joined up to this size, so that the guest's reads find gaps
 AHEAD = 32 << 20  # bytes that the base is asked about before they are read, where a disk follows its machine
-AHEAD_PAUSE = 0.005  # seconds until that goes on, where it is so far ahead
+AHEAD_PAUSE = 0.05  # seconds until that goes on, where it is so far ahead
+WRITE_OUT = 2 << 20  # bytes that are written out together, where a disk follows its machine
 PROFILE_TRIES = 2  # at each part of a profile
 PROFILE_GAP = 64 << 10  # bytes between extents of a profile that are fetched along with them
 
@@ -116,6 +117,8 @@ class Prefetcher:
         self.profile: Sequence[Extent] = ()
         """What it fetches first."""
         self._localized = 0  # the same with holes
+        self._unwritten: list[tuple[int, int]] = []
+        """What was stored and may be in memory alone."""
         self._looking = trio.Lock()
         self.ended = trio.Event()
         self.held = False
@@ -414,7 +417,7 @@ class Prefetcher:
         try:
             stored = await fetcher.store(fetch)
             if stored and not urgent:
-                await self.image.write_out(fetch.start, fetch.stop)
+                await self._write_out(fetch.start, fetch.stop)
         finally:
             now = trio.current_time()
             seconds = self._scheduler.storing.stop(now)
@@ -427,6 +430,20 @@ class Prefetcher:
         self._forget_old()
         if urgent:
             await fetcher.follow_hole(fetch)
+
+    async def _write_out(self, start: int, stop: int) -> None:
+        """Write out to the disk what was stored; while a disk follows, not piece by piece, which takes longer."""
+        self._unwritten.append((start, stop))
+        if self._follows and sum(stop - start for start, stop in self._unwritten) < WRITE_OUT:
+            return
+        ranges, self._unwritten = sorted(self._unwritten), []
+        start, stop = ranges[0]
+        for next_start, next_stop in ranges[1:]:
+            if next_start > stop:
+                await self.image.write_out(start, stop)
+                start = next_start
+            stop = next_stop
+        await self.image.write_out(start, stop)
 
     async def _store_hole(self, flow: Flow, piece: Piece, *, urgent: bool) -> None:
         """Make a hole local, which takes a turn for each step that writes zeros. Raises OSError."""

@@ -41,6 +41,7 @@ _GO, _STRUCTURED_REPLY, _SET_META_CONTEXT = 7, 8, 10
 _ACK, _INFO, _META_CONTEXT = 1, 3, 4
 _UNSUPPORTED, _TLS_REQUIRED, _UNKNOWN_EXPORT = 0x8000_0001, 0x8000_0005, 0x8000_0006
 _BLOCK_SIZE = 3  # a kind of information
+_TAKES_ONE_PART, _TAKES_MORE_CONNECTIONS = 1 << 7, 1 << 8  # flags of an export
 _INFO_EXPORT = struct.Struct(">HQH")  # kind (0), size, flags
 _INFO_BLOCK_SIZE = struct.Struct(">HIII")  # kind, the smallest, the preferred and the largest
 _ANY_BLOCK_SIZE = _INFO_BLOCK_SIZE.pack(_BLOCK_SIZE, ALIGNMENT, ALIGNMENT, LARGEST)
@@ -73,6 +74,10 @@ class Export:
     """Bytes: a request begins and ends at a multiple, or at the end of all."""
     largest: int = LARGEST
     """Bytes of a request."""
+    takes_one_part: bool = False
+    """Whether it can be asked to answer in one part, without a look where it has holes."""
+    takes_more: bool = False
+    """Whether more than one connection may be made, which see the same."""
 
 
 class _Refused(OSError):
@@ -195,14 +200,15 @@ async def negotiate(stream: trio.SocketStream, name: str) -> Export | None:
                 return None
             raise
     try:
-        _, size, _ = _INFO_EXPORT.unpack(found[b"\0\0"])
+        _, size, flags = _INFO_EXPORT.unpack(found[b"\0\0"])
         _, least, _, most = _INFO_BLOCK_SIZE.unpack(found.get(b"\0\3", _ANY_BLOCK_SIZE))
     except (KeyError, struct.error):
         raise OSError(errno.EPROTO, "the server does not tell what it has opened") from None
     alignment, largest = max(least, ALIGNMENT), min(most, LARGEST)
     if least.bit_count() != 1 or alignment > _LARGEST_ALIGNMENT or largest < 2 * alignment:
         return None
-    return Export(size, has_chunks, bool(contexts), alignment, largest)
+    one_part, more = bool(flags & _TAKES_ONE_PART), bool(flags & _TAKES_MORE_CONNECTIONS)
+    return Export(size, has_chunks, bool(contexts), alignment, largest, has_chunks and one_part, more)
 
 
 async def _greet(stream: trio.SocketStream) -> bool:

@@ -16,6 +16,7 @@ import os
 import socket
 import struct
 import threading
+from collections import deque
 from contextlib import suppress
 
 import trio
@@ -35,7 +36,8 @@ _IN_A_ROW = 32  # times that something is received before other tasks get their 
 _MOST_GAPS = 1024  # of one answer, whose parts come in any order
 _STRUCTURED_MAGIC = 0x668E33EF
 _CHUNK = struct.Struct(">IHHQI")
-_ONE_EXTENT = 1 << 3  # flag of a request
+_ONE_PART, _ONE_EXTENT = 1 << 2, 1 << 3  # flags of a request
+_DATA_KNOWN = 64  # extents with data that are remembered
 _DONE = 1  # flag of a chunk: the last one
 _NOTHING, _DATA, _HOLE, _STATUS = 0, 1, 2, 5
 _ERROR = 1 << 15
@@ -81,6 +83,8 @@ class NbdReader:
         self._export = export
         self._asked: dict[int, _Asked] = {}
         self._number = 0
+        self._data: deque[tuple[int, int]] = deque(maxlen=_DATA_KNOWN)
+        """Where the server has said that there is some; nobody writes there as long as this is read."""
         self._sending = trio.Lock()
         self._ending = threading.Lock()
         """Held while the socket is shut down or closed."""
@@ -161,11 +165,13 @@ class NbdReader:
 
     async def _read(self, view: memoryview, offset: int) -> None:
         start, stop = self._aligned(offset, offset + len(view))
+        # A server that has called it data need not look for holes again, which takes qemu-storage-daemon a call.
+        flags = _ONE_PART if any(first <= start and stop <= end for first, end in self._data) else 0
         if stop - start == len(view):
-            await self._ask(Command.READ, start, stop - start, _Asked(start, view))
+            await self._ask(Command.READ, start, stop - start, _Asked(start, view), flags)
             return
         around = memoryview(bytearray(stop - start))
-        await self._ask(Command.READ, start, stop - start, _Asked(start, around))
+        await self._ask(Command.READ, start, stop - start, _Asked(start, around), flags)
         view[:] = around[offset - start : offset - start + len(view)]
 
     async def extent(self, start: int, stop: int) -> tuple[int, bool]:
@@ -178,6 +184,8 @@ class NbdReader:
         if asked.extent is None or first + asked.extent[0] <= start:
             raise OSError(errno.EIO, f"{self._name}: the server does not say what is at {start}")
         length, flags = asked.extent
+        if self._export.takes_one_part and not flags & _ZERO:
+            self._data.append((first, first + length))
         return min(first + length, stop), bool(flags & _ZERO)
 
     def _aligned(self, start: int, stop: int) -> tuple[int, int]:

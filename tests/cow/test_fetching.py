@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import functools
+import mmap
 import random
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -13,6 +15,7 @@ import pytest
 import trio
 from trio.testing import wait_all_tasks_blocked
 
+from fvdfs.cow.fetching import Fetch
 from fvdfs.cow.recorder import Recorder
 from fvdfs.errors import UsageError
 from fvdfs.format.creation import CreateOptions
@@ -92,6 +95,17 @@ def local(image: Image) -> list[int]:
 
 async def settle() -> None:
     await wait_all_tasks_blocked()
+
+
+@pytest.mark.parametrize("size", [512, 65536, 66048, 1 << 20])
+def test_large_buffers_begin_on_a_page(size: int) -> None:
+    for _ in range(4):
+        fetch = Fetch(4096, 4096 + size)
+        address = ctypes.addressof(ctypes.c_char.from_buffer(fetch.data))
+        assert len(fetch.data) == size
+        assert fetch.data == bytes(size)
+        assert size < 65536 or address % mmap.PAGESIZE == 0
+        fetch.data[:] = b"x" * size
 
 
 async def test_a_read_is_rounded_out_stored_and_not_repeated(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import trio
 from fvdfs.format.migration import Incoming, Record, Target
 from fvdfs.ops.inodes import Entry, Seen
 from fvdfs.prefetch.linkwatch import GOOD_REQUEST, SHORT_OF_TIME, SMALLEST_REQUEST
+from fvdfs.prefetch.prefetcher import WRITE_OUT
 from fvdfs.prefetch.scheduler import FOLLOWING_JOBS
 from fvdfs.prefetch.window import FEWEST, LARGEST_REQUEST, MORE, Sent, Window
 from support.simulation import (
@@ -165,6 +166,31 @@ def test_a_pause_is_one_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
 
     simulate(main)
     assert looks == 0
+
+
+@pytest.mark.parametrize("follows", [True, False])
+def test_what_is_stored_is_written_out_together(monkeypatch: pytest.MonkeyPatch, follows: bool) -> None:
+    """All but the last of it, so that a flush has little to write; in fewer calls than pieces where a disk follows."""
+    written: list[tuple[int, int]] = []
+
+    async def main() -> int:
+        async with machine(SimulatedLink(112e6, 1e-3)) as mount:
+            image = await mount.open(64 * MIB)
+
+            async def write_out(start: int, stop: int) -> None:
+                written.append((start, stop))
+                await trio.lowlevel.checkpoint()
+
+            monkeypatch.setattr(image, "write_out", write_out)
+            prefetcher = mount.prefetch(image, follows=follows)
+            await prefetcher.ended.wait()
+            return prefetcher.copied
+
+    assert simulate(main) == 64 * MIB
+    covered = sum(stop - start for start, stop in written)
+    assert covered == len({block for start, stop in written for block in range(start, stop, 4096)}) * 4096
+    assert 64 * MIB - (WRITE_OUT if follows else 1) < covered <= 64 * MIB
+    assert (len(written) <= 2 * 64 * MIB // WRITE_OUT) == follows
 
 
 def test_caps_are_kept() -> None:

@@ -29,6 +29,7 @@ REQUEST = struct.Struct(">IHHQQI")
 READ, BLOCK_STATUS = 0, 7
 NOTHING, DATA, ZEROS, STATUS, ERROR = 0, 1, 2, 5, 1 << 15 | 1
 DONE = 1
+ONE_PART = 1 << 2
 
 
 def filled(file: Path) -> bytes:
@@ -178,17 +179,18 @@ class Played:
 
     def __init__(self, stream: trio.SocketStream, other: socket.socket) -> None:
         self.stream = stream
+        self.flags = 0
         self.other = other
         """The reader's end."""
 
     async def request(self) -> tuple[int, int, int, int]:
-        """What is asked, under which number, from where on, and how much."""
+        """What is asked, under which number, from where on, and how much; its `flags`."""
         data = b""
         while len(data) < REQUEST.size:
             part = await self.stream.receive_some(REQUEST.size - len(data))
             assert part
             data += part
-        _, _, kind, number, offset, length = REQUEST.unpack(data)
+        _, self.flags, kind, number, offset, length = REQUEST.unpack(data)
         return kind, number, offset, length
 
     async def chunk(self, number: int, kind: int, payload: bytes = b"", flags: int = DONE) -> None:
@@ -199,11 +201,11 @@ class Played:
 
 
 @asynccontextmanager
-async def played(*, has_chunks: bool = True) -> AsyncIterator[tuple[NbdReader, Played]]:
+async def played(*, has_chunks: bool = True, takes_one_part: bool = False) -> AsyncIterator[tuple[NbdReader, Played]]:
     ours, theirs = socket.socketpair()
     ours.setblocking(False)
     ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)  # the least that the kernel has
-    reader = NbdReader("disk", ours, Export(SIZE, has_chunks, has_chunks, ALIGNMENT, LARGEST))
+    reader = NbdReader("disk", ours, Export(SIZE, has_chunks, has_chunks, ALIGNMENT, LARGEST, takes_one_part))
     stream = trio.SocketStream(trio.socket.from_stdlib_socket(theirs))
     try:
         yield reader, Played(stream, ours)
@@ -500,3 +502,30 @@ async def test_extents_that_do_not_reach_the_question() -> None:
             kind, number, start, _ = await server.request()
             assert (kind, start) == (BLOCK_STATUS, 512)
             await server.chunk(number, STATUS, struct.pack(">III", 1, length, flags))
+
+
+@pytest.mark.parametrize("takes", [True, False])
+async def test_what_is_known_to_be_data_is_asked_for_in_one_part(takes: bool) -> None:
+    """A server that looks for holes in each read does so in vain there; elsewhere zeros are not to travel."""
+    async with played(takes_one_part=takes) as (reader, server), trio.open_nursery() as nursery:
+        nursery.start_soon(reader.extent, 4096, SIZE)
+        _, number, start, _ = await server.request()
+        await server.chunk(number, STATUS, struct.pack(">III", 1, 8192, 0))
+        nursery.start_soon(reader.extent, 65536, SIZE)
+        _, number, start, _ = await server.request()
+        await server.chunk(number, STATUS, struct.pack(">III", 1, 8192, 3))
+        for start, length, known in ((4096, 8192, True), (4608, 100, True), (8192, 8192, False), (65536, 512, False)):
+            nursery.start_soon(read, reader, start, length)
+            _, number, first, size = await server.request()
+            assert server.flags == (ONE_PART if known and takes else 0), start
+            await server.data(number, first, bytes(size))
+
+
+@pytest.mark.parametrize("flags", [0, 1 << 7, 1 << 8])
+async def test_what_a_server_can(flags: int) -> None:
+    grants = told(1) + told(4, struct.pack(">I", 1) + b"base:allocation") + told(1)
+    async with greeted(text=GREETING + grants + told(3, struct.pack(">HQH", 0, SIZE, 1 | flags)) + told(1)) as stream:
+        export = await negotiate(stream, "disk")
+    assert export is not None
+    assert export.has_extents
+    assert (export.takes_one_part, export.takes_more) == (flags == 1 << 7, flags == 1 << 8)

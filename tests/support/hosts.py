@@ -43,6 +43,10 @@ class Link:
 
     _process: subprocess.Popen[str]
 
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
     def cut(self, host: Host | None = None) -> None:
         """Nothing comes from this host (default: from all), or to it, any more. Programs are not told."""
         assert self._ask("cut", host) == "ok"
@@ -108,17 +112,9 @@ class Host:
 
     def kill(self, but: Sequence[int] = ()) -> None:
         """End all that runs there, unasked, but these processes and their children."""
-        mine = self.namespace.stat().st_ino
 
         def inside() -> list[int]:
-            found = []
-            for entry in Path("/proc").iterdir():
-                if entry.name.isdecimal():
-                    with contextlib.suppress(OSError):  # it has just ended
-                        parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
-                        if (entry / "ns/net").stat().st_ino == mine and not {int(entry.name), parent} & {*but}:
-                            found.append(int(entry.name))
-            return found
+            return [int(entry.name) for entry, stat in self._inside() if not {int(entry.name), int(stat[1])} & {*but}]
 
         def none_left() -> bool:
             pids = inside()
@@ -128,6 +124,25 @@ class Host:
             return not pids
 
         wait_until(none_left, complaint=lambda: f"processes {inside()} do not end")
+
+    def _inside(self) -> Iterator[tuple[Path, list[str]]]:
+        """What runs there: its folder in /proc, and its state, parent and so on, by proc_pid_stat(5)."""
+        mine = self.namespace.stat().st_ino
+        for entry in Path("/proc").iterdir():
+            if entry.name.isdecimal():
+                with contextlib.suppress(OSError):  # it has just ended
+                    stat = (entry / "stat").read_text().rpartition(")")[2].split()
+                    if (entry / "ns/net").stat().st_ino == mine:
+                        yield entry, stat
+
+    def efforts(self) -> Iterator[tuple[int, str, float]]:
+        """What runs there, and the link: process, program, seconds of processor time."""
+        link = Path("/proc", str(self.link.pid))
+        beside = [(link, (link / "stat").read_text().rpartition(")")[2].split())]
+        for entry, stat in [*self._inside(), *beside]:
+            with contextlib.suppress(OSError):
+                seconds = (int(stat[11]) + int(stat[12])) / os.sysconf("SC_CLK_TCK")
+                yield int(entry.name), (entry / "comm").read_text().strip(), seconds
 
     def _end(self) -> None:
         self.kill()
