@@ -2,9 +2,10 @@
 
 `python -m fvdfs` takes more time to import what a command needs than most commands then take. Here one process imports
 all of the package, and waits in `_serve`. A run is a process of its own all the same, which begins as
-`fvdfs/__main__.py` does, and ends as any Python program.
+`fvdfs/__main__.py` does, and ends as any Python program but for one thing: it does not take its modules apart, which
+would copy all memory that it shares with the process it is a fork of, and takes longer than most commands.
 
-That each command imports what it needs is for tests that start `support.mounts.FVDFS`.
+That each command imports what it needs, and ends well, is for tests that start `support.mounts.FVDFS`.
 """
 
 from __future__ import annotations
@@ -134,8 +135,23 @@ def _serve(channel: socket.socket) -> list[str]:
             os.close(descriptor)
 
 
+class _Ending:
+    """What a run does last: it ends with its exit code, before modules are taken apart."""
+
+    def __init__(self) -> None:
+        """Before all modules that have something to do at the end: what is registered first is called last."""
+        self.code = 1  # of a traceback
+        atexit.register(self._end)
+
+    def _end(self) -> None:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(self.code)
+
+
 def main() -> None:
     channel = socket.socket(fileno=int(sys.argv[1]))
+    ending = _Ending()
     sys.path.insert(0, sys.argv[2])
     import fvdfs
 
@@ -146,7 +162,12 @@ def main() -> None:
     sys.argv = ["fvdfs", *_serve(channel)]
     from fvdfs.cli import entry
 
-    entry()
+    try:
+        entry()
+    except SystemExit as ended:
+        assert isinstance(ended.code, int)
+        ending.code = ended.code
+        raise
 
 
 if __name__ == "__main__":
