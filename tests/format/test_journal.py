@@ -457,13 +457,13 @@ def layout(header: Header) -> reference.Image:
     other = reference.Header.__new__(reference.Header)
     other.blocks, other.chunks = header.blocks, header.chunks
     other.base_size = header.base_size
-    other._numbers = {
-        "virtual_disk_size": header.virtual_disk_size,
-        "base_img_size": header.base_img_size,
-        "bitmap_size": bitmap_bytes(header.blocks) if header.has_base else 0,
-        "block_size": header.block_size,
-        "chunk_size": header.chunk_size,
-    }
+    other.set(
+        virtual_disk_size=header.virtual_disk_size,
+        base_img_size=header.base_img_size,
+        bitmap_size=bitmap_bytes(header.blocks) if header.has_base else 0,
+        block_size=header.block_size,
+        chunk_size=header.chunk_size,
+    )
     image = reference.Image.__new__(reference.Image)
     image.header = other
     image.bitmap = bytearray(bitmap_bytes(header.blocks))

@@ -404,13 +404,13 @@ def fuzz_journal(data: bytes) -> bool:
 def _reference_image(header: Header, bits: bytearray, entries: list[int]) -> reference.Image:
     other = reference.Header.__new__(reference.Header)
     other.blocks, other.chunks, other.base_size = header.blocks, header.chunks, header.base_size
-    other._numbers = {
-        "virtual_disk_size": header.virtual_disk_size,
-        "base_img_size": header.base_img_size,
-        "bitmap_size": len(bits) if header.has_base else 0,
-        "block_size": header.block_size,
-        "chunk_size": header.chunk_size,
-    }
+    other.set(
+        virtual_disk_size=header.virtual_disk_size,
+        base_img_size=header.base_img_size,
+        bitmap_size=len(bits) if header.has_base else 0,
+        block_size=header.block_size,
+        chunk_size=header.chunk_size,
+    )
     image = reference.Image.__new__(reference.Image)
     image.header = other
     image.bitmap = bytearray(bits)

@@ -15,7 +15,7 @@ import zlib
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 SECTOR = 512
 PAGE = 4096
@@ -89,14 +89,14 @@ class Header:
         if len(raw) < FORMAT.size:
             raise ValueError("the file ends inside its header")
         numbers, self.text, self.unterminated = _fields(raw)
-        self._numbers = dict(numbers)
+        self.set(**numbers)
         self.record, self.padding = _record(padding)
         self.is_moving = (self.journal_offset, self.journal_size, self.clean_shutdown) == (RECORD_AT, 0, 0)
         if self.is_moving:
             if self.record is None:
                 raise ValueError("the record of a move is damaged")
             names = ("metadata_size", "table_offset", "journal_offset", "journal_size")
-            self._numbers |= dict(zip(names, self.record, strict=True), clean_shutdown=1)
+            self.set(**dict(zip(names, self.record, strict=True)), clean_shutdown=1)
         compact = self.compact_image and self.chunk_size > 0
         self.chunks = up(self.virtual_disk_size, self.chunk_size) if compact else 0  # format.md, "Chunk table"
         self.table_size = up(4 * self.chunks, PAGE) * PAGE
@@ -107,12 +107,17 @@ class Header:
         self.bitmap_blocks = up(self.base_img_size, self.block_size) if has_blocks else 0
         self.data_at = self.metadata_size // SECTOR * SECTOR  # format.md, "Surprising values"
 
-    def __getattr__(self, name: str) -> int:
-        return self._numbers[name]
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> int: ...
+
+    def set(self, **numbers: int) -> None:
+        """Make these numbers attributes."""
+        vars(self).update(numbers)
 
     def grow_to(self, length: int) -> None:
         """The disk is as long as its data, where this is longer (format.md, "Left to the writer")."""
-        self._numbers["virtual_disk_size"] = max(self.virtual_disk_size, length)
+        self.set(virtual_disk_size=max(self.virtual_disk_size, length))
 
 
 class Image:
