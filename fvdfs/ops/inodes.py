@@ -147,10 +147,14 @@ class Entry:
         """Whether it may be written, and could not be made writable for who has it open: the next change tries that."""
         self.to_forget = False
         """Whether the kernel has to forget its pages first, which go round its cache as long as that is so."""
+        self.to_stand = False
+        """Whether what its source gives for this move is to take the place of what it reads from, first of all."""
         self.activating = trio.Lock()
         """Held while it is taken over from its source, or its move is given up."""
         self.move_refused = ""
         """Why the last step of a move that somebody asked for was refused."""
+        self.left_alone = False
+        """Whether a user has stopped that it is copied: it follows no further unless somebody uses it."""
         self.asked: Asked | None = None
         """While it is asked for at its source."""
         self.own = b""

@@ -174,16 +174,31 @@ async def _ask_or_wait(
 async def _take_over(openings: Openings, entry: Entry, image: Image) -> None:
     """The source has said that it is frozen. Raises ImageError, OSError."""
     assert isinstance(image.meta, HostFile)
-    policy, header, after = openings.folder.policy, image.header, migration.activate(entry.record)
+    after = migration.activate(entry.record)
     await lock_for_writing(image)
-    name, file_format = after.base_name(header.base_img), header.base_img_fmt
+    given = await _open_given(openings, image, after)
+    try:
+        await trio.to_thread.run_sync(write_record, image.meta, after)
+    except BaseException:
+        await given.aclose()
+        raise
+    entry.record = after
+    entry.to_stand = entry.to_begin = entry.to_forget = True
+    await _begin(openings, entry, image, given)
+    follow(openings, entry, image)
 
-    def open_given() -> HostStore:
-        if after.keeps_base:
-            return open_source(image.name, after.source_name, policy)
-        return open_named(image.name, "base_img", name, file_format, policy, writable=False)
 
-    base = await trio.to_thread.run_sync(open_given)
+async def _open_given(openings: Openings, image: Image, record: Record) -> HostStore:
+    """The disk as the source gives it for this move alone. Raises ImageError, OSError."""
+    policy, header = openings.folder.policy, image.header
+
+    def open_now() -> HostStore:
+        if record.keeps_base:
+            return open_source(image.name, record.source_name, policy)
+        name = record.base_name(header.base_img)
+        return open_named(image.name, "base_img", name, header.base_img_fmt, policy, writable=False)
+
+    base = await trio.to_thread.run_sync(open_now)
     try:
         if isinstance(base, QemuStore):
             await base.start()
@@ -194,23 +209,40 @@ async def _take_over(openings: Openings, entry: Entry, image: Image) -> None:
                     f"its source has {found} bytes by now, and not {image.size}: fvdfs abandon this one, then receive "
                     "the disk anew"
                 )
-        await trio.to_thread.run_sync(write_record, image.meta, after)
     except BaseException:
         await base.aclose()
         raise
-    entry.record = after
-    if after.keeps_base:
-        assert isinstance(base, QemuStore)
-        await change_source(image, base)
-    else:
-        await image.change_base(base, (file_format, str(base.identity), ""))
-    entry.to_begin = entry.to_forget = True
-    await _begin(openings, entry, image)
-    follow(openings, entry, image)
+    return base
 
 
-async def _begin(openings: Openings, entry: Entry, image: Image) -> None:
-    """Have programs that have it open for writing write it. Raises ImageError, OSError; then it can be done again."""
+async def _stand_on(image: Image, given: HostStore, record: Record) -> None:
+    """Have it be what the image reads from. Raises OSError, and closes it, where it is not."""
+
+    def stands_on() -> object:
+        return image.followed.data if image.followed is not None else image.base
+
+    former = stands_on()
+    try:
+        if record.keeps_base:
+            assert isinstance(given, QemuStore)
+            await change_source(image, given)
+        else:
+            await image.change_base(given, (image.header.base_img_fmt, str(given.identity), ""))
+    except OSError as error:
+        if stands_on() is former:
+            await given.aclose()
+            raise
+        log.warning("%s: what it has stood on could not be closed: %s", image.name, reason_of(error))
+
+
+async def _begin(openings: Openings, entry: Entry, image: Image, given: HostStore | None = None) -> None:
+    """Have programs that have it open for writing write it. Raises ImageError, OSError; then it can be done again.
+
+    `given`: what it is to stand on from now on, where that is open; it is taken over.
+    """
+    if entry.to_stand:
+        await _stand_on(image, given or await _open_given(openings, image, entry.record), entry.record)
+    entry.to_stand = False
     if entry.to_forget and openings.forget_pages is not None:
         await openings.forget_pages(entry.inode)
     entry.to_forget = False

@@ -163,7 +163,7 @@ class Openings:
         entry.data_mtime_ns = 0
         entry.busy = True
         self._inodes.busy.add(entry)
-        entry.for_writing = entry.to_begin = entry.to_forget = False
+        entry.for_writing = entry.to_begin = entry.to_forget = entry.to_stand = False
         entry.unloaded = trio.Event()
         return image, snapshot
 

@@ -481,7 +481,7 @@ def explore_take_over(scratch: Path, monkeypatch: pytest.MonkeyPatch, effort: fl
     put_record(path / "a.fvd", Record(Incoming(Target.RECEIVING, *NUMBERS)))
     promised: list[tuple[int, bytes]] = []
 
-    async def say_yes(*_: object) -> None:
+    async def say_yes(*_: object, **__: object) -> None:
         pass
 
     def open_source(image: str, *_: object, **__: object) -> HostFile:

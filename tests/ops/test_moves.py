@@ -20,6 +20,7 @@ import trio
 from fvdfs.format.header import HEADER_SPACE, Header
 from fvdfs.format.migration import PLACE, Incoming, Outgoing, Record, Source, Target
 from fvdfs.format.proof import Word, number_of, proof_of
+from fvdfs.image.image import Image
 from fvdfs.ops import moves
 from fvdfs.ops.background import Background
 from fvdfs.ops.openings import Openings
@@ -287,7 +288,9 @@ def test_a_write_that_waits_for_a_freeze_fails(tmp_path: Path, monkeypatch: pyte
     assert not b"".join(reference.read_disk(tmp_path / "a.fvd")).startswith(DATA)
 
 
-@pytest.mark.parametrize(("where", "name"), [(moves, "begin_writing"), (Background, "begin"), (Openings, "forget")])
+@pytest.mark.parametrize(
+    ("where", "name"), [(Image, "change_base"), (moves, "begin_writing"), (Background, "begin"), (Openings, "forget")]
+)
 def test_a_take_over_that_fails_once_it_is_stable_is_finished_by_the_next_write(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: Any, name: str
 ) -> None:
@@ -301,7 +304,7 @@ def test_a_take_over_that_fails_once_it_is_stable_is_finished_by_the_next_write(
     async def fail(*_: object) -> None:
         raise OSError(errno.ENOSPC, "no space")
 
-    async def say_yes(*_: object) -> None:
+    async def say_yes(*_: object, **__: object) -> None:
         pass
 
     def open_source(image: str, *_: object, **__: object) -> HostFile:
@@ -326,7 +329,7 @@ def test_a_take_over_that_fails_once_it_is_stable_is_finished_by_the_next_write(
                 assert await kernel.read(fh, 0, 8192) == expected
             # Nobody may hold pages that are still to be forgotten while his own change has to wait for that.
             info = await served.filesystem.open(served.entry.inode, os.O_RDONLY, CTX)
-            assert info.direct_io == (where is Openings)
+            assert info.direct_io == (where in (Image, Openings))
             await served.filesystem.release(info.fh)
         assert await kernel.write(fh, 0, DATA) == len(DATA)
         assert not served.entry.move_refused
