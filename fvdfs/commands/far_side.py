@@ -20,7 +20,7 @@ from fvdfs.qmp import NoAnswer
 LOGIN = 120.0  # seconds for somebody to type a password
 PATIENCE = 30.0  # seconds in which what is asked is done
 SHORT = 5.0  # seconds: the same, of one that has not answered before
-TOLD = 3.0  # seconds after which it is told that there is no answer
+TOLD = 10.0  # seconds after which it is told that there is no answer; to end a machine there takes half of that
 END = 5.0  # seconds
 _CHECK = 0.2  # seconds
 

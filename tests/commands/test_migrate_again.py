@@ -310,7 +310,7 @@ def test_a_mount_is_killed_while_the_disk_follows(ground: Ground, side: str) -> 
 
 @needs_hosts
 def test_what_it_waits_for_is_told_once_and_that_it_is_back(tmp_path: Path, folder: Path) -> None:
-    """The link from which the disk is read is cut, then the far end does not answer."""
+    """The link is cut: the far end does not answer, then it does, and the disk cannot be read yet."""
     must("create", folder / "vm.fvd", "4M")
     (there := tmp_path / "there").mkdir()
     with joined_hosts(2) as ((a, b), link), contextlib.ExitStack() as stack:
@@ -325,13 +325,13 @@ def test_what_it_waits_for_is_told_once_and_that_it_is_back(tmp_path: Path, fold
         assert process.stderr is not None
         wait_for_step(process, "has taken")
         link.cut(b)
-        assert f"{b.address}: vm.raw: cannot be read from here since " in process.stderr.readline()
-        assert "base lost since" in must("status", target.point)
         os.kill(far_side_of(process), signal.SIGSTOP)
         assert f"{b.address}: has not answered since " in process.stderr.readline()
-        link.join(b)
+        assert "base lost since" in must("status", target.point)
         os.kill(far_side_of(process), signal.SIGCONT)
         assert f"{b.address}: answers again, after " in process.stderr.readline()
+        assert f"{b.address}: vm.raw: cannot be read from here since " in process.stderr.readline()
+        link.join(b)
         wait_for_step(process, "vm.raw: goes on")
         assert ended(process) == (0, "")
         assert source.status("vm")["move"] == "released"
