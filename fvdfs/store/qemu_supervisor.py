@@ -11,7 +11,9 @@ FUSE export, at least in 7.2, and would hide that a server that was started agai
 Where a raw disk on an NBD server is only read, a connection of our own (`nbd_reader`) takes the place of the daemon.
 
 While operations are under way, the connection is watched (`connecting.silence`): a daemon whose server is not heard any
-more is killed. One that is heard and does not answer is waited for, as is any share that hangs.
+more is killed. One that is heard and answers nothing is waited for, as is any share that hangs, for a minute: then
+it counts as away, too, and the connection is made anew. Not where it is written to: what it has received and not
+answered it might still do, after the writes of the next connection.
 """
 
 from __future__ import annotations
@@ -33,6 +35,7 @@ from fvdfs.store.qemu_words import PROGRAM
 log = logging.getLogger(__name__)
 
 SERVER_TIMEOUT = 10.0  # seconds after the loss of a server in which operations wait for it
+HANG_TIMEOUT = 60.0  # seconds without an answer after which a server counts as away that still has the connection
 _RETRY_INTERVAL = 0.2  # seconds between two attempts to start a daemon, while operations wait
 _LATER_INTERVAL = 1.0  # seconds between two attempts after that, and before one where it was lost at once again
 _WATCH_INTERVAL = 1.0  # seconds between two looks at the connection
@@ -238,6 +241,8 @@ class Supervisor:
                 await trio.sleep(_WATCH_INTERVAL)
                 if self._under_way and trio.current_time() - self._answered > SERVER_TIMEOUT:
                     self._say_that_it_hangs()
+                if self._under_way and trio.current_time() - self._answered > HANG_TIMEOUT:
+                    await self._take_for_lost()
         finally:
             self._is_watched = False
 
@@ -245,6 +250,17 @@ class Supervisor:
         if self.outage is None or self.outage.until is not None:
             self.outage = self._hang = Outage(f"its server has not answered for {SERVER_TIMEOUT:.0f} s", hangs=True)
             log.error("%s: %s; what needs it waits", self._name, self._hang.reason)
+
+    async def _take_for_lost(self) -> None:
+        """It has the connection, and has not answered for too long."""
+        daemon = self._daemon
+        if daemon is None or daemon.gone or self._files.writes_to_server:
+            return
+        hang, self._hang = self._hang, None
+        if hang is not None:
+            hang.end()
+        daemon.verdict = f"its server has not answered for {HANG_TIMEOUT:.0f} s"
+        await trio.to_thread.run_sync(daemon.kill)
 
     def _has_answered(self) -> None:
         """Something has ended, perhaps by an error."""

@@ -47,6 +47,12 @@ class Server:
     def stop(self) -> None:
         self._stack.close()
 
+    def write_qcow2(self) -> None:
+        """The same content in this format."""
+        raw = self.file.with_suffix(".raw")
+        self.file.rename(raw)
+        subprocess.run(["qemu-img", "convert", "-O", "qcow2", raw, self.file], check=True)
+
 
 @pytest.fixture
 def server(folder: Path) -> Iterator[Server]:
@@ -126,6 +132,32 @@ async def test_one_that_does_not_answer(folder: Path, server: Server, monkeypatc
         assert not store.is_away
         os.kill(server.pid, signal.SIGCONT)
         await until(lambda: store.outage is not None and store.outage.until is not None)
+
+
+@pytest.mark.parametrize("format_", ["raw", "qcow2"])
+async def test_one_that_does_not_answer_for_long_counts_as_away(
+    folder: Path, server: Server, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, format_: str
+) -> None:
+    """Read by a connection of our own, and by a daemon."""
+    if format_ == "qcow2":
+        server.stop()
+        server.write_qcow2()
+        server.start()
+    monkeypatch.setattr(qemu_supervisor, "SERVER_TIMEOUT", 0.5)
+    monkeypatch.setattr(qemu_supervisor, "HANG_TIMEOUT", 1.0)
+    async with opened(folder, server.url, format_, "nbd+unix:///", on_loss=OnLoss.WAIT) as store:
+        async with trio.open_nursery() as nursery:
+            os.kill(server.pid, signal.SIGSTOP)
+
+            async def wait() -> None:
+                assert await read(store) == DATA[:512]
+
+            nursery.start_soon(wait)
+            await until(lambda: store.is_away)
+            assert "has not answered for 1 s" in reason(store)
+            os.kill(server.pid, signal.SIGCONT)
+        assert not store.is_away
+    assert "has answered" not in caplog.text
 
 
 @pytest.mark.parametrize("was_open", [True, False])
