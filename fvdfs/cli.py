@@ -611,6 +611,12 @@ def _add_moves(commands: argparse._SubParsersAction[_Parser]) -> None:
     activate = commands.add_parser("activate", help="take a disk over from its source: it is written here from now on")
     activate.set_defaults(run=_activate)
     activate.add_argument("disk", metavar="DISK", help="a raw file in a mount")
+    activate.add_argument(
+        "--qmp",
+        default="",
+        metavar="SOCKET",
+        help="the monitor of the machine that is to come (QEMU with -incoming): as soon as that runs, not before",
+    )
 
     abandon = commands.add_parser(
         "abandon",
@@ -1063,7 +1069,7 @@ def _migrate_target(_arguments: argparse.Namespace) -> int:
 def _activate(arguments: argparse.Namespace) -> int:
     from fvdfs.commands.receive import run_activate
 
-    return run_activate(arguments.disk)
+    return run_activate(arguments.disk, arguments.qmp)
 
 
 def _abandon(arguments: argparse.Namespace) -> int:

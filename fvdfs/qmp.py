@@ -18,6 +18,8 @@ from typing import Any, Self
 from fvdfs.errors import FvdError, UsageError
 
 CONNECT = 3.0  # seconds
+WAITS = "inmigrate"
+"""The state of a machine that is to come."""
 _WAIT = 0.02  # seconds between tries to connect
 ANSWER = 10.0  # seconds in which a monitor answers, on a host that is busy
 _MOST = 16 << 20  # bytes of a message; QMP's longest, a schema, has a quarter of a megabyte

@@ -33,12 +33,12 @@ from fvdfs.commands import serve
 from fvdfs.commands.attributes import explained, facts
 from fvdfs.commands.digest import FileDigest
 from fvdfs.commands.far_side import FarSide
-from fvdfs.commands.migrate_target import ACTIVE, WAITS
+from fvdfs.commands.migrate_target import ACTIVE
 from fvdfs.commands.migration import ask_mount, kept_from_qemu
 from fvdfs.commands.terminal import progress_bar
 from fvdfs.errors import FvdError, ImageBusy, UsageError
 from fvdfs.logs import LogPlaces
-from fvdfs.qmp import ANSWER, CommandRefused, Monitor, NoAnswer, somebody_listens
+from fvdfs.qmp import ANSWER, WAITS, CommandRefused, Monitor, NoAnswer, somebody_listens
 from fvdfs.sizes import human_size
 from fvdfs.store.host import open_path
 from fvdfs.store.locations import is_local

@@ -29,7 +29,7 @@ from fvdfs.errors import FvdError, UsageError, exit_code
 from fvdfs.format.migration import Incoming, Record, Target
 from fvdfs.image.migration import new_secret, read_record
 from fvdfs.image.policy import given_tls_creds
-from fvdfs.qmp import ANSWER, Monitor, somebody_listens
+from fvdfs.qmp import ANSWER, WAITS, Monitor, somebody_listens
 from fvdfs.sizes import human_size
 from fvdfs.store.host import open_path
 from fvdfs.store.locations import parse_location, within
@@ -41,8 +41,6 @@ APPEAR = 10.0  # seconds until a new image is seen in its mount
 LOOK = 0.02  # seconds between looks whether the machine runs
 QUIT = 5.0  # seconds for QEMU to end
 _MOST_SAID = 4096  # bytes
-WAITS = "inmigrate"
-"""What QEMU says of a machine that is to come."""
 
 
 def run() -> int:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import functools
 import os
+import select
 from dataclasses import replace
 
 from fvdfs import daemon
-from fvdfs.commands.attributes import explained, or_by_mount
+from fvdfs.commands.attributes import explained, facts, or_by_mount
 from fvdfs.commands.base import inspect_base, open_base, refuse_changing
 from fvdfs.commands.create import create_image, never_appears
 from fvdfs.commands.migration import ask_mount
-from fvdfs.errors import UsageError, named
+from fvdfs.errors import ImageError, UsageError, named
 from fvdfs.format import migration
 from fvdfs.format.creation import CreateOptions
 from fvdfs.format.header import PAGE
@@ -21,10 +22,11 @@ from fvdfs.image.following import stamp_of
 from fvdfs.image.migration import new_secret
 from fvdfs.image.policy import given_tls_creds
 from fvdfs.layers.move import change_record, record_of
+from fvdfs.qmp import ANSWER, WAITS, Monitor, NoAnswer
 from fvdfs.store.locations import Location, is_local, parse_location
 from fvdfs.store.references import RAW
 from fvdfs.store.source import ASKED_PATIENCE, ask, epoch_of, tell_of_end
-from fvdfs.xattrs import PREFETCH
+from fvdfs.xattrs import PREFETCH, STATUS
 
 FOLLOW_DELAY = 1  # seconds after which all that is missing is copied, once the disk is written here
 
@@ -105,15 +107,60 @@ async def _stamp(image: str, template: str, base_format: str) -> str:
         await side.close()
 
 
-def run_activate(raw: str) -> int:
-    """Have a disk in a mount be taken over from its source. Raises UsageError, ImageError, OSError."""
+def run_activate(raw: str, qmp: str = "") -> int:
+    """Have a disk in a mount be taken over from its source.
+
+    `qmp`: the monitor of the machine that is to come, which has it; not before that runs here.
+
+    Raises UsageError, ImageError, OSError; NoAnswer where that has ended.
+    """
     if not raw.endswith(".raw"):
         raise UsageError(f"{raw}: name the raw file in its mount")
     with explained(raw):
-        found = ask_mount(raw, "activate")
-        if found["move"] == Target.ACTIVE.value and not found["open"]:
-            os.setxattr(raw, PREFETCH, b"start")  # nothing copies what nobody uses
+        if qmp:
+            _activate_once_it_runs(raw, qmp)
+        else:
+            ask_mount(raw, "activate")
+        if (found := facts(raw, STATUS))["move"] == Target.ACTIVE.value and not found["open"]:
+            os.setxattr(raw, PREFETCH, b"start")  # sooner than the mount does
     return 0
+
+
+def _activate_once_it_runs(raw: str, qmp: str) -> None:
+    """Raises as `run_activate`."""
+    facts(raw, STATUS)
+    with Monitor(qmp) as monitor:
+        if not monitor.opens(raw):
+            raise UsageError(f"{qmp}: the machine there has not {raw} as its disk")
+        try:
+            _wait_until_it_runs(monitor)
+            _activate_at_last(raw, monitor)
+        except NoAnswer as error:
+            raise NoAnswer(f"{error}; the machine there has ended, and {raw} was not taken over") from None
+
+
+def _wait_until_it_runs(monitor: Monitor) -> None:
+    """Raises NoAnswer."""
+    told = False
+    while monitor.call("query-status", ANSWER)["status"] == WAITS:
+        if not told:
+            print(f"waiting for the machine to run at {monitor.path}", flush=True)
+        told = True
+        select.select([monitor], [], [], ANSWER)  # until RESUME, or another event
+        monitor.skip_events()
+
+
+def _activate_at_last(raw: str, monitor: Monitor) -> None:
+    """As often as it takes, while the machine is there. Raises NoAnswer, UsageError, OSError."""
+    said = ""
+    while True:
+        try:
+            ask_mount(raw, "activate")
+            return
+        except ImageError as error:  # its source cannot yet, or cannot be reached
+            if said != (said := str(error)):
+                daemon.complain(f"{said}; trying again")
+        monitor.skip_events()
 
 
 def run_abandon(disk: str) -> int:

@@ -95,8 +95,8 @@ def moves(entry: Entry) -> dict[str, Any]:
     """The part of the status about moves to and from other hosts."""
     record, refused = entry.record, entry.move_refused
     remark = entry.asked.remark if entry.asked is not None else record.remark
-    if record.state == Target.ACTIVE.value and not entry.busy:
-        remark += "; it is copied while it is open, or by fvdfs prefetch start"
+    if record.state == Target.ACTIVE.value and not entry.busy and entry.left_alone:
+        remark += "; it is copied while a program has it open, or by fvdfs prefetch start"
     found = {"move": record.state, "move_reason": record.obstacle, "move_remark": remark, "move_refused": refused}
     if (out := record.outgoing) is not None:
         to = (out.name or out.target) if record.handed_over else ""
@@ -111,6 +111,7 @@ async def control_prefetch(openings: Openings, entry: Entry, command: str) -> No
     """
     cache = openings.caches.of(identity_of(entry.status))
     if command == "start":
+        entry.left_alone = False
         if cache is not None:
             _prefetch(openings, cache, cache.image)
         else:
@@ -125,6 +126,7 @@ async def control_prefetch(openings: Openings, entry: Entry, command: str) -> No
         if command == "pause":
             prefetcher.pause()
         else:
+            entry.left_alone = True
             await prefetcher.stop()
 
 

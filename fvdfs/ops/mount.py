@@ -38,6 +38,7 @@ from fvdfs.ops.inodes import Entry
 from fvdfs.ops.naming import Permitted
 from fvdfs.ops.openings import Openings
 from fvdfs.ops.passthrough import Passthroughs
+from fvdfs.ops.unattended import follow_unattended
 from fvdfs.ops.writeback import Writeback, obstacle
 from fvdfs.prefetch.prefetcher import Activity
 from fvdfs.prefetch.pressure import DiskPressure
@@ -232,6 +233,7 @@ async def _serve(
                 nursery.start_soon(_obey_signals, options.mountpoint, filesystem, device, mount, reopen_log)
                 nursery.start_soon(filesystem.commits.run)
                 nursery.start_soon(let_cool, filesystem.folder.inodes)
+                nursery.start_soon(follow_unattended, filesystem.openings)
                 nursery.start_soon(filesystem.complaints.sum_up)
                 nursery.start_soon(answer_scrapes)
                 nursery.start_soon(_announce, options.mountpoint, filesystem, device, ready)

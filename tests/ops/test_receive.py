@@ -23,7 +23,8 @@ from fvdfs.format.mailbox import Wish
 from fvdfs.image.tree import Tree
 from fvdfs.store.locations import parse_location
 from fvdfs.store.source import ask
-from support.mounts import MIB, Mount, fvdfs, mounted, must, running, wait_until
+from support import machines
+from support.mounts import FVDFS, MIB, Mount, fvdfs, mounted, must, running, wait_until
 from support.moves import Move, record
 
 SIZE_OF_DISK = 16 * MIB
@@ -102,7 +103,7 @@ def test_nothing_is_kept_before_and_all_is_right_afterwards(move: Move, options:
     assert fvdfs("check", move.image).code == 0
 
 
-def test_both_ends_tell_how_far_it_is_and_what_nobody_uses_is_copied_once_it_is_activated(move: Move) -> None:
+def test_both_ends_tell_how_far_it_is_and_what_nobody_uses_is_copied_across_restarts(move: Move) -> None:
     def told(mount: Mount) -> str:
         return " ".join(must("status", mount.point).split())
 
@@ -113,14 +114,21 @@ def test_both_ends_tell_how_far_it_is_and_what_nobody_uses_is_copied_once_it_is_
         with move.target("prefetch_max=512K") as target:
             assert "it is being received" in told(target)
             write_direct(target.raw("vm"), 0, 1)
-            wait_until(lambda: not target.status("vm")["open"])
-            assert "its source is needed until all is local; it is copied while it is open" in told(target)
-            assert "which does not have all of it yet" in told(move.source)
-            must("activate", target.raw("vm"))
             first = "copies first what its source used last, its source is needed until all is local"
             wait_until(lambda: first in told(target))
-            wait_until(lambda: target.status("vm")["move"] == "local", timeout=60)
-            wait_until(lambda: move.source.status("vm")["move"] == "released")
+            assert "which does not have all of it yet" in told(move.source)
+            must("prefetch", "stop", target.raw("vm"))
+            wait_until(lambda: not target.status("vm")["open"])
+            stopped = "its source is needed until all is local; it is copied while a program has it open"
+            assert stopped in told(target)
+            target.remount()
+            wait_until(lambda: target.status("vm")["open"])
+            assert fvdfs("check", move.image).code == 0
+            (again := move.folder.with_name("again")).symlink_to(move.folder)
+            with mounted(again, "-o", "allow_url=nbd+unix:///") as other:  # it gives way to who writes it there
+                write_direct(other.raw("vm"), 4096, 2)
+                wait_until(lambda: move.source.status("vm")["move"] == "released", timeout=60)
+            wait_until(lambda: target.status("vm")["move"] == "local")
             assert "its source" not in told(target)
             for text in (told(move.source), must("info", move.source.folder / "vm.fvd")):
                 assert "which has all of it: this image may be removed" in text
@@ -331,6 +339,33 @@ def test_a_machine_moves_and_its_disk_follows(move: Move, tmp_path: Path) -> Non
         assert "read 4096/4096" in there.qemu_io("read -P 2 4k 4k")
         wait_until(lambda: move.source.status("vm")["move"] == "released")
         assert "read 4096/4096" in there.qemu_io("read -P 2 4k 4k")
+
+
+def test_it_is_taken_over_as_soon_as_the_machine_runs(move: Move, tmp_path: Path) -> None:
+    """By QEMU's own word, without a write; a machine that never comes gets nothing."""
+    by = f"unix:{tmp_path / 'ram'}"
+    with move.served(), contextlib.ExitStack() as stack:
+        move.receive()
+        target = stack.enter_context(move.target())
+        here = stack.enter_context(machines.machine(tmp_path / "here", move.source.raw("vm")))
+        incoming = (tmp_path / "there", target.raw("vm"), "-incoming", by)
+        activate = (*FVDFS, "activate", target.raw("vm"), "--qmp", tmp_path / "there")
+        how = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        with machines.machine(*incoming) as there, running(*activate, **how) as waiting:
+            assert waiting.stdout is not None
+            assert waiting.stdout.readline().startswith("waiting for the machine")
+            there.kill()
+            _, err = waiting.communicate(timeout=60)
+            assert (waiting.returncode, err.count("\n"), "was not taken over" in err) == (1, 1, True), err
+        assert target.status("vm")["move"] == "receiving"
+        with machines.machine(*incoming) as there, running(*activate, **how) as waiting:
+            assert waiting.stdout is not None
+            assert waiting.stdout.readline().startswith("waiting for the machine")
+            assert target.status("vm")["move"] == "receiving"
+            here("migrate", uri=by)
+            assert waiting.wait(60) == 0
+            assert there.state == "running"
+            assert target.status("vm")["move"] in ("active", "local")
 
 
 def test_nothing_stands_on_what_is_being_received(move: Move) -> None:
