@@ -77,7 +77,24 @@ ssh-keygen -q -t ed25519 -N "" -f /run/host
 /usr/sbin/sshd -f /dev/null -h /run/host -o ListenAddress=10.0.0.1 -o StrictModes=no -o UsePAM=no \\
     -o AuthorizedKeysFile=/etc/fvdfs/id_ed25519.pub -o 'Subsystem=sftp internal-sftp'
 """
+NGINX = """
+(cd /run && openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 -keyout key.pem \\
+    -out ca-cert.pem -subj /CN=server -addext subjectAltName=IP:10.0.0.1 2>/dev/null)
+cp /run/ca-cert.pem .
+echo "reader:$(openssl passwd -apr1 open-sesame)" >/run/users
+chmod 644 /srv/template.raw
+cat >/run/nginx.conf <<END
+user root; error_log /run/error.log; pid /run/nginx.pid;
+events {}
+http { access_log off; server {
+    listen 10.0.0.1:443 ssl; ssl_certificate /run/ca-cert.pem; ssl_certificate_key /run/key.pem;
+    location / { root /srv; auth_basic disks; auth_basic_user_file /run/users; }
+} }
+END
+nginx -e /run/error.log -c /run/nginx.conf
+"""
 PREPARED = {
+    ("docs/storage-on-servers.md", "HTTPS"): NGINX,
     ("docs/storage-on-servers.md", "SSH"): SSHD,
     ("docs/operations.md", "After a crash"): CRASHED,
     ("docs/operations.md", "Dead mount"): CRASHED,

@@ -45,7 +45,8 @@ IMPURE = {
     "prefetch": {"order", "prefetcher", "pressure", "scheduler"},
     "store": {
         *("base", "devices", "filelock", "flushing", "host", "mountinfo", "paths", "placing", "uring", "worker"),
-        *("connecting", "lending", "nbd_client", "nbd_reader", "nbd_server", "nbd_tls", "outage", "source"),
+        *("connecting", "lending", "nbd_client", "nbd_giver", "nbd_reader", "nbd_server", "nbd_tls"),
+        *("outage", "source", "web_reader"),
         *("qemu_daemon", "qemu_files", "qemu_store", "qemu_supervisor"),
     },
 }
@@ -53,8 +54,8 @@ IMPURE = {
 
 PURE_LIBRARIES = {
     *("__future__", "array", "base64", "binascii", "bitarray", "collections", "configparser", "contextlib"),
-    *("dataclasses", "difflib", "enum", "errno", "functools", "hashlib", "itertools", "json", "math", "random", "re"),
-    *("statistics", "struct", "sys"),
+    *("dataclasses", "difflib", "enum", "errno", "functools", "hashlib", "hmac", "itertools", "json", "math", "random"),
+    *("re", "statistics", "struct", "sys"),
     *("typing", "urllib.parse", "uuid", "zlib"),
 }
 """What a pure module may import beside others; none of it waits, nor asks the system for anything."""

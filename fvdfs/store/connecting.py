@@ -11,18 +11,14 @@ clients gets its place back. (TCP_USER_TIMEOUT would end it without one.)
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import socket
 import struct
-from collections.abc import AsyncIterator
-from dataclasses import replace
 
 import trio
 
 from fvdfs.errors import Unreachable
 from fvdfs.store.locations import Location
-from fvdfs.store.qemu_nodes import Node
 
 CONNECT_TIMEOUT = 3.0  # seconds; TCP asks again after 1 and 3
 SILENCE = 5.0  # seconds; four retransmissions in a row were lost, or two keepalives
@@ -71,32 +67,6 @@ def _why(error: BaseException) -> str:
         cause = cause.exceptions[0]
     found = cause if isinstance(cause, OSError) else error
     return (found.strerror if isinstance(found, OSError) else None) or str(found)
-
-
-@contextlib.asynccontextmanager
-async def connected(node: Node) -> AsyncIterator[tuple[Node, list[socket.socket]]]:
-    """The node with connections to its NBD servers, which the caller closes where nothing is raised.
-
-    Raises Unreachable.
-    """
-    sockets: list[socket.socket] = []
-    try:
-        yield await _connected(node, sockets), sockets
-    except BaseException:
-        for each in sockets:
-            each.close()
-        raise
-
-
-async def _connected(node: Node, sockets: list[socket.socket]) -> Node:
-    if node.location.protocol.get("driver") == "nbd":
-        made = await connect(node.location)
-        assert made is not None
-        sockets.append(made)
-        node = replace(node, fd=made.fileno())
-    backing = await _connected(node.backing, sockets) if node.backing is not None else None
-    data_file = await _connected(node.data_file, sockets) if node.data_file is not None else None
-    return replace(node, backing=backing, data_file=data_file)
 
 
 def silence(connection: socket.socket) -> float:

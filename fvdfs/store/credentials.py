@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 
 from fvdfs.store.locations import within
 
-_OF_WEB = ("user", "password_file", "cookie_file", "ca")
+_OF_WEB = ("user", "password_file", "cookie_file", "access_key", "secret_key_file", "region", "ca")
 _KEYS = {
     "http": _OF_WEB[:-1],
     "https": _OF_WEB,
@@ -35,11 +35,11 @@ _KEYS = {
 }
 """By scheme, what a section can say; of a path the scheme is empty."""
 _OF_ANY = ("passphrase_file",)
-SECRET_FILES = ("password_file", "cookie_file", "passphrase_file", "key", "keyring")
+SECRET_FILES = ("password_file", "secret_key_file", "cookie_file", "passphrase_file", "key", "keyring")
 """What names a file that only its owner may read."""
 FILES = (*SECRET_FILES, "known_hosts", "ca", "conf")
 """What names a file."""
-_NEEDS = {"password_file": "user"}
+_NEEDS = {"password_file": "user", "secret_key_file": "access_key", "access_key": "secret_key_file"}
 """What makes no sense without another."""
 _USER = re.compile("(?<=://)[^/@?]*@")
 

@@ -229,16 +229,12 @@ def _of_ssh(location: Location, section: Section, lent: Lent) -> Options:
     return found
 
 
-def _of_web(location: Location, section: Section, lent: Lent) -> Options:
+def _of_ftp(_location: Location, section: Section, lent: Lent) -> Options:
     found: Options = {}
-    if section.get("ca"):
-        raise ImageError(location.name, "QEMU takes no ca of one's own")
     if user := section.get("user"):
         found["username"] = user
     if file := section.get("password_file"):
         found["password-secret"] = lent.secret(secret_in(file))
-    if file := section.get("cookie_file"):
-        found["cookie-secret"] = lent.secret(secret_in(file))
     return found
 
 
@@ -273,6 +269,6 @@ _BY_DRIVER = {
     "ssh": _of_ssh,
     "iscsi": _of_iscsi,
     "rbd": _of_rbd,
-    **dict.fromkeys(("http", "https", "ftp", "ftps"), _of_web),
+    **dict.fromkeys(("ftp", "ftps"), _of_ftp),
 }
 """By QEMU's driver: what else it is told."""

@@ -13,22 +13,25 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import socket
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 from urllib.parse import parse_qs, urlsplit
 
 import trio
 
 from fvdfs.errors import FormatError, ImageError, Locked, UnsupportedFeature
-from fvdfs.store.connecting import connect, connected
+from fvdfs.store.connecting import connect
 from fvdfs.store.host import HostFile, open_as_permitted
 from fvdfs.store.lending import Lent, lend
 from fvdfs.store.locations import Location, Options, join, parse_location
+from fvdfs.store.nbd_giver import give
 from fvdfs.store.outage import OnLoss
 from fvdfs.store.qemu_daemon import StorageDaemon
 from fvdfs.store.qemu_nodes import NO_CREDENTIALS, SECRET_ID, Node, blockdevs, tls_object
 from fvdfs.store.references import FORMATS, LUKS, PROBE_SIZE, RAW, Reader, Reference, detect, references
+from fvdfs.store.web_reader import DRIVERS, Web, open_web
 
 log = logging.getLogger(__name__)
 
@@ -103,6 +106,8 @@ class QemuFiles:
         self._access = access
         self._opened: list[_Opened] = []
         self.writes_to_server = False
+        self.web = Web(lambda location: access.check_url(image, field, location), access.credentials)
+        """For those of its files that are on web servers."""
         self._top = self._open(image, field, name, file_format, writable)
         self.file = self._top.file
         """Of the top image; None for a URL."""
@@ -192,7 +197,8 @@ class QemuFiles:
             return await trio.to_thread.run_sync(self._read_references, opened, opened.file)
         if opened.format == RAW and opened.stated:
             return []
-        async with connected(Node(RAW, opened.location)) as (node, connections), self.lent(node) as (node, lent):
+        alone = Node(RAW, opened.location)
+        async with connected(alone, self.web) as (node, connections), self.lent(node) as (node, lent):
             daemon = StorageDaemon(
                 opened.path,
                 [],
@@ -381,3 +387,33 @@ def _reader(file: HostFile) -> Reader:
         return bytes(buffer[:count])
 
     return read
+
+
+@contextlib.asynccontextmanager
+async def connected(node: Node, web: Web) -> AsyncIterator[tuple[Node, list[socket.socket]]]:
+    """The node with connections to its NBD and web servers, which the caller closes where nothing is raised.
+
+    Raises ImageError, Unreachable among them, UsageError.
+    """
+    sockets: list[socket.socket] = []
+    try:
+        yield await _connected(node, sockets, web), sockets
+    except BaseException:
+        for each in sockets:
+            each.close()
+        raise
+
+
+async def _connected(node: Node, sockets: list[socket.socket], web: Web) -> Node:
+    if node.location.protocol.get("driver") == "nbd":
+        made = await connect(node.location)
+        assert made is not None
+        sockets.append(made)
+        node = replace(node, fd=made.fileno())
+    elif node.location.protocol.get("driver") in DRIVERS:
+        made = give(await open_web(node.location.name, node.location, web))
+        sockets.append(made)
+        node = replace(node, fd=made.fileno())
+    backing = await _connected(node.backing, sockets, web) if node.backing is not None else None
+    data_file = await _connected(node.data_file, sockets, web) if node.data_file is not None else None
+    return replace(node, backing=backing, data_file=data_file)

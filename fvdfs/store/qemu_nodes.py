@@ -47,7 +47,10 @@ class Node:
     format: str
     location: Location
     fd: int = -1
-    """The descriptor of a local file, or of a connection to an NBD server, the same number in the daemon."""
+    """The descriptor of a local file, or of a connection, the same number in the daemon.
+
+    To an NBD server; for a file on the web to us (`nbd_giver`).
+    """
     is_device: bool = False
     """Whether the local file is a block device."""
     backing: Node | None = None
@@ -61,6 +64,11 @@ class Node:
     def is_plain_nbd(self) -> bool:
         """Whether it is a raw disk on an NBD server that is spoken to without TLS."""
         return self.format == "raw" and self.location.protocol.get("driver") == "nbd" and self.location.tls_user is None
+
+    @property
+    def is_plain_web(self) -> bool:
+        """Whether it is a raw disk on a web server."""
+        return self.format == "raw" and self.location.protocol.get("driver") in ("http", "https")
 
 
 def blockdevs(node: Node, *, writable: bool, node_name: str) -> list[Options]:
@@ -81,7 +89,9 @@ def _blockdev(node: Node, writable: bool, found: list[Options]) -> Options:
     """One node; those that it refers to go to `found`."""
     common: Options = {"read-only": not writable, "discard": "unmap"}
     file: Options = dict(node.location.protocol)
-    if node.fd >= 0 and file.get("driver") == "nbd":
+    if node.fd >= 0 and file.get("driver") in ("http", "https"):
+        file = {"driver": "nbd", "server": {"type": "fd", "str": str(node.fd)}, "export": ""}
+    elif node.fd >= 0 and file.get("driver") == "nbd":
         file["server"] = {"type": "fd", "str": str(node.fd)}
     elif node.fd >= 0:
         driver = "host_device" if node.is_device else "file"

@@ -17,15 +17,15 @@ import trio
 
 from fvdfs.errors import ImageError, Unreachable
 from fvdfs.store.base import Buffer, Stepwise, Store
-from fvdfs.store.connecting import connected
 from fvdfs.store.host import HostFile
 from fvdfs.store.locations import Options
 from fvdfs.store.nbd_reader import NbdReader, open_export
 from fvdfs.store.outage import OnLoss, Outage
 from fvdfs.store.qemu_daemon import StorageDaemon
-from fvdfs.store.qemu_files import Access, QemuFiles
+from fvdfs.store.qemu_files import Access, QemuFiles, connected
 from fvdfs.store.qemu_nodes import Node, blockdevs
 from fvdfs.store.qemu_supervisor import Server, Supervisor, is_dead
+from fvdfs.store.web_reader import WebReader, open_web
 
 _SECTOR = 512  # bytes: QEMU's formats count in sectors
 
@@ -86,8 +86,12 @@ class QemuStore(Stepwise):
             reader = await open_export(self.name, self._node.location)
             if reader is not None:
                 return self._checked(reader)
+        if self._node.is_plain_web:
+            if self.writable:
+                raise ImageError(self.name, "a web server takes no writes")
+            return self._checked(await open_web(self.name, self._node.location, files.web))
         locked = [file.fileno() for file in files.host_files]
-        async with connected(self._node) as (node, connections), files.lent(node) as (node, lent):
+        async with connected(self._node, files.web) as (node, connections), files.lent(node) as (node, lent):
             daemon = StorageDaemon(
                 self.name,
                 files.descriptors,
@@ -102,7 +106,7 @@ class QemuStore(Stepwise):
             await self._run(daemon, blockdevs(node, writable=self.writable, node_name="disk"))
         return daemon
 
-    def _checked(self, reader: NbdReader) -> NbdReader:
+    def _checked(self, reader: NbdReader | WebReader) -> Server:
         try:
             self._check_size(reader)
         except BaseException:

@@ -31,6 +31,7 @@ from fvdfs.store.nbd_reader import NbdReader
 from fvdfs.store.outage import OnLoss, Outage
 from fvdfs.store.qemu_daemon import STOP_TIMEOUT, StorageDaemon
 from fvdfs.store.qemu_words import PROGRAM
+from fvdfs.store.web_reader import WebReader
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +60,7 @@ class Files(Protocol):
         """Whether the daemon writes to one."""
 
 
-Server = StorageDaemon | NbdReader
+Server = StorageDaemon | NbdReader | WebReader
 """What answers here: a daemon, or a connection to the server itself."""
 
 
@@ -161,7 +162,7 @@ class Supervisor:
                 if not is_dead(daemon, error) and not self._has_lost_server(daemon, error):
                     raise
                 if has_failed and not (self._on_loss.waits and self._files.has_server):
-                    again = "its server was lost" if isinstance(daemon, NbdReader) else f"{PROGRAM} died"
+                    again = "its server was lost" if isinstance(daemon, NbdReader | WebReader) else f"{PROGRAM} died"
                     raise OSError(errno.EIO, f"{self._name}: {again} again: {daemon.last_words}") from error
                 await self._lose(daemon, error)
             has_failed = True

@@ -17,9 +17,9 @@ from pathlib import Path
 import pytest
 
 from support.mounts import MIB, Mount, fvdfs, mounted, must, wait_until
-from support.servers import DiskServer, Ssh
+from support.servers import DiskServer, Https, Ssh
 
-SERVERS: dict[str, type[DiskServer]] = {"ssh": Ssh}
+SERVERS: dict[str, type[DiskServer]] = {"ssh": Ssh, "https": Https}
 
 SIZE = 8 * MIB
 HOLE = range(3 * MIB, 5 * MIB)
@@ -205,11 +205,12 @@ def test_the_disk_is_gone_or_another(folder: Path, server: DiskServer) -> None:
     with mounted(folder, "-o", options(server, "on_base_error=wait=1s")) as mount, mount.raw("vm").open("rb"):
         assert read(mount.raw("vm"), 0, 4096) == DATA[:4096]
         server.stop()
+        server.remove()
         server.put(DATA + DATA)
         server.start()
         with pytest.raises(OSError, match="Input/output error"):
             read(mount.raw("vm"), MIB, 4096)
         assert "is it another one?" in mount.log
-        server.put(DATA)
+        server.bring_back()
         wait_until(lambda: "its server is back" in mount.log)
         assert read(mount.raw("vm"), MIB, 4096) == DATA[MIB : MIB + 4096]

@@ -22,11 +22,13 @@ class Inside:
 
     secret_file = ""
     tls_creds = ""
-    credentials = ""
     qemu_locks = True
     base_formats: tuple[str, ...] = ()
 
-    def __init__(self, folder: Path, *prefixes: str, on_loss: OnLoss = OnLoss.REFUSE) -> None:
+    def __init__(
+        self, folder: Path, *prefixes: str, on_loss: OnLoss = OnLoss.REFUSE, credentials: Path | str = ""
+    ) -> None:
+        self.credentials = str(credentials)
         self.folder = folder
         self.on_loss = on_loss
         self.prefixes = prefixes
@@ -52,17 +54,29 @@ class Inside:
 
 
 def named(
-    folder: Path, name: str, file_format: str, *prefixes: str, writable: bool = False, on_loss: OnLoss = OnLoss.REFUSE
+    folder: Path,
+    name: str,
+    file_format: str,
+    *prefixes: str,
+    writable: bool = False,
+    on_loss: OnLoss = OnLoss.REFUSE,
+    credentials: Path | str = "",
 ) -> QemuStore:
-    access = Inside(folder, *prefixes, on_loss=on_loss)
+    access = Inside(folder, *prefixes, on_loss=on_loss, credentials=credentials)
     return QemuStore(str(folder / "image.fvd"), "base_img", name, file_format, access, writable=writable)
 
 
 @contextlib.asynccontextmanager
 async def opened(
-    folder: Path, name: str, file_format: str, *prefixes: str, writable: bool = False, on_loss: OnLoss = OnLoss.REFUSE
+    folder: Path,
+    name: str,
+    file_format: str,
+    *prefixes: str,
+    writable: bool = False,
+    on_loss: OnLoss = OnLoss.REFUSE,
+    credentials: Path | str = "",
 ) -> AsyncIterator[QemuStore]:
-    store = named(folder, name, file_format, *prefixes, writable=writable, on_loss=on_loss)
+    store = named(folder, name, file_format, *prefixes, writable=writable, on_loss=on_loss, credentials=credentials)
     try:
         await store.start()
         yield store

@@ -123,7 +123,7 @@ class DiskServer:
         self.disk.rename(self.disk.with_suffix(".away"))
 
     def bring_back(self) -> None:
-        """Undo `remove`."""
+        """Undo `remove`, whatever took its place."""
         self.disk.with_suffix(".away").rename(self.disk)
 
     def run(self, *words: str | Path, **how: Any) -> subprocess.Popen[Any]:
