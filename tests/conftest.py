@@ -28,8 +28,21 @@ ENDING = (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 """Signals that are ignored in what a shell starts in the background, or with nohup; tests send them."""
 
 
-SPREAD = ("tests/image/test_crash_mutants.py::", "tests/test_blocks.py::")
+SPREAD = ("tests/image/test_crash.py::", "tests/image/test_crash_mutants.py::", "tests/test_blocks.py::")
 """Modules whose tests share no fixture and take long: with `--dist loadscope` any worker takes the next of them."""
+LONGEST = (
+    "tests/layers/test_merging.py",
+    "tests/commands/test_migrate_again.py",
+    "tests/ops/test_programs.py",
+    "tests/ops/test_merging.py",
+    "tests/ops/test_mount.py",
+    "tests/ops/test_security.py",
+    "tests/commands/test_commands.py",
+    "tests/commands/test_backup.py",
+    "tests/image/test_stateful.py",
+    "tests/image/test_kill.py",
+)
+"""Modules that take longest come first, so that in the end no worker is left alone with one of them."""
 
 
 @pytest.hookimpl(wrapper=True, optionalhook=True)
@@ -50,6 +63,7 @@ def pytest_configure() -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: not item.nodeid.startswith(LONGEST))
     for item in items:
         if starts_programs(item):
             item.add_marker(pytest.mark.programs)

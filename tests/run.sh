@@ -15,6 +15,6 @@ ruff format --check .
 mypy fvdfs tests
 # A folder of our own: in pytest's, which all runs share, the dead mount of a run that was killed would fail this one.
 run=$(mktemp -d -t pytest-of-XXXXXX)
-# Half of the time tests wait, for disks, mounts and clocks: one more at a time than there are processors.
-python -m pytest -n $(($(nproc) + 1)) --dist loadscope --no-loadscope-reorder --basetemp "$run/tests" "$@"
+# Half of the time tests wait, for disks, mounts and clocks: twice as many at a time as there are processors.
+python -m pytest -n $((2 * $(nproc))) --dist loadscope --no-loadscope-reorder --basetemp "$run/tests" "$@"
 rm -rf --one-file-system "$run"
