@@ -13,9 +13,9 @@ import re
 from collections.abc import Iterable, Iterator
 
 _PASSWORDS = re.compile(
-    r"""(://[^/@\s:'"]*:)[^/@\s'"]+(?=@)|(\w*(?:pass(?:word|wd)|cookie)"?\s*[:=]\s*"?|:key=)[^",:\s]+"""
+    r"""(://[^/@\s:%'"]*[:%])[^/@\s'"]+(?=@)|(\w*(?:pass(?:word|wd)|cookie)"?\s*[:=]\s*"?|:key=)[^",:\s]+"""
 )
-"""As in https://user:password@host/, "password": "…" of json:{...}, and rbd:pool/image:key=…"""
+"""As in https://user:password@host/, iscsi://user%password@host/, "password": "…" of json:{...}, rbd:p/image:key=…"""
 
 
 def without_passwords(text: str) -> str:

@@ -6,9 +6,9 @@ cd "$here"
 venv=${FVDFS_VENV:-$here/.venv}
 EXTRAS="[test]" sh examples/install.sh "$venv" \
     acl attr bindfs bsdutils busybox-static cpio curl debhelper e2fsprogs fio fish fuse3 genisoimage git groff-base \
-    iproute2 kmod libvirt-clients libvirt-daemon linux-image-cloud-amd64 lintian mandoc mount nbdkit nginx-light \
-    openssh-client openssh-server openssl passwd procps qemu-block-extra qemu-system-common qemu-system-x86 \
-    qemu-utils rsync strace systemd util-linux xfsprogs xz-utils zsh
+    iproute2 kmod libvirt-clients libvirt-daemon linux-image-cloud-amd64 lintian mandoc mount nbd-server nbdkit \
+    nfs-ganesha nfs-ganesha-vfs nginx-light openssh-client openssh-server openssl passwd procps qemu-block-extra \
+    qemu-system-common qemu-system-x86 qemu-utils rpcbind rsync strace systemd tgt util-linux xfsprogs xz-utils zsh
 PATH=$venv/bin:$PATH
 ruff check .
 ruff format --check .

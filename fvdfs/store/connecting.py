@@ -1,5 +1,9 @@
 """Connections to servers: made here for NBD, and handed to the daemon as descriptors.
 
+Those for iSCSI and NFS are made by libraries in the daemon, which make new ones where one has ended, again and again,
+and never tell: a read would wait for ever, and nobody would know what a server has lost that was started again. So we
+take copies of their sockets from the daemon (pidfd_getfd), and see what becomes of them.
+
 So it is known at once whether a server can be reached, and later whether the connection still lives. TCP alone would
 try for minutes, twice as long each time, and stand still as long again after a network that was cut is back. So each
 connection is asked for a sign of life every two seconds (keepalive), and one from which nothing was heard for
@@ -11,9 +15,13 @@ clients gets its place back. (TCP_USER_TIMEOUT would end it without one.)
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import errno
+import os
 import socket
 import struct
+from collections.abc import Iterable
 
 import trio
 
@@ -23,6 +31,9 @@ from fvdfs.store.locations import Location
 CONNECT_TIMEOUT = 3.0  # seconds; TCP asks again after 1 and 3
 SILENCE = 5.0  # seconds; four retransmissions in a row were lost, or two keepalives
 _KEEPALIVE = 2  # seconds between two signs of life
+_PIDFD_GETFD = 438  # of asm-generic/unistd.h, and of all processors
+_PORTMAPPER = 111  # NFS asks it for ports, and hangs up
+_libc = ctypes.CDLL(None, use_errno=True)
 _TCP_INFO = struct.Struct("=8B24I")  # the beginning of struct tcp_info of linux/tcp.h
 _LAST_DATA_RECEIVED, _LAST_ACK_RECEIVED = 8 + 11, 8 + 12  # milliseconds ago
 
@@ -54,10 +65,50 @@ async def connect(location: Location) -> socket.socket | None:
     made.setblocking(True)
     if made.family != socket.AF_UNIX:
         made.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        made.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        made.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, _KEEPALIVE)
-        made.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, _KEEPALIVE)
+        _keep_alive(made)
     return made
+
+
+def _keep_alive(connection: socket.socket) -> None:
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, _KEEPALIVE)
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, _KEEPALIVE)
+
+
+def copies_of_connections(pid: int, others: Iterable[socket.socket]) -> list[socket.socket] | None:
+    """Copies of the TCP connections that a child of ours has, and that stand, beside `others`; None: we may not.
+
+    The caller closes them: the peer sees the end of a connection when all copies of it are closed. Raises OSError.
+    """
+    found: list[socket.socket] = []
+    known = {os.readlink(f"/proc/self/fd/{other.fileno()}") for other in others}
+    process = os.pidfd_open(pid)
+    try:
+        folder = f"/proc/{pid}/fd"
+        for number in os.listdir(folder):
+            with contextlib.suppress(FileNotFoundError):
+                link = os.readlink(f"{folder}/{number}")
+                if not link.startswith("socket:") or link in known:
+                    continue
+            fd = _libc.syscall(_PIDFD_GETFD, process, int(number), 0)
+            if fd < 0 and ctypes.get_errno() in (errno.EPERM, errno.ENOSYS):
+                return None  # a container's rules, or a kernel of before 5.6
+            if fd >= 0 and (copy := _standing(socket.socket(fileno=fd))):
+                found.append(copy)
+    finally:
+        os.close(process)
+    return found
+
+
+def _standing(copy: socket.socket) -> socket.socket | None:
+    """It, if it is a TCP connection to a server of disks; else it is closed."""
+    if copy.family in (socket.AF_INET, socket.AF_INET6) and copy.type == socket.SOCK_STREAM and not is_closed(copy):
+        with contextlib.suppress(OSError):
+            if copy.getpeername()[1] != _PORTMAPPER:
+                _keep_alive(copy)
+                return copy
+    copy.close()
+    return None
 
 
 def _why(error: BaseException) -> str:

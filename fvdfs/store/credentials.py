@@ -28,7 +28,7 @@ _KEYS = {
     "ssh": ("user", "key", "known_hosts"),
     "iscsi": ("user", "password_file", "initiator"),
     "rbd": ("user", "keyring", "conf"),
-    "nfs": (),
+    "nfs": ("user", "group"),
     "nbd": (),
     "nbds": (),
     "": (),
@@ -41,6 +41,7 @@ FILES = (*SECRET_FILES, "known_hosts", "ca", "conf")
 """What names a file."""
 _NEEDS = {"password_file": "user", "secret_key_file": "access_key", "access_key": "secret_key_file"}
 """What makes no sense without another."""
+_NUMBER = re.compile("[0-9]{1,9}")
 _USER = re.compile("(?<=://)[^/@?]*@")
 
 
@@ -104,6 +105,8 @@ def _section(prefix: str, values: dict[str, str], folder: str) -> Section:
             raise ValueError(f"[{prefix}]: {key} needs a value")
         if key in _NEEDS and _NEEDS[key] not in values:
             raise ValueError(f"[{prefix}]: {key} needs {_NEEDS[key]}, too")
+        if scheme == "nfs" and key in ("user", "group") and not _NUMBER.fullmatch(value):
+            raise ValueError(f"[{prefix}]: {key} must be a number, as NFS has them (see id)")
         if key in FILES and not value.startswith("/"):
             values[key] = f"{folder.rstrip('/')}/{value}"
     return Section(prefix, values)

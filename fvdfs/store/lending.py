@@ -249,6 +249,10 @@ def _of_iscsi(_location: Location, section: Section, lent: Lent) -> Options:
     return found
 
 
+def _of_nfs(_location: Location, section: Section, _lent: Lent) -> Options:
+    return {key: int(section.get(key)) for key in ("user", "group") if section.get(key)}
+
+
 def _of_rbd(location: Location, section: Section, lent: Lent) -> Options:
     user = str(location.protocol.get("user", "")) or section.get("user")
     found: Options = {"user": user} if user else {}
@@ -268,6 +272,7 @@ def _of_rbd(location: Location, section: Section, lent: Lent) -> Options:
 _BY_DRIVER = {
     "ssh": _of_ssh,
     "iscsi": _of_iscsi,
+    "nfs": _of_nfs,
     "rbd": _of_rbd,
     **dict.fromkeys(("ftp", "ftps"), _of_ftp),
 }

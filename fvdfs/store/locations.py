@@ -43,7 +43,7 @@ class Location:
         parts = urlsplit(self.url)
         if parts.scheme in _UNIX:
             return parse_qs(parts.query)["socket"][0]
-        port = parts.port or _DEFAULT_PORTS.get(parts.scheme)
+        port = parts.port or _DEFAULT_PORTS.get(parts.scheme) or (_NFS_PORT if parts.scheme == "nfs" else None)
         return (parts.hostname, port) if parts.hostname and port else None
 
     @property
@@ -73,7 +73,9 @@ _DEFAULT_PORTS = {
     "ftp": 21,
     "ftps": 990,
 }
+_NFS_PORT = 2049  # where it listens if all is as usual; QEMU asks the portmapper
 _UNIX = ("nbd+unix", "nbds+unix")
+CREDENTIALS = "name a file that has them: --credentials FILE, or -o credentials=FILE for a mount"
 TLS_PREFIX = "tls-"
 """What the credentials of a user are called, for the daemon."""
 _TLS_USER = re.compile(r"[A-Za-z0-9._-]{1,100}")
@@ -109,8 +111,7 @@ def _parse_url(name: str, scheme: str) -> Location:
     if parts.fragment:
         raise ImageError(name, "a URL of an image has no #fragment")
     if parts.password is not None or (parts.username is not None and scheme not in ("ssh", "nbds")):
-        known = "ssh://user@host and nbds://user@host"
-        raise UnsupportedFeature(name, f"user names and passwords in URLs are not supported (but {known})")
+        raise UnsupportedFeature(name, f"URLs of images have no users and passwords: {CREDENTIALS}")
     if scheme == "nbds" and parts.username is not None and not _TLS_USER.fullmatch(parts.username):
         raise ImageError(name, "the user of a pre-shared key has only letters, digits and . _ -")
     if any(segment in (".", "..") for segment in unquote(parts.path).split("/")):
@@ -121,7 +122,8 @@ def _parse_url(name: str, scheme: str) -> Location:
         if port == 0:
             raise ImageError(name, "port 0 cannot be connected to")
     if parts.query and scheme not in (*_UNIX, "http", "https"):
-        raise UnsupportedFeature(name, f"options after ? are not supported for {scheme}://")
+        remedy = f" (user and group: {CREDENTIALS})" if scheme == "nfs" else ""
+        raise UnsupportedFeature(name, f"options after ? are not supported for {scheme}://{remedy}")
     protocol, tail = _protocol(name, scheme, parts, port or _DEFAULT_PORTS.get(scheme, 0))
     return Location(name, None, _authority(scheme, parts, port) + tail, protocol, "")
 
@@ -160,7 +162,7 @@ def _protocol(name: str, scheme: str, parts: SplitResult, port: int) -> tuple[Op
     if "\0" in path or "\0" in unquote(parts.username or ""):
         raise ImageError(name, "%00 is not allowed in a URL")
     inet: Options = {"host": host, "port": str(port)}
-    tail = quote(path)
+    tail = quote(path, safe="/:")
     match scheme:
         case "nbd" | "nbds":
             server: Options = {"type": "inet", **inet}
@@ -227,6 +229,10 @@ def _parse_rbd(name: str) -> Location:
 
 def within(url: str, prefix: str) -> bool:
     """Whether a `Location.url` lies under `prefix`, itself a URL, by whole parts: https://a.b is not under https://a."""
+    return any(_is_within(url, each) for each in (prefix, prefix.replace("%3A", ":")))
+
+
+def _is_within(url: str, prefix: str) -> bool:
     if not url.startswith(prefix) or not prefix:
         return False
     return len(url) == len(prefix) or prefix[-1] in "/:?" or url[len(prefix)] in "/?"

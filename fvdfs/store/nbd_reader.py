@@ -75,6 +75,7 @@ class NbdReader:
 
     pid = 0
     flush_failed = False
+    is_cut_off = False
 
     def __init__(self, name: str, connection: socket.socket, export: Export) -> None:
         """`connection`: with the export open. Call in the event loop, which receives until `stop`."""

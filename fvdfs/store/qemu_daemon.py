@@ -36,7 +36,7 @@ from typing import IO
 import trio
 
 from fvdfs.errors import FvdError, ImageError, Locked, Refused, Unreachable, UsageError
-from fvdfs.store.connecting import SILENCE, is_closed, silence
+from fvdfs.store.connecting import SILENCE, copies_of_connections, is_closed, silence
 from fvdfs.store.host import (
     FALLOC_FL_ZERO_RANGE,
     PUNCH,
@@ -162,6 +162,7 @@ class StorageDaemon:
         locked: Sequence[int] = (),
         *,
         connections: Sequence[socket.socket] = (),
+        reconnects: bool = False,
         lent: Sequence[int] = (),
         environment: Mapping[str, str] = MappingProxyType({}),
         holes_are_zeros: bool = True,
@@ -170,12 +171,16 @@ class StorageDaemon:
         """`name`: of the image, for messages. `descriptors`: what it opens files by, and their names.
 
         `objects`: passphrases and keys (`QemuFiles.objects`). `locked`: descriptors whose locks last as long as it.
-        `connections`: to servers; `stop` closes them. `lent`: more descriptors, and `environment`: more variables, that
-        it inherits as it starts. `holes_are_zeros`: whether holes in the image read as zeros, as
-        those of a device need not. `quiet`: what it says is not for the log until it has started.
+        `connections`: to servers; `stop` closes them. `reconnects`: it makes more by itself, and new ones where these
+        end. `lent`: more descriptors, and `environment`: more variables, that it inherits as it starts.
+        `holes_are_zeros`: whether holes in the image read as zeros, as those of a device need not. `quiet`: what it
+        says is not for the log until it has started.
         """
         self._quiet = quiet
         self._connections = connections
+        self._reconnects = reconnects
+        self._copies: list[socket.socket] | None = None
+        """Of the connections that it has made; None: it makes none, or we may not have them."""
         self._lent = lent
         self._environment = environment
         self._holes_are_zeros = holes_are_zeros
@@ -346,6 +351,8 @@ class StorageDaemon:
                 raise ImageError(self.name, "QEMU exports nothing")
             self.size = export.size_now()
             self._take_away()
+            if self._reconnects:
+                self._copies = copies_of_connections(self.pid, self._connections)
             with self._guard:
                 if self._stopping:
                     raise OSError(errno.ECANCELED, "stopped while it started")
@@ -388,6 +395,7 @@ class StorageDaemon:
             self._stopping = True
             export, self._export = self._export, None
         process = self._process
+        gently = gently and not self.is_cut_off  # else it would wait for the server
         killer = None
         if process is not None and gently:
             killer = threading.Timer(STOP_TIMEOUT, process.kill)
@@ -403,19 +411,32 @@ class StorageDaemon:
             self._wait(process)
         if killer is not None:
             killer.cancel()
-        for connection in self._connections:
+        for connection in self._known:
             connection.close()
+        self._copies = None
         self._take_away()
+
+    @property
+    def _known(self) -> list[socket.socket]:
+        return [*self._connections, *(self._copies or ())]
 
     @property
     def is_connected(self) -> bool:
         """Whether its connections still stand, as far as is known."""
-        return bool(self._connections) and not any(map(is_closed, self._connections))
+        return bool(self._known) and not any(map(is_closed, self._known))
+
+    @property
+    def is_cut_off(self) -> bool:
+        """Whether a connection of its own has ended: it has a new one, or tries to, and does not tell."""
+        return self._copies is not None and not self.is_connected
 
     def kill_if_silent(self) -> None:
-        """`kill`, where nothing is heard from its server. Blocks."""
-        if any(silence(connection) > SILENCE for connection in self._connections):
+        """`kill`, where nothing is heard from its server, or it would not tell that it is cut off. Blocks."""
+        if any(silence(connection) > SILENCE for connection in self._known):
             self.verdict = f"nothing was heard from its server for {SILENCE:.0f} s"
+            self.kill()
+        elif self.is_cut_off:
+            self.verdict = "the server has ended the connection"
             self.kill()
 
     def kill(self) -> None:

@@ -332,6 +332,15 @@ class QemuFiles:
         return any(opened.file is None for opened in self._opened)
 
     @property
+    def reconnects(self) -> bool:
+        """Whether a library connects to a server, and again where that has ended, and tells nobody.
+
+        With one that may end its connections whenever it likes (http) nothing can be made of the end of one.
+        """
+        drivers = {str(opened.location.protocol.get("driver")) for opened in self._opened}
+        return bool(drivers & {"iscsi", "nfs"}) and not drivers & {"http", "https", "ftp", "ftps", "rbd"}
+
+    @property
     def is_remote(self) -> bool:
         """Whether reading them asks another machine."""
         return any(opened.file is None or opened.file.is_remote for opened in self._opened)

@@ -98,6 +98,7 @@ class QemuStore(Stepwise):
                 [*files.objects(), *lent.objects],
                 locked,
                 connections=connections,
+                reconnects=files.reconnects,
                 lent=lent.descriptors,
                 environment=lent.environment,
                 holes_are_zeros=not (self.writable and files.has_device),

@@ -6,7 +6,9 @@ waiting for it or comes first.
 
 The same is done when a daemon seems to have lost its server, which is then away (`outage.Outage`), and looked for until
 it is back, by a task of the event loop. QEMU's own way to connect again (`reconnect-delay`) does not work behind its
-FUSE export, at least in 7.2, and would hide that a server that was started again may have lost unflushed writes.
+FUSE export, at least in 7.2, and would hide that a server that was started again may have lost unflushed writes. The
+libraries for iSCSI and NFS do connect again, so a daemon of theirs that has lost its connection is given up as well,
+and what was answered by another connection counts for nothing.
 
 Where a raw disk on an NBD server is only read, a connection of our own (`nbd_reader`) takes the place of the daemon.
 
@@ -207,6 +209,8 @@ class Supervisor:
         self._watch()
         try:
             result = await operation(daemon)
+            if daemon.is_cut_off:  # who has answered is perhaps another one, or has lost what was written before
+                raise OSError(errno.ECONNRESET, "the server has ended the connection")
             if changes:
                 self._changes += 1
                 if daemon.gone:  # it died between the answer and now, and was accounted for without this

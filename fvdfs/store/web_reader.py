@@ -225,6 +225,7 @@ class WebReader:
 
     pid = 0
     flush_failed = False
+    is_cut_off = False
 
     def __init__(self, name: str, location: Location, web: Web) -> None:
         """`name`: for messages. `open` must follow."""

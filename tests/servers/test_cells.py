@@ -16,10 +16,19 @@ from pathlib import Path
 
 import pytest
 
+from support.block_servers import Iscsi, Nbdkit, NbdServer, Nfs, Qsd
 from support.mounts import MIB, Mount, fvdfs, mounted, must, wait_until
 from support.servers import DiskServer, Https, Ssh
 
-SERVERS: dict[str, type[DiskServer]] = {"ssh": Ssh, "https": Https}
+SERVERS: dict[str, type[DiskServer]] = {
+    "ssh": Ssh,
+    "https": Https,
+    "iscsi": Iscsi,
+    "nfs": Nfs,
+    "nbd-server": NbdServer,
+    "nbdkit": Nbdkit,
+    "qemu-storage-daemon": Qsd,
+}
 
 SIZE = 8 * MIB
 HOLE = range(3 * MIB, 5 * MIB)
@@ -49,6 +58,7 @@ def running_server(request: pytest.FixtureRequest, tmp_path_factory: pytest.Temp
         yield server
     finally:
         server.stop()
+        server.close()
 
 
 @pytest.fixture
@@ -59,9 +69,9 @@ def server(running_server: DiskServer) -> DiskServer:
     return running_server
 
 
-def access(server: DiskServer, credentials: Path | None = None) -> list[str]:
+def access(server: DiskServer, credentials: Path | None = None, tls_creds: Path | None = None) -> list[str]:
     """The words of a command that is to be let in."""
-    tls = ["--tls-creds", str(server.tls)] if server.tls is not None else []
+    tls = ["--tls-creds", str(tls_creds or server.tls)] if server.tls is not None else []
     return ["--credentials", str(credentials or server.credentials()), *tls]
 
 
@@ -118,6 +128,7 @@ def test_its_holes(folder: Path, server: DiskServer) -> None:
         if server.tells_holes:
             assert os.lseek(disk.fileno(), MIB, os.SEEK_HOLE) == HOLE.start
             assert os.lseek(disk.fileno(), HOLE.start, os.SEEK_DATA) == HOLE.stop
+        disk.seek(0)
         assert disk.read() == DATA
 
 
@@ -184,8 +195,10 @@ def test_a_read_waits_while_it_is_gone(folder: Path, server: DiskServer) -> None
 
 def test_wrong_credentials(folder: Path, server: DiskServer) -> None:
     """What is wrong is said, and nothing is shown."""
-    for section, message in server.wrong:
-        words = access(server, server.credentials(section))
+    tried = [(server.tls, *wrong) for wrong in server.wrong]
+    tried += [(tls_creds, server.section, message) for tls_creds, message in server.wrong_tls]
+    for tls_creds, section, message in tried:
+        words = access(server, server.credentials(section), tls_creds)
         done = fvdfs("create", folder / "vm.fvd", "--base", server.url, "--base-format", "raw", *words)
         assert done.code, section
         assert re.search(message, done.err), (section, done.err)
@@ -210,7 +223,7 @@ def test_the_disk_is_gone_or_another(folder: Path, server: DiskServer) -> None:
         server.start()
         with pytest.raises(OSError, match="Input/output error"):
             read(mount.raw("vm"), MIB, 4096)
-        assert "is it another one?" in mount.log
+        wait_until(lambda: "is it another one?" in mount.log)
         server.bring_back()
         wait_until(lambda: "its server is back" in mount.log)
         assert read(mount.raw("vm"), MIB, 4096) == DATA[MIB : MIB + 4096]

@@ -141,6 +141,7 @@ def test_the_key_that_a_host_shows() -> None:
     "name",
     [
         "https://me:top-secret@h/a",
+        "iscsi://me%top-secret@h/iqn.a:b/1",
         'json:{"driver":"https","url":"https://me:top-secret@h/a"}',
         'json:{"driver":"https","url":"https://h/a","password":"top-secret"}',
         "rbd:pool/a:id=me:key=top-secret==",

@@ -48,7 +48,7 @@ def test_local_paths(name: str) -> None:
         ),
         (
             "iscsi://h/iqn.2001-04.com.example:x/3",
-            "iscsi://h/iqn.2001-04.com.example%3Ax/3",
+            "iscsi://h/iqn.2001-04.com.example:x/3",
             {"portal": "h:3260", "target": "iqn.2001-04.com.example:x", "lun": 3, "transport": "tcp"},
         ),
         ("nfs://h/x/y", "nfs://h/x/y", {"driver": "nfs", "server": {"type": "inet", "host": "h"}, "path": "/x/y"}),

@@ -105,6 +105,11 @@ class DiskServer:
         """The folder for `tls_creds`, if it needs one."""
         return None
 
+    @property
+    def wrong_tls(self) -> Sequence[tuple[Path, str]]:
+        """Other folders for `tls_creds` that must not let anybody in, each with a pattern of what is said then."""
+        return ()
+
     def put(self, data: bytes) -> None:
         """Have the disk hold this; it runs, or not."""
         with self.disk.open("r+b" if self.disk.exists() else "wb") as file:
@@ -153,6 +158,9 @@ class DiskServer:
     def restart(self) -> None:
         self.stop()
         self.start()
+
+    def close(self) -> None:
+        """Undo what `__init__` did beside its folder."""
 
     def file(self, name: str, text: str, mode: int = 0o600) -> str:
         """A new file in `folder`; its name."""
