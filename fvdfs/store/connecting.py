@@ -58,9 +58,9 @@ async def connect(location: Location) -> socket.socket | None:
             else:
                 stream = await trio.open_tcp_stream(*address)
     except trio.TooSlowError:
-        raise Unreachable(location.name, f"{where} does not answer within {CONNECT_TIMEOUT:.0f} s") from None
+        raise Unreachable(location.shown, f"{where} does not answer within {CONNECT_TIMEOUT:.0f} s") from None
     except OSError as error:
-        raise Unreachable(location.name, f"{where} cannot be reached: {_why(error)}") from error
+        raise Unreachable(location.shown, f"{where} cannot be reached: {_why(error)}") from error
     made = socket.socket(fileno=stream.socket.detach())
     made.setblocking(True)
     if made.family != socket.AF_UNIX:

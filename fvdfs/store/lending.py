@@ -203,7 +203,7 @@ def section_of(location: Location, credentials: Credentials) -> Section:
     section = credentials.of(location.url) if location.url else NOTHING
     named, user = location.protocol.get("user"), section.get("user")
     if named is not None and user and named != user:
-        raise Refused(location.name, f"the credentials of [{section.prefix}] are those of {user}, and not of {named}")
+        raise Refused(location.shown, f"the credentials of [{section.prefix}] are those of {user}, and not of {named}")
     return section
 
 

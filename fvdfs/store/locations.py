@@ -38,6 +38,11 @@ class Location:
     """The format that a `json:` name states; empty where none is stated."""
 
     @property
+    def shown(self) -> str:
+        """Its name for messages: of the web without what follows the ?, which may let in whoever has it."""
+        return self.name.partition("?")[0] if self.protocol.get("driver") in ("http", "https") else self.name
+
+    @property
     def address(self) -> tuple[str, int] | str | None:
         """Where its server listens: host and port, or the path of a socket; None: a file, or not known."""
         parts = urlsplit(self.url)

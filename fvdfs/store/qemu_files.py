@@ -141,7 +141,7 @@ class QemuFiles:
             file_format = location.format or RAW
         elif location.format not in ("", file_format):
             raise ImageError(image, f"{field}={name}: it says {location.format}, and the image {file_format}")
-        opened = _Opened(image, field, location, file_format, location.name, stated)
+        opened = _Opened(image, field, location, file_format, location.shown, stated)
         if location.path is None:
             self._access.check_url(image, field, location)
             is_loop = any(location.url == other.location.url for other in self._opened)
@@ -420,7 +420,7 @@ async def _connected(node: Node, sockets: list[socket.socket], web: Web) -> Node
         sockets.append(made)
         node = replace(node, fd=made.fileno())
     elif node.location.protocol.get("driver") in DRIVERS:
-        made = give(await open_web(node.location.name, node.location, web))
+        made = give(await open_web(node.location.shown, node.location, web))
         sockets.append(made)
         node = replace(node, fd=made.fileno())
     backing = await _connected(node.backing, sockets, web) if node.backing is not None else None

@@ -216,8 +216,8 @@ class _Connection:
 def _of_tls(location: Location, error: ssl.SSLError) -> ImageError:
     if isinstance(error, ssl.SSLCertVerificationError):
         how = "if it has an authority of its own, name that by ca = FILE in the credentials"
-        return ImageError(location.name, f"the server's certificate does not fit: {error.verify_message}; {how}")
-    return ImageError(location.name, f"the server and we do not agree on TLS: {error.reason or error}")
+        return ImageError(location.shown, f"the server's certificate does not fit: {error.verify_message}; {how}")
+    return ImageError(location.shown, f"the server and we do not agree on TLS: {error.reason or error}")
 
 
 class WebReader:

@@ -18,11 +18,12 @@ import pytest
 
 from support.block_servers import Iscsi, Nbdkit, NbdServer, Nfs, Qsd
 from support.mounts import MIB, Mount, fvdfs, mounted, must, wait_until
-from support.servers import DiskServer, Https, Ssh
+from support.servers import S3, DiskServer, Https, Ssh
 
 SERVERS: dict[str, type[DiskServer]] = {
     "ssh": Ssh,
     "https": Https,
+    "s3": S3,
     "iscsi": Iscsi,
     "nfs": Nfs,
     "nbd-server": NbdServer,

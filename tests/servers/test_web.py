@@ -163,6 +163,21 @@ async def test_a_server_that_sends_chunks_and_closes(folder: Path) -> None:
         assert await all_of(store) == DATA
 
 
+async def test_a_url_that_is_signed_for_some_time(folder: Path) -> None:
+    """It lets in by itself, and nothing that is said shows how."""
+    secret = "?X-Amz-Signature=top-secret"
+    async with answering(chunked) as url, opened(folder, url + secret, "raw", "http://") as store:
+        assert await all_of(store) == DATA
+        assert "top-secret" not in store.name
+    async with answering(lambda _start, _stop: b"HTTP/1.1 403 No\r\nContent-Length: 0\r\n\r\n") as url:
+        error = await refused(folder, url + secret, "http://", credentials="")
+        assert "(403)" in str(error)
+        assert "top-secret" not in str(error)
+    error = await refused(folder, url + secret, "http://", credentials="")
+    assert isinstance(error, Unreachable)
+    assert "top-secret" not in str(error)
+
+
 @pytest.mark.parametrize(
     ("answer", "error", "message"),
     [

@@ -17,11 +17,13 @@ from __future__ import annotations
 
 import contextlib
 import getpass
+import importlib.util
 import os
 import re
 import shutil
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -341,3 +343,70 @@ class Https(DiskServer):
         assert NGINX is not None
         self.run(NGINX, "-c", self.folder / "nginx.conf", "-e", self.folder / "error.log")
         wait_until(lambda: listens_at(self.port))
+
+
+class S3(DiskServer):
+    """A store like S3, by its own protocol: requests are signed, and the signatures checked."""
+
+    def __init__(self, folder: Path, port: int) -> None:
+        super().__init__(folder, port)
+        self._process: subprocess.Popen[str] | None = None
+        self.file("wrong-key", "wrong\n")
+
+    @classmethod
+    def missing(cls) -> str:
+        return "" if importlib.util.find_spec("moto") is not None else "moto is not installed"
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}/disks/disk%20image.raw"
+
+    def _section(self, secret: str = "secret-key", access: str = "") -> str:
+        access = access or self._said("access-key")
+        return f"[http://127.0.0.1:{self.port}/disks/]\naccess_key = {access}\nsecret_key_file = {secret}\n"
+
+    def _said(self, name: str) -> str:
+        return (self.folder / name).read_text().strip()
+
+    @property
+    def section(self) -> str:
+        return self._section()
+
+    @property
+    def wrong(self) -> Sequence[tuple[str, str]]:
+        return ((self._section("wrong-key"), "403"), (self._section(access="AKIAWRONG"), "403"), ("", "403"))
+
+    @property
+    def secrets(self) -> Sequence[str]:
+        return (self._said("secret-key"),)
+
+    def _launch(self) -> None:
+        script = Path(__file__).with_name("s3.py")
+        how: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        self._process = self.run(sys.executable, script, self.folder, str(self.port), **how)
+        self._await()
+        if (self.folder / "credentials").exists():  # it has new keys
+            self.credentials()
+
+    def _await(self) -> None:
+        assert self._process is not None
+        assert self._process.stdout is not None
+        assert self._process.stdout.readline() == "done\n"
+
+    def _look_again(self) -> None:
+        if self._process is not None and self._process.poll() is None:
+            assert self._process.stdin is not None
+            print("look", file=self._process.stdin, flush=True)
+            self._await()
+
+    def put(self, data: bytes) -> None:
+        super().put(data)
+        self._look_again()
+
+    def remove(self) -> None:
+        super().remove()
+        self._look_again()
+
+    def bring_back(self) -> None:
+        super().bring_back()
+        self._look_again()
