@@ -11,9 +11,10 @@ not printable in it is escaped. An interrupt says nothing
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
-import logging
 import re
+import shutil
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -22,7 +23,6 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from fvdfs import __version__, daemon, programs
 from fvdfs.errors import NotFvd, UsageError, nearest, printable
 from fvdfs.examples import EXAMPLES
-from fvdfs.logs import LogFormatter
 from fvdfs.mountoptions import MOUNT_OPTIONS, credentials_file, passphrase_file, tls_credentials
 from fvdfs.sizes import NewSize, parse_new_size, parse_size
 
@@ -51,6 +51,8 @@ exit codes:
   doctor   1 what every mount needs is missing
   umount   3 the mount point is free, but the images stay open"""
 _EMPTY_VALUE = re.compile("--[a-z-]+=")
+# argparse's words are English as all others are; to look for translations, again and again, takes long.
+vars(argparse)["_"] = lambda text: text
 
 
 # --- types of arguments -------------------------------------------------------------------------
@@ -96,11 +98,20 @@ def _count(text: str) -> int:
 class _Help(argparse.HelpFormatter):
     """Leaves the lines at the end of a help as they are, and fills all others."""
 
+    def __init__(self, prog: str, width: int | None = None) -> None:
+        super().__init__(prog, width=_columns() if width is None else width)
+
     def add_text(self, text: str | None) -> None:
         if text and "\n" in text:
             self._add_item(lambda lines: lines + "\n", [text])
         else:
             super().add_text(text)
+
+
+@functools.cache
+def _columns() -> int:
+    """For help; each argument that is added asks for it."""
+    return shutil.get_terminal_size().columns - 2
 
 
 class _Parser(argparse.ArgumentParser):
@@ -160,6 +171,7 @@ def _parsed(words: list[str]) -> argparse.Namespace:
 
 def _run(arguments: argparse.Namespace) -> int:
     run: Callable[[argparse.Namespace], int] = arguments.run
+    daemon.can_complain()
     if getattr(arguments, "secret", ""):
         arguments.secret = passphrase_file("--secret ", arguments.secret)
     if getattr(arguments, "servers_creds", ""):
@@ -186,6 +198,10 @@ def _run(arguments: argparse.Namespace) -> int:
 
 def _log_to_terminal() -> None:
     """Show what is logged on the terminal, a line each."""
+    import logging
+
+    from fvdfs.logs import LogFormatter
+
     logging.raiseExceptions = False
     terminal = logging.StreamHandler()
     terminal.setFormatter(LogFormatter("fvdfs: %(message)s"))

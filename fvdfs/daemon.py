@@ -19,23 +19,21 @@ from __future__ import annotations
 
 import contextlib
 import io
-import logging
 import os
 import resource
 import signal
-import socket
 import sys
 import threading
 from collections.abc import Awaitable, Callable, Iterator
 from types import FrameType
-from typing import TYPE_CHECKING, TextIO, TypeVar
+from typing import TYPE_CHECKING, TextIO, TypeAlias, TypeVar
 
-from fvdfs import mounts
 from fvdfs.errors import FvdError, exit_code, leading
-from fvdfs.logs import LogPlaces, ReopenLog, leveled, set_up_log, to_journal
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
+
+    from fvdfs.logs import LogPlaces, ReopenLog
 
 _MOST_DESCRIPTORS = (1 << 31) - 1  # an int, the largest there is
 STOP = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT)
@@ -52,8 +50,6 @@ _AGAIN = 0.01  # seconds until an interrupt is tried again that came where nothi
 interrupting: list[Callable[[int, FrameType | None], object]] = []
 """Handlers of Ctrl-C that raise KeyboardInterrupt wherever it comes; event loops do without them."""
 T = TypeVar("T")
-
-log = logging.getLogger(__name__)
 
 
 # --- streams and limits -------------------------------------------------------------------------
@@ -243,12 +239,14 @@ def _unraisable(problem: sys.UnraisableHookArgs) -> None:
 
 # --- foreground and background ------------------------------------------------------------------
 
-Serve = Callable[[Callable[[], None], ReopenLog], None]
+Serve: TypeAlias = "Callable[[Callable[[], None], ReopenLog], None]"
 """Serves a mount; is given what to call when it is ready, and what opens the log file anew."""
 
 
 def in_foreground(serve: Serve, places: LogPlaces) -> int:
     """Serve in this process; the exit code. Raises FvdError."""
+    from fvdfs.logs import set_up_log
+
     ignore_signals()
     os.chdir("/")
     os.umask(os.umask(0o022) | 0o022)
@@ -267,6 +265,8 @@ def notify(text: str) -> None:
     address = os.environ.get("NOTIFY_SOCKET", "")
     if not address:
         return
+    import socket  # takes long, and not every command needs it
+
     with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
         sender.setblocking(False)  # it must not have the mount wait
         sender.sendto(text.encode(), f"\0{address[1:]}" if address.startswith("@") else address)
@@ -348,6 +348,11 @@ class NotReady(Exception):
 
 def _serve_in_child(serve: Serve, places: LogPlaces, write_end: int) -> None:
     """Serve, tell `write_end` when it is ready, and end the process."""
+    import logging
+
+    from fvdfs import mounts
+    from fvdfs.logs import set_up_log
+
     code = 1
     try:
         ignore_signals()
@@ -377,13 +382,24 @@ def _serve_in_child(serve: Serve, places: LogPlaces, write_end: int) -> None:
         complain(mounts.explained(error))
         code = exit_code(error)
     except BaseException:
-        log.critical("ended by an error", exc_info=True)
+        logging.getLogger(__name__).critical("ended by an error", exc_info=True)
     finally:
         os._exit(code)
 
 
+def can_complain() -> None:
+    """Have what `complain` and `ended_by` need, while there are descriptors and memory for that."""
+    from fvdfs import logs, mounts
+
+    del logs, mounts
+
+
 def complain(text: str) -> None:
     """Say it on stderr, if anybody still listens."""
+    import logging
+
+    from fvdfs.logs import leveled, to_journal
+
     with contextlib.suppress(OSError):
         print(leveled(text, logging.ERROR) if to_journal(2) else f"fvdfs: {text}", file=sys.stderr, flush=True)
 
@@ -398,6 +414,8 @@ def ended_by(error: BaseException) -> int:
         # The cause: where it came while a class was made, in an import, Python raises RuntimeError from it.
         return INTERRUPTED
     if isinstance(error, OSError):
+        from fvdfs import mounts
+
         complain(mounts.explained(error))
     elif isinstance(error, MemoryError):
         complain("there is not enough memory for this")

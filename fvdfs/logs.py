@@ -14,7 +14,6 @@ import errno
 import logging
 import os
 import select
-import socket
 import stat
 import threading
 from collections import deque
@@ -193,6 +192,8 @@ class _Syslog(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         priority = _SYSLOG_DAEMON | _SYSLOG_LEVELS.get(record.levelno, 6)
         data = f"<{priority}>{self.format(record)}".encode(errors="backslashreplace")
+        import socket  # takes long, and not every command needs it
+
         with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
             sender.setblocking(False)
             sender.connect(_SYSLOG)

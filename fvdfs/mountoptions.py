@@ -27,9 +27,6 @@ from typing import NamedTuple
 
 from fvdfs.errors import UsageError, nearest
 from fvdfs.sizes import parse_size
-from fvdfs.store.lending import read_credentials
-from fvdfs.store.paths import in_time, real_path
-from fvdfs.store.qemu_nodes import TLS_FILES
 
 MAX_PORT = 65535
 MAX_JOBS = 1024  # reads of prefetching under way; more than any server answers at a time
@@ -306,6 +303,8 @@ def _plain(value: str) -> str:
 
 def folders(options: Mapping[str, str]) -> tuple[str, ...]:
     """Real paths of the folders, or single files and devices, of base_path. Raises UsageError."""
+    from fvdfs.store.paths import in_time, real_path
+
     found = []
     for path in listed(options, "base_path"):
         if not os.path.isabs(path):
@@ -332,6 +331,9 @@ def passphrase_file(option: str, path: str) -> str:
 
 def tls_credentials(option: str, folder: str) -> str:
     """The absolute path of the file that says what the credentials in a folder are. Raises UsageError."""
+    from fvdfs.store.paths import in_time
+    from fvdfs.store.qemu_nodes import TLS_FILES
+
     for name in TLS_FILES:
         path = os.path.join(os.path.abspath(folder), name)
         if in_time(functools.partial(os.access, path, os.R_OK), True):
@@ -341,6 +343,8 @@ def tls_credentials(option: str, folder: str) -> str:
 
 def credentials_file(option: str, path: str) -> str:
     """The absolute path of a file with credentials. Raises UsageError where it, or what it names, cannot be used."""
+    from fvdfs.store.lending import read_credentials
+
     path = os.path.abspath(path)
     try:
         read_credentials(path)
