@@ -127,12 +127,13 @@ def draw_map(found: dict[str, Any], path: str, image: str) -> None:
     OSError.
     """
     try:
-        from PIL import Image, ImageDraw, ImageFont
+        from PIL import Image, ImageDraw
 
-        font, small, large = (ImageFont.load_default(size) for size in (13, 11, 19))
-    except (ImportError, TypeError):  # before 10.1, the font has one size, and few letters
+        font, small, large = (_font(size) for size in (13, 11, 19))
+    except (ImportError, OSError):
         raise UsageError(
-            "--png needs the package Pillow, 10.1 or newer: pip install 'fvdfs[png]'; --html needs none"
+            "--png needs the package Pillow, 10.1 or newer: pip install 'fvdfs[png]'; or Debian's python3-pil and "
+            "fonts-dejavu-core; --html needs none"
         ) from None
     cells, rows = found["cells"], max(1, -(-len(found["cells"]) // PER_ROW))
     below = TOP + rows * SQUARE + 16
@@ -161,6 +162,16 @@ def draw_map(found: dict[str, Any], path: str, image: str) -> None:
     data = io.BytesIO()
     picture.save(data, "PNG")
     _write(path, data.getvalue(), image, "picture", ".png", _PNG)
+
+
+def _font(size: int) -> Any:
+    """A font, in pixels. Raises OSError."""
+    from PIL import ImageFont
+
+    try:
+        return ImageFont.load_default(size)
+    except TypeError:  # before 10.1, that has one size, and few letters
+        return ImageFont.truetype("DejaVuSans.ttf", size)
 
 
 def _fitting(text: str, font: Any, width: int) -> str:

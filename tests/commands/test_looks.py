@@ -237,10 +237,14 @@ def test_a_map_as_a_picture_says_what_it_shows(disk: Path, tmp_path: Path) -> No
 
 
 def test_a_picture_needs_a_font_of_any_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Which Pillow has from 10.1 on; an older one takes no size."""
+    """Which Pillow has from 10.1 on; an older one takes no size, and needs one of the system."""
     from PIL import ImageFont
 
+    def nothing(*_: object) -> None:
+        raise OSError("cannot open resource")
+
     monkeypatch.setattr(ImageFont, "load_default", lambda: None)
+    monkeypatch.setattr(ImageFont, "truetype", nothing)
     with pytest.raises(UsageError, match=r"needs the package Pillow, 10\.1 or newer"):
         fvdfs_map.draw_map({}, str(tmp_path / "map.png"), "vm.fvd")
 
