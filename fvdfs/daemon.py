@@ -26,7 +26,7 @@ import sys
 import threading
 from collections.abc import Awaitable, Callable, Iterator
 from types import FrameType
-from typing import TYPE_CHECKING, TextIO, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, TextIO, TypeAlias, TypeVar
 
 from fvdfs.errors import FvdError, exit_code, leading
 
@@ -255,12 +255,43 @@ def in_foreground(serve: Serve, places: LogPlaces) -> int:
     return 0
 
 
+class Inherited(NamedTuple):
+    """What a former daemon of the mount has left (`keeper.py`)."""
+
+    descriptors: dict[str, int]
+    """By name."""
+    how: str
+    """How that daemon has ended; empty: nobody has told."""
+
+
+def inherited() -> Inherited | None:
+    """What this process is to take over; None: it begins anew. Asked once."""
+    if os.environ.get("LISTEN_PID") != str(os.getpid()):
+        return None
+    from fvdfs import keeper
+
+    if keeper.FUSE not in os.environ.get("LISTEN_FDNAMES", ""):
+        return None
+    names = os.environ["LISTEN_FDNAMES"].split(":")
+    for name in ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES"):
+        del os.environ[name]
+    for number in range(keeper.FIRST, keeper.FIRST + len(names)):
+        os.set_inheritable(number, False)
+    numbers = {name: number for number, name in enumerate(names, keeper.FIRST)}
+    return Inherited(numbers, os.environ.pop(keeper.FORMER, ""))
+
+
+def stores_descriptors() -> bool:
+    """Whether the service manager that started this process keeps descriptors for the next one."""
+    return is_notified() and os.environ.get("FDSTORE", "0") != "0"
+
+
 def is_notified() -> bool:
     """Whether a service manager started this process."""
     return bool(os.environ.get("NOTIFY_SOCKET"))
 
 
-def notify(text: str) -> None:
+def notify(text: str, *descriptors: int) -> None:
     """Tell the service manager that started this process, if one did: sd_notify(3)."""
     address = os.environ.get("NOTIFY_SOCKET", "")
     if not address:
@@ -269,7 +300,37 @@ def notify(text: str) -> None:
 
     with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
         sender.setblocking(False)  # it must not have the mount wait
-        sender.sendto(text.encode(), f"\0{address[1:]}" if address.startswith("@") else address)
+        place = f"\0{address[1:]}" if address.startswith("@") else address
+        if descriptors:
+            socket.send_fds(sender, [text.encode()], descriptors, 0, place)
+        else:
+            sender.sendto(text.encode(), place)
+
+
+def in_place(serve: Serve, places: LogPlaces) -> int:
+    """Serve in this process, which the keeper has started for that; the exit code."""
+    import logging
+
+    from fvdfs import mounts
+    from fvdfs.logs import set_up_log
+
+    log = logging.getLogger(__name__)
+    try:
+        ignore_signals()
+        os.setsid()
+        os.chdir("/")
+        os.umask(os.umask(0o022) | 0o022)
+        serve(lambda: None, set_up_log(places, foreground=False))
+    except FvdError as error:
+        log.error("%s", error)
+        return exit_code(error)
+    except OSError as error:
+        log.error("%s", mounts.explained(error))
+        return exit_code(error)
+    except BaseException:
+        log.critical("ended by an error", exc_info=True)
+        return 1
+    return 0
 
 
 def in_background(serve: Serve, places: LogPlaces) -> int:

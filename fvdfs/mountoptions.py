@@ -162,6 +162,8 @@ _ROWS = (
         "take QEMU's image locks, and respect them, beside fvdfs's own (default: on)",
         _one_of("on", "off"),
     ),
+    Option("keep", "have disks stay open when fvdfs is killed or fails: another process goes on"),
+    Option("nokeep", "the default"),
     Option("log_file=FILE", "like --log-file"),
     Option("replace", "like --replace"),
     Option("allow_other", "like --allow-other"),
@@ -220,6 +222,8 @@ def parse_mount_options(texts: Sequence[str], known: Collection[str] = MOUNT_OPT
                 _add(result, option)
     if "ro" in result and "rw" in result:
         raise UsageError("-o ro and -o rw: choose one")
+    if "keep" in result and "nokeep" in result:
+        raise UsageError("-o keep and -o nokeep: choose one")
     for name, value in result.items():
         if name not in known:
             raise UsageError(f"-o {name}: is not for this command, which takes {', '.join(known)}")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -51,13 +52,15 @@ def run(
     refused before. `replace_dead`: clear away what a daemon that has ended has left at the mount point. Returns the
     exit code. Raises UsageError.
     """
+    inherited = daemon.inherited()
     own_options, kernel_options = without_those_of_mount8(options, sloppy=sloppy)
     chosen = parse_mount_options(own_options)
     log_file = log_file or chosen.get("log_file", "")
     folder, mountpoint = os.path.realpath(folder), os.path.abspath(mountpoint)
-    if (replace_dead or "replace" in chosen) and not fake:
-        clear_dead(mountpoint)
-    _check_places(folder, mountpoint)
+    if inherited is None:  # else the mount is there, and nobody answers yet
+        if (replace_dead or "replace" in chosen) and not fake:
+            clear_dead(mountpoint)
+        _check_places(folder, mountpoint)
     if read_only and "rw" in chosen:
         raise UsageError("--read-only and -o rw: choose one")
     if debug and not foreground:
@@ -74,11 +77,19 @@ def run(
     if new_base and is_local(new_base):
         new_base = os.path.abspath(new_base)
     log_file = os.path.abspath(log_file) if log_file else ""
-    if log_file and within(real_path(log_file), os.path.realpath(mountpoint)):
+    if log_file and inherited is None and within(real_path(log_file), os.path.realpath(mountpoint)):
         raise UsageError(f"--log-file {log_file}: would be hidden by the mount; choose another one")
 
     if fake:
         return 0
+    directory = os.getcwd()
+    next_daemon: tuple[str, ...] = ()
+    if "keep" in chosen:
+        given = [word for option in (*own_options, *kernel_options) for word in ("-o", option)]
+        flags = ["--syslog"] * syslog + ["--read-only"] * read_only + ["--allow-other"] * allow_other
+        logged = ["--log-file", log_file] if log_file else []
+        program_ = (sys.executable, "-P", "-m", "fvdfs")
+        next_daemon = (*program_, "mount", *flags, *logged, *given, "--", folder, mountpoint)
 
     def serve_folder(ready: Callable[[], None], reopen_log: ReopenLog) -> None:
         from fvdfs.commands.newdisks import new_disks
@@ -126,9 +137,15 @@ def run(
             metrics=chosen.get("metrics", ""),
             record_profiles="record_profile" in chosen,
             permitted=Permitted("create" in chosen, "remove" in chosen, compact=compact, template=template),
+            inherited=inherited,
+            next_daemon=next_daemon,
+            directory=directory,
+            log_file=log_file,
         )
         serve(settings, ready, reopen_log)
 
+    if inherited is not None and not foreground:
+        return daemon.in_place(serve_folder, LogPlaces(log_file, syslog))
     return (daemon.in_foreground if foreground else daemon.in_background)(serve_folder, LogPlaces(log_file, syslog))
 
 

@@ -49,6 +49,7 @@ from fvdfs.alloc.table import Table
 from fvdfs.cow.bitmap import Bitmap
 from fvdfs.format import journal, moving
 from fvdfs.format.header import HEADER_SIZE, PAGE, SECTOR, Header, changed_sectors, round_up, with_fields
+from fvdfs.image.unsettled import Notes
 from fvdfs.store.base import OUT_OF_SPACE, Done, FlushError, Store, pwrite_pages
 
 log = logging.getLogger(__name__)
@@ -88,8 +89,18 @@ class Committer:
         table: Table | None,
         *,
         journal_is_bad: bool = False,
+        notes: Notes | None = None,
+        has_left: bool = False,
+        was_ours: bool = False,
     ) -> None:
-        """`raw_header`: the header's sectors as they are on disk."""
+        """`raw_header`: the header's sectors as they are on disk.
+
+        `notes`: where to report what is not committed yet; `has_left`: bitmap and table have some of it in memory.
+        `was_ours`: who had the image open before was fvdfs, and what it has not committed is known.
+        """
+        self._notes = notes
+        self._has_left = has_left
+        self.was_ours = was_ours
         assert len(raw_header) >= HEADER_SIZE
         assert len(raw_header) % SECTOR == 0
         self.header = header
@@ -144,10 +155,20 @@ class Committer:
             pending[-1] = (pending[-1][0], end)
         else:
             pending.append((first, end))
+        if self._notes is not None:
+            self._notes.blocks_stored(first, end)
 
     def chunks_allocated(self, chunks: list[int]) -> None:
         """These chunks got their place."""
         self._pending_chunks.update(chunks)
+        if self._notes is not None and self._table is not None:
+            table = self._table
+            self._notes.chunks_allocated([(chunk, table.on_disk(chunk)) for chunk in chunks])
+
+    def in_use(self, *, writing: bool) -> None:
+        """Whether it is open for writing."""
+        if self._notes is not None:
+            self._notes.in_use(writing=writing)
 
     def chunks_moved(self, chunks: list[int]) -> None:
         """These chunks, which had a place, got another one. The journal is empty, and no commit is under way.
@@ -269,6 +290,8 @@ class Committer:
             self._bitmap.pages_written(batch.bitmap_pages)
         self._has_moved = False
         self._done = this
+        if self._notes is not None:
+            self._notes.commit_ends(done=True)
 
     def _take_pending(self, *, checkpoint: bool) -> _Batch:
         """All that is pending, which then no longer is, and the sectors or pages that show it."""
@@ -277,6 +300,8 @@ class Committer:
         self._pending_blocks.clear()
         self._pending_chunks.clear()
         self._data_written = False
+        if self._notes is not None:
+            self._notes.commit_begins()
         if not checkpoint:
             if not batch.blocks and not batch.chunks:
                 return batch
@@ -288,6 +313,8 @@ class Committer:
 
     def _put_back(self, batch: _Batch) -> None:
         """Writing it failed: it is pending again."""
+        if self._notes is not None:
+            self._notes.commit_ends(done=False)
         self._pending_blocks.extend(batch.blocks)
         self._pending_chunks.update(batch.chunks)
         self._data_written = self._data_written or batch.data_written
@@ -362,10 +389,11 @@ class Committer:
         self.data_written()
         if moving.is_moving(self._raw_header):
             await self.change_header()
-        if not self.header.clean and self.header.has_metadata:
+        if (not self.header.clean or self._has_left) and self.header.has_metadata:
             if self._meta is not self._data:
                 await self._flush(self._meta)
             await self.checkpoint(clear_journal=self.journal_is_bad)
+        self._has_left = False
 
     async def _clear_journal(self) -> None:
         region = self.header.journal_region

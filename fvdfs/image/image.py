@@ -346,7 +346,8 @@ class Image(Core):
         header = self.header
         if self.storage.damage:
             raise ReadOnlyImage(self.name, f"{self.storage.damage}: the image can only be read")
-        if not header.clean and header.has_metadata and header.journal_region is None and not accept_unclean:
+        known = accept_unclean or self.committer.was_ours
+        if not header.clean and header.has_metadata and header.journal_region is None and not known:
             raise ReadOnlyImage(
                 self.name,
                 "clean_shutdown=0 and no journal: it was not closed, and its metadata may be incomplete; "
@@ -359,6 +360,7 @@ class Image(Core):
             self.committer.data_written()
         if self.base_may_be_written:
             await begin_base_writing(self, self._locks, self.read, crashed=not header.clean)
+        self.committer.in_use(writing=True)
         self.writable = True
         if header.copy_on_read or self.followed is not None:
             self.start_fetching(copy_on_read=True)
@@ -377,6 +379,7 @@ class Image(Core):
         await write_profile(self)
         await passing.settle(self)
         await self.committer.close()
+        self.committer.in_use(writing=False)
         self.writable = False
 
     async def freeze(self) -> None:

@@ -27,6 +27,7 @@ from fvdfs.image.image import Image
 from fvdfs.image.locking import lock_for_reading, lock_for_writing, unlock_for_writing
 from fvdfs.image.migration import refuse_moved
 from fvdfs.image.policy import Policy
+from fvdfs.image.unsettled import Left
 from fvdfs.store.base import Store, pread_exactly
 from fvdfs.store.host import HostFile
 from fvdfs.store.locations import is_local
@@ -149,6 +150,10 @@ async def load_image(
         assert region is not None
         table = await _load_table(name, meta, region, header.chunks, length // header.chunk_size)
     skipped = not header.clean and await _replay(name, header, meta, bitmap, table)
+    notes, left = None, Left()
+    if policy.unsettled is not None and isinstance(meta, HostFile):
+        notes, left = policy.unsettled.notes(meta.identity, name), policy.unsettled.left(meta.identity)
+    has_left = _take_up(name, left, bitmap, table)
     if table is not None:
         table.replay_done()
         storage = ChunkedStorage(
@@ -169,7 +174,18 @@ async def load_image(
         )
         storage = FlatStorage(data, header.data_offset, size, command, length=length, is_truncated=is_truncated)
     raw = raw_header[: round_up(HEADER_SIZE, SECTOR)]
-    committer = Committer(header, raw, meta, data, bitmap, table, journal_is_bad=skipped)
+    committer = Committer(
+        header,
+        raw,
+        meta,
+        data,
+        bitmap,
+        table,
+        journal_is_bad=skipped,
+        notes=notes,
+        has_left=has_left,
+        was_ours=left.writing,
+    )
     return Image(
         name=name,
         committer=committer,
@@ -297,6 +313,19 @@ async def _replay(name: str, header: Header, meta: Store, bitmap: Bitmap | None,
         log.warning("%s: %d more journal records skipped", name, len(skipped) - _REPORTED_RECORDS)
     log.info("%s: was not closed; its journal has been replayed", name)
     return bool(skipped)
+
+
+def _take_up(name: str, left: Left, bitmap: Bitmap | None, table: Table | None) -> bool:
+    """Have what was not committed in bitmap and table, in memory; whether there is any."""
+    if table is not None:
+        for chunk, number in left.chunks.items():
+            if reason := table.replay(chunk, [number]):
+                log.error("%s: what was written last may be lost: %s", name, reason)
+    if bitmap is not None:
+        for first, end in left.blocks:
+            if end <= bitmap.blocks:
+                bitmap.set_local(first, end)
+    return bool((table is not None and left.chunks) or (bitmap is not None and left.blocks))
 
 
 async def open_image(path: str, policy: Policy, *, write: bool = False) -> Image:

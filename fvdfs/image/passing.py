@@ -18,13 +18,20 @@ from __future__ import annotations
 from fvdfs.alloc.flat import FlatStorage
 from fvdfs.format.header import SECTOR, round_up
 from fvdfs.image.core import Core
+from fvdfs.store.host import HostFile
 
 
 async def let_write(core: Core) -> None:
     """The kernel may write from now on. Raises OSError."""
     if not core.committer.unseen_writes:
-        await core.storage.prepare(0, core.size)
+        if not _goes_on(core):
+            await core.storage.prepare(0, core.size)
         await core.committer.begin_unseen_writes()
+
+
+def _goes_on(core: Core) -> bool:
+    """Whether the kernel has the data since a former process, and may be writing to it."""
+    return isinstance(core.data, HostFile) and core.data.file_lock.was_lent
 
 
 def follow_length(core: Core, length: int) -> None:
@@ -62,7 +69,7 @@ async def settle(core: Core) -> None:
 
 async def recover_length(core: Core) -> None:
     """The image was not closed, and is going to be written. Raises OSError."""
-    if core.header.length_counts:
+    if core.header.length_counts and not _goes_on(core):
         await settle(core)
         await core.committer.close()
 

@@ -15,6 +15,7 @@ from urllib.parse import parse_qs, urlsplit
 
 from fvdfs.cow.planner import Zeroes
 from fvdfs.errors import ImageError, Refused, UnstatedFormat, UsageError
+from fvdfs.image.unsettled import Unsettled
 from fvdfs.mountoptions import hint
 from fvdfs.store import paths
 from fvdfs.store.host import HostFile, open_path
@@ -69,6 +70,9 @@ class Policy:
     """Formats that a base may have where nobody states one and it does not look raw: what it looks like, or `raw`."""
     unnamed: tuple[tuple[str, str], ...] = ()
     """Files that do not have their names yet: the path that each will have, and where it lies now."""
+
+    unsettled: Unsettled | None = field(default=None, compare=False)
+    """Who remembers what is not committed, for another process that may go on."""
 
     def place(self, path: str) -> str:
         """Where the file of this path lies now."""

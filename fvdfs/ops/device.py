@@ -9,6 +9,22 @@ All requests that the kernel has queued are received in one turn:
 2. what can be started without a task (`Pending.start`) is answered when it has ended;
 3. the rest is done by a task (`Pending.finish`).
 
+What a former daemon had in hand when it ended (`kept.py`) the kernel sends again, with a bit in its number. By then it
+may have been done, all of it or a part, and nobody knows. It is done once more:
+
+- READ, LSEEK, GETATTR, LOOKUP, READDIR and the like change nothing.
+- WRITE, FALLOCATE and COPY_FILE_RANGE leave the same bytes as before. Whoever asked still waits for the answer, so that
+  others who have changed the same bytes meanwhile did so at the same time, in an order that nobody was promised.
+- SETATTR sets the same size, mode, owner and times. The kernel lets nobody write to a disk while its size is set.
+- FSYNC and FLUSH make durable what is there.
+- OPEN gets another handle; the one that nobody was told of is given up (`Requests.abandon`).
+- RELEASE and RELEASEDIR of a handle that is gone have succeeded. FORGET is not answered, and so not sent again: what
+  the kernel knew before counts as known for ever (`inodes.py`).
+- CREATE of a disk that the former daemon was asked to make for the same request finds it made, and opens it.
+- UNLINK, RENAME and REMOVEXATTR of what is gone have succeeded: the kernel has seen it before it asked.
+- SETXATTR of an access list sets the same. What is asked of a disk by such an attribute (a snapshot, a step of a move,
+  a merge of layers) may have begun: the answer is EINTR, and whoever asked looks at its state, as after a crash.
+
 Everything else goes to libfuse through a socket, which it was given for /dev/fuse (`attach.py`), and its answers
 come back that way. The messages are in `wire`.
 
@@ -36,24 +52,35 @@ import outcome
 import pyfuse3
 import trio
 
+from fvdfs import xattrs
 from fvdfs.format.header import SECTOR
 from fvdfs.ops.lingering import Linger
 from fvdfs.ops.wire import (
     COPIED,
     COPY,
+    CREATE_IN,
+    ENTRY_OUT,
     FALLOCATE,
     FATTR_FH,
     FATTR_TIMES,
     FUSE_COPY_FILE_RANGE,
     FUSE_COPY_FILE_RANGE_64,
+    FUSE_CREATE,
     FUSE_FALLOCATE,
     FUSE_FSYNC,
     FUSE_INTERRUPT,
     FUSE_LSEEK,
     FUSE_NOTIFY_INVAL_INODE,
+    FUSE_NOTIFY_RESEND,
     FUSE_OPEN,
     FUSE_READ,
+    FUSE_REMOVEXATTR,
+    FUSE_RENAME,
+    FUSE_RENAME2,
     FUSE_SETATTR,
+    FUSE_SETXATTR,
+    FUSE_UNIQUE_RESEND,
+    FUSE_UNLINK,
     FUSE_WRITE,
     FUSE_WRITE_CACHE,
     IN_HEADER,
@@ -70,9 +97,11 @@ from fvdfs.ops.wire import (
     amend,
     amend_open,
     encode,
+    handle_in,
     is_whole,
     opens_direct,
     passes_through,
+    resends,
     writes_back,
     writes_side_by_side,
 )
@@ -93,6 +122,9 @@ _BACKING_OPEN, _BACKING_CLOSE = 0x4010_E501, 0x4004_E502  # ioctls of linux/fuse
 _DIRECT_AND_DURABLE = os.O_DIRECT | os.O_DSYNC
 """The flags of a WRITE that is to be durable when it is answered (O_DSYNC, RWF_DSYNC). After other writes that are, the
 kernel sends FSYNC; after direct ones only where a thread waits for them, and they do not go side by side."""
+_ONCE = (xattrs.SNAPSHOT, xattrs.MOVE, xattrs.LAYERS)
+"""The attributes that are not to be set twice."""
+_GONE = (FUSE_UNLINK, FUSE_RENAME, FUSE_RENAME2, FUSE_REMOVEXATTR)
 _LARGEST = 2 << 20  # bytes; the buffer for INIT that the kernel asks for; no answer of libfuse is larger
 
 
@@ -120,6 +152,18 @@ class Requests(Protocol):
     def agreed(self, *, writeback: bool) -> None:
         """INIT was exchanged: whether the kernel gathers writes."""
 
+    def exchanged(self, request: bytes, answer: bytes, /) -> None:
+        """INIT was exchanged, with these messages."""
+
+    def opened(self, fh: int, unique: int, /) -> None:
+        """The kernel is about to get this handle, as the answer to the request of this number."""
+
+    def abandon(self, unique: int, /) -> None:
+        """The handle that a former daemon has made for this request is nobody's."""
+
+    def creates(self, unique: int, name: bytes, *, again: bool) -> None:
+        """A disk is to be made; `again`: perhaps a former daemon has made it, for the same request."""
+
     def backing_of(self, fh: int, /) -> int:
         """The number of the file that the kernel has for a handle (`Device.open_backing`); 0: none."""
 
@@ -139,12 +183,26 @@ _Work = Callable[[], Awaitable[None]]
 class Device:
     """/dev/fuse of one mount, and the socket that libfuse has instead of it."""
 
-    def __init__(self, requests: Requests, kernel: int, *, debug: bool = False, passthrough: bool = False) -> None:
-        """`kernel`: the descriptor of /dev/fuse, not used yet; `close` closes it.
+    def __init__(
+        self,
+        requests: Requests,
+        kernel: int,
+        *,
+        debug: bool = False,
+        passthrough: bool = False,
+        settled: tuple[bytes, bytes] | None = None,
+        adopt: _Work | None = None,
+    ) -> None:
+        """`kernel`: the descriptor of /dev/fuse; `close` closes it.
 
         `debug`: log the requests that are answered here, as libfuse does with the others. `passthrough`: have the
-        kernel read and write files by itself, where it can, rather than gather writes.
+        kernel read and write files by itself, where it can, rather than gather writes. `settled`: a former daemon has
+        exchanged these messages for INIT; None: nobody has. Then `adopt` is done before any request is received.
         """
+        self._settled = settled
+        self._adopt = adopt
+        self._creating: set[int] = set()
+        self._repeated: set[int] = set()  # requests that may have been done before, and then fail
         self._requests = requests
         self._debug = debug
         self._kernel = kernel
@@ -258,12 +316,20 @@ class Device:
 
     async def _exchange_init(self) -> None:
         """Have libfuse answer INIT, the kernel's first request, and the kernel get the answer amended."""
-        await trio.lowlevel.wait_readable(self._kernel)
-        request = os.read(self._kernel, _LARGEST)
+        if self._settled is None:
+            await trio.lowlevel.wait_readable(self._kernel)
+            request = os.read(self._kernel, _LARGEST)
+        else:
+            request = self._settled[0]
         self._socket.send(request)
         await trio.lowlevel.wait_readable(self._socket)
         answer = amend(request, self._socket.recv(_LARGEST), passthrough=self._wants_passthrough)
-        os.write(self._kernel, answer)
+        if self._settled is None:
+            if agrees(answer):
+                self._requests.exchanged(request, answer)
+            os.write(self._kernel, answer)
+        elif agrees(answer):
+            answer = self._settled[1]
         if not agrees(answer):
             log.error("the kernel and libfuse know no common version of FUSE")
             raise OSError(errno.ENODEV, os.strerror(errno.ENODEV))
@@ -271,6 +337,11 @@ class Device:
         self._requests.agreed(writeback=writes_back(answer))
         self._max_write = int(INIT_OUT.unpack_from(answer, OUT_HEADER.size)[-1])
         self._payload = self._take_buffer()
+        if self._settled is not None:
+            if self._adopt is not None:
+                await self._adopt()
+            if resends(request):
+                self._notify(OUT_HEADER.pack(OUT_HEADER.size, FUSE_NOTIFY_RESEND, 0))
         self.connected.set()
 
     async def _receive(self) -> None:
@@ -365,7 +436,25 @@ class Device:
         else:
             if opcode == FUSE_OPEN:
                 self._opening[unique] = opens_direct(self._head)
+            elif opcode == FUSE_CREATE:
+                self._creating.add(unique)
+                name = bytes(self._start_of(length)[IN_HEADER.size + CREATE_IN :]).partition(b"\0")[0]
+                self._requests.creates(unique & ~FUSE_UNIQUE_RESEND, name, again=bool(unique & FUSE_UNIQUE_RESEND))
+            if unique & FUSE_UNIQUE_RESEND and self._is_to_be_refused(length, opcode, unique):
+                self._answer(unique, errno.EINTR)
+                return
             self._to_libfuse.send_nowait((self._head + self._payload[: max(0, length - len(self._head))])[:length])
+
+    def _is_to_be_refused(self, length: int, opcode: int, unique: int) -> bool:
+        """Whether this request, which may have been done before, must not be done again."""
+        if opcode in (FUSE_OPEN, FUSE_CREATE):
+            self._requests.abandon(unique & ~FUSE_UNIQUE_RESEND)
+        elif opcode in _GONE:
+            self._repeated.add(unique)
+        elif opcode == FUSE_SETXATTR:
+            words = bytes(self._start_of(length)[IN_HEADER.size :])
+            return any(b"%s\0" % name.encode() in words for name in _ONCE)
+        return False
 
     def _begin_read(self, unique: int, fh: int, offset: int, size: int) -> None:
         received = time.perf_counter_ns()
@@ -574,11 +663,22 @@ class Device:
 
     def _completed(self, answer: bytes) -> bytes:
         """What libfuse has answered, with what it does not know of."""
-        unique = OUT_HEADER.unpack_from(answer)[2]
-        if unique not in self._opening:
+        _, error, unique = OUT_HEADER.unpack_from(answer)
+        if unique in self._repeated:
+            self._repeated.discard(unique)
+            gone = -error in (errno.ENOENT, errno.ENODATA)
+            return OUT_HEADER.pack(OUT_HEADER.size, 0, unique) if gone else answer
+        if unique in self._creating:
+            self._creating.discard(unique)
+            fh = handle_in(answer, ENTRY_OUT)
+        elif unique in self._opening:
+            side_by_side = self._opening.pop(unique) and self._side_by_side
+            answer, fh = amend_open(answer, self._requests.backing_of, side_by_side=side_by_side), handle_in(answer)
+        else:
             return answer
-        side_by_side = self._opening.pop(unique) and self._side_by_side
-        return amend_open(answer, self._requests.backing_of, side_by_side=side_by_side)
+        if fh is not None:
+            self._requests.opened(fh, unique & ~FUSE_UNIQUE_RESEND)
+        return answer
 
     def _hand_back_now(self) -> None:
         try:

@@ -37,6 +37,7 @@ from fvdfs.ops.merging import Merges
 from fvdfs.ops.naming import Naming, Permitted
 from fvdfs.ops.openings import Openings
 from fvdfs.ops.passthrough import Passthrough
+from fvdfs.ops.remembered import Opened, Remembered
 from fvdfs.ops.requests import DurableWrite, Fsync, InTask, Write, fallocate, seek
 from fvdfs.store.base import Pending
 from fvdfs.store.host import FALLOC_FL_KEEP_SIZE
@@ -126,6 +127,10 @@ class Filesystem(pyfuse3.Operations):
         self._handles: dict[int, Handle] = {}
         self._listings: dict[int, list[Entry]] = {}
         self._last_listing: list[Entry] = []
+        self._lost: set[int] = set()
+        """Handles of disks that were open when another daemon ended, and could not be opened again."""
+        self._unanswered: dict[int, int] = {}
+        """By request: the handles that a former daemon has made, which the kernel need not have got."""
         self._next_handle = 1
         self.commits = RegularCommits()
         self.mountpoint = b""
@@ -396,7 +401,9 @@ class Filesystem(pyfuse3.Operations):
         return FileHandleT(handle)
 
     async def readdir(self, fh: FileHandleT, start_id: int, token: pyfuse3.ReaddirToken) -> None:
-        listing = self._listings[fh]
+        listing = self._listings.get(fh)
+        if listing is None:  # of a former daemon
+            listing = self._listings[fh] = await self.folder.scan()
         for number, listed in enumerate(listing[start_id:], start_id + 1):
             entry = self.folder.inodes.tell(listed)
             attributes = self._file_attributes(entry.inode, entry.attributes)
@@ -405,7 +412,7 @@ class Filesystem(pyfuse3.Operations):
                 break
 
     async def releasedir(self, fh: FileHandleT) -> None:
-        del self._listings[fh]
+        self._listings.pop(fh, None)
 
     # --- the files ------------------------------------------------------------------------------
 
@@ -464,11 +471,71 @@ class Filesystem(pyfuse3.Operations):
         handle = self._new_handle()
         uncached = entry.record.receiving or entry.to_forget
         through_cache = write and not flags & os.O_DIRECT and not uncached
-        entry.cached_writers += through_cache
-        self._handles[handle] = Handle(entry, write, through_cache, bool(flags & os.O_DSYNC))
-        self._images[handle] = entry.image
+        self._hand_out(handle, Handle(entry, write, through_cache, bool(flags & os.O_DSYNC)))
         self.limits.before_open(is_remote=entry.image.is_remote)
         return FileInfo(fh=FileHandleT(handle), keep_cache=keep_cache, direct_io=uncached)
+
+    def _hand_out(self, fh: int, handle: Handle) -> None:
+        assert handle.entry.image is not None
+        handle.entry.cached_writers += handle.through_cache
+        self._handles[fh] = handle
+        self._images[fh] = handle.entry.image
+
+    # What outlives this daemon (`kept.py`).
+
+    @property
+    def _remembered(self) -> Remembered:
+        return self.folder.inodes.remembered
+
+    def exchanged(self, request: bytes, answer: bytes, /) -> None:
+        """INIT was exchanged: the next daemon goes by that."""
+        self._remembered.set("request", request.hex())
+        self._remembered.set("answer", answer.hex())
+
+    def opened(self, fh: int, unique: int, /) -> None:
+        """The kernel is about to get this handle, as the answer to the request of this number."""
+        handle = self._handles.get(fh)
+        if handle is None or self._remembered.descriptor < 0:
+            return
+        entry = handle.entry
+        files = [entry.status, *entry.former]
+        self._remembered.disk(entry.inode, entry.path, files, shown=self.folder.inodes.shows(entry))
+        self._remembered.note("blank", entry.inode, True if entry.blank else None)
+        if entry.image is not None:
+            self._remembered.note("ends", entry.inode, entry.image.end)
+        self._remembered.open(fh, Opened(entry.inode, handle.writes, handle.through_cache, handle.durable, unique))
+        self._remembered.note("creating", unique, None)
+
+    def creates(self, unique: int, name: bytes, *, again: bool) -> None:
+        """A disk is to be made; `again`: perhaps a former daemon has made it, for the same request."""
+        text = name.decode("latin-1")
+        if again and self._remembered.state.creating.get(unique) == text:
+            self._naming.may_be_made.add(name)
+        self._remembered.note("creating", unique, text)
+
+    def go_on(self, takeovers: int) -> None:
+        """This daemon is one of several: its handles are others than those of the daemons before."""
+        self._next_handle = (takeovers << 32) + 1
+
+    def take_handle(self, fh: int, entry: Entry, opened: Opened) -> None:
+        """The kernel has this handle of a disk, from a former daemon; it was opened once more for that."""
+        self._hand_out(fh, Handle(entry, opened.writes, opened.through_cache, opened.durable))
+        self._unanswered[opened.unique] = fh
+
+    def lose_handle(self, fh: int) -> None:
+        """The kernel has this handle of a disk that cannot be opened again."""
+        self._lost.add(fh)
+
+    def abandon(self, unique: int, /) -> None:
+        """The handle that a former daemon has made for this request is nobody's."""
+        fh = self._unanswered.pop(unique, None)
+        spawn = self.openings.background.spawn
+        if fh is not None and fh in self._handles and spawn is not None:
+            spawn(functools.partial(self._give_up, fh))
+
+    async def _give_up(self, fh: int) -> None:
+        with contextlib.suppress(FUSEError):  # it is logged
+            await self.release(FileHandleT(fh))
 
     # These take the short path (`device.py`).
 
@@ -480,7 +547,9 @@ class Filesystem(pyfuse3.Operations):
     def begin_write(self, fh: int, offset: int, data: memoryview, /, *, durable: bool) -> Pending:
         """`Image.write`; with `sync=always`, or where the writer asks for it, durable when it has ended."""
         entry = self._handles[fh].entry
-        entry.blank = entry.blank and data == bytes(len(data))
+        if entry.blank and data != bytes(len(data)):
+            entry.blank = False
+            self._remembered.note("blank", entry.inode, None)
         entry.heat.touched(offset, len(data))
         return self._change(fh, self._images[fh].begin_write(offset, data), offset + len(data), durable=durable)
 
@@ -509,6 +578,7 @@ class Filesystem(pyfuse3.Operations):
         """`copy_range`."""
         handle, source = self._handles[fh], self._handles[source_fh]
         handle.entry.blank = False
+        self._remembered.note("blank", handle.entry.inode, None)
         for entry in (handle.entry, source.entry):
             entry.look()
         copy = functools.partial(copy_range, self._images[source_fh], source_offset, self._images[fh])
@@ -535,6 +605,8 @@ class Filesystem(pyfuse3.Operations):
         self._was_written(entry)
 
     def _was_written(self, entry: Entry) -> None:
+        if entry.image is not None:
+            self._remembered.note("ends", entry.inode, entry.image.end)
         entry.mtime.written(kernel_tells=self.enable_writeback_cache)
 
     def agreed(self, *, writeback: bool) -> None:
@@ -560,10 +632,12 @@ class Filesystem(pyfuse3.Operations):
         """`fuse_error`, of a request to an open file; EBADF where there is none of that handle."""
         image = self._images.get(FileHandleT(fh))
         if image is None and isinstance(error, KeyError):
-            return errno.EBADF
+            return errno.ESTALE if fh in self._lost else errno.EBADF
         number = self.fuse_error(error, f"{image.name}: {what}" if image is not None else what).errno
         if image is not None and number != errno.ENXIO:  # there is no more data, or hole
             self._handles[fh].entry.counters.failed(what)
+            if image.committer.failed is not None:
+                self._remembered.note("failed", self._handles[fh].entry.inode, image.committer.failed)
         return number
 
     def set_mtime(self, inode: int, mtime_ns: int, /) -> EntryAttributes | None:
@@ -579,6 +653,8 @@ class Filesystem(pyfuse3.Operations):
 
     @handler
     async def flush(self, fh: FileHandleT) -> None:
+        if fh in self._lost:
+            raise FUSEError(errno.ESTALE)
         entry, writes, *_ = self._handles[fh]
         entry.look()
         if entry.blank and entry.settling is None:
@@ -589,6 +665,10 @@ class Filesystem(pyfuse3.Operations):
 
     @handler
     async def release(self, fh: FileHandleT) -> None:
+        self._remembered.release(fh)
+        if fh not in self._handles:  # a former daemon has given it up, or could not open it
+            self._lost.discard(fh)
+            return
         entry, _, through_cache, _ = self._handles.pop(fh)
         entry.cached_writers -= through_cache
         image = self._images.pop(fh)

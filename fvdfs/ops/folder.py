@@ -198,6 +198,14 @@ class Folder:
         facts = look_at_chain(os.fsdecode(path), self.policy, judged)
         return Seen(status, facts.size, facts.usage, facts.mtime_ns, self.policy.walker.born(path), facts.record)
 
+    def look_again(self, path: bytes) -> Seen:
+        """What an image is that a former daemon had open. Blocks. Raises OSError, FvdError."""
+        with self.policy.walker.looking(patient=True):
+            seen = self._look_inside(path, self.policy.walker.stat(path), {})
+        if seen is None:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
+        return seen
+
     # In the event loop again.
 
     def _update(self, path: bytes, seen: Seen | OSError | FvdError | None) -> Entry | None:

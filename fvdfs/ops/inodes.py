@@ -10,6 +10,10 @@ the size and the times of an inode that it knows. So an image gets another numbe
 A file handle (of an NFS server, say) holds a number, too, and must lead to the same disk after the kernel has forgotten
 it, and after another mount. So numbers are made of what stays the same as long as a file is the same (`inode_number`),
 and the first is taken that the kernel does not use for another state.
+
+A daemon that takes over from another one (`kept.py`) knows the numbers that the kernel has heard from that one, with
+the sizes that it was told. A disk gets the same number again if it still has that size, and the kernel drops its pages
+of it before the disk is opened; such a number is never free again, since nobody has counted the references.
 """
 
 from __future__ import annotations
@@ -32,6 +36,7 @@ from fvdfs.image.image import Image
 from fvdfs.ops.freshness import Snapshot, same_file
 from fvdfs.ops.passthrough import Passthrough
 from fvdfs.ops.processes import Process
+from fvdfs.ops.remembered import WRONG, Remembered
 from fvdfs.ops.times import Mtime
 from fvdfs.prefetch.prefetcher import Prefetcher
 
@@ -40,6 +45,8 @@ IMAGE_SUFFIX = b".fvd"
 RAW_SUFFIX = b".raw"
 CHANGERS = 2  # threads that change the attributes of one image
 _INODE_BYTES = 6
+_FOR_EVER = 1 << 60
+"""References that the kernel may have to what a former daemon has told it of: it may have given back any number."""
 _ATTEMPTS = 8  # numbers of an image that a file handle may have
 
 
@@ -252,6 +259,8 @@ class Inodes:
     """All entries of a mount. A path leads to one at most; the kernel may know more by their numbers."""
 
     def __init__(self) -> None:
+        self.remembered = Remembered()
+        """What the next daemon is to know."""
         self._shown: dict[bytes, Entry] = {}
         self._by_number: dict[int, Entry] = {}
         self.busy: set[Entry] = set()
@@ -277,9 +286,30 @@ class Inodes:
         """Make an entry of the image at a path, which leads to it from now on."""
         name = raw_name(os.path.basename(path))
         numbers = (inode_number(name, seen.status, seen.born, attempt) for attempt in itertools.count())
-        entry = Entry(next(number for number in numbers if number not in self._by_number), path, seen)
+        free = (number for number in numbers if number not in self._by_number and self._is_free(number, seen.size))
+        entry = self._new(next(free), path, seen)
+        self._shown[path] = entry
+        return entry
+
+    def _is_free(self, number: int, size: int) -> bool:
+        return not self.remembered.state.takeovers or self.remembered.is_free(number, size)
+
+    def adopt(self, inode: int, path: bytes, seen: Seen, *, shown: bool) -> Entry:
+        """The entry of an image that a former daemon had open, under its number."""
+        entry = self._new(inode, path, seen)
+        entry.lookups = _FOR_EVER
+        entry.opened = False  # what the kernel has of it is right: it was open
+        if shown:
+            self._shown[path] = entry
+        return entry
+
+    def _new(self, inode: int, path: bytes, seen: Seen) -> Entry:
+        entry = Entry(inode, path, seen)
+        if self.remembered.state.takeovers:
+            entry.opened = True  # the kernel may have pages of it
+            entry.lookups = _FOR_EVER * (inode in self.remembered.state.told)
         entry.heat = Heat(lambda: self.used.set())
-        self._shown[path] = self._by_number[entry.inode] = entry
+        self._by_number[entry.inode] = entry
         return entry
 
     def show(self, entry: Entry) -> None:
@@ -297,12 +327,21 @@ class Inodes:
         if entry.image is not None:
             entry.image.name = os.fsdecode(path)
         self.show(entry)
+        self.note(entry)
+
+    def note(self, entry: Entry) -> None:
+        """Which file an image is has changed, or its path: if the kernel has handles of it, that is remembered."""
+        if entry.inode in self.remembered.state.disks:
+            self.remembered.disk(entry.inode, entry.path, [entry.status, *entry.former], shown=self.shows(entry))
 
     def hide(self, entry: Entry) -> None:
         """Have no path lead to this entry: the next look makes another one."""
         if self.shows(entry):
             del self._shown[entry.path]
+            self.note(entry)
             self.drop_if_unused(entry)
+        if entry.misjudged and entry.lookups > 0:
+            self.remembered.tell(entry.inode, WRONG)
 
     # --- by number --------------------------------------------------------------------------------
 
@@ -329,6 +368,8 @@ class Inodes:
         """Count that the kernel is told of an image; the one to tell of, where its number is another one's by now."""
         entry = self._by_number.setdefault(entry.inode, entry)
         entry.lookups += 1
+        if entry.lookups == 1:
+            self.remembered.tell(entry.inode, entry.size)
         return entry
 
     def forget(self, inode: int, count: int) -> None:
@@ -343,6 +384,8 @@ class Inodes:
         unused = entry.lookups <= 0 and not entry.opens and not self.shows(entry)
         if unused and self._by_number.get(entry.inode) is entry:
             del self._by_number[entry.inode]
+        if entry.lookups <= 0:
+            self.remembered.forget(entry.inode)
 
     def renumber(self, inode: int) -> Entry | None:
         """The image that could have this number, which it gets, unless the kernel uses another one for it."""

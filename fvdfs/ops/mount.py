@@ -8,6 +8,7 @@ of a disk is asked for by inode number, and nothing is unmounted by a name that 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import gc
 import json
@@ -35,6 +36,7 @@ from fvdfs.ops.filesystem import Filesystem, Sync
 from fvdfs.ops.folder import Folder
 from fvdfs.ops.hot import let_cool
 from fvdfs.ops.inodes import Entry
+from fvdfs.ops.kept import Kept, adopt
 from fvdfs.ops.naming import Permitted
 from fvdfs.ops.openings import Openings
 from fvdfs.ops.passthrough import Passthroughs
@@ -86,6 +88,13 @@ class MountOptions:
     """Where to answer Prometheus; empty: nowhere."""
     record_profiles: bool = False
     permitted: Permitted = field(default_factory=Permitted)
+    inherited: daemon.Inherited | None = None
+    """What a former daemon of the mount has left."""
+    next_daemon: tuple[str, ...] = ()
+    """The command that starts the next one, if this one ends before the mount; empty: nobody does."""
+    directory: str = "/"
+    """Where that command is run."""
+    log_file: str = ""
 
 
 def serve(options: MountOptions, ready: Callable[[], None], reopen_log: ReopenLog) -> None:
@@ -93,36 +102,71 @@ def serve(options: MountOptions, ready: Callable[[], None], reopen_log: ReopenLo
 
     `ready` is called once requests are answered. Raises UsageError where it cannot be mounted.
     """
-    point = os.path.realpath(options.mountpoint)
-    _look_before_mounting(options, point)
+    kept = Kept(options.inherited, options.next_daemon, options.directory, options.log_file)
+    state = kept.remembered.state
+    if kept.taken_over:
+        log.info("%s: is taken over (%d): %s", options.mountpoint, state.takeovers, kept.how)
+        point = state.point
+    else:
+        point = os.path.realpath(options.mountpoint)
+        _look_before_mounting(options, point)
+    if kept.is_wanted:
+        options = dataclasses.replace(options, policy=dataclasses.replace(options.policy, unsettled=kept.remembered))
     scheduler = Scheduler(
         jobs=options.prefetch_jobs, max_rate=options.prefetch_max, pressure=DiskPressure(options.folder)
     )
     background = Background(scheduler, record_profiles=options.record_profiles)
     folder = Folder(options.folder, options.policy)
-    passthroughs = Passthroughs(obstacle(folder, options.writeback, always_sync=options.sync is Sync.ALWAYS))
+    folder.inodes.remembered = kept.remembered
+    if kept.taken_over:
+        not_passed = state.obstacle
+    else:
+        not_passed = obstacle(folder, options.writeback, always_sync=options.sync is Sync.ALWAYS)
+    passthroughs = Passthroughs(not_passed)
+    passthroughs.keeps = kept
     openings = Openings(folder, background, passthroughs)
     writeback = options.writeback is not Writeback.OFF
     filesystem = Filesystem(
         openings, writeback=writeback, shrink=options.shrink, sync=options.sync, permitted=options.permitted
     )
     with contextlib.ExitStack() as stack:
-        if claim := mounts.claim(options.mountpoint):
+        if claim := kept.claim() if kept.taken_over else mounts.claim(options.mountpoint):
             stack.callback(claim.release)
         filesystem.mountpoint = os.fsencode(point)
         filesystem.daemon = json.dumps(_identity(claim)).encode()
         daemon.note_signals()
         answer_scrapes = stack.enter_context(_metrics(options.metrics, filesystem))
-        words = ["allow_other"] * options.allow_other + ["ro"] * (not options.policy.writable)
-        words += options.kernel_options
-        kernel = attach(options.mountpoint, options.folder, words)
-        # Not by a look at the mount point: nothing is answered yet.
-        mount = next((mount for mount in reversed(mount_points()) if mount.path == point), None)
-        stack.callback(_unmount, point, mount)
-        device = Device(filesystem, kernel, debug=options.debug, passthrough=passthroughs.wanted)
+        if kept.taken_over:
+            kernel, mount = kept.kernel, kept.remembered.mount
+        else:
+            kernel, mount = _attach(options, point)
+            kept.begin(kernel, claim)
+            kept.remembered.set("mount", {} if mount is None else dataclasses.asdict(mount))
+            kept.remembered.set("point", point)
+            kept.remembered.set("obstacle", not_passed)
+
+        def unmount(error: type[BaseException] | None, _value: object, _traceback: object) -> None:
+            if error is None or not kept.is_wanted:
+                kept.end()
+                _unmount(point, mount)
+
+        stack.push(unmount)
+        device = Device(
+            filesystem,
+            kernel,
+            debug=options.debug,
+            passthrough=passthroughs.wanted,
+            settled=kept.remembered.init if kept.taken_over else None,
+            adopt=functools.partial(adopt, filesystem, kept.remembered),
+        )
         passthroughs.kernel = device
         stack.callback(device.close)
-        _forbid_ways_back(options, mount)
+        if kept.taken_over:
+            kept.lend()
+        if mount is not None and kept.taken_over:
+            options.policy.walker.own_device = mount.device
+        else:
+            _forbid_ways_back(options, mount)
         pyfuse3.init(filesystem, device.libfuses_end, {"debug"} if options.debug else set())
         stack.callback(pyfuse3.close)
         gc.freeze()
@@ -133,7 +177,15 @@ def serve(options: MountOptions, ready: Callable[[], None], reopen_log: ReopenLo
             stack.close()
 
         with filesystem.complaints.filtering():
-            trio.run(_serve, options, filesystem, device, mount, ready, reopen_log, give_up, answer_scrapes)
+            trio.run(_serve, options, filesystem, device, mount, ready, reopen_log, give_up, answer_scrapes, kept)
+
+
+def _attach(options: MountOptions, point: str) -> tuple[int, MountPoint | None]:
+    """Mount; the kernel's descriptor, and the line of mountinfo."""
+    words = ["allow_other"] * options.allow_other + ["ro"] * (not options.policy.writable)
+    kernel = attach(options.mountpoint, options.folder, [*words, *options.kernel_options])
+    # Not by a look at the mount point: nothing is answered yet.
+    return kernel, next((mount for mount in reversed(mount_points()) if mount.path == point), None)
 
 
 def _identity(claim: mounts.Claim | None) -> dict[str, object]:
@@ -222,6 +274,7 @@ async def _serve(
     reopen_log: ReopenLog,
     give_up: Callable[[], None],
     answer_scrapes: Callable[[], Awaitable[None]],
+    kept: Kept,
 ) -> None:
     filesystem.openings.forget_pages = device.forget_pages
     # The ring outlives all who may wait for what is under way in it: that cannot be cancelled.
@@ -237,6 +290,7 @@ async def _serve(
                 nursery.start_soon(filesystem.complaints.sum_up)
                 nursery.start_soon(answer_scrapes)
                 nursery.start_soon(_announce, options.mountpoint, filesystem, device, ready)
+                nursery.start_soon(_keep, kept, device)
                 # One task each: requests for an image whose base hangs must not be all that there may be.
                 await device.serve(functools.partial(pyfuse3.main, max_tasks=MAX_REQUESTS))
         finally:
@@ -244,6 +298,15 @@ async def _serve(
                 await filesystem.openings.close_all()
             log.info("%s: unmounted", options.mountpoint)
         last.cancel_scope.cancel()
+
+
+async def _keep(kept: Kept, device: Device) -> None:
+    """Have somebody hold what the next daemon needs, from the moment on when there is a mount to be kept."""
+    await device.connected.wait()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(kept.run, device.ending)
+        await device.ending.wait()
+        nursery.cancel_scope.cancel()
 
 
 async def _end_in_time(filesystem: Filesystem, device: Device, give_up: Callable[[], None]) -> None:

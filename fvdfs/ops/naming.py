@@ -84,6 +84,8 @@ class Naming:
         self._folder = folder
         self._permitted = permitted
         self._tree: Tree | None = None
+        self.may_be_made: set[bytes] = set()
+        """Names of disks that a former daemon was asked to make (`device.py`): if they are there, they are made."""
         self._clones: dict[bytes, _Clone] = {}
         """By path; of makers that live, so that their number is bounded by theirs."""
 
@@ -95,7 +97,13 @@ class Naming:
             raise NotPermittedHere("a disk cannot be made here: mount with -o create")
         path = self._path(name)
         maker = await trio.to_thread.run_sync(process_of, thread)
-        await trio.to_thread.run_sync(lambda: _make(path, self._empty(0), uid, gid))
+        again = name in self.may_be_made
+        self.may_be_made.discard(name)
+        try:
+            await trio.to_thread.run_sync(lambda: _make(path, self._empty(0), uid, gid))
+        except FileExistsError:
+            if not again:
+                raise
         entry = await self._blank(name)
         entry.maker = maker
         return entry

@@ -116,7 +116,7 @@ class Openings:
                 if entry.image.bitmap is not None and not entry.image.writable:
                     await trio.to_thread.run_sync(let_fill, entry.image)
                 if fresh:
-                    entry.passthrough = await self.passthroughs.begin(entry.image, entry.mtime)
+                    entry.passthrough = await self.passthroughs.begin(entry.inode, entry.image, entry.mtime)
                     self.opened(entry, entry.image)
                     self.changed.set()
                 if isinstance(entry.passthrough, Passthrough):
@@ -236,6 +236,8 @@ class Openings:
         entry.closing = image
         entry.size = image.size
         entry.usage = image.usage()
+        if entry.lookups > 0:
+            self._inodes.remembered.tell(entry.inode, entry.size)
         with trio.CancelScope(shield=True):
             was_writable = image.writable
             try:

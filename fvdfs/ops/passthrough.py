@@ -21,6 +21,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+from collections.abc import Callable
 from typing import Protocol
 
 import trio
@@ -86,11 +87,27 @@ def obstacle_of_image(image: Image) -> str:
     return ""
 
 
+class Keeps(Protocol):
+    """Has what the kernel got outlive this process (`kept.Kept`)."""
+
+    def keep_backing(self, inode: int, number: int, descriptor: int) -> None:
+        """The kernel reads and writes this file by itself, which it has by this number."""
+
+    def forget_backing(self, inode: int) -> None:
+        """No longer."""
+
+    def backing(self, inode: int) -> tuple[int, int] | None:
+        """The number and the descriptor of what the kernel got of an inode from a former process."""
+
+
 class Passthrough:
     """The kernel has the data of one open image."""
 
-    def __init__(self, kernel: Kernel, number: int, descriptor: int, image: Image, mtime: Mtime) -> None:
-        """Takes over `descriptor`, which is what the kernel has under this number."""
+    def __init__(
+        self, kernel: Kernel, number: int, descriptor: int, image: Image, mtime: Mtime, ended: Callable[[], None]
+    ) -> None:
+        """Takes over `descriptor`, which is what the kernel has under this number. `ended` is told of the end."""
+        self._ended = ended
         self.number = number
         self._kernel = kernel
         self._descriptor = descriptor
@@ -133,6 +150,7 @@ class Passthrough:
         still_used = True
         try:
             self._kernel.close_backing(self.number)
+            self._ended()
             self.look()
             await trio.to_thread.run_sync(os.close, self._descriptor)
             assert isinstance(self._image.data, HostFile)
@@ -153,30 +171,33 @@ class Passthroughs:
         """`obstacle`: why no disk is passed through (`writeback.obstacle`)."""
         self._obstacle = obstacle
         self.kernel: Kernel | None = None
+        self.keeps: Keeps | None = None
 
     @property
     def wanted(self) -> bool:
         """Whether the mount's options permit it."""
         return not self._obstacle
 
-    async def begin(self, image: Image, mtime: Mtime) -> Passthrough | str:
+    async def begin(self, inode: int, image: Image, mtime: Mtime) -> Passthrough | str:
         """Give the kernel the data of an image that was just loaded; in words why not, where that cannot be.
 
         Raises OSError.
         """
+        kernel = self.kernel
+        if kernel is not None and self.keeps is not None and (kept := self.keeps.backing(inode)) is not None:
+            return self._have(kernel, *kept, inode, image, mtime)  # whatever else: the kernel has it
         if obstacle := obstacle_of_image(image) or self._obstacle:
             return obstacle
-        kernel = self.kernel
         if kernel is None or not kernel.has_passthrough:
             return "the kernel does not offer it; Linux 6.9 and newer do"
         try:
-            return await self._begin(kernel, image, mtime)
+            return await self._begin(kernel, inode, image, mtime)
         except OSError as error:
             why = _REFUSALS.get(error.errno or 0, f"the kernel does not take its data file: {error.strerror}")
             log.info("%s: is not passed through: %s", image.name, why)
             return why
 
-    async def _begin(self, kernel: Kernel, image: Image, mtime: Mtime) -> Passthrough:
+    async def _begin(self, kernel: Kernel, inode: int, image: Image, mtime: Mtime) -> Passthrough:
         data = image.data
         assert isinstance(data, HostFile)
         # Programs may open the disk for direct I/O, which the data file then has to know.
@@ -193,4 +214,15 @@ class Passthroughs:
             os.close(descriptor)
             raise
         log.info("%s: is passed through: the kernel reads and writes %s by itself", image.name, data.name)
-        return Passthrough(kernel, number, descriptor, image, mtime)
+        if self.keeps is not None:
+            self.keeps.keep_backing(inode, number, descriptor)
+        return self._have(kernel, number, descriptor, inode, image, mtime)
+
+    def _have(
+        self, kernel: Kernel, number: int, descriptor: int, inode: int, image: Image, mtime: Mtime
+    ) -> Passthrough:
+        def ended() -> None:
+            if self.keeps is not None:
+                self.keeps.forget_backing(inode)
+
+        return Passthrough(kernel, number, descriptor, image, mtime, ended)

@@ -122,6 +122,7 @@ async def other_file(openings: Openings, entry: Entry, image: Image, parts: Imag
     assert isinstance(parts.meta, HostFile)
     status = await trio.to_thread.run_sync(parts.meta.status)
     entry.former = [*entry.former, entry.status, status]
+    openings.folder.inodes.note(entry)
     try:
         await stop_copies(entry, image)
         yield

@@ -39,23 +39,33 @@ MAX_BACKGROUND = 256  # requests
 CONGESTION_THRESHOLD = 48
 
 FUSE_SETATTR = 4
+FUSE_UNLINK = 10
+FUSE_RENAME = 12
 FUSE_OPEN = 14
 FUSE_READ = 15
 FUSE_WRITE = 16
 FUSE_FSYNC = 20
+FUSE_SETXATTR = 21
+FUSE_REMOVEXATTR = 24
 FUSE_INIT = 26
+FUSE_CREATE = 35
 FUSE_INTERRUPT = 36
 FUSE_FALLOCATE = 43
+FUSE_RENAME2 = 45
 FUSE_LSEEK = 46
 FUSE_COPY_FILE_RANGE = 47
 FUSE_COPY_FILE_RANGE_64 = 53  # Linux 6.18; the same, but its answer has 64 bits
 FUSE_NOTIFY_INVAL_INODE = 2
+FUSE_NOTIFY_RESEND = 7  # Linux 6.9
+FUSE_UNIQUE_RESEND = 1 << 63
+"""In the number of a request that a former daemon has received, and not answered; it belongs to the answer, too."""
 FUSE_AUTO_INVAL_DATA = 1 << 12
 FUSE_WRITEBACK_CACHE = 1 << 16
 FUSE_HANDLE_KILLPRIV_V2 = 1 << 28
 FUSE_INIT_EXT = 1 << 30
 FUSE_DIRECT_IO_ALLOW_MMAP = 1 << 4  # of flags2, as the next
 FUSE_PASSTHROUGH = 1 << 5
+FUSE_HAS_RESEND = 1 << 7
 _SIDE_BY_SIDE_MINOR = 45  # of FUSE 7: Linux 6.18
 STACK_DEPTH = 1  # of file systems on file systems: what the kernel writes to must not be stacked itself
 NAMES = {
@@ -76,6 +86,8 @@ INIT_IN_MORE = struct.Struct("=16xI")  # flags2
 INIT_OUT_MORE = struct.Struct("=II")  # flags2 max_stack_depth
 _MORE_AT = 32  # bytes from INIT_OUT to INIT_OUT_MORE
 OPEN_OUT = struct.Struct("=QIi")  # fh open_flags backing_id
+ENTRY_OUT = 128  # bytes, which CREATE's answer has before those of OPEN
+CREATE_IN = 16  # bytes before the name
 OPEN_IN = struct.Struct("=I4x")  # flags of open(2)
 FOPEN_DIRECT_IO = 1 << 0
 FOPEN_KEEP_CACHE = 1 << 1
@@ -210,6 +222,21 @@ def passes_through(answer: bytes) -> bool:
 def writes_side_by_side(answer: bytes) -> bool:
     """Whether an answer to INIT has what direct writes side by side take."""
     return bool(_flags2(answer) & FUSE_DIRECT_IO_ALLOW_MMAP)
+
+
+def resends(request: bytes) -> bool:
+    """Whether the kernel, by its INIT request, can send again what was not answered."""
+    if len(request) < IN_HEADER.size + INIT_IN_MORE.size:
+        return False
+    offered = INIT_IN_MORE.unpack_from(request, IN_HEADER.size)[0]
+    return bool(INIT_IN.unpack_from(request, IN_HEADER.size)[3] & FUSE_INIT_EXT and offered & FUSE_HAS_RESEND)
+
+
+def handle_in(answer: bytes, before: int = 0) -> int | None:
+    """The handle in an answer to OPEN, which stands behind so many bytes in that to CREATE; None: it failed."""
+    if OUT_HEADER.unpack_from(answer)[1] or len(answer) < OUT_HEADER.size + before + OPEN_OUT.size:
+        return None
+    return int(OPEN_OUT.unpack_from(answer, OUT_HEADER.size + before)[0])
 
 
 def opens_direct(request: bytes | bytearray) -> bool:

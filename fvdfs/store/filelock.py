@@ -60,6 +60,8 @@ _REMOTE = (*_SMB, 0x6969, 0xC36_400, 0x5346_414F, 0x0102_1997, 0x0116_1970, 0x74
 # On these, a lock forbids writing to the bytes that it covers, to its own holder too; QEMU's cover the header.
 _MANDATORY = _SMB
 
+lent_before: dict[tuple[int, int], int] = {}
+"""What the kernel has had of files since a former process of this mount: the descriptor, by device and inode."""
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -81,6 +83,8 @@ class FileLock:
         self._asks = False
         self._lent = -1
         """The descriptor of the opening that the kernel has."""
+        self.was_lent = False
+        """Whether it has had that since a former process."""
         self._qemu: frozenset[int] = frozenset()
         self.is_unfilled = False
         """Whether nobody can have filled the file with copies since `keep_unfilled`."""
@@ -95,6 +99,10 @@ class FileLock:
         Raises ImageBusy where another open file holds one that excludes it, OSError.
         """
         before = self._own
+        if lent_before and self._lent < 0:
+            status = os.fstat(self._fd)
+            self._lent = lent_before.get((status.st_dev, status.st_ino), -1)
+            self.was_lent = self._lent >= 0
         kind = type_of_file_system(self._fd)
         self.is_remote = kind in _REMOTE
         try:

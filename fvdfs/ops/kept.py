@@ -1,0 +1,294 @@
+"""What of a mount outlives its daemon (`-o keep`): who holds it meanwhile, and how the next daemon takes it over.
+
+The holder is the keeper (`keeper.py`), which the daemon starts once the mount is ready, and again where somebody has
+ended it, or systemd's file descriptor store. Both take descriptors by name, and the next daemon begins with those
+(`daemon.inherited`). What these do not say is in `remembered.Remembered`.
+
+The next daemon, in this order:
+
+1. It has libfuse answer INIT once more, and goes by the answer that the kernel got then (`device.Device`).
+2. It opens every image that the kernel has a handle of, under the same inode number and with its locks (`adopt`). The
+   former daemon's process is gone, and with it its locks, and what it had in hand. Where an image cannot be opened any
+   more (it was removed while it was open), requests to it fail with ESTALE; nothing else does.
+3. It asks the kernel to send again what was not answered (FUSE_NOTIFY_RESEND), and answers it, as `device` says.
+
+An unforeseen error ends the daemon, and not the mount: the next one takes it over.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import functools
+import logging
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Awaitable, Callable, Sequence
+
+import trio
+
+from fvdfs import daemon, keeper, mounts
+from fvdfs.errors import FvdError, ImageBusy, printable, told
+from fvdfs.ops.filesystem import Filesystem
+from fvdfs.ops.folder import Folder
+from fvdfs.ops.inodes import Entry, raw_name
+from fvdfs.ops.passthrough import Passthrough
+from fvdfs.ops.remembered import Disk, Remembered, path_of
+from fvdfs.store import filelock
+
+log = logging.getLogger(__name__)
+
+AGAIN = 5  # times that an image is opened which something of the former daemon's still holds
+PAUSE = 0.5  # seconds between two
+
+
+class Kept:
+    """Of one mount, in the daemon that serves it."""
+
+    def __init__(self, inherited: daemon.Inherited | None, command: Sequence[str], folder: str, log_file: str) -> None:
+        """`command`: what starts the next daemon, in this folder; none: nothing is kept. Raises OSError."""
+        self.remembered = Remembered()
+        self.remembered.renewed = self._store_state
+        self._command = command
+        self._folder = folder
+        self._log_file = log_file
+        self._descriptors: dict[str, int] = {}
+        self._channel: socket.socket | None = None
+        self._child: subprocess.Popen[bytes] | None = None
+        self._by_systemd = False
+        self._stored = 0
+        self.taken_over = inherited is not None and keeper.FUSE in inherited.descriptors
+        self.how = inherited.how if inherited is not None else ""
+        """How the former daemon has ended."""
+        if inherited is not None and self.taken_over:
+            self._take(inherited.descriptors)
+
+    @property
+    def is_wanted(self) -> bool:
+        """Whether the mount is to outlive this process."""
+        return bool(self._command) or self._by_systemd
+
+    def _take(self, descriptors: dict[str, int]) -> None:
+        states = {
+            int(name.removeprefix(keeper.STATE)): descriptor
+            for name, descriptor in descriptors.items()
+            if name.startswith(keeper.STATE)
+        }
+        for name in [name for name in descriptors if name.startswith(keeper.STATE)]:
+            del descriptors[name]
+        if keeper.SOCKET in descriptors:
+            self._channel = socket.socket(fileno=descriptors.pop(keeper.SOCKET))
+            self._channel.setblocking(False)
+        self._descriptors = descriptors
+        self.remembered.take_up(states)
+        for number in states:
+            self._send(f"FDSTOREREMOVE=1\nFDNAME={keeper.STATE}{number}")
+        self._store_state()
+
+    # --- descriptors ------------------------------------------------------------------------------
+
+    @property
+    def kernel(self) -> int:
+        """The descriptor of /dev/fuse that was taken over."""
+        return self._descriptors[keeper.FUSE]
+
+    def claim(self) -> mounts.Claim | None:
+        """The directory that the mount covers, taken over."""
+        descriptor = self._descriptors.get(keeper.CLAIM)
+        return None if descriptor is None else mounts.Claim(descriptor, locked=True)
+
+    def begin(self, kernel: int, claim: mounts.Claim | None) -> None:
+        """It was mounted: these are to be kept. Raises OSError."""
+        if not self.is_wanted:
+            return
+        self._descriptors[keeper.FUSE] = kernel
+        if claim is not None:
+            self._descriptors[keeper.CLAIM] = claim.descriptor
+        self.remembered.begin()
+
+    def lend(self) -> None:
+        """Have the locks of what the kernel got from a former process be ours."""
+        for inode in self.remembered.state.backings:
+            if (kept := self.backing(inode)) is not None:
+                status = os.fstat(kept[1])
+                filelock.lent_before[status.st_dev, status.st_ino] = kept[1]
+
+    def keep_backing(self, inode: int, number: int, descriptor: int) -> None:
+        """The kernel reads and writes this file by itself, which it has by this number."""
+        if self.remembered.descriptor >= 0:
+            self._descriptors[f"{keeper.BACKING}{inode}"] = descriptor
+            self._store(f"{keeper.BACKING}{inode}", descriptor)
+            self.remembered.note("backings", inode, number)
+
+    def forget_backing(self, inode: int) -> None:
+        """No longer."""
+        descriptor = self._descriptors.get(f"{keeper.BACKING}{inode}")
+        for identity in [identity for identity, lent in filelock.lent_before.items() if lent == descriptor]:
+            del filelock.lent_before[identity]
+        self._remove(f"{keeper.BACKING}{inode}")
+        self.remembered.note("backings", inode, None)
+
+    def backing(self, inode: int) -> tuple[int, int] | None:
+        """The number and the descriptor of what the kernel got of an inode."""
+        number = self.remembered.state.backings.get(inode)
+        descriptor = self._descriptors.get(f"{keeper.BACKING}{inode}")
+        return None if number is None or descriptor is None else (number, descriptor)
+
+    def _store_state(self) -> None:
+        former, self._stored = self._stored, self.remembered.number
+        self._store(f"{keeper.STATE}{self._stored}", self.remembered.descriptor)
+        if former:
+            self._send(f"FDSTOREREMOVE=1\nFDNAME={keeper.STATE}{former}")
+
+    def _store(self, name: str, descriptor: int) -> None:
+        self._send(f"FDSTORE=1\nFDNAME={name}", descriptor)
+
+    def _remove(self, name: str) -> None:
+        if self._descriptors.pop(name, None) is not None:
+            self._send(f"FDSTOREREMOVE=1\nFDNAME={name}")
+
+    def _send(self, text: str, *descriptors: int) -> None:
+        if self._by_systemd:
+            daemon.notify(text, *descriptors)
+        elif self._channel is not None:
+            with contextlib.suppress(OSError):
+                socket.send_fds(self._channel, [text.encode()], descriptors)
+
+    # --- the keeper -------------------------------------------------------------------------------
+
+    async def run(self, ending: trio.Event) -> None:
+        """Have a keeper, one after the other, until the mount is to end."""
+        if not self.is_wanted:
+            return
+        if daemon.stores_descriptors():
+            self._by_systemd = True
+            self._store_all()
+            return
+        while not ending.is_set():
+            if self._channel is None and not self._start():
+                return
+            assert self._channel is not None
+            self._send("READY=1")
+            await trio.lowlevel.wait_readable(self._channel)  # it sends nothing: it has ended
+            self._channel.close()
+            self._channel = None
+            if self._child is not None:
+                await trio.to_thread.run_sync(self._child.wait)
+            log.warning("the keeper of this mount was ended by somebody; another one is started")
+
+    def _start(self) -> bool:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs:
+            pidfd = os.pidfd_open(os.getpid())
+            try:
+                words = [str(theirs.fileno()), str(pidfd), str(os.getpid()), self._folder, self._log_file, "--"]
+                self._child = subprocess.Popen(
+                    [sys.executable, "-I", "-S", str(keeper.__file__), *words, *self._command],
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL,
+                    stderr=subprocess.DEVNULL,
+                    pass_fds=[theirs.fileno(), pidfd],
+                    cwd="/",
+                    start_new_session=True,
+                )
+            except OSError as error:
+                log.error("no keeper can be started, the mount ends with this process: %s", error)
+                ours.close()
+                return False
+            finally:
+                os.close(pidfd)
+        self._channel = ours
+        ours.setblocking(False)
+        self._store_all()
+        return True
+
+    def _store_all(self) -> None:
+        for name, descriptor in self._descriptors.items():
+            self._store(name, descriptor)
+        self._stored = 0
+        self._store_state()
+
+    def end(self) -> None:
+        """The mount has ended, or is about to: nobody is to take it over."""
+        claim = self._descriptors.get(keeper.CLAIM)
+        for name in [*self._descriptors]:
+            self._remove(name)
+        self._send(f"FDSTOREREMOVE=1\nFDNAME={keeper.STATE}{self._stored}")
+        if claim is not None:
+            with contextlib.suppress(OSError):
+                fcntl.flock(claim, fcntl.LOCK_UN)  # the keeper may have it a moment longer
+
+
+# --- taking over ----------------------------------------------------------------------------------
+
+
+async def adopt(filesystem: Filesystem, remembered: Remembered) -> None:
+    """Open again what the kernel has handles of. What cannot be opened is logged, and stays lost."""
+    state = remembered.state
+    filesystem.go_on(state.takeovers)
+    async with trio.open_nursery() as nursery:
+        for inode, disk in [*state.disks.items()]:
+            nursery.start_soon(_adopt, filesystem, remembered, inode, disk)
+    # Closed when the former daemon ended, or being closed.
+    for number, file in [*state.files.items()]:
+        if not file.is_settled:
+            await _settle(filesystem, file.path)
+        if not state.files.get(number, file).is_settled:
+            log.error("%s: what was written last may be lost", printable(file.path))
+            remembered.note("files", number, None)
+
+
+async def _settle(filesystem: Filesystem, path: str) -> None:
+    """Have what was written to an image that nobody has open be in it."""
+    try:
+        entry = await filesystem.folder.lookup(raw_name(os.path.basename(os.fsencode(path))))
+        if entry is not None and not (entry.image is not None and entry.image.writable):
+            await _patiently(functools.partial(filesystem.openings.open, entry.inode, write=True))
+            await filesystem.openings.close(entry)
+    except (OSError, FvdError) as error:
+        log.error("%s: %s", printable(path), told(error))
+
+
+async def _adopt(filesystem: Filesystem, remembered: Remembered, inode: int, disk: Disk) -> None:
+    state, folder = remembered.state, filesystem.folder
+    handles = {fh: opened for fh, opened in state.opened.items() if opened.inode == inode}
+    try:
+        entry = await _find(folder, inode, disk)
+        entry.blank = state.blank.get(inode, False)
+        for fh, opened in handles.items():
+            await _patiently(functools.partial(filesystem.openings.open, inode, write=opened.writes))
+            filesystem.take_handle(fh, entry, opened)
+        assert entry.image is not None or not handles
+        if entry.image is not None:
+            # A write past it that was not answered has grown the disk, or not; it comes again.
+            if not isinstance(entry.passthrough, Passthrough):
+                entry.image.end = min(entry.image.size, state.ends.get(inode, entry.image.size))
+            if failed := state.failed.get(inode, ""):
+                entry.image.committer.fail(failed)
+    except (OSError, FvdError) as error:
+        reason = told(error)
+        log.error("%s: was open and cannot be opened again: %s", printable(os.fsdecode(path_of(disk))), reason)
+        for fh in handles:
+            filesystem.lose_handle(fh)
+
+
+async def _find(folder: Folder, inode: int, disk: Disk) -> Entry:
+    """The entry of a disk that was open. Raises OSError, FvdError."""
+    path = path_of(disk)
+    seen = await trio.to_thread.run_sync(folder.look_again, path)
+    if [seen.status.st_dev, seen.status.st_ino] not in disk.files:
+        raise OSError("it was removed or replaced")
+    return folder.inodes.adopt(inode, path, seen, shown=disk.shown)
+
+
+async def _patiently(opening: Callable[[], Awaitable[object]]) -> None:
+    """Open an image. Raises OSError, FvdError."""
+    for _ in range(AGAIN):
+        try:
+            await opening()
+            return
+        except ImageBusy:
+            await trio.sleep(PAUSE)
+    await opening()

@@ -1,0 +1,205 @@
+"""A mount that outlives its daemon (`-o keep`): real mounts, whose daemons are killed under programs that use disks."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from support import keptwriter
+from support.mounts import MIB, Mount, mounted, must, running, wait_for_end, wait_for_log, wait_until
+
+LAYOUTS = {
+    "plain": [],
+    "based": ["--base", "base.raw"],
+    "copying": ["--base", "base.raw", "--prefetch-delay", "1", "--copy-on-read"],
+    "bare": ["--base", "base.raw", "--journal-size", "none"],
+    "compact": ["--base", "base.raw", "--compact"],
+    "chunks": ["--compact"],
+    "apart": ["--data-file", "apart.data"],
+    "both": ["--base", "base.raw", "--compact", "--data-file", "both.data", "--journal-size", "none"],
+}
+SIZE = 4 * MIB
+KILLS = 4
+
+
+def make_disks(folder: Path) -> None:
+    folder.mkdir()
+    (folder / "base.raw").write_bytes(random.Random(1).randbytes(SIZE))
+    for name, words in LAYOUTS.items():
+        size = [] if "--base" in words else [str(SIZE)]
+        must("create", folder / f"{name}.fvd", *size, *words)
+
+
+def kill(mount: Mount) -> None:
+    """End the daemon, and wait for the next one."""
+    former = mount.pid
+    os.kill(former, signal.SIGKILL)
+    wait_until(lambda: int(os.getxattr(mount.point, "user.fvdfs.pid")) != former)
+    mount.pid = int(os.getxattr(mount.point, "user.fvdfs.pid"))
+
+
+@contextlib.contextmanager
+def writers(mount: Mount, models: Path) -> Iterator[dict[str, subprocess.Popen[str]]]:
+    """A program for each disk that uses it; at the end they end, and must have found all right."""
+    started = {}
+    with contextlib.ExitStack() as stack:
+        for seed, name in enumerate(LAYOUTS):
+            command = [sys.executable, keptwriter.__file__, str(mount.raw(name)), str(models / name), str(seed)]
+            process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            )
+            stack.enter_context(process)
+            stack.callback(process.kill)
+            started[name] = process
+        for process in started.values():
+            assert process.stdout is not None
+            assert process.stdout.readline() == "begun\n"
+        yield started
+        complaints = {name: process.communicate()[1] for name, process in started.items()}
+        said = [text.splitlines()[-1] for text in complaints.values() if text]
+        assert not said, "; ".join(said)
+        assert [process.returncode for process in started.values()] == [0] * len(started)
+
+
+@pytest.mark.parametrize("writeback", ["on", "off"])
+def test_no_program_notices_that_the_daemon_is_killed(tmp_path: Path, writeback: str) -> None:
+    make_disks(tmp_path / "images")
+    with mounted(tmp_path / "images", "-o", f"keep,writeback={writeback},sync=flush") as mount:
+        with writers(mount, tmp_path):
+            for _ in range(KILLS):
+                kill(mount)
+        assert mount.log.count("is taken over") == KILLS
+        mount.remount()
+        for name in LAYOUTS:
+            assert mount.raw(name).read_bytes().rstrip(b"\0") == (tmp_path / name).read_bytes().rstrip(b"\0"), name
+    for name in LAYOUTS:
+        assert "clean" in must("check", tmp_path / "images" / f"{name}.fvd")
+    assert " ERROR " not in mount.log
+
+
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mount]:
+    """A kept mount of a disk over a base, in which disks may be made and removed."""
+    folder = tmp_path_factory.mktemp("kept") / "images"
+    folder.mkdir()
+    (folder / "base.raw").write_bytes(random.Random(1).randbytes(SIZE))
+    must("create", folder / "vm.fvd", "--base", "base.raw")
+    with mounted(folder, "-o", "keep,create,remove,writeback=off") as mount:
+        yield mount
+
+
+def keepers(mount: Mount) -> list[int]:
+    """The processes that keep the mount."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            words = (process / "cmdline").read_bytes().split(b"\0")
+            if os.fsencode(mount.point) in words and any(word.endswith(b"/keeper.py") for word in words):
+                found.append(int(process.name))
+    return found
+
+
+def test_what_was_asked_and_not_answered_is_done(kept: Mount) -> None:
+    """The daemon is stopped, so that requests wait in its hands, or for it; then it is killed."""
+    os.kill(kept.pid, signal.SIGSTOP)
+    work = "import os, sys; d = os.open(sys.argv[1], os.O_RDWR | os.O_CREAT | os.O_EXCL); os.write(d, b'x' * 5000)"
+    command = [sys.executable, "-c", work, str(kept.raw("made"))]
+    with running(*command) as process, open(kept.folder / "vm.fvd", "rb"):
+        kill(kept)
+        assert process.wait(30) == 0
+    assert kept.raw("made").read_bytes() == b"x" * 5000 + bytes(120)
+    kept.raw("made").unlink()
+
+
+def test_a_disk_that_was_removed_while_open_is_lost_and_no_other(kept: Mount) -> None:
+    kept.raw("gone").touch()
+    gone = os.open(kept.raw("gone"), os.O_RDWR)
+    with open(kept.raw("vm"), "r+b", 0) as vm:
+        os.write(gone, bytes(4096))
+        kept.raw("gone").unlink()
+        kept.raw("gone").touch()  # another one
+        vm.write(b"here")
+        kill(kept)
+        with pytest.raises(OSError, match="Stale"):
+            os.pwrite(gone, b"x", 0)
+        with pytest.raises(OSError, match="Stale"):
+            os.close(gone)
+        assert os.pread(vm.fileno(), 4, 0) == b"here"
+    assert kept.raw("gone").stat().st_size == 0
+    kept.raw("gone").unlink()
+
+
+def test_a_renamed_disk_and_a_snapshot_are_found_again(kept: Mount) -> None:
+    with open(kept.raw("vm"), "r+b", 0) as vm:
+        vm.write(b"before")
+        kept.raw("vm").rename(kept.raw("other"))
+        must("snapshot", kept.raw("other"), "kept")
+        os.pwrite(vm.fileno(), b"after!", 0)
+        kill(kept)
+        assert os.pread(vm.fileno(), 6, 0) == b"after!"
+        assert os.fstat(vm.fileno()).st_ino == kept.raw("other").stat().st_ino
+        kept.raw("other").rename(kept.raw("vm"))
+        kill(kept)
+        os.fsync(vm.fileno())
+    assert kept.raw("vm").read_bytes()[:6] == b"after!"
+
+
+def test_a_keeper_that_is_killed_is_replaced(kept: Mount) -> None:
+    (keeper,) = keepers(kept)
+    os.kill(keeper, signal.SIGKILL)
+    wait_until(lambda: [other for other in keepers(kept) if other != keeper])
+    with open(kept.raw("vm"), "rb", 0) as vm:
+        wait_for_log(kept, "the keeper of this mount was ended")
+        kill(kept)
+        assert len(vm.read(4096)) == 4096
+
+
+def test_without_both_the_mount_is_dead(tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    with mounted(tmp_path / "images", "-o", "keep") as mount:
+        wait_until(lambda: keepers(mount))
+        (keeper,) = keepers(mount)
+        os.kill(keeper, signal.SIGSTOP)
+        os.kill(mount.pid, signal.SIGKILL)
+        os.kill(keeper, signal.SIGKILL)
+        wait_for_end(keeper)
+        with pytest.raises(OSError, match="not connected"):
+            mount.point.stat()
+        mount.clear()
+
+
+def test_a_daemon_that_cannot_start_is_given_up(tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    with mounted(tmp_path / "images", "-o", "keep") as mount:
+        wait_until(lambda: keepers(mount))
+        (keeper,) = keepers(mount)
+        mount.folder.rename(tmp_path / "elsewhere")
+        mount.folder.write_bytes(b"no folder")
+        (tmp_path / "elsewhere").chmod(0)
+        mount.log_file.unlink()
+        mount.log_file.mkdir()  # a log that cannot be opened: no daemon starts
+        os.kill(mount.pid, signal.SIGKILL)
+        wait_for_end(keeper, 60)
+        with pytest.raises(OSError, match="not connected"):
+            mount.point.stat()
+        mount.log_file.rmdir()
+        mount.clear()
+
+
+def test_the_keeper_ends_with_the_mount(tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    with mounted(tmp_path / "images", "-o", "keep") as mount:
+        wait_until(lambda: keepers(mount))
+        (keeper,) = keepers(mount)
+        kill(mount)
+    wait_for_end(keeper)
+    with mounted(tmp_path / "images"):
+        pass
