@@ -346,7 +346,7 @@ def test_the_source_dies_while_the_target_follows(world: World, on_base_error: s
         world.cannot_write(a)
         machine.cannot_run(a)
         if is_following:
-            wait_until(lambda: b.status()["base_outage"]["until"] is not None, LONG)
+            wait_until(lambda: has_source(b), LONG)
             if on_base_error == "eio":
                 machine.run(b)
     world.ends_well(b, a)
@@ -358,6 +358,12 @@ def says_why(site: Site) -> None:
     assert outage["until"] is None
     assert outage["since"]
     assert outage["reason"]
+
+
+def has_source(site: Site) -> bool:
+    """Whether the source is back, or was, and is not needed any more."""
+    outage = site.status()["base_outage"]
+    return outage is None or outage["until"] is not None
 
 
 # --- the target's host ----------------------------------------------------------------------------------
@@ -481,7 +487,7 @@ def test_the_link_is_cut_for_a_while(world: World, seconds: int, on_base_error: 
         if machine.is_running:
             machine.goes_on()
         else:
-            wait_until(lambda: b.status()["base_outage"]["until"] is not None, LONG)
+            wait_until(lambda: has_source(b), LONG)
             machine.run(b)
     world.cannot_write(a)
     world.ends_well(b, a)
@@ -638,18 +644,18 @@ def test_it_goes_on_to_a_third_host_while_it_still_follows(world: World, turn: i
 class GuestWorld:
     """Two hosts, and a guest on the first, whose disk the second can take over."""
 
-    MIB = 32
+    MIB, FILES = 32, 16
     STOPS = "none,rerror=stop,werror=stop"
     """The machine stands still at an error, and goes on when it is told to."""
 
     def __init__(self, work: Path, hosts: Sequence[Host]) -> None:
         self.a, self.b = (Site(host, work) for host in hosts)
-        self.witness = Witness(work, self.MIB, percent=60)
+        self.witness = Witness(work, self.MIB, percent=60, files=self.FILES)
         self.source: Guest
 
     def begin(self, *options: str) -> None:
         """It runs on the first; `options` of the mount of the second."""
-        must("create", self.a.folder / "vm.fvd", f"{self.MIB}M")
+        must("create", self.a.folder / "vm.fvd", f"{self.witness.size}M")
         self.a.begin()
         self.witness.fill(self.a.raw())
         self.a.serve()
@@ -678,6 +684,8 @@ class GuestWorld:
         """The target's disk is right, and none of what the guest has flushed is missing."""
         course, found = follow(*machines), self.witness.check(self.b.raw())
         assert course.is_right, course
+        assert course.filed > 0
+        self.witness.check_files(self.b.raw(), course)
         records = re.search("records=([0-9]+)", found)
         assert records is not None
         assert int(records[1]) > course.ticks[-1].sequence
@@ -760,7 +768,7 @@ def test_a_guest_whose_link_is_cut_while_its_disk_follows(tmp_path: Path, turn: 
         wait_until(lambda: there.monitor("query-status")["status"] == "io-error", LONG)
         says_why(world.b)
         world.a.host.link.join(world.a.host)
-        wait_until(lambda: world.b.status()["base_outage"]["until"] is not None, LONG)
+        wait_until(lambda: has_source(world.b), LONG)
         there.monitor("cont")
         more(there, 5)
         world.ends_well(world.source, there)

@@ -23,6 +23,7 @@ PACKAGES = {
     "blkdiscard": "util-linux",
     "busybox": "busybox-static",
     "cpio": "cpio",
+    "debugfs": "e2fsprogs",
     "e2fsck": "e2fsprogs",
     "fallocate": "util-linux",
     "fio": "fio",

@@ -172,7 +172,8 @@ static void run(int hz)
 static void fill(void)
 {
     uint64_t *words;
-    if (posix_memalign((void **)&words, BLOCK, MIB) || ftruncate(disk, mib * MIB)) perror("fill"), exit(1);
+    if (posix_memalign((void **)&words, BLOCK, MIB)) perror("fill"), exit(1);
+    if (lseek(disk, 0, SEEK_END) < mib * MIB && ftruncate(disk, mib * MIB)) perror("fill"), exit(1);
     for (long i = 0; i < filled_count; i++) {
         for (long k = 0; k < PER_MIB; k++) make_block(words + k * WORDS, filled[i] * PER_MIB + k, 0);
         if (pwrite(disk, words, MIB, filled[i] * MIB) != MIB) perror("fill"), exit(1);

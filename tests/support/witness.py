@@ -22,6 +22,7 @@ import io
 import re
 import shutil
 import socket
+import struct
 import subprocess
 import tempfile
 import threading
@@ -38,6 +39,9 @@ from support.hosts import Host
 from support.mounts import wait_until
 
 _TICK = re.compile(rb"TICK seq=(\d+) append=(\d+) write=(\d+) reads=([\d,]+) wrong=(\d+) failed=(\d+)\s*$")
+_FILED = re.compile(rb"FILED (\d+)\s*$")
+_SECTORS = 2048  # in a MiB
+_FIRST_PARTITION, _LINUX, _SIGNATURE = 446, 0x83, 0xAA55  # of a table of partitions
 _ANSWER = 30.0  # seconds for an answer of a monitor
 _MACHINE = (
     *("qemu-system-x86_64", "-accel", "tcg", "-cpu", "qemu64"),  # others do not survive a move in emulation
@@ -182,6 +186,8 @@ class Course:
     gap: float
     """The longest time between two ticks, in seconds."""
     complaints: list[str]
+    filed: int = -1
+    """The file that it has written last, and flushed."""
 
     @property
     def is_right(self) -> bool:
@@ -191,7 +197,7 @@ class Course:
 
 def follow(*machines: Machine) -> Course:
     """The course of a guest that ran in these machines, one after the other."""
-    ticks, complaints, rest = [], [], b""
+    ticks, complaints, rest, filed = [], [], b"", -1
     for machine in machines:
         lines = list(machine.console.lines)
         if rest and lines:
@@ -206,11 +212,13 @@ def follow(*machines: Machine) -> Course:
                         *(tuple(map(int, reads.split(b","))), int(wrong), int(failed)),
                     )
                 )
+            elif match := _FILED.search(line):
+                filed = int(match[1])
             elif re.search(rb"WRONG|FAILED|Oops|BUG:|panic", line):
                 complaints.append(line.decode(errors="replace").strip())
     lost = [one.sequence for one, other in pairwise(ticks) if other.sequence != one.sequence + 1]
     gap = max((other.when - one.when for one, other in pairwise(ticks)), default=0.0)
-    return Course(ticks, lost, gap, complaints)
+    return Course(ticks, lost, gap, complaints, filed)
 
 
 @functools.cache
@@ -224,19 +232,50 @@ def _program() -> Path:
     return program
 
 
-class Witness:
-    """A disk of so many MiB, so full in percent, and guests on it; `dirty` MiB of their memory change all the time."""
+_WRITE_FILES = """\
+mkdir /files
+mount -t ext4 /dev/vda1 /files
+n=0
+while [ $n -lt 1000000 ]; do
+    seq $n $((n + 3000)) >/files/new
+    mv /files/new /files/$((n % 20))
+    sync
+    echo FILED $n
+    n=$((n + 1))
+done &
+"""
 
-    def __init__(self, folder: Path, mib: int, *, percent: int = 30, hz: int = 10, dirty: int = 0) -> None:
+
+class Witness:
+    """A disk of so many MiB, so full in percent, and guests on it; `dirty` MiB of their memory change all the time.
+
+    `files`: MiB behind that, in a partition with ext4, in which they write files.
+    """
+
+    def __init__(
+        self, folder: Path, mib: int, *, percent: int = 30, hz: int = 10, dirty: int = 0, files: int = 0
+    ) -> None:
         self.folder = folder
-        self.mib = mib
+        self.mib, self.files = mib, files
         self._layout = (str(mib), str(percent))
-        script = f"exec witness run /dev/vda {mib} {percent} {hz} {dirty}\n"
-        self._initrd = build_initrd(folder, script, programs=[_program()])
+        script = f"{_WRITE_FILES if files else ''}exec witness run /dev/vda {mib} {percent} {hz} {dirty}\n"
+        modules = ["ext4"] if files else []
+        self._initrd = build_initrd(folder, script, modules, programs=[_program()])
+
+    @property
+    def size(self) -> int:
+        """Of the disk, in MiB."""
+        return self.mib + self.files
 
     def fill(self, file: Path) -> None:
         """Make it the disk's content; a file that is shorter gets longer."""
         run(str(_program()), "fill", file, *self._layout, timeout=600)
+        if self.files:
+            start, count = self.mib * _SECTORS, self.files * _SECTORS
+            with file.open("r+b") as disk:  # the first MiB is nobody else's
+                disk.seek(_FIRST_PARTITION)
+                disk.write(struct.pack("<4xB3xII48xH", _LINUX, start, count, _SIGNATURE))
+            run("mkfs.ext4", "-q", "-F", "-J", "size=4", "-E", f"offset={self.mib << 20}", file, f"{self.files}M")
 
     def reset(self, file: Path) -> None:
         """Undo what guests have written."""
@@ -245,6 +284,20 @@ class Witness:
     def check(self, file: Path) -> str:
         """See that it holds the data and a log without a gap. Raises CommandError; what was found."""
         return run(str(_program()), "check", file, *self._layout, timeout=600)
+
+    def check_files(self, file: Path, course: Course) -> None:
+        """See that its file system is right, and has what was filed last. Raises CommandError."""
+        copy = self.folder / "files.ext4"
+        with file.open("rb") as disk:
+            disk.seek(self.mib << 20)
+            copy.write_bytes(disk.read(self.files << 20))
+        run("e2fsck", "-y", "-E", "journal_only", copy)
+        run("e2fsck", "-fn", copy)
+        for number in range(max(0, course.filed - 5), course.filed + 1):
+            found = run("debugfs", "-R", f"cat {number % 20}", copy).split()[-3001:]
+            first = int(found[0])
+            assert first in (number, number + 20), (number, first)  # the next one may be there already
+            assert found == [str(first + line) for line in range(3001)], number
 
     def boot(
         self,
