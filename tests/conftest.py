@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Generator, Iterator
@@ -13,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from support import ports
 from support.mounts import MIB, PASSED_THROUGH, mounted, must, needs_passthrough
 
 RAW_DISK_SIZE = 512 * MIB
@@ -86,11 +86,10 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def free_port() -> int:
+def free_port() -> Iterator[int]:
     """A TCP port of this machine on which nobody listens."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
+    with ports.free_port() as port:
+        yield port
 
 
 @pytest.fixture(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,15 +10,13 @@ import pytest
 from support.machines import Machine, is_there, machine
 from support.migrations import SIZE, Ground
 from support.mounts import MIB, mounted, must
+from support.ports import free_port
 
 
 @pytest.fixture
 def ground(tmp_path: Path, folder: Path) -> Iterator[Ground]:
     must("create", folder / "vm.fvd", str(SIZE))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    with mounted(folder) as source:
+    with free_port() as port, mounted(folder) as source:
         with source.raw("vm").open("r+b") as file:
             file.write(b"x" * 4 * MIB)
         found = Ground(tmp_path, source, port)

@@ -41,9 +41,10 @@ def test_examples_make_sense(name: str) -> None:
         assert cli._parsed(words[1:]).command_name == name
 
 
-@pytest.fixture
-def world(tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def new_world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What the examples find where they are: files, a program fvdfs, and hosts that are this one."""
+    tmp_path = tmp_path_factory.mktemp("world")
     images, srv = tmp_path / "images", tmp_path / "srv"
     for path in (images, tmp_path / "images.mnt", srv, srv / "images", tmp_path / "bin"):
         path.mkdir()
@@ -63,6 +64,13 @@ def world(tmp_path: Path) -> Path:
     (tmp_path / "bin" / "ssh").write_text('#!/bin/sh\nshift\nexec sh -c "$*"\n')
     for path in (tmp_path / "bin").iterdir():
         path.chmod(0o755)
+    return tmp_path
+
+
+@pytest.fixture
+def world(new_world: Path, tmp_path: Path) -> Path:
+    """One of a test's own."""
+    subprocess.run(["cp", "-a", "--sparse=always", f"{new_world}/.", tmp_path], check=True)
     return tmp_path
 
 

@@ -406,7 +406,7 @@ def test_what_is_no_raw_file_of_a_mount_is_left_alone(folder: Path) -> None:
     other = folder / "other.raw"
     other.write_bytes(bytes(1000))
     done = fvdfs("resize", other, "1M")
-    assert (done.code, "is not a raw file of an fvdfs mount" in done.err) == (2, True)
+    assert (done.code, "is not a raw file in a mount of fvdfs" in done.err) == (2, True)
     assert other.stat().st_size == 1000
 
 

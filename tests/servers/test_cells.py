@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import random
 import re
-import socket
 import subprocess
 import threading
 from collections.abc import Iterator
@@ -18,6 +17,7 @@ import pytest
 
 from support.block_servers import Iscsi, Nbdkit, NbdServer, Nfs, Qsd
 from support.mounts import MIB, Mount, fvdfs, mounted, must, wait_until
+from support.ports import free_port
 from support.servers import S3, DiskServer, Https, Ssh
 
 SERVERS: dict[str, type[DiskServer]] = {
@@ -49,17 +49,15 @@ def running_server(request: pytest.FixtureRequest, tmp_path_factory: pytest.Temp
     kind = SERVERS[request.param]
     if reason := kind.missing():
         pytest.skip(reason)
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
-    server = kind(tmp_path_factory.mktemp(request.param) / "server", port)
-    server.put(DATA)
-    try:
-        server.start()
-        yield server
-    finally:
-        server.stop()
-        server.close()
+    with free_port() as port:
+        server = kind(tmp_path_factory.mktemp(request.param) / "server", port)
+        server.put(DATA)
+        try:
+            server.start()
+            yield server
+        finally:
+            server.stop()
+            server.close()
 
 
 @pytest.fixture

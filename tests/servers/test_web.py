@@ -6,7 +6,6 @@ import contextlib
 import os
 import random
 import re
-import socket
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from fvdfs.store.http_words import Signer, parse_head, target_of
 from fvdfs.store.outage import Lost, OnLoss
 from fvdfs.store.qemu_store import QemuStore
 from support.mounts import MIB
+from support.ports import free_port
 from support.qsd import named, opened
 from support.servers import Https
 
@@ -29,16 +29,14 @@ pytestmark = pytest.mark.skipif(bool(Https.missing()), reason=Https.missing())
 
 @pytest.fixture(scope="module")
 def nginx(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Https]:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
-    server = Https(tmp_path_factory.mktemp("nginx") / "server", port)
-    try:
-        server.put(DATA)
-        server.start()
-        yield server
-    finally:
-        server.stop()
+    with free_port() as port:
+        server = Https(tmp_path_factory.mktemp("nginx") / "server", port)
+        try:
+            server.put(DATA)
+            server.start()
+            yield server
+        finally:
+            server.stop()
 
 
 async def all_of(store: QemuStore) -> bytes:
