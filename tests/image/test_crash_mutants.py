@@ -119,10 +119,8 @@ EQUIVALENT: dict[str, str] = {
 
 
 GROUPS = {
-    "commit": {"commit"},
-    "writing": {"writing", "writethrough"},
-    "table_moving": {"table_moving", "resizing"},
-    "others": {"base", "image", "passing", "chunked", "flat", "core", "base_writing", "profiling", "loading"},
+    "commit": {"commit", "base", "image", "passing", "chunked", "flat", "core", "base_writing", "profiling", "loading"},
+    "writing": {"writing", "writethrough", "table_moving", "resizing"},
 }
 """Modules by name; the groups are tests of their own, for several processes to share them."""
 

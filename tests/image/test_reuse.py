@@ -388,7 +388,7 @@ def test_many_discards_take_no_time_each(tmp_path: Path) -> None:
         window=10,
         spawn=None,
     )
-    began = time.monotonic()
+    began = time.process_time()
     for chunk in range(0, 20000, 2):
         storage.zeroed(chunk * 4096, (chunk + 1) * 4096)
-    assert time.monotonic() - began < 1
+    assert time.process_time() - began < 2

@@ -138,6 +138,10 @@ class Survivors:
             assert not header.is_moving, "closed, but its table is still being moved"
 
     def content(self, files: Files, *, closed: bool, cut_short: bool, strict: bool = False) -> bytes:
+        """As `judged`, by a run of trio's of its own."""
+        return trio.run(functools.partial(self.judged, files, closed=closed, cut_short=cut_short, strict=strict))
+
+    async def judged(self, files: Files, *, closed: bool, cut_short: bool, strict: bool = False) -> bytes:
         """What they hold. Unless they were `closed`, opens them for writing and closes them.
 
         `strict`: nothing of it may be strange even before, as after a power cut and no other fault.
@@ -153,16 +157,12 @@ class Survivors:
             self.check(cut_short=cut_short, closed=False)
         stores = {name: MemoryStore(content, name, fixed_size=name in self.devices) for name, content in files.items()}
         unclean = not reference.Header(self.folder / IMAGE).clean_shutdown
-
-        async def main() -> bytes:
-            image = await load(stores)
-            assert not (strict and image.committer.journal_is_bad), "the journal holds bad records"
-            await image.begin_writing(accept_unclean=self.layout.policy.accept_unclean)
-            data = bytes(await image.read(0, image.size))
-            await image.close()
-            return data
-
-        assert trio.run(main) == found, "the readers differ"
+        image = await load(stores)
+        assert not (strict and image.committer.journal_is_bad), "the journal holds bad records"
+        await image.begin_writing(accept_unclean=self.layout.policy.accept_unclean)
+        data = bytes(await image.read(0, image.size))
+        await image.close()
+        assert data == found, "the readers differ"
         behind = unclean or not (self.devices or self.has_leftovers)
         closed_files = {name: bytes(store.data) for name, store in stores.items()}
         again = self._closed_content(closed_files, cut_short=cut_short, behind=behind)
@@ -635,7 +635,10 @@ class Simulation:
 
     def cut_all(self, since: int, *, cut_short: bool) -> None:
         """Cut the power at each moment from then on."""
-        cut_short |= self.cut_short
+        # One run for all states: to begin one takes as long as to judge a state.
+        trio.run(self._cut_all, since, cut_short or self.cut_short, clock=MockClock(autojump_threshold=0))
+
+    async def _cut_all(self, since: int, cut_short: bool) -> None:
         seconds = 0
         for at in range(since, self.clock.now + 1):
             whole, found = states(self.stores, at, self.effort.states, self.rng)
@@ -652,26 +655,26 @@ class Simulation:
                     seen.add(key)
                     self.counts.checks += 1
                     new = (key, cut_short) not in self.known
-                    content = self._judge(left, key, cut_short=cut_short)
+                    content = await self._judge(left, key, cut_short=cut_short)
                     self.disk.check_cut(content, at)
                     for fact in facts:
                         fact.check(left)
                     if new and seconds < self.effort.second_cuts and self.rng.random() < 0.2:
                         seconds += 1
-                        self._cut_recovery(left, content, cut_short=cut_short)
+                        await self._cut_recovery(left, content, cut_short=cut_short)
                 except BaseException as error:
                     error.add_note(f"{self.subject.name}: cut at {at}, state {number}")
                     raise
 
-    def _judge(self, left: Files, key: int, *, cut_short: bool) -> bytes:
+    async def _judge(self, left: Files, key: int, *, cut_short: bool) -> bytes:
         if (key, cut_short) not in self.known:
             self.counts.states += 1
-            self.known[key, cut_short] = self.survivors.content(
+            self.known[key, cut_short] = await self.survivors.judged(
                 left, closed=False, cut_short=cut_short, strict=self.strict
             )
         return self.known[key, cut_short]
 
-    def _cut_recovery(self, left: Files, content: bytes, *, cut_short: bool) -> None:
+    async def _cut_recovery(self, left: Files, content: bytes, *, cut_short: bool) -> None:
         """Cut the power while this state is opened and closed: the content stays."""
         clock = Clock()
         crash_stores: dict[str, CrashStore] = {}
@@ -682,17 +685,13 @@ class Simulation:
             else:
                 stores[name] = MemoryStore(data, name, writable=False)
 
-        async def work() -> None:
-            image = await open_for_writing(self.layout, stores)
-            await close(image)
-
-        self.run(work)
+        await close(await open_for_writing(self.layout, stores))
         for at in range(clock.now + 1):
             self.counts.second_cuts += 1
             for state in states(crash_stores, at, self.effort.states, self.rng)[1]:
                 again = {**left, **state}
                 before = self.counts.states
-                found = self._judge(again, hash(tuple(state.values())), cut_short=cut_short)
+                found = await self._judge(again, hash(tuple(state.values())), cut_short=cut_short)
                 self.counts.second_states += self.counts.states - before
                 assert found == content, f"another cut at {at} of the recovery changes the disk"
 

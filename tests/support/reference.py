@@ -298,7 +298,11 @@ class Image:
             if self.base is None or start >= limit:
                 stop, own = end, True
             else:
-                stop, own = min((start // size + 1) * size, limit, end), self.bit(start // size)
+                block = start // size
+                own = self.bit(block)
+                while (block := block + 1) * size < min(limit, end) and self.bit(block) == own:
+                    pass  # blocks that are in the same place are read at once
+                stop = min(block * size, limit, end)
             out.append((self.read_own if own else self.read_base)(start, stop - start))
             start = stop
         return b"".join(out).ljust(length, b"\0")
