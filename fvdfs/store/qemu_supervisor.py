@@ -162,6 +162,8 @@ class Supervisor:
                 return await self._attempt(daemon, operation, changes=changes)
             except OSError as error:
                 if not is_dead(daemon, error) and not self._has_lost_server(daemon, error):
+                    if error.errno == errno.EFAULT:  # libnfs's word for what it does not expect, as a stale handle
+                        raise OSError(errno.EIO, f"{self._name}: the server has refused it") from error
                     raise
                 if has_failed and not (self._on_loss.waits and self._files.has_server):
                     again = "its server was lost" if isinstance(daemon, NbdReader | WebReader) else f"{PROGRAM} died"
@@ -226,7 +228,7 @@ class Supervisor:
 
     def _has_lost_server(self, daemon: Server, error: OSError) -> bool:
         """Whether that is why an operation has failed. EIO may also be an error of the server's own disk."""
-        if not self._files.has_server or error.errno not in _LOST_SERVER:
+        if not self._files.has_server or (error.errno not in _LOST_SERVER and not daemon.is_cut_off):
             return False
         return error.errno != errno.EIO or not daemon.is_connected
 

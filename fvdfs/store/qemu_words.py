@@ -12,6 +12,7 @@ _OF_TLS = (
     (r"Our own certificate (\S+) failed validation against (\S+): .*", r"{1} is of another authority than {2}"),
     (r"The (?:client|server) certificate (\S+) has expired", r"{1} has expired"),
     (r"The certificate has expired", "the server's certificate has expired"),
+    (r"The certificate is not trusted", "the server's certificate is not of our ca-cert.pem, or has expired"),
     (
         r"The certificate hasn't got a known issuer",
         "the server's certificate is not of our ca-cert.pem",
@@ -20,6 +21,10 @@ _OF_TLS = (
     (
         r"Cannot read from TLS channel: Software caused connection abort",
         "the server does not take our client-cert.pem, or we have none and it asks for one",
+    ),
+    (
+        r"Failed to read option reply: Unexpected end-of-file",
+        "the server has hung up; if by TLS: it does not take our client-cert.pem, or we have none and it asks for one",
     ),
     (r"Insufficient credentials for that request", "the server has certificates, and we have keys"),
     (

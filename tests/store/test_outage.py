@@ -220,6 +220,18 @@ async def test_an_error_of_the_server_itself_is_passed_on(folder: Path, server: 
             assert (store.outage, store.pid) == (None, pid)
 
 
+async def test_an_error_that_makes_no_sense_is_one_of_the_server(folder: Path, server: Server) -> None:
+    """QEMU passes on what libnfs says of a stale handle: a bad address in memory."""
+    async with opened(folder, server.url, "raw", "nbd+unix:///") as store:
+
+        async def fail(_: object) -> None:
+            raise OSError(errno.EFAULT, os.strerror(errno.EFAULT))
+
+        with pytest.raises(OSError) as caught:
+            await store._running.call(fail)
+        assert caught.value.errno == errno.EIO
+
+
 async def test_closed_while_it_is_away(folder: Path, server: Server) -> None:
     async with opened(folder, server.url, "raw", "nbd+unix:///", on_loss=OnLoss.WAIT) as store:
         server.stop()

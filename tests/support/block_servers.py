@@ -67,8 +67,7 @@ class Iscsi(KilledServer):
     writes = True
     tells_holes = True
     keeps_open = True
-    sector: ClassVar[int] = 512
-    password = "top-secret-chap"
+    password: str = "top-secret-chap"
     target = "iqn.2026-01.example:disk"
 
     def __init__(self, folder: Path, port: int) -> None:
@@ -76,6 +75,7 @@ class Iscsi(KilledServer):
         self.file("chap", f"{self.password}\n")
         self.file("wrong", "not-the-password\n")
         self.read_only = False
+        self.sector = 512
 
     @classmethod
     def missing(cls) -> str:
@@ -237,6 +237,13 @@ class Nfs(KilledServer):
             lambda: b"mountd" in subprocess.run(self.on("rpcinfo", "-p", "127.0.0.1"), capture_output=True).stdout
         )
         wait_until(lambda: self._listens(2049))
+
+    def cut(self) -> None:
+        """Nothing comes through any more."""
+        subprocess.run(self.on("ip", "link", "set", "far", "down"), check=True)
+
+    def join(self) -> None:
+        subprocess.run(self.on("ip", "link", "set", "far", "up"), check=True)
 
     def close(self) -> None:
         self._host.close()
