@@ -180,7 +180,7 @@ def watch_status(mountpoint: str) -> None:
                 return
             since, former = before or (now, None)
             shown = watched(rows.rows(former, found, now - since), len(found["images"]), console.size)
-            if console.is_terminal:
+            if console.is_terminal and not console.is_dumb_terminal:
                 live.update(shown, refresh=True)
             else:
                 console.print(shown)

@@ -29,7 +29,15 @@ from fvdfs.mounts import refuse_dead
 INTERVAL = 1.0  # seconds between two looks
 IDLE_SHARE = 4  # the time between looks is at least so many times what a look takes
 MAP_EVERY = 5.0  # seconds; a map takes longer than a status
+_DUMB = ("dumb", "unknown")  # what TERM says of terminals without a cursor
 _PADDING = 2  # columns that a cell of the table takes beside its text
+HELP = """\
+s, p, x    start, pause and stop copying the disk under the cursor from its base
+o, r       order by the next column; the other way round
+arrows     another disk; Page Up and Page Down, Ctrl+Home and Ctrl+End go further
+local      what of it need not be read from its base
+p99        99 of 100 reads and writes took no longer
+q, Ctrl+C  end; ? ends this"""
 _COLOURS = {"running": "green", "profile": "green", "paused": "yellow", "waiting": "yellow", "failed": "bold red"}
 
 
@@ -40,10 +48,13 @@ class Top(App[str]):
     CSS = """
     #total, #said, #map { height: auto; padding: 0 1; }
     #said { color: $text-warning; }
+    #help { height: auto; padding: 0 1; display: none; }
     DataTable { height: 1fr; }
     """
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("q", "quit", "Quit"),
+        Binding("ctrl+c", "quit", show=False, priority=True),
+        Binding("question_mark,h", "toggle_help", "Help", key_display="?"),
         Binding("s", "prefetch('start')", "Start"),
         Binding("p", "prefetch('pause')", "Pause"),
         Binding("x", "prefetch('stop')", "Stop"),
@@ -66,6 +77,7 @@ class Top(App[str]):
         with Vertical():
             yield Static("Asking the mount …", id="total", markup=False)
             yield DataTable(cursor_type="row", zebra_stripes=True)
+            yield Static(HELP, id="help", markup=False)
             yield Static("", id="map", markup=False)
             yield Static("", id="said", markup=False)
             yield Footer()
@@ -158,10 +170,16 @@ class Top(App[str]):
         )
 
     def on_resize(self, event: Resize) -> None:
+        self._mapped = ("", 0.0)  # it is as wide as the terminal
         if self._before is not None:
             self._show()
 
     # --- keys -------------------------------------------------------------------------------------
+
+    def action_toggle_help(self) -> None:
+        """Show what the keys do, and what the columns mean, or not."""
+        shown = self.query_one("#help", Static)
+        shown.display = not shown.display
 
     def action_order(self) -> None:
         """Order the rows by the column on the right of the present one."""
@@ -194,5 +212,8 @@ def run(mountpoint: str) -> None:
     status(mountpoint)
     if not all(os.isatty(descriptor) for descriptor in (0, 1, 2)):  # it would read keys, and draw, without end
         raise UsageError("top needs a terminal; fvdfs status --watch MOUNTPOINT shows the disks without one")
+    if (kind := os.environ.get("TERM", "").lower()) in _DUMB:
+        other = "fvdfs status --watch MOUNTPOINT needs none"
+        raise UsageError(f"top needs a terminal with a cursor, and TERM={kind}; {other}")
     if why := Top(mountpoint).run():
         print(f"fvdfs: {why}")

@@ -225,6 +225,22 @@ def test_three_hundred_disks_can_be_scrolled(folder: Path) -> None:
         top(mount, (80, 20), look)
 
 
+@pytest.mark.parametrize("width", [40, 80])
+def test_help_comes_and_goes_and_ctrl_c_ends(folder: Path, width: int) -> None:
+    async def look(pilot: Pilot[str]) -> None:
+        shown = pilot.app.query_one("#help", Static)
+        for key, is_shown in (("question_mark", True), ("h", False), ("h", True)):
+            await pilot.press(key)
+            await pilot.pause()
+            assert (shown.display, shown.size.height > 5) == (is_shown, is_shown)
+        assert pilot.app.return_code is None
+        await pilot.press("ctrl+c")
+        assert pilot.app.return_code == 0
+
+    with disks(folder, ["vm"]) as mount:
+        top(mount, (width, 24), look)
+
+
 def test_that_nothing_is_open_is_said_in_words(folder: Path) -> None:
     async def look(pilot: Pilot[str]) -> None:
         text = str(pilot.app.query_one("#total", Static).content)
@@ -276,3 +292,18 @@ def test_watch_tells_the_same_to_a_pipe(folder: Path) -> None:
     assert re.match(r"disk +size +local", lines[1])
     assert [line.split()[0] for line in lines[2:5]] == [LONG, "vm-2", "vm-10"]
     assert lines[5].startswith("3 of 3 disks open")
+
+
+def test_a_terminal_without_a_cursor(folder: Path) -> None:
+    """`top` says so; `status --watch` writes one line after the other."""
+    with mounted(folder) as mount:
+        environment = {**os.environ, "TERM": "dumb"}
+        command = ["script", "-qec", f"timeout 60 {' '.join(FVDFS)} top {mount.point}", "/dev/null"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+        assert (done.returncode, "TERM=dumb" in done.stdout) == (2, True)
+        command[2] = f"timeout 60 {' '.join(FVDFS)} status --watch {mount.point}"
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as watch:
+            assert watch.stdout is not None
+            for _ in range(2):
+                assert watch.stdout.readline().startswith("No disk is open of 0")
+            watch.terminate()
