@@ -478,6 +478,18 @@ def _parser() -> argparse.ArgumentParser:
 
     _add_moves(commands)
 
+    upgrade = commands.add_parser("upgrade", help="have this version go on with a mount that is kept (-o keep)")
+    upgrade.set_defaults(run=_upgrade)
+    upgrade.add_argument("mountpoint", metavar="MOUNTPOINT")
+    upgrade.add_argument(
+        "-o",
+        dest="options",
+        action="append",
+        default=[],
+        metavar="OPTIONS",
+        help="instead of those it was mounted with; writeback, sync, allow_other, ro and those of mount(8) stay",
+    )
+
     umount = commands.add_parser("umount", help="unmount, and wait until every image is closed")
     umount.set_defaults(run=_umount)
     umount.add_argument("mountpoint", metavar="MOUNTPOINT")
@@ -906,7 +918,7 @@ def _restore(arguments: argparse.Namespace) -> int:
     )
 
 
-def _mount(arguments: argparse.Namespace) -> int:
+def _mount(arguments: argparse.Namespace, *, upgrade: bool = False) -> int:
     from fvdfs.commands.mount import run
 
     return run(
@@ -920,6 +932,7 @@ def _mount(arguments: argparse.Namespace) -> int:
         syslog=arguments.syslog,
         replace_dead=arguments.replace,
         debug=arguments.debug,
+        upgrade=upgrade,
     )
 
 
@@ -1110,6 +1123,15 @@ def _release(arguments: argparse.Namespace) -> int:
     from fvdfs.commands.migration import run_release
 
     return run_release(arguments.disk)
+
+
+def _upgrade(arguments: argparse.Namespace) -> int:
+    from fvdfs.commands.upgrade import run
+
+    def check(words: list[str]) -> None:
+        _mount(_parser().parse_args(words), upgrade=True)
+
+    return run(arguments.mountpoint, arguments.options, check=check)
 
 
 def _umount(arguments: argparse.Namespace) -> int:

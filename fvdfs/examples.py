@@ -104,6 +104,9 @@ fvdfs freeze disks/vm.raw""",
 fvdfs thaw disks/vm.raw""",
     "release": """\
 fvdfs release disks/vm.raw""",
+    "upgrade": """\
+fvdfs upgrade disks                                                # after pip install --upgrade fvdfs, say
+fvdfs upgrade disks -o prefetch_max=50M,allow_url=nbd://10.0.0.1/  # with other options from now on""",
     "umount": """\
 fvdfs umount disks
 fvdfs umount --lazy disks""",

@@ -13,6 +13,9 @@ The words between the two are systemd's, which can have the keeper's part where 
 
 - The daemon sends `FDSTORE=1` and `FDNAME=…` with descriptors, `FDSTOREREMOVE=1` and `FDNAME=…`, and `READY=1`. The
   keeper's socket is one that both have, in place of NOTIFY_SOCKET.
+- `COMMAND=…` is a word of ours: what starts the next daemon from now on, words that end with a zero byte, as
+  hexadecimal digits (`fvdfs upgrade`). If that one ends before it is ready, or is not in `PATIENCE`, the former command
+  counts again.
 - The next daemon has them from descriptor 3 on, named by LISTEN_FDS, LISTEN_FDNAMES and LISTEN_PID
   (sd_listen_fds(3)), and with the keeper's socket as `fvdfs-keeper`.
 
@@ -46,7 +49,8 @@ SHORT = 1.0  # seconds; a daemon that ends so soon after it was ready has failed
 FIRST_WAIT, LONGEST_WAIT = 0.1, 5.0  # seconds
 _IGNORED = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP, signal.SIGPIPE)
 """It ends when the mount does."""
-_MESSAGE = 4096  # bytes
+PATIENCE = 30.0  # seconds
+_MESSAGE = 1 << 18  # bytes
 _MOST = 16  # descriptors in one message
 _INT = 4
 
@@ -61,9 +65,11 @@ class Keeper:
         self._pid = pid
         self._folder = folder
         self._log = log
-        self._command = command
+        self._commands = [command]
+        """What starts the next daemon is the last one; before it, what is known to work."""
         self._held: dict[str, int] = {}
         self._ready = time.monotonic()
+        self._started = False
         self._failures = 0
 
     def run(self) -> None:
@@ -72,6 +78,11 @@ class Keeper:
             how = self._wait()
             if FUSE not in self._held:
                 return
+            if len(self._commands) > 1 and self._started and not self._ready:
+                self._commands.pop()
+                self._say(f"{how}, and has never been ready: the former version goes on")
+                self._start(how)
+                continue
             failed = not self._ready or time.monotonic() - self._ready < SHORT
             self._failures = self._failures + 1 if failed else 0
             if self._failures >= FAILURES:
@@ -88,8 +99,11 @@ class Keeper:
         poll.register(self._channel.fileno(), select.POLLIN)
         ended = False
         while not ended:
-            ended = self._pidfd in [descriptor for descriptor, _ in poll.poll()]
-            if not self._receive():
+            found = poll.poll(None if self._ready else PATIENCE * 1000)
+            ended = self._pidfd in [descriptor for descriptor, _ in found]
+            if not found and len(self._commands) > 1:
+                os.kill(self._pid, signal.SIGKILL)
+            elif not self._receive():
                 poll.unregister(self._channel.fileno())
                 break
         while not ended and not poll.poll():
@@ -122,6 +136,11 @@ class Keeper:
         name = words.get("FDNAME", "")
         if "READY" in words:
             self._ready = time.monotonic()
+            if self._started:
+                self._commands = self._commands[-1:]
+        if "COMMAND" in words:
+            command = bytes.fromhex(words["COMMAND"]).decode("utf-8", "surrogateescape").split("\0")[:-1]
+            self._commands = [self._commands[0], command]
         if ("FDSTORE" in words or "FDSTOREREMOVE" in words) and name in self._held:
             os.close(self._held.pop(name))
         if "FDSTORE" in words and name and descriptors:
@@ -144,30 +163,10 @@ class Keeper:
         passed = {**self._held, SOCKET: theirs.fileno()}
         pid = os.fork()
         if not pid:
-            self._become(passed, how)
+            become(self._commands[-1], passed, self._folder, how)
         theirs.close()
         self._channel, self._pid, self._pidfd, self._ready = ours, pid, os.pidfd_open(pid), 0.0
-
-    def _become(self, passed: dict[str, int], how: str) -> None:
-        """Be the next daemon."""
-        try:
-            for ignored in _IGNORED:
-                signal.signal(ignored, signal.SIG_DFL)
-            os.environ["LISTEN_FDS"] = str(len(passed))
-            os.environ["LISTEN_FDNAMES"] = ":".join(passed)
-            os.environ["LISTEN_PID"] = str(os.getpid())
-            os.environ[FORMER] = how
-            # First out of the way of each other, then in order.
-            above = [_above(descriptor, FIRST + len(passed)) for descriptor in passed.values()]
-            for number, descriptor in enumerate(above, FIRST):
-                os.dup2(descriptor, number)
-            try:
-                os.chdir(self._folder)
-            except OSError:
-                os.chdir("/")
-            os.execv(self._command[0], self._command)
-        finally:
-            os._exit(127)
+        self._started = True
 
     def _say(self, text: str) -> None:
         """Say it in the log of the mount."""
@@ -183,6 +182,28 @@ class Keeper:
                 system.send(f"<26>fvdfs[{os.getpid()}]: CRITICAL keeper: {text}".encode())
         except OSError:
             pass
+
+
+def become(command: list[str], passed: dict[str, int], folder: str, how: str) -> None:
+    """Be the next daemon: this process ends."""
+    try:
+        for ignored in _IGNORED:
+            signal.signal(ignored, signal.SIG_DFL)
+        os.environ["LISTEN_FDS"] = str(len(passed))
+        os.environ["LISTEN_FDNAMES"] = ":".join(passed)
+        os.environ["LISTEN_PID"] = str(os.getpid())
+        os.environ[FORMER] = how
+        # First out of the way of each other, then in order.
+        above = [_above(descriptor, FIRST + len(passed)) for descriptor in passed.values()]
+        for number, descriptor in enumerate(above, FIRST):
+            os.dup2(descriptor, number)
+        try:
+            os.chdir(folder)
+        except OSError:
+            os.chdir("/")
+        os.execv(command[0], command)
+    finally:
+        os._exit(127)
 
 
 def _above(descriptor: int, lowest: int) -> int:

@@ -39,6 +39,9 @@ STEERED = (PREFETCH, ROOM, SNAPSHOT, MOVE)
 LAYERS = "user.fvdfs.layers"
 """Of the mount point, not listed: the layers that are being merged, or were, as JSON (`ops/merging.py`). To be written:
 `delete NAME.fvd`, `commit NAME.fvd`, `stop NAME.fvd`."""
+UPGRADE = "user.fvdfs.upgrade"
+"""Of the mount point, not listed: to be written, by who mounted it or root: the command that starts the daemon that is
+to go on with a kept mount, words that end with a zero byte (`commands/upgrade.py`)."""
 PARTS = {
     MOVE: "move",
     PREFETCH: "state",

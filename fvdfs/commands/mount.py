@@ -45,19 +45,21 @@ def run(
     replace_dead: bool = False,
     sloppy: bool = False,
     fake: bool = False,
+    upgrade: bool = False,
 ) -> int:
     """Mount the images of a folder; return when requests are answered, or, in the foreground, when it is unmounted.
 
     `options`: the arguments of -o; `sloppy`: unknown ones are left out. `fake`: mount nothing, but refuse what would be
-    refused before. `replace_dead`: clear away what a daemon that has ended has left at the mount point. Returns the
-    exit code. Raises UsageError.
+    refused before; `upgrade`: of what is mounted already. `replace_dead`: clear away what a daemon that has ended has
+    left at the mount point. Returns the exit code. Raises UsageError.
     """
     inherited = daemon.inherited()
     own_options, kernel_options = without_those_of_mount8(options, sloppy=sloppy)
     chosen = parse_mount_options(own_options)
     log_file = log_file or chosen.get("log_file", "")
     folder, mountpoint = os.path.realpath(folder), os.path.abspath(mountpoint)
-    if inherited is None:  # else the mount is there, and nobody answers yet
+    there = inherited is not None or upgrade
+    if not there:  # else the mount is there, and nobody answers yet
         if (replace_dead or "replace" in chosen) and not fake:
             clear_dead(mountpoint)
         _check_places(folder, mountpoint)
@@ -77,16 +79,17 @@ def run(
     if new_base and is_local(new_base):
         new_base = os.path.abspath(new_base)
     log_file = os.path.abspath(log_file) if log_file else ""
-    if log_file and inherited is None and within(real_path(log_file), os.path.realpath(mountpoint)):
+    if log_file and not there and within(real_path(log_file), os.path.realpath(mountpoint)):
         raise UsageError(f"--log-file {log_file}: would be hidden by the mount; choose another one")
 
-    if fake:
+    if fake or upgrade:
         return 0
     directory = os.getcwd()
     next_daemon: tuple[str, ...] = ()
     if "keep" in chosen:
         given = [word for option in (*own_options, *kernel_options) for word in ("-o", option)]
         flags = ["--syslog"] * syslog + ["--read-only"] * read_only + ["--allow-other"] * allow_other
+        flags += ["-f"] * (foreground and daemon.stores_descriptors())
         logged = ["--log-file", log_file] if log_file else []
         program_ = (sys.executable, "-P", "-m", "fvdfs")
         next_daemon = (*program_, "mount", *flags, *logged, *given, "--", folder, mountpoint)

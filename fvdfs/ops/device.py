@@ -112,6 +112,7 @@ from fvdfs.store.outage import Interrupt, asked_by
 log = logging.getLogger(__name__)
 
 _PER_TURN = 32  # requests that are received before other tasks get their turn
+_LOOK = 0.001  # seconds between two looks whether all is answered
 _IDLE_TASKS = 16  # that wait for work: to wake one costs less than to make one
 _SMALL = 64 << 10  # bytes; a write up to this size is copied out of the buffer that it was received in
 _SPARE_BUFFERS = 16  # of the longest message, about 1 MiB each
@@ -122,7 +123,7 @@ _BACKING_OPEN, _BACKING_CLOSE = 0x4010_E501, 0x4004_E502  # ioctls of linux/fuse
 _DIRECT_AND_DURABLE = os.O_DIRECT | os.O_DSYNC
 """The flags of a WRITE that is to be durable when it is answered (O_DSYNC, RWF_DSYNC). After other writes that are, the
 kernel sends FSYNC; after direct ones only where a thread waits for them, and they do not go side by side."""
-_ONCE = (xattrs.SNAPSHOT, xattrs.MOVE, xattrs.LAYERS)
+_ONCE = (xattrs.SNAPSHOT, xattrs.MOVE, xattrs.LAYERS, xattrs.UPGRADE)
 """The attributes that are not to be set twice."""
 _GONE = (FUSE_UNLINK, FUSE_RENAME, FUSE_RENAME2, FUSE_REMOVEXATTR)
 _LARGEST = 2 << 20  # bytes; the buffer for INIT that the kernel asks for; no answer of libfuse is larger
@@ -231,6 +232,7 @@ class Device:
         self._opening: dict[int, bool] = {}  # OPENs that libfuse has not answered yet: whether for direct I/O
         self._started = False  # whether a task was given work in this turn
         self._begun = 0  # requests under way without a task
+        self._finishing = False  # whether no more are taken up
         self._unanswered: set[int] = set()  # all requests under way
         self._interrupts: dict[int, Interrupt] = {}  # of those that have a task
         self._ended: trio.Event | None = None
@@ -344,14 +346,25 @@ class Device:
                 self._notify(OUT_HEADER.pack(OUT_HEADER.size, FUSE_NOTIFY_RESEND, 0))
         self.connected.set()
 
+    async def finish(self, patience: float) -> None:
+        """Take up no request any more, and wait for those that are under way, for so many seconds."""
+        self._finishing = True
+        with trio.move_on_after(patience):
+            while self._unanswered or self._begun:  # noqa: ASYNC110  once in the life of a daemon
+                await trio.sleep(_LOOK)
+
     async def _receive(self) -> None:
         """Raises OSError; ENODEV: it was unmounted."""
         while True:
             await trio.lowlevel.wait_readable(self._kernel)
+            if self._finishing:
+                await trio.sleep_forever()
             self._take_turn()
 
     def _take_turn(self) -> None:
         """Take up the requests that are queued, and those that come soon after one. Raises OSError."""
+        if self._finishing:
+            return
         ring = uring.ring()
         with ring.gathered() if ring is not None else nullcontext():
             try:

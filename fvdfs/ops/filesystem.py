@@ -136,6 +136,7 @@ class Filesystem(pyfuse3.Operations):
         self.mountpoint = b""
         """Where the kernel may be asked what it knows of a disk."""
         self.daemon = b"{}"
+        self.name_successor: Callable[[list[str]], None] = _nobody_goes_on
         """What the mount says of the process that serves it (`xattrs.DAEMON`)."""
         self.complaints = Complaints()
         self.limits = KernelLimits()
@@ -353,6 +354,12 @@ class Filesystem(pyfuse3.Operations):
             if ctx.uid not in (0, os.geteuid()):
                 raise FUSEError(errno.EPERM)
             self._merges.control(os.fsdecode(value))
+        elif inode == ROOT_INODE and wanted == xattrs.UPGRADE:
+            if ctx.uid not in (0, os.geteuid()):
+                raise FUSEError(errno.EPERM)
+            if self._merges.is_busy:
+                raise FUSEError(errno.EBUSY)
+            self.name_successor(os.fsdecode(value).split("\0")[:-1])
         elif inode == ROOT_INODE or wanted not in xattrs.STEERED:
             raise FUSEError(errno.EOPNOTSUPP)
         else:
@@ -698,3 +705,8 @@ def _refusal(code: int) -> Callable[..., Coroutine[Any, Any, None]]:
 
 for _name, _code in NEVER_DONE.items():
     setattr(Filesystem, _name, _refusal(_code))
+
+
+def _nobody_goes_on(_command: list[str]) -> None:
+    """The mount is not kept."""
+    raise FUSEError(errno.EOPNOTSUPP)

@@ -12,25 +12,30 @@ The next daemon, in this order:
    more (it was removed while it was open), requests to it fail with ESTALE; nothing else does.
 3. It asks the kernel to send again what was not answered (FUSE_NOTIFY_RESEND), and answers it, as `device` says.
 
-An unforeseen error ends the daemon, and not the mount: the next one takes it over.
+An unforeseen error ends the daemon, and not the mount: the next one takes it over. So does the one that `fvdfs
+upgrade` asks for (`Kept.hand_over`): then the daemon itself says who is next, finishes what it has in hand, and ends.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import functools
 import logging
 import os
+import shlex
 import socket
 import subprocess
 import sys
 from collections.abc import Awaitable, Callable, Sequence
+from typing import NoReturn
 
 import trio
 
 from fvdfs import daemon, keeper, mounts
 from fvdfs.errors import FvdError, ImageBusy, printable, told
+from fvdfs.ops.device import Device
 from fvdfs.ops.filesystem import Filesystem
 from fvdfs.ops.folder import Folder
 from fvdfs.ops.inodes import Entry, raw_name
@@ -42,6 +47,9 @@ log = logging.getLogger(__name__)
 
 AGAIN = 5  # times that an image is opened which something of the former daemon's still holds
 PAUSE = 0.5  # seconds between two
+COMMIT_PATIENCE = 10.0  # seconds for commits before another daemon is to go on
+ANSWER_PATIENCE = 2.0  # seconds for what is in hand then; the next one does the rest
+_HANDED_OVER = "the daemon before has handed it over"
 
 
 class Kept:
@@ -59,6 +67,9 @@ class Kept:
         self._child: subprocess.Popen[bytes] | None = None
         self._by_systemd = False
         self._stored = 0
+        self.successor: list[str] = []
+        """The command of a daemon that somebody wants to have instead of this one."""
+        self.successor_named = trio.Event()
         self.taken_over = inherited is not None and keeper.FUSE in inherited.descriptors
         self.how = inherited.how if inherited is not None else ""
         """How the former daemon has ended."""
@@ -210,6 +221,26 @@ class Kept:
         self._stored = 0
         self._store_state()
 
+    def name_successor(self, command: list[str]) -> None:
+        """Have another daemon, which this command starts, go on. Raises OSError where nobody would start it."""
+        if not self._by_systemd and self._channel is None:
+            raise OSError(errno.EOPNOTSUPP, "this mount is not kept")
+        self.successor = command
+        self.successor_named.set()
+
+    def hand_over(self) -> NoReturn:
+        """Have the successor go on; this process ends."""
+        logging.shutdown()
+        if self._by_systemd:  # for which it must be the same process
+            passed = {**self._descriptors, f"{keeper.STATE}{self._stored}": self.remembered.descriptor}
+            keeper.become(self.successor, passed, self._folder, _HANDED_OVER)
+        with contextlib.suppress(OSError):  # then the same version goes on
+            assert self._channel is not None
+            words = "".join(f"{word}\0" for word in self.successor).encode("utf-8", "surrogateescape")
+            self._channel.setblocking(True)
+            self._channel.send(b"COMMAND=" + words.hex().encode())
+        os._exit(0)
+
     def end(self) -> None:
         """The mount has ended, or is about to: nobody is to take it over."""
         claim = self._descriptors.get(keeper.CLAIM)
@@ -219,6 +250,27 @@ class Kept:
         if claim is not None:
             with contextlib.suppress(OSError):
                 fcntl.flock(claim, fcntl.LOCK_UN)  # the keeper may have it a moment longer
+
+
+async def hand_over_when_asked(kept: Kept, filesystem: Filesystem, device: Device) -> None:
+    """Once somebody wants another daemon (`fvdfs upgrade`), finish what is in hand, and let that one go on."""
+    await kept.successor_named.wait()
+    log.info("another daemon is to go on: %s", shlex.join(kept.successor))
+    with trio.move_on_after(COMMIT_PATIENCE):
+        async with trio.open_nursery() as nursery:
+            for entry in filesystem.folder.inodes.open():
+                nursery.start_soon(_commit, entry)
+    await device.finish(ANSWER_PATIENCE)
+    kept.hand_over()
+
+
+async def _commit(entry: Entry) -> None:
+    """So that the next daemon has little to do; it does what is not done here."""
+    try:
+        if entry.image is not None:
+            await entry.image.fsync()
+    except OSError as error:
+        log.error("%s: %s", printable(os.fsdecode(entry.path)), told(error))
 
 
 # --- taking over ----------------------------------------------------------------------------------

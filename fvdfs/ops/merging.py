@@ -135,6 +135,11 @@ class Merges:
             del self._merges[old]
         spawn(functools.partial(self._run, self._merges[name]))
 
+    @property
+    def is_busy(self) -> bool:
+        """Whether layers are being merged."""
+        return any(not merge.ended for merge in self._merges.values())
+
     def status(self) -> list[dict[str, Any]]:
         """Ready for JSON."""
         return [merge.status() for merge in self._merges.values()]

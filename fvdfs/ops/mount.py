@@ -23,7 +23,7 @@ from typing import NoReturn
 import pyfuse3
 import trio
 
-from fvdfs import daemon, mounts
+from fvdfs import __version__, daemon, mounts
 from fvdfs.errors import UsageError, printable
 from fvdfs.image.image import Image
 from fvdfs.image.policy import Policy
@@ -36,7 +36,7 @@ from fvdfs.ops.filesystem import Filesystem, Sync
 from fvdfs.ops.folder import Folder
 from fvdfs.ops.hot import let_cool
 from fvdfs.ops.inodes import Entry
-from fvdfs.ops.kept import Kept, adopt
+from fvdfs.ops.kept import Kept, adopt, hand_over_when_asked
 from fvdfs.ops.naming import Permitted
 from fvdfs.ops.openings import Openings
 from fvdfs.ops.passthrough import Passthroughs
@@ -133,7 +133,9 @@ def serve(options: MountOptions, ready: Callable[[], None], reopen_log: ReopenLo
         if claim := kept.claim() if kept.taken_over else mounts.claim(options.mountpoint):
             stack.callback(claim.release)
         filesystem.mountpoint = os.fsencode(point)
-        filesystem.daemon = json.dumps(_identity(claim)).encode()
+        filesystem.daemon = json.dumps(_identity(claim, options, state.takeovers)).encode()
+        if kept.is_wanted:
+            filesystem.name_successor = kept.name_successor
         daemon.note_signals()
         answer_scrapes = stack.enter_context(_metrics(options.metrics, filesystem))
         if kept.taken_over:
@@ -188,9 +190,13 @@ def _attach(options: MountOptions, point: str) -> tuple[int, MountPoint | None]:
     return kernel, next((mount for mount in reversed(mount_points()) if mount.path == point), None)
 
 
-def _identity(claim: mounts.Claim | None) -> dict[str, object]:
-    """What `fvdfs umount` has to know to see the end of this process."""
+def _identity(claim: mounts.Claim | None, options: MountOptions, takeovers: int) -> dict[str, object]:
+    """What `fvdfs umount` has to know to see the end of this process, and `fvdfs upgrade` to have another one go on."""
     return {
+        "version": __version__,
+        "command": list(options.next_daemon),
+        "directory": options.directory,
+        "takeovers": takeovers,
         "pid": os.getpid(),
         "pid_namespace": os.readlink("/proc/self/ns/pid"),
         "locks": claim.identity() if claim is not None and claim.locked else None,
@@ -290,7 +296,7 @@ async def _serve(
                 nursery.start_soon(filesystem.complaints.sum_up)
                 nursery.start_soon(answer_scrapes)
                 nursery.start_soon(_announce, options.mountpoint, filesystem, device, ready)
-                nursery.start_soon(_keep, kept, device)
+                nursery.start_soon(_keep, kept, filesystem, device)
                 # One task each: requests for an image whose base hangs must not be all that there may be.
                 await device.serve(functools.partial(pyfuse3.main, max_tasks=MAX_REQUESTS))
         finally:
@@ -300,11 +306,12 @@ async def _serve(
         last.cancel_scope.cancel()
 
 
-async def _keep(kept: Kept, device: Device) -> None:
+async def _keep(kept: Kept, filesystem: Filesystem, device: Device) -> None:
     """Have somebody hold what the next daemon needs, from the moment on when there is a mount to be kept."""
     await device.connected.wait()
     async with trio.open_nursery() as nursery:
         nursery.start_soon(kept.run, device.ending)
+        nursery.start_soon(hand_over_when_asked, kept, filesystem, device)
         await device.ending.wait()
         nursery.cancel_scope.cancel()
 

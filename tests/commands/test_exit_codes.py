@@ -35,7 +35,8 @@ OF_IMAGES = """
 """
 OTHERS = """
     restore X a.fvd; delete X; status X; umount X; top X; prefetch start X; serve X --unix s; mount X point; mount . X
-    activate X; migrate X h:/d; create c.fvd -b a.fvd -F fvd --profile X; info a.fvd --secret X; map a.fvd --tls-creds X
+    activate X; migrate X h:/d; upgrade X; create c.fvd -b a.fvd -F fvd --profile X; info a.fvd --secret X
+    map a.fvd --tls-creds X
 """
 
 

@@ -92,7 +92,7 @@ def run(world: Path, line: str, **how: Any) -> None:
 SERVED = {"serve", "receive", "activate", "abandon", "release", "migrate"}
 
 
-@pytest.mark.parametrize("name", sorted(set(EXAMPLES) - SERVED - {"mount", "umount", "top"}))
+@pytest.mark.parametrize("name", sorted(set(EXAMPLES) - SERVED - {"mount", "umount", "upgrade", "top"}))
 def test_examples_work(name: str, world: Path) -> None:
     images = world / "images"
     if name == "thaw":
@@ -119,6 +119,15 @@ def test_examples_of_mounts_work(name: str, world: Path) -> None:
         assert os.path.ismount(world / "images.mnt") == (name == "mount")
         if name == "mount":
             must("umount", world / "images.mnt")
+
+
+def test_the_examples_of_upgrade_work(world: Path) -> None:
+    must("mount", world / "images", world / "images.mnt", "-o", "keep")
+    try:
+        for line in EXAMPLES["upgrade"].splitlines():
+            run(world, line)
+    finally:
+        must("umount", world / "images.mnt")
 
 
 def test_the_example_of_top_works(world: Path) -> None:
