@@ -47,13 +47,14 @@ from fvdfs.store.host import (
     identity_of,
 )
 from fvdfs.store.locations import Options
-from fvdfs.store.qemu_words import PROGRAM, of_servers, of_tls
+from fvdfs.store.qemu_words import PROGRAM, of_rbd, of_servers, of_tls
 
 log = logging.getLogger(__name__)
 
 START_TIMEOUT = 10.0  # seconds until the export answers; a server may be far away
 KEY_TIMEOUT = 60.0  # the same of an encrypted image: QEMU makes its key cost two seconds of an idle processor
 STOP_TIMEOUT = 10.0  # seconds to write out what is left, then it is killed
+RADOS_TIMEOUT = 8  # seconds until an answer of Ceph's, fewer than `START_TIMEOUT`; by itself librados waits for ever
 _ABANDONED = 600.0  # seconds; a folder is there while its daemon starts
 _PREFIX = "fvdfs-"
 _POLL_INTERVAL = 0.002  # seconds between looks whether it is ready
@@ -83,9 +84,24 @@ def _failure(name: str, line: str) -> FvdError:
     if "Invalid password" in line:
         right = "name the file with the right one: --secret FILE, or -o secret=FILE for a mount"
         return Locked(name, f"the passphrase is wrong: {right} ({line})")
-    if reason := of_tls(line):
+    if reason := of_tls(line) or of_rbd(line):
         return ImageError(name, reason)
+    if line.endswith(f": {os.strerror(errno.ETIMEDOUT)}"):
+        return Unreachable(name, f"QEMU cannot open it: {line}")
     return ImageError(name, f"QEMU cannot open it: {line}")
+
+
+def _environment(writable: bool) -> dict[str, str]:
+    """What it is started with.
+
+    That Ceph does not answer any more shall be noticed of what is only read. What is written waits for ever, as for a
+    share that hangs: nobody could tell whether a write that is given up will be done after all.
+    """
+    if writable:
+        return dict(os.environ)
+    options = ("rados-osd-op-timeout", "rados-mon-op-timeout", "client-mount-timeout")
+    words = [os.environ.get("CEPH_ARGS", ""), *(f"--{option}={RADOS_TIMEOUT}" for option in options)]
+    return os.environ | {"CEPH_ARGS": " ".join(filter(None, words))}
 
 
 def _clear_abandoned() -> None:
@@ -298,8 +314,8 @@ class StorageDaemon:
                 *self._lent,
                 *(c.fileno() for c in self._connections),
             ],
-            env=os.environ | self._environment,
             cwd="/",
+            env={**_environment(writable), **self._environment},
             start_new_session=True,  # the terminal's signals are not for it
         )
         assert self._process.stderr is not None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 
 PROGRAM = "qemu-storage-daemon"
 WANTS_TLS = "the server speaks TLS only: write nbds:// for nbd://, and name certificates or keys"
@@ -35,6 +36,22 @@ _OF_TLS = (
     (r"option 5 \(starttls\)", "the server speaks no TLS: write nbd:// for nbds://"),
     (r"(?i)option \S+ not permitted before TLS|server requires TLS", WANTS_TLS),
     (r"Unable to access credentials (\S+): (.*)", "{1}: {2}"),
+)
+_OF_RBD = (
+    (
+        r"error connecting: No such file or directory",
+        "no ceph.conf names monitors of Ceph, or no keyring has a key for this user",
+    ),
+    (r"error opening pool (\S+): No such file or directory", "Ceph has no pool {1}"),
+    (r"error opening pool (\S+): Operation not permitted", "this user of Ceph's may not use the pool {1}"),
+    (
+        r"error reading header from (\S+): No such file or directory",
+        "Ceph has no image {1} there, or not this snapshot of it",
+    ),
+    (
+        r"error reading header from (\S+): Operation not permitted",
+        "this user of Ceph's may not open the image {1}: QEMU opens each to write to it",
+    ),
 )
 
 
@@ -70,7 +87,16 @@ def complaint(said: str) -> str:
 
 def of_tls(line: str) -> str:
     """What of a line is about TLS, in our words; empty: nothing."""
-    for pattern, words in _OF_TLS:
+    return _in_our_words(line, _OF_TLS)
+
+
+def of_rbd(line: str) -> str:
+    """What of a line is about Ceph, in our words; empty: nothing."""
+    return _in_our_words(line, _OF_RBD)
+
+
+def _in_our_words(line: str, known: Iterable[tuple[str, str]]) -> str:
+    for pattern, words in known:
         if found := re.search(pattern, line):
             return words.format("", *found.groups())
     return ""

@@ -40,10 +40,10 @@ def listens(at: Path) -> bool:
         return client.connect_ex(str(at)) == 0
 
 
-def listens_at(port: int) -> bool:
-    """The same of a port of this machine."""
+def listens_at(port: int, address: str = "127.0.0.1") -> bool:
+    """The same of a port of this machine, or another."""
     with socket.socket() as probe:
-        return probe.connect_ex(("127.0.0.1", port)) == 0
+        return probe.connect_ex((address, port)) == 0
 
 
 @contextlib.contextmanager
@@ -69,6 +69,8 @@ class DiskServer:
     """Whether it says where its disk has holes."""
     grows: ClassVar[bool] = False
     """Whether its disk can be extended by a client."""
+    changes_while_stopped: ClassVar[bool] = True
+    """Whether `put` needs no server that runs."""
 
     def __init__(self, folder: Path, port: int) -> None:
         folder.mkdir()
