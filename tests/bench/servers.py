@@ -101,7 +101,7 @@ def https(host: Host, folder: Path, disk: Path) -> Iterator[Template]:
     )
     host.popen(NGINX, "-c", folder / "nginx.conf", "-e", folder / "error.log")
     url = f"https://{host.address}:{PORT}/{disk.name}"
-    for_qemu = {"driver": "https", "url": url, "sslverify": "off"}
+    for_qemu = {"driver": "raw", "file": {"driver": "https", "url": url, "sslverify": "off"}}
     lab.wait_for(lambda: listens_at(PORT, host.address))
     known = private(folder, f"[{url}]\nca = {folder}/ca-cert.pem\n")
     yield Template(url, f"json:{json.dumps(for_qemu)}", url, known)
@@ -117,11 +117,20 @@ def private(folder: Path, text: str) -> Path:
     return file
 
 
-def enter(host: Host) -> None:
+@contextmanager
+def on(host: Host) -> Iterator[None]:
     """Have this process, and all that it starts, be on this host."""
-    with host.namespace.open() as file:
-        if ctypes.CDLL(None, use_errno=True).setns(file.fileno(), CLONE_NEWNET):
-            raise OSError(ctypes.get_errno(), f"{host.namespace}: setns")
+    with open("/proc/self/ns/net") as before, host.namespace.open() as there:
+        _enter(there.fileno())
+        try:
+            yield
+        finally:
+            _enter(before.fileno())
+
+
+def _enter(namespace: int) -> None:
+    if ctypes.CDLL(None, use_errno=True).setns(namespace, CLONE_NEWNET):
+        raise OSError(ctypes.get_errno(), "setns")
 
 
 @dataclass
@@ -201,7 +210,7 @@ def main() -> None:
     with ExitStack() as stack:
         work = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=arguments.work, prefix="servers-")))
         far, near, link = stack.enter_context(two_hosts(bits=arguments.bits, delay_us=arguments.delay))
-        enter(near)
+        stack.enter_context(on(near))
         bench = Bench(work, 0, (), report)
         for name in arguments.only.split(",") * arguments.rounds:
             folder = Path(tempfile.mkdtemp(dir=work))
