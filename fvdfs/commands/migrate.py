@@ -511,6 +511,8 @@ class _Move:
             while (status := self._migration(monitor))["status"] not in _OVER:
                 if status["status"] == "pre-switchover":
                     monitor.call("migrate-continue", ANSWER, state="pre-switchover")
+                if resized := self._resized:
+                    raise MoveFailed(f"{resized}; the same command again moves it as it is now")
                 there = self._far.call("state")
                 if there["gone"] and not self._is_settled(monitor):
                     raise MoveFailed(f"{self._host}: the machine there has ended{there['said']}")
@@ -525,6 +527,14 @@ class _Move:
             raise MoveFailed(f"QEMU: the migration was {status['status']}{why}")
         ram = human_size(status["ram"]["transferred"]).partition(" (")[0]
         self.say(f"the machine was sent ({ram}); it stood still for {status.get('downtime', '?')} ms")
+
+    @property
+    def _resized(self) -> str:
+        """Which disk has another size than at the target, which cannot take it over then; empty: none."""
+        for disk in self._disks:
+            if (size := os.stat(disk.raw).st_size) != disk.size:
+                return f"{disk.raw}: has {size} bytes by now, and not {disk.size}"
+        return ""
 
     def _have_return_path(self, monitor: Monitor) -> None:
         with contextlib.suppress(CommandRefused):
@@ -588,6 +598,10 @@ class _Move:
                 break
             if state["gone"]:
                 self._come_home(state["said"])
+            if len(state["due"]) == len(self._disks) and (resized := self._resized):
+                with contextlib.suppress(FvdError):  # it has ended
+                    self._far.call("command", name="quit")  # it never gets its disks
+                self._come_home(f": {resized}")
             if state["refused"] and state["refused"] != said:
                 said = state["refused"]
                 daemon.complain(f"{self._host}: {said}; trying again")
@@ -810,9 +824,8 @@ def _set_capability(monitor: Monitor, name: str, state: bool) -> None:
 def _obstacle(disk: dict[str, Any]) -> tuple[str, str]:
     """What a disk at the target lacks to be copied, and that in words; empty: nothing."""
     outage = disk.get("base_outage")
-    if outage is not None and outage["until"] is None:
-        since = outage["since"].partition("T")[2][: len("hh:mm:ss")]
-        return _SOURCE, f"cannot be read from here since {since}: {outage['reason']}"
+    if outage is not None and outage["until"] is None:  # the times in it are by the clock there
+        return _SOURCE, f"cannot be read from here since {time.strftime('%T')}: {outage['reason']}"
     if failed := disk.get("failed"):
         return failed, failed
     if disk["state"] == "failed":

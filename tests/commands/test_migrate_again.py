@@ -269,6 +269,28 @@ def test_the_target_takes_no_image(ground: Ground, here: Machine) -> None:
     wait_until(lambda: not ground.is_served)
 
 
+def test_the_disk_is_resized_while_the_machine_moves(ground: Ground, here: Machine) -> None:
+    """By QEMU, which the target cannot know of: the machine goes on here, and moves with its new size the next time.
+
+    Where that comes while the disk follows, it grows there.
+    """
+    slow_down(here)
+    with under_way(ground, "QEMU sends") as process:
+        here("block_resize", node_name="disk", size=40 * MIB)
+        code, err = ended(process)
+    assert (code, "by now, and not" in err, "not moved; all is as before" in err) == (1, True, True), err
+    ground.expect_as_before()
+    assert here.state == "running"
+    here("migrate-set-parameters", max_bandwidth=1 << 30)
+    with under_way(ground, "the machine runs at") as process:
+        there(ground)("block_resize", node_name="disk", size=48 * MIB)
+        assert ended(process) == (0, "")
+    assert "wrote" in there(ground).qemu_io("write -P 7 44M 4k")
+    assert "verification failed" not in there(ground).qemu_io("read -P 0 30M 14M")
+    assert "verification failed" not in there(ground).qemu_io("read -P 120 0 4M")
+    assert (ground.source.status("vm")["move"], ground.target.status("vm")["move"]) == ("released", "local")
+
+
 @pytest.mark.parametrize("interrupted", [False, True])
 def test_a_machine_that_is_paused(ground: Ground, here: Machine, *, interrupted: bool) -> None:
     """It stays so, wherever it is then."""
