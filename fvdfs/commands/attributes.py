@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from fvdfs.errors import ImageBusy, NotFvd, UsageError, named
-from fvdfs.mounts import DEAD, refuse_dead
+from fvdfs.mounts import DEAD, mount_at, refuse_dead, user_name
 from fvdfs.store.references import PROBE_SIZE, detect
 from fvdfs.xattrs import STATUS
 
@@ -31,9 +31,22 @@ def explained(path: str) -> Iterator[None]:
             raise UsageError(f"{path}: {why_missing(path) or 'there is no such file'}") from None
         if error.errno in DEAD:
             refuse_dead(path)
+        if error.errno == errno.EACCES and (whose := mounted_by(os.path.dirname(os.path.abspath(path)))):
+            raise UsageError(f"{path}: permission denied; {whose}") from error
         if error.errno == errno.EBUSY:
             raise ImageBusy(path, "its image is open in another mount or process; close it there first") from error
         raise
+
+
+def mounted_by(point: str) -> str:
+    """Who has mounted fvdfs there for himself alone, and how others reach it; empty: nobody else has."""
+    mount = mount_at(point)
+    if mount is None or not mount.is_ours or "allow_other" in mount.options.split(","):
+        return ""
+    if (uid := mount.owner("user_id")) == os.getuid():
+        return ""
+    who = user_name(uid)
+    return f"{who} has mounted it: ask as {who}, or have it mounted with --allow-other"
 
 
 def why_missing(raw: str) -> str:

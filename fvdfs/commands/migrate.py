@@ -168,7 +168,9 @@ def _look_at(raw: str) -> _Disk:
     raw = os.path.abspath(raw)
     with explained(raw):
         status = facts(raw, STATUS)
-        size = os.stat(raw).st_size
+        found = os.stat(raw)
+    if os.geteuid() not in (0, found.st_uid):
+        raise UsageError(f"{raw}: only its owner, {mounts.user_name(found.st_uid)}, or root, may move it")
     state = status["move"]
     if status.get("passthrough") == "on":
         raise UsageError(
@@ -180,7 +182,7 @@ def _look_at(raw: str) -> _Disk:
     if state == "frozen":
         raise UsageError(f"{raw}: {status['move_reason']}")
     epoch, target = status.get("move_epoch", ""), status.get("move_target", "")
-    return _Disk(raw, serve.name_of(raw), size, status["image"], state, epoch, target)
+    return _Disk(raw, serve.name_of(raw), found.st_size, status["image"], state, epoch, target)
 
 
 def _keep_others_away(disk: _Disk, stack: contextlib.ExitStack) -> None:

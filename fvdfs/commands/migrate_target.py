@@ -21,7 +21,7 @@ from collections.abc import Callable
 from typing import Any
 
 from fvdfs import daemon, mounts
-from fvdfs.commands.attributes import explained, facts, why_missing
+from fvdfs.commands.attributes import explained, facts, mounted_by, why_missing
 from fvdfs.commands.digest import FileDigest
 from fvdfs.commands.migration import ask_mount
 from fvdfs.commands.receive import run_receive
@@ -386,7 +386,7 @@ def _mount_of(place: str) -> tuple[str, str, list[str], str]:
             try:
                 found = facts(mount.path, STATUS)
             except PermissionError:
-                raise UsageError(f"{mount.path}: permission denied; it is another user's mount") from None
+                raise UsageError(f"{mount.path}: permission denied; {mounted_by(mount.path)}") from None
             return mount.path, found["folder"], found["allow_url"], found["tls_creds"]
     raise UsageError(f"{place}: fvdfs is not mounted there, and no mount shows it; mount it first")
 

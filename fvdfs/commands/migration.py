@@ -135,7 +135,7 @@ def ask_mount(raw: str, step: str) -> dict[str, object]:
     try:
         os.setxattr(raw, MOVE, step.encode())
     except OSError as error:
-        if error.errno == errno.EPERM:
+        if error.errno in (errno.EPERM, errno.EACCES):
             raise UsageError(f"{raw}: only its owner, or root, may move it") from None
         refused = str(facts(raw, STATUS).get("move_refused", ""))
         if not refused:

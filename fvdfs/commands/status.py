@@ -19,7 +19,7 @@ from rich.table import Table
 
 from fvdfs import mounts
 from fvdfs.commands import rows
-from fvdfs.commands.attributes import facts, why_missing
+from fvdfs.commands.attributes import facts, mounted_by, why_missing
 from fvdfs.commands.terminal import plain_console
 from fvdfs.errors import UsageError, printable
 from fvdfs.format.header import ceil_div
@@ -96,10 +96,8 @@ def _process(mountpoint: str) -> int:
     try:
         return int(os.getxattr(mountpoint, PID))
     except PermissionError as error:
-        mount = mounts.mount_at(mountpoint)
-        who = mounts.user_name(mount.owner("user_id")) if mount is not None and mount.is_ours else ""
-        whom = f"{who} has mounted it: ask as {who}" if who else "ask as the user who mounted it"
-        raise UsageError(f"{mountpoint}: permission denied; {whom}, or have it mounted with --allow-other") from error
+        whose = mounted_by(mountpoint) or "ask as the user who mounted it, or have it mounted with --allow-other"
+        raise UsageError(f"{mountpoint}: permission denied; {whose}") from error
     except (OSError, ValueError):
         what = "fvdfs is not mounted there"
         if os.path.isfile(mountpoint):

@@ -6,8 +6,11 @@ import contextlib
 import os
 import shlex
 import signal
+import subprocess
 import sys
+import tempfile
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -16,7 +19,7 @@ from fvdfs.format.migration import Incoming, Target
 from support.devices import small_disk
 from support.machines import Machine, is_there, started_by
 from support.migrations import Ground, ended, far_side_of, slow_down, there, under_way
-from support.mounts import MIB, fvdfs, mounted, must, wait_for_end, wait_until
+from support.mounts import FVDFS, MIB, fvdfs, mounted, must, wait_for_end, wait_until
 from support.moves import Client, number, record
 
 
@@ -227,6 +230,21 @@ def test_what_does_not_fit_is_said_before_anything_is_done(ground: Ground, here:
     assert (done.code, done.err.count("\n"), "exists already" in done.err) == (2, 1, True), done
     assert (ground.folder / "vm.fvd").read_bytes() == b"somebody's"
     assert os.listdir(ground.folder) == ["vm.fvd"]
+
+
+def test_the_disk_of_somebody_else(nobody: list[str]) -> None:
+    """In a mount that others do not reach, and in one that they do."""
+    with tempfile.TemporaryDirectory() as name:
+        os.chmod(name, 0o755)
+        (folder := Path(name, "images")).mkdir()
+        must("create", folder / "vm.fvd", "1M")
+        for options, said in ((), "root has mounted it: ask as root"), (("--allow-other",), "its owner, root, or root"):
+            with mounted(folder, *options) as mount:
+                command = [*nobody, *FVDFS, "migrate", str(mount.raw("vm")), "127.0.0.1:/target", "--ssh", "env"]
+                done = subprocess.run(command, capture_output=True, text=True, check=False)
+                assert (done.returncode in (1, 2), done.stdout, done.stderr.count("\n")) == (True, "", 1), done
+                assert said in done.stderr
+                assert mount.status("vm")["move"] == ""
 
 
 @pytest.mark.parametrize(
