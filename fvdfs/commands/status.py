@@ -75,7 +75,8 @@ def status(mountpoint: str) -> dict[str, Any]:
         images.append(image | {"open": False, "state": "refused", "failed": refused["reason"]})
     if (more := of_mount.get("refused_count", 0) - len(of_mount.get("refused", []))) > 0:
         images.append({"name": f"{more} more images", "open": False, "state": "refused", "failed": "see the log"})
-    return {"mountpoint": mountpoint, "pid": pid, "images": images}
+    takeovers = of_mount.get("takeovers", 0)
+    return {"mountpoint": mountpoint, "pid": pid, "takeovers": takeovers, "images": images}
 
 
 def _images(mountpoint: str) -> Iterator[dict[str, Any]]:

@@ -25,6 +25,10 @@ may have been done, all of it or a part, and nobody knows. It is done once more:
 - SETXATTR of an access list sets the same. What is asked of a disk by such an attribute (a snapshot, a step of a move,
   a merge of layers) may have begun: the answer is EINTR, and whoever asked looks at its state, as after a crash.
 
+A kernel before Linux 6.9 sends nothing again, and names nothing of it. But it numbers requests in their order, and
+takes no offence at the answer to one that it has not handed out. So all numbers from the oldest that may have been in
+hand (`Requests.in_hand`) up to the first new one are answered with EIO (`Device._give_up_lost`).
+
 Everything else goes to libfuse through a socket, which it was given for /dev/fuse (`attach.py`), and its answers
 come back that way. The messages are in `wire`.
 
@@ -63,10 +67,12 @@ from fvdfs.ops.wire import (
     FALLOCATE,
     FATTR_FH,
     FATTR_TIMES,
+    FUSE_BATCH_FORGET,
     FUSE_COPY_FILE_RANGE,
     FUSE_COPY_FILE_RANGE_64,
     FUSE_CREATE,
     FUSE_FALLOCATE,
+    FUSE_FORGET,
     FUSE_FSYNC,
     FUSE_INTERRUPT,
     FUSE_LSEEK,
@@ -125,6 +131,12 @@ _DIRECT_AND_DURABLE = os.O_DIRECT | os.O_DSYNC
 kernel sends FSYNC; after direct ones only where a thread waits for them, and they do not go side by side."""
 _ONCE = (xattrs.SNAPSHOT, xattrs.MOVE, xattrs.LAYERS, xattrs.UPGRADE)
 """The attributes that are not to be set twice."""
+NO_RESEND = "FVDFS_NO_RESEND"
+"""The variable of the environment that has any kernel be taken for one before Linux 6.9."""
+_STEP = 2  # from the number of one request to that of the next
+_TELLING = 1.0  # seconds
+_MOST_LOST = 20_000_000  # requests
+_UNNUMBERED = (FUSE_FORGET, FUSE_BATCH_FORGET, FUSE_INTERRUPT)
 _GONE = (FUSE_UNLINK, FUSE_RENAME, FUSE_RENAME2, FUSE_REMOVEXATTR)
 _LARGEST = 2 << 20  # bytes; the buffer for INIT that the kernel asks for; no answer of libfuse is larger
 
@@ -155,6 +167,9 @@ class Requests(Protocol):
 
     def exchanged(self, request: bytes, answer: bytes, /) -> None:
         """INIT was exchanged, with these messages."""
+
+    def in_hand(self, unique: int, /) -> None:
+        """No request before this one is in hand."""
 
     def opened(self, fh: int, unique: int, /) -> None:
         """The kernel is about to get this handle, as the answer to the request of this number."""
@@ -193,13 +208,20 @@ class Device:
         passthrough: bool = False,
         settled: tuple[bytes, bytes] | None = None,
         adopt: _Work | None = None,
+        oldest: int = 0,
     ) -> None:
         """`kernel`: the descriptor of /dev/fuse; `close` closes it.
 
         `debug`: log the requests that are answered here, as libfuse does with the others. `passthrough`: have the
         kernel read and write files by itself, where it can, rather than gather writes. `settled`: a former daemon has
         exchanged these messages for INIT; None: nobody has. Then `adopt` is done before any request is received.
+        `oldest`: the number of the oldest request that the former daemon may have had in hand.
         """
+        self._oldest = oldest
+        self._tracks = False  # whether requests that libfuse has are in `_unanswered`, too
+        self._last = 0  # the number of the last request that was received
+        self.gives_up_lost = False
+        """Whether the next request tells which ones the former daemon had in hand."""
         self._settled = settled
         self._adopt = adopt
         self._creating: set[int] = set()
@@ -339,11 +361,15 @@ class Device:
         self._requests.agreed(writeback=writes_back(answer))
         self._max_write = int(INIT_OUT.unpack_from(answer, OUT_HEADER.size)[-1])
         self._payload = self._take_buffer()
+        sends_again = resends(request) and not os.environ.get(NO_RESEND)
         if self._settled is not None:
             if self._adopt is not None:
                 await self._adopt()
-            if resends(request):
+            if sends_again:
                 self._notify(OUT_HEADER.pack(OUT_HEADER.size, FUSE_NOTIFY_RESEND, 0))
+            else:
+                self.gives_up_lost = True
+        self._tracks = not sends_again
         self.connected.set()
 
     async def finish(self, patience: float) -> None:
@@ -352,6 +378,20 @@ class Device:
         with trio.move_on_after(patience):
             while self._unanswered or self._begun:  # noqa: ASYNC110  once in the life of a daemon
                 await trio.sleep(_LOOK)
+
+    async def tell_oldest(self) -> None:
+        """Say now and then which requests may be in hand, where the kernel does not send them again."""
+        await self.connected.wait()
+        while self._tracks:
+            self._requests.in_hand(min(self._unanswered, default=self._last + _STEP))
+            await trio.sleep(_TELLING)
+
+    def _give_up_lost(self, first: int) -> None:
+        """Answer what the former daemon had in hand; `first`: the number of the first request that we have received."""
+        self.gives_up_lost = False
+        oldest = max(self._oldest, first - _MOST_LOST * _STEP)
+        for unique in range(oldest, first, _STEP):
+            self._answer(unique, errno.EIO)
 
     async def _receive(self) -> None:
         """Raises OSError; ENODEV: it was unmounted."""
@@ -409,6 +449,8 @@ class Device:
 
     def _dispatch(self, length: int) -> None:
         declared, opcode, unique, fh, offset, size, own_flags, flags = TRANSFER.unpack_from(self._head)
+        if self._tracks:
+            self._track(opcode, unique)
         if not is_whole(length, declared, opcode, size, self._max_write):
             if length >= IN_HEADER.size:
                 self._answer(unique, errno.EINVAL)
@@ -419,6 +461,15 @@ class Device:
             self._take_up(length, opcode, unique, fh, offset, size, own_flags, flags)
         except Exception as error:
             self._refuse(unique, fh, NAMES.get(opcode, "request").lower(), error)
+
+    def _track(self, opcode: int, unique: int) -> None:
+        if opcode in _UNNUMBERED:
+            return
+        if self.gives_up_lost:
+            self._give_up_lost(unique)
+        self._last = max(self._last, unique)
+        if opcode not in NAMES or opcode == FUSE_SETATTR:
+            self._unanswered.add(unique)
 
     def _take_up(
         self, length: int, opcode: int, unique: int, fh: int, offset: int, size: int, own_flags: int, flags: int
@@ -596,6 +647,7 @@ class Device:
             return False
         if self._debug:
             self._log_request()
+        self._unanswered.discard(unique)
         self._answer(unique, 0, encode(attributes))
         return True
 
@@ -677,6 +729,7 @@ class Device:
     def _completed(self, answer: bytes) -> bytes:
         """What libfuse has answered, with what it does not know of."""
         _, error, unique = OUT_HEADER.unpack_from(answer)
+        self._unanswered.discard(unique)
         if unique in self._repeated:
             self._repeated.discard(unique)
             gone = -error in (errno.ENOENT, errno.ENODATA)

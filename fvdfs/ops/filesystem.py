@@ -303,7 +303,12 @@ class Filesystem(pyfuse3.Operations):
                 return str(os.getpid()).encode()
             if wanted == xattrs.STATUS:
                 policy, folder = self.folder.policy, os.fsdecode(self.folder.path)
-                found = {"folder": folder, "allow_url": policy.allowed_urls, "tls_creds": policy.tls_creds}
+                found: dict[str, Any] = {
+                    "folder": folder,
+                    "allow_url": policy.allowed_urls,
+                    "tls_creds": policy.tls_creds,
+                }
+                found["takeovers"] = self._remembered.state.takeovers
                 found |= control.refused(self.folder.refused)
                 return json.dumps(found | {"caches": self.openings.caches.status()}).encode()
             if wanted.startswith(xattrs.IMAGES) and (number := wanted.removeprefix(xattrs.IMAGES)).isdecimal():
@@ -498,6 +503,11 @@ class Filesystem(pyfuse3.Operations):
         """INIT was exchanged: the next daemon goes by that."""
         self._remembered.set("request", request.hex())
         self._remembered.set("answer", answer.hex())
+
+    def in_hand(self, unique: int, /) -> None:
+        """No request before this one is in hand."""
+        if self._remembered.state.oldest != unique:
+            self._remembered.set("oldest", unique)
 
     def opened(self, fh: int, unique: int, /) -> None:
         """The kernel is about to get this handle, as the answer to the request of this number."""

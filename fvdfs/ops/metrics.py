@@ -75,6 +75,8 @@ class Snapshot:
     """The status of each image that is open, and of each cache that disks share."""
     lag: float
     """Seconds by which the event loop was late, at most, in the last second."""
+    takeovers: int = 0
+    """How often another process has gone on with the mount."""
 
 
 def families(snapshot: Snapshot) -> Iterator[Metric]:
@@ -84,6 +86,9 @@ def families(snapshot: Snapshot) -> Iterator[Metric]:
     yield GaugeMetricFamily("fvdfs_open_images", "images that are open", value=len(snapshot.open))
     yield GaugeMetricFamily(
         "fvdfs_event_loop_lag_seconds", "by which the event loop was late, at most, in a second", value=snapshot.lag
+    )
+    yield CounterMetricFamily(
+        "fvdfs_takeovers", "times that another process has gone on with the mount", value=snapshot.takeovers
     )
     for key, (name, meaning) in _GAUGES.items():
         yield _filled(GaugeMetricFamily(name, meaning, labels=["disk"]), snapshot, key)
@@ -265,7 +270,8 @@ async def serve(server: _Server, filesystem: Filesystem) -> None:
 def _snapshot(filesystem: Filesystem, lag: float) -> Snapshot:
     entries = filesystem.folder.inodes.shown()
     found = [status(entry) for entry in entries if entry.image is not None] + filesystem.openings.caches.status()
-    return Snapshot(os.fsdecode(filesystem.folder.path), len(entries), found, lag)
+    takeovers = filesystem.folder.inodes.remembered.state.takeovers
+    return Snapshot(os.fsdecode(filesystem.folder.path), len(entries), found, lag, takeovers)
 
 
 class _Lag:

@@ -149,8 +149,8 @@ def serve(options: MountOptions, ready: Callable[[], None], reopen_log: ReopenLo
 
         def unmount(error: type[BaseException] | None, _value: object, _traceback: object) -> None:
             if error is None or not kept.is_wanted:
-                kept.end()
                 _unmount(point, mount)
+                kept.end()
 
         stack.push(unmount)
         device = Device(
@@ -160,6 +160,7 @@ def serve(options: MountOptions, ready: Callable[[], None], reopen_log: ReopenLo
             passthrough=passthroughs.wanted,
             settled=kept.remembered.init if kept.taken_over else None,
             adopt=functools.partial(adopt, filesystem, kept.remembered),
+            oldest=state.oldest,
         )
         passthroughs.kernel = device
         stack.callback(device.close)
@@ -297,8 +298,16 @@ async def _serve(
                 nursery.start_soon(answer_scrapes)
                 nursery.start_soon(_announce, options.mountpoint, filesystem, device, ready)
                 nursery.start_soon(_keep, kept, filesystem, device)
+                if kept.is_wanted:
+                    nursery.start_soon(device.tell_oldest)
                 # One task each: requests for an image whose base hangs must not be all that there may be.
                 await device.serve(functools.partial(pyfuse3.main, max_tasks=MAX_REQUESTS))
+        except BaseException:
+            if kept.is_wanted:  # as it is: the next process knows how to go on from there
+                log.critical("ended by an error; another process goes on", exc_info=True)
+                logging.shutdown()
+                os._exit(1)
+            raise
         finally:
             with trio.CancelScope(shield=True):
                 await filesystem.openings.close_all()
@@ -310,6 +319,8 @@ async def _keep(kept: Kept, filesystem: Filesystem, device: Device) -> None:
     """Have somebody hold what the next daemon needs, from the moment on when there is a mount to be kept."""
     await device.connected.wait()
     async with trio.open_nursery() as nursery:
+        if device.gives_up_lost:  # somebody has to ask for something
+            nursery.start_soon(trio.to_thread.run_sync, _run_stat_program, kept.remembered.state.point)
         nursery.start_soon(kept.run, device.ending)
         nursery.start_soon(hand_over_when_asked, kept, filesystem, device)
         await device.ending.wait()
@@ -458,6 +469,11 @@ async def _while_written(work: Callable[[], Awaitable[None]], image: Image) -> b
                 return True
         nursery.cancel_scope.cancel()
     return False
+
+
+def _run_stat_program(path: str) -> None:
+    with contextlib.suppress(OSError):
+        subprocess.run(["stat", "--", path], stdin=subprocess.DEVNULL, capture_output=True, check=False)
 
 
 def _run_sync_program(path: bytes) -> bool:

@@ -81,6 +81,8 @@ class State:
     obstacle: str = ""
     """Why no disk is passed through."""
     takeovers: int = 0
+    oldest: int = 0
+    """The number of the oldest request that may be in hand, where the kernel does not send it again."""
     opened: dict[int, Opened] = field(default_factory=dict)
     """By handle."""
     disks: dict[int, Disk] = field(default_factory=dict)

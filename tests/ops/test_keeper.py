@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import random
 import signal
@@ -14,8 +15,15 @@ from pathlib import Path
 import pytest
 
 from support import keptwriter
-from support.mounts import MIB, Mount, mounted, must, running, wait_for_end, wait_for_log, wait_until
+from support.mounts import MIB, RELEASE, Mount, mounted, must, running, wait_for_end, wait_for_log, wait_until
 
+READ = """
+import mmap, os, sys
+disk, page = os.open(sys.argv[1], os.O_RDONLY | os.O_DIRECT), mmap.mmap(-1, 4096)
+print(flush=True)
+os.preadv(disk, [page], 1 << 20)
+print(page[:].hex())
+"""
 LAYOUTS = {
     "plain": [],
     "based": ["--base", "base.raw"],
@@ -77,6 +85,7 @@ def test_no_program_notices_that_the_daemon_is_killed(tmp_path: Path, writeback:
             for _ in range(KILLS):
                 kill(mount)
         assert mount.log.count("is taken over") == KILLS
+        assert json.loads(must("status", mount.point, "--json"))["takeovers"] == KILLS
         mount.remount()
         for name in LAYOUTS:
             assert mount.raw(name).read_bytes().rstrip(b"\0") == (tmp_path / name).read_bytes().rstrip(b"\0"), name
@@ -203,3 +212,41 @@ def test_the_keeper_ends_with_the_mount(tmp_path: Path) -> None:
     wait_for_end(keeper)
     with mounted(tmp_path / "images"):
         pass
+
+
+@pytest.mark.parametrize("resends", [True, False], ids=["6.9", "older"])
+def test_a_read_that_is_in_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, resends: bool) -> None:
+    """It comes again; where the kernel cannot do that, it fails, and nothing waits for ever."""
+    if not resends:
+        monkeypatch.setenv("FVDFS_NO_RESEND", "1")
+    elif RELEASE < (6, 9):
+        pytest.skip("the kernel does not send requests again")
+    folder, socket = tmp_path / "images", tmp_path / "nbd.sock"
+    folder.mkdir()
+    data = random.Random(1).randbytes(SIZE)
+    (tmp_path / "base").write_bytes(data)
+    nbdkit = ["nbdkit", "-f", "-r", "-U", str(socket), "file", str(tmp_path / "base")]
+    with running(*nbdkit, stderr=subprocess.DEVNULL) as server:
+        wait_until(socket.exists)
+        must("create", folder / "far.fvd", "--base", f"nbd+unix:///?socket={socket}", "-F", "raw")
+        must("create", folder / "vm.fvd", str(SIZE))
+        with (
+            mounted(folder, "-o", "keep,allow_url=nbd+unix:///,on_base_error=wait") as mount,
+            open(mount.raw("far"), "rb"),
+            open(mount.raw("vm"), "r+b", 0) as vm,
+        ):
+            server.send_signal(signal.SIGSTOP)
+            command = [sys.executable, "-c", READ, str(mount.raw("far"))]
+            with running(*command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as reader:
+                assert reader.stdout is not None
+                assert reader.stdout.readline() == "\n"
+                state = Path(f"/proc/{reader.pid}/stat")
+                wait_until(lambda: state.read_text().rpartition(")")[2].split()[0] == "D")
+                kill(mount)
+                vm.write(b"x" * 4096)
+                os.fsync(vm.fileno())
+                if not resends:
+                    assert "Input/output error" in reader.communicate(timeout=60)[1]
+                server.send_signal(signal.SIGCONT)
+                if resends:
+                    assert reader.communicate(timeout=60)[0].strip() == data[1 << 20 : (1 << 20) + 4096].hex()
