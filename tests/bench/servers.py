@@ -186,7 +186,12 @@ class Measurement:
         lab.wait_for(disk.done, 300)
         seconds = time.monotonic() - began
         self.add("all of it is copied at", "MB/s", who, size / seconds / 1e6)
-        self.add("the server sends, of what the template stores", "times", who, (self.link.bytes()[0] - before) / size)
+        self.add(
+            "the server sends for that, of what the template stores",
+            "times",
+            who,
+            (self.link.bytes()[0] - before) / size,
+        )
 
     def add(self, what: str, unit: str, who: str, value: float) -> None:
         self.bench.report.add(f"{self.name}: {what}", unit, who, value)
