@@ -93,7 +93,46 @@ http { access_log off; server {
 END
 nginx -e /run/error.log -c /run/nginx.conf
 """
+TGT = """
+mkdir -p /run/tgtd /etc/tgt /etc/fvdfs
+(umask 077 && echo top-secret-word | tee /etc/tgt/chap >/etc/fvdfs/chap)
+tgtd --iscsi portal=10.0.0.1:3260
+until tgtadm --lld iscsi --op show --mode sys >/dev/null 2>&1; do sleep 0.1; done
+"""
+GANESHA = """
+mkdir -p /run/rpcbind /run/ganesha /etc/fvdfs /srv/share
+cp --sparse=always /srv/template.raw /srv/share
+chmod 600 /srv/share/template.raw
+chown 1234:1234 /srv/share/template.raw
+cat >/run/ganesha.conf <<END
+NFS_CORE_PARAM { Enable_NLM = false; Enable_RQUOTA = false; }
+NFSV4 { Graceless = true; RecoveryRoot = /run/ganesha; }
+EXPORT { Export_Id = 1; Path = /srv/share; Pseudo = /share; Access_Type = RW; SecType = sys; FSAL { Name = VFS; } }
+END
+rpcbind
+ganesha.nfsd -f /run/ganesha.conf -L /run/ganesha.log -p /run/ganesha.pid
+until rpcinfo -p 10.0.0.1 | grep -q nfs; do sleep 0.1; done
+"""
+NBDKIT = """
+kill "$(pgrep qemu-nbd)"  # of this machine, which has the port
+mkdir -p /etc/pki/nbdkit /etc/fvdfs
+(
+    cd /etc/pki/nbdkit
+    key() {
+        openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 -subj "/CN=$1" \\
+            -keyout "$1-key.pem" -out "$1-cert.pem" "${@:2}" 2>/dev/null
+    }
+    key ca
+    by=(-extensions usr_cert -CA ca-cert.pem -CAkey ca-key.pem -addext)
+    key server "${by[@]}" subjectAltName=IP:10.0.0.1
+    key client "${by[@]}" extendedKeyUsage=clientAuth
+)
+cp -r /etc/pki/nbdkit /etc/fvdfs/tls
+"""
 PREPARED = {
+    ("docs/storage-on-servers.md", "NBD with TLS"): NBDKIT,
+    ("docs/storage-on-servers.md", "NFS"): GANESHA,
+    ("docs/storage-on-servers.md", "iSCSI"): TGT,
     ("docs/storage-on-servers.md", "HTTPS"): NGINX,
     ("docs/storage-on-servers.md", "SSH"): SSHD,
     ("docs/operations.md", "After a crash"): CRASHED,

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
-import socket
 import subprocess
 import sys
 import threading
@@ -16,6 +16,7 @@ import pytest
 
 from support.block_servers import Iscsi, NbdServer, NbdTls, Nfs, Qsd
 from support.mounts import MIB, fvdfs, mounted, must, running, wait_until
+from support.ports import free_port
 from support.servers import DiskServer
 from support.tls import make_certificate
 
@@ -26,31 +27,31 @@ BLOCK = 4096
 S = TypeVar("S", bound=DiskServer)
 
 
-def started(kind: type[S], folder: Path) -> S:
+@contextlib.contextmanager
+def started(kind: type[S], folder: Path) -> Iterator[S]:
     if reason := kind.missing():
         pytest.skip(reason)
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
-    server = kind(folder, port)
-    server.put(DATA)
-    server.start()
-    return server
+    with free_port() as port:
+        server = kind(folder, port)
+        server.put(DATA)
+        try:
+            server.start()
+            yield server
+        finally:
+            server.stop()
+            server.close()
 
 
 @pytest.fixture(scope="module")
 def one_iscsi(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Iscsi]:
-    server = started(Iscsi, tmp_path_factory.mktemp("iscsi") / "server")
-    yield server
-    server.stop()
+    with started(Iscsi, tmp_path_factory.mktemp("iscsi") / "server") as server:
+        yield server
 
 
 @pytest.fixture(scope="module")
 def one_nfs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nfs]:
-    server = started(Nfs, tmp_path_factory.mktemp("nfs") / "server")
-    yield server
-    server.stop()
-    server.close()
+    with started(Nfs, tmp_path_factory.mktemp("nfs") / "server") as server:
+        yield server
 
 
 @pytest.fixture
@@ -242,11 +243,8 @@ def test_a_share_whose_network_is_cut(folder: Path, nfs: Nfs) -> None:
 @pytest.mark.parametrize("kind", [NbdServer, Qsd])
 def test_certificates_that_do_not_fit(folder: Path, tmp_path: Path, kind: type[NbdTls]) -> None:
     """Of another name, none at the client, no TLS, no folder, and one that has expired, with which QEMU is not run."""
-    server = started(kind, tmp_path / "server")
     alone = tmp_path / "alone"
     alone.mkdir()
-    (alone / "ca-cert.pem").write_bytes((server.keys / "ca-cert.pem").read_bytes())
-    with_tls = ("--tls-creds", str(server.keys))
 
     def refused(message: str, url: str, *words: str) -> None:
         done = fvdfs("create", folder / "vm.fvd", "--base", url, "--base-format", "raw", *words)
@@ -254,7 +252,9 @@ def test_certificates_that_do_not_fit(folder: Path, tmp_path: Path, kind: type[N
         assert message in done.err
         assert not (folder / "vm.fvd").exists()
 
-    try:
+    with started(kind, tmp_path / "server") as server:
+        (alone / "ca-cert.pem").write_bytes((server.keys / "ca-cert.pem").read_bytes())
+        with_tls = ("--tls-creds", str(server.keys))
         localhost = server.url.replace("127.0.0.1", "localhost")
         refused("does not match the hostname localhost", localhost, *with_tls)
         refused("client-cert.pem, or we have none and it asks for one", server.url, "--tls-creds", str(alone))
@@ -264,5 +264,3 @@ def test_certificates_that_do_not_fit(folder: Path, tmp_path: Path, kind: type[N
             make_certificate(server.keys, "server", expired=True)
             server.restart()
             refused("is not of our ca-cert.pem, or has expired", server.url, *with_tls)
-    finally:
-        server.stop()
