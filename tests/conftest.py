@@ -28,7 +28,12 @@ ENDING = (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 """Signals that are ignored in what a shell starts in the background, or with nohup; tests send them."""
 
 
-SPREAD = ("tests/image/test_crash.py::", "tests/image/test_crash_mutants.py::", "tests/test_blocks.py::")
+SPREAD = (
+    "tests/image/test_crash.py::",
+    "tests/image/test_crash_mutants.py::",
+    "tests/prefetch/test_busy_host.py::",
+    "tests/test_blocks.py::",
+)
 """Modules whose tests share no fixture and take long: with `--dist loadscope` any worker takes the next of them."""
 LONGEST = (
     "tests/layers/test_merging.py",
