@@ -205,7 +205,7 @@ def test_a_signal(tmp_path: Path, number: signal.Signals, when: str) -> None:
         with subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.DEVNULL) as process:
             wait_until(lambda: bool(begun))
             os.kill(process.pid, number)
-            process.wait(20)
+            process.wait(60)
         assert agent.calls == WHOLE
         assert not agent.frozen
 
@@ -249,7 +249,7 @@ def test_ctrl_c_in_a_snapshot(tmp_path: Path) -> None:
         with subprocess.Popen(words, stderr=subprocess.PIPE) as process:
             wait_until(lambda: bool(begun))
             process.send_signal(signal.SIGINT)
-            assert process.wait(20) == 130
+            assert process.wait(60) == 130
             assert process.stderr is not None
             assert process.stderr.read() == b""
         assert not agent.frozen

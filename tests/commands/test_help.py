@@ -142,7 +142,7 @@ def test_the_example_of_top_works(world: Path) -> None:
             with contextlib.suppress(OSError):  # it has ended
                 while os.read(ours, 65536):
                     pass
-            assert process.wait(20) == 0
+            assert process.wait(60) == 0
         os.close(ours)
 
 
@@ -170,4 +170,4 @@ def test_examples_of_moves_work(name: str, world: Path, free_port: int) -> None:
         if name == "release":
             run(world, EXAMPLES[name])
         server.terminate()
-        assert server.wait(20) == 0
+        assert server.wait(60) == 0

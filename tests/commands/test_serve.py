@@ -252,6 +252,6 @@ def test_a_signal_while_it_starts_ends_it_without_a_word(mount: Mount) -> None:
             wait_until(lambda: "request_wait_answer" in waits.read_text())
             server.send_signal(signal.SIGTERM)
             os.kill(mount.pid, signal.SIGCONT)
-            assert (*server.communicate(timeout=20), server.returncode) == ("", "", 0)
+            assert (*server.communicate(timeout=60), server.returncode) == ("", "", 0)
     finally:
         os.kill(mount.pid, signal.SIGCONT)

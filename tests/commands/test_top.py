@@ -286,7 +286,7 @@ def test_watch_tells_the_same_to_a_pipe(folder: Path) -> None:
         assert watch.stdout is not None
         lines = [watch.stdout.readline() for _ in range(10)]
         watch.send_signal(signal.SIGINT)
-        _, err = watch.communicate(timeout=30)
+        _, err = watch.communicate(timeout=60)
         assert (watch.returncode, err) == (130, "")
     assert lines[0].startswith("3 of 3 disks open")
     assert re.match(r"disk +size +local", lines[1])

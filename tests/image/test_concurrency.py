@@ -314,7 +314,7 @@ def fio(*disks: Path) -> Iterator[subprocess.Popen[bytes]]:
         yield process
     finally:
         process.kill()
-        process.wait(20)
+        process.wait(60)
 
 
 def is_open(mount: Mount, name: str) -> bool:
@@ -341,13 +341,13 @@ def test_a_mount_ends_under_load(folder: Path, end: str) -> None:
                 assert "busy" in done.err
                 assert load_process.poll() is None, "who has a disk open goes on"
                 load_process.kill()
-                load_process.wait(20)
+                load_process.wait(60)
                 mount.umount()
             else:
                 os.kill(pid, signal.SIGTERM)
                 wait_for_end(pid)
                 mount.pid = 0
-                assert load_process.wait(20) != 0, "fio was told"
+                assert load_process.wait(60) != 0, "fio was told"
         assert not os.path.ismount(mount.point)
         assert "Traceback" not in mount.log
     for name in "ab":
@@ -370,7 +370,7 @@ def test_images_are_removed_and_replaced_under_load(folder: Path) -> None:
             assert not mount.raw("a").exists()
         assert load_process.poll() is None, "who had the old one open still has it"
         load_process.kill()
-        load_process.wait(20)
+        load_process.wait(60)
         assert "Traceback" not in mount.log
     assert reference.check(folder / "b.fvd", "fvdfs") == []
 
@@ -453,7 +453,7 @@ def test_a_client_of_qemu_gets_errors_when_the_daemon_is_killed(folder: Path) ->
             wait_until(lambda: is_open(mount, "a"))
             time.sleep(0.1)
             os.kill(mount.pid, signal.SIGKILL)
-            output, _ = process.communicate(timeout=30)
+            output, _ = process.communicate(timeout=60)
         finally:
             process.kill()
             process.wait()

@@ -201,7 +201,7 @@ async def test_one_read_of_a_hole_has_all_of_it_local_and_is_not_kept_waiting(tm
 
 
 async def test_closing_does_not_wait_for_an_answer_about_holes(tmp_path: Path) -> None:
-    with trio.fail_after(10):
+    with trio.fail_after(60):
         async with opened(tmp_path, copy_on_read=True) as (image, base):
             base.gate = trio.Event()
             await image.read(2 * BLOCK, 10)

@@ -160,7 +160,7 @@ def kill_under_load(mount: Mount, ledger: Ledger, rng: random.Random) -> None:
             time.sleep(0.0005)
         time.sleep(rng.choice([0, 0, rng.uniform(0, 0.02), rng.uniform(0, 0.6)]))
         mount.kill()
-        assert writer.wait(20) == 0
+        assert writer.wait(60) == 0
     finally:
         writer.kill()
         writer.wait()

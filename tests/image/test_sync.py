@@ -48,7 +48,7 @@ def counting_flushes(pid: int, trace: Path) -> Iterator[Callable[[], int]]:
         yield lambda: len(re.findall(r"(?:fdatasync|fsync)\(\d+", trace.read_text()))
     finally:
         tracer.terminate()
-        tracer.wait(20)
+        tracer.wait(60)
 
 
 def new_image(folder: Path, layout: str) -> Path:

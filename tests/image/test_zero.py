@@ -257,7 +257,7 @@ async def begun(held: Held, kind: str, work: Callable[[], Awaitable[None]], nurs
     """Have this wait in the middle of a call."""
     held.holds = kind
     nursery.start_soon(work)
-    with trio.fail_after(10):
+    with trio.fail_after(60):
         await held.begun.wait()
 
 

@@ -253,7 +253,7 @@ def debugged(folder: Path, *options: str) -> Iterator[tuple[Path, list[str]]]:
             yield point, lines
         finally:
             must("umount", point)
-            lines += daemon.communicate(timeout=20)[1].splitlines()
+            lines += daemon.communicate(timeout=60)[1].splitlines()
 
 
 def test_debug_shows_every_request(folder: Path) -> None:

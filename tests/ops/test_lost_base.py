@@ -165,7 +165,7 @@ def test_who_waits_can_be_killed(folder: Path, server: Server, kind: str) -> Non
             time.sleep(0.3)
             assert waiting.poll() is None
             waiting.kill()
-            assert waiting.wait(5) == -signal.SIGKILL
+            assert waiting.wait(LIMIT) == -signal.SIGKILL
         server.start()
         assert read(disk, 1) == DATA[BLOCK : 2 * BLOCK]
 
@@ -180,11 +180,11 @@ def test_a_mount_ends_while_requests_wait(folder: Path, server: Server) -> None:
             wait_until(lambda: outage(mount) is not None)
             began = time.monotonic()
             os.kill(mount.pid, signal.SIGTERM)
-            assert waiting.wait(10) != 0
+            assert waiting.wait(LIMIT) != 0
             with contextlib.suppress(OSError):
                 file.close()
             wait_until(lambda: not os.path.ismount(mount.point))
-            assert time.monotonic() - began < 10
+            assert time.monotonic() - began < LIMIT
         mount.pid = 0
         server.start()
         mount.mount()

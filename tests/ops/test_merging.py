@@ -278,7 +278,7 @@ def test_ctrl_c_leaves_the_rest_for_the_next_time(tmp_path: Path, is_open: bool)
         if is_open:
             opened.enter_context(open(raw, "r+b"))
         command.send_signal(signal.SIGINT)
-        assert command.wait(20) == 130
+        assert command.wait(60) == 130
         assert names(mount.folder) == {"vm.fvd", "vm@1.fvd.deleted"}
         must("delete", mount.folder / "vm@1.fvd")
         assert names(mount.folder) == {"vm.fvd"}
@@ -292,7 +292,7 @@ def test_the_mount_ends_meanwhile(tmp_path: Path, number: signal.Signals) -> Non
             mount.kill()
         else:
             mount.umount()
-        assert command.wait(20) == 1
+        assert command.wait(60) == 1
         assert command.stderr is not None
         assert command.stderr.read().count(b"\n") == 1
         mount.mount()
@@ -314,7 +314,7 @@ class Slow:
 
     def __call__(self, *arguments: Any) -> Any:
         self.begun.set()
-        assert self.may_end.wait(20)
+        assert self.may_end.wait(60)
         return self.whole(*arguments)
 
 

@@ -171,7 +171,7 @@ def flushes_of(pid: int, trace: Path, path: Path) -> Iterator[Callable[[], int]]
         )
         yield lambda: len(re.findall(rf"(?:fdatasync|fsync)\(\d+<{re.escape(str(path))}>", trace.read_text()))
         tracer.terminate()
-        tracer.wait(20)
+        tracer.wait(60)
 
 
 def test_each_flush_and_close_reaches_the_data_file(folder: Path, data: Path, tmp_path: Path) -> None:

@@ -159,7 +159,7 @@ def test_an_interrupt_changes_nothing(served: Served, monkeypatch: pytest.Monkey
             patch.setattr(HostFile, "pread_nowait", lambda *_: False)
             patch.setattr(HostFile, "pread", waiting)
             slow = kernel.send_read(fh, 0, 4096)
-            with trio.fail_after(20):
+            with trio.fail_after(60):
                 await begun.wait()
         kernel.interrupt(slow)
         assert await kernel.write(fh, len(BASE), b"meanwhile") == 9
@@ -186,7 +186,7 @@ def test_what_hangs_can_be_refused_and_is_waited_for(served: Served, monkeypatch
 
         monkeypatch.setattr(HostFile, "pwrite", waiting)
         slow = kernel.send_write(fh, len(BASE), bytes(4096))
-        with trio.fail_after(20):
+        with trio.fail_after(60):
             await begun.wait()
         served.device.refuse_rest()
         with pytest.raises(OSError) as caught:

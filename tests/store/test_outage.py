@@ -69,7 +69,7 @@ async def read(store: QemuStore, offset: int = 0) -> bytes:
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    with trio.fail_after(10):
+    with trio.fail_after(60):
         while not condition():  # noqa: ASYNC110  a server tells nobody
             await trio.sleep(0.02)
 
@@ -179,7 +179,7 @@ async def test_another_file_is_not_taken_for_it(folder: Path, server: Server, wa
         server.stop()
         server.file.write_bytes(DATA)
         server.start()
-        with trio.fail_after(10):
+        with trio.fail_after(60):
             assert await read(store) == DATA[:512]
 
 
@@ -193,7 +193,7 @@ async def test_another_format_is_not_taken_for_it(folder: Path, server: Server) 
         server.stop()
         os.rename(image, server.file)
         server.start()
-        with trio.fail_after(10):
+        with trio.fail_after(60):
             assert await read(store) == DATA[:512]
 
 

@@ -84,7 +84,7 @@ class Kernel:
 
     async def message(self, unique: int) -> tuple[int, bytes]:
         """Error and data of an answer; 0: of what the kernel is told unasked, whose code is its error, negative."""
-        with trio.fail_after(20):
+        with trio.fail_after(60):
             while unique not in self.answers:
                 await self._arrived.wait()
         return self.answers.pop(unique)

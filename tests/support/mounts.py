@@ -23,6 +23,7 @@ from support import forks
 FVDFS = (sys.executable, "-m", "fvdfs")
 MIB = 1 << 20
 BUSY = 20.0  # seconds, after which somebody is taken to use a mount
+LONG = 60.0  # seconds, for which something is waited for that a busy host takes its time for
 
 RELEASE = tuple(int(part) for part in os.uname().release.split(".")[:2])
 NO_PASSTHROUGH = (
@@ -152,7 +153,7 @@ def running(*command: str | Path, **how: Any) -> Iterator[subprocess.Popen[Any]]
 
 
 def wait_until(
-    condition: Callable[[], object], timeout: float = 30, complaint: Callable[[], str] = lambda: "it does not happen"
+    condition: Callable[[], object], timeout: float = LONG, complaint: Callable[[], str] = lambda: "it does not happen"
 ) -> None:
     """Wait until it holds."""
     deadline = time.monotonic() + timeout
@@ -161,7 +162,7 @@ def wait_until(
         time.sleep(0.01)
 
 
-def wait_for_end(pid: int, timeout: float = 20) -> None:
+def wait_for_end(pid: int, timeout: float = LONG) -> None:
     """Wait until a process that is not our child has ended, though nobody may have reaped it yet."""
     try:
         descriptor = os.pidfd_open(pid)
@@ -173,7 +174,7 @@ def wait_for_end(pid: int, timeout: float = 20) -> None:
         os.close(descriptor)
 
 
-def wait_for_log(mount: Mount, text: str, timeout: float = 10) -> None:
+def wait_for_log(mount: Mount, text: str, timeout: float = LONG) -> None:
     """Wait until the log holds the text."""
     wait_until(lambda: text in mount.log, timeout, lambda: f"{text!r} does not appear in the log:\n{mount.log}")
 
