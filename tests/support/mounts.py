@@ -91,7 +91,8 @@ class Mount:
         while (done := fvdfs("umount", self.point)).code == 1 and time.monotonic() < deadline:
             time.sleep(0.05)
         assert done.code in (0, STILL_OPEN), f"umount: {done.err}"
-        wait_for_end(self.pid)
+        if done.code:
+            wait_for_end(self.pid)
         self.pid = 0
 
     def remount(self) -> None:
