@@ -577,6 +577,14 @@ def _add_moves(commands: argparse._SubParsersAction[_Parser]) -> None:
         help="TLS alone, by certificates (ca-cert.pem, server-cert.pem, server-key.pem) or pre-shared keys (keys.psk)",
     )
 
+    serve.add_argument(
+        "--for",
+        dest="target",
+        default="",
+        metavar="NUMBER",
+        help="of the only target that may have the disk, as fvdfs info tells it of the image there (asks as)",
+    )
+
     receive = commands.add_parser(
         "receive",
         help="make a disk that another host gives by fvdfs serve, and can hand over",
@@ -1054,6 +1062,7 @@ def _serve(arguments: argparse.Namespace) -> int:
         unix=arguments.unix,
         systemd=arguments.systemd,
         tls_creds=arguments.tls_creds,
+        target=arguments.target,
     )
 
 

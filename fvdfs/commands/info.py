@@ -146,7 +146,8 @@ def _move(layer: Layer, problems: list[str]) -> dict[str, str] | None:
         return None
     into = record.incoming
     source = into.url(layer.header.base_img) if into is not None and into.state is not Target.LOCAL else ""
-    return {"state": record.state, "reason": record.obstacle or record.remark, "source": source}
+    number = into.number if into is not None and record.receiving else ""
+    return {"state": record.state, "reason": record.obstacle or record.remark, "source": source, "number": number}
 
 
 def _note(layer: Layer) -> dict[str, str | int] | None:
@@ -210,6 +211,7 @@ def render(found: dict[str, Any], width: int | None) -> Iterator[str]:
     if found["move"]:
         rows.append(("move", found["move"]["reason"] or found["move"]["state"]))
         rows += [("source", found["move"]["source"])] * bool(found["move"]["source"])
+        rows += [("asks as", found["move"]["number"])] * bool(found["move"]["number"])
     rows += [("problem", problem) for problem in found["problems"]]
     of_header = [(field.name, str(found[field.name])) for field in dataclasses.fields(Header)]
     of_header = [(name, f"0x{int(value):X}" if name == "magic" else value) for name, value in of_header]

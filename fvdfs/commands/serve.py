@@ -37,6 +37,7 @@ from fvdfs.errors import FvdError, ImageBusy, ImageError, UsageError
 from fvdfs.format import hot, mailbox, migration
 from fvdfs.format.mailbox import Answer, Question, Wish
 from fvdfs.format.migration import Outgoing, Record, Source
+from fvdfs.format.proof import is_digest
 from fvdfs.mountoptions import tls_credentials
 from fvdfs.mounts import DEAD
 from fvdfs.store.locations import Options
@@ -62,9 +63,13 @@ _TAKEN = _FROZEN - {Source.FROZEN.value}
 class _Disk:
     """A disk that is given."""
 
-    def __init__(self, raw: str, number: int, *, once: bool = False) -> None:
-        """`once`: not for another move, once this is given up. Raises OSError."""
+    def __init__(self, raw: str, number: int, *, once: bool = False, target: str = "") -> None:
+        """`once`: not for another move, once this is given up. `target`: the only one that may have it; empty: any.
+
+        Raises OSError.
+        """
         self.raw = os.path.abspath(raw)
+        self._target = target
         self._once = once
         self.name = name_of(raw)
         self.node, self.box_node, self.hot_node = f"disk{number}", f"box{number}", f"hot{number}"
@@ -103,7 +108,9 @@ class _Disk:
             self._only = os.open(self.raw, os.O_RDONLY | os.O_CLOEXEC)
             if not _take(self._only):
                 raise ImageBusy(self.raw, "is served already; end that fvdfs serve first")
-            ask_mount(self.raw, "serve")
+            epoch = ask_mount(self.raw, "serve")["move_epoch"]
+            if self._target:
+                ask_mount(self.raw, f"keep {epoch} {self._target}")
         if facts(self.raw, STATUS).get("passthrough") == "on":
             raise UsageError(
                 f"{self.raw}: the kernel reads and writes its data by itself, so that it cannot be frozen while it is "
@@ -311,7 +318,7 @@ class _Ended(Exception):
     """A signal has come."""
 
 
-def run(disks: Sequence[str], *, listen: str, unix: str, systemd: bool, tls_creds: str) -> int:
+def run(disks: Sequence[str], *, listen: str, unix: str, systemd: bool, tls_creds: str, target: str) -> int:
     """Serve until a signal comes. Raises UsageError, ImageError, OSError."""
     serve(
         disks,
@@ -320,6 +327,7 @@ def run(disks: Sequence[str], *, listen: str, unix: str, systemd: bool, tls_cred
         unix=unix,
         systemd=systemd,
         tls_creds=tls_creds,
+        target=target,
     )
     return 0
 
@@ -363,12 +371,17 @@ def serve(
     systemd: bool = False,
     tls_creds: str = "",
     once: bool = False,
+    target: str = "",
 ) -> None:
     """Serve until a signal comes; tell the URLs. `once`: no longer than until each disk's move is over, or given up.
+
+    `target`: the number of the only one that may have the disk; empty: who asks first.
 
     Raises UsageError, ImageError, OSError.
     """
     _check(disks)
+    if target and (len(disks) > 1 or not is_digest(target)):
+        raise UsageError(f"--for {target}: give the number that fvdfs info tells of the target's image, and one disk")
     credentials = tls_credentials("--tls-creds ", tls_creds) if tls_creds else ""
     address, inherited = _address(listen, unix, systemd=systemd)
     with contextlib.suppress(_Ended), contextlib.ExitStack() as stack:
@@ -379,7 +392,7 @@ def serve(
         stack.callback(watch.close)
         served = []
         for place, raw in enumerate(disks):
-            disk = _Disk(raw, place, once=once)
+            disk = _Disk(raw, place, once=once, target=target)
             stack.callback(disk.close)
             disk.begin()
             served.append(disk)

@@ -151,6 +151,21 @@ def test_it_is_taken_over_by_one_target_only(move: Move) -> None:
             write_direct(target.raw("vm"), 0, 1)
 
 
+def test_it_is_given_to_the_target_that_the_server_names(move: Move) -> None:
+    with move.served():
+        for name in ("vm", "other"):
+            move.receive(name)
+    number = json.loads(must("info", "--json", move.image))["move"]["number"]
+    assert number in must("info", move.image)
+    done = fvdfs("serve", move.source.raw("vm"), "--unix", move.folder / "s", "--for", "nobody")
+    assert (done.code, done.err.count("\n")) == (2, 1)
+    with move.served("--for", number), move.target() as target:
+        done = fvdfs("activate", target.raw("other"))
+        assert "kept for another target" in done.err
+        must("activate", target.raw("vm"))
+        assert target.status("vm")["move"] in ("active", "local")
+
+
 def test_a_mount_that_does_not_allow_the_source_says_so(move: Move) -> None:
     with move.served():
         move.receive()

@@ -24,13 +24,13 @@ LOOK = 0.01  # seconds between looks for it
 
 
 @contextlib.contextmanager
-def serving(mount: Mount, log_file: Path | None = None) -> Iterator[Path]:
-    """The socket; the disk is given there. What the server says goes to this file."""
+def serving(mount: Mount, log_file: Path | None = None, *more: str) -> Iterator[Path]:
+    """The socket; the disk is given there. What the server says goes to this file. `more` words for the command."""
     socket = mount.folder.parent / "nbd"
     socket.unlink(missing_ok=True)
     with contextlib.ExitStack() as stack:
         how = {"stderr": stack.enter_context(log_file.open("a"))} if log_file is not None else {}
-        words = (*FVDFS, "serve", mount.raw("vm"), "--unix", socket)
+        words: list[str | Path] = [*FVDFS, "serve", mount.raw("vm"), "--unix", socket, *more]
         server = stack.enter_context(running(*words, stdout=subprocess.PIPE, text=True, **how))
         assert server.stdout is not None
         assert server.stdout.readline() == f"nbd+unix:///vm?socket={socket}\n"
@@ -106,8 +106,8 @@ class Move:
         must("receive", self.url, self.folder / f"{name}.fvd")
 
     @contextlib.contextmanager
-    def served(self) -> Iterator[None]:
-        with serving(self.source) as socket:
+    def served(self, *more: str) -> Iterator[None]:
+        with serving(self.source, None, *more) as socket:
             self.url = f"nbd+unix:///vm?socket={socket}"
             yield
 
