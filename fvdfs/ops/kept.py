@@ -9,7 +9,8 @@ The next daemon, in this order:
 1. It has libfuse answer INIT once more, and goes by the answer that the kernel got then (`device.Device`).
 2. It opens every image that the kernel has a handle of, under the same inode number and with its locks (`adopt`). The
    former daemon's process is gone, and with it its locks, and what it had in hand. Where an image cannot be opened any
-   more (it was removed while it was open), requests to it fail with ESTALE; nothing else does.
+   more (it was removed while it was open), requests to it fail with ESTALE; nothing else does. So is an image that has
+   ended `TIMES` daemons while they opened it: one that takes more memory than there is, say.
 3. It asks the kernel to send again what was not answered (FUSE_NOTIFY_RESEND), and answers it, as `device` says.
 
 An unforeseen error ends the daemon, and not the mount: the next one takes it over. So does the one that `fvdfs
@@ -47,6 +48,8 @@ log = logging.getLogger(__name__)
 
 AGAIN = 5  # times that an image is opened which something of the former daemon's still holds
 PAUSE = 0.5  # seconds between two
+TIMES = 3
+"""Daemons that may end while they open an image again; then it is given up, so that the others go on."""
 COMMIT_PATIENCE = 10.0  # seconds for commits before another daemon is to go on
 ANSWER_PATIENCE = 2.0  # seconds for what is in hand then; the next one does the rest
 _HANDED_OVER = "the daemon before has handed it over"
@@ -280,9 +283,14 @@ async def adopt(filesystem: Filesystem, remembered: Remembered) -> None:
     """Open again what the kernel has handles of. What cannot be opened is logged, and stays lost."""
     state = remembered.state
     filesystem.go_on(state.takeovers)
+    suspects = dict(state.adopting)
     async with trio.open_nursery() as nursery:
         for inode, disk in [*state.disks.items()]:
-            nursery.start_soon(_adopt, filesystem, remembered, inode, disk)
+            if inode not in suspects:
+                nursery.start_soon(_adopt, filesystem, remembered, inode, disk)
+    for inode in suspects:  # one by one, to see whose fault it is
+        if inode in state.disks:
+            await _adopt(filesystem, remembered, inode, state.disks[inode])
     # Closed when the former daemon ended, or being closed.
     for number, file in [*state.files.items()]:
         if not file.is_settled:
@@ -306,7 +314,11 @@ async def _settle(filesystem: Filesystem, path: str) -> None:
 async def _adopt(filesystem: Filesystem, remembered: Remembered, inode: int, disk: Disk) -> None:
     state, folder = remembered.state, filesystem.folder
     handles = {fh: opened for fh, opened in state.opened.items() if opened.inode == inode}
+    times = state.adopting.get(inode, 0)
     try:
+        if times >= TIMES:
+            raise OSError(errno.EIO, f"{times} processes have ended while they tried")
+        remembered.note("adopting", inode, times + 1)
         entry = await _find(folder, inode, disk)
         entry.blank = state.blank.get(inode, False)
         for fh, opened in handles.items():
@@ -319,11 +331,15 @@ async def _adopt(filesystem: Filesystem, remembered: Remembered, inode: int, dis
                 entry.image.end = min(entry.image.size, state.ends.get(inode, entry.image.size))
             if failed := state.failed.get(inode, ""):
                 entry.image.committer.fail(failed)
-    except (OSError, FvdError) as error:
-        reason = told(error)
-        log.error("%s: was open and cannot be opened again: %s", printable(os.fsdecode(path_of(disk))), reason)
+    except Exception as error:  # a defect that shows in one disk is not to end all
+        expected = isinstance(error, OSError | FvdError)
+        reason = told(error) if isinstance(error, OSError | FvdError) else "an error"
+        name = printable(os.fsdecode(path_of(disk)))
+        log.error("%s: was open and cannot be opened again: %s", name, reason, exc_info=not expected)
         for fh in handles:
             filesystem.lose_handle(fh)
+    if times < TIMES:
+        remembered.note("adopting", inode, None)
 
 
 async def _find(folder: Folder, inode: int, disk: Disk) -> Entry:

@@ -95,6 +95,8 @@ class State:
     """Of inodes that were made here and hold nothing but zeros."""
     failed: dict[int, str] = field(default_factory=dict)
     """Of inodes that may not be written any more: why."""
+    adopting: dict[int, int] = field(default_factory=dict)
+    """By inode: how many daemons have ended while they opened it again, this one included."""
     backings: dict[int, int] = field(default_factory=dict)
     """By inode: the number of the file that the kernel reads and writes by itself."""
     creating: dict[int, str] = field(default_factory=dict)
@@ -301,7 +303,7 @@ class Remembered:
         gone = self.state.opened.get(fh)
         self.note("opened", fh, None)
         if gone is not None and all(other.inode != gone.inode for other in self.state.opened.values()):
-            for what in ("disks", "ends", "blank", "failed"):
+            for what in ("disks", "ends", "blank", "failed", "adopting"):
                 self.note(what, gone.inode, None)
 
     # --- of the mount -----------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import random
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from fvdfs.ops.kept import TIMES
 from support import keptwriter
 from support.mounts import MIB, RELEASE, Mount, mounted, must, running, wait_for_end, wait_for_log, wait_until
 
@@ -35,7 +37,7 @@ LAYOUTS = {
     "both": ["--base", "base.raw", "--compact", "--data-file", "both.data", "--journal-size", "none"],
 }
 SIZE = 4 * MIB
-KILLS = 4
+KILLS = 3
 
 
 def make_disks(folder: Path) -> None:
@@ -105,15 +107,40 @@ def kept(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mount]:
         yield mount
 
 
+def is_adopting(pid: int, times: int) -> bool:
+    """Whether a daemon opens a disk again that so many have tried to open, as it remembers."""
+    for link in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(OSError):
+            if "fvdfs-state" in os.readlink(link):
+                lines = [json.loads(line) for line in link.read_text().splitlines()]
+                return any(line["what"] == "adopting" and line["value"] == times for line in lines)
+    return False
+
+
 def keepers(mount: Mount) -> list[int]:
     """The processes that keep the mount."""
-    found = []
+    return [pid for pid, words in processes(mount) if any(word.endswith(b"/keeper.py") for word in words)]
+
+
+def daemon(mount: Mount, former: int) -> int:
+    """The process that goes on, though it need not answer yet."""
+    found: list[int] = []
+
+    def look() -> list[int]:
+        found[:] = [pid for pid, words in processes(mount) if pid != former and words[1:3] == [b"-P", b"-m"]]
+        return found
+
+    wait_until(look)
+    return found[0]
+
+
+def processes(mount: Mount) -> Iterator[tuple[int, list[bytes]]]:
+    """Those with the mount point in their command line, which is what they are told with."""
     for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
             words = (process / "cmdline").read_bytes().split(b"\0")
-            if os.fsencode(mount.point) in words and any(word.endswith(b"/keeper.py") for word in words):
-                found.append(int(process.name))
-    return found
+            if os.fsencode(mount.point) in words:
+                yield int(process.name), words
 
 
 def test_what_was_asked_and_not_answered_is_done(kept: Mount) -> None:
@@ -250,3 +277,33 @@ def test_a_read_that_is_in_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
                 server.send_signal(signal.SIGCONT)
                 if resends:
                     assert reader.communicate(timeout=60)[0].strip() == data[1 << 20 : (1 << 20) + 4096].hex()
+
+
+def test_a_disk_that_ends_one_daemon_after_the_other_is_given_up(tmp_path: Path) -> None:
+    """A base whose server does not answer holds each daemon up while it opens the disk again."""
+    folder, socket = tmp_path / "images", tmp_path / "nbd.sock"
+    folder.mkdir()
+    (tmp_path / "base").write_bytes(bytes(SIZE))
+    nbdkit = ["nbdkit", "-f", "-r", "-U", str(socket), "file", str(tmp_path / "base")]
+    with running(*nbdkit, stderr=subprocess.DEVNULL) as server:
+        wait_until(socket.exists)
+        must("create", folder / "far.fvd", "--base", f"nbd+unix:///?socket={socket}", "-F", "raw")
+        must("create", folder / "vm.fvd", str(SIZE))
+        with mounted(folder, "-o", "keep,allow_url=nbd+unix:///") as mount:
+            far = os.open(mount.raw("far"), os.O_RDONLY)
+            with open(mount.raw("vm"), "r+b", 0) as vm:
+                vm.write(b"here")
+                server.send_signal(signal.SIGSTOP)
+                pid = mount.pid
+                for number in range(1, TIMES + 2):
+                    os.kill(pid, signal.SIGKILL)
+                    pid = daemon(mount, pid)
+                    if number <= TIMES:
+                        wait_until(functools.partial(is_adopting, pid, number))
+                mount.pid = int(os.getxattr(mount.point, "user.fvdfs.pid"))
+                assert os.pread(vm.fileno(), 4, 0) == b"here"
+                with pytest.raises(OSError, match="Stale"):
+                    os.pread(far, 4096, 0)
+                server.send_signal(signal.SIGCONT)
+            with contextlib.suppress(OSError):
+                os.close(far)
