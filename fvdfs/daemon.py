@@ -17,6 +17,7 @@ Commands that serve no mount end by Ctrl-C (`run_program`, `run_loop`).
 
 from __future__ import annotations
 
+import array
 import contextlib
 import io
 import os
@@ -261,7 +262,7 @@ class Inherited(NamedTuple):
     descriptors: dict[str, int]
     """By name."""
     how: str
-    """How that daemon has ended; empty: nobody has told."""
+    """How that daemon has ended."""
 
 
 def inherited() -> Inherited | None:
@@ -278,7 +279,15 @@ def inherited() -> Inherited | None:
     for number in range(keeper.FIRST, keeper.FIRST + len(names)):
         os.set_inheritable(number, False)
     numbers = {name: number for number, name in enumerate(names, keeper.FIRST)}
-    return Inherited(numbers, os.environ.pop(keeper.FORMER, ""))
+    return Inherited(numbers, os.environ.pop(keeper.FORMER, "the service manager has started another process"))
+
+
+def this_program() -> list[str]:
+    """The words of a command line that run this program, as it was run; arguments follow."""
+    own = len(sys.orig_argv) - len(sys.argv) + 1
+    if os.path.basename(sys.argv[0]) in ("fvdfs", "__main__.py") and sys.orig_argv[own:] == sys.argv[1:]:
+        return [sys.executable, *sys.orig_argv[1:own]]
+    return [sys.executable, "-P", "-m", "fvdfs"]  # it is mount(8)'s
 
 
 def stores_descriptors() -> bool:
@@ -301,10 +310,8 @@ def notify(text: str, *descriptors: int) -> None:
     with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
         sender.setblocking(False)  # it must not have the mount wait
         place = f"\0{address[1:]}" if address.startswith("@") else address
-        if descriptors:
-            socket.send_fds(sender, [text.encode()], descriptors, 0, place)
-        else:
-            sender.sendto(text.encode(), place)
+        passed = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))] if descriptors else []
+        sender.sendmsg([text.encode()], passed, 0, place)  # of send_fds, Python up to 3.12 forgets the address
 
 
 def in_place(serve: Serve, places: LogPlaces) -> int:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import errno
 import os
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -91,8 +90,7 @@ def run(
         flags = ["--syslog"] * syslog + ["--read-only"] * read_only + ["--allow-other"] * allow_other
         flags += ["-f"] * (foreground and daemon.stores_descriptors())
         logged = ["--log-file", log_file] if log_file else []
-        program_ = (sys.executable, "-P", "-m", "fvdfs")
-        next_daemon = (*program_, "mount", *flags, *logged, *given, "--", folder, mountpoint)
+        next_daemon = (*daemon.this_program(), "mount", *flags, *logged, *given, "--", folder, mountpoint)
 
     def serve_folder(ready: Callable[[], None], reopen_log: ReopenLog) -> None:
         from fvdfs.commands.newdisks import new_disks

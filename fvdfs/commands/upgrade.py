@@ -9,17 +9,16 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import importlib.util
 import json
 import os
 import shlex
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from fvdfs import __version__, mounts
-from fvdfs.daemon import complain
+from fvdfs.daemon import complain, this_program
 from fvdfs.errors import UsageError
 from fvdfs.mountoptions import parse_mount_options, without_those_of_mount8
 from fvdfs.store.mountinfo import MountPoint
@@ -55,7 +54,7 @@ def run(mountpoint: str, options: Sequence[str], *, check: Callable[[list[str]],
         words = _with_options(words, options)
     check(words)
     _refuse_what_lacks_modules(path)
-    command = [sys.executable, "-P", "-m", "fvdfs", *words]
+    command = [*this_program(), *words]
     try:
         os.setxattr(path, UPGRADE, "".join(f"{word}\0" for word in command).encode("utf-8", "surrogateescape"))
     except OSError as error:
@@ -73,12 +72,10 @@ def _identity(mount: MountPoint) -> dict[str, Any]:
 
 
 def _refuse_what_lacks_modules(path: str) -> None:
-    """Raises UsageError where this version cannot be imported."""
-    command = [sys.executable, "-P", "-c", "import fvdfs.ops.mount"]
-    done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
-    if done.returncode:
-        why = done.stderr.strip().rpartition("\n")[2]
-        raise UsageError(f"{path}: this version cannot serve it: {why}")
+    """Raises UsageError where what serves a mount cannot be imported."""
+    for name in ("trio", "pyfuse3"):
+        if importlib.util.find_spec(name) is None:
+            raise UsageError(f"{path}: this version cannot serve it: {name} is not installed")
 
 
 def _with_options(words: list[str], texts: Sequence[str]) -> list[str]:
@@ -116,7 +113,7 @@ def _wait(mount: MountPoint, former: dict[str, Any], command: list[str]) -> int:
     """Wait until another daemon answers; the exit code."""
     deadline = time.monotonic() + PATIENCE
     while (found := _identity(mount)).get("takeovers", 0) <= former.get("takeovers", 0):
-        if time.monotonic() > deadline:
+        if time.monotonic() > deadline or (former.get("in_place") and _has_ended(former["pid"])):
             complain(f"{mount.path}: does not answer; look into the log of the mount")
             return 1
         time.sleep(LOOK)
@@ -128,3 +125,8 @@ def _wait(mount: MountPoint, former: dict[str, Any], command: list[str]) -> int:
         return 1
     print(f"{mount.path}: is served by fvdfs {__version__}, process {found.get('pid')}")
     return 0
+
+
+def _has_ended(pid: int) -> bool:
+    """Whether a process of which systemd is the parent is gone: it starts another one when this command has ended."""
+    return not os.path.exists(f"/proc/{pid}")

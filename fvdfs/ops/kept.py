@@ -68,7 +68,7 @@ class Kept:
         self._descriptors: dict[str, int] = {}
         self._channel: socket.socket | None = None
         self._child: subprocess.Popen[bytes] | None = None
-        self._by_systemd = False
+        self._by_systemd = bool(command) and daemon.stores_descriptors()
         self._stored = 0
         self.successor: list[str] = []
         """The command of a daemon that somebody wants to have instead of this one."""
@@ -82,7 +82,7 @@ class Kept:
     @property
     def is_wanted(self) -> bool:
         """Whether the mount is to outlive this process."""
-        return bool(self._command) or self._by_systemd
+        return bool(self._command)
 
     def _take(self, descriptors: dict[str, int]) -> None:
         states = {
@@ -176,8 +176,7 @@ class Kept:
         """Have a keeper, one after the other, until the mount is to end."""
         if not self.is_wanted:
             return
-        if daemon.stores_descriptors():
-            self._by_systemd = True
+        if self._by_systemd:
             self._store_all()
             return
         while not ending.is_set():

@@ -197,6 +197,7 @@ def _identity(claim: mounts.Claim | None, options: MountOptions, takeovers: int)
         "version": __version__,
         "command": list(options.next_daemon),
         "directory": options.directory,
+        "in_place": daemon.stores_descriptors(),
         "takeovers": takeovers,
         "pid": os.getpid(),
         "pid_namespace": os.readlink("/proc/self/ns/pid"),

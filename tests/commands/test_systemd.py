@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -102,7 +103,7 @@ def point(folder: Path) -> Path:
 
 @needs_systemd
 def test_a_service_of_the_system(folder: Path, point: Path, tmp_path: Path) -> None:
-    """It is ready when it has started, closes its images when it is stopped, and comes back when it is killed."""
+    """It is ready when it has started, closes its images when it is stopped; programs go on when it is killed."""
     (folder / "bad.fvd").write_bytes(b"no image" * 1024)
     base = folder / "base.qcow2"
     subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", base, "1M"], check=True)
@@ -116,13 +117,16 @@ OPTIONS=-o noexec,record_profile" >/etc/fvdfs/disks.conf
         ls {point}
         systemctl show -p StatusText --value fvdfs@disks
         first=$(systemctl show -p MainPID --value fvdfs@disks)
+        exec 7<>{point}/a.raw
         kill -9 $first
         until [ $first != $(systemctl show -p MainPID --value fvdfs@disks) ] &&
             systemctl is-active -q fvdfs@disks; do sleep 0.1; done
         ls {point}
         head -c 4 {point}/b.raw; echo
-        printf written | dd of={point}/a.raw conv=notrunc status=none
+        printf writ >&7
         systemctl reload fvdfs@disks
+        printf ten >&7
+        exec 7>&-
         systemctl stop fvdfs@disks
         systemctl show -p Result --value fvdfs@disks
         findmnt {point} || echo "nothing is mounted"
@@ -185,7 +189,7 @@ def test_systemd_has_nothing_to_say_of_the_units(tmp_path: Path) -> None:
     program.chmod(0o755)
     for unit, whose in ((UNITS / "fvdfs@.service", "--system"), (UNITS / "user/fvdfs@.service", "--user")):
         copy = tmp_path / "fvdfs@.service"
-        copy.write_text(unit.read_text().replace("ExecStart=fvdfs", f"ExecStart={program}"))
+        copy.write_text(re.sub("^(Exec[A-Za-z]*)=fvdfs", rf"\1={program}", unit.read_text(), flags=re.MULTILINE))
         done = subprocess.run(
             ["systemd-analyze", "verify", "--man=no", "--recursive-errors=no", whose, copy],
             capture_output=True,
