@@ -476,7 +476,9 @@ def ended_by(error: BaseException) -> int:
     """Say in a line why a command has ended early; its exit code. Defects are raised again."""
     error = leading(error)
     if isinstance(error, FvdError):
-        complain(str(error))
+        from fvdfs.mounts import reason_with_owner
+
+        complain(reason_with_owner(error))
         return exit_code(error)
     if isinstance(error, KeyboardInterrupt) or isinstance(error.__cause__, KeyboardInterrupt):
         # The cause: where it came while a class was made, in an import, Python raises RuntimeError from it.

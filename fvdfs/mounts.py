@@ -10,6 +10,7 @@ cannot see its process, in another PID namespace, say, waits for the lock.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import fcntl
@@ -25,7 +26,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from fvdfs import xattrs
-from fvdfs.errors import UsageError, printable, told
+from fvdfs.errors import FvdError, ImageError, UsageError, printable, told
 from fvdfs.store.devices import loop_devices
 from fvdfs.store.mountinfo import MountPoint, mount_points
 from fvdfs.store.paths import within
@@ -90,7 +91,24 @@ def explained(error: OSError) -> str:
             refuse_dead(name)
         except UsageError as explanation:
             return str(explanation)
-    return printable(told(error))
+    advice = _whose(name) if name and error.errno in (errno.EACCES, errno.EPERM) else ""
+    return printable(told(error)) + (advice and f"; {advice}")
+
+
+def reason_with_owner(error: FvdError) -> str:
+    """An error as a line for a person; of an image that may not be opened it says whose it is."""
+    cause, advice = error.__cause__, ""
+    if isinstance(error, ImageError) and isinstance(cause, PermissionError) and error.reason == cause.strerror:
+        advice = _whose(error.image)
+    return str(error) + (advice and f"; {advice}")
+
+
+def _whose(path: str) -> str:
+    """Whose a file is that may not be used; empty: our own, or it cannot be seen."""
+    with contextlib.suppress(OSError):
+        if (owner := os.stat(path).st_uid) != os.geteuid():
+            return f"it belongs to {user_name(owner)}, and this is {user_name(os.geteuid())}"
+    return ""
 
 
 def user_name(number: int) -> str:

@@ -94,7 +94,8 @@ def _unmount_once(mount: MountPoint, *, lazy: bool) -> str:
         return _BUSY
     why = " ".join(result.stderr.split())
     if mount.owner("user_id") != os.geteuid():
-        return f"another user has mounted it; unmount as that one ({why})"
+        who = mounts.user_name(mount.owner("user_id"))
+        return f"{who} has mounted it; unmount as {who} ({why})"
     return why
 
 

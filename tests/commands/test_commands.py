@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -327,8 +328,22 @@ def test_a_mount_of_another_user(images: Path, nobody: list[str]) -> None:
         words = [*nobody, *FVDFS, "umount", str(mount.point)]
         done = subprocess.run(words, capture_output=True, text=True, check=False)
         assert (done.returncode, done.stderr.count("\n")) == (1, 1)
-        assert "another user has mounted it" in done.stderr
+        assert "root has mounted it; unmount as root" in done.stderr
         assert os.path.ismount(mount.point)
+        done = subprocess.run([*nobody, *FVDFS, "map", mount.raw("a")], capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+        assert "root has mounted it: ask as root, or have it mounted with --allow-other" in done.stderr
+
+
+def test_a_file_of_another_user(nobody: list[str]) -> None:
+    with tempfile.TemporaryDirectory() as name:
+        os.chmod(name, 0o755)
+        Path(name, "locked.fvd").touch(mode=0o600)
+        done = subprocess.run(
+            [*nobody, *FVDFS, "info", "locked.fvd"], capture_output=True, text=True, check=False, cwd=name
+        )
+        said = "fvdfs: locked.fvd: Permission denied; it belongs to root, and this is nobody\n"
+        assert (done.returncode, done.stderr) == (1, said)
 
 
 def test_a_full_disk(images: Path, tmp_path: Path) -> None:
