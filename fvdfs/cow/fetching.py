@@ -36,6 +36,7 @@ from fvdfs.store.base import Done, together
 log = logging.getLogger(__name__)
 
 ALIGNED_SIZE = 64 << 10
+OVERTAKING = 64 << 10  # bytes of a read that does not wait for a slow fetch: so many cross the link twice
 PATIENCE = 0.05  # seconds that a read may wait for room to be copied
 STORE_RETRY = 10.0  # seconds without copying after the storage refused a copy
 
@@ -98,9 +99,11 @@ def _new_buffer(size: int) -> memoryview:
 class Fetch:
     """Bytes [start, stop) of the base's range, on their way."""
 
-    __slots__ = ("data", "done", "failed", "start", "stop")
+    __slots__ = ("data", "done", "failed", "is_slow", "start", "stop")
 
-    def __init__(self, start: int, stop: int) -> None:
+    def __init__(self, start: int, stop: int, *, is_slow: bool = False) -> None:
+        """`is_slow`: much else may come before it, and who asks for a part of it by himself gets that sooner."""
+        self.is_slow = is_slow
         self.start = start
         self.stop = stop
         self.data = _new_buffer(stop - start)
@@ -208,6 +211,9 @@ class Fetcher:
 
     async def _read_shared(self, view: memoryview, start: int, fetch: Fetch) -> None:
         """Fill the buffer from a fetch of others."""
+        if fetch.is_slow and len(view) <= OVERTAKING and not fetch.done.is_set():
+            await self._owner.read_base(view, start)
+            return
         await fetch.done.wait()
         if fetch.failed:  # it asked for other bytes as well, or was given up: ours may still come
             await self._owner.read_base(view, start)
@@ -269,8 +275,8 @@ class Fetcher:
 
     # --- copies -----------------------------------------------------------------------------------
 
-    def _begin(self, start: int, stop: int) -> Fetch:
-        fetch = Fetch(start, stop)
+    def _begin(self, start: int, stop: int, *, is_slow: bool = False) -> Fetch:
+        fetch = Fetch(start, stop, is_slow=is_slow)
         self._fetches.append(fetch)
         return fetch
 
@@ -349,9 +355,12 @@ class Fetcher:
                 return part_start, part_stop
         return stop, stop
 
-    def begin_ahead(self, start: int, stop: int) -> Fetch:
-        """Fetch a range that is free: what `fill` reads, and `store` stores, or else `give_up` ends."""
-        return self._begin(start, stop)
+    def begin_ahead(self, start: int, stop: int, *, is_slow: bool = False) -> Fetch:
+        """Fetch a range that is free: what `fill` reads, and `store` stores, or else `give_up` ends.
+
+        `is_slow`: as of `Fetch`.
+        """
+        return self._begin(start, stop, is_slow=is_slow)
 
     async def fill(self, fetch: Fetch) -> None:
         """Read it. Raises OSError."""

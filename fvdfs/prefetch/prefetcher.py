@@ -37,6 +37,7 @@ from fvdfs.prefetch.order import Piece, ProfileOrder, next_piece
 from fvdfs.prefetch.pacing import FloorRule, Pacer
 from fvdfs.prefetch.profile import plan
 from fvdfs.prefetch.scheduler import Flow, Link, Scheduler
+from fvdfs.store.nbd_reader import Ahead, reads_ahead
 from fvdfs.store.outage import Outage
 
 log = logging.getLogger(__name__)
@@ -125,6 +126,7 @@ class Prefetcher:
         """Whether somebody keeps the image open until this task has ended."""
         self._whole = whole
         self._follows = follows
+        self._ahead = Ahead()
         self._now = trio.Event()
         self._scheduler = scheduler
         self._rule = floor_rule(image.header, rng or random.Random())
@@ -226,6 +228,8 @@ class Prefetcher:
     async def _run(self, profile: Sequence[Extent], profile_delay: float, start: float) -> None:
         image = self.image
         self.profile = profile
+        if self._follows:
+            reads_ahead.set(self._ahead)
         fetcher = image.start_fetching(copy_on_read=False)
         if fetcher is None or image.base is None:
             self._state = Activity.DONE
@@ -268,7 +272,7 @@ class Prefetcher:
             while order.has_more():
                 before = self._localized
                 try:
-                    await self._pass(flow, fetcher, PROFILE_WORKERS, order)
+                    await self._pass(flow, fetcher, PROFILE_WORKERS * (2 if self._follows else 1), order)
                 except _Failure as failure:
                     failed = True
                     order.leave_out(failure.start)
@@ -384,7 +388,7 @@ class Prefetcher:
             if piece is None:
                 return False
             if not piece.hole:
-                fetch = fetcher.begin_ahead(piece.start, piece.stop)
+                fetch = fetcher.begin_ahead(piece.start, piece.stop, is_slow=self._ahead.room > 0)
                 try:
                     self._scheduler.spend(flow, piece.stop - piece.start)
                     await self._read(flow, fetcher, fetch, urgent=urgent)
@@ -476,6 +480,7 @@ class Prefetcher:
             now = trio.current_time()
             link.watch.finished(now, request, failed=failed, hole=hole)
             link.window.finished(now, sent, says_nothing=failed or hole)
+            link.window.room = self._ahead.room
             seconds = link.reading.stop(now)
         if link.watch.beset and not self._follows:
             self._rule.read(now, size, seconds)

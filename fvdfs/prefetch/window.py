@@ -8,6 +8,9 @@ answers came lately, and the shortest time that a request took beside being serv
 machine reads, means would fall; less and smaller requests would follow from that, and be slower still. Then requests
 wait for processors, not for the link, and some more of them do no harm.
 
+Where what is copied has a connection for itself (`store.nbd_reader`), that one bounds what is on the link (`room`), and
+measures better what it holds. More may be under way then, at the server, so that it always has something to send.
+
 Times are seconds, sizes bytes. `now` never goes backwards.
 """
 
@@ -27,6 +30,8 @@ LONGEST = 0.004  # seconds that a request is served: the machine's reads wait fo
 LARGEST_REQUEST = 1 << 20  # bytes; those above `GOOD_REQUEST` gain little, but where the link is far
 FEWEST = 2  # requests at a time: while one is being dealt with here, the other one is on its way
 GAIN = 1.5  # as long as too few are under way, the rate is taken for lower than it is: this has them grow
+BEHIND = 0.015  # seconds; what is under way beyond `Window.room`, so that the server always has something to do
+LARGEST_APART = 512 << 10  # bytes of a request where there is such room: the machine's reads hardly wait for it
 MORE = 2  # where they wait for processors
 
 
@@ -67,6 +72,8 @@ class Window:
     def __init__(self) -> None:
         self.lag = 0.0
         """Seconds that a program waits for a processor here at the moment."""
+        self.room = 0
+        """Bytes that are on the link at the most, whatever is asked for; 0: what is asked for bounds it alone."""
         self._rate = _Extreme[float](max, 0.0)
         self._shortest = _Extreme[tuple[float, int]](min, (math.inf, 0))  # what a request of so many bytes took
         self._under_way = 0
@@ -83,6 +90,8 @@ class Window:
     @property
     def size(self) -> int:
         """Bytes that a request should have at most."""
+        if self.room:
+            return min(LARGEST_APART, max(SMALLEST_REQUEST, int(self._rate.value * LONGEST)))
         served = min(GOOD_REQUEST, int(self._rate.value * LONGEST))
         return min(LARGEST_REQUEST, max(SMALLEST_REQUEST, served, int(self._on_the_way / FEWEST)))
 
@@ -98,7 +107,8 @@ class Window:
         What counts are bytes: requests for small pieces of data fill a link no more than one for all of them.
         """
         size = self.size
-        return self._bytes + (turns - self._under_way) * size >= self.limit * size
+        most = self.room + int(self._rate.value * BEHIND) if self.room else self.limit * size
+        return self._bytes + (turns - self._under_way) * size >= most
 
     def started(self, now: float, size: int) -> Sent:
         """A request is sent."""

@@ -35,6 +35,8 @@ _PIDFD_GETFD = 438  # of asm-generic/unistd.h, and of all processors
 _PORTMAPPER = 111  # NFS asks it for ports, and hangs up
 _libc = ctypes.CDLL(None, use_errno=True)
 _TCP_INFO = struct.Struct("=8B24I")  # the beginning of struct tcp_info of linux/tcp.h
+_MORE_TCP_INFO = struct.Struct("=104x4Q4I")  # and what follows there
+_LEAST_ROUND_TRIP = 4 + 3  # microseconds, of the last minutes
 _LAST_DATA_RECEIVED, _LAST_ACK_RECEIVED = 8 + 11, 8 + 12  # milliseconds ago
 
 
@@ -132,6 +134,30 @@ def silence(connection: socket.socket) -> float:
         return 0.0
     fields: tuple[int, ...] = _TCP_INFO.unpack(info)
     return min(fields[_LAST_DATA_RECEIVED], fields[_LAST_ACK_RECEIVED]) / 1000
+
+
+def round_trip(connection: socket.socket) -> float:
+    """Seconds that one took at least, of late, by TCP; 0: it is not known, or there is none."""
+    try:
+        info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _MORE_TCP_INFO.size)
+    except OSError:  # it was closed just now, or is a socket of this host
+        return 0.0
+    return float(_MORE_TCP_INFO.unpack(info)[_LEAST_ROUND_TRIP]) / 1e6 if len(info) == _MORE_TCP_INFO.size else 0.0
+
+
+def take_at_most(connection: socket.socket, size: int) -> None:
+    """Have the peer send no more than so many bytes before they are received here; the kernel soon forgets it."""
+    with contextlib.suppress(OSError):  # it was closed just now
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_WINDOW_CLAMP, size)
+
+
+def acknowledge(connection: socket.socket) -> None:
+    """Have the peer know at once what has arrived.
+
+    Else that may take 40 ms, which its BBR takes for time on the way: then it sends the next answer too slowly.
+    """
+    with contextlib.suppress(OSError):  # it was closed just now, or is a socket of this host
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
 
 
 def is_closed(connection: socket.socket) -> bool:

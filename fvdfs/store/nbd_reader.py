@@ -5,6 +5,10 @@ link stand still, and answers are received straight into the buffers of those wh
 came first wait for what came later, and every byte is copied twice more; see docs/measured.md.) With structured
 replies zeros are not sent, and the server is asked where its holes are.
 
+What is read ahead of who waits for it (`reads_ahead`) goes by a connection of its own, where the server takes one more.
+Much may be under way there, so that neither server nor link stand still where processors are short; but TCP has no more
+of it on the link than that can hold. So the answer that somebody waits for overtakes all that still is at the server.
+
 It takes the place of a storage daemon under a `qemu_supervisor.Supervisor`, which makes the next connection where one
 has ended. All but plain reading by plain NBD is left to the daemon: writing, TLS, formats, servers of before 2016.
 """
@@ -12,26 +16,36 @@ has ended. All but plain reading by plain NBD is left to the daemon: writing, TL
 from __future__ import annotations
 
 import errno
+import functools
+import logging
 import os
 import socket
 import struct
 import threading
 from collections import deque
+from collections.abc import Awaitable, Callable, Iterable
 from contextlib import suppress
+from contextvars import ContextVar
 
 import trio
 
-from fvdfs.errors import ImageError, Unreachable
+from fvdfs.errors import FvdError, ImageError, Unreachable
 from fvdfs.format.header import round_up
-from fvdfs.store.connecting import SILENCE, connect, silence
+from fvdfs.store.connecting import SILENCE, acknowledge, connect, round_trip, silence, take_at_most
 from fvdfs.store.locations import Location
 from fvdfs.store.nbd_client import REPLY, REQUEST, REQUEST_MAGIC, SIMPLE_MAGIC, Command, Export, negotiate
+
+log = logging.getLogger(__name__)
 
 OPEN_TIMEOUT = 10.0  # seconds until the server has opened the export
 _LONGEST_STATUS = 1 << 31  # bytes that a server is asked about at a time
 _LONGEST_TEXT = 1 << 16  # bytes of a chunk that is no data
 _ASIDE = 64 << 10  # bytes received at a time that nobody wants any more
 _ENOUGH = 128 << 10  # bytes that have to be there until the event loop is woken for the rest of an answer
+_PACE, _PACES = 0.1, 50  # seconds over which a rate is measured, and how many of them count
+_LEAST_ROOM = 128 << 10  # bytes that the way to the server may hold in any case
+_HICCUP = 0.0025  # seconds that it goes on for while nobody receives: programs wait for a processor
+_GAIN = 1.5  # as long as the link can hold more than it has, its rate is taken for lower than it is
 _IN_A_ROW = 32  # times that something is received before other tasks get their turn
 _MOST_GAPS = 1024  # of one answer, whose parts come in any order
 _STRUCTURED_MAGIC = 0x668E33EF
@@ -43,6 +57,40 @@ _NOTHING, _DATA, _HOLE, _STATUS = 0, 1, 2, 5
 _ERROR = 1 << 15
 _ZERO = 1 << 1  # of an extent: reads as zeros
 _ERRORS = (errno.EPERM, errno.EIO, errno.ENOMEM, errno.EINVAL, errno.ENOSPC, errno.EOVERFLOW, errno.ENOTSUP)
+
+
+class Ahead:
+    """Somebody who reads ahead."""
+
+    room = 0
+    """Bytes that are on the way to him at the most, where he has a connection for himself; 0: he has none."""
+
+
+reads_ahead: ContextVar[Ahead | None] = ContextVar("reads_ahead", default=None)
+"""Whoever this task, and all that it starts, reads ahead for."""
+
+
+class _Pace:
+    """How fast answers come, and so how much the way to the server can hold. Times are seconds, sizes bytes."""
+
+    def __init__(self) -> None:
+        self._since = self._bytes = 0.0
+        self._rates: deque[float] = deque([0.0], maxlen=_PACES)
+
+    def came(self, now: float, size: int) -> None:
+        """Something was received."""
+        if now - self._since > 2 * _PACE:  # it was idle
+            self._since, self._bytes = now, 0.0
+            return
+        self._bytes += size
+        if now - self._since > _PACE:
+            self._rates.append(self._bytes / (now - self._since))
+            self._since, self._bytes = now, 0.0
+
+    def room(self, round_trip: float) -> int:
+        """Bytes that the way should hold at the most; others wait for what it holds."""
+        rate = max(self._rates)
+        return int(max(_LEAST_ROOM, rate * _HICCUP) + _GAIN * rate * round_trip)
 
 
 class _Asked:
@@ -77,8 +125,17 @@ class NbdReader:
     flush_failed = False
     is_cut_off = False
 
-    def __init__(self, name: str, connection: socket.socket, export: Export) -> None:
-        """`connection`: with the export open. Call in the event loop, which receives until `stop`."""
+    def __init__(
+        self,
+        name: str,
+        connection: socket.socket,
+        export: Export,
+        another: Callable[[], Awaitable[NbdReader | None]] | None = None,
+    ) -> None:
+        """`connection`: with the export open. Call in the event loop, which receives until `stop`.
+
+        `another`: makes one more of the same, for what is read ahead. Raises FvdError, OSError.
+        """
         self._name = name
         self._socket = connection
         self._export = export
@@ -86,6 +143,10 @@ class NbdReader:
         self._number = 0
         self._data: deque[tuple[int, int]] = deque(maxlen=_DATA_KNOWN)
         """Where the server has said that there is some; nobody writes there as long as this is read."""
+        self._another = another if export.takes_more and connection.family != socket.AF_UNIX else None
+        self._beside: NbdReader | None = None
+        self._making = trio.Lock()
+        self._pace = _Pace()
         self._sending = trio.Lock()
         self._ending = threading.Lock()
         """Held while the socket is shut down or closed."""
@@ -124,7 +185,9 @@ class NbdReader:
 
     def kill_if_silent(self) -> None:
         """`stop`, where nothing is heard from the server."""
-        if self.is_connected and silence(self._socket) > SILENCE:
+        beside = self._beside
+        is_silent = beside is not None and beside.is_connected and silence(beside._socket) > SILENCE
+        if self.is_connected and (is_silent or silence(self._socket) > SILENCE):
             self.verdict = f"nothing was heard from its server for {SILENCE:.0f} s"
             self.kill()
 
@@ -135,6 +198,8 @@ class NbdReader:
     def stop(self, *, gently: bool = False) -> None:
         """End the connection; what is under way fails. From any thread."""
         self._stopped = True
+        if self._beside is not None:
+            self._beside.stop()
         with self._ending:
             if not self._sending.locked():
                 with suppress(OSError):  # it has ended already, or does not take it
@@ -156,18 +221,52 @@ class NbdReader:
 
     async def pread(self, buffer: memoryview, offset: int) -> int:
         """As `Store.pread`."""
+        ahead = reads_ahead.get()
+        if ahead is not None and (beside := await self._reader_beside()) is not None:
+            count = await beside._pread(buffer, offset, self._data)
+            ahead.room = beside._make_room()
+            return count
+        return await self._pread(buffer, offset, self._data)
+
+    async def _reader_beside(self) -> NbdReader | None:
+        """For what is read ahead; None: there is none."""
+        if self._another is None:
+            return self._beside
+        async with self._making:
+            if self._another is not None and not self._stopped:
+                try:
+                    self._use(await self._another())
+                except (FvdError, OSError) as error:
+                    log.warning("%s: no connection for what is read ahead: %s", self._name, error)
+                self._another = None
+        return self._beside
+
+    def _use(self, made: NbdReader | None) -> None:
+        """For what is read ahead."""
+        if made is not None and (made.size != self.size or self._stopped):
+            made.stop()
+        else:
+            self._beside = made
+
+    def _make_room(self) -> int:
+        room = self._pace.room(round_trip(self._socket))
+        take_at_most(self._socket, room)
+        return room
+
+    async def _pread(self, buffer: memoryview, offset: int, data: Iterable[tuple[int, int]]) -> int:
+        """`data`: where the server has said that there is some."""
         count = max(0, min(len(buffer), self.size - offset))
         at = 0
         while at < count:
             part = min(count - at, self._export.largest - self._export.alignment)
-            await self._read(buffer[at : at + part], offset + at)
+            await self._read(buffer[at : at + part], offset + at, data)
             at += part
         return count
 
-    async def _read(self, view: memoryview, offset: int) -> None:
+    async def _read(self, view: memoryview, offset: int, data: Iterable[tuple[int, int]]) -> None:
         start, stop = self._aligned(offset, offset + len(view))
         # A server that has called it data need not look for holes again, which takes qemu-storage-daemon a call.
-        flags = _ONE_PART if any(first <= start and stop <= end for first, end in self._data) else 0
+        flags = _ONE_PART if any(first <= start and stop <= end for first, end in data) else 0
         if stop - start == len(view):
             await self._ask(Command.READ, start, stop - start, _Asked(start, view), flags)
             return
@@ -282,6 +381,7 @@ class NbdReader:
             self._finish(number)
 
     def _finish(self, number: int) -> None:
+        acknowledge(self._socket)
         self._asked.pop(number).done.set()
 
     def _refusal(self, code: int, text: str) -> OSError:
@@ -318,6 +418,7 @@ class NbdReader:
             return 0
         try:
             count = self._socket.recv_into(view)
+            self._pace.came(trio.current_time(), count)
         except BlockingIOError:
             enough = min(len(view), _ENOUGH)
             if enough != self._enough:
@@ -345,7 +446,8 @@ async def open_export(name: str, location: Location) -> NbdReader | None:
     try:
         with trio.fail_after(OPEN_TIMEOUT):
             export = await negotiate(trio.SocketStream(trio.socket.from_stdlib_socket(made)), _export_of(location))
-        reader = NbdReader(name, made, export) if export is not None else None
+        another = functools.partial(open_export, name, location)
+        reader = NbdReader(name, made, export, another) if export is not None else None
     except BaseException as error:
         made.close()
         if isinstance(error, trio.TooSlowError):

@@ -395,6 +395,27 @@ async def test_a_guest_shares_what_prefetching_is_reading(tmp_path: Path) -> Non
         assert image.base is None
 
 
+async def test_a_small_read_overtakes_what_is_fetched_behind_much_else(tmp_path: Path) -> None:
+    """It asks by itself, and stores nothing; one of more bytes waits, so that few cross the link twice."""
+    async with opened(tmp_path) as (image, base):
+        assert image.fetcher is not None
+        gate = base.gate = trio.Event()
+        fetch = image.fetcher.begin_ahead(0, 4 * BLOCK, is_slow=True)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(image.fetcher.fill, fetch)
+            await base.was_asked.wait()
+            base.gate = trio.Event()
+            base.gate.set()
+            assert await image.read(BLOCK + 5, 10) == CONTENT[BLOCK + 5 : BLOCK + 15]
+            assert base.asked == [(0, 4 * BLOCK), (BLOCK + 5, BLOCK + 15)]
+            nursery.start_soon(image.read, 0, 2 * BLOCK)
+            await settle()
+            assert len(base.asked) == 2
+            gate.set()
+        assert await image.fetcher.store(fetch) == 4 * BLOCK
+        assert len(base.asked) == 2
+
+
 async def test_who_is_told_that_a_read_ends_was_told_that_it_began(tmp_path: Path) -> None:
     """Prefetching may begin to watch in the middle of one."""
     async with opened(tmp_path) as (image, base):

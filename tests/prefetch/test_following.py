@@ -14,7 +14,7 @@ from fvdfs.ops.inodes import Entry, Seen
 from fvdfs.prefetch.linkwatch import GOOD_REQUEST, SHORT_OF_TIME, SMALLEST_REQUEST
 from fvdfs.prefetch.prefetcher import WRITE_OUT
 from fvdfs.prefetch.scheduler import FOLLOWING_JOBS
-from fvdfs.prefetch.window import FEWEST, LARGEST_REQUEST, MORE, Sent, Window
+from fvdfs.prefetch.window import BEHIND, FEWEST, LARGEST_APART, LARGEST_REQUEST, MORE, Sent, Window
 from support.simulation import (
     MIB,
     Guest,
@@ -66,6 +66,23 @@ def test_small_pieces_fill_it_as_well(size: int) -> None:
     assert window.is_full(len(under_way) + 1)
     window.finished(12.0, under_way.pop(), says_nothing=True)
     assert not window.is_full(len(under_way))
+
+
+@pytest.mark.parametrize("rate", [2e6, 112e6, 1e9])
+def test_more_is_under_way_where_no_more_than_that_is_on_the_link(rate: float) -> None:
+    """In larger requests, each served within a moment; beyond what is on the link, as much as is sent in another."""
+    window, room = Window(), 384 << 10
+    sent = window.started(0.0, GOOD_REQUEST)
+    window.finished(GOOD_REQUEST / rate, sent, says_nothing=False)
+    before = window.size
+    window.room = room
+    assert before <= window.size <= LARGEST_APART
+    assert window.size <= max(SMALLEST_REQUEST, rate * 0.005)
+    under_way = 0
+    while not window.is_full(under_way):
+        window.started(1.0, window.size)
+        under_way += 1
+    assert room <= under_way * window.size - rate * BEHIND < room + window.size
 
 
 def test_holes_and_failures_say_nothing_and_short_processors_ask_for_more() -> None:

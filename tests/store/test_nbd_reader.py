@@ -7,21 +7,24 @@ import random
 import socket
 import struct
 import subprocess
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 
 import pytest
 import trio
 import trio.testing
 
+from fvdfs.store import nbd_reader
+from fvdfs.store.connecting import connect
+from fvdfs.store.locations import Location
 from fvdfs.store.nbd_client import ALIGNMENT, LARGEST, Export, negotiate
-from fvdfs.store.nbd_reader import NbdReader
+from fvdfs.store.nbd_reader import Ahead, NbdReader, _Pace, reads_ahead
 from fvdfs.store.outage import OnLoss
 from fvdfs.store.qemu_store import QemuStore
 from support.mounts import MIB, running, wait_until
 from support.qsd import opened
-from support.servers import listens
+from support.servers import listens, listens_at
 
 SIZE = 4 * MIB
 HOLE = range(MIB, 2 * MIB)
@@ -169,6 +172,99 @@ async def test_a_server_that_ends_with_many_under_way(folder: Path) -> None:
             while len(found) < len(starts):  # noqa: ASYNC110  nobody tells
                 await trio.sleep(0.02)
     assert found == {start: data[start : start + 65536] for start in starts}
+
+
+# --- what is read ahead -------------------------------------------------------------------------------
+
+
+def connections(port: int) -> int:
+    """That stand to a server on this host."""
+    wanted = f"0100007F:{port:04X}"
+    lines = Path("/proc/net/tcp").read_text().split("\n")[1:-1]
+    return sum(line.split()[2:4] == [wanted, "01"] for line in lines)
+
+
+@contextmanager
+def gives(file: Path, port: int, clients: int = 0) -> Iterator[None]:
+    """A server that lets in so many clients (0: any number)."""
+    words = ["qemu-nbd", "-t", "-r", "-e", str(clients), "-f", "raw", "-x", "disk", "-b", "127.0.0.1", "-p", str(port)]
+    with running(*words, file, stderr=subprocess.DEVNULL):
+        wait_until(lambda: listens_at(port))
+        yield
+
+
+@pytest.mark.parametrize("clients", [0, 1])
+async def test_what_is_read_ahead_goes_by_a_connection_of_its_own(
+    folder: Path, free_port: int, clients: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the server takes one more. The first one to need it may be cancelled meanwhile."""
+    data = filled(folder / "file")
+    port = free_port
+    url = f"nbd://127.0.0.1:{port}/disk"
+    with gives(folder / "file", port, clients):
+        async with opened(folder, url, "raw", "nbd://") as store:
+            found: dict[int, bytes] = {}
+            ahead = Ahead()
+
+            reads_ahead.set(ahead)
+
+            async def one(start: int) -> None:
+                found[start] = await read(store, start, 100_000)
+
+            async def cancelled(location: Location) -> socket.socket | None:
+                scope.cancel()
+                return await connect(location)
+
+            with trio.CancelScope() as scope, monkeypatch.context() as patched:
+                patched.setattr(nbd_reader, "connect", cancelled)
+                await one(7)
+            found.clear()
+            async with trio.open_nursery() as nursery:
+                for start in range(0, SIZE, 100_000):
+                    nursery.start_soon(one, start)
+            assert found == {start: data[start : start + 100_000] for start in found}
+            assert len(found) == -(-SIZE // 100_000)
+            assert connections(port) == (1 if clients else 2)
+            assert (ahead.room > 0) == (clients == 0)
+            reads_ahead.set(None)
+            assert await read(store, 5, 1000) == data[5:1005]
+            assert connections(port) == (1 if clients else 2)
+
+
+async def test_a_server_that_ends_takes_both_connections_along(folder: Path, free_port: int) -> None:
+    """What is read ahead, and what is not, comes from the next one."""
+    data, port = filled(folder / "file"), free_port
+    url = f"nbd://127.0.0.1:{port}/disk"
+    async with AsyncExitStack() as stack:
+        with gives(folder / "file", port):
+            store = await stack.enter_async_context(opened(folder, url, "raw", "nbd://", on_loss=OnLoss.WAIT))
+            reads_ahead.set(Ahead())
+            assert await read(store, 0, 1000) == data[:1000]
+            assert connections(port) == 2
+        stack.enter_context(gives(folder / "file", port))
+        with trio.fail_after(20):
+            assert await read(store, 1000, 1000) == data[1000:2000]
+            assert connections(port) == 2
+            reads_ahead.set(None)
+            assert await read(store, 2000, 1000) == data[2000:3000]
+
+
+def test_how_much_is_on_the_way() -> None:
+    """What the way holds, and what comes in a moment in which nobody receives; of the highest rate of late."""
+    pace, now = _Pace(), 100.0
+    least = pace.room(0.001)
+    for _ in range(20):
+        now += 0.05
+        pace.came(now, 5_000_000)
+    assert pace.room(0.0) == pytest.approx(100e6 * 0.0025, rel=0.1)
+    assert pace.room(0.02) == pytest.approx(100e6 * (0.0025 + 0.02 * 1.5), rel=0.1)
+    now += 60
+    pace.came(now, 1 << 30)  # after a pause
+    assert pace.room(0.0) == pytest.approx(100e6 * 0.0025, rel=0.1)
+    for _ in range(600):
+        now += 0.01
+        pace.came(now, 20_000)
+    assert pace.room(0.0) == least
 
 
 # --- a server that is played here ---------------------------------------------------------------------
