@@ -273,6 +273,21 @@ def test_reads_fail_and_the_mount_ends_while_ceph_is_away(folder: Path, osd: Cep
     must("check", folder / "disk.fvd")
 
 
+def test_without_a_monitor_what_is_open_is_read(folder: Path, ceph: Ceph, template: str) -> None:
+    over(folder, ceph, template)
+    with mounted(folder, *allowed(ceph)) as mount, open(mount.raw("disk"), "r+b"):
+        read_now(mount.raw("disk"), 0)
+        ceph.signal_mon(signal.SIGSTOP)
+        try:
+            assert read_now(mount.raw("disk"), MIB) == DATA[MIB : MIB + 4096]
+            done = fvdfs("create", folder / "new.fvd", "-b", template, "-F", "raw", "--credentials", known(ceph))
+            assert done.code == 1
+            assert "imed out" in done.err
+        finally:
+            ceph.signal_mon(signal.SIGCONT)
+    assert "is lost" not in mount.log
+
+
 # --- who may not, and what is not there ----------------------------------------------------------
 
 

@@ -84,6 +84,7 @@ class Ceph:
         self._keyring = folder / "keyring"
         self._daemons = contextlib.ExitStack()
         self._osd: subprocess.Popen[bytes] | None = None
+        self._mon: subprocess.Popen[bytes] | None = None
 
     def make(self) -> None:
         """Start all of it, from nothing."""
@@ -97,7 +98,7 @@ class Ceph:
         _key(keyring, "client.admin", mon="allow *", osd="allow *")
         self._say("monmaptool", "--create", "--fsid", fsid, "--addv", "a", f"[v2:{self._address}:{port}]", monmap)
         self._say("ceph-mon", "-i", "a", "--mkfs", "--monmap", monmap, "--keyring", keyring)
-        self._start("ceph-mon", "-i", "a")
+        self._mon = self._start("ceph-mon", "-i", "a")
         osd = self.folder / "osd"
         osd.mkdir()
         self._say("ceph-authtool", "--create-keyring", osd / "keyring", "-n", "osd.0", "--gen-key")
@@ -181,6 +182,10 @@ class Ceph:
         assert self._osd is not None
         self._osd.kill()
         self._osd.wait()
+
+    def signal_mon(self, number: signal.Signals) -> None:
+        assert self._mon is not None
+        self._mon.send_signal(number)
 
     def signal_osd(self, number: signal.Signals) -> None:
         assert self._osd is not None
