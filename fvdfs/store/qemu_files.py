@@ -333,12 +333,12 @@ class QemuFiles:
 
     @property
     def reconnects(self) -> bool:
-        """Whether a library connects to a server, and again where that has ended, and tells nobody.
+        """Whether a library connects to a server, perhaps again where that has ended, and tells nobody.
 
-        With one that may end its connections whenever it likes (http) nothing can be made of the end of one.
+        With one that may end its connections whenever it likes (ftp) nothing can be made of the end of one.
         """
         drivers = {str(opened.location.protocol.get("driver")) for opened in self._opened}
-        return bool(drivers & {"iscsi", "nfs"}) and not drivers & {"http", "https", "ftp", "ftps", "rbd"}
+        return bool(drivers & {"iscsi", "nfs", "ssh"}) and not drivers & {"ftp", "ftps", "rbd"}
 
     @property
     def is_remote(self) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import random
 import signal
@@ -16,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from support.cables import Network
 from support.mounts import MIB, Mount, fvdfs, mounted, must, running, wait_until
 
 BLOCK = 64 << 10
@@ -226,43 +226,10 @@ def test_commands_do_not_wait(folder: Path, server: Server, tmp_path: Path) -> N
 # --- a network that is cut ----------------------------------------------------------------------
 
 
-class Network:
-    """A host of its own, behind a cable that can be cut."""
-
-    def __init__(self) -> None:
-        self.name = f"fvdfs{os.getpid()}"
-        number = os.getpid() % 250
-        self.here, self.there = f"10.231.{number}.1", f"10.231.{number}.2"
-        for command in (
-            f"netns add {self.name}",
-            f"link add {self.name} type veth peer name far netns {self.name}",
-            f"address add {self.here}/24 dev {self.name}",
-            f"link set {self.name} up",
-            f"-n {self.name} address add {self.there}/24 dev far",
-        ):
-            self._ip(command)
-        self.join()
-        far = json.loads(self._ip(f"-j -n {self.name} link show far"))[0]["address"]
-        self._ip(f"neighbor add {self.there} lladdr {far} dev {self.name} nud permanent")  # no ARP, which notices a cut
-
-    @staticmethod
-    def _ip(words: str) -> str:
-        return subprocess.run(["ip", *words.split()], check=True, capture_output=True, text=True).stdout
-
-    def cut(self) -> None:
-        self._ip(f"-n {self.name} link set far down")
-
-    def join(self) -> None:
-        self._ip(f"-n {self.name} link set far up")
-
-    def remove(self) -> None:
-        self._ip(f"netns del {self.name}")
-
-
 @pytest.fixture
 def network() -> Iterator[Network]:
-    if os.geteuid() or subprocess.run(["which", "ip"], capture_output=True, check=False).returncode:
-        pytest.skip("needs root and ip")
+    if reason := Network.missing():
+        pytest.skip(reason)
     network = Network()
     yield network
     network.remove()
@@ -273,7 +240,7 @@ def test_a_network_that_is_cut_for_a_while(folder: Path, tmp_path: Path, network
     """The disk goes on as soon as the network is back, not when TCP tries again."""
     (tmp_path / "template").write_bytes(DATA)
     server = ["nbdkit", "-f", "-r", "-i", network.there, "-p", "10809", "file", str(tmp_path / "template")]
-    with running("nsenter", f"--net=/run/netns/{network.name}", *server, stderr=subprocess.DEVNULL):
+    with running(*network.inside, *server, stderr=subprocess.DEVNULL):
         url = f"nbd://{network.there}/"
         wait_until(lambda: fvdfs("create", folder / "disk.fvd", "--base", url, "--base-format", "raw").code == 0)
         with mounted(folder, "-o", f"allow_url={url},on_base_error=wait") as mount, open(mount.raw("disk"), "r+b"):

@@ -6,7 +6,6 @@ To add a kind: its class in support/servers.py, and a line in `SERVERS`.
 from __future__ import annotations
 
 import os
-import random
 import re
 import subprocess
 import threading
@@ -16,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from support.block_servers import Iscsi, Nbdkit, NbdServer, Nfs, Qsd
+from support.cells import DATA, HOLE, SIZE, access, create, new_data, options, read
 from support.ceph import Rbd
 from support.mounts import MIB, Mount, fvdfs, mounted, must, wait_until
 from support.ports import free_port
@@ -32,18 +32,6 @@ SERVERS: dict[str, type[DiskServer]] = {
     "qemu-storage-daemon": Qsd,
     "ceph": Rbd,
 }
-
-SIZE = 8 * MIB
-HOLE = range(3 * MIB, 5 * MIB)
-
-
-def new_data(seed: int) -> bytes:
-    data = bytearray(random.Random(seed).randbytes(SIZE))
-    data[HOLE.start : HOLE.stop] = bytes(len(HOLE))
-    return bytes(data)
-
-
-DATA = new_data(1)
 
 
 @pytest.fixture(scope="module", params=[*SERVERS])
@@ -68,30 +56,6 @@ def server(running_server: DiskServer) -> DiskServer:
     if running_server.content() != DATA:
         running_server.put(DATA)
     return running_server
-
-
-def access(server: DiskServer, credentials: Path | None = None, tls_creds: Path | None = None) -> list[str]:
-    """The words of a command that is to be let in."""
-    tls = ["--tls-creds", str(tls_creds or server.tls)] if server.tls is not None else []
-    return ["--credentials", str(credentials or server.credentials()), *tls]
-
-
-def options(server: DiskServer, *more: str) -> str:
-    """Those of a mount."""
-    tls = [f"tls_creds={server.tls}"] if server.tls is not None else []
-    return ",".join([f"allow_url={server.url}", f"credentials={server.credentials()}", *tls, *more])
-
-
-def create(folder: Path, server: DiskServer, *words: str) -> None:
-    base = ("--base", server.url, "--base-format", "raw", *words)
-    must("create", folder / "vm.fvd", *base, *access(server))
-
-
-def read(path: Path, offset: int, length: int) -> bytes:
-    """Past the page cache."""
-    with path.open("rb", buffering=0) as file:
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        return os.pread(file.fileno(), length, offset)
 
 
 def all_that_is_seen(mount: Mount) -> str:

@@ -29,6 +29,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
+from support.cables import Network
 from support.mounts import running, wait_until
 from support.sshd import IS_LOCKED, SSHD
 from support.tls import make_authority, make_certificate
@@ -72,8 +73,11 @@ class DiskServer:
     changes_while_stopped: ClassVar[bool] = True
     """Whether `put` needs no server that runs."""
 
-    def __init__(self, folder: Path, port: int) -> None:
+    def __init__(self, folder: Path, port: int, network: Network | None = None) -> None:
+        """`network`: it runs on the host there, and not on this one."""
         folder.mkdir()
+        self.address = network.there if network is not None else "127.0.0.1"
+        self.inside = network.inside if network is not None else []
         self.folder = folder
         self.port = port
         self.disk = folder / "disk.raw"
@@ -138,7 +142,7 @@ class DiskServer:
     def run(self, *words: str | Path, **how: Any) -> subprocess.Popen[Any]:
         """Start a process that ends with `stop`."""
         how = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL} | how
-        process = self._stack.enter_context(running(*words, **how))
+        process = self._stack.enter_context(running(*self.inside, *words, **how))
         self._stack.callback(self._end, process)
         return process
 
@@ -185,20 +189,20 @@ class Ssh(DiskServer):
     writes = True
     grows = True
 
-    def __init__(self, folder: Path, port: int) -> None:
-        super().__init__(folder, port)
+    def __init__(self, folder: Path, port: int, network: Network | None = None) -> None:
+        super().__init__(folder, port, network)
         for key in ("host", "user", "other"):
             subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", folder / key], check=True)
         host = " ".join((folder / "host.pub").read_text().split()[:2])
         other = " ".join((folder / "other.pub").read_text().split()[:2])
-        self.file("known_hosts", f"[127.0.0.1]:{port} {host}\n", 0o644)
-        self.file("known_others", f"[127.0.0.1]:{port} {other}\n", 0o644)
+        self.file("known_hosts", f"[{self.address}]:{port} {host}\n", 0o644)
+        self.file("known_others", f"[{self.address}]:{port} {other}\n", 0o644)
         self.file("known_nobody", f"nowhere {other}\n", 0o644)
         self.file("authorized", (folder / "user.pub").read_text())
         (folder / "sshd").write_text(
-            f"ListenAddress 127.0.0.1\nPort {port}\nHostKey {folder}/host\nPidFile none\nStrictModes no\nUsePAM no\n"
-            f"PermitRootLogin yes\nPasswordAuthentication no\nAuthorizedKeysFile {folder}/authorized\n"
-            "Subsystem sftp internal-sftp\n"
+            f"ListenAddress {self.address}\nPort {port}\nHostKey {folder}/host\nPidFile none\n"
+            f"StrictModes no\nUsePAM no\nPermitRootLogin yes\nPasswordAuthentication no\n"
+            f"AuthorizedKeysFile {folder}/authorized\nSubsystem sftp internal-sftp\n"
         )
 
     @classmethod
@@ -209,11 +213,11 @@ class Ssh(DiskServer):
 
     @property
     def url(self) -> str:
-        return f"ssh://127.0.0.1:{self.port}{self.disk}"
+        return f"ssh://{self.address}:{self.port}{self.disk}"
 
     def _section(self, key: str = "user", known_hosts: str = "known_hosts", user: str = "") -> str:
         name = user or getpass.getuser()
-        return f"[ssh://127.0.0.1:{self.port}/]\nuser = {name}\nkey = {key}\nknown_hosts = {known_hosts}\n"
+        return f"[ssh://{self.address}:{self.port}/]\nuser = {name}\nkey = {key}\nknown_hosts = {known_hosts}\n"
 
     @property
     def section(self) -> str:
@@ -233,21 +237,21 @@ class Ssh(DiskServer):
         if os.geteuid() == 0:
             Path("/run/sshd").mkdir(exist_ok=True)  # else sshd does not start
         self.run(SSHD, "-D", "-e", "-f", self.folder / "sshd", start_new_session=True)
-        wait_until(lambda: listens_at(self.port))
+        wait_until(lambda: listens_at(self.port, self.address))
 
     def stop(self) -> None:
         super().stop()
         # Each connection has a process of its own, which outlives the one that listens.
-        for pid in _with_port(self.port):
+        for pid in self._sessions():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, 9)
-        wait_until(lambda: not _with_port(self.port))
+        wait_until(lambda: not self._sessions())
 
-
-def _with_port(port: int) -> list[int]:
-    """Processes that have a connection at this port of this machine."""
-    said = subprocess.run(["ss", "-Htnp", f"sport = :{port}"], capture_output=True, text=True, check=True).stdout
-    return [int(number) for number in re.findall(r"pid=(\d+)", said)]
+    def _sessions(self) -> list[int]:
+        """Processes that have a connection at its port."""
+        words = [*self.inside, "ss", "-Htnp", f"sport = :{self.port}"]
+        said = subprocess.run(words, capture_output=True, text=True, check=True).stdout
+        return [int(number) for number in re.findall(r"pid=(\d+)", said)]
 
 
 NGINX = shutil.which("nginx", path=f"{os.environ.get('PATH', '')}:/usr/sbin")
@@ -259,14 +263,14 @@ class Https(DiskServer):
     password = "top-secret-password"
     cookie = "top-secret-cookie"
 
-    def __init__(self, folder: Path, port: int) -> None:
-        super().__init__(folder, port)
+    def __init__(self, folder: Path, port: int, network: Network | None = None) -> None:
+        super().__init__(folder, port, network)
         (folder / "web").mkdir()
         self.disk = folder / "web" / "disk.raw"
         for name in ("tls", "other"):
             (folder / name).mkdir()
             make_authority(folder / name)
-        make_certificate(folder / "tls", "server")
+        make_certificate(folder / "tls", "server", address=self.address)
         self.file("password", f"{self.password}\n")
         self.file("wrong-password", "wrong\n")
         self.file("cookie", f"key={self.cookie}\n")
@@ -291,7 +295,7 @@ class Https(DiskServer):
                 client_body_temp_path {folder}/t1; proxy_temp_path {folder}/t2; fastcgi_temp_path {folder}/t3;
                 uwsgi_temp_path {folder}/t4; scgi_temp_path {folder}/t5;
                 server {{
-                    listen 127.0.0.1:{self.port} ssl;
+                    listen {self.address}:{self.port} ssl;
                     ssl_certificate {folder}/tls/server-cert.pem;
                     ssl_certificate_key {folder}/tls/server-key.pem;
                     root {folder}/web;
@@ -300,7 +304,7 @@ class Https(DiskServer):
                         if ($cookie_key != "{self.cookie}") {{ return 403; }}
                         alias {folder}/web/;
                     }}
-                    location /moved/ {{ return 302 https://127.0.0.1:{self.port}/disk.raw; }}
+                    location /moved/ {{ return 302 https://{self.address}:{self.port}/disk.raw; }}
                     location /away/ {{ return 302 {self.elsewhere}; }}
                 }}
             }}
@@ -314,7 +318,7 @@ class Https(DiskServer):
     @property
     def root(self) -> str:
         """The beginning of all URLs of it."""
-        return f"https://127.0.0.1:{self.port}/"
+        return f"https://{self.address}:{self.port}/"
 
     @property
     def url(self) -> str:
@@ -344,7 +348,7 @@ class Https(DiskServer):
     def _launch(self) -> None:
         assert NGINX is not None
         self.run(NGINX, "-c", self.folder / "nginx.conf", "-e", self.folder / "error.log")
-        wait_until(lambda: listens_at(self.port))
+        wait_until(lambda: listens_at(self.port, self.address))
 
 
 class S3(DiskServer):

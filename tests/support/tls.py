@@ -54,8 +54,9 @@ def make_authority(folder: Path) -> None:
     _make_key(folder, "ca", "-x509", "-extensions", "authority", "-days", "2", "-out", "ca-cert.pem")
 
 
-def make_certificate(folder: Path, role: str, *, expired: bool = False) -> None:
-    """Of a server at 127.0.0.1, or of a client, by the authority in the folder."""
+def make_certificate(folder: Path, role: str, *, expired: bool = False, address: str = "127.0.0.1") -> None:
+    """Of a server at this address, or of a client, by the authority in the folder."""
+    (folder / "configuration").write_text(_CONFIGURATION.replace("127.0.0.1", address))
     _make_key(folder, role, "-new", "-out", f"{role}.csr")
     (folder / "index").write_text("")
     dates = []
