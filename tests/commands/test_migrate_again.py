@@ -96,11 +96,18 @@ def kill(pid: int) -> None:
     wait_for_end(pid)
 
 
-@pytest.mark.parametrize("step", ["received", "QEMU sends", "the machine runs at"])
-def test_the_server_is_killed(ground: Ground, here: Machine, step: str) -> None:
+@contextlib.contextmanager
+def at_step(ground: Ground, here: Machine, step: str) -> Iterator[subprocess.Popen[Any]]:
+    """The command, which has just told this step; where QEMU sends the machine it does for as long as it is slow."""
     if step == "QEMU sends":
         slow_down(here)
     with under_way(ground, step) as process:
+        yield process
+
+
+@pytest.mark.parametrize("step", ["received", "QEMU sends", "the machine runs at"])
+def test_the_server_is_killed(ground: Ground, here: Machine, step: str) -> None:
+    with at_step(ground, here, step) as process:
         kill(server_of(process))
         if step == "QEMU sends":
             here("migrate-set-parameters", max_bandwidth=1 << 30)
@@ -115,9 +122,7 @@ def test_the_server_is_killed(ground: Ground, here: Machine, step: str) -> None:
 @pytest.mark.parametrize("step", ["served", "received", "QEMU sends", "the machine was sent", "the machine runs at"])
 def test_the_command_is_killed(ground: Ground, here: Machine, step: str) -> None:
     """The far end goes on as far as it can; the same command again does the rest."""
-    if step == "QEMU sends":
-        slow_down(here)
-    with under_way(ground, step) as process:
+    with at_step(ground, here, step) as process:
         far_side = far_side_of(process)
         kill(process.pid)
         if step == "QEMU sends":
@@ -137,9 +142,7 @@ def test_the_command_is_killed(ground: Ground, here: Machine, step: str) -> None
 
 @pytest.mark.parametrize("step", ["received", "QEMU sends", "the machine runs at"])
 def test_the_far_end_is_killed(ground: Ground, here: Machine, step: str) -> None:
-    if step == "QEMU sends":
-        slow_down(here)
-    with under_way(ground, step) as process:
+    with at_step(ground, here, step) as process:
         kill(far_side_of(process))
         code, err = ended(process)
     assert code == 1, err
