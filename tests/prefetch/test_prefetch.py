@@ -323,9 +323,9 @@ def test_recording_by_the_mount(folder: Path, base: Path) -> None:
         (["profile", "record", "base.raw"], "not an FVD image"),
         (["profile", "show", "alone.fvd"], "holds no profile"),
         (["status", "."], "not mounted there"),
-        (["prefetch", "start", "base.raw"], "not a raw file of an fvdfs mount"),
+        (["prefetch", "start", "base.raw"], "is not a raw file in a mount of fvdfs"),
         (["prefetch", "start", "none.raw"], "no such file"),
-        (["map", "base.raw"], "not a raw file of an fvdfs mount"),
+        (["map", "base.raw"], "is not a raw file in a mount of fvdfs"),
         (["map", "none.fvd"], "No such file"),
     ],
 )

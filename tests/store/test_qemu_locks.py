@@ -51,6 +51,11 @@ def qemu_io(path: Path, command: str = "write 0 512") -> str:
     return "" if done.returncode == 0 else done.stderr + done.stdout
 
 
+def qemu_may_have(path: Path) -> bool:
+    """Whether QEMU can open it for writing."""
+    return subprocess.run(["qemu-io", "-f", "raw", "-c", "read 0 512", path], capture_output=True).returncode == 0
+
+
 def qcow2(path: Path, *words: str) -> None:
     subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", *words, path], check=True)
 
@@ -260,6 +265,7 @@ def test_a_device_that_qemu_has_open(folder: Path, tmp_path: Path) -> None:
         with mounted(folder, "-o", f"base_path={device.parent}") as mount:
             with open(mount.raw("a"), "r+b"):
                 assert "lock" in qemu_io(device)
+            wait_until(lambda: qemu_may_have(device))  # the mount closes it a moment after the program
             with held_by_qemu(device), pytest.raises(OSError, match="busy"):
                 open(mount.raw("a"), "rb")
 

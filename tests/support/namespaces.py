@@ -38,7 +38,7 @@ def overlaid(folder: Path, *places: str) -> str:
 
 
 def _is_of_a_test(mount: MountPoint) -> bool:
-    return mount.is_ours or mount.path.startswith(f"{tempfile.gettempdir()}/pytest-of-")
+    return mount.is_ours or mount.path.startswith(f"{tempfile.gettempdir()}/")
 
 
 def _must(result: int) -> None:
