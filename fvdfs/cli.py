@@ -42,7 +42,7 @@ _INTERNAL = "migrate-target"  # a command that is for another fvdfs alone
 _EXIT_CODES = """\
 exit codes:
   0    done
-  1    an image is damaged, in use, or cannot be used as it is; no permission, space or memory; a server is away
+  1    an image is damaged, in use, or cannot be used; a read-only mount; no permission, space, memory; a server is away
   2    a mistake in what was asked: words that make no sense, names of nothing, files that must not be overwritten
   130  interrupted by Ctrl-C; mount, stopped by a signal before it is ready: 128 and the signal's number
 
