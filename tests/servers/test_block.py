@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 import pytest
 
-from support.block_servers import Iscsi, NbdServer, NbdTls, Nfs, Qsd
+from support.block_servers import Iscsi, KilledServer, Nbdkit, NbdServer, NbdTls, Nfs, Qsd
 from support.mounts import MIB, fvdfs, mounted, must, running, wait_until
 from support.ports import free_port
 from support.servers import DiskServer
@@ -138,6 +138,64 @@ def test_what_it_may_have_lost_is_told(folder: Path, either: DiskServer) -> None
             os.pwrite(disk.fileno(), block(3), 0)
             os.fsync(disk.fileno())
     assert either.content()[:BLOCK] == block(3)
+
+
+# Writes each block and flushes it; opens the disk anew after an error.
+ONE_BY_ONE = """
+import os, sys
+number, disk = 1, -1
+while True:
+    try:
+        disk = os.open(sys.argv[1], os.O_RDWR) if disk < 0 else disk
+        os.pwrite(disk, bytes([number % 251]) * 4096, number % 1024 * 4096)
+        os.fsync(disk)
+        print(number, flush=True)
+        number += 1
+    except OSError as error:
+        if disk >= 0:
+            try:
+                os.close(disk)
+            except OSError:
+                pass
+        disk = -1
+"""
+
+
+@pytest.mark.parametrize("kind", [Iscsi, Nfs, NbdServer, Nbdkit, Qsd])
+def test_a_flush_is_one_at_the_server(folder: Path, tmp_path: Path, kind: type[KilledServer]) -> None:
+    """What was flushed before it was killed in the midst of writes is there, and writing goes on when it is back."""
+    with started(kind, tmp_path / "server") as server:
+        keep_at(folder, server)
+        tls = (f"tls_creds={server.tls}",) if server.tls is not None else ()
+        with mounted(folder, "-o", options(server, "writeback=off", *tls)) as mount:
+            seen = tmp_path / "seen"
+            with mount.raw("vm").open("r+b", buffering=0) as disk:
+                attached = [word for pid in server.pids for word in ("-p", str(pid))]
+                with running("strace", "-f", "-q", "-o", seen, "-e", "fsync,fdatasync", *attached) as strace:
+                    wait_until(lambda: all(is_traced(pid, strace.pid) for pid in server.pids))
+                    disk.write(DATA)
+                    os.fsync(disk.fileno())
+                    strace.terminate()
+                    strace.wait()
+            assert "sync(" in seen.read_text()
+            with running(
+                sys.executable, "-c", ONE_BY_ONE, mount.raw("vm"), stdout=subprocess.PIPE, text=True
+            ) as writer:
+                assert writer.stdout is not None
+                for _ in range(2):
+                    last = [int(writer.stdout.readline()) for _ in range(10)][-1]
+                    server.stop()
+                    found = server.content()
+                    for number in range(1, last + 1):
+                        assert found[number * BLOCK : (number + 1) * BLOCK] == bytes([number % 251]) * BLOCK
+                    server.start()
+                assert [int(writer.stdout.readline()) for _ in range(20)]
+
+
+def is_traced(process: int, tracer: int) -> bool:
+    """With all its threads."""
+    threads = Path(f"/proc/{process}/task").iterdir()
+    return all(f"TracerPid:\t{tracer}\n" in (thread / "status").read_text() for thread in threads)
 
 
 @pytest.mark.parametrize("either", ["iscsi", "nfs"], indirect=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from support.mounts import running, wait_until
+from support.namespaces import in_mount_namespace
 from support.servers import DiskServer, listens_at
 from support.tls import make_authority, make_certificate, make_keys
 
@@ -41,6 +43,13 @@ class KilledServer(DiskServer):
     @property
     def runs(self) -> bool:
         return listens_at(self.port)
+
+    @property
+    def pids(self) -> list[int]:
+        """The processes that serve somebody."""
+        words = [*self.inside, "ss", "-Htnp", f"sport = :{self.port}"]
+        said = subprocess.run(words, capture_output=True, text=True, check=True).stdout
+        return [int(number) for number in re.findall(r"pid=(\d+)", said)]
 
     def _look_again(self) -> None:
         if self.keeps_open and self.runs:
@@ -153,10 +162,11 @@ class Nfs(KilledServer):
         self.here, self.there = (
             f"10.{232 + number // 15000}.{number // 60 % 250}.{number % 60 * 4 + n}" for n in (1, 2)
         )
-        process = self._host.enter_context(running("unshare", "-n", "sleep", "infinity"))
-        self.namespace = f"/proc/{process.pid}/ns/net"
-        mine = os.stat("/proc/self/ns/net").st_ino
-        wait_until(lambda: os.stat(self.namespace).st_ino != mine)
+        # Of mounts, too: ganesha finds the portmapper by a socket in /run.
+        alone = "mount -t tmpfs none /run && mkdir /run/rpcbind && exec sleep infinity"
+        process = self._host.enter_context(running(*in_mount_namespace("unshare", "--net", "sh", "-c", alone)))
+        self._inside = f"/proc/{process.pid}"
+        wait_until(lambda: Path(self._inside, "comm").read_text() == "sleep\n")
         name = f"nfs{port}"
         self._ip(f"link add {name} type veth peer name far netns {process.pid}")
         self._ip(f"address add {self.here}/30 dev {name}")
@@ -189,7 +199,7 @@ class Nfs(KilledServer):
         """The command line that runs this one at the server."""
         program = _program(words[0])
         assert program is not None
-        return ["nsenter", f"--net={self.namespace}", program, *words[1:]]
+        return ["nsenter", f"--net={self._inside}/ns/net", f"--mount={self._inside}/ns/mnt", program, *words[1:]]
 
     def _listens(self, port: int) -> bool:
         with socket.socket() as probe:
@@ -201,10 +211,8 @@ class Nfs(KilledServer):
         if os.geteuid():
             return "nfs-ganesha runs as root"
         missing = next((name for name in ("ganesha.nfsd", "rpcbind", "nsenter", "ip") if not _program(name)), None)
-        if missing is None and not Path("/usr/lib/x86_64-linux-gnu/ganesha/libfsalvfs.so").exists():
+        if missing is None and not any(Path("/usr/lib").glob("*/ganesha/libfsalvfs.so")):
             missing = "nfs-ganesha-vfs"
-        if missing is None and _is_open(Path("/run/rpcbind.sock")):
-            return "the portmapper of this machine runs: its socket has one place"
         return f"{missing} is not installed" if missing else ""
 
     @property
@@ -232,11 +240,15 @@ class Nfs(KilledServer):
 
     def _launch(self) -> None:
         words = ("-F", "-f", f"{self.folder}/ganesha.conf", "-L", f"{self.folder}/log", "-p", f"{self.folder}/pid")
-        self.run(*self.on("ganesha.nfsd", *words))
+        self._process = self.run(*self.on("ganesha.nfsd", *words))
         wait_until(
             lambda: b"mountd" in subprocess.run(self.on("rpcinfo", "-p", "127.0.0.1"), capture_output=True).stdout
         )
         wait_until(lambda: self._listens(2049))
+
+    @property
+    def pids(self) -> list[int]:
+        return [self._process.pid]
 
     def cut(self) -> None:
         """Nothing comes through any more."""
@@ -251,11 +263,6 @@ class Nfs(KilledServer):
     @property
     def runs(self) -> bool:
         return self._listens(2049)
-
-
-def _is_open(at: Path) -> bool:
-    with socket.socket(socket.AF_UNIX) as probe:
-        return at.exists() and probe.connect_ex(str(at)) == 0
 
 
 class NbdTls(KilledServer):
