@@ -61,7 +61,6 @@ class Kept:
     def __init__(self, inherited: daemon.Inherited | None, command: Sequence[str], folder: str, log_file: str) -> None:
         """`command`: what starts the next daemon, in this folder; none: nothing is kept. Raises OSError."""
         self.remembered = Remembered()
-        self.remembered.renewed = self._store_state
         self._command = command
         self._folder = folder
         self._log_file = log_file
@@ -283,6 +282,7 @@ async def adopt(filesystem: Filesystem, remembered: Remembered) -> None:
     state = remembered.state
     filesystem.go_on(state.takeovers)
     suspects = dict(state.adopting)
+    left = [number for number, file in state.files.items() if not file.is_settled]
     async with trio.open_nursery() as nursery:
         for inode, disk in [*state.disks.items()]:
             if inode not in suspects:
@@ -290,17 +290,16 @@ async def adopt(filesystem: Filesystem, remembered: Remembered) -> None:
     for inode in suspects:  # one by one, to see whose fault it is
         if inode in state.disks:
             await _adopt(filesystem, remembered, inode, state.disks[inode])
-    # Closed when the former daemon ended, or being closed.
-    for number, file in [*state.files.items()]:
-        if not file.is_settled:
-            await _settle(filesystem, file.path)
-        if not state.files.get(number, file).is_settled:
-            log.error("%s: what was written last may be lost", printable(file.path))
-            remembered.note("files", number, None)
+    for number in left:
+        await _settle(filesystem, remembered, number)
 
 
-async def _settle(filesystem: Filesystem, path: str) -> None:
-    """Have what was written to an image that nobody has open be in it."""
+async def _settle(filesystem: Filesystem, remembered: Remembered, number: int) -> None:
+    """Have what the former daemon has not committed of a file be in it; nobody had it open, or to read it only."""
+    file = remembered.state.files.get(number)
+    if file is None:
+        return
+    path, entry = file.path, None
     try:
         entry = await filesystem.folder.lookup(raw_name(os.path.basename(os.fsencode(path))))
         if entry is not None and not (entry.image is not None and entry.image.writable):
@@ -308,6 +307,9 @@ async def _settle(filesystem: Filesystem, path: str) -> None:
             await filesystem.openings.close(entry)
     except (OSError, FvdError) as error:
         log.error("%s: %s", printable(path), told(error))
+    if (entry is None or entry.image is None) and number in remembered.state.files:
+        log.error("%s: what was written last may be lost", printable(path))
+        remembered.note("files", number, None)
 
 
 async def _adopt(filesystem: Filesystem, remembered: Remembered, inode: int, disk: Disk) -> None:

@@ -2,7 +2,7 @@
 
 It holds lines of JSON, each a change, appended with one call before the kernel gets the answer that it is about: a
 daemon that is killed leaves whole lines, and perhaps a part of one, which counts for nothing since nobody was told.
-When it has become much longer than what it says, it is written anew, to another file.
+When it has become much longer than what it says, all of that is said once more, and what is before becomes a hole.
 
 Without a keeper nothing is written, and nothing is remembered.
 """
@@ -16,11 +16,14 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from fvdfs.format.header import PAGE
 from fvdfs.image.unsettled import Left, Notes
+from fvdfs.store.host import PUNCH, fallocate
 from fvdfs.store.mountinfo import MountPoint
 
 WRONG = -1
 """In place of a size: what the kernel believes of the inode is wrong."""
+_AGAIN = "again"
 _LEAST = 1 << 20  # bytes from which on it is written anew, at the earliest
 
 
@@ -183,25 +186,27 @@ class Remembered:
         self.descriptor = -1
         """The file; -1: there is none, and nothing is written."""
         self.number = 0
-        """Which of several it is: the highest counts."""
+        """Which of several it is: the highest counts. Each daemon makes one."""
         self._files = 0
         self._length = 0
+        self._begins = 0  # bytes before that mean nothing
         self._least = _LEAST
-        self.renewed: Callable[[], None] = _nobody
-        """Is told when the file is another one."""
 
     def begin(self, number: int = 1) -> None:
         """Have a new file, with all that is known. Raises OSError."""
-        lines = "".join(_line(change) for change in self.state.changes()) + _line({"what": "whole"})
-        descriptor = os.memfd_create(f"fvdfs-state-{number}", os.MFD_CLOEXEC)
-        os.set_inheritable(descriptor, False)
+        self.descriptor, self.number = os.memfd_create(f"fvdfs-state-{number}", os.MFD_CLOEXEC), number
+        self._say_all()
+
+    def _say_all(self) -> None:
+        """Raises OSError."""
+        begins = self._length
+        lines = "".join(_line(change) for change in ({"what": _AGAIN}, *self.state.changes(), {"what": "whole"}))
         data = lines.encode()
         while data:
-            data = data[os.write(descriptor, data) :]
-        former, self.descriptor, self.number = self.descriptor, descriptor, number
-        self._length, self._least = len(lines), max(_LEAST, 4 * len(lines))
-        if former >= 0:
-            os.close(former)
+            data = data[os.write(self.descriptor, data) :]
+        self._begins, self._length, self._least = begins, begins + len(lines), max(_LEAST, 4 * len(lines))
+        if unused := begins // PAGE * PAGE:
+            fallocate(self.descriptor, PUNCH, 0, unused)
 
     def take_up(self, files: dict[int, int]) -> None:
         """Go on with what a former daemon has left: descriptors by number, which are closed. Raises OSError."""
@@ -244,9 +249,8 @@ class Remembered:
             return
         with contextlib.suppress(OSError):
             self._length += os.write(self.descriptor, line.encode())
-            if self._length > self._least:
-                self.begin(self.number + 1)
-                self.renewed()
+            if self._length - self._begins > self._least:
+                self._say_all()
 
     # --- what images have not committed (`image/unsettled.py`) -------------------------------------
 
@@ -363,10 +367,6 @@ class _Notes:
         return True
 
 
-def _nobody() -> None:
-    """There is no keeper."""
-
-
 def path_of(disk: Disk) -> bytes:
     """The path of its image."""
     return disk.path.encode("latin-1")
@@ -379,11 +379,19 @@ def _line(change: dict[str, Any]) -> str:
 def _read(descriptor: int) -> State | None:
     """What a file says; None where it was not written to its end."""
     state, whole = State(), False
-    data = os.pread(descriptor, os.fstat(descriptor).st_size, 0)
-    for line in data.split(b"\n")[:-1]:
-        change = json.loads(line)
+    try:
+        begins = os.lseek(descriptor, 0, os.SEEK_DATA)
+    except OSError:
+        return None
+    data = os.pread(descriptor, os.fstat(descriptor).st_size - begins, begins)
+    lines = data[max(0, data.find(_line({"what": _AGAIN}).encode())) :].split(b"\n")[:-1]
+    for line in lines:
+        try:
+            change = json.loads(line)
+        except ValueError:  # there was no memory for the rest of it
+            continue
         if change["what"] == "whole":
             whole = True
-        else:
+        elif change["what"] != _AGAIN:  # of what is said again, nothing is new
             state.apply(change)
     return state if whole else None
