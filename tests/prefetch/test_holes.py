@@ -141,7 +141,8 @@ def test_a_server_that_tells_no_holes(folder: Path, tmp_path: Path, template: Pa
             prefetch(mount)
             assert server.read >= SIZE
             assert same(mount.raw("disk"), template)
-    assert (folder / "disk.fvd").stat().st_blocks * 512 <= DATA + ENDS + 4 * MIB
+    # Some of the zeros, up to some megabytes, are stored where the host is busy.
+    assert (folder / "disk.fvd").stat().st_blocks * 512 <= 2 * (DATA + ENDS)
 
 
 def test_a_hole_that_is_not_called_zeros_is_read(folder: Path, tmp_path: Path, template: Path) -> None:
