@@ -135,13 +135,14 @@ class Kept:
             self._store(f"{keeper.BACKING}{inode}", descriptor)
             self.remembered.note("backings", inode, number)
 
-    def forget_backing(self, inode: int) -> None:
-        """No longer."""
+    def forget_backing(self, inode: int) -> bool:
+        """No longer; whether somebody else had it, who closes it now."""
         descriptor = self._descriptors.get(f"{keeper.BACKING}{inode}")
         for identity in [identity for identity, lent in filelock.lent_before.items() if lent == descriptor]:
             del filelock.lent_before[identity]
         self._remove(f"{keeper.BACKING}{inode}")
         self.remembered.note("backings", inode, None)
+        return descriptor is not None
 
     def backing(self, inode: int) -> tuple[int, int] | None:
         """The number and the descriptor of what the kernel got of an inode."""

@@ -39,6 +39,7 @@ _UNIT = 4096
 """The size is a multiple of it, in bytes: QEMU without a cache takes no other of a file whose alignment it cannot find
 out, such as one that begins with a hole."""
 NOT_ROOT = "only root may have it (CAP_SYS_ADMIN)"
+_LOOKS, _LOOK = 50, 0.01  # seconds between two; a keeper closes at once what it is told to
 _REFUSALS = {
     errno.EPERM: NOT_ROOT,
     errno.ELOOP: "its data lies on a stacked file system, such as an overlay or another mount of fvdfs",
@@ -93,8 +94,8 @@ class Keeps(Protocol):
     def keep_backing(self, inode: int, number: int, descriptor: int) -> None:
         """The kernel reads and writes this file by itself, which it has by this number."""
 
-    def forget_backing(self, inode: int) -> None:
-        """No longer."""
+    def forget_backing(self, inode: int) -> bool:
+        """No longer; whether somebody else had it, who closes it now."""
 
     def backing(self, inode: int) -> tuple[int, int] | None:
         """The number and the descriptor of what the kernel got of an inode from a former process."""
@@ -104,9 +105,11 @@ class Passthrough:
     """The kernel has the data of one open image."""
 
     def __init__(
-        self, kernel: Kernel, number: int, descriptor: int, image: Image, mtime: Mtime, ended: Callable[[], None]
+        self, kernel: Kernel, number: int, descriptor: int, image: Image, mtime: Mtime, ended: Callable[[], bool]
     ) -> None:
-        """Takes over `descriptor`, which is what the kernel has under this number. `ended` is told of the end."""
+        """Takes over `descriptor`, which is what the kernel has under this number. `ended` is told of the
+        end, and says whether another process has the descriptor for a moment more.
+        """
         self._ended = ended
         self.number = number
         self._kernel = kernel
@@ -150,11 +153,16 @@ class Passthrough:
         still_used = True
         try:
             self._kernel.close_backing(self.number)
-            self._ended()
+            kept = self._ended()
             self.look()
             await trio.to_thread.run_sync(os.close, self._descriptor)
             assert isinstance(self._image.data, HostFile)
             still_used = self._image.data.file_lock.end_lending()
+            for _ in range(_LOOKS if kept else 0):
+                if not still_used:
+                    break
+                await trio.sleep(_LOOK)
+                still_used = self._image.data.file_lock.end_lending()
         finally:
             self._image.committer.end_unseen_writes(still_used=still_used)
         if still_used:
@@ -221,8 +229,7 @@ class Passthroughs:
     def _have(
         self, kernel: Kernel, number: int, descriptor: int, inode: int, image: Image, mtime: Mtime
     ) -> Passthrough:
-        def ended() -> None:
-            if self.keeps is not None:
-                self.keeps.forget_backing(inode)
+        def ended() -> bool:
+            return self.keeps is not None and self.keeps.forget_backing(inode)
 
         return Passthrough(kernel, number, descriptor, image, mtime, ended)
