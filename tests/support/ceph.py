@@ -115,7 +115,7 @@ class Ceph:
 
     def _start(self, *command: str | Path) -> subprocess.Popen[bytes]:
         said = self._daemons.enter_context(open(self.folder / f"{command[0]}.said", "ab"))
-        words = self._on(*command, "-f", "-c", self.conf)
+        words = ["setpriv", "--pdeathsig", "KILL", *self._on(*command, "-f", "-c", self.conf)]  # ends with the tests
         return self._daemons.enter_context(running(*words, stdout=said, stderr=said, start_new_session=True))
 
     def _say(self, *command: str | Path, said: str = "") -> str:
