@@ -131,8 +131,8 @@ _ROWS = (
     Option("prefetch_max=BYTES", "a second that prefetching may read, for all images together (default: no cap)", _cap),
     Option(
         "prefetch_jobs=N",
-        "reads that prefetching may have under way, for all images together (default: 4), twice as many for those that "
-        "follow their machine",
+        "reads that prefetching may have under way, for all images together (default: 4), four times as many for those "
+        "that follow their machine",
         _jobs,
     ),
     Option("create", "let new files NAME.raw be made, as new images, and disks be renamed"),

@@ -36,7 +36,7 @@ from fvdfs.prefetch.linkwatch import GOOD_REQUEST
 from fvdfs.prefetch.order import Piece, ProfileOrder, next_piece
 from fvdfs.prefetch.pacing import FloorRule, Pacer
 from fvdfs.prefetch.profile import plan
-from fvdfs.prefetch.scheduler import Flow, Link, Scheduler
+from fvdfs.prefetch.scheduler import FOLLOWING_JOBS, Flow, Link, Scheduler
 from fvdfs.store.nbd_reader import Ahead, reads_ahead
 from fvdfs.store.outage import Outage
 
@@ -272,7 +272,7 @@ class Prefetcher:
             while order.has_more():
                 before = self._localized
                 try:
-                    await self._pass(flow, fetcher, PROFILE_WORKERS * (2 if self._follows else 1), order)
+                    await self._pass(flow, fetcher, PROFILE_WORKERS * (FOLLOWING_JOBS if self._follows else 1), order)
                 except _Failure as failure:
                     failed = True
                     order.leave_out(failure.start)

@@ -29,7 +29,7 @@ from fvdfs.prefetch.pacing import Pacer, Stopwatch
 from fvdfs.prefetch.window import Window
 
 DEFAULT_JOBS = 4  # requests of one mount under way
-FOLLOWING_JOBS = 2  # times as many for disks that follow: with less, small pieces of data would not fill a link
+FOLLOWING_JOBS = 4  # times as many for disks that follow: with less, small pieces of data would not fill a link
 SLACK = 8 << 20  # bytes that a flow may have fallen behind the others and still catch up
 SAMPLE_INTERVAL = 0.1  # seconds between samples of the disk's pressure
 LAG_INTERVAL = 0.02  # seconds between looks at how long this program waits for a processor
