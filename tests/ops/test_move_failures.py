@@ -763,6 +763,7 @@ def test_a_guest_whose_link_is_cut_while_its_disk_follows(tmp_path: Path, turn: 
         there, where = world.incoming()
         move(world.source, where)
         there.wait_for(1)
+        wait_until(lambda: world.b.status()["move"] == "active", LONG)  # else each write asks for the disk for 30 s
         wait_some_time(turn, 1)
         world.a.host.link.cut(world.a.host)
         wait_until(lambda: there.monitor("query-status")["status"] == "io-error", LONG)
