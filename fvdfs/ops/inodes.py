@@ -21,6 +21,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import itertools
+import math
 import os
 import time
 from dataclasses import dataclass
@@ -162,6 +163,8 @@ class Entry:
         """Why the last step of a move that somebody asked for was refused."""
         self.left_alone = False
         """Whether a user has stopped that it is copied: it follows no further unless somebody uses it."""
+        self.vain_until = -math.inf
+        """Until then, by trio's clock, no write asks for it: those before have waited long enough."""
         self.asked: Asked | None = None
         """While it is asked for at its source."""
         self.own = b""

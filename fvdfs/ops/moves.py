@@ -65,6 +65,8 @@ log = logging.getLogger(__name__)
 Event = Callable[[Record], Record]
 _DIGESTS = 3  # after a word that a target proves
 WRITE_PATIENCE = 30.0  # seconds that a first write waits for the source
+_LONG = 1.0  # seconds in vain, after which the writes that have queued up meanwhile fail at once
+_NEXT = 1.0  # seconds in which they come, one after the other
 FOLLOW_INTERVAL = 1.0  # seconds between looks whether all is local
 
 
@@ -131,6 +133,9 @@ async def activate(openings: Openings, entry: Entry, patience: float = WRITE_PAT
         if entry.record.abandoned:
             raise OSError(errno.EROFS, entry.record.obstacle)
         began, source = trio.current_time(), _source(image, into)
+        if patience > ASKED_PATIENCE and began < entry.vain_until:
+            entry.vain_until = began + _NEXT
+            raise OSError(errno.EIO, entry.move_refused)
         entry.asked = Asked(time.time())
         try:
             if openings.folder.policy.on_loss.waits and patience > ASKED_PATIENCE:
@@ -144,6 +149,8 @@ async def activate(openings: Openings, entry: Entry, patience: float = WRITE_PAT
         except (FvdError, OSError) as error:
             entry.move_refused = reason_of(error)
             log.error("%s: cannot be taken over from its source: %s", image.name, entry.move_refused)
+            if trio.current_time() - began > _LONG:  # the kernel has one write of a file wait for the other
+                entry.vain_until = trio.current_time() + _NEXT
             raise OSError(errno.EIO, entry.move_refused) from error
         finally:
             entry.asked = None

@@ -341,6 +341,34 @@ def test_a_take_over_that_fails_once_it_is_stable_is_finished_by_the_next_write(
     assert b"".join(reference.read_disk(tmp_path / "a.fvd")).startswith(DATA)
 
 
+def test_writes_that_queue_up_fail_with_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """QEMU waits for all of them before its machine stands still."""
+    served = Served(tmp_path, monkeypatch)
+    with (tmp_path / "a.fvd").open("r+b") as file:
+        file.seek(PLACE)
+        file.write(Record(Incoming(Target.RECEIVING, E, SECRET)).encode())
+    asked = []
+
+    async def ask_in_vain(*_: object, **__: object) -> None:
+        asked.append(1)
+        await trio.sleep(1.1)  # what counts as long
+        raise OSError(errno.ETIMEDOUT, "no answer")
+
+    monkeypatch.setattr(moves, "ask", ask_in_vain)
+
+    async def work(kernel: Kernel, fh: int) -> None:
+        for _ in range(4):
+            with pytest.raises(OSError, match="Input/output"):
+                await kernel.write(fh, 0, DATA)
+        assert len(asked) == 1
+        served.entry.vain_until = 0
+        with pytest.raises(OSError, match="Input/output"):
+            await kernel.write(fh, 0, DATA)
+        assert len(asked) == 2
+
+    served.run(work)
+
+
 def test_a_thaw_that_cannot_have_the_disk_be_written_is_finished_by_the_next_write(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
