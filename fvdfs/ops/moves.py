@@ -149,7 +149,7 @@ async def activate(openings: Openings, entry: Entry, patience: float = WRITE_PAT
         except (FvdError, OSError) as error:
             entry.move_refused = reason_of(error)
             log.error("%s: cannot be taken over from its source: %s", image.name, entry.move_refused)
-            if trio.current_time() - began > _LONG:  # the kernel has one write of a file wait for the other
+            if patience > ASKED_PATIENCE and trio.current_time() - began > _LONG:  # the kernel has writes queue up
                 entry.vain_until = trio.current_time() + _NEXT
             raise OSError(errno.EIO, entry.move_refused) from error
         finally:
