@@ -149,7 +149,8 @@ async def activate(openings: Openings, entry: Entry, patience: float = WRITE_PAT
         except (FvdError, OSError) as error:
             entry.move_refused = reason_of(error)
             log.error("%s: cannot be taken over from its source: %s", image.name, entry.move_refused)
-            if patience > ASKED_PATIENCE and trio.current_time() - began > _LONG:  # the kernel has writes queue up
+            waits = openings.folder.policy.on_loss.waits  # then it was killed, and others wait on
+            if patience > ASKED_PATIENCE and not waits and trio.current_time() - began > _LONG:
                 entry.vain_until = trio.current_time() + _NEXT
             raise OSError(errno.EIO, entry.move_refused) from error
         finally:
