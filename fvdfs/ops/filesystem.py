@@ -13,7 +13,7 @@ import json
 import os
 import stat
 import subprocess
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar
 
 import pyfuse3
@@ -38,7 +38,7 @@ from fvdfs.ops.merging import Merges
 from fvdfs.ops.naming import Naming, Permitted
 from fvdfs.ops.openings import Openings
 from fvdfs.ops.passthrough import Passthrough
-from fvdfs.ops.remembered import Opened, Remembered
+from fvdfs.ops.remembered import TIMES, Opened, Remembered
 from fvdfs.ops.requests import DurableWrite, Fsync, InTask, Write, fallocate, seek
 from fvdfs.store.base import Pending
 from fvdfs.store.host import FALLOC_FL_KEEP_SIZE
@@ -133,6 +133,10 @@ class Filesystem(pyfuse3.Operations):
         self._unanswered: dict[int, int] = {}
         """By request: the handles that a former daemon has made, which the kernel need not have got."""
         self._next_handle = 1
+        self._opening: set[int] = set()
+        """Inodes of disks that are being opened."""
+        self._suspects = trio.Lock()
+        """Held while one is opened that a former daemon was opening when it ended."""
         self.commits = RegularCommits()
         self.mountpoint = b""
         """Where the kernel may be asked what it knows of a disk."""
@@ -465,11 +469,36 @@ class Filesystem(pyfuse3.Operations):
 
     @handler
     async def open(self, inode: InodeT, flags: FlagT, ctx: pyfuse3.RequestContext) -> FileInfo:
+        if self._remembered.state.takeovers and self.folder.inodes.get(inode) is None:
+            await self.folder.find(inode)  # the kernel knows it from a former daemon
         if flags & os.O_ACCMODE != os.O_RDONLY:
             await self._naming.open_to_write(self.folder.inodes[inode], ctx.pid)
         return await self._open(inode, flags)
 
     async def _open(self, inode: InodeT, flags: FlagT) -> FileInfo:
+        async with self._given_up_in_time(inode):
+            return await self._open_now(inode, flags)
+
+    @contextlib.asynccontextmanager
+    async def _given_up_in_time(self, inode: int) -> AsyncIterator[None]:
+        """What opens an image that has ended `TIMES` daemons so fails; the others go on. Raises OSError(EIO)."""
+        times = self._remembered.state.adopting.get(inode, 0)
+        if inode in self._opening:
+            yield
+            return
+        if times >= TIMES:
+            raise OSError(errno.EIO, f"{times} processes have ended while they opened it; mount anew to try it again")
+        self._opening.add(inode)
+        try:
+            # One by one, to see whose fault it is.
+            async with self._suspects if times else contextlib.nullcontext():
+                self._remembered.note("adopting", inode, times + 1)
+                yield
+        finally:
+            self._opening.discard(inode)
+            self._remembered.note("adopting", inode, None)
+
+    async def _open_now(self, inode: InodeT, flags: FlagT) -> FileInfo:
         write = flags & os.O_ACCMODE != os.O_RDONLY
         entry, keep_cache = await self.openings.open(inode, write=write)
         try:

@@ -41,15 +41,13 @@ from fvdfs.ops.filesystem import Filesystem
 from fvdfs.ops.folder import Folder
 from fvdfs.ops.inodes import Entry, raw_name
 from fvdfs.ops.passthrough import Passthrough
-from fvdfs.ops.remembered import Disk, Remembered, path_of
+from fvdfs.ops.remembered import TIMES, Disk, Remembered, path_of
 from fvdfs.store import filelock
 
 log = logging.getLogger(__name__)
 
 AGAIN = 5  # times that an image is opened which something of the former daemon's still holds
 PAUSE = 0.5  # seconds between two
-TIMES = 3
-"""Daemons that may end while they open an image again; then it is given up, so that the others go on."""
 COMMIT_PATIENCE = 10.0  # seconds for commits before another daemon is to go on
 ANSWER_PATIENCE = 2.0  # seconds for what is in hand then; the next one does the rest
 _HANDED_OVER = "the daemon before has handed it over"

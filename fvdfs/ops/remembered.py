@@ -24,6 +24,8 @@ from fvdfs.store.mountinfo import MountPoint
 WRONG = -1
 """In place of a size: what the kernel believes of the inode is wrong."""
 _AGAIN = "again"
+TIMES = 3
+"""Daemons that may end while they open an image; then it is given up, so that the others go on."""
 _LEAST = 1 << 20  # bytes from which on it is written anew, at the earliest
 
 
@@ -99,7 +101,7 @@ class State:
     failed: dict[int, str] = field(default_factory=dict)
     """Of inodes that may not be written any more: why."""
     adopting: dict[int, int] = field(default_factory=dict)
-    """By inode: how many daemons have ended while they opened it again, this one included."""
+    """By inode: how many daemons have ended while they opened it, this one included."""
     backings: dict[int, int] = field(default_factory=dict)
     """By inode: the number of the file that the kernel reads and writes by itself."""
     creating: dict[int, str] = field(default_factory=dict)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from fvdfs.ops.kept import TIMES
+from fvdfs.ops.remembered import TIMES
 from support import keptwriter
 from support.mounts import MIB, RELEASE, Mount, mounted, must, running, wait_for_end, wait_for_log, wait_until
 
@@ -38,6 +38,7 @@ LAYOUTS = {
 }
 SIZE = 4 * MIB
 KILLS = 3
+OPEN = (sys.executable, "-c", "import sys; open(sys.argv[1], 'rb')")
 
 
 def make_disks(folder: Path) -> None:
@@ -110,14 +111,13 @@ def kept(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mount]:
 
 
 def is_adopting(pid: int, inode: int, times: int) -> bool:
-    """Whether a daemon opens a disk again that so many have tried to open, as it remembers."""
+    """Whether a daemon opens a disk that so many have tried to open, as it remembers."""
     for link in Path(f"/proc/{pid}/fd").iterdir():
         with contextlib.suppress(OSError):
             if "fvdfs-state" in os.readlink(link):
                 lines = [json.loads(line) for line in link.read_text().splitlines()]
-                return any(
-                    (line["what"], line.get("key"), line.get("value")) == ("adopting", inode, times) for line in lines
-                )
+                values = [line["value"] for line in lines if (line["what"], line.get("key")) == ("adopting", inode)]
+                return values[-1:] == [times]
     return False
 
 
@@ -282,6 +282,31 @@ def test_a_read_that_is_in_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
                     assert out.strip() == data[1 << 20 : (1 << 20) + 4096].hex()
                 else:
                     assert "Input/output error" in err
+
+
+def test_who_opens_what_ends_one_daemon_after_the_other_is_told(tmp_path: Path) -> None:
+    """A base whose server does not answer holds up whoever opens the disk; another disk is opened meanwhile."""
+    folder, socket = tmp_path / "images", tmp_path / "nbd.sock"
+    folder.mkdir()
+    (tmp_path / "base").write_bytes(bytes(SIZE))
+    nbdkit = ["nbdkit", "-f", "-r", "-U", str(socket), "file", str(tmp_path / "base")]
+    with running(*nbdkit, stderr=subprocess.DEVNULL) as server:
+        wait_until(socket.exists)
+        must("create", folder / "far.fvd", "--base", f"nbd+unix:///?socket={socket}", "-F", "raw")
+        must("create", folder / "vm.fvd", str(SIZE))
+        with mounted(folder, "-o", "keep,allow_url=nbd+unix:///") as mount:
+            inode = mount.raw("far").stat().st_ino
+            server.send_signal(signal.SIGSTOP)
+            with running(*OPEN, str(mount.raw("far")), stderr=subprocess.PIPE, text=True) as reader:
+                pid = mount.pid
+                for number in range(1, TIMES + 1):
+                    wait_until(functools.partial(is_adopting, pid, inode, number))
+                    os.kill(pid, signal.SIGKILL)
+                    pid = daemon(mount, pid)
+                assert "Input/output error" in reader.communicate(timeout=60)[1]
+            mount.pid = int(os.getxattr(mount.point, "user.fvdfs.pid"))
+            assert mount.raw("vm").read_bytes() == bytes(SIZE)
+            server.send_signal(signal.SIGCONT)
 
 
 def test_a_disk_that_ends_one_daemon_after_the_other_is_given_up(tmp_path: Path) -> None:
