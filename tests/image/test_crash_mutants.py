@@ -21,7 +21,11 @@ _RELEASE, _CLEAN = "commit: release_base", "if not self.header.compact"
 _TORN = "too few simulations to see a torn header; test_every_state[cow-data-file-on-device] does"
 _FRONT = "no journal here is large enough; test_power_cuts_while_the_table_takes_the_front_of_the_journal has one"
 _SHORT = "it is done again, or as well, while writers wait; before, it makes that wait short"
+_KEPT = "it is for the next daemon of a kept mount, not for a power cut; test_no_program_notices_… does see it"
 EQUIVALENT: dict[str, str] = {
+    "commit: blocks_stored: without self._notes.blocks_stored(first, end)": _KEPT,
+    "commit: chunks_allocated: without "
+    "self._notes.chunks_allocated([(chunk, table.on_disk(chunk)) for chunk in chunks])": _KEPT,
     "commit: _write: without batch.data_written = True": (
         "blocks and chunks are reported along with their data: it is set already, or there are pages"
     ),
@@ -72,7 +76,7 @@ EQUIVALENT: dict[str, str] = {
     "image: stop_writing: swapped await write_profile(self) | await passing.settle(self)": (
         "the profile has flushes of its own, and says nothing about the rest of the header"
     ),
-    "passing: let_write: swapped await core.storage.prepare(0, core.size) | "
+    "passing: let_write: swapped if not _goes_on(core): … prepare | "
     "await core.committer.begin_unseen_writes()": "nobody writes before both are done; an empty file is an unused one",
     f"{_RELEASE}: swapped await self._clear_journal() | {_CLEAN}: … _flush, _write_header": (
         "the checkpoint before shows all that the journal has: replayed or not, the image is the same"
@@ -81,7 +85,9 @@ EQUIVALENT: dict[str, str] = {
     f"{_RELEASE}: without await self._flush(self._meta) (2)": _TORN,
     f"{_RELEASE}: swapped await self._write_header(clean_shutdown=1) | await self._flush(self._meta)": _TORN,
     "commit: recover: swapped if moving.is_moving(self._raw_header): … change_header | "
-    "if not self.header.clean and self.header.has_metadata: … _flush, checkpoint": "what moves counts as closed",
+    "if (not self.header.clean or self._has_left) and self.header.has_metadata: … _flush, checkpoint": (
+        "what moves counts as closed"
+    ),
     "commit: move_journal: without await self._flush(self._meta)": _FRONT,
     "commit: move_journal: swapped await self._commit(checkpoint=True) | "
     "await self._write_header(journal_offset=offset, journal_size=size)": _FRONT,
