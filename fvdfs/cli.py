@@ -487,7 +487,7 @@ def _parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="OPTIONS",
-        help="instead of those it was mounted with; writeback, sync, allow_other, ro and those of mount(8) stay",
+        help="more options, or other values of them; writeback, sync, allow_other, ro and those of mount(8) stay",
     )
 
     umount = commands.add_parser("umount", help="unmount, and wait until every image is closed")

@@ -20,7 +20,7 @@ from typing import Any
 from fvdfs import __version__, mounts
 from fvdfs.daemon import complain, this_program
 from fvdfs.errors import UsageError
-from fvdfs.mountoptions import parse_mount_options, without_those_of_mount8
+from fvdfs.mountoptions import MOUNT_OPTIONS, parse_mount_options, without_those_of_mount8
 from fvdfs.store.mountinfo import MountPoint
 from fvdfs.xattrs import UPGRADE
 
@@ -33,8 +33,8 @@ LOOK = 0.02  # seconds between two looks
 def run(mountpoint: str, options: Sequence[str], *, check: Callable[[list[str]], object]) -> int:
     """Have this version go on, once it answers, return 0; 1 where it cannot, and the former version goes on.
 
-    `options`: the arguments of -o, instead of those that it was mounted with; none: with the same. `check`: refuses the
-    command line of a mount that is there, after the program's name. Raises UsageError.
+    `options`: the arguments of -o, beside those that it was mounted with, or with other values; none: the same.
+    `check`: refuses the command line of a mount that is there, after the program's name. Raises UsageError.
     """
     path = os.path.abspath(mountpoint)
     mount = mounts.mount_at(path)
@@ -79,7 +79,7 @@ def _refuse_what_lacks_modules(path: str) -> None:
 
 
 def _with_options(words: list[str], texts: Sequence[str]) -> list[str]:
-    """The command line with other options; what cannot change stays. Raises UsageError where it is to change."""
+    """The command line with more options, or other values. Raises UsageError for what cannot change."""
     end = words.index("--")
     at = [number for number in range(end) if words[number] == "-o"]
     given = [words[number + 1] for number in at]
@@ -90,8 +90,9 @@ def _with_options(words: list[str], texts: Sequence[str]) -> list[str]:
     for name in [*(name for name in after if name in FIXED), *wanted_kernels]:
         if name not in kernels and before.get(name) != after.get(name, ""):
             raise UsageError(f"-o {name}: cannot change while it is mounted; unmount it, and mount it so")
-    kept = [f"{name}={before[name]}".removesuffix("=") for name in before if name in FIXED and name not in after]
-    chosen = [word for option in (*wanted, *kept, *kernels) for word in ("-o", option)]
+    more = {name for name in after if MOUNT_OPTIONS[name].separator}
+    kept = [option for option in own if (name := option.partition("=")[0]) not in after or name in more]
+    chosen = [word for option in (*kept, *wanted, *kernels) for word in ("-o", option)]
     return [*flags, *chosen, *words[end:]]
 
 

@@ -55,14 +55,15 @@ def test_programs_go_on(mount: Mount, tmp_path: Path) -> None:
         assert (writer.returncode, said) == (0, "")
     after = identity(mount)
     assert (after["takeovers"], after["pid"] != before["pid"]) == (5, True)
-    assert options_of(mount) == {"prefetch_max=4M", "keep", "writeback=off", "noexec"}
+    assert options_of(mount) == {"base_path=/srv", "prefetch_max=4M", "keep", "writeback=off", "noexec"}
     assert mount.raw("vm").read_bytes().rstrip(b"\0") == (tmp_path / "model").read_bytes().rstrip(b"\0")
     assert " ERROR " not in mount.log
 
 
 def test_what_is_asked_for_holds(mount: Mount) -> None:
-    must("upgrade", mount.point, "-o", "allow_url=nbd://here/")
-    assert json.loads(os.getxattr(mount.point, STATUS))["allow_url"] == ["nbd://here/"]
+    for host in ("here", "there"):
+        must("upgrade", mount.point, "-o", f"allow_url=nbd://{host}/")
+    assert json.loads(os.getxattr(mount.point, STATUS))["allow_url"] == ["nbd://here/", "nbd://there/"]
 
 
 def test_a_version_that_cannot_start_leaves_the_former_one(mount: Mount) -> None:
