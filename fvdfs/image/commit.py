@@ -175,7 +175,7 @@ class Committer:
 
         The next commit is a checkpoint: no record shows an entry that changes.
         """
-        self._pending_chunks.update(chunks)
+        self.chunks_allocated(chunks)
         self._has_moved = True
 
     @property

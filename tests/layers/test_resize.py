@@ -14,15 +14,22 @@ from pathlib import Path
 import pytest
 import trio
 
+from fvdfs.alloc.chunked import ChunkedStorage
+from fvdfs.alloc.table import Table
 from fvdfs.cli import main
+from fvdfs.cow.locks import Gate
 from fvdfs.errors import FormatError
 from fvdfs.format import moving
 from fvdfs.format.creation import CreateOptions, new_header
 from fvdfs.format.header import Header, with_fields
 from fvdfs.format.table_room import moved_table, smaller_journal
+from fvdfs.image import table_moving
+from fvdfs.image.core import Core
 from fvdfs.image.image import Image
 from fvdfs.image.loading import open_image
 from fvdfs.image.policy import Policy
+from fvdfs.image.unsettled import Left
+from fvdfs.ops.remembered import Remembered
 from fvdfs.store.base import Buffer, Store, pwrite_pages
 from fvdfs.store.host import HostFile
 from fvdfs.xattrs import ROOM
@@ -223,6 +230,48 @@ def test_a_writer_to_new_chunks_does_not_keep_the_table_from_moving(
     assert 0 < written[0] < SIZE // 4
     assert content(image) == (b"new!" * (written[0] // 4)).ljust(LARGE, b"\0")
     check(image)
+
+
+def test_what_is_written_to_chunks_that_have_moved_outlives_the_process(
+    image: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No commit has named their places yet: who goes on (`-o keep`) has them from what is remembered."""
+    make(image, LAYOUTS["compact small journal"])
+    write(image, os.urandom(SIZE), 0)
+    remembered, move = Remembered(), table_moving._move_chunks
+    remembered.begin()
+    found: list[tuple[int, bytes, Left]] = []
+
+    def note(place: int) -> None:
+        status = image.stat()
+        found.append((place, image.read_bytes(), remembered.left((status.st_dev, status.st_ino))))
+
+    async def moved(core: Core, storage: ChunkedStorage, table: Table, gate: Gate, chunks: Sequence[int]) -> None:
+        await move(core, storage, table, gate, chunks)
+        place = chunks[0] * core.header.chunk_size
+        await opened[0].write(place, b"new!" * KIB)
+        note(place)
+
+    class Former(Remembered):
+        def left(self, identity: tuple[int, int]) -> Left:
+            return found[0][2]
+
+    monkeypatch.setattr(table_moving, "_move_chunks", moved)
+    opened: list[Image] = []
+
+    async def work() -> None:
+        opened.append(await open_image(str(image), Policy(unsettled=remembered), write=True))
+        await opened[0].resize(LARGE)
+        await opened[0].close()
+        place, data, _ = found[0]
+        (image.parent / "left.fvd").write_bytes(data)
+        left = await open_image(str(image.parent / "left.fvd"), Policy(unsettled=Former()), write=True)
+        assert await left.read(place, 4 * KIB) == b"new!" * KIB
+        await left.close()
+
+    trio.run(work)
+    os.close(remembered.descriptor)
+    assert reference.check(image.parent / "left.fvd", "fvdfs") == []
 
 
 def test_room_that_is_made_before_the_truncation(image: Path) -> None:
