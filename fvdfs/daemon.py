@@ -8,7 +8,8 @@ numbers. In the background the process keeps none of the caller's descriptors, s
 pipe does not wait for the mount; stderr stays until the mount is ready.
 
 *Signals.* Until it mounts, SIGTERM, SIGINT and SIGQUIT end the process at once: there is nothing to clear away. From
-then on they unmount; those that come before the event loop listens are kept in `noted`. SIGHUP reopens the log file.
+then on they unmount; those that come before the event loop listens are kept in `noted`. A process that takes over a
+mount has them wait from its start. SIGHUP reopens the log file.
 All others that would end a process are ignored, except those of a defect (SIGSEGV, SIGABRT ...). They are ignored by a
 handler that does nothing, so that the programs we start get them as usual.
 
@@ -25,6 +26,7 @@ import resource
 import signal
 import sys
 import threading
+import time
 from collections.abc import Awaitable, Callable, Iterator
 from types import FrameType
 from typing import TYPE_CHECKING, NamedTuple, TextIO, TypeAlias, TypeVar
@@ -47,6 +49,8 @@ _FIXED = frozenset({signal.SIGKILL, signal.SIGSTOP})
 
 INTERRUPTED = 130
 """The exit code of a command that Ctrl-C has ended: as a shell has it, 128 + SIGINT."""
+_COMM = 15  # bytes of a program's name that the kernel has
+_LOOK, _KILLING = 0.01, 1.0  # seconds between two looks whether a program has ended, and until one that is killed has
 _AGAIN = 0.01  # seconds until an interrupt is tried again that came where nothing can be raised
 interrupting: list[Callable[[int, FrameType | None], object]] = []
 """Handlers of Ctrl-C that raise KeyboardInterrupt wherever it comes; event loops do without them."""
@@ -136,21 +140,25 @@ def _nothing(_number: int, _frame: FrameType | None) -> None:
     pass
 
 
-def ignore_signals() -> None:
-    """Ignore what is no reason to end; signals to stop end the process, whatever the caller has blocked or ignored."""
+def ignore_signals(*, takes_over: bool = False) -> None:
+    """Ignore what is no reason to end; signals to stop end the process, whatever the caller has blocked or ignored.
+
+    `takes_over`: there is a mount already, so they wait for `note_signals`.
+    """
     for number in signal.valid_signals() - _FAULTS - _HARMLESS - _FIXED - set(STOP):
         signal.signal(number, _nothing)
     for number in (signal.SIGPIPE, signal.SIGTTIN, signal.SIGTTOU):
         signal.signal(number, signal.SIG_IGN)  # a handler would have the write tried again and again
     for stop in STOP:
         signal.signal(stop, signal.SIG_DFL)
-    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+    signal.pthread_sigmask(signal.SIG_SETMASK, (*STOP, HANGUP) if takes_over else ())
 
 
 def note_signals() -> None:
     """Keep signals for the event loop: from now on an end would leave a mount behind."""
     for number in (*STOP, HANGUP):
         signal.signal(number, _note)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, (*STOP, HANGUP))
 
 
 @contextlib.contextmanager
@@ -238,17 +246,44 @@ def _unraisable(problem: sys.UnraisableHookArgs) -> None:
         sys.__unraisablehook__(problem)
 
 
+def end_children(program: str, patience: float) -> None:
+    """Have the children end that run this program, and would outlive exec; after so many seconds, by force. Blocks."""
+    deadline = time.monotonic() + patience
+    for child in _children(program):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(child, signal.SIGTERM)
+    while (children := _children(program)) and (now := time.monotonic()) < deadline + _KILLING:
+        for child in children:
+            with contextlib.suppress(ChildProcessError):  # a thread has waited for it
+                if os.waitpid(child, os.WNOHANG) == (0, 0) and now > deadline:
+                    os.kill(child, signal.SIGKILL)
+        time.sleep(_LOOK)
+
+
+def _children(program: str) -> list[int]:
+    """Those of this process that run it."""
+    found: list[int] = []
+    if os.readlink("/proc/self") != str(os.getpid()):  # it is of another namespace
+        return found
+    for name in filter(str.isdecimal, os.listdir("/proc")):
+        with contextlib.suppress(OSError), open(f"/proc/{name}/stat", encoding="latin-1") as file:
+            runs, _, rest = file.read().partition("(")[2].rpartition(")")
+            if runs == program[:_COMM] and int(rest.split()[1]) == os.getpid():
+                found.append(int(name))
+    return found
+
+
 # --- foreground and background ------------------------------------------------------------------
 
 Serve: TypeAlias = "Callable[[Callable[[], None], ReopenLog], None]"
 """Serves a mount; is given what to call when it is ready, and what opens the log file anew."""
 
 
-def in_foreground(serve: Serve, places: LogPlaces) -> int:
-    """Serve in this process; the exit code. Raises FvdError."""
+def in_foreground(serve: Serve, places: LogPlaces, *, takes_over: bool = False) -> int:
+    """Serve in this process, which may take over a mount; the exit code. Raises FvdError."""
     from fvdfs.logs import set_up_log
 
-    ignore_signals()
+    ignore_signals(takes_over=takes_over)
     os.chdir("/")
     os.umask(os.umask(0o022) | 0o022)
     reopen_log = set_up_log(places, foreground=True)
@@ -271,9 +306,15 @@ def inherited() -> Inherited | None:
         return None
     from fvdfs import keeper
 
-    if keeper.FUSE not in os.environ.get("LISTEN_FDNAMES", ""):
+    names = os.environ.get("LISTEN_FDNAMES", "").split(":")
+    if keeper.FUSE not in names:
+        for number, name in enumerate(names, keeper.FIRST):
+            if name.startswith(keeper.OURS):  # of a mount that has ended
+                with contextlib.suppress(OSError):
+                    os.close(number)
+                notify(f"FDSTOREREMOVE=1\nFDNAME={name}")
         return None
-    names = os.environ["LISTEN_FDNAMES"].split(":")
+    signal.pthread_sigmask(signal.SIG_BLOCK, (*STOP, HANGUP))  # until they can be obeyed
     for name in ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES"):
         del os.environ[name]
     for number in range(keeper.FIRST, keeper.FIRST + len(names)):
@@ -323,7 +364,7 @@ def in_place(serve: Serve, places: LogPlaces) -> int:
 
     log = logging.getLogger(__name__)
     try:
-        ignore_signals()
+        ignore_signals(takes_over=True)
         os.setsid()
         os.chdir("/")
         os.umask(os.umask(0o022) | 0o022)

@@ -33,12 +33,14 @@ This file is run as a program by itself, and imports next to nothing:
 from __future__ import annotations
 
 import _socket
+import fcntl
 import os
 import select
 import signal
 import sys
 import time
 
+OURS = "fvdfs-"
 FUSE, CLAIM, STATE, BACKING = "fvdfs-fuse", "fvdfs-claim", "fvdfs-state-", "fvdfs-backing-"
 SOCKET = "fvdfs-keeper"
 FIRST = 3  # SD_LISTEN_FDS_START
@@ -47,7 +49,8 @@ FORMER = "FVDFS_FORMER"
 FAILURES = 8
 SHORT = 1.0  # seconds; a daemon that ends so soon after it was ready has failed
 FIRST_WAIT, LONGEST_WAIT = 0.1, 5.0  # seconds
-_IGNORED = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP, signal.SIGPIPE)
+ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP)
+_IGNORED = (*ENDING, signal.SIGPIPE)
 """It ends when the mount does."""
 PATIENCE = 30.0  # seconds
 _MESSAGE = 1 << 18  # bytes
@@ -175,7 +178,10 @@ class Keeper:
                 line = f"{time.strftime('%Y-%m-%d %H:%M:%S')},000 CRITICAL keeper: {text}\n"
                 flags = os.O_WRONLY | os.O_APPEND | os.O_NONBLOCK | os.O_NOCTTY
                 log = os.open(self._log, flags)
-                os.write(log, line.encode(errors="surrogateescape"))
+                try:
+                    os.write(log, line.encode(errors="surrogateescape"))
+                finally:
+                    os.close(log)
             else:
                 system = _socket.socket(_socket.AF_UNIX, _socket.SOCK_DGRAM)
                 system.connect("/dev/log")
@@ -185,8 +191,9 @@ class Keeper:
 
 
 def become(command: list[str], passed: dict[str, int], folder: str, how: str) -> None:
-    """Be the next daemon: this process ends."""
+    """Be the next daemon: this process ends. Signals wait until it can obey them (`daemon.note_signals`)."""
     try:
+        signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
         for ignored in _IGNORED:
             signal.signal(ignored, signal.SIG_DFL)
         os.environ["LISTEN_FDS"] = str(len(passed))
@@ -208,8 +215,6 @@ def become(command: list[str], passed: dict[str, int], folder: str, how: str) ->
 
 def _above(descriptor: int, lowest: int) -> int:
     """Another number for it, which is not closed by exec until dup2 has given it its own."""
-    import fcntl
-
     return fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, lowest)
 
 

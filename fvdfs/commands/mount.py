@@ -145,9 +145,10 @@ def run(
         )
         serve(settings, ready, reopen_log)
 
-    if inherited is not None and not foreground:
-        return daemon.in_place(serve_folder, LogPlaces(log_file, syslog))
-    return (daemon.in_foreground if foreground else daemon.in_background)(serve_folder, LogPlaces(log_file, syslog))
+    places = LogPlaces(log_file, syslog)
+    if foreground:
+        return daemon.in_foreground(serve_folder, places, takes_over=inherited is not None)
+    return (daemon.in_background if inherited is None else daemon.in_place)(serve_folder, places)
 
 
 def _check_places(folder: str, mountpoint: str) -> None:

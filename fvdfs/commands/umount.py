@@ -167,8 +167,12 @@ class _Daemon:
         if self._dead and not mounts.is_locked(self._mount.path):
             return True
         if self._process is not None:
-            return bool(select.select([self._process], [], [], LOOK)[0])
-        if self._lock is not None and mounts.is_unlocked(self._mount.path, self._lock):
+            if not select.select([self._process], [], [], LOOK)[0]:
+                return False
+            if self._lock is None or mounts.is_unlocked(self._mount.path, self._lock) is not False:
+                return True
+            # Else it was killed, and another one closes the images (`-o keep`).
+        elif self._lock is not None and mounts.is_unlocked(self._mount.path, self._lock):
             return True
         time.sleep(LOOK)
         return False

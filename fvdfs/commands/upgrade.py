@@ -41,7 +41,8 @@ def run(mountpoint: str, options: Sequence[str], *, check: Callable[[list[str]],
     if mount is None or not mount.is_ours:
         raise UsageError(f"{path}: fvdfs is not mounted there")
     mounts.refuse_dead(path)
-    identity = _identity(mount)
+    if not (identity := _identity(mount)):
+        raise UsageError(f"{path}: does not answer; look into the log of the mount")
     if not (former := identity.get("command")):
         raise UsageError(
             f"{path}: is not kept, so no other process can go on; unmount it, and mount it with -o keep: "
@@ -102,7 +103,7 @@ def _refuse(path: str, error: OSError) -> None:
         return
     reasons = {
         errno.EPERM: "only who has mounted it, or root, can do that",
-        errno.EBUSY: "layers are being merged: try again when that is done",
+        errno.EBUSY: "layers are being merged, or another upgrade is under way: try again when that is done",
         errno.EOPNOTSUPP: "its keeper has ended, or it is an older version: unmount it, and mount it anew",
     }
     if (reason := reasons.get(error.errno or 0)) is None:

@@ -180,6 +180,9 @@ class Requests(Protocol):
     def creates(self, unique: int, name: bytes, *, again: bool) -> None:
         """A disk is to be made; `again`: perhaps a former daemon has made it, for the same request."""
 
+    def created(self, unique: int, /) -> None:
+        """That request is about to be answered: the disk was made, or could not be."""
+
     def backing_of(self, fh: int, /) -> int:
         """The number of the file that the kernel has for a handle (`Device.open_backing`); 0: none."""
 
@@ -255,6 +258,7 @@ class Device:
         self._started = False  # whether a task was given work in this turn
         self._begun = 0  # requests under way without a task
         self._finishing = False  # whether no more are taken up
+        self._goes_on = trio.Event()  # they are again
         self._unanswered: set[int] = set()  # all requests under way
         self._interrupts: dict[int, Interrupt] = {}  # of those that have a task
         self._ended: trio.Event | None = None
@@ -372,12 +376,21 @@ class Device:
         self._tracks = not sends_again
         self.connected.set()
 
-    async def finish(self, patience: float) -> None:
-        """Take up no request any more, and wait for those that are under way, for so many seconds."""
-        self._finishing = True
+    async def finish(self, patience: float) -> bool:
+        """Take up no request any more, and wait for those that are under way, for so many seconds.
+
+        False: some are left, and the kernel would not send them again.
+        """
+        self._finishing, self._goes_on = True, trio.Event()
         with trio.move_on_after(patience):
             while self._unanswered or self._begun:  # noqa: ASYNC110  once in the life of a daemon
                 await trio.sleep(_LOOK)
+        return not (self._tracks and (self._unanswered or self._begun))
+
+    def go_on(self) -> None:
+        """Take up requests again, after `finish`."""
+        self._finishing = False
+        self._goes_on.set()
 
     async def tell_oldest(self) -> None:
         """Say now and then which requests may be in hand, where the kernel does not send them again."""
@@ -398,7 +411,7 @@ class Device:
         while True:
             await trio.lowlevel.wait_readable(self._kernel)
             if self._finishing:
-                await trio.sleep_forever()
+                await self._goes_on.wait()
             self._take_turn()
 
     def _take_turn(self) -> None:
@@ -734,7 +747,8 @@ class Device:
             self._repeated.discard(unique)
             gone = -error in (errno.ENOENT, errno.ENODATA)
             return OUT_HEADER.pack(OUT_HEADER.size, 0, unique) if gone else answer
-        if unique in self._creating:
+        created = unique in self._creating
+        if created:
             self._creating.discard(unique)
             fh = handle_in(answer, ENTRY_OUT)
         elif unique in self._opening:
@@ -744,6 +758,8 @@ class Device:
             return answer
         if fh is not None:
             self._requests.opened(fh, unique & ~FUSE_UNIQUE_RESEND)
+        if created:
+            self._requests.created(unique & ~FUSE_UNIQUE_RESEND)
         return answer
 
     def _hand_back_now(self) -> None:

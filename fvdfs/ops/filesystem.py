@@ -141,8 +141,9 @@ class Filesystem(pyfuse3.Operations):
         self.mountpoint = b""
         """Where the kernel may be asked what it knows of a disk."""
         self.daemon = b"{}"
-        self.name_successor: Callable[[list[str]], None] = _nobody_goes_on
         """What the mount says of the process that serves it (`xattrs.DAEMON`)."""
+        self.name_successor: Callable[[list[str]], None] = _nobody_goes_on
+        """Has another daemon, which this command starts, go on (`kept.py`)."""
         self.complaints = Complaints()
         self.limits = KernelLimits()
 
@@ -551,7 +552,6 @@ class Filesystem(pyfuse3.Operations):
         if entry.image is not None:
             self._remembered.note("ends", entry.inode, entry.image.end)
         self._remembered.open(fh, Opened(entry.inode, handle.writes, handle.through_cache, handle.durable, unique))
-        self._remembered.note("creating", unique, None)
 
     def creates(self, unique: int, name: bytes, *, again: bool) -> None:
         """A disk is to be made; `again`: perhaps a former daemon has made it, for the same request."""
@@ -559,6 +559,10 @@ class Filesystem(pyfuse3.Operations):
         if again and self._remembered.state.creating.get(unique) == text:
             self._naming.may_be_made.add(name)
         self._remembered.note("creating", unique, text)
+
+    def created(self, unique: int, /) -> None:
+        """That request is about to be answered: the disk was made, or could not be."""
+        self._remembered.note("creating", unique, None)
 
     def go_on(self, takeovers: int) -> None:
         """This daemon is one of several: its handles are others than those of the daemons before."""

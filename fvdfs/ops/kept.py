@@ -26,6 +26,7 @@ import functools
 import logging
 import os
 import shlex
+import signal
 import socket
 import subprocess
 import sys
@@ -43,6 +44,9 @@ from fvdfs.ops.inodes import Entry, raw_name
 from fvdfs.ops.passthrough import Passthrough
 from fvdfs.ops.remembered import TIMES, Disk, Remembered, path_of
 from fvdfs.store import filelock
+from fvdfs.store.host import identity_of
+from fvdfs.store.qemu_daemon import STOP_TIMEOUT
+from fvdfs.store.qemu_words import PROGRAM
 
 log = logging.getLogger(__name__)
 
@@ -50,6 +54,7 @@ AGAIN = 5  # times that an image is opened which something of the former daemon'
 PAUSE = 0.5  # seconds between two
 COMMIT_PATIENCE = 10.0  # seconds for commits before another daemon is to go on
 ANSWER_PATIENCE = 2.0  # seconds for what is in hand then; the next one does the rest
+_SEND_PATIENCE = 1.0  # seconds until a keeper that is stopped takes what it is sent
 _HANDED_OVER = "the daemon before has handed it over"
 
 
@@ -70,7 +75,11 @@ class Kept:
         self.successor: list[str] = []
         """The command of a daemon that somebody wants to have instead of this one."""
         self.successor_named = trio.Event()
+        self.is_over = False
+        """Whether the mount is to end: then nobody goes on."""
         self.taken_over = inherited is not None and keeper.FUSE in inherited.descriptors
+        self.is_held = self.taken_over
+        """Whether somebody holds the mount, who starts the next daemon."""
         self.how = inherited.how if inherited is not None else ""
         """How the former daemon has ended."""
         if inherited is not None and self.taken_over:
@@ -91,12 +100,12 @@ class Kept:
             del descriptors[name]
         if keeper.SOCKET in descriptors:
             self._channel = socket.socket(fileno=descriptors.pop(keeper.SOCKET))
-            self._channel.setblocking(False)
+            self._channel.settimeout(_SEND_PATIENCE)
         self._descriptors = descriptors
         self.remembered.take_up(states)
+        self._store_state()
         for number in states:
             self._send(f"FDSTOREREMOVE=1\nFDNAME={keeper.STATE}{number}")
-        self._store_state()
 
     # --- descriptors ------------------------------------------------------------------------------
 
@@ -155,7 +164,8 @@ class Kept:
             self._send(f"FDSTOREREMOVE=1\nFDNAME={keeper.STATE}{former}")
 
     def _store(self, name: str, descriptor: int) -> None:
-        self._send(f"FDSTORE=1\nFDNAME={name}", descriptor)
+        # Else systemd would let go of a mount that is gone, though what was written last is not committed yet.
+        self._send(f"FDSTORE=1\nFDPOLL=0\nFDNAME={name}", descriptor)
 
     def _remove(self, name: str) -> None:
         if self._descriptors.pop(name, None) is not None:
@@ -177,17 +187,23 @@ class Kept:
         if self._by_systemd:
             self._store_all()
             return
+        pause = keeper.FIRST_WAIT
         while not ending.is_set():
             if self._channel is None and not self._start():
                 return
             assert self._channel is not None
             self._send("READY=1")
+            since = trio.current_time()
             await trio.lowlevel.wait_readable(self._channel)  # it sends nothing: it has ended
             self._channel.close()
             self._channel = None
+            self.is_held = False
             if self._child is not None:
                 await trio.to_thread.run_sync(self._child.wait)
             log.warning("the keeper of this mount was ended by somebody; another one is started")
+            failed = trio.current_time() - since < keeper.SHORT
+            pause = min(keeper.LONGEST_WAIT, 2 * pause) if failed else keeper.FIRST_WAIT
+            await trio.sleep(pause if failed else 0)
 
     def _start(self) -> bool:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -211,40 +227,51 @@ class Kept:
             finally:
                 os.close(pidfd)
         self._channel = ours
-        ours.setblocking(False)
+        ours.settimeout(_SEND_PATIENCE)
         self._store_all()
         return True
 
     def _store_all(self) -> None:
-        for name, descriptor in self._descriptors.items():
-            self._store(name, descriptor)
+        """The mount itself last: whoever has that has all."""
         self._stored = 0
         self._store_state()
+        for name in sorted(self._descriptors, key=lambda name: name == keeper.FUSE):
+            self._store(name, self._descriptors[name])
+        self.is_held = True
 
     def name_successor(self, command: list[str]) -> None:
-        """Have another daemon, which this command starts, go on. Raises OSError where nobody would start it."""
+        """Have another daemon, which this command starts, go on. Raises OSError where nobody would start it, or one
+        is about to already.
+        """
         if not self._by_systemd and self._channel is None:
             raise OSError(errno.EOPNOTSUPP, "this mount is not kept")
+        if self.successor_named.is_set():
+            raise OSError(errno.EBUSY, "another daemon is about to go on")
         self.successor = command
         self.successor_named.set()
 
     def hand_over(self) -> NoReturn:
-        """Have the successor go on; this process ends."""
-        logging.shutdown()
+        """Have the successor go on; this process ends. Raises OSError where nobody would start it."""
         if self._by_systemd:  # for which it must be the same process
+            daemon.note_signals()
+            daemon.end_children(PROGRAM, STOP_TIMEOUT)  # they have locks
+            logging.shutdown()
             passed = {**self._descriptors, f"{keeper.STATE}{self._stored}": self.remembered.descriptor}
+            signal.pthread_sigmask(signal.SIG_BLOCK, keeper.ENDING)
+            for number in daemon.noted:  # they came meanwhile
+                signal.raise_signal(number)
             keeper.become(self.successor, passed, self._folder, _HANDED_OVER)
-        with contextlib.suppress(OSError):  # then the same version goes on
-            assert self._channel is not None
-            words = "".join(f"{word}\0" for word in self.successor).encode("utf-8", "surrogateescape")
-            self._channel.setblocking(True)
-            self._channel.send(b"COMMAND=" + words.hex().encode())
+        if self._channel is None:
+            raise OSError(errno.EPIPE, "its keeper has just ended")
+        words = "".join(f"{word}\0" for word in self.successor).encode("utf-8", "surrogateescape")
+        self._channel.send(b"COMMAND=" + words.hex().encode())
+        logging.shutdown()
         os._exit(0)
 
     def end(self) -> None:
         """The mount has ended, or is about to: nobody is to take it over."""
         claim = self._descriptors.get(keeper.CLAIM)
-        for name in [*self._descriptors]:
+        for name in sorted(self._descriptors, key=lambda name: name != keeper.FUSE):  # the mount itself first
             self._remove(name)
         self._send(f"FDSTOREREMOVE=1\nFDNAME={keeper.STATE}{self._stored}")
         if claim is not None:
@@ -254,14 +281,24 @@ class Kept:
 
 async def hand_over_when_asked(kept: Kept, filesystem: Filesystem, device: Device) -> None:
     """Once somebody wants another daemon (`fvdfs upgrade`), finish what is in hand, and let that one go on."""
-    await kept.successor_named.wait()
-    log.info("another daemon is to go on: %s", shlex.join(kept.successor))
-    with trio.move_on_after(COMMIT_PATIENCE):
-        async with trio.open_nursery() as nursery:
-            for entry in filesystem.folder.inodes.open():
-                nursery.start_soon(_commit, entry)
-    await device.finish(ANSWER_PATIENCE)
-    kept.hand_over()
+    while True:
+        await kept.successor_named.wait()
+        log.info("another daemon is to go on: %s", shlex.join(kept.successor))
+        with trio.move_on_after(COMMIT_PATIENCE):
+            async with trio.open_nursery() as nursery:
+                for entry in filesystem.folder.inodes.open():
+                    nursery.start_soon(_commit, entry)
+        if kept.is_over:
+            return
+        try:
+            if not await device.finish(ANSWER_PATIENCE):
+                raise OSError(errno.EBUSY, "some requests have no answer, and this kernel does not send them again")
+            if not kept.is_over:
+                kept.hand_over()
+        except OSError as error:
+            log.error("no other daemon can go on, so this one does: %s", error.strerror)
+        kept.successor_named = trio.Event()
+        device.go_on()
 
 
 async def _commit(entry: Entry) -> None:
@@ -296,7 +333,10 @@ async def adopt(filesystem: Filesystem, remembered: Remembered) -> None:
 async def _settle(filesystem: Filesystem, remembered: Remembered, number: int) -> None:
     """Have what the former daemon has not committed of a file be in it; nobody had it open, or to read it only."""
     file = remembered.state.files.get(number)
-    if file is None:
+    if file is None or any(
+        entry.image is not None and entry.image.writable and identity_of(entry.status) == tuple(file.identity)
+        for entry in filesystem.folder.inodes.open()
+    ):
         return
     path, entry = file.path, None
     try:

@@ -148,7 +148,7 @@ def serve(options: MountOptions, ready: Callable[[], None], reopen_log: ReopenLo
             kept.remembered.set("obstacle", not_passed)
 
         def unmount(error: type[BaseException] | None, _value: object, _traceback: object) -> None:
-            if error is None or not kept.is_wanted:
+            if error is None or not kept.is_held:
                 _unmount(point, mount)
                 kept.end()
 
@@ -291,7 +291,7 @@ async def _serve(
         last.start_soon(_end_in_time, filesystem, device, give_up)
         try:
             async with filesystem.openings.background.running() as nursery:
-                nursery.start_soon(_obey_signals, options.mountpoint, filesystem, device, mount, reopen_log)
+                nursery.start_soon(_obey_signals, options.mountpoint, filesystem, device, mount, reopen_log, kept)
                 nursery.start_soon(filesystem.commits.run)
                 nursery.start_soon(let_cool, filesystem.folder.inodes)
                 nursery.start_soon(follow_unattended, filesystem.openings)
@@ -304,7 +304,7 @@ async def _serve(
                 # One task each: requests for an image whose base hangs must not be all that there may be.
                 await device.serve(functools.partial(pyfuse3.main, max_tasks=MAX_REQUESTS))
         except BaseException:
-            if kept.is_wanted:  # as it is: the next process knows how to go on from there
+            if kept.is_held:  # as it is: the next process knows how to go on from there
                 log.critical("ended by an error; another process goes on", exc_info=True)
                 logging.shutdown()
                 os._exit(1)
@@ -399,9 +399,12 @@ def _prefetches(filesystem: Filesystem) -> bool:
 
 
 async def _obey_signals(
-    mountpoint: str, filesystem: Filesystem, device: Device, mount: MountPoint | None, reopen_log: ReopenLog
+    mountpoint: str, filesystem: Filesystem, device: Device, mount: MountPoint | None, reopen_log: ReopenLog, kept: Kept
 ) -> None:
-    """Unmount when a signal to stop comes; open the log anew when it is SIGHUP."""
+    """Unmount when a signal to stop comes; open the log anew when it is SIGHUP.
+
+    A mount that is taken over is taken over first: what the former daemon had not committed has to be.
+    """
     with trio.open_signal_receiver(*daemon.STOP, daemon.HANGUP) as signals:
         while True:
             while daemon.noted:
@@ -410,6 +413,9 @@ async def _obey_signals(
                     await trio.to_thread.run_sync(reopen_log, filesystem.folder.policy.walker.check)
                     continue
                 log.info("%s: signal %s", mountpoint, signal.Signals(number).name)
+                kept.is_over = True
+                if kept.taken_over:
+                    await device.connected.wait()
                 daemon.notify("STOPPING=1\nSTATUS=writing what the kernel still holds")
                 await _drain_kernel_cache(mountpoint, filesystem, device, mount)
                 device.terminate()

@@ -110,12 +110,14 @@ class State:
     """By a number: the image files of which something is not committed, or that are open for writing."""
 
     def apply(self, change: dict[str, Any]) -> None:
-        """Take up a line."""
+        """Take up a line. A later version may have said more, where a former one goes on."""
         key, value = change.get("key", 0), change["value"]
         what: str = change["what"]
         if what in _OF_FILES:
             if key in self.files:
                 _OF_FILES[what](self.files[key], value)
+        elif what not in self.__slots__:
+            pass
         elif "key" not in change:
             setattr(self, what, value)
         elif value is None:

@@ -109,24 +109,27 @@ def test_a_service_of_the_system(folder: Path, point: Path, tmp_path: Path) -> N
     subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", base, "1M"], check=True)
     subprocess.run(["qemu-io", "-c", "write -P 120 0 64k", base], check=True, stdout=subprocess.DEVNULL)
     must("create", folder / "b.fvd", "--base", base, "--base-format", "qcow2")
+    must("create", folder / "c.fvd", "1M", "--data-file", "c.qcow2", "--data-format", "qcow2")
     script = f"""
         echo "DIR={folder}
 MOUNTPOINT={point}
-OPTIONS=-o noexec,record_profile" >/etc/fvdfs/disks.conf
+OPTIONS=-o noexec,record_profile,writeback=off" >/etc/fvdfs/disks.conf
         systemctl start fvdfs@disks
         ls {point}
         systemctl show -p StatusText --value fvdfs@disks
         first=$(systemctl show -p MainPID --value fvdfs@disks)
-        exec 7<>{point}/a.raw
+        exec 7<>{point}/a.raw 8<>{point}/c.raw
+        printf kept >&8
         kill -9 $first
         until [ $first != $(systemctl show -p MainPID --value fvdfs@disks) ] &&
             systemctl is-active -q fvdfs@disks; do sleep 0.1; done
         ls {point}
         head -c 4 {point}/b.raw; echo
+        head -c 4 {point}/c.raw; echo
         printf writ >&7
         systemctl reload fvdfs@disks
         printf ten >&7
-        exec 7>&-
+        exec 7>&- 8>&-
         systemctl stop fvdfs@disks
         systemctl show -p Result --value fvdfs@disks
         findmnt {point} || echo "nothing is mounted"
@@ -136,10 +139,12 @@ OPTIONS=-o noexec,record_profile" >/etc/fvdfs/disks.conf
         journalctl --sync
         journalctl -u fvdfs@disks -t fvdfs -o json --output-fields=PRIORITY,MESSAGE
     """
-    *names, status, first, second, content, result, unmounted, refused = (said := by_systemd(tmp_path, script))[:9]
-    journal = said[9:]
-    assert (names, first, second, content) == (["a.raw", "b.raw"], "a.raw", "b.raw", "xxxx")
-    assert status == f"{point} shows the images of {folder}: 0 of 2 disks open"
+    said, disks = by_systemd(tmp_path, script), ["a.raw", "b.raw", "c.raw"]
+    (status, *after), journal = said[3:12], said[12:]
+    assert (said[:3], after[:3]) == (disks, disks)
+    assert status == f"{point} shows the images of {folder}: 0 of 3 disks open"
+    content, kept, result, unmounted, refused = after[3:]
+    assert (content, kept) == ("xxxx", "kept")
     assert (result, unmounted, refused) == ("success", "nothing is mounted", "not started")
     assert b"".join(reference.read_disk(folder / "a.fvd"))[:7] == b"written"
     assert reference.check(folder / "a.fvd", "fvdfs") == []

@@ -15,7 +15,7 @@ import pytest
 from fvdfs.commands.upgrade import FIXED
 from fvdfs.xattrs import DAEMON, STATUS, UPGRADE
 from support import keptwriter
-from support.mounts import MIB, Mount, fvdfs, mounted, must, wait_for_log, wait_until
+from support.mounts import FVDFS, MIB, Mount, fvdfs, mounted, must, running, wait_for_log, wait_until
 
 OLD = "base_path=/srv,prefetch_max=7M"
 
@@ -58,6 +58,45 @@ def test_programs_go_on(mount: Mount, tmp_path: Path) -> None:
     assert options_of(mount) == {"base_path=/srv", "prefetch_max=4M", "keep", "writeback=off", "noexec"}
     assert mount.raw("vm").read_bytes().rstrip(b"\0") == (tmp_path / "model").read_bytes().rstrip(b"\0")
     assert " ERROR " not in mount.log
+
+
+def test_what_qemu_has_open_goes_on_in_the_same_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As under systemd, which has nothing to do here. A signal to stop that comes meanwhile is obeyed."""
+    monkeypatch.setenv("NOTIFY_SOCKET", "/no/such/socket")
+    monkeypatch.setenv("FDSTORE", "9")
+    folder, point, log = tmp_path / "images", tmp_path / "point", tmp_path / "log"
+    folder.mkdir()
+    point.mkdir()
+    must("create", folder / "vm.fvd", "1M", "--data-file", "data.qcow2", "--data-format", "qcow2")
+    mount = Mount(folder, point, log)
+    command: list[str | Path] = [*FVDFS, "mount", "-f", "--log-file", log, "-o", "keep,writeback=off", folder, point]
+    try:
+        with running(*command) as process:
+            wait_until(lambda: mount.raw("vm").exists())
+            with mount.raw("vm").open("r+b", buffering=0) as file:
+                file.write(b"before")
+                for turn in range(2):
+                    must("upgrade", point)
+                    assert (identity(mount)["takeovers"], identity(mount)["pid"]) == (turn + 1, process.pid)
+                    assert children(process.pid).count("qemu-storage-da") == 1, "one of the former process is left"
+                    file.write(b" and after")
+                file.seek(0)
+                assert file.read(26) == b"before and after and after"
+            os.setxattr(point, UPGRADE, "".join(f"{word}\0" for word in identity(mount)["command"]).encode())
+            environment = Path(f"/proc/{process.pid}/environ")
+            wait_until(lambda: b"fvdfs-state-3" in environment.read_bytes())
+            process.terminate()
+            assert process.wait(60) == 0
+        assert " ERROR " not in mount.log
+    finally:
+        subprocess.run(["umount", "-l", point], capture_output=True, check=False)
+    assert "clean" in must("check", folder / "vm.fvd")
+
+
+def children(pid: int) -> list[str]:
+    """What the children of a process run."""
+    found = subprocess.run(["ps", "-o", "comm=", "--ppid", str(pid)], capture_output=True, text=True, check=False)
+    return found.stdout.split()
 
 
 def test_what_is_asked_for_holds(mount: Mount) -> None:

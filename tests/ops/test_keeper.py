@@ -12,10 +12,14 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from fvdfs import mounts
+from fvdfs.commands import umount
 from fvdfs.ops.remembered import TIMES
+from fvdfs.xattrs import UPGRADE
 from support import keptwriter
 from support.mounts import MIB, RELEASE, Mount, mounted, must, running, wait_for_end, wait_for_log, wait_until
 
@@ -110,15 +114,19 @@ def kept(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mount]:
         yield mount
 
 
-def is_adopting(pid: int, inode: int, times: int) -> bool:
-    """Whether a daemon opens a disk that so many have tried to open, as it remembers."""
+def remembered(pid: int, what: str) -> list[tuple[int, Any]]:
+    """What a daemon has remembered of this kind: keys and values, in their order."""
     for link in Path(f"/proc/{pid}/fd").iterdir():
         with contextlib.suppress(OSError):
             if "fvdfs-state" in os.readlink(link):
                 lines = [json.loads(line) for line in link.read_text().splitlines()]
-                values = [line["value"] for line in lines if (line["what"], line.get("key")) == ("adopting", inode)]
-                return values[-1:] == [times]
-    return False
+                return [(line["key"], line["value"]) for line in lines if line["what"] == what and "key" in line]
+    return []
+
+
+def is_adopting(pid: int, inode: int, times: int) -> bool:
+    """Whether a daemon opens a disk that so many have tried to open."""
+    return [value for key, value in remembered(pid, "adopting") if key == inode][-1:] == [times]
 
 
 def keepers(mount: Mount) -> list[int]:
@@ -157,6 +165,11 @@ def test_what_was_asked_and_not_answered_is_done(kept: Mount) -> None:
         assert process.wait(30) == 0
     assert kept.raw("made").read_bytes() == b"x" * 5000 + bytes(120)
     kept.raw("made").unlink()
+    with pytest.raises(PermissionError):
+        (kept.point / "no disk").touch()
+    made = dict(remembered(kept.pid, "creating"))
+    assert made
+    assert {*made.values()} == {None}, "what is over is forgotten"
 
 
 def test_a_disk_that_was_removed_while_open_is_lost_and_no_other(kept: Mount) -> None:
@@ -187,9 +200,11 @@ def test_a_renamed_disk_and_a_snapshot_are_found_again(kept: Mount) -> None:
         assert os.pread(vm.fileno(), 6, 0) == b"after!"
         assert os.fstat(vm.fileno()).st_ino == kept.raw("other").stat().st_ino
         kept.raw("other").rename(kept.raw("vm"))
+        os.pwrite(vm.fileno(), b"last", 6)
         kill(kept)
         os.fsync(vm.fileno())
-    assert kept.raw("vm").read_bytes()[:6] == b"after!"
+    assert kept.raw("vm").read_bytes()[:10] == b"after!last"
+    assert "may be lost" not in kept.log
 
 
 def test_a_keeper_that_is_killed_is_replaced(kept: Mount) -> None:
@@ -245,6 +260,59 @@ def test_the_keeper_ends_with_the_mount(tmp_path: Path) -> None:
         pass
 
 
+def test_unmounting_waits_for_the_daemon_that_closes_the_images(tmp_path: Path) -> None:
+    """The one that was asked is killed meanwhile."""
+    (tmp_path / "images").mkdir()
+    must("create", tmp_path / "images/vm.fvd", str(SIZE))
+    with mounted(tmp_path / "images", "-o", "keep,writeback=off") as mount:
+        wait_until(lambda: keepers(mount))
+        (keeper,) = keepers(mount)
+        place = mounts.mount_at(str(mount.point))
+        assert place is not None
+        watched = umount._Daemon(place)
+        with mount.raw("vm").open("r+b", 0) as vm:
+            vm.write(b"here")
+            os.kill(keeper, signal.SIGSTOP)
+            os.kill(mount.pid, signal.SIGKILL)
+            mounts.umount(place, lazy=True)
+            wait_for_end(mount.pid)
+            mount.pid = 0
+            ended = watched._has_ended()
+            os.kill(keeper, signal.SIGCONT)
+        assert not ended
+        wait_until(watched._has_ended)
+        watched.close()
+        assert "clean" in must("check", mount.folder / "vm.fvd")
+    wait_for_end(keeper)
+
+
+def test_a_signal_to_stop_waits_until_all_is_taken_over(tmp_path: Path) -> None:
+    """What was written last is not committed before."""
+    folder, socket = tmp_path / "images", tmp_path / "nbd.sock"
+    folder.mkdir()
+    (tmp_path / "base").write_bytes(bytes(SIZE))
+    nbdkit = ["nbdkit", "-f", "-r", "-U", str(socket), "file", str(tmp_path / "base")]
+    with running(*nbdkit, stderr=subprocess.DEVNULL) as server:
+        wait_until(socket.exists)
+        must("create", folder / "far.fvd", "--base", f"nbd+unix:///?socket={socket}", "-F", "raw")
+        with mounted(folder, "-o", "keep,allow_url=nbd+unix:///,writeback=off") as mount:
+            far = os.open(mount.raw("far"), os.O_RDWR)
+            inode = os.fstat(far).st_ino
+            os.write(far, b"here" * 1024)
+            server.send_signal(signal.SIGSTOP)
+            os.kill(mount.pid, signal.SIGKILL)
+            mount.pid = daemon(mount, mount.pid)
+            wait_until(lambda: is_adopting(mount.pid, inode, 1))
+            os.kill(mount.pid, signal.SIGTERM)
+            wait_for_log(mount, "signal SIGTERM")
+            server.send_signal(signal.SIGCONT)
+            wait_for_end(mount.pid)
+            with contextlib.suppress(OSError):
+                os.close(far)
+            mount.mount()
+            assert mount.raw("far").read_bytes()[:4096] == b"here" * 1024
+
+
 @pytest.mark.parametrize("resends", [True, False], ids=["6.9", "older"])
 def test_a_read_that_is_in_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, resends: bool) -> None:
     """It comes again; where the kernel cannot do that, it fails, and nothing waits for ever."""
@@ -274,6 +342,9 @@ def test_a_read_that_is_in_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
                 state = Path(f"/proc/{reader.pid}/stat")
                 wait_until(lambda: state.read_text().rpartition(")")[2].split()[0] == "D")
                 mount.status("vm")  # what is answered came after the read
+                if not resends:
+                    os.setxattr(mount.point, UPGRADE, b"/bin/true\0")
+                    wait_for_log(mount, "no other daemon can go on, so this one does: some requests have no answer")
                 kill(mount, lambda: server.send_signal(signal.SIGCONT))
                 vm.write(b"x" * 4096)
                 os.fsync(vm.fileno())

@@ -233,6 +233,7 @@ def test_a_folder_inside_a_mount_of_fvdfs(images: Path, tmp_path: Path) -> None:
     (tmp_path / "again").mkdir()
     with mounted_at(images, tmp_path / "mnt") as mount:
         must_not_mount(mount.point, tmp_path / "again", "a mount of fvdfs")
+        must_not_mount(mount.point, tmp_path / "again", "a mount of fvdfs", "-o", "keep")
 
 
 def test_a_check_leaves_no_thread_behind_as_waiting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
