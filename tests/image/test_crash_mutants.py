@@ -26,6 +26,9 @@ EQUIVALENT: dict[str, str] = {
     "commit: blocks_stored: without self._notes.blocks_stored(first, end)": _KEPT,
     "commit: chunks_allocated: without "
     "self._notes.chunks_allocated([(chunk, table.on_disk(chunk)) for chunk in chunks])": _KEPT,
+    "commit: chunks_moved: without self.chunks_allocated(chunks)": (
+        "the next commit is a checkpoint; test_what_is_written_to_chunks_that_have_moved_… does see it"
+    ),
     "commit: _write: without batch.data_written = True": (
         "blocks and chunks are reported along with their data: it is set already, or there are pages"
     ),
