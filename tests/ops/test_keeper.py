@@ -313,6 +313,21 @@ def test_a_signal_to_stop_waits_until_all_is_taken_over(tmp_path: Path) -> None:
             assert mount.raw("far").read_bytes()[:4096] == b"here" * 1024
 
 
+@contextlib.contextmanager
+def served_base(tmp_path: Path, data: bytes, options: str = "") -> Iterator[tuple[Mount, subprocess.Popen[Any]]]:
+    """A kept mount of far.fvd, over a base with these bytes on a server, and of vm.fvd without a base; the server."""
+    folder, socket = tmp_path / "images", tmp_path / "nbd.sock"
+    folder.mkdir()
+    (tmp_path / "base").write_bytes(data)
+    nbdkit = ["nbdkit", "-f", "-r", "-U", str(socket), "file", str(tmp_path / "base")]
+    with running(*nbdkit, stderr=subprocess.DEVNULL) as server:
+        wait_until(socket.exists)
+        must("create", folder / "far.fvd", "--base", f"nbd+unix:///?socket={socket}", "-F", "raw")
+        must("create", folder / "vm.fvd", str(SIZE))
+        with mounted(folder, "-o", f"keep,allow_url=nbd+unix:///{options}") as mount:
+            yield mount, server
+
+
 @pytest.mark.parametrize("resends", [True, False], ids=["6.9", "older"])
 def test_a_read_that_is_in_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, resends: bool) -> None:
     """It comes again; where the kernel cannot do that, it fails, and nothing waits for ever."""
@@ -320,92 +335,68 @@ def test_a_read_that_is_in_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
         monkeypatch.setenv("FVDFS_NO_RESEND", "1")
     elif RELEASE < (6, 9):
         pytest.skip("the kernel does not send requests again")
-    folder, socket = tmp_path / "images", tmp_path / "nbd.sock"
-    folder.mkdir()
     data = random.Random(1).randbytes(SIZE)
-    (tmp_path / "base").write_bytes(data)
-    nbdkit = ["nbdkit", "-f", "-r", "-U", str(socket), "file", str(tmp_path / "base")]
-    with running(*nbdkit, stderr=subprocess.DEVNULL) as server:
-        wait_until(socket.exists)
-        must("create", folder / "far.fvd", "--base", f"nbd+unix:///?socket={socket}", "-F", "raw")
-        must("create", folder / "vm.fvd", str(SIZE))
-        with (
-            mounted(folder, "-o", "keep,allow_url=nbd+unix:///,on_base_error=wait") as mount,
-            open(mount.raw("far"), "rb"),
-            open(mount.raw("vm"), "r+b", 0) as vm,
-        ):
-            server.send_signal(signal.SIGSTOP)
-            command = [sys.executable, "-c", READ, str(mount.raw("far"))]
-            with running(*command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as reader:
-                assert reader.stdout is not None
-                assert reader.stdout.readline() == "\n"
-                state = Path(f"/proc/{reader.pid}/stat")
-                wait_until(lambda: state.read_text().rpartition(")")[2].split()[0] == "D")
-                mount.status("vm")  # what is answered came after the read
-                if not resends:
-                    os.setxattr(mount.point, UPGRADE, b"/bin/true\0")
-                    wait_for_log(mount, "no other daemon can go on, so this one does: some requests have no answer")
-                kill(mount, lambda: server.send_signal(signal.SIGCONT))
-                vm.write(b"x" * 4096)
-                os.fsync(vm.fileno())
-                out, err = reader.communicate(timeout=60)
-                if resends:
-                    assert out.strip() == data[1 << 20 : (1 << 20) + 4096].hex()
-                else:
-                    assert "Input/output error" in err
+    with (
+        served_base(tmp_path, data, ",on_base_error=wait") as (mount, server),
+        open(mount.raw("far"), "rb"),
+        open(mount.raw("vm"), "r+b", 0) as vm,
+    ):
+        server.send_signal(signal.SIGSTOP)
+        command = [sys.executable, "-c", READ, str(mount.raw("far"))]
+        with running(*command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as reader:
+            assert reader.stdout is not None
+            assert reader.stdout.readline() == "\n"
+            state = Path(f"/proc/{reader.pid}/stat")
+            wait_until(lambda: state.read_text().rpartition(")")[2].split()[0] == "D")
+            mount.status("vm")  # what is answered came after the read
+            if not resends:
+                os.setxattr(mount.point, UPGRADE, b"/bin/true\0")
+                wait_for_log(mount, "no other daemon can go on, so this one does: some requests have no answer")
+            kill(mount, lambda: server.send_signal(signal.SIGCONT))
+            vm.write(b"x" * 4096)
+            os.fsync(vm.fileno())
+            out, err = reader.communicate(timeout=60)
+            if resends:
+                assert out.strip() == data[1 << 20 : (1 << 20) + 4096].hex()
+            else:
+                assert "Input/output error" in err
 
 
 def test_who_opens_what_ends_one_daemon_after_the_other_is_told(tmp_path: Path) -> None:
     """A base whose server does not answer holds up whoever opens the disk; another disk is opened meanwhile."""
-    folder, socket = tmp_path / "images", tmp_path / "nbd.sock"
-    folder.mkdir()
-    (tmp_path / "base").write_bytes(bytes(SIZE))
-    nbdkit = ["nbdkit", "-f", "-r", "-U", str(socket), "file", str(tmp_path / "base")]
-    with running(*nbdkit, stderr=subprocess.DEVNULL) as server:
-        wait_until(socket.exists)
-        must("create", folder / "far.fvd", "--base", f"nbd+unix:///?socket={socket}", "-F", "raw")
-        must("create", folder / "vm.fvd", str(SIZE))
-        with mounted(folder, "-o", "keep,allow_url=nbd+unix:///") as mount:
-            inode = mount.raw("far").stat().st_ino
-            server.send_signal(signal.SIGSTOP)
-            with running(*OPEN, str(mount.raw("far")), stderr=subprocess.PIPE, text=True) as reader:
-                pid = mount.pid
-                for number in range(1, TIMES + 1):
-                    wait_until(functools.partial(is_adopting, pid, inode, number))
-                    os.kill(pid, signal.SIGKILL)
-                    pid = daemon(mount, pid)
-                assert "Input/output error" in reader.communicate(timeout=60)[1]
-            mount.pid = int(os.getxattr(mount.point, "user.fvdfs.pid"))
-            assert mount.raw("vm").read_bytes() == bytes(SIZE)
-            server.send_signal(signal.SIGCONT)
+    with served_base(tmp_path, bytes(SIZE)) as (mount, server):
+        inode = mount.raw("far").stat().st_ino
+        server.send_signal(signal.SIGSTOP)
+        with running(*OPEN, str(mount.raw("far")), stderr=subprocess.PIPE, text=True) as reader:
+            pid = mount.pid
+            for number in range(1, TIMES + 1):
+                wait_until(functools.partial(is_adopting, pid, inode, number))
+                os.kill(pid, signal.SIGKILL)
+                pid = daemon(mount, pid)
+            assert "Input/output error" in reader.communicate(timeout=60)[1]
+        mount.pid = int(os.getxattr(mount.point, "user.fvdfs.pid"))
+        assert mount.raw("vm").read_bytes() == bytes(SIZE)
+        server.send_signal(signal.SIGCONT)
 
 
 def test_a_disk_that_ends_one_daemon_after_the_other_is_given_up(tmp_path: Path) -> None:
     """A base whose server does not answer holds each daemon up while it opens the disk again."""
-    folder, socket = tmp_path / "images", tmp_path / "nbd.sock"
-    folder.mkdir()
-    (tmp_path / "base").write_bytes(bytes(SIZE))
-    nbdkit = ["nbdkit", "-f", "-r", "-U", str(socket), "file", str(tmp_path / "base")]
-    with running(*nbdkit, stderr=subprocess.DEVNULL) as server:
-        wait_until(socket.exists)
-        must("create", folder / "far.fvd", "--base", f"nbd+unix:///?socket={socket}", "-F", "raw")
-        must("create", folder / "vm.fvd", str(SIZE))
-        with mounted(folder, "-o", "keep,allow_url=nbd+unix:///") as mount:
-            far = os.open(mount.raw("far"), os.O_RDONLY)
-            inode = os.fstat(far).st_ino
-            with open(mount.raw("vm"), "r+b", 0) as vm:
-                vm.write(b"here")
-                server.send_signal(signal.SIGSTOP)
-                pid = mount.pid
-                for number in range(1, TIMES + 2):
-                    os.kill(pid, signal.SIGKILL)
-                    pid = daemon(mount, pid)
-                    if number <= TIMES:
-                        wait_until(functools.partial(is_adopting, pid, inode, number))
-                mount.pid = int(os.getxattr(mount.point, "user.fvdfs.pid"))
-                assert os.pread(vm.fileno(), 4, 0) == b"here"
-                with pytest.raises(OSError, match="Stale"):
-                    os.pread(far, 4096, 0)
-                server.send_signal(signal.SIGCONT)
-            with contextlib.suppress(OSError):
-                os.close(far)
+    with served_base(tmp_path, bytes(SIZE)) as (mount, server):
+        far = os.open(mount.raw("far"), os.O_RDONLY)
+        inode = os.fstat(far).st_ino
+        with open(mount.raw("vm"), "r+b", 0) as vm:
+            vm.write(b"here")
+            server.send_signal(signal.SIGSTOP)
+            pid = mount.pid
+            for number in range(1, TIMES + 2):
+                os.kill(pid, signal.SIGKILL)
+                pid = daemon(mount, pid)
+                if number <= TIMES:
+                    wait_until(functools.partial(is_adopting, pid, inode, number))
+            mount.pid = int(os.getxattr(mount.point, "user.fvdfs.pid"))
+            assert os.pread(vm.fileno(), 4, 0) == b"here"
+            with pytest.raises(OSError, match="Stale"):
+                os.pread(far, 4096, 0)
+            server.send_signal(signal.SIGCONT)
+        with contextlib.suppress(OSError):
+            os.close(far)
