@@ -14,6 +14,7 @@ import contextlib
 import ctypes
 import errno
 import fcntl
+import json
 import os
 import pwd
 import re
@@ -24,6 +25,7 @@ import struct
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from fvdfs import xattrs
 from fvdfs.errors import FvdError, ImageError, UsageError, printable, told
@@ -155,6 +157,15 @@ def ask(mount: MountPoint) -> tuple[int, bytes]:
         time.sleep(0.001)
     number, _, value = answer.partition(b" ")
     return (int(number), value) if number else (errno.EAGAIN, b"")
+
+
+def identity(answer: bytes) -> dict[str, Any]:
+    """What a daemon says of itself, of the bytes that `ask` returns; it may be anybody's, and say anything."""
+    try:
+        found = json.loads(answer)
+    except (ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _become_owner(mount: MountPoint) -> None:

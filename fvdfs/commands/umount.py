@@ -8,7 +8,6 @@ neither ends, perhaps never: then the user is told who that is, and that the ima
 from __future__ import annotations
 
 import errno
-import json
 import os
 import select
 import subprocess
@@ -121,7 +120,7 @@ class _Daemon:
         self._lock: list[object] | None = None
         error, answer = mounts.ask(mount)
         self._dead = error in mounts.DEAD
-        identity = _identity(answer)
+        identity = mounts.identity(answer)
         process = identity.get("pid")
         if isinstance(process, int) and identity.get("pid_namespace") == _own_namespace():
             try:
@@ -188,15 +187,6 @@ class _Daemon:
         if self._connection is not None:
             return mounts.connection(self._mount.device) == self._connection
         return bool(mounts.users(self._mount))
-
-
-def _identity(answer: bytes) -> dict[str, object]:
-    """What a daemon says of itself; it may be anybody's, and say anything."""
-    try:
-        identity = json.loads(answer)
-    except (ValueError, RecursionError):
-        return {}
-    return identity if isinstance(identity, dict) else {}
 
 
 def _own_namespace() -> str:

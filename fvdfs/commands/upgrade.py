@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import importlib.util
-import json
 import os
 import shlex
 import time
@@ -65,11 +64,7 @@ def run(mountpoint: str, options: Sequence[str], *, check: Callable[[list[str]],
 
 def _identity(mount: MountPoint) -> dict[str, Any]:
     _, answer = mounts.ask(mount)
-    try:
-        found = json.loads(answer)
-    except ValueError:
-        return {}
-    return found if isinstance(found, dict) else {}
+    return mounts.identity(answer)
 
 
 def _refuse_what_lacks_modules(path: str) -> None:
